@@ -1,0 +1,34 @@
+"""The entry point: the one place where errors become messages and exit codes."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+
+from llmprune_cli.errors import LlmpruneError
+
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Run the command line and exit with its documented code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    from llmprune_cli.cli import app
+
+    try:
+        app(standalone_mode=True)
+    except LlmpruneError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("Interrupted: nothing was written.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

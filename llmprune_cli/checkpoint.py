@@ -1,0 +1,168 @@
+"""A checkpoint as a value: its configuration and what is where on disk, known from headers alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmprune_cli.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a checkpoint, known from a header."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' name, for example "BF16"
+    shard: str | None  # file name inside the folder; None where there are no weights
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return self.numel * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder: configuration, tensor index, and where the bytes are.
+
+    `entries` is in the order in which the bytes lie on disk, so that reading in that order is sequential.
+    """
+
+    folder: Path
+    source: str  # the MODEL argument as the user gave it
+    revision: str | None  # commit of a hub id
+    config: PretrainedConfig
+    entries: tuple[TensorEntry, ...]
+    has_weights: bool
+    companions: Path  # where tokenizer, chat template and generation config lie
+    dropped: tuple[str, ...] = field(default=())  # stored tensors that the model does not use
+
+    @cached_property
+    def by_name(self) -> dict[str, TensorEntry]:
+        """Entries by tensor name."""
+        return {entry.name: entry for entry in self.entries}
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of stored parameters (a tied tensor counts once)."""
+        return sum(entry.numel for entry in self.entries)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.size_bytes for entry in self.entries)
+
+    def tensors(self) -> Iterator[tuple[TensorEntry, torch.Tensor]]:
+        """Every tensor once, in disk order, memory-mapped: the bytes are read when they are used.
+
+        Raises:
+            CheckpointError: a shard went missing or changed since its header was read.
+        """
+        from itertools import groupby
+
+        for shard, entries in groupby(self.entries, key=lambda entry: entry.shard):
+            if shard is None:
+                raise CheckpointError(f"{self.folder} holds no weights. Point MODEL at a folder with *.safetensors.")
+            with open_shard(self.folder / shard) as handle:
+                for entry in entries:
+                    tensor = handle.get_tensor(entry.name)
+                    if tuple(tensor.shape) != entry.shape:
+                        raise CheckpointError(f"{self.folder / shard}: {entry.name} changed while it was being read.")
+                    yield entry, tensor
+                    del tensor
+
+
+@contextmanager
+def open_shard(path: Path) -> Iterator[Any]:
+    """A safetensors file, its header checked by safetensors itself.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or malformed.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        handle = safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing. Download the checkpoint again.") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file ({error}). Download it again.") from error
+    with handle as opened:
+        yield opened
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: the file is missing, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not readable JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object.")
+    return value
+
+
+def read_index(folder: Path) -> tuple[TensorEntry, ...]:
+    """The tensors of a folder's safetensors shards, in disk order; empty where there are none.
+
+    Raises:
+        CheckpointError: an index that names a missing shard or one outside the folder, or shards that differ from it.
+    """
+    index_path = folder / INDEX_NAME
+    if not index_path.exists():
+        single = folder / SINGLE_NAME
+        return tuple(_read_header(single)) if single.exists() else ()
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{index_path} has no usable weight_map.")
+    entries: list[TensorEntry] = []
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{index_path} names a shard outside its folder: {shard!r}.")
+        if not (folder / shard).exists():
+            raise CheckpointError(f"{index_path} names {shard}, which is missing. Download the checkpoint again.")
+        entries += _read_header(folder / shard)
+    stored = {entry.name: entry.shard for entry in entries}
+    wrong = [name for name in weight_map.keys() | stored.keys() if weight_map.get(name) != stored.get(name)]
+    if wrong or len(stored) != len(entries):
+        raise CheckpointError(f"{index_path} and the shards disagree about {', '.join(sorted(wrong)[:3])}.")
+    return tuple(entries)
+
+
+def _read_header(path: Path) -> list[TensorEntry]:
+    with open_shard(path) as handle:
+        entries = []
+        for name in handle.offset_keys():
+            view = handle.get_slice(name)
+            dtype = view.get_dtype()
+            if dtype not in DTYPE_BYTES:
+                raise CheckpointError(f"{path}: {name} is stored as {dtype}, a quantized format. Dequantize it first.")
+            entries.append(TensorEntry(name, tuple(view.get_shape()), dtype, path.name))
+        return entries

@@ -1,0 +1,273 @@
+"""The command line: parse, call one pipeline function, hand the result to output."""
+
+from __future__ import annotations
+
+import enum
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llmprune_cli import __version__
+
+app = typer.Typer(
+    name="llmprune",
+    help="Prune large language models into smaller dense checkpoints that stock software loads.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Importance(enum.StrEnum):
+    """How units are ranked."""
+
+    magnitude = "magnitude"
+    random = "random"
+
+
+class DtypeName(enum.StrEnum):
+    """Floating-point types."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class FormatName(enum.StrEnum):
+    """Export formats."""
+
+    safetensors = "safetensors"
+
+
+def _ratio(value: float | None) -> float | None:
+    if value is not None and not 0 <= value < 1:
+        raise typer.BadParameter("a pruning ratio is a fraction from 0 up to, but not including, 1.")
+    return value
+
+
+def _device(value: str) -> str:
+    kind, colon, number = value.partition(":")
+    if value not in ("auto", "cpu", "cuda", "mps") and not (kind == "cuda" and colon and number.isdecimal()):
+        raise typer.BadParameter("use auto, cpu, cuda, cuda:N or mps.")
+    return value
+
+
+Model = Annotated[str, typer.Argument(help="Model folder, hub id, or .gguf file.", metavar="MODEL")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Dtype = Annotated[DtypeName | None, typer.Option(help="Dtype to load in, and to convert GGUF to. [default: as stored]")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", callback=_device)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the model folder that --output names.")]
+ShardSize = Annotated[str, typer.Option(help="Largest shard, such as 500MB or 5GB.")]
+
+
+def ratio_option(what: str) -> Any:
+    """A ratio of its own for one width."""
+    return typer.Option(help=f"Fraction of the {what} to remove.", callback=_ratio, rich_help_panel="Widths")
+
+
+def size_option(what: str) -> Any:
+    """An exact size for one width."""
+    return typer.Option(help=f"Exact {what} to keep.", min=1, rich_help_panel="Widths")
+
+
+PruningRatio = Annotated[float | None, ratio_option("hidden size, heads and MLP, together")]
+HiddenRatio = Annotated[float | None, ratio_option("hidden channels")]
+HeadRatio = Annotated[float | None, ratio_option("query heads, evenly in every KV group")]
+GroupRatio = Annotated[float | None, ratio_option("KV groups, with their query heads")]
+NeuronRatio = Annotated[float | None, ratio_option("MLP neurons")]
+HiddenSize = Annotated[int | None, size_option("hidden size")]
+Heads = Annotated[int | None, size_option("number of query heads")]
+Groups = Annotated[int | None, size_option("number of KV groups")]
+Neurons = Annotated[int | None, size_option("intermediate size")]
+RoundTo = Annotated[int, typer.Option(help="Round kept channels and neurons down to a multiple.", min=1)]
+Dataset = Annotated[str, typer.Option(help="wikitext2, a .txt/.parquet/.jsonl file, a folder, or a hub dataset.")]
+Split = Annotated[str, typer.Option(help="Split of the dataset.")]
+MaxSeqLen = Annotated[int | None, typer.Option(help="Tokens in a window. [default: the model's maximum]", min=2)]
+Limit = Annotated[int | None, typer.Option(help="Evaluate the first N windows only.", min=1)]
+BatchSize = Annotated[int, typer.Option(help="Windows evaluated at a time.", min=1)]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"llmprune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """Prune large language models into smaller dense checkpoints that stock software loads."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+@app.command()
+def inspect(
+    model: Model,
+    revision: Revision = None,
+    pruning_ratio: PruningRatio = None,
+    hidden_pruning_ratio: HiddenRatio = None,
+    head_pruning_ratio: HeadRatio = None,
+    kv_group_pruning_ratio: GroupRatio = None,
+    intermediate_pruning_ratio: NeuronRatio = None,
+    hidden_size: HiddenSize = None,
+    num_attention_heads: Heads = None,
+    num_key_value_heads: Groups = None,
+    intermediate_size: Neurons = None,
+    round_to: RoundTo = 1,
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show modules, widths and totals, from headers and configuration alone; with a width option, also after pruning."""
+    from llmprune_cli import output, pipeline
+    from llmprune_cli.plan import WidthRequest
+
+    request = WidthRequest(
+        pruning_ratio,
+        hidden_pruning_ratio,
+        head_pruning_ratio,
+        kv_group_pruning_ratio,
+        intermediate_pruning_ratio,
+        hidden_size,
+        num_attention_heads,
+        num_key_value_heads,
+        intermediate_size,
+        round_to,
+    )
+    result = pipeline.inspect(pipeline.ModelReference(model, revision, trust_remote_code), request)
+    (output.print_json if as_json else output.print_inspect)(result)
+
+
+@app.command()
+def prune(
+    model: Model,
+    output_folder: Annotated[Path | None, typer.Option("--output", help="Folder to write.")] = None,
+    revision: Revision = None,
+    pruning_ratio: PruningRatio = None,
+    hidden_pruning_ratio: HiddenRatio = None,
+    head_pruning_ratio: HeadRatio = None,
+    kv_group_pruning_ratio: GroupRatio = None,
+    intermediate_pruning_ratio: NeuronRatio = None,
+    hidden_size: HiddenSize = None,
+    num_attention_heads: Heads = None,
+    num_key_value_heads: Groups = None,
+    intermediate_size: Neurons = None,
+    round_to: RoundTo = 1,
+    importance: Annotated[Importance, typer.Option(help="How units are ranked.")] = Importance.magnitude,
+    seed: Annotated[int, typer.Option(help="Of whatever is random.")] = 0,
+    plan: Annotated[Path | None, typer.Option(help="Replay a saved plan instead of choosing.")] = None,
+    save_plan: Annotated[Path | None, typer.Option(help="Save the plan as JSON.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and write no model.")] = False,
+    overwrite: Overwrite = False,
+    max_shard_size: ShardSize = "5GB",
+    evaluate: Annotated[bool, typer.Option("--eval", help="Perplexity before and after.")] = False,
+    dataset: Dataset = "wikitext2",
+    split: Split = "test",
+    max_seq_len: MaxSeqLen = None,
+    limit: Limit = None,
+    batch_size: BatchSize = 1,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove channels, heads and neurons, and write a smaller checkpoint."""
+    request_values = (
+        pruning_ratio,
+        hidden_pruning_ratio,
+        head_pruning_ratio,
+        kv_group_pruning_ratio,
+        intermediate_pruning_ratio,
+        hidden_size,
+        num_attention_heads,
+        num_key_value_heads,
+        intermediate_size,
+    )
+    asked = any(value is not None for value in request_values)
+    if plan is not None and asked:
+        raise typer.BadParameter("a plan already says which widths; give --plan or width options, not both.")
+    if plan is None and not asked:
+        raise typer.BadParameter("say what to prune: --pruning-ratio, a width of its own, or --plan.")
+    if output_folder is None and not (dry_run or evaluate or save_plan):
+        raise typer.BadParameter("give --output DIR, or --dry-run, --save-plan or --eval.")
+    if dry_run and evaluate:
+        raise typer.BadParameter("--dry-run makes no model to evaluate; leave out --eval.")
+    from llmprune_cli import output, pipeline
+    from llmprune_cli.plan import WidthRequest
+    from llmprune_cli.writer import parse_size
+
+    options = pipeline.PruneOptions(
+        request=WidthRequest(*request_values, round_to),
+        importance=importance.value,
+        seed=seed,
+        plan=plan,
+        save_plan=save_plan,
+        output=output_folder,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        max_shard_bytes=parse_size(max_shard_size),
+    )
+    dtype_name = dtype.value if dtype else None
+    evaluation = pipeline.EvalOptions(dataset, split, max_seq_len, limit, batch_size, device, dtype_name)
+    reference = pipeline.ModelReference(model, revision, trust_remote_code, dtype_name)
+    with output.progress_on_stderr() as listener:
+        result = pipeline.prune(reference, options, evaluation if evaluate else None, listener)
+    (output.print_json if as_json else output.print_prune)(result)
+
+
+@app.command("eval")
+def evaluate_command(
+    model: Model,
+    compare: Annotated[str | None, typer.Option(help="A second model, evaluated side by side.")] = None,
+    revision: Revision = None,
+    dataset: Dataset = "wikitext2",
+    split: Split = "test",
+    max_seq_len: MaxSeqLen = None,
+    limit: Limit = None,
+    batch_size: BatchSize = 1,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure perplexity: mean over windows of the mean negative log-likelihood, exponentiated."""
+    from llmprune_cli import output, pipeline
+
+    dtype_name = dtype.value if dtype else None
+    options = pipeline.EvalOptions(dataset, split, max_seq_len, limit, batch_size, device, dtype_name)
+    reference = pipeline.ModelReference(model, revision, trust_remote_code, dtype_name)
+    other = pipeline.ModelReference(compare, None, trust_remote_code, dtype_name) if compare else None
+    with output.progress_on_stderr() as listener:
+        report = pipeline.evaluate(reference, other, options, listener)
+    (output.print_json if as_json else output.print_eval)(report)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="Model folder, hub id, or .gguf file.", metavar="CHECKPOINT")],
+    output_folder: Annotated[Path, typer.Option("--output", help="Folder to write.")],
+    format_name: Annotated[FormatName, typer.Option("--format", help="What to write.")] = FormatName.safetensors,
+    dtype: Annotated[DtypeName | None, typer.Option(help="Dtype to write. [default: as stored]")] = None,
+    max_shard_size: ShardSize = "5GB",
+    revision: Revision = None,
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a checkpoint in another format, dtype or shard size."""
+    from llmprune_cli import output, pipeline
+    from llmprune_cli.writer import parse_size
+
+    dtype_name = dtype.value if dtype else None
+    options = pipeline.ExportOptions(dtype_name, parse_size(max_shard_size))
+    reference = pipeline.ModelReference(checkpoint, revision, trust_remote_code, dtype_name)
+    with output.progress_on_stderr() as listener:
+        result = pipeline.export(reference, output_folder, format_name.value, options, overwrite, listener)
+    (output.print_json if as_json else output.print_export)(result)

@@ -1,0 +1,47 @@
+"""The error tree: what a user can mend, and the exit code that says so.
+
+LlmpruneError
+├── CheckpointError      3   a checkpoint, text or plan file that is unreadable or contradicts itself
+├── UnsupportedError     4   an architecture that the twin proof refuses
+├── PlanError            5   widths that cannot be had
+├── OutputError          6   a target that cannot be written
+└── VerificationError    7   a result that is not what the plan predicted
+
+Usage errors exit 2 (Typer's own), Ctrl-C exits 130, and a bug keeps its traceback and exits 1.
+"""
+
+
+class LlmpruneError(Exception):
+    """An error whose message says what is wrong, where, and what to do next."""
+
+    exit_code = 1
+
+
+class CheckpointError(LlmpruneError):
+    """A model, text or plan that cannot be read, or that contradicts itself."""
+
+    exit_code = 3
+
+
+class UnsupportedError(LlmpruneError):
+    """An architecture for which the twin proof does not hold."""
+
+    exit_code = 4
+
+
+class PlanError(LlmpruneError):
+    """A request for widths that the architecture cannot have."""
+
+    exit_code = 5
+
+
+class OutputError(LlmpruneError):
+    """A target that cannot be written."""
+
+    exit_code = 6
+
+
+class VerificationError(LlmpruneError):
+    """An output that differs from what the plan predicted."""
+
+    exit_code = 7

@@ -1,0 +1,104 @@
+"""Perplexity of a causal LM over windows of tokens."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+LOGIT_ELEMENTS = 2**24  # logits formed at a time: 64 MiB in float32
+
+
+@dataclass(frozen=True)
+class RunningPerplexity:
+    """Where an evaluation stands."""
+
+    windows_done: int
+    windows: int
+    tokens: int  # tokens read so far
+    seconds: float
+    mean_nll: float  # mean over the windows so far of their mean negative log-likelihood, nats per token
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean; infinite where that overflows."""
+        return math.exp(self.mean_nll) if self.mean_nll < 700 else math.inf
+
+
+def evaluate_perplexity(
+    model: PreTrainedModel, windows: torch.Tensor, batch_size: int, progress: Callable[[RunningPerplexity], None]
+) -> RunningPerplexity:
+    """Exponent of the mean over windows of the mean negative log-likelihood of each window's tokens but the first.
+
+    Args:
+        windows: token ids, [N, T].
+    """
+    import torch
+
+    started, total = time.perf_counter(), 0.0
+    state = RunningPerplexity(0, len(windows), 0, 0.0, math.nan)
+    with torch.inference_mode():
+        for batch in windows.split(batch_size):
+            total += float(window_nll(model, batch).sum())
+            done = state.windows_done + len(batch)
+            seconds = time.perf_counter() - started
+            state = RunningPerplexity(done, len(windows), state.tokens + batch.numel(), seconds, total / done)
+            progress(state)
+    return state
+
+
+def window_nll(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
+    """Mean negative log-likelihood of each window, [B]; logits are formed for a chunk of positions at a time."""
+    import torch
+    from torch.nn import functional
+
+    batch = batch.to(model.get_input_embeddings().weight.device)
+    hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state[:, :-1]
+    targets = batch[:, 1:]
+    vocabulary = model.config.get_text_config().vocab_size
+    chunk = max(1, LOGIT_ELEMENTS // (vocabulary * len(batch)))
+    total = torch.zeros(len(batch), dtype=torch.float64)
+    for start in range(0, targets.shape[1], chunk):
+        logits = head_logits(model, hidden[:, start : start + chunk]).float()
+        wanted = targets[:, start : start + chunk].to(logits.device)
+        losses = functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
+        total += losses.view(wanted.shape).sum(dim=1, dtype=torch.float64).cpu()
+    return total / targets.shape[1]
+
+
+def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Hidden states [B, T, D] to logits [B, T, V] by the model's own forward, so that soft-capping and scales stay.
+
+    For this one call the base model's forward hands out the given hidden states.
+    """
+    import torch
+    from transformers.modeling_outputs import MoeModelOutputWithPast
+
+    base = model.base_model
+    original = base.forward
+    base.forward = lambda *args, **options: MoeModelOutputWithPast(last_hidden_state=hidden)
+    try:
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    finally:
+        base.forward = original
+    return logits
+
+
+def peak_memory_bytes(device: str) -> int:
+    """Largest memory of this process so far: on CUDA what torch allocated there, elsewhere resident memory."""
+    import resource
+    import sys
+
+    import torch
+
+    if device == "cuda" and torch.cuda.is_available():
+        return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)

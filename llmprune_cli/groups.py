@@ -1,0 +1,94 @@
+"""Which units each tensor axis is made of, independent of the model's sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmprune_cli.architecture import Shape, Widths, split_name
+from llmprune_cli.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+GLOBAL_WIDTHS = ("hidden_size",)  # one choice of units for the whole model; the other widths choose per layer
+
+
+@dataclass(frozen=True)
+class Binding:
+    """One axis of one tensor template, made of the units of one width.
+
+    The units along the axis are `blocks`, in order. Channels and neurons: each block is one run of all units
+    (`stride` 1) or every unit repeated (`interleaved`). Heads: each block is one head of P elements, named by its
+    number, or -1 where the elements belong to another width (the keys and values of a fused projection).
+    """
+
+    template: str  # tensor name with {} for numbers
+    axis: int
+    width: str  # a field of Widths
+    copies: int = 1  # channels and neurons: times that every unit occurs along the axis
+    interleaved: bool = False
+    heads: tuple[int, ...] = ()
+
+    def units(self, widths: Widths) -> torch.Tensor:
+        """The unit at each index of the axis, -1 where this width has no say; shape [axis size]."""
+        import torch
+
+        if self.heads:
+            return torch.tensor(self.heads).repeat_interleave(widths.head_dim)
+        units = torch.arange(getattr(widths, self.width))
+        return units.repeat_interleave(self.copies) if self.interleaved else units.repeat(self.copies)
+
+    def elements(self, widths: Widths) -> torch.Tensor:
+        """The element of its unit that each index holds, counting repeats of the unit; shape [axis size].
+
+        A gate|up projection holds element 0 of every neuron in its first half and element 1 in its second; a query
+        projection holds elements 0 … P-1 of every head.
+        """
+        import torch
+
+        units = self.units(widths)
+        order = torch.argsort(units, stable=True)
+        ordered = units[order]
+        starts = torch.searchsorted(ordered, ordered)
+        result = torch.empty_like(units)
+        result[order] = torch.arange(len(units)) - starts
+        return result
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the twin says about an architecture."""
+
+    bindings: tuple[Binding, ...]
+    readers: dict[str, tuple[str, int]]  # width → (parameter template in memory, axis) that reads its units
+    scored: frozenset[str]  # templates whose weights count in the importance of a unit
+    refused: dict[str, str]  # width → why it cannot be pruned
+
+    def of(self, width: str) -> tuple[Binding, ...]:
+        """The bindings of one width."""
+        return tuple(binding for binding in self.bindings if binding.width == width)
+
+    def on(self, template: str) -> tuple[Binding, ...]:
+        """The bindings of one tensor template."""
+        return tuple(binding for binding in self.bindings if binding.template == template)
+
+    def check(self, shapes: dict[str, Shape], widths: Widths) -> None:
+        """Hold the bindings against a real checkpoint's shapes.
+
+        Raises:
+            UnsupportedError: an axis has another size than its units say.
+        """
+        sizes = {binding: len(binding.units(widths)) for binding in self.bindings}
+        for name, shape in shapes.items():
+            for binding in self.on(split_name(name)[0]):
+                if shape[binding.axis] != sizes[binding]:
+                    raise UnsupportedError(
+                        f"{name}: axis {binding.axis} has {shape[binding.axis]} elements where its units "
+                        f"({binding.width}) make {sizes[binding]}. This layout is not supported."
+                    )
+
+
+def instance_of(width: str, numbers: tuple[int, ...]) -> str:
+    """Which choice of units a tensor follows: one for the model (`""`), or the one of its layer (`"3"`)."""
+    return "" if width in GLOBAL_WIDTHS else ".".join(map(str, numbers))

@@ -1,0 +1,331 @@
+"""The shared model-loading service: a MODEL argument becomes what every command needs."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmprune_cli.architecture import build_skeleton, expected_index
+from llmprune_cli.checkpoint import Checkpoint, TensorEntry, read_index, read_json
+from llmprune_cli.errors import CheckpointError, UnsupportedError
+from llmprune_cli.writer import write_shards
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
+BIN_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+SMALL_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*"]
+# Files that travel with the weights; everything else in a model folder belongs to the weights or to other runtimes.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+# Buffers that older checkpoints store and that no current model reads.
+STRAY = re.compile(r"(rotary_emb\.inv_freq|\.attn\.bias|\.attn\.masked_bias|\.attention\.(masked_)?bias)$")
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """What the user said about a model."""
+
+    name: str  # folder, .gguf file or hub id
+    revision: str | None = None  # of a hub id
+    trust_remote_code: bool = False
+    dtype: str | None = None  # for loading and for converting GGUF; None keeps the checkpoint's
+
+
+@contextmanager
+def open_checkpoint(reference: ModelReference, need_weights: bool) -> Iterator[Checkpoint]:
+    """Resolve a model; what has to be converted lives in a temporary folder while the block runs.
+
+    Args:
+        need_weights: without it, a hub id costs its small files only and a `config.json` alone will do.
+
+    Raises:
+        CheckpointError: nothing there, or something that contradicts itself.
+        UnsupportedError: a model that transformers does not know.
+    """
+    with tempfile.TemporaryDirectory(prefix="llmprune-model-") as temporary:
+        path = Path(reference.name)
+        if path.suffix == ".gguf":
+            folder, revision = _convert_gguf(path, reference, Path(temporary)), None
+        elif path.exists():
+            folder, revision = path, None
+        else:
+            folder, revision = _resolve_hub(reference, need_weights)
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} is neither a model folder nor a .gguf file.")
+        entries = read_index(folder)
+        if not entries and need_weights and any(folder.glob("pytorch_model*.bin")):
+            entries = _convert_bin(folder, Path(temporary))
+            folder_of_weights = Path(temporary)
+        else:
+            folder_of_weights = folder
+        config = read_config(folder, reference.trust_remote_code)
+        checkpoint = Checkpoint(folder_of_weights, reference.name, revision, config, entries, bool(entries), folder)
+        if entries:
+            checkpoint = _without_strays(checkpoint)
+        elif need_weights:
+            raise CheckpointError(f"{folder} has no weights (*.safetensors or pytorch_model*.bin), which this needs.")
+        else:
+            checkpoint = replace(checkpoint, entries=_entries_from_config(config))
+        yield checkpoint
+
+
+def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+    """The configuration in a folder.
+
+    Raises:
+        CheckpointError: no `config.json`, or one that transformers refuses.
+        UnsupportedError: an unknown or quantized model.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    path = folder / "config.json"
+    if not path.exists():
+        raise CheckpointError(f"{folder} has no config.json, so it is not a model folder. Check MODEL.")
+    raw = read_json(path)
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise CheckpointError(f"{path} has no model_type, so the kind of model is unknown.")
+    if "auto_map" in raw and not trust_remote_code and model_type not in CONFIG_MAPPING:
+        raise UnsupportedError(f"{folder} brings its own code. Pass --trust-remote-code if you trust it.")
+    if model_type not in CONFIG_MAPPING and not trust_remote_code:
+        raise UnsupportedError(f"{path} names the model type {model_type!r}, which transformers does not know.")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # every configuration class raises its own kind
+        reason = str(error).strip().splitlines() or [repr(error)]
+        raise CheckpointError(f"{path} is refused by transformers: {reason[-1]}") from error
+    quantization = getattr(config, "quantization_config", None)
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        raise UnsupportedError(f"{folder} holds weights quantized by {method}. Give the unquantized model instead.")
+    return config
+
+
+def _resolve_hub(reference: ModelReference, need_weights: bool) -> tuple[Path, str]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.utils import HfHubHTTPError, disable_progress_bars
+
+    name, revision = reference.name, reference.revision
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise CheckpointError(f"{name} does not exist.")
+    disable_progress_bars()
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=SMALL_PATTERNS))
+        if need_weights:
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=SMALL_PATTERNS + WEIGHT_PATTERNS))
+            if not any(folder.glob("*.safetensors")):
+                folder = Path(snapshot_download(name, revision=revision, allow_patterns=SMALL_PATTERNS + BIN_PATTERNS))
+    except HFValidationError:
+        raise CheckpointError(f"{name!r} is neither an existing path nor a hub id.") from None
+    except LocalEntryNotFoundError as error:
+        where = f" at revision {revision}" if revision else ""
+        raise CheckpointError(
+            f"{name}{where} is neither a local path nor in the hub cache, and the hub cannot be reached. "
+            "Check the name, the connection and HF_HUB_OFFLINE."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{name} is neither a local path nor a model on the hub that you may read. For a private or gated model, "
+            "log in with `hf auth login`."
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{name} could not be fetched from the hub: {reason}") from error
+    return folder, folder.name
+
+
+def _convert_gguf(path: Path, reference: ModelReference, target: Path) -> Path:
+    """Dequantize a GGUF file into a safetensors folder, tokenizer included.
+
+    Raises:
+        CheckpointError: missing or unreadable.
+        UnsupportedError: an architecture that transformers cannot read from GGUF.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist.")
+    with open(path, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise CheckpointError(f"{path} is not a GGUF file.")
+    dtype = getattr(torch, reference.dtype or "bfloat16")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except ImportError as error:
+        raise UnsupportedError(
+            f"Reading GGUF needs the gguf package: pip install 'llmprune[gguf]' ({error})."
+        ) from error
+    except Exception as error:  # the readers raise whatever the bytes lead them to
+        kind = UnsupportedError if "not supported" in str(error) else CheckpointError
+        reason = str(error).strip().splitlines() or [repr(error)]
+        raise kind(f"{path} cannot be read by transformers: {reason[0]}") from error
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return target
+
+
+def _convert_bin(folder: Path, target: Path) -> tuple[TensorEntry, ...]:
+    """Copy `.bin` weights into one safetensors file, one `.bin` in memory at a time; never executes a pickle."""
+    import pickle
+
+    import torch
+
+    entries: list[TensorEntry] = []
+    seen: dict[tuple[int, tuple[int, ...]], str] = {}
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+    for path in sorted(folder.glob("pytorch_model*.bin")):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+            raise CheckpointError(f"{path} is not a plain file of tensors and is not opened ({error}).") from None
+        shard: list[TensorEntry] = []
+        for name, tensor in state.items():
+            if not isinstance(tensor, torch.Tensor) or tensor.dtype not in names or STRAY.search(name):
+                continue
+            key = (tensor.data_ptr(), tuple(tensor.shape))
+            if seen.setdefault(key, name) != name:
+                continue  # a tied tensor is stored once
+            shard.append(TensorEntry(name, tuple(tensor.shape), names[tensor.dtype], None))
+        sub = target / path.stem
+        sub.mkdir()
+        write_shards(sub, shard, ((entry, state[entry.name]) for entry in shard), 2**62)
+        final = f"{path.stem}.safetensors"
+        (sub / "model.safetensors").replace(target / final)
+        sub.rmdir()
+        entries += [replace(entry, shard=final) for entry in shard]
+        seen.clear()
+        del state
+    return tuple(entries)
+
+
+def _without_strays(checkpoint: Checkpoint) -> Checkpoint:
+    """Hold the headers against the configuration, and leave out buffers that no current model reads.
+
+    Raises:
+        CheckpointError: tensors that are missing, unknown or of another shape.
+    """
+    expected = expected_index(checkpoint.config)
+    stored = checkpoint.by_name
+    tied = set(getattr(build_skeleton(checkpoint.config), "all_tied_weights_keys", None) or {})
+    dropped = tuple(name for name in stored if name not in expected and (STRAY.search(name) or name in tied))
+    missing = sorted(expected.keys() - stored.keys())
+    unknown = sorted(stored.keys() - expected.keys() - set(dropped))
+    for problem, names in (("lacks", missing), ("has, unknown to the model,", unknown)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            family = checkpoint.config.model_type
+            raise CheckpointError(f"{checkpoint.folder}: the checkpoint {problem} {names[0]}{more} ({family}).")
+    for name, shape in expected.items():
+        if stored[name].shape != shape:
+            raise CheckpointError(
+                f"{checkpoint.folder}: {name} has shape {list(stored[name].shape)}, but config.json makes it {list(shape)}."
+            )
+    return replace(checkpoint, entries=tuple(e for e in checkpoint.entries if e.name not in dropped), dropped=dropped)
+
+
+def _entries_from_config(config: PretrainedConfig) -> tuple[TensorEntry, ...]:
+    dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    code = DTYPES.get(dtype, "F32")
+    return tuple(TensorEntry(name, shape, code, None) for name, shape in expected_index(config).items())
+
+
+def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.companions, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers of every kind raise every kind
+        raise CheckpointError(f"{checkpoint.source} has no usable tokenizer, which this needs.") from error
+    result: PreTrainedTokenizerBase = tokenizer
+    return result
+
+
+def pick_device(device: str) -> str:
+    """`auto` is the first of CUDA, MPS and CPU that is there.
+
+    Raises:
+        CheckpointError: the device is not on this machine.
+    """
+    import torch
+
+    if device == "auto":
+        return "auto" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, number = device.partition(":")
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(kind, False) or (kind == "cuda" and int(number or 0) >= torch.cuda.device_count()):
+        raise CheckpointError(f"There is no device {device!r} on this machine. Try --device cpu.")
+    return device
+
+
+def load_model(
+    checkpoint: Checkpoint, device: str = "auto", dtype: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The full model for evaluation, spread by accelerate's device map.
+
+    Raises:
+        CheckpointError: transformers cannot load it, or keys are missing or do not fit.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    place = pick_device(device)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            config=checkpoint.config,
+            dtype=getattr(torch, dtype) if dtype else "auto",
+            device_map="auto" if place == "auto" else {"": place},
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise CheckpointError(f"{checkpoint.source} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    if info["missing_keys"] or info["mismatched_keys"]:
+        names = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
+        raise CheckpointError(f"{checkpoint.source} does not fit its config.json: {', '.join(names[:3])}.")
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def copy_companions(checkpoint: Checkpoint, target: Path) -> None:
+    """Copy tokenizer, chat template and generation config as they are."""
+    import shutil
+
+    for name in COMPANIONS:
+        source = checkpoint.companions / name
+        if source.is_file():
+            shutil.copyfile(source, target / name)
+    templates: Any = checkpoint.companions / "additional_chat_templates"
+    if templates.is_dir():
+        shutil.copytree(templates, target / templates.name)

@@ -1,0 +1,223 @@
+"""Results to stdout, as tables or as one JSON document; progress and warnings to stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from llmprune_cli.architecture import Widths
+    from llmprune_cli.evaluation import RunningPerplexity
+    from llmprune_cli.pipeline import (
+        EvalReport,
+        ExportResult,
+        InspectResult,
+        Listener,
+        ModelSummary,
+        PruneResult,
+        TensorRow,
+    )
+
+WIDTH_LABELS = {
+    "hidden_size": "hidden size",
+    "num_attention_heads": "query heads",
+    "num_key_value_heads": "KV groups",
+    "head_dim": "head dim",
+    "intermediate_size": "intermediate size",
+    "num_hidden_layers": "layers",
+}
+
+
+def print_json(result: Any) -> None:
+    """Print a result dataclass as one JSON document; a number that JSON lacks becomes null."""
+    json.dump(_plain(asdict(result)), sys.stdout, indent=2)
+    sys.stdout.write("\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_inspect(result: InspectResult) -> None:
+    """Tables of `inspect`."""
+    console = _console()
+    revision = f" @ {result.revision}" if result.revision else ""
+    console.print(f"[bold]{result.model}[/bold]{revision}  {result.model_type}", highlight=False)
+    console.print(_modules(result.before, result.after))
+    widths = Table("prunable width", "size", *(["after"] if result.after else []), "legal values", title="Widths")
+    for name, legal in result.prunable.items():
+        after = [f"{getattr(result.after.widths, name):,}"] if result.after else []
+        widths.add_row(WIDTH_LABELS[name], f"{getattr(result.before.widths, name):,}", *after, legal)
+    console.print(widths)
+    console.print(_totals(result.before, result.after))
+    if result.tied_embeddings:
+        console.print("Input and output embeddings are tied: one tensor, counted once.")
+    if result.dropped:
+        console.print(f"Stored but unused: {', '.join(result.dropped[:5])}{' …' if len(result.dropped) > 5 else ''}")
+    if not result.has_weights:
+        console.print("No weights here: shapes follow from config.json.")
+    _print_deviations(console, result.deviations)
+
+
+def print_prune(result: PruneResult) -> None:
+    """Tables of `prune`."""
+    console = _console()
+    console.print(_modules(result.before, result.after))
+    console.print(_width_table(result.before.widths, result.after.widths))
+    console.print(_totals(result.before, result.after))
+    _print_deviations(console, result.deviations)
+    if result.evaluation:
+        print_eval(result.evaluation)
+    if result.output:
+        console.print(f"Wrote [bold]{result.output}[/bold] in {result.seconds:.1f} s.", highlight=False)
+    elif result.evaluation:
+        console.print("Nothing was kept: give --output to save the pruned model.")
+    else:
+        console.print("Dry run: nothing was written.")
+
+
+def print_eval(report: EvalReport) -> None:
+    """Table of `eval`, one column for each model."""
+    table = Table(title=f"Perplexity on {report.dataset} ({report.split})")
+    table.add_column("")
+    for result in report.results:
+        table.add_column(result.model, justify="right", overflow="fold")
+    rows = {
+        "perplexity": [_number(r.perplexity) for r in report.results],
+        "windows × tokens": [f"{r.windows} × {r.max_seq_len}" for r in report.results],
+        "tokens": [f"{r.tokens:,}" for r in report.results],
+        "parameters": [f"{r.parameters:,}" for r in report.results],
+        "size": [_size(r.size_bytes) for r in report.results],
+        "time": [f"{r.seconds:.1f} s" for r in report.results],
+        "tokens per second": [f"{r.tokens_per_second:,.0f}" for r in report.results],
+        "peak memory so far": [_size(r.peak_memory_bytes) for r in report.results],
+    }
+    for label, values in rows.items():
+        table.add_row(label, *values)
+    _console().print(table)
+
+
+def print_export(result: ExportResult) -> None:
+    """Summary of `export`."""
+    _console().print(
+        f"Wrote [bold]{result.output}[/bold]: {result.format}, {result.dtype}, {result.parameters:,} parameters, "
+        f"{_size(result.size_bytes)}, {len(result.files)} files.",
+        highlight=False,
+    )
+
+
+def _console() -> Console:
+    return Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 120)
+
+
+def _modules(before: ModelSummary, after: ModelSummary | None) -> Table:
+    table = Table(title="Modules")
+    table.add_column("tensor", overflow="fold")
+    table.add_column("layers", justify="right")
+    table.add_column("dtype")
+    table.add_column("before" if after else "shape", justify="right")
+    if after:
+        table.add_column("after", justify="right")
+    table.add_column("parameters", justify="right")
+    table.add_column("share", justify="right")
+    pairs = list(zip(before.tensors, after.tensors if after else before.tensors, strict=True))
+    total = (after or before).parameters
+    for old, new in pairs:
+        layers = f"{old.layers}: {old.count} ×" if old.layers else ""
+        shapes = [_shape(old)] + ([_shape(new)] if after else [])
+        share = f"{100 * new.parameters / total:.1f}%"
+        table.add_row(old.template, layers, old.dtype, *shapes, f"{new.parameters:,}", share)
+    return table
+
+
+def _shape(row: TensorRow) -> str:
+    return " × ".join(map(str, row.shape))
+
+
+def _width_table(before: Widths, after: Widths) -> Table:
+    table = Table("width", title="Widths")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    for name, label in WIDTH_LABELS.items():
+        table.add_row(label, f"{getattr(before, name):,}", f"{getattr(after, name):,}")
+    return table
+
+
+def _totals(before: ModelSummary, after: ModelSummary | None) -> Table:
+    table = Table("total", title="Totals")
+    table.add_column("before" if after else "", justify="right")
+    if after:
+        table.add_column("after", justify="right")
+        table.add_column("removed", justify="right")
+    rows = {
+        "parameters": (lambda s: s.parameters, lambda n: f"{n:,}"),
+        "size": (lambda s: s.size_bytes, _size),
+        "KV cache per token": (lambda s: s.kv_cache_bytes_per_token, _size),
+    }
+    for label, (read, show) in rows.items():
+        cells = [show(read(before))]
+        if after:
+            cells += [show(read(after)), f"{100 * (1 - read(after) / read(before)):.1f}%"]
+        table.add_row(label, *cells)
+    return table
+
+
+def _print_deviations(console: Console, deviations: tuple[str, ...]) -> None:
+    for deviation in deviations:
+        console.print(f"Note: {deviation}", highlight=False, style="yellow")
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    return f"{count:.2f} TiB"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.2f}" if value < 1e9 else f"{value:.3g}"
+
+
+@contextmanager
+def progress_on_stderr() -> Iterator[Listener]:
+    """A listener that draws progress bars on stderr."""
+    from llmprune_cli.pipeline import Listener
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    with Progress(
+        *columns, TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TimeRemainingColumn(), console=console
+    ) as bars:
+        current: list[Any] = []
+
+        def stage(name: str, length: int) -> None:
+            current[:] = [bars.add_task(name, total=length, note="")]
+
+        def advance(amount: int) -> None:
+            bars.advance(current[0], amount)
+
+        def perplexity(_: str, state: RunningPerplexity) -> None:
+            speed = state.tokens / max(state.seconds, 1e-9)
+            note = f"perplexity {_number(state.perplexity)}, {speed:,.0f} tokens/s"
+            bars.update(current[0], completed=state.windows_done, note=note)
+
+        def warn(message: str) -> None:
+            console.print(f"Warning: {message}", style="yellow", highlight=False)
+
+        yield Listener(stage, advance, warn, perplexity)

@@ -1,0 +1,557 @@
+"""A small model of the same architecture, used to find out which indices belong together and to prove it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmprune_cli.architecture import (
+    Architecture,
+    Widths,
+    build_skeleton,
+    field_name,
+    on_disk,
+    reconfigure,
+    shallow_config,
+    split_name,
+)
+from llmprune_cli.errors import LlmpruneError, UnsupportedError
+from llmprune_cli.groups import Binding, Trace
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+TOKENS = 24  # length of the twin's input
+VOCABULARY = 32
+SEED = 20241  # of the twin's weights; any seed must give the same trace
+TOLERANCE = 1e-4  # relative; RoPE, softmax and norms run in float32 inside a float64 model
+
+Place = tuple[str, int]  # (tensor name or template, axis)
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A float64 model with real head counts and small everything else."""
+
+    architecture: Architecture  # the twin's own
+    model: PreTrainedModel
+    tokens: torch.Tensor  # [1, TOKENS]
+
+
+def build_twin(architecture: Architecture, head_dim: int, channels_per_head: int, neurons: int) -> Twin:
+    """Build a two-layer twin with random weights.
+
+    Raises:
+        UnsupportedError: transformers cannot build it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    real, config = architecture.widths, shallow_config(architecture.config)
+    heads = real.num_attention_heads
+    hidden_size = heads * (channels_per_head if architecture.explicit_head_dim else head_dim)
+    layers = min(2, real.num_hidden_layers)
+    widths = Widths(hidden_size, heads, real.num_key_value_heads, head_dim, neurons, layers)
+    changes: dict[str, Any] = {
+        "hidden_size": hidden_size,
+        field_name(config, "intermediate_size") or "intermediate_size": neurons,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 2 * TOKENS,
+        **({"head_dim": head_dim} if architecture.explicit_head_dim else {}),
+        **_small_fields(config, head_dim),
+    }
+    try:
+        small = reconfigure(config, changes)
+        torch_state = torch.random.get_rng_state()
+        model = AutoModelForCausalLM.from_config(small, attn_implementation="eager").double().eval()
+        torch.random.set_rng_state(torch_state)
+    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise UnsupportedError(f"No small twin of {config.model_type} can be built ({error}).") from error
+    generator = torch.Generator().manual_seed(SEED)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(1 + 0.2 * noise if parameter.ndim == 1 else noise / parameter.shape[-1] ** 0.5)
+    tokens = torch.randint(3, VOCABULARY, (1, TOKENS), generator=generator)
+    twin_architecture = replace(architecture, config=small, widths=widths)
+    return Twin(twin_architecture, model, tokens)
+
+
+def _small_fields(config: PretrainedConfig, head_dim: int) -> dict[str, Any]:
+    """Fields that must follow the small sizes: token ids, per-dimension RoPE factors, activations with dead zones."""
+    changes: dict[str, Any] = {}
+    for name, value in config.to_dict().items():
+        if name.endswith("_token_id"):
+            changes[name] = {"bos_token_id": 1, "eos_token_id": 2}.get(name)
+        elif name == "rope_parameters" and isinstance(value, dict):
+            changes[name] = _cut_lists(value, head_dim // 2)
+        elif value in ("relu", "relu2") and ("act" in name):
+            changes[name] = "gelu"  # a neuron that never fires would look like one that nothing reads
+        elif name in ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout"):
+            changes[name] = 0.0
+    return changes
+
+
+def _cut_lists(value: dict[str, Any], length: int) -> dict[str, Any]:
+    def cut(item: Any) -> Any:
+        return _cut_lists(item, length) if isinstance(item, dict) else item[:length] if isinstance(item, list) else item
+
+    return {name: cut(item) for name, item in value.items()}
+
+
+# --- trace ---------------------------------------------------------------------------------------------------------
+
+
+def trace(architecture: Architecture) -> Trace:
+    """Find the coupled axes of an architecture and the unit at each of their indices.
+
+    Which axes: those whose size follows a width when the width takes one step. Which indices: zeroing what reads a unit
+    makes the gradient of exactly that unit's rows vanish. Units are told apart by a binary code, with two passes for
+    each bit, so that a row which several units need is never taken for one unit's own.
+
+    Raises:
+        UnsupportedError: no twin can be built.
+    """
+    twin = build_twin(architecture, head_dim=4, channels_per_head=3, neurons=12)
+    widths = twin.architecture.widths
+    followers = {
+        "hidden_size": _step(twin, "hidden_size", widths.num_attention_heads),
+        "head_dim": _step(twin, "head_dim", 2) if architecture.explicit_head_dim else None,
+        "intermediate_size": _step(twin, "intermediate_size", 1),
+    }
+    followers["head_dim"] = followers["head_dim"] or followers["hidden_size"]
+    found: list[Binding] = []
+    readers: dict[str, Place] = {}
+    refused: dict[str, str] = {}
+    for width, spaces in (
+        ("intermediate_size", {"intermediate_size": widths.intermediate_size}),
+        ("head_dim", _head_spaces(widths)),
+    ):
+        bound = followers[width]
+        if bound is None or not bound.disk:
+            refused.update(dict.fromkeys(spaces, f"no tensor axis of {architecture.config.model_type} follows it"))
+            continue
+        reader = _find_reader(twin, bound, widths, spaces)
+        labels = {name: _labels(twin, bound, reader, name, count, widths) for name, count in spaces.items()}
+        readers.update({name: (split_name(reader[0])[0], reader[1]) for name in spaces})
+        bindings, reason = _bind(
+            bound, labels, widths, loose=width == "head_dim" and not architecture.explicit_head_dim
+        )
+        found += bindings
+        refused.update(dict.fromkeys(spaces, reason) if reason else {})
+    taken = {(binding.template, binding.axis) for binding in found}
+    hidden = followers["hidden_size"]
+    if hidden is None or not hidden.disk:
+        refused["hidden_size"] = f"no tensor axis of {architecture.config.model_type} follows it"
+    else:
+        bindings, reason = _bind_channels(hidden, taken, widths)
+        found += bindings
+        refused.update({"hidden_size": reason} if reason else {})
+    return Trace(tuple(found), readers, _scored(twin), refused)
+
+
+def _head_spaces(widths: Widths) -> dict[str, int]:
+    spaces = {"num_attention_heads": widths.num_attention_heads, "num_key_value_heads": widths.num_key_value_heads}
+    return spaces
+
+
+@dataclass(frozen=True)
+class _Followers:
+    """The axes whose size follows a width."""
+
+    disk: dict[Place, int]  # (tensor name on disk, axis) → size
+    memory: dict[Place, int]
+
+
+def _step(twin: Twin, width: str, increment: int) -> _Followers | None:
+    """Compare two skeletons whose configurations differ by the next legal step of one width."""
+    config = twin.architecture.config
+    name = field_name(config, width) or width
+    before = _shapes(config)
+    for steps in (1, 2, 4, 8):
+        size = getattr(twin.architecture.widths, width) + increment * steps
+        try:
+            after = _shapes(reconfigure(config, {name: size}))
+        except (ValueError, LlmpruneError):
+            continue
+        return _Followers(_changed(before[0], after[0]), _changed(before[1], after[1]))
+    return None
+
+
+def _shapes(config: PretrainedConfig) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    model = build_skeleton(config)
+    state = model.state_dict()
+    disk = {name: tuple(tensor.shape) for name, tensor in on_disk(model, state).items()}
+    return disk, {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _changed(before: dict[str, tuple[int, ...]], after: dict[str, tuple[int, ...]]) -> dict[Place, int]:
+    return {
+        (name, axis): size
+        for name, shape in before.items()
+        for axis, size in enumerate(shape)
+        if name in after and len(after[name]) == len(shape) and after[name][axis] != size
+    }
+
+
+def _find_reader(twin: Twin, bound: _Followers, widths: Widths, spaces: dict[str, int]) -> Place:
+    """The parameter axis whose zeroing silences the most other axes: that is what reads the units."""
+    count = spaces.get("intermediate_size", widths.num_attention_heads)
+    chunk = 1 if "intermediate_size" in spaces else widths.head_dim
+    group = 1 if "intermediate_size" in spaces else widths.heads_per_group
+    baseline = _dead(twin, bound)
+    best, best_score = None, 0
+    seen = set()
+    for (name, axis), size in bound.memory.items():
+        template = split_name(name)[0]
+        if size != count * chunk or twin.model.get_parameter(name).ndim < 2 or (template, axis) in seen:
+            continue
+        seen.add((template, axis))
+        with _zeroed(twin, (template, axis), range(group * chunk)):
+            dead = _dead(twin, bound)
+        score = sum(bool((dead[place] & ~baseline[place]).any()) for place in bound.disk)
+        if score > best_score:
+            best, best_score = (name, axis), score
+    if best is None:
+        names = ", ".join(sorted({split_name(name)[0] for name, _ in bound.disk})[:4])
+        raise UnsupportedError(f"Nothing that reads the units of {names} was found in the twin.")
+    return best
+
+
+@contextmanager
+def _zeroed(twin: Twin, reader: Place, indices: Any) -> Iterator[None]:
+    """Zero slices of a parameter template's axis in every layer, for the time being."""
+    import torch
+
+    template, axis = reader
+    index = torch.as_tensor(list(indices), dtype=torch.long)
+    saved = [(p, p.detach().clone()) for name, p in twin.model.named_parameters() if split_name(name)[0] == template]
+    with torch.no_grad():
+        for parameter, _ in saved:
+            parameter.index_fill_(axis, index, 0)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, before in saved:
+                parameter.copy_(before)
+
+
+def _dead(twin: Twin, bound: _Followers) -> dict[Place, torch.Tensor]:
+    """For each bound axis on disk, the indices whose gradient vanishes altogether."""
+    import torch
+
+    model = twin.model
+    model.zero_grad()
+    logits = model(input_ids=twin.tokens, use_cache=False).logits
+    weights = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).sin_().reshape(logits.shape)
+    (logits * weights).sum().backward()
+    gradients = {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in model.named_parameters()
+    }
+    stored = on_disk(model, gradients)
+    return {(name, axis): _silent(stored[name], axis) for name, axis in bound.disk}
+
+
+def _silent(tensor: torch.Tensor, axis: int) -> torch.Tensor:
+    moved = tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1)
+    return (moved == 0).all(dim=1)
+
+
+def _labels(
+    twin: Twin, bound: _Followers, reader: Place, width: str, count: int, widths: Widths
+) -> dict[Place, torch.Tensor]:
+    """The unit of `width` at each index of each bound axis, -1 where no single unit is responsible."""
+    import torch
+
+    place = (split_name(reader[0])[0], reader[1])
+    units = torch.arange(bound.memory[reader]) // (bound.memory[reader] // count)
+    labels = {place: torch.zeros(size, dtype=torch.long) for place, size in bound.disk.items()}
+    valid = {place: torch.ones(size, dtype=torch.bool) for place, size in bound.disk.items()}
+    for bit in range(max(1, (count - 1).bit_length())):
+        ones = (units >> bit) & 1 == 1
+        with _zeroed(twin, place, ones.nonzero().flatten()):
+            if_one = _dead(twin, bound)
+        with _zeroed(twin, place, (~ones).nonzero().flatten()):
+            if_zero = _dead(twin, bound)
+        for axis in bound.disk:
+            valid[axis] &= if_one[axis] ^ if_zero[axis]
+            labels[axis] |= if_one[axis].long() << bit
+    result = {axis: torch.where(valid[axis], labels[axis], -1) for axis in bound.disk}
+    return {**result, **_reader_on_disk(twin, bound, place, units)}
+
+
+def _reader_on_disk(twin: Twin, bound: _Followers, reader: Place, units: torch.Tensor) -> dict[Place, torch.Tensor]:
+    """Where the reader's own axis lies on disk: write its unit numbers into it and see where they come out."""
+    import torch
+
+    template, axis = reader
+    marked = {}
+    for name, parameter in twin.model.named_parameters():
+        mark = torch.zeros_like(parameter)
+        if split_name(name)[0] == template:
+            shape = [1] * parameter.ndim
+            shape[axis] = -1
+            mark += (units + 1).reshape(shape)
+        marked[name] = mark.detach()
+    result = {}
+    stored = on_disk(twin.model, marked)
+    for name, disk_axis in bound.disk:
+        moved = stored[name].movedim(disk_axis, 0).reshape(stored[name].shape[disk_axis], -1)
+        if (moved > 0).all() and (moved == moved[:, :1]).all():
+            result[name, disk_axis] = moved[:, 0].long() - 1
+    return result
+
+
+def _bind(
+    bound: _Followers, labels: dict[str, dict[Place, torch.Tensor]], widths: Widths, loose: bool
+) -> tuple[list[Binding], str]:
+    """Turn labels into bindings, one for each template and axis; the second value says why that failed."""
+    found: dict[tuple[str, int, str], Binding] = {}
+    for name, axis in bound.disk:
+        template = split_name(name)[0]
+        by_width = {width: spaces[name, axis] for width, spaces in labels.items()}
+        made = _bind_neurons if "intermediate_size" in by_width else _bind_heads
+        bindings = made(template, axis, _with_bias(name, axis, by_width, labels), widths)
+        if bindings is None:
+            if loose or bound.disk[name, axis] == widths.head_dim:
+                continue
+            return [], f"the units along axis {axis} of {template} could not be told apart"
+        for binding in bindings:
+            if found.setdefault((template, axis, binding.width), binding) != binding:
+                return [], f"axis {axis} of {template} is laid out differently from layer to layer"
+    return list(found.values()), "" if found else "no axis carries its units"
+
+
+def _with_bias(
+    name: str, axis: int, own: dict[str, torch.Tensor], labels: dict[str, dict[Place, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """A bias follows the rows of its weight (a key bias has no gradient without a position encoding)."""
+    if not name.endswith(".bias"):
+        return own
+    size = len(next(iter(own.values())))
+    weight = name.removesuffix("bias") + "weight"
+    for weight_axis in (0, 1):
+        mates = {width: spaces.get((weight, weight_axis)) for width, spaces in labels.items()}
+        if all(mate is not None and len(mate) == size for mate in mates.values()):
+            return {width: mate for width, mate in mates.items() if mate is not None}
+    return own
+
+
+def _bind_neurons(template: str, axis: int, by_width: dict[str, torch.Tensor], widths: Widths) -> list[Binding] | None:
+    labels, count = by_width["intermediate_size"], widths.intermediate_size
+    for interleaved in (False, True):
+        binding = Binding(template, axis, "intermediate_size", len(labels) // count, interleaved)
+        units = binding.units(widths)
+        if len(units) == len(labels) and bool((units == labels).all()):
+            return [binding]
+    return None
+
+
+def _bind_heads(template: str, axis: int, by_width: dict[str, torch.Tensor], widths: Widths) -> list[Binding] | None:
+    size = len(by_width["num_attention_heads"])
+    if size % widths.head_dim:
+        return None
+    heads = _by_head(by_width["num_attention_heads"], widths.head_dim)
+    groups = _by_head(by_width["num_key_value_heads"], widths.head_dim)
+    if heads is None or groups is None:
+        return None
+    heads_per_group = widths.heads_per_group
+    if heads_per_group == 1:
+        heads = groups  # one name for a head and its group
+    if all(unit < 0 for unit in heads) and all(unit < 0 for unit in groups):
+        # a norm over all heads lets every row feel every unit: take the plain order, which the proof then checks
+        if size == widths.num_attention_heads * widths.head_dim:
+            heads = tuple(range(widths.num_attention_heads))
+        elif size == widths.num_key_value_heads * widths.head_dim:
+            groups = tuple(range(widths.num_key_value_heads))
+        else:
+            return None
+    # a row of one query head is bound to that head alone: a removed group takes its heads with it
+    groups = tuple(group if head < 0 else -1 for head, group in zip(heads, groups, strict=True))
+    if any(head < 0 and group < 0 for head, group in zip(heads, groups, strict=True)):
+        return None
+    made = {"num_attention_heads": heads, "num_key_value_heads": groups}
+    return [Binding(template, axis, width, heads=units) for width, units in made.items() if max(units) >= 0]
+
+
+def _by_head(labels: torch.Tensor, head_dim: int) -> tuple[int, ...] | None:
+    blocks = labels.reshape(-1, head_dim)
+    if not bool((blocks == blocks[:, :1]).all()):
+        return None
+    return tuple(blocks[:, 0].tolist())
+
+
+def _bind_channels(bound: _Followers, taken: set[Place], widths: Widths) -> tuple[list[Binding], str]:
+    found = {}
+    for (name, axis), size in bound.disk.items():
+        template = split_name(name)[0]
+        if (template, axis) in taken:
+            continue
+        if size != widths.hidden_size:
+            return [], f"axis {axis} of {template} has {size} elements for {widths.hidden_size} channels"
+        found[template, axis] = Binding(template, axis, "hidden_size")
+    return list(found.values()), ""
+
+
+def _scored(twin: Twin) -> frozenset[str]:
+    """Templates of the tensors that count in importance: weights of linear maps and of LayerNorm, as in torch-pruning.
+
+    Biases, RMSNorm and embeddings do not count; an embedding that is tied to the output projection does, as the latter.
+    """
+    import torch
+    from torch import nn
+
+    kinds: dict[int, bool] = {}
+    for module in twin.model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            counts = parameter.ndim >= 2 or (isinstance(module, nn.LayerNorm) and name == "weight")
+            counts = counts and not isinstance(module, nn.Embedding)
+            kinds[id(parameter)] = kinds.get(id(parameter), False) or counts
+    marked = {
+        name: torch.full_like(parameter, float(kinds[id(parameter)])).detach()
+        for name, parameter in twin.model.named_parameters()
+    }
+    return frozenset(split_name(name)[0] for name, mark in on_disk(twin.model, marked).items() if mark.flatten()[0] > 0)
+
+
+# --- proof ---------------------------------------------------------------------------------------------------------
+
+Prune = Callable[[Path, Path, Trace, "Architecture", Widths], "dict[str, dict[str, tuple[int, ...]]]"]
+
+
+def prove(architecture: Architecture, traced: Trace, changed: tuple[str, ...], prune: Prune) -> None:
+    """Prune a twin of other sizes for real and hold the result against a dense model without the same units.
+
+    The pruned twin must load through stock `AutoModelForCausalLM` with no missing, unexpected or mismatched key, and its
+    logits must equal those of the dense twin in which whatever reads a removed unit is zero and every norm over a pruned
+    axis sees the kept elements only.
+
+    Args:
+        changed: the widths to prune together, names of `Widths` fields.
+        prune: prune a saved folder into another; returns the units kept, by width and instance.
+
+    Raises:
+        UnsupportedError: the proof does not hold, with the tensor, axis or width to blame.
+    """
+    twin = build_twin(architecture, head_dim=6, channels_per_head=8, neurons=20)
+    after = _half(twin.architecture, changed)
+    with tempfile.TemporaryDirectory(prefix="llmprune-twin-") as name:
+        dense, pruned = Path(name, "dense"), Path(name, "pruned")
+        twin.model.save_pretrained(dense)
+        pruned.mkdir()
+        keep = prune(dense, pruned, traced, twin.architecture, after)
+        model = _load_stock(pruned, architecture.config.model_type)
+    difference = _compare(twin, model, traced, keep)
+    if not difference <= TOLERANCE:
+        raise UnsupportedError(
+            f"The twin proof fails for {architecture.config.model_type}: pruning {', '.join(changed)} changes the logits "
+            f"by {difference:.1e} of their size where the removed units are not read. Prune other widths."
+        )
+
+
+def _half(architecture: Architecture, changed: tuple[str, ...]) -> Widths:
+    """About half of each width to prune, within the architecture's rules."""
+    before = architecture.widths
+    groups, per_group = before.num_key_value_heads, before.heads_per_group
+    if "num_key_value_heads" in changed:
+        groups = max(1, groups // 2)
+    if "num_attention_heads" in changed and per_group > 1:
+        per_group = max(1, per_group // 2)
+    heads = groups * per_group
+    hidden, neurons = before.hidden_size, before.intermediate_size
+    if "hidden_size" in changed:
+        hidden = heads * (hidden // (2 * heads)) if heads <= hidden // 2 else hidden // 2
+    if not architecture.explicit_head_dim:
+        hidden = heads * before.head_dim
+    elif architecture.hidden_multiple_of_heads:
+        hidden -= hidden % heads
+    if "intermediate_size" in changed:
+        neurons //= 2
+    return replace(
+        before, hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=groups, intermediate_size=neurons
+    )
+
+
+def _load_stock(folder: Path, family: str) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float64, attn_implementation="eager", output_loading_info=True
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UnsupportedError(f"A pruned {family} does not load: {error}") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[problem]:
+            raise UnsupportedError(f"A pruned {family} loads with {problem}: {sorted(map(str, info[problem]))[:3]}.")
+    return model.double().eval()
+
+
+def _compare(twin: Twin, pruned: PreTrainedModel, traced: Trace, keep: dict[str, dict[str, tuple[int, ...]]]) -> float:
+    """Largest difference of logits, relative to the largest logit."""
+    import torch
+
+    model, widths = twin.model, twin.architecture.widths
+    with torch.no_grad():
+        for width, (template, axis) in traced.readers.items():
+            _silence_removed(model, template, axis, keep.get(width, {}), getattr(widths, width))
+        with _norms_of_kept(model, pruned):
+            dense_logits = model(input_ids=twin.tokens, use_cache=False).logits
+        pruned_logits = pruned(input_ids=twin.tokens, use_cache=False).logits
+    return float((dense_logits - pruned_logits).abs().max() / dense_logits.abs().max())
+
+
+def _silence_removed(
+    model: PreTrainedModel, template: str, axis: int, keep: dict[str, tuple[int, ...]], count: int
+) -> None:
+    import torch
+
+    for name, parameter in model.named_parameters():
+        found, numbers = split_name(name)
+        instance = ".".join(map(str, numbers))
+        if found != template or instance not in keep:
+            continue
+        units = torch.arange(parameter.shape[axis]) // (parameter.shape[axis] // count)
+        removed = ~torch.isin(units, torch.tensor(keep[instance]))
+        parameter.index_fill_(axis, removed.nonzero().flatten(), 0)
+
+
+@contextmanager
+def _norms_of_kept(model: PreTrainedModel, pruned: PreTrainedModel) -> Iterator[None]:
+    """Let every norm whose weight was cut see the kept elements only, through the pruned model's own norm."""
+    import torch
+
+    hooks = []
+    for name, module in model.named_modules():
+        small = pruned.get_submodule(name)
+        weight, small_weight = getattr(module, "weight", None), getattr(small, "weight", None)
+        if not isinstance(weight, torch.Tensor) or weight.ndim != 1 or len(weight) == len(small_weight):
+            continue
+        kept = _positions(weight, small_weight)
+
+        def replace_output(_: Any, inputs: Any, output: Any, small: Any = small, kept: Any = kept) -> torch.Tensor:
+            result = torch.zeros_like(output)
+            result[..., kept] = small(inputs[0][..., kept])
+            return result
+
+        hooks.append(module.register_forward_hook(replace_output))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _positions(whole: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """Indices of the elements that stayed (the twin's random weights are all different)."""
+    import torch
+
+    return torch.isin(whole, part).nonzero().flatten()
