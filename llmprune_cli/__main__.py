@@ -11,13 +11,17 @@ from llmprune_cli.errors import LlmpruneError
 INTERRUPTED = 130
 
 
-def main() -> None:
-    """Run the command line and exit with its documented code."""
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its documented code.
+
+    Args:
+        arguments: what follows the program's name; None takes them from `sys.argv`.
+    """
     signal.signal(signal.SIGTERM, _interrupt)
     from llmprune_cli.cli import app
 
     try:
-        app(standalone_mode=True)
+        app(arguments, prog_name="llmprune")
     except LlmpruneError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -179,13 +179,14 @@ def build_skeleton(config: PretrainedConfig) -> PreTrainedModel:
 
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=_is_remote(config))
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=_is_remote(config))
     except ValueError as error:
         if "Unrecognized configuration class" in str(error):
             raise UnsupportedError(f"{config.model_type} is not a causal language model in transformers.") from None
         raise CheckpointError(f"config.json does not describe a model: {error}") from error
     except (RuntimeError, TypeError, AttributeError, AssertionError, ZeroDivisionError) as error:
         raise CheckpointError(f"config.json does not describe a model: {error}") from error
+    return model
 
 
 def _is_remote(config: PretrainedConfig) -> bool:
@@ -222,7 +223,7 @@ def on_disk(model: PreTrainedModel, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def split_name(name: str) -> tuple[str, tuple[int, ...]]:
-    """A tensor name's template and the numbers in it: `model.layers.3.mlp.up_proj.weight` gives `…layers.{}.…`, (3,)."""
+    """A tensor name's template and its numbers: `model.layers.3.mlp.up_proj.weight` gives `…layers.{}.mlp…`, (3,)."""
     parts = name.split(".")
     numbers = tuple(int(part) for part in parts if part.isdigit())
     return ".".join("{}" if part.isdigit() else part for part in parts), numbers

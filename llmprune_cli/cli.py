@@ -125,8 +125,9 @@ def inspect(
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show modules, widths and totals, from headers and configuration alone; with a width option, also after pruning."""
+    """Show modules, widths and totals from headers and configuration; with a width option, after pruning too."""
     from llmprune_cli import output, pipeline
+    from llmprune_cli.loading import ModelReference
     from llmprune_cli.plan import WidthRequest
 
     request = WidthRequest(
@@ -141,7 +142,7 @@ def inspect(
         intermediate_size,
         round_to,
     )
-    result = pipeline.inspect(pipeline.ModelReference(model, revision, trust_remote_code), request)
+    result = pipeline.inspect(ModelReference(model, revision, trust_remote_code), request)
     (output.print_json if as_json else output.print_inspect)(result)
 
 
@@ -200,6 +201,7 @@ def prune(
     if dry_run and evaluate:
         raise typer.BadParameter("--dry-run makes no model to evaluate; leave out --eval.")
     from llmprune_cli import output, pipeline
+    from llmprune_cli.loading import ModelReference
     from llmprune_cli.plan import WidthRequest
     from llmprune_cli.writer import parse_size
 
@@ -216,7 +218,7 @@ def prune(
     )
     dtype_name = dtype.value if dtype else None
     evaluation = pipeline.EvalOptions(dataset, split, max_seq_len, limit, batch_size, device, dtype_name)
-    reference = pipeline.ModelReference(model, revision, trust_remote_code, dtype_name)
+    reference = ModelReference(model, revision, trust_remote_code, dtype_name)
     with output.progress_on_stderr() as listener:
         result = pipeline.prune(reference, options, evaluation if evaluate else None, listener)
     (output.print_json if as_json else output.print_prune)(result)
@@ -239,11 +241,12 @@ def evaluate_command(
 ) -> None:
     """Measure perplexity: mean over windows of the mean negative log-likelihood, exponentiated."""
     from llmprune_cli import output, pipeline
+    from llmprune_cli.loading import ModelReference
 
     dtype_name = dtype.value if dtype else None
     options = pipeline.EvalOptions(dataset, split, max_seq_len, limit, batch_size, device, dtype_name)
-    reference = pipeline.ModelReference(model, revision, trust_remote_code, dtype_name)
-    other = pipeline.ModelReference(compare, None, trust_remote_code, dtype_name) if compare else None
+    reference = ModelReference(model, revision, trust_remote_code, dtype_name)
+    other = ModelReference(compare, None, trust_remote_code, dtype_name) if compare else None
     with output.progress_on_stderr() as listener:
         report = pipeline.evaluate(reference, other, options, listener)
     (output.print_json if as_json else output.print_eval)(report)
@@ -263,11 +266,13 @@ def export(
 ) -> None:
     """Write a checkpoint in another format, dtype or shard size."""
     from llmprune_cli import output, pipeline
+    from llmprune_cli.export import ExportOptions
+    from llmprune_cli.loading import ModelReference
     from llmprune_cli.writer import parse_size
 
     dtype_name = dtype.value if dtype else None
-    options = pipeline.ExportOptions(dtype_name, parse_size(max_shard_size))
-    reference = pipeline.ModelReference(checkpoint, revision, trust_remote_code, dtype_name)
+    options = ExportOptions(dtype_name, parse_size(max_shard_size))
+    reference = ModelReference(checkpoint, revision, trust_remote_code, dtype_name)
     with output.progress_on_stderr() as listener:
         result = pipeline.export(reference, output_folder, format_name.value, options, overwrite, listener)
     (output.print_json if as_json else output.print_export)(result)

@@ -58,7 +58,7 @@ def window_nll(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
     import torch
     from torch.nn import functional
 
-    batch = batch.to(model.get_input_embeddings().weight.device)
+    batch = batch.to(next(model.get_input_embeddings().parameters()).device)
     hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state[:, :-1]
     targets = batch[:, 1:]
     vocabulary = model.config.get_text_config().vocab_size

@@ -110,7 +110,7 @@ def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     if model_type not in CONFIG_MAPPING and not trust_remote_code:
         raise UnsupportedError(f"{path} names the model type {model_type!r}, which transformers does not know.")
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # every configuration class raises its own kind
         reason = str(error).strip().splitlines() or [repr(error)]
         raise CheckpointError(f"{path} is refused by transformers: {reason[-1]}") from error
@@ -123,8 +123,13 @@ def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
 
 def _resolve_hub(reference: ModelReference, need_weights: bool) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-    from huggingface_hub.utils import HfHubHTTPError, disable_progress_bars
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     name, revision = reference.name, reference.revision
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -167,7 +172,7 @@ def _convert_gguf(path: Path, reference: ModelReference, target: Path) -> Path:
 
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist.")
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise CheckpointError(f"{path} is not a GGUF file.")
     dtype = getattr(torch, reference.dtype or "bfloat16")
@@ -184,7 +189,7 @@ def _convert_gguf(path: Path, reference: ModelReference, target: Path) -> Path:
         raise kind(f"{path} cannot be read by transformers: {reason[0]}") from error
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.hf_quantizer = None
+    vars(model)["hf_quantizer"] = None  # its record of quantization would make saving fail
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     return target
@@ -244,7 +249,7 @@ def _without_strays(checkpoint: Checkpoint) -> Checkpoint:
     for name, shape in expected.items():
         if stored[name].shape != shape:
             raise CheckpointError(
-                f"{checkpoint.folder}: {name} has shape {list(stored[name].shape)}, but config.json makes it {list(shape)}."
+                f"{checkpoint.folder}: {name} has shape {list(stored[name].shape)}; config.json makes it {list(shape)}."
             )
     return replace(checkpoint, entries=tuple(e for e in checkpoint.entries if e.name not in dropped), dropped=dropped)
 
@@ -300,8 +305,9 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     place = pick_device(device)
+    loaded: Any
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,
             config=checkpoint.config,
             dtype=getattr(torch, dtype) if dtype else "auto",
@@ -311,11 +317,13 @@ def load_model(
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise CheckpointError(f"{checkpoint.source} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
     if info["missing_keys"] or info["mismatched_keys"]:
         names = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
         raise CheckpointError(f"{checkpoint.source} does not fit its config.json: {', '.join(names[:3])}.")
-    loaded: PreTrainedModel = model.eval()
-    return loaded
+    model.eval()
+    return model
 
 
 def copy_companions(checkpoint: Checkpoint, target: Path) -> None:

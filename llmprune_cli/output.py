@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
@@ -164,16 +164,14 @@ def _totals(before: ModelSummary, after: ModelSummary | None) -> Table:
     if after:
         table.add_column("after", justify="right")
         table.add_column("removed", justify="right")
-    rows = {
-        "parameters": (lambda s: s.parameters, lambda n: f"{n:,}"),
-        "size": (lambda s: s.size_bytes, _size),
-        "KV cache per token": (lambda s: s.kv_cache_bytes_per_token, _size),
+    rows: dict[str, tuple[str, Callable[[float], str]]] = {
+        "parameters": ("parameters", lambda count: f"{count:,}"),
+        "size": ("size_bytes", _size),
+        "KV cache per token": ("kv_cache_bytes_per_token", _size),
     }
-    for label, (read, show) in rows.items():
-        cells = [show(read(before))]
-        if after:
-            cells += [show(read(after)), f"{100 * (1 - read(after) / read(before)):.1f}%"]
-        table.add_row(label, *cells)
+    for label, (name, show) in rows.items():
+        old, new = getattr(before, name), getattr(after, name, 0)
+        table.add_row(label, show(old), *([show(new), f"{100 * (1 - new / old):.1f}%"] if after else []))
     return table
 
 

@@ -261,8 +261,8 @@ def _legal_hidden(
         return hidden
     if not legal or (request.hidden_size is not None and architecture.explicit_head_dim):
         raise PlanError(
-            f"hidden_size = {hidden} is not legal with {heads} query heads: {architecture.config.model_type} needs {rule}. "
-            f"Legal values near it: {', '.join(map(str, legal)) or 'none'}."
+            f"hidden_size = {hidden} is not legal with {heads} query heads: {architecture.config.model_type} needs "
+            f"{rule}. Legal values near it: {', '.join(map(str, legal)) or 'none'}."
         )
     if request.hidden_size is not None:
         raise PlanError(f"hidden_size = {hidden} contradicts {heads} query heads: it must be {legal[0]} ({rule}).")

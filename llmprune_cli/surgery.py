@@ -47,5 +47,5 @@ def pruned_tensors(
                 tensor = tensor.index_select(axis, index)
         if tuple(tensor.shape) != entries[entry.name].shape:
             raise PlanError(f"The plan's units and widths disagree about {entry.name}. Make the plan anew.")
-        yield entries[entry.name], tensor
         progress(entry.size_bytes)
+        yield entries[entry.name], tensor

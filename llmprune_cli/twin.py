@@ -156,8 +156,7 @@ def trace(architecture: Architecture) -> Trace:
 
 
 def _head_spaces(widths: Widths) -> dict[str, int]:
-    spaces = {"num_attention_heads": widths.num_attention_heads, "num_key_value_heads": widths.num_key_value_heads}
-    return spaces
+    return {name: getattr(widths, name) for name in ("num_attention_heads", "num_key_value_heads")}
 
 
 @dataclass(frozen=True)
@@ -429,9 +428,9 @@ Prune = Callable[[Path, Path, Trace, "Architecture", Widths], "dict[str, dict[st
 def prove(architecture: Architecture, traced: Trace, changed: tuple[str, ...], prune: Prune) -> None:
     """Prune a twin of other sizes for real and hold the result against a dense model without the same units.
 
-    The pruned twin must load through stock `AutoModelForCausalLM` with no missing, unexpected or mismatched key, and its
-    logits must equal those of the dense twin in which whatever reads a removed unit is zero and every norm over a pruned
-    axis sees the kept elements only.
+    The pruned twin must load through stock `AutoModelForCausalLM` with no missing, unexpected or mismatched key, and
+    its logits must equal those of the dense twin in which whatever reads a removed unit is zero and every norm over a
+    pruned axis sees the kept elements only.
 
     Args:
         changed: the widths to prune together, names of `Widths` fields.
@@ -451,8 +450,8 @@ def prove(architecture: Architecture, traced: Trace, changed: tuple[str, ...], p
     difference = _compare(twin, model, traced, keep)
     if not difference <= TOLERANCE:
         raise UnsupportedError(
-            f"The twin proof fails for {architecture.config.model_type}: pruning {', '.join(changed)} changes the logits "
-            f"by {difference:.1e} of their size where the removed units are not read. Prune other widths."
+            f"The twin proof fails for {architecture.config.model_type}: pruning {', '.join(changed)} changes the "
+            f"logits by {difference:.1e} of their size where the removed units are not read. Prune other widths."
         )
 
 
@@ -483,16 +482,20 @@ def _load_stock(folder: Path, family: str) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
+    loaded: Any
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float64, attn_implementation="eager", output_loading_info=True
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise UnsupportedError(f"A pruned {family} does not load: {error}") from error
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             raise UnsupportedError(f"A pruned {family} loads with {problem}: {sorted(map(str, info[problem]))[:3]}.")
-    return model.double().eval()
+    model.double().eval()
+    return model
 
 
 def _compare(twin: Twin, pruned: PreTrainedModel, traced: Trace, keep: dict[str, dict[str, tuple[int, ...]]]) -> float:
@@ -533,7 +536,9 @@ def _norms_of_kept(model: PreTrainedModel, pruned: PreTrainedModel) -> Iterator[
     for name, module in model.named_modules():
         small = pruned.get_submodule(name)
         weight, small_weight = getattr(module, "weight", None), getattr(small, "weight", None)
-        if not isinstance(weight, torch.Tensor) or weight.ndim != 1 or len(weight) == len(small_weight):
+        if not isinstance(weight, torch.Tensor) or not isinstance(small_weight, torch.Tensor) or weight.ndim != 1:
+            continue
+        if len(weight) == len(small_weight):
             continue
         kept = _positions(weight, small_weight)
 

@@ -143,7 +143,7 @@ def write_shards(
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        with open(folder / name, "wb") as file:
+        with (folder / name).open("wb") as file:
             file.write(_encode_header(shard))
             for entry in shard:
                 _, tensor = next(stream)
@@ -170,10 +170,11 @@ def _encode_header(entries: Sequence[TensorEntry]) -> bytes:
     return struct.pack("<Q", len(encoded)) + encoded
 
 
-def _raw_bytes(tensor: torch.Tensor) -> memoryview:
+def _raw_bytes(tensor: torch.Tensor) -> Any:
+    """The tensor's bytes as a buffer, without a copy where it is contiguous."""
     import torch
 
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -32,8 +32,8 @@ def write_safetensors(
 
     def stream() -> Iterator[tuple[TensorEntry, torch.Tensor]]:
         for entry, tensor in checkpoint.tensors():
-            yield cast(entry), tensor.to(getattr(torch, dtype)) if dtype and tensor.is_floating_point() else tensor
             progress(entry.size_bytes)
+            yield cast(entry), tensor.to(getattr(torch, dtype)) if dtype and tensor.is_floating_point() else tensor
 
     write_shards(folder, [cast(entry) for entry in checkpoint.entries], stream(), max_shard_bytes)
     config = type(checkpoint.config).from_dict(checkpoint.config.to_dict())
