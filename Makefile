@@ -36,7 +36,7 @@ check-ranges:  ## run the core suite on the lowest versions that pyproject.toml 
 	sed -n '/^dependencies/,/^]/p; /^dev/,/^]/p' pyproject.toml | sed -n 's/^ *"\(.*\)>=\(.*\)",$$/\1==\2/p' | sort -u > $(VENV)-lowest/lowest.txt
 	$(VENV)-lowest/bin/pip install --quiet --disable-pip-version-check --requirement $(VENV)-lowest/lowest.txt
 	$(VENV)-lowest/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
-	$(VENV)-lowest/bin/python -m pytest -n auto
+	$(VENV)-lowest/bin/python -m pytest -n auto -W default
 
 clean:
 	rm -rf $(VENV) $(VENV)-lowest demo-output

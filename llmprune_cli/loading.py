@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
 BIN_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+CONVERTED_SHARD_BYTES = 5 * 10**9
+GGUF_DTYPE = "bfloat16"  # what GGUF is dequantized to unless --dtype says otherwise
 SMALL_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*"]
 # Files that travel with the weights; everything else in a model folder belongs to the weights or to other runtimes.
 COMPANIONS = (
@@ -63,6 +65,9 @@ def open_checkpoint(reference: ModelReference, need_weights: bool) -> Iterator[C
     """
     with tempfile.TemporaryDirectory(prefix="llmprune-model-") as temporary:
         path = Path(reference.name)
+        if path.suffix == ".gguf" and not need_weights:
+            yield _describe_gguf(path, reference)
+            return
         if path.suffix == ".gguf":
             folder, revision = _convert_gguf(path, reference, Path(temporary)), None
         elif path.exists():
@@ -160,6 +165,16 @@ def _resolve_hub(reference: ModelReference, need_weights: bool) -> tuple[Path, s
     return folder, folder.name
 
 
+def _describe_gguf(path: Path, reference: ModelReference) -> Checkpoint:
+    """What a GGUF file will be once dequantized, from its header alone."""
+    from transformers import AutoConfig
+
+    with _reading_gguf(path):
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    config.dtype = reference.dtype or GGUF_DTYPE
+    return Checkpoint(path.parent, reference.name, None, config, _entries_from_config(config), True, path.parent)
+
+
 def _convert_gguf(path: Path, reference: ModelReference, target: Path) -> Path:
     """Dequantize a GGUF file into a safetensors folder, tokenizer included.
 
@@ -170,23 +185,10 @@ def _convert_gguf(path: Path, reference: ModelReference, target: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist.")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise CheckpointError(f"{path} is not a GGUF file.")
-    dtype = getattr(torch, reference.dtype or "bfloat16")
-    try:
+    dtype = getattr(torch, reference.dtype or GGUF_DTYPE)
+    with _reading_gguf(path):
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except ImportError as error:
-        raise UnsupportedError(
-            f"Reading GGUF needs the gguf package: pip install 'llmprune[gguf]' ({error})."
-        ) from error
-    except Exception as error:  # the readers raise whatever the bytes lead them to
-        kind = UnsupportedError if "not supported" in str(error) else CheckpointError
-        reason = str(error).strip().splitlines() or [repr(error)]
-        raise kind(f"{path} cannot be read by transformers: {reason[0]}") from error
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     vars(model)["hf_quantizer"] = None  # its record of quantization would make saving fail
@@ -195,38 +197,61 @@ def _convert_gguf(path: Path, reference: ModelReference, target: Path) -> Path:
     return target
 
 
+@contextmanager
+def _reading_gguf(path: Path) -> Iterator[None]:
+    """Check the file and say in our words what transformers' reader has against it."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist.")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise CheckpointError(f"{path} is not a GGUF file.")
+    try:
+        yield
+    except ImportError as error:
+        raise UnsupportedError(
+            f"Reading GGUF needs the gguf package: pip install 'llmprune[gguf]' ({error})."
+        ) from error
+    except Exception as error:  # the readers raise whatever the bytes lead them to
+        kind = UnsupportedError if "not supported" in str(error) else CheckpointError
+        reason = str(error).strip().splitlines() or [repr(error)]
+        raise kind(f"{path} cannot be read by transformers: {reason[0]}") from error
+
+
 def _convert_bin(folder: Path, target: Path) -> tuple[TensorEntry, ...]:
-    """Copy `.bin` weights into one safetensors file, one `.bin` in memory at a time; never executes a pickle."""
+    """Copy `.bin` weights into safetensors shards, tensor by tensor; never executes a pickle.
+
+    Raises:
+        CheckpointError: a file that holds more than plain tensors, or less than its bytes should.
+    """
+    import torch
+
+    codes = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+    states = [_load_bin(path) for path in sorted(folder.glob("pytorch_model*.bin"))]
+    tensors = {
+        name: tensor
+        for state in states
+        for name, tensor in state.items()
+        if isinstance(tensor, torch.Tensor) and tensor.dtype in codes and not STRAY.search(name)
+    }
+    entries = [TensorEntry(name, tuple(tensor.shape), codes[tensor.dtype], None) for name, tensor in tensors.items()]
+    write_shards(target, entries, ((entry, tensors[entry.name]) for entry in entries), CONVERTED_SHARD_BYTES)
+    return read_index(target)
+
+
+def _load_bin(path: Path) -> dict[str, Any]:
+    """The memory-mapped tensors of one `.bin` file."""
     import pickle
 
     import torch
 
-    entries: list[TensorEntry] = []
-    seen: dict[tuple[int, tuple[int, ...]], str] = {}
-    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
-    for path in sorted(folder.glob("pytorch_model*.bin")):
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-            raise CheckpointError(f"{path} is not a plain file of tensors and is not opened ({error}).") from None
-        shard: list[TensorEntry] = []
-        for name, tensor in state.items():
-            if not isinstance(tensor, torch.Tensor) or tensor.dtype not in names or STRAY.search(name):
-                continue
-            key = (tensor.data_ptr(), tuple(tensor.shape))
-            if seen.setdefault(key, name) != name:
-                continue  # a tied tensor is stored once
-            shard.append(TensorEntry(name, tuple(tensor.shape), names[tensor.dtype], None))
-        sub = target / path.stem
-        sub.mkdir()
-        write_shards(sub, shard, ((entry, state[entry.name]) for entry in shard), 2**62)
-        final = f"{path.stem}.safetensors"
-        (sub / "model.safetensors").replace(target / final)
-        sub.rmdir()
-        entries += [replace(entry, shard=final) for entry in shard]
-        seen.clear()
-        del state
-    return tuple(entries)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).strip().splitlines() or [repr(error)]
+        raise CheckpointError(f"{path} is not a plain file of tensors, so it is not opened: {reason[0]}") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a dictionary of tensors.")
+    return state
 
 
 def _without_strays(checkpoint: Checkpoint) -> Checkpoint:
