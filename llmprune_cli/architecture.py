@@ -11,9 +11,9 @@ from llmprune_cli.errors import CheckpointError, UnsupportedError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-# The names that configurations give to each width, most usual first.
+# The names that configurations give to each width, most usual first; one that keeps several changes them together.
 FIELDS = {
-    "hidden_size": ("hidden_size",),
+    "hidden_size": ("hidden_size", "word_embed_proj_dim"),
     "num_attention_heads": ("num_attention_heads",),
     "num_key_value_heads": ("num_key_value_heads", "num_kv_heads"),
     "head_dim": ("head_dim",),
@@ -59,9 +59,10 @@ class Architecture:
     hidden_multiple_of_heads: bool  # the configuration refuses other hidden sizes
 
 
-def field_name(config: PretrainedConfig, width: str) -> str | None:
-    """The name under which a configuration keeps a width, if it does."""
-    return next((name for name in FIELDS[width] if hasattr(config, name)), None)
+def field_changes(config: PretrainedConfig, width: str, size: int) -> dict[str, int]:
+    """The fields to set so that a configuration has a width of this size."""
+    present = [name for name in FIELDS[width] if hasattr(config, name)]
+    return {name: size for name in present if getattr(config, name) == getattr(config, present[0])} or {width: size}
 
 
 def read_widths(config: PretrainedConfig) -> Widths:
@@ -72,6 +73,8 @@ def read_widths(config: PretrainedConfig) -> Widths:
         CheckpointError: a width is not a positive number.
     """
     found = {width: _read(config, width) for width in FIELDS}
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        found["num_key_value_heads"] = 1  # Falcon's first layout, whatever num_kv_heads says
     if found["num_key_value_heads"] is None:
         found["num_key_value_heads"] = found["num_attention_heads"]
     for width in ("hidden_size", "num_attention_heads", "num_hidden_layers"):
@@ -93,8 +96,7 @@ def read_widths(config: PretrainedConfig) -> Widths:
 
 
 def _read(config: PretrainedConfig, width: str) -> Any:
-    name = field_name(config, width)
-    return None if name is None else getattr(config, name)
+    return next((getattr(config, name) for name in FIELDS[width] if hasattr(config, name)), None)
 
 
 def with_widths(architecture: Architecture, widths: Widths) -> PretrainedConfig:
@@ -105,7 +107,7 @@ def with_widths(architecture: Architecture, widths: Widths) -> PretrainedConfig:
     """
     config, changes = architecture.config, {}
     for width in widths.changed_from(architecture.widths):
-        changes[field_name(config, width) or width] = getattr(widths, width)
+        changes.update(field_changes(config, width, getattr(widths, width)))
     if architecture.explicit_head_dim:
         changes["head_dim"] = widths.head_dim
     return reconfigure(config, changes)
@@ -118,9 +120,9 @@ def reconfigure(config: PretrainedConfig, changes: dict[str, Any]) -> Pretrained
         ValueError: the configuration's own rules refuse the change.
     """
     changed = type(config).from_dict(config.to_dict())
-    for name, value in changes.items():
-        setattr(changed, name, value)
     try:
+        for name, value in changes.items():
+            setattr(changed, name, value)
         if hasattr(changed, "validate"):
             changed.validate()
         return type(config).from_dict(changed.to_dict())

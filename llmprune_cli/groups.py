@@ -11,6 +11,7 @@ from llmprune_cli.errors import UnsupportedError
 if TYPE_CHECKING:
     import torch
 
+Keep = dict[str, dict[str, tuple[int, ...]]]  # width → instance → sorted indices of the units that stay
 GLOBAL_WIDTHS = ("hidden_size",)  # one choice of units for the whole model; the other widths choose per layer
 
 
@@ -61,7 +62,7 @@ class Trace:
     """What the twin says about an architecture."""
 
     bindings: tuple[Binding, ...]
-    readers: dict[str, tuple[str, int]]  # width → (parameter template in memory, axis) that reads its units
+    readers: tuple[Binding, ...]  # the bindings whose tensors read the units of heads and neurons
     scored: frozenset[str]  # templates whose weights count in the importance of a unit
     refused: dict[str, str]  # width → why it cannot be pruned
 
@@ -92,3 +93,30 @@ class Trace:
 def instance_of(width: str, numbers: tuple[int, ...]) -> str:
     """Which choice of units a tensor follows: one for the model (`""`), or the one of its layer (`"3"`)."""
     return "" if width in GLOBAL_WIDTHS else ".".join(map(str, numbers))
+
+
+def kept_mask(
+    trace: Trace, template: str, axis: int, chosen: dict[str, tuple[int, ...]], before: Widths
+) -> torch.Tensor:
+    """Which indices of a template's axis stay, given the units that stay of each width; bool [axis size]."""
+    import torch
+
+    bindings = [binding for binding in trace.on(template) if binding.axis == axis]
+    mask = torch.ones(len(bindings[0].units(before)), dtype=torch.bool)
+    for binding in bindings:
+        if binding.width in chosen:
+            lookup = torch.zeros(getattr(before, binding.width) + 1, dtype=torch.bool)
+            lookup[torch.tensor(chosen[binding.width])] = True
+            lookup[-1] = True  # units of -1: this width has no say
+            mask &= lookup[binding.units(before)]
+    return mask
+
+
+def chosen_for(keep: Keep, numbers: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The units that stay for a tensor with these numbers in its name.
+
+    Raises:
+        PlanError: the plan has no choice for the tensor's layer.
+    """
+    found = {width: choice.get(instance_of(width, numbers)) for width, choice in keep.items()}
+    return {width: units for width, units in found.items() if units is not None}

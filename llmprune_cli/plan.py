@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llmprune_cli.architecture import Architecture, Shape, Widths, read_widths, split_name, with_widths
 from llmprune_cli.checkpoint import Checkpoint, read_json
 from llmprune_cli.errors import CheckpointError, PlanError
-from llmprune_cli.groups import Trace, instance_of
+from llmprune_cli.groups import Keep, Trace, kept_mask
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from llmprune_cli.scoring import Scores
 
 PLAN_VERSION = 1
-Keep = dict[str, dict[str, tuple[int, ...]]]  # width → instance → sorted indices of the units that stay
 
 
 @dataclass(frozen=True)
@@ -357,30 +356,3 @@ def predicted_shapes(shapes: dict[str, Shape], trace: Trace, before: Widths, aft
             counts[template] = {axis: int(kept_mask(trace, template, axis, chosen, before).sum()) for axis in axes}
         result[name] = tuple(counts[template].get(axis, size) for axis, size in enumerate(shape))
     return result
-
-
-def kept_mask(
-    trace: Trace, template: str, axis: int, chosen: dict[str, tuple[int, ...]], before: Widths
-) -> torch.Tensor:
-    """Which indices of a template's axis stay, given the units that stay of each width; bool [axis size]."""
-    import torch
-
-    bindings = [binding for binding in trace.on(template) if binding.axis == axis]
-    mask = torch.ones(len(bindings[0].units(before)), dtype=torch.bool)
-    for binding in bindings:
-        if binding.width in chosen:
-            lookup = torch.zeros(getattr(before, binding.width) + 1, dtype=torch.bool)
-            lookup[torch.tensor(chosen[binding.width])] = True
-            lookup[-1] = True  # units of -1: this width has no say
-            mask &= lookup[binding.units(before)]
-    return mask
-
-
-def chosen_for(keep: Keep, numbers: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """The units that stay for a tensor with these numbers in its name.
-
-    Raises:
-        PlanError: the plan has no choice for the tensor's layer.
-    """
-    found = {width: choice.get(instance_of(width, numbers)) for width, choice in keep.items()}
-    return {width: units for width, units in found.items() if units is not None}

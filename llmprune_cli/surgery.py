@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from llmprune_cli.architecture import split_name
 from llmprune_cli.checkpoint import Checkpoint, TensorEntry
 from llmprune_cli.errors import PlanError
-from llmprune_cli.groups import Trace
-from llmprune_cli.plan import Plan, chosen_for, kept_mask, predicted_shapes
+from llmprune_cli.groups import Trace, chosen_for, kept_mask
+from llmprune_cli.plan import Plan, predicted_shapes
 
 if TYPE_CHECKING:
     import torch

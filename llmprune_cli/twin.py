@@ -13,14 +13,14 @@ from llmprune_cli.architecture import (
     Architecture,
     Widths,
     build_skeleton,
-    field_name,
+    field_changes,
     on_disk,
     reconfigure,
     shallow_config,
     split_name,
 )
 from llmprune_cli.errors import LlmpruneError, UnsupportedError
-from llmprune_cli.groups import Binding, Trace
+from llmprune_cli.groups import Binding, Keep, Trace, chosen_for, kept_mask
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 TOKENS = 24  # length of the twin's input
 VOCABULARY = 32
+EXPERTS = 3
+EXPERT_FIELDS = ("num_local_experts", "num_experts", "num_experts_per_tok")
 SEED = 20241  # of the twin's weights; any seed must give the same trace
 TOLERANCE = 1e-4  # relative; RoPE, softmax and norms run in float32 inside a float64 model
 
@@ -58,8 +60,8 @@ def build_twin(architecture: Architecture, head_dim: int, channels_per_head: int
     layers = min(2, real.num_hidden_layers)
     widths = Widths(hidden_size, heads, real.num_key_value_heads, head_dim, neurons, layers)
     changes: dict[str, Any] = {
-        "hidden_size": hidden_size,
-        field_name(config, "intermediate_size") or "intermediate_size": neurons,
+        **field_changes(config, "hidden_size", hidden_size),
+        **field_changes(config, "intermediate_size", neurons),
         "vocab_size": VOCABULARY,
         "max_position_embeddings": 2 * TOKENS,
         **({"head_dim": head_dim} if architecture.explicit_head_dim else {}),
@@ -68,7 +70,11 @@ def build_twin(architecture: Architecture, head_dim: int, channels_per_head: int
     try:
         small = reconfigure(config, changes)
         torch_state = torch.random.get_rng_state()
-        model = AutoModelForCausalLM.from_config(small, attn_implementation="eager").double().eval()
+        model = (
+            AutoModelForCausalLM.from_config(small, attn_implementation="eager", experts_implementation="eager")
+            .double()
+            .eval()
+        )
         torch.random.set_rng_state(torch_state)
     except (ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise UnsupportedError(f"No small twin of {config.model_type} can be built ({error}).") from error
@@ -82,6 +88,14 @@ def build_twin(architecture: Architecture, head_dim: int, channels_per_head: int
     return Twin(twin_architecture, model, tokens)
 
 
+def _head_dims(config: PretrainedConfig) -> tuple[int, int]:
+    """Two small head dims of which the position encoding turns a whole number of pairs, at least one."""
+    rotary = getattr(config, "rope_parameters", None) or {}
+    fraction = rotary.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    fits = [size for size in range(4, 257, 2) if int(size * fraction) >= 2 and int(size * fraction) % 2 == 0]
+    return fits[0], fits[1]
+
+
 def _small_fields(config: PretrainedConfig, head_dim: int) -> dict[str, Any]:
     """Fields that must follow the small sizes: token ids, per-dimension RoPE factors, activations with dead zones."""
     changes: dict[str, Any] = {}
@@ -90,6 +104,8 @@ def _small_fields(config: PretrainedConfig, head_dim: int) -> dict[str, Any]:
             changes[name] = {"bos_token_id": 1, "eos_token_id": 2}.get(name)
         elif name == "rope_parameters" and isinstance(value, dict):
             changes[name] = _cut_lists(value, head_dim // 2)
+        elif name in EXPERT_FIELDS and isinstance(value, int):
+            changes[name] = EXPERTS  # as many as are picked: an expert that no token reaches would look unread
         elif value in ("relu", "relu2") and ("act" in name):
             changes[name] = "gelu"  # a neuron that never fires would look like one that nothing reads
         elif name in ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout"):
@@ -117,7 +133,9 @@ def trace(architecture: Architecture) -> Trace:
     Raises:
         UnsupportedError: no twin can be built.
     """
-    twin = build_twin(architecture, head_dim=4, channels_per_head=3, neurons=12)
+    import torch
+
+    twin = build_twin(architecture, _head_dims(architecture.config)[0], channels_per_head=3, neurons=12)
     widths = twin.architecture.widths
     followers = {
         "hidden_size": _step(twin, "hidden_size", widths.num_attention_heads),
@@ -126,7 +144,7 @@ def trace(architecture: Architecture) -> Trace:
     }
     followers["head_dim"] = followers["head_dim"] or followers["hidden_size"]
     found: list[Binding] = []
-    readers: dict[str, Place] = {}
+    readers: list[Binding] = []
     refused: dict[str, str] = {}
     for width, spaces in (
         ("intermediate_size", {"intermediate_size": widths.intermediate_size}),
@@ -138,11 +156,14 @@ def trace(architecture: Architecture) -> Trace:
             continue
         reader = _find_reader(twin, bound, widths, spaces)
         labels = {name: _labels(twin, bound, reader, name, count, widths) for name, count in spaces.items()}
-        readers.update({name: (split_name(reader[0])[0], reader[1]) for name in spaces})
-        bindings, reason = _bind(
-            bound, labels, widths, loose=width == "head_dim" and not architecture.explicit_head_dim
-        )
+        loose = width == "head_dim" and not architecture.explicit_head_dim
+        if loose and widths.num_key_value_heads == 1:
+            _leave_channels_out(labels, widths)
+        bindings, reason = _bind(bound, labels, widths, loose, _output_axis(twin.model))
         found += bindings
+        marked = _reader_on_disk(twin, bound, (split_name(reader[0])[0], reader[1]), torch.arange(bound.memory[reader]))
+        places = {(split_name(name)[0], axis) for name, axis in marked}
+        readers += [binding for binding in bindings if (binding.template, binding.axis) in places]
         refused.update(dict.fromkeys(spaces, reason) if reason else {})
     taken = {(binding.template, binding.axis) for binding in found}
     hidden = followers["hidden_size"]
@@ -152,7 +173,7 @@ def trace(architecture: Architecture) -> Trace:
         bindings, reason = _bind_channels(hidden, taken, widths)
         found += bindings
         refused.update({"hidden_size": reason} if reason else {})
-    return Trace(tuple(found), readers, _scored(twin), refused)
+    return Trace(tuple(found), tuple(readers), _scored(twin), refused)
 
 
 def _head_spaces(widths: Widths) -> dict[str, int]:
@@ -170,12 +191,11 @@ class _Followers:
 def _step(twin: Twin, width: str, increment: int) -> _Followers | None:
     """Compare two skeletons whose configurations differ by the next legal step of one width."""
     config = twin.architecture.config
-    name = field_name(config, width) or width
     before = _shapes(config)
     for steps in (1, 2, 4, 8):
         size = getattr(twin.architecture.widths, width) + increment * steps
         try:
-            after = _shapes(reconfigure(config, {name: size}))
+            after = _shapes(reconfigure(config, field_changes(config, width, size)))
         except (ValueError, LlmpruneError):
             continue
         return _Followers(_changed(before[0], after[0]), _changed(before[1], after[1]))
@@ -204,6 +224,8 @@ def _find_reader(twin: Twin, bound: _Followers, widths: Widths, spaces: dict[str
     chunk = 1 if "intermediate_size" in spaces else widths.head_dim
     group = 1 if "intermediate_size" in spaces else widths.heads_per_group
     baseline = _dead(twin, bound)
+    shapes = _shapes(twin.architecture.config)[0]
+    matrix = {(name, axis): len(shapes[name]) > 1 for name, axis in bound.disk}
     best, best_score = None, 0
     seen = set()
     for (name, axis), size in bound.memory.items():
@@ -213,7 +235,8 @@ def _find_reader(twin: Twin, bound: _Followers, widths: Widths, spaces: dict[str
         seen.add((template, axis))
         with _zeroed(twin, (template, axis), range(group * chunk)):
             dead = _dead(twin, bound)
-        score = sum(bool((dead[place] & ~baseline[place]).any()) for place in bound.disk)
+        silenced = [place for place in bound.disk if bool((dead[place] & ~baseline[place]).any())]
+        score = sum(100 if matrix[place] else 1 for place in silenced)  # a norm or bias alone proves little
         if score > best_score:
             best, best_score = (name, axis), score
     if best is None:
@@ -308,19 +331,34 @@ def _reader_on_disk(twin: Twin, bound: _Followers, reader: Place, units: torch.T
     return result
 
 
+def _leave_channels_out(labels: dict[str, dict[Place, torch.Tensor]], widths: Widths) -> None:
+    """With one KV head, silencing it silences whole tensors, their channel axes too: take those labels back."""
+    for place, units in labels["num_attention_heads"].items():
+        if len(units) == widths.hidden_size and bool((units < 0).all()):
+            labels["num_key_value_heads"][place].fill_(-1)
+
+
+def _output_axis(model: PreTrainedModel) -> int:
+    """The axis of a weight that its bias runs along: 1 in GPT-2's transposed `Conv1D`, else 0."""
+    return int(any(type(module).__name__ == "Conv1D" for module in model.modules()))
+
+
 def _bind(
-    bound: _Followers, labels: dict[str, dict[Place, torch.Tensor]], widths: Widths, loose: bool
+    bound: _Followers, labels: dict[str, dict[Place, torch.Tensor]], widths: Widths, loose: bool, output_axis: int
 ) -> tuple[list[Binding], str]:
     """Turn labels into bindings, one for each template and axis; the second value says why that failed."""
     found: dict[tuple[str, int, str], Binding] = {}
     for name, axis in bound.disk:
         template = split_name(name)[0]
         by_width = {width: spaces[name, axis] for width, spaces in labels.items()}
+        by_width = _with_bias(name, output_axis, by_width, labels)
+        if loose and all(bool((units < 0).all()) for units in by_width.values()):
+            continue  # not an axis of heads but one of channels, whose size follows theirs
         made = _bind_neurons if "intermediate_size" in by_width else _bind_heads
-        bindings = made(template, axis, _with_bias(name, axis, by_width, labels), widths)
+        bindings = made(template, axis, by_width, widths)
         if bindings is None:
-            if loose or bound.disk[name, axis] == widths.head_dim:
-                continue
+            if bound.disk[name, axis] == widths.head_dim:
+                continue  # a norm over one head's elements, shared by all heads
             return [], f"the units along axis {axis} of {template} could not be told apart"
         for binding in bindings:
             if found.setdefault((template, axis, binding.width), binding) != binding:
@@ -329,17 +367,16 @@ def _bind(
 
 
 def _with_bias(
-    name: str, axis: int, own: dict[str, torch.Tensor], labels: dict[str, dict[Place, torch.Tensor]]
+    name: str, output_axis: int, own: dict[str, torch.Tensor], labels: dict[str, dict[Place, torch.Tensor]]
 ) -> dict[str, torch.Tensor]:
     """A bias follows the rows of its weight (a key bias has no gradient without a position encoding)."""
     if not name.endswith(".bias"):
         return own
     size = len(next(iter(own.values())))
     weight = name.removesuffix("bias") + "weight"
-    for weight_axis in (0, 1):
-        mates = {width: spaces.get((weight, weight_axis)) for width, spaces in labels.items()}
-        if all(mate is not None and len(mate) == size for mate in mates.values()):
-            return {width: mate for width, mate in mates.items() if mate is not None}
+    mates = {width: spaces.get((weight, output_axis)) for width, spaces in labels.items()}
+    if all(mate is not None and len(mate) == size for mate in mates.values()):
+        return {width: mate for width, mate in mates.items() if mate is not None}
     return own
 
 
@@ -422,7 +459,7 @@ def _scored(twin: Twin) -> frozenset[str]:
 
 # --- proof ---------------------------------------------------------------------------------------------------------
 
-Prune = Callable[[Path, Path, Trace, "Architecture", Widths], "dict[str, dict[str, tuple[int, ...]]]"]
+Prune = Callable[[Path, Path, Trace, Architecture, Widths], Keep]
 
 
 def prove(architecture: Architecture, traced: Trace, changed: tuple[str, ...], prune: Prune) -> None:
@@ -439,15 +476,16 @@ def prove(architecture: Architecture, traced: Trace, changed: tuple[str, ...], p
     Raises:
         UnsupportedError: the proof does not hold, with the tensor, axis or width to blame.
     """
-    twin = build_twin(architecture, head_dim=6, channels_per_head=8, neurons=20)
+    twin = build_twin(architecture, _head_dims(architecture.config)[1], channels_per_head=8, neurons=20)
     after = _half(twin.architecture, changed)
     with tempfile.TemporaryDirectory(prefix="llmprune-twin-") as name:
         dense, pruned = Path(name, "dense"), Path(name, "pruned")
         twin.model.save_pretrained(dense)
         pruned.mkdir()
         keep = prune(dense, pruned, traced, twin.architecture, after)
-        model = _load_stock(pruned, architecture.config.model_type)
-    difference = _compare(twin, model, traced, keep)
+        _silence_removed(dense, traced, twin.architecture.widths, keep)
+        whole, part = (_load_stock(folder, architecture.config.model_type) for folder in (dense, pruned))
+    difference = _compare(whole, part, twin.tokens, keep)
     if not difference <= TOLERANCE:
         raise UnsupportedError(
             f"The twin proof fails for {architecture.config.model_type}: pruning {', '.join(changed)} changes the "
@@ -485,7 +523,11 @@ def _load_stock(folder: Path, family: str) -> PreTrainedModel:
     loaded: Any
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float64, attn_implementation="eager", output_loading_info=True
+            folder,
+            dtype=torch.float64,
+            attn_implementation="eager",
+            experts_implementation="eager",
+            output_loading_info=True,
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise UnsupportedError(f"A pruned {family} does not load: {error}") from error
@@ -498,33 +540,37 @@ def _load_stock(folder: Path, family: str) -> PreTrainedModel:
     return model
 
 
-def _compare(twin: Twin, pruned: PreTrainedModel, traced: Trace, keep: dict[str, dict[str, tuple[int, ...]]]) -> float:
-    """Largest difference of logits, relative to the largest logit."""
+def _silence_removed(folder: Path, traced: Trace, widths: Widths, keep: Keep) -> None:
+    """Zero, in a saved dense twin, whatever reads a removed head or neuron."""
+    from safetensors.torch import load_file, save_file
+
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            template, numbers = split_name(name)
+            for binding in traced.readers:
+                if binding.template == template:
+                    mask = kept_mask(traced, template, binding.axis, chosen_for(keep, numbers), widths)
+                    tensor.index_fill_(binding.axis, (~mask).nonzero().flatten(), 0)
+        save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _compare(dense: PreTrainedModel, pruned: PreTrainedModel, tokens: torch.Tensor, keep: Keep) -> float:
+    """Largest difference of logits, relative to the largest logit.
+
+    The removed channels' embeddings are zero as well, for families that read the residual stream without a norm.
+    """
     import torch
 
-    model, widths = twin.model, twin.architecture.widths
-    with torch.no_grad():
-        for width, (template, axis) in traced.readers.items():
-            _silence_removed(model, template, axis, keep.get(width, {}), getattr(widths, width))
-        with _norms_of_kept(model, pruned):
-            dense_logits = model(input_ids=twin.tokens, use_cache=False).logits
-        pruned_logits = pruned(input_ids=twin.tokens, use_cache=False).logits
+    with torch.no_grad(), _norms_of_kept(dense, pruned):
+        for channels in keep.get("hidden_size", {}).values():
+            embedding = next(dense.get_input_embeddings().parameters())
+            removed = torch.ones(embedding.shape[1], dtype=torch.bool)
+            removed[torch.tensor(channels)] = False
+            embedding[:, removed] = 0
+        dense_logits = dense(input_ids=tokens, use_cache=False).logits
+        pruned_logits = pruned(input_ids=tokens, use_cache=False).logits
     return float((dense_logits - pruned_logits).abs().max() / dense_logits.abs().max())
-
-
-def _silence_removed(
-    model: PreTrainedModel, template: str, axis: int, keep: dict[str, tuple[int, ...]], count: int
-) -> None:
-    import torch
-
-    for name, parameter in model.named_parameters():
-        found, numbers = split_name(name)
-        instance = ".".join(map(str, numbers))
-        if found != template or instance not in keep:
-            continue
-        units = torch.arange(parameter.shape[axis]) // (parameter.shape[axis] // count)
-        removed = ~torch.isin(units, torch.tensor(keep[instance]))
-        parameter.index_fill_(axis, removed.nonzero().flatten(), 0)
 
 
 @contextmanager
