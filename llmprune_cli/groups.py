@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from llmprune_cli.architecture import Shape, Widths, split_name
@@ -72,7 +73,19 @@ class Trace:
 
     def on(self, template: str) -> tuple[Binding, ...]:
         """The bindings of one tensor template."""
-        return tuple(binding for binding in self.bindings if binding.template == template)
+        return self._by_template.get(template, ())
+
+    @cached_property
+    def _by_template(self) -> dict[str, tuple[Binding, ...]]:
+        return {template: tuple(b for b in self.bindings if b.template == template) for template in self._templates}
+
+    @cached_property
+    def _templates(self) -> frozenset[str]:
+        return frozenset(binding.template for binding in self.bindings)
+
+    def limited_to(self, widths: tuple[str, ...]) -> Trace:
+        """The same trace with the bindings of some widths only."""
+        return replace(self, bindings=tuple(binding for binding in self.bindings if binding.width in widths))
 
     def check(self, shapes: dict[str, Shape], widths: Widths) -> None:
         """Hold the bindings against a real checkpoint's shapes.

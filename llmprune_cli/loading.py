@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune_cli.architecture import build_skeleton, expected_index
+from llmprune_cli.architecture import build_skeleton, expected_index, on_disk
 from llmprune_cli.checkpoint import Checkpoint, TensorEntry, read_index, read_json
 from llmprune_cli.errors import CheckpointError, UnsupportedError
 from llmprune_cli.writer import write_shards
@@ -76,7 +76,8 @@ def open_checkpoint(reference: ModelReference, need_weights: bool) -> Iterator[C
             folder, revision = _resolve_hub(reference, need_weights)
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is neither a model folder nor a .gguf file.")
-        entries = read_index(folder)
+        from_hub_without_weights = revision is not None and not need_weights
+        entries = () if from_hub_without_weights else read_index(folder)
         if not entries and need_weights and any(folder.glob("pytorch_model*.bin")):
             entries = _convert_bin(folder, Path(temporary))
             folder_of_weights = Path(temporary)
@@ -260,9 +261,10 @@ def _without_strays(checkpoint: Checkpoint) -> Checkpoint:
     Raises:
         CheckpointError: tensors that are missing, unknown or of another shape.
     """
-    expected = expected_index(checkpoint.config)
+    skeleton = build_skeleton(checkpoint.config)
+    expected = {name: tuple(tensor.shape) for name, tensor in on_disk(skeleton, skeleton.state_dict()).items()}
     stored = checkpoint.by_name
-    tied = set(getattr(build_skeleton(checkpoint.config), "all_tied_weights_keys", None) or {})
+    tied = set(getattr(skeleton, "all_tied_weights_keys", None) or {})
     dropped = tuple(name for name in stored if name not in expected and (STRAY.search(name) or name in tied))
     missing = sorted(expected.keys() - stored.keys())
     unknown = sorted(stored.keys() - expected.keys() - set(dropped))

@@ -17,15 +17,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from llmprune_cli.architecture import Widths
     from llmprune_cli.evaluation import RunningPerplexity
-    from llmprune_cli.pipeline import (
-        EvalReport,
-        ExportResult,
-        InspectResult,
-        Listener,
-        ModelSummary,
-        PruneResult,
-        TensorRow,
-    )
+    from llmprune_cli.pipeline import Listener
+    from llmprune_cli.results import EvalReport, ExportResult, InspectResult, ModelSummary, PruneResult, TensorRow
 
 WIDTH_LABELS = {
     "hidden_size": "hidden size",

@@ -7,22 +7,30 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune_cli import __version__
-from llmprune_cli.architecture import Architecture, Shape, Widths, discover, expected_index, split_name, with_widths
+from llmprune_cli.architecture import Architecture, Widths, discover, expected_index, with_widths
 from llmprune_cli.checkpoint import Checkpoint, TensorEntry, read_index
-from llmprune_cli.corpus import cut_windows, load_corpus
+from llmprune_cli.corpus import Corpus, cut_windows, load_corpus
 from llmprune_cli.errors import PlanError, UnsupportedError, VerificationError
 from llmprune_cli.evaluation import RunningPerplexity, evaluate_perplexity, peak_memory_bytes
 from llmprune_cli.export import FORMATS, ExportOptions
-from llmprune_cli.groups import Trace
-from llmprune_cli.loading import ModelReference, copy_companions, load_model, load_tokenizer, open_checkpoint
+from llmprune_cli.groups import Keep, Trace
+from llmprune_cli.loading import (
+    ModelReference,
+    copy_companions,
+    load_model,
+    load_tokenizer,
+    open_checkpoint,
+    pick_device,
+)
 from llmprune_cli.plan import (
     Plan,
+    Target,
     WidthRequest,
     choose,
     fingerprint,
@@ -32,15 +40,26 @@ from llmprune_cli.plan import (
     resolve,
     save_plan,
 )
+from llmprune_cli.proof import prove
+from llmprune_cli.results import (
+    SCHEMA_VERSION,
+    EvalReport,
+    EvalResult,
+    ExportResult,
+    InspectResult,
+    ModelSummary,
+    PruneResult,
+    summarize,
+)
 from llmprune_cli.scoring import IMPORTANCES
 from llmprune_cli.surgery import pruned_entries, pruned_tensors
-from llmprune_cli.twin import prove, trace
+from llmprune_cli.twin import trace
 from llmprune_cli.writer import check_target, staged_folder, write_json, write_shards
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
-SCHEMA_VERSION = 1
 MANIFEST_NAME = "llmprune.json"
 LONG_WINDOW = 8192  # tokens; longer windows by default deserve a warning
 FALLBACK_WINDOW = 2048  # tokens, for models that state no maximum
@@ -54,105 +73,6 @@ class Listener:
     advance: Callable[[int], None]  # more of it is done
     warn: Callable[[str], None]
     perplexity: Callable[[str, RunningPerplexity], None]  # model, where its evaluation stands
-
-
-@dataclass(frozen=True)
-class TensorRow:
-    """Tensors of one template and shape, folded over layers."""
-
-    template: str  # tensor name with {} for numbers
-    layers: str  # which, "0-31" for example; empty for tensors outside the layers
-    count: int
-    shape: Shape
-    dtype: str
-    parameters: int  # of all `count` tensors together
-
-
-@dataclass(frozen=True)
-class ModelSummary:
-    """One state of a model, before or after pruning."""
-
-    widths: Widths
-    parameters: int
-    size_bytes: int
-    kv_cache_bytes_per_token: int  # at the checkpoint's dtype, all layers, keys and values
-    tensors: tuple[TensorRow, ...]
-
-
-@dataclass(frozen=True)
-class InspectResult:
-    """What `inspect` reports."""
-
-    schema_version: int
-    model: str
-    revision: str | None
-    model_type: str
-    has_weights: bool
-    tied_embeddings: bool
-    prunable: dict[str, str]  # width → legal values, or "no: reason"
-    dropped: tuple[str, ...]  # stored tensors that the model does not use
-    before: ModelSummary
-    after: ModelSummary | None
-    deviations: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """Perplexity of one model."""
-
-    model: str
-    perplexity: float
-    mean_nll: float  # nats per token
-    windows: int
-    tokens: int
-    max_seq_len: int
-    seconds: float
-    tokens_per_second: float
-    peak_memory_bytes: int  # of this process, on CUDA of the device
-    parameters: int
-    size_bytes: int
-
-
-@dataclass(frozen=True)
-class EvalReport:
-    """What `eval` reports."""
-
-    schema_version: int
-    dataset: str
-    origin: str
-    split: str
-    results: tuple[EvalResult, ...]
-
-
-@dataclass(frozen=True)
-class PruneResult:
-    """What `prune` reports."""
-
-    schema_version: int
-    model: str
-    revision: str | None
-    output: str | None  # None for a dry run, or where the result was temporary
-    importance: str
-    seed: int
-    before: ModelSummary
-    after: ModelSummary
-    deviations: tuple[str, ...]
-    seconds: float
-    evaluation: EvalReport | None
-
-
-@dataclass(frozen=True)
-class ExportResult:
-    """What `export` reports."""
-
-    schema_version: int
-    model: str
-    output: str
-    format: str
-    dtype: str
-    parameters: int
-    size_bytes: int
-    files: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -183,18 +103,32 @@ class PruneOptions:
     max_shard_bytes: int = 5 * 10**9
 
 
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint together with what was found out about its architecture."""
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    trace: Trace
+
+    @property
+    def widths(self) -> Widths:
+        """The widths before pruning."""
+        return self.architecture.widths
+
+
 # --- inspect -------------------------------------------------------------------------------------------------------
 
 
 def inspect(reference: ModelReference, request: WidthRequest) -> InspectResult:
     """Describe a model from headers and configuration, and what a request would make of it."""
     with open_checkpoint(reference, need_weights=False) as checkpoint:
-        architecture, traced = _understand(checkpoint)
-        target = None if request.is_empty else resolve(architecture, request)
+        subject = understand(checkpoint)
+        target = None if request.is_empty else resolve(subject.architecture, request)
         after = None
         if target is not None:
-            _require(traced, target.widths.changed_from(architecture.widths), architecture)
-            after = _predict(checkpoint, architecture, traced, target.widths)
+            _require(subject, target.widths)
+            after = _predict(subject, target.widths)
         return InspectResult(
             schema_version=SCHEMA_VERSION,
             model=checkpoint.source,
@@ -202,76 +136,48 @@ def inspect(reference: ModelReference, request: WidthRequest) -> InspectResult:
             model_type=checkpoint.config.model_type,
             has_weights=checkpoint.has_weights,
             tied_embeddings=bool(getattr(checkpoint.config, "tie_word_embeddings", False)),
-            prunable=legal_values(architecture, traced),
+            prunable=legal_values(subject.architecture, subject.trace),
             dropped=checkpoint.dropped,
-            before=summarize(checkpoint.entries, architecture.widths),
+            before=summarize(checkpoint.entries, subject.widths),
             after=after,
             deviations=target.deviations if target else (),
         )
 
 
-def _understand(checkpoint: Checkpoint) -> tuple[Architecture, Trace]:
+def understand(checkpoint: Checkpoint) -> Subject:
+    """Trace a checkpoint's architecture and hold the trace against its shapes.
+
+    Raises:
+        UnsupportedError: no twin can be built, or the shapes follow other rules.
+    """
     architecture = discover(checkpoint.config)
     traced = trace(architecture)
     traced.check({entry.name: entry.shape for entry in checkpoint.entries}, architecture.widths)
-    return architecture, traced
+    return Subject(checkpoint, architecture, traced)
 
 
-def _require(traced: Trace, changed: tuple[str, ...], architecture: Architecture) -> None:
-    for width in changed:
-        if width in traced.refused:
-            raise UnsupportedError(
-                f"{architecture.config.model_type} cannot be pruned in {width}: {traced.refused[width]}."
-            )
+def _require(subject: Subject, widths: Widths) -> None:
+    for width in widths.changed_from(subject.widths):
+        if width in subject.trace.refused:
+            family = subject.architecture.config.model_type
+            raise UnsupportedError(f"{family} cannot be pruned in {width}: {subject.trace.refused[width]}.")
 
 
-def _predict(checkpoint: Checkpoint, architecture: Architecture, traced: Trace, widths: Widths) -> ModelSummary:
+def _predict(subject: Subject, widths: Widths) -> ModelSummary:
     """The summary after pruning, and the Counting oracle: shapes by plan must equal shapes by configuration.
 
     Raises:
         VerificationError: they differ.
     """
-    shapes = {entry.name: entry.shape for entry in checkpoint.entries}
-    after = predicted_shapes(shapes, traced, architecture.widths, widths)
-    expected = expected_index(with_widths(architecture, widths))
+    stored = subject.checkpoint.entries
+    after = predicted_shapes({entry.name: entry.shape for entry in stored}, subject.trace, subject.widths, widths)
+    expected = expected_index(with_widths(subject.architecture, widths))
     wrong = [name for name in after if after[name] != expected.get(name)] + sorted(expected.keys() - after.keys())
     if wrong:
         raise VerificationError(
             f"{wrong[0]} would become {after.get(wrong[0])}, but the new config makes it {expected.get(wrong[0])}."
         )
-    entries = [TensorEntry(entry.name, after[entry.name], entry.dtype, None) for entry in checkpoint.entries]
-    return summarize(entries, widths)
-
-
-def summarize(entries: tuple[TensorEntry, ...] | list[TensorEntry], widths: Widths) -> ModelSummary:
-    """Fold tensors over layers and add them up."""
-    folded: dict[tuple[str, Shape, str], list[TensorEntry]] = {}
-    for entry in entries:
-        folded.setdefault((split_name(entry.name)[0], entry.shape, entry.dtype), []).append(entry)
-    rows = tuple(
-        TensorRow(template, _ranges(members), len(members), shape, dtype, sum(e.numel for e in members))
-        for (template, shape, dtype), members in folded.items()
-    )
-    widest = max(entries, key=lambda entry: entry.numel)
-    kv_elements = 2 * widths.num_hidden_layers * widths.num_key_value_heads * widths.head_dim
-    return ModelSummary(
-        widths=widths,
-        parameters=sum(entry.numel for entry in entries),
-        size_bytes=sum(entry.size_bytes for entry in entries),
-        kv_cache_bytes_per_token=kv_elements * widest.size_bytes // widest.numel,
-        tensors=rows,
-    )
-
-
-def _ranges(entries: list[TensorEntry]) -> str:
-    numbers = sorted({found[0] for found in (split_name(entry.name)[1] for entry in entries) if found})
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1][1:] = [number]
-        else:
-            parts.append([number])
-    return ",".join("-".join(map(str, part)) for part in parts)
+    return summarize([TensorEntry(entry.name, after[entry.name], entry.dtype, None) for entry in stored], widths)
 
 
 # --- prune ---------------------------------------------------------------------------------------------------------
@@ -280,7 +186,10 @@ def _ranges(entries: list[TensorEntry]) -> str:
 def prune(
     reference: ModelReference, options: PruneOptions, evaluation: EvalOptions | None, listener: Listener
 ) -> PruneResult:
-    """Plan, and unless it is a dry run, write; then evaluate both models if asked."""
+    """Plan, and unless it is a dry run, write; then evaluate both models if asked.
+
+    Whatever can be refused is refused before any weight is read.
+    """
     started = time.perf_counter()
     with ExitStack() as stack:
         need_weights = not options.dry_run or options.save_plan is not None
@@ -290,34 +199,31 @@ def prune(
             output = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llmprune-")), "pruned")
         if output is not None:
             check_target(output, options.overwrite, _source_folder(reference, checkpoint))
-        architecture, traced = _understand(checkpoint)
-        if options.plan is not None:
-            plan, widths, deviations = _stored_plan(checkpoint, architecture, options.plan)
-        else:
-            target = resolve(architecture, options.request)
-            plan, widths, deviations = None, target.widths, target.deviations
-        changed = widths.changed_from(architecture.widths)
-        _require(traced, changed, architecture)
-        before = summarize(checkpoint.entries, architecture.widths)
-        after = _predict(checkpoint, architecture, traced, widths)
-        for deviation in deviations:
+        subject = understand(checkpoint)
+        plan = _stored_plan(subject, options.plan) if options.plan else None
+        target = Target(plan.after, plan.deviations) if plan else resolve(subject.architecture, options.request)
+        _require(subject, target.widths)
+        before, after = summarize(checkpoint.entries, subject.widths), _predict(subject, target.widths)
+        text = _prepare_text(checkpoint, reference, evaluation, listener) if evaluation else None
+        for deviation in target.deviations:
             listener.warn(deviation)
-        if changed:
-            prove(architecture, traced, changed, _prune_twin)
+        prove(subject.architecture, subject.trace, target.widths.changed_from(subject.widths), _prune_twin)
         if need_weights and plan is None:
-            plan = make_plan(checkpoint, architecture, traced, widths, deviations, options, listener)
+            plan = make_plan(subject, target, options.importance, options.seed, listener)
         if options.save_plan is not None and plan is not None:
             save_plan(plan, options.save_plan)
         report = None
         if output is not None and plan is not None and not options.dry_run:
             manifest = _manifest(reference, checkpoint, plan, options, before, after)
             with staged_folder(output, options.overwrite, _source_folder(reference, checkpoint)) as staging:
-                write_pruned(
-                    checkpoint, architecture, traced, plan, staging, manifest, options.max_shard_bytes, listener
-                )
-            if evaluation is not None:
+                write_pruned(subject, plan, staging, manifest, options.max_shard_bytes, listener)
+            if evaluation is not None and text is not None:
                 pruned = ModelReference(str(output), None, reference.trust_remote_code, reference.dtype)
-                report = _evaluate(checkpoint, reference, pruned, evaluation, listener)
+                name = str(options.output) if options.output else f"{checkpoint.source} (pruned)"
+                with open_checkpoint(pruned, need_weights=True) as opened:
+                    result = replace(opened, source=name)
+                    sides = [(reference, checkpoint, text), (pruned, result, text)]
+                    report = _evaluate(sides, evaluation, listener)
         return PruneResult(
             schema_version=SCHEMA_VERSION,
             model=checkpoint.source,
@@ -327,7 +233,7 @@ def prune(
             seed=plan.seed if plan else options.seed,
             before=before,
             after=after,
-            deviations=deviations,
+            deviations=target.deviations,
             seconds=time.perf_counter() - started,
             evaluation=report,
         )
@@ -339,39 +245,29 @@ def _source_folder(reference: ModelReference, checkpoint: Checkpoint) -> Path | 
     return path if path.exists() else checkpoint.folder
 
 
-def _stored_plan(
-    checkpoint: Checkpoint, architecture: Architecture, path: Path
-) -> tuple[Plan, Widths, tuple[str, ...]]:
+def _stored_plan(subject: Subject, path: Path) -> Plan:
     plan = read_plan(path)
-    if plan.fingerprint != fingerprint(checkpoint) or plan.before != architecture.widths:
-        raise PlanError(f"{path} was made for another model. Make a plan for {checkpoint.source} with --save-plan.")
-    return plan, plan.after, plan.deviations
+    if plan.fingerprint != fingerprint(subject.checkpoint) or plan.before != subject.widths:
+        raise PlanError(
+            f"{path} was made for another model. Make a plan for {subject.checkpoint.source} with --save-plan."
+        )
+    return plan
 
 
-def make_plan(
-    checkpoint: Checkpoint,
-    architecture: Architecture,
-    traced: Trace,
-    widths: Widths,
-    deviations: tuple[str, ...],
-    options: PruneOptions,
-    listener: Listener,
-) -> Plan:
+def make_plan(subject: Subject, target: Target, importance: str, seed: int, listener: Listener) -> Plan:
     """Score all units on the unpruned model and choose those that stay."""
-    before, changed = architecture.widths, widths.changed_from(architecture.widths)
+    checkpoint, before, changed = subject.checkpoint, subject.widths, target.widths.changed_from(subject.widths)
     scores = {}
     if changed:
         listener.stage("Scoring", checkpoint.size_bytes)
-        importance = IMPORTANCES[options.importance]
-        scores = importance(checkpoint, traced, before, options.seed, listener.advance)
-    keep = choose(scores, before, widths)
-    return Plan(fingerprint(checkpoint), before, widths, options.importance, options.seed, deviations, keep)
+        score = IMPORTANCES[importance]
+        scores = score(checkpoint, subject.trace.limited_to(changed), before, seed, listener.advance)
+    keep = choose(scores, before, target.widths)
+    return Plan(fingerprint(checkpoint), before, target.widths, importance, seed, target.deviations, keep)
 
 
 def write_pruned(
-    checkpoint: Checkpoint,
-    architecture: Architecture,
-    traced: Trace,
+    subject: Subject,
     plan: Plan,
     folder: Path,
     manifest: dict[str, Any],
@@ -383,10 +279,12 @@ def write_pruned(
     Raises:
         VerificationError: what was written is not what the plan predicts.
     """
-    entries = pruned_entries(checkpoint, traced, plan)
+    checkpoint = subject.checkpoint
+    entries = pruned_entries(checkpoint, subject.trace, plan)
     listener.stage("Writing", checkpoint.size_bytes)
-    write_shards(folder, entries, pruned_tensors(checkpoint, traced, plan, listener.advance), max_shard_bytes)
-    with_widths(architecture, plan.after).save_pretrained(folder)
+    tensors = pruned_tensors(checkpoint, subject.trace, plan, listener.advance)
+    write_shards(folder, entries, tensors, max_shard_bytes)
+    with_widths(subject.architecture, plan.after).save_pretrained(folder)
     copy_companions(checkpoint, folder)
     write_json(folder / MANIFEST_NAME, manifest)
     written = {entry.name: entry.shape for entry in read_index(folder)}
@@ -424,57 +322,69 @@ def _manifest(
     }
 
 
-def _prune_twin(
-    source: Path, target: Path, traced: Trace, architecture: Architecture, widths: Widths
-) -> dict[str, dict[str, tuple[int, ...]]]:
+def _prune_twin(source: Path, target: Path, traced: Trace, architecture: Architecture, widths: Widths) -> Keep:
     """Prune a saved twin as a user's model is pruned, at random."""
     quiet = Listener(lambda *_: None, lambda *_: None, lambda *_: None, lambda *_: None)
     checkpoint = Checkpoint(source, "twin", None, architecture.config, read_index(source), True, source)
-    options = PruneOptions(WidthRequest(), importance="random")
-    plan = make_plan(checkpoint, architecture, traced, widths, (), options, quiet)
-    write_pruned(checkpoint, architecture, traced, plan, target, {}, 2**62, quiet)
+    subject = Subject(checkpoint, architecture, traced)
+    plan = make_plan(subject, Target(widths, ()), "random", 0, quiet)
+    write_pruned(subject, plan, target, {}, 2**62, quiet)
     return plan.keep
 
 
 # --- eval ----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class EvalText:
+    """A corpus cut into one model's windows."""
+
+    corpus: Corpus
+    windows: torch.Tensor  # token ids, [N, T]
+
+
 def evaluate(
     reference: ModelReference, compare: ModelReference | None, options: EvalOptions, listener: Listener
 ) -> EvalReport:
-    """Perplexity of one model, or of two side by side on the same text."""
-    with open_checkpoint(reference, need_weights=True) as checkpoint:
-        return _evaluate(checkpoint, reference, compare, options, listener)
+    """Perplexity of one model, or of two side by side on the same text and with windows of the same length."""
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(open_checkpoint(reference, need_weights=True))
+        text = _prepare_text(checkpoint, reference, options, listener)
+        sides = [(reference, checkpoint, text)]
+        if compare is not None:
+            other = stack.enter_context(open_checkpoint(compare, need_weights=True))
+            alike = replace(options, max_seq_len=text.windows.shape[1])
+            sides.append((compare, other, _prepare_text(other, compare, alike, listener)))
+        return _evaluate(sides, options, listener)
+
+
+def _prepare_text(
+    checkpoint: Checkpoint, reference: ModelReference, options: EvalOptions, listener: Listener
+) -> EvalText:
+    pick_device(options.device)
+    corpus = load_corpus(options.dataset, options.split)
+    tokenizer = load_tokenizer(checkpoint, reference.trust_remote_code)
+    window = _window_tokens(checkpoint, options, listener)
+    return EvalText(corpus, cut_windows(corpus, tokenizer, window, options.limit))
 
 
 def _evaluate(
-    checkpoint: Checkpoint,
-    reference: ModelReference,
-    compare: ModelReference | None,
-    options: EvalOptions,
-    listener: Listener,
+    sides: list[tuple[ModelReference, Checkpoint, EvalText]], options: EvalOptions, listener: Listener
 ) -> EvalReport:
-    corpus = load_corpus(options.dataset, options.split)
-    window = _window_tokens(checkpoint, options, listener)
     results = []
-    with ExitStack() as stack:
-        pairs = [(reference, checkpoint)]
-        if compare is not None:
-            pairs.append((compare, stack.enter_context(open_checkpoint(compare, need_weights=True))))
-        for model_reference, opened in pairs:
-            tokenizer = load_tokenizer(opened, model_reference.trust_remote_code)
-            windows = cut_windows(corpus, tokenizer, window, options.limit)
-            model = load_model(opened, options.device, options.dtype, model_reference.trust_remote_code)
-            listener.stage(f"Evaluating {opened.source}", len(windows))
-            final = evaluate_perplexity(
-                model,
-                windows,
-                options.batch_size,
-                lambda state, name=opened.source: listener.perplexity(name, state),  # type: ignore[misc]
-            )
-            results.append(_eval_result(opened, model, final, window))
-            del model
-    return EvalReport(SCHEMA_VERSION, options.dataset, corpus.origin, options.split, tuple(results))
+    for reference, checkpoint, text in sides:
+        listener.stage(f"Evaluating {checkpoint.source}", len(text.windows))
+        model = load_model(checkpoint, options.device, options.dtype, reference.trust_remote_code)
+        final = evaluate_perplexity(
+            model,
+            text.windows,
+            options.batch_size,
+            lambda state, name=checkpoint.source: listener.perplexity(name, state),  # type: ignore[misc]
+        )
+        results.append(_eval_result(checkpoint, model, final, text.windows.shape[1]))
+        del model
+    origin = sides[0][2].corpus.origin
+    return EvalReport(SCHEMA_VERSION, options.dataset, origin, options.split, tuple(results))
 
 
 def _window_tokens(checkpoint: Checkpoint, options: EvalOptions, listener: Listener) -> int:

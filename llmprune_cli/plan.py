@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.architecture import Architecture, Shape, Widths, read_widths, split_name, with_widths
 from llmprune_cli.checkpoint import Checkpoint, read_json
-from llmprune_cli.errors import CheckpointError, PlanError
+from llmprune_cli.errors import CheckpointError, OutputError, PlanError
 from llmprune_cli.groups import Keep, Trace, kept_mask
 
 if TYPE_CHECKING:
@@ -74,10 +74,18 @@ class Plan:
 
 
 def save_plan(plan: Plan, path: Path) -> None:
-    """Write a plan, by temporary file and rename."""
+    """Write a plan, by temporary file and rename.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.llmprune")
-    temporary.write_text(json.dumps(plan.to_json()) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(plan.to_json()) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(f"The plan cannot be written to {path}: {reason}. Choose another --save-plan.") from error
 
 
 def read_plan(path: Path) -> Plan:

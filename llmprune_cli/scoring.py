@@ -9,11 +9,12 @@ import math
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmprune_cli.architecture import Widths, split_name
 from llmprune_cli.checkpoint import Checkpoint
-from llmprune_cli.groups import Binding, Trace, instance_of
+from llmprune_cli.groups import Trace, instance_of
 
 if TYPE_CHECKING:
     import torch
@@ -38,24 +39,19 @@ def score_magnitude(checkpoint: Checkpoint, trace: Trace, widths: Widths, seed: 
     """
     import torch
 
-    bindings = {template: trace.on(template) for template in trace.scored}
-    copies = {
-        width: max((b.copies for b in trace.of(width) if b.template in trace.scored), default=1) for width in WIDTHS
-    }
+    terms_of = {template: _terms(trace, template, widths) for template in trace.scored}
     totals: dict[tuple[str, str], torch.Tensor] = {}
     terms: dict[tuple[str, str], int] = defaultdict(int)
     for entry, tensor in checkpoint.tensors():
         template, numbers = split_name(entry.name)
-        on_template = bindings.get(template, ())
-        sums = squared_sums(tensor, {binding.axis for binding in on_template})
-        for binding in on_template:
-            units, elements = binding.units(widths), binding.elements(widths)
-            valid = units >= 0
-            for width, index, size in _places(binding, units, elements, copies, widths):
-                key = width, instance_of(width, numbers)
-                total = totals.setdefault(key, torch.zeros(size))
-                total.index_add_(0, index[valid], sums[binding.axis][valid])
-                terms[key] += 1
+        on_template = terms_of.get(template, ())
+        sums = squared_sums(tensor, {term.axis for term in on_template})
+        for term in on_template:
+            key = term.width, instance_of(term.width, numbers)
+            if key not in totals:
+                totals[key] = torch.zeros(term.size)
+            totals[key].index_add_(0, term.target, sums[term.axis][term.source])
+            terms[key] += 1
         progress(entry.size_bytes)
     scores: Scores = defaultdict(dict)
     for (width, instance), total in totals.items():
@@ -83,7 +79,6 @@ def score_random(checkpoint: Checkpoint, trace: Trace, widths: Widths, seed: int
 
 
 IMPORTANCES: dict[str, Importance] = {"magnitude": score_magnitude, "random": score_random}
-WIDTHS = ("hidden_size", HEADS, GROUPS, "intermediate_size")
 
 
 def instances(checkpoint: Checkpoint, trace: Trace) -> Iterator[tuple[str, str]]:
@@ -115,21 +110,38 @@ def _slab_sums(tensor: torch.Tensor, axis: int) -> torch.Tensor:
     return torch.cat([part.square().movedim(axis, 0).flatten(1).sum(1).float() for part in parts])
 
 
-def _places(
-    binding: Binding, units: torch.Tensor, elements: torch.Tensor, copies: dict[str, int], widths: Widths
-) -> Iterator[tuple[str, torch.Tensor, int]]:
-    """Where the sums of a binding's axis are added: width, index of each axis element, length of the vector.
+@dataclass(frozen=True)
+class _Term:
+    """Where the sums along one axis of a template are added."""
+
+    width: str
+    axis: int
+    source: torch.Tensor  # which elements of the axis count
+    target: torch.Tensor  # where in the vector of the width's elements each of them is added
+    size: int  # of that vector
+
+
+def _terms(trace: Trace, template: str, widths: Widths) -> tuple[_Term, ...]:
+    """What a template's tensors add to.
 
     Heads: unit by unit, P elements each. Neurons: copy by copy; a tensor that holds fewer copies than the gate|up
     projection adds to the last ones, as torch-pruning does.
     """
-    if binding.width not in (HEADS, GROUPS):
-        count, total = getattr(widths, binding.width), copies[binding.width]
-        yield binding.width, (total - binding.copies + elements) * count + units, total * count
-        return
-    within = elements % widths.head_dim
-    count = getattr(widths, binding.width)
-    yield binding.width, units * widths.head_dim + within, count * widths.head_dim
-    if binding.width == HEADS:
-        groups = units // widths.heads_per_group
-        yield GROUPS, groups * widths.head_dim + within, widths.num_key_value_heads * widths.head_dim
+    found = []
+    for binding in trace.on(template):
+        units, elements = binding.units(widths), binding.elements(widths)
+        source = (units >= 0).nonzero().flatten()
+        units, elements = units[source], elements[source]
+        count = getattr(widths, binding.width)
+        if binding.width not in (HEADS, GROUPS):
+            copies = max(other.copies for other in trace.of(binding.width) if other.template in trace.scored)
+            target = (copies - binding.copies + elements) * count + units
+            found.append(_Term(binding.width, binding.axis, source, target, copies * count))
+            continue
+        within = elements % widths.head_dim
+        target = units * widths.head_dim + within
+        found.append(_Term(binding.width, binding.axis, source, target, count * widths.head_dim))
+        if binding.width == HEADS:
+            target = units // widths.heads_per_group * widths.head_dim + within
+            found.append(_Term(GROUPS, binding.axis, source, target, widths.num_key_value_heads * widths.head_dim))
+    return tuple(found)

@@ -7,8 +7,10 @@ import os
 import re
 import shutil
 import struct
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,8 +86,10 @@ def check_target(target: Path, overwrite: bool, forbidden: Path | None = None) -
     parent = target.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    if not os.access(parent, os.W_OK):
-        raise OutputError(f"{parent} is not writable. Choose another --output.")
+    try:  # trying it is the only test that holds for every user and file system
+        Path(tempfile.mkdtemp(prefix=".llmprune-", dir=parent)).rmdir()
+    except OSError as error:
+        raise OutputError(f"{parent} is not writable ({error.strerror}). Choose another --output.") from error
 
 
 def _replace_folder(staging: Path, target: Path) -> None:
@@ -129,7 +133,7 @@ def write_shards(
     tensors: Iterable[tuple[TensorEntry, torch.Tensor]],
     max_shard_bytes: int,
 ) -> None:
-    """Stream tensors into safetensors shards and their index: one tensor is in memory at a time.
+    """Stream tensors into safetensors shards and their index: one tensor is written while the next is made.
 
     Args:
         entries: what will be written, in order, with final shapes and dtypes.
@@ -143,14 +147,16 @@ def write_shards(
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        with (folder / name).open("wb") as file:
-            file.write(_encode_header(shard))
+        with (folder / name).open("wb") as file, ThreadPoolExecutor(1) as writer:
+            writing = writer.submit(file.write, _encode_header(shard))
             for entry in shard:
                 _, tensor = next(stream)
                 if tuple(tensor.shape) != entry.shape:
                     raise ValueError(f"{entry.name}: {tuple(tensor.shape)} came where {entry.shape} was announced")
-                file.write(_raw_bytes(tensor))
+                writing.result()
+                writing = writer.submit(file.write, _raw_bytes(tensor))
                 weight_map[entry.name] = name
+            writing.result()
     if len(shards) > 1:
         total = {"total_size": sum(entry.size_bytes for entry in entries)}
         index = {"metadata": total, "weight_map": dict(sorted(weight_map.items()))}

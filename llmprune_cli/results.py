@@ -1,0 +1,141 @@
+"""What the commands report: plain dataclasses, ready for a table or for JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llmprune_cli.architecture import Shape, Widths, split_name
+from llmprune_cli.checkpoint import TensorEntry
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """Tensors of one template and shape, folded over layers."""
+
+    template: str  # tensor name with {} for numbers
+    layers: str  # which, "0-31" for example; empty for tensors outside the layers
+    count: int
+    shape: Shape
+    dtype: str
+    parameters: int  # of all `count` tensors together
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """One state of a model, before or after pruning."""
+
+    widths: Widths
+    parameters: int
+    size_bytes: int
+    kv_cache_bytes_per_token: int  # at the checkpoint's dtype, all layers, keys and values
+    tensors: tuple[TensorRow, ...]
+
+
+@dataclass(frozen=True)
+class InspectResult:
+    """What `inspect` reports."""
+
+    schema_version: int
+    model: str
+    revision: str | None
+    model_type: str
+    has_weights: bool
+    tied_embeddings: bool
+    prunable: dict[str, str]  # width → legal values, or "no: reason"
+    dropped: tuple[str, ...]  # stored tensors that the model does not use
+    before: ModelSummary
+    after: ModelSummary | None
+    deviations: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Perplexity of one model."""
+
+    model: str
+    perplexity: float
+    mean_nll: float  # nats per token
+    windows: int
+    tokens: int
+    max_seq_len: int
+    seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int  # of this process, on CUDA of the device
+    parameters: int
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """What `eval` reports."""
+
+    schema_version: int
+    dataset: str
+    origin: str
+    split: str
+    results: tuple[EvalResult, ...]
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What `prune` reports."""
+
+    schema_version: int
+    model: str
+    revision: str | None
+    output: str | None  # None for a dry run, or where the result was temporary
+    importance: str
+    seed: int
+    before: ModelSummary
+    after: ModelSummary
+    deviations: tuple[str, ...]
+    seconds: float
+    evaluation: EvalReport | None
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What `export` reports."""
+
+    schema_version: int
+    model: str
+    output: str
+    format: str
+    dtype: str
+    parameters: int
+    size_bytes: int
+    files: tuple[str, ...]
+
+
+def summarize(entries: Sequence[TensorEntry], widths: Widths) -> ModelSummary:
+    """Fold tensors over layers and add them up."""
+    folded: dict[tuple[str, Shape, str], list[TensorEntry]] = {}
+    for entry in entries:
+        folded.setdefault((split_name(entry.name)[0], entry.shape, entry.dtype), []).append(entry)
+    rows = tuple(
+        TensorRow(template, _ranges(members), len(members), shape, dtype, sum(e.numel for e in members))
+        for (template, shape, dtype), members in folded.items()
+    )
+    widest = max(entries, key=lambda entry: entry.numel)
+    kv_elements = 2 * widths.num_hidden_layers * widths.num_key_value_heads * widths.head_dim
+    return ModelSummary(
+        widths=widths,
+        parameters=sum(entry.numel for entry in entries),
+        size_bytes=sum(entry.size_bytes for entry in entries),
+        kv_cache_bytes_per_token=kv_elements * widest.size_bytes // widest.numel,
+        tensors=rows,
+    )
+
+
+def _ranges(entries: list[TensorEntry]) -> str:
+    numbers = sorted({found[0] for found in (split_name(entry.name)[1] for entry in entries) if found})
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ",".join("-".join(map(str, part)) for part in parts)
