@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check fix bench check-ranges clean
+.PHONY: demo test check lint fix bench check-ranges clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -18,11 +18,12 @@ demo: $(INSTALLED)  ## inspect, prune, evaluate and reload a real model
 test: $(INSTALLED)  ## run all tests
 	$(BIN)/python -m pytest -n auto
 
-check: $(INSTALLED)  ## lint, types and tests, warnings as errors
+check: lint test  ## lint, types and tests, warnings as errors
+
+lint: $(INSTALLED)  ## lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n auto
 
 fix: $(INSTALLED)  ## repair what can be repaired automatically
 	$(BIN)/ruff check --fix .

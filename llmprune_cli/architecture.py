@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -180,7 +181,8 @@ def build_skeleton(config: PretrainedConfig) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about empty tensors: sizes are checked elsewhere
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=_is_remote(config))
     except ValueError as error:
         if "Unrecognized configuration class" in str(error):

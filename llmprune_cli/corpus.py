@@ -72,7 +72,7 @@ def _load(name: str, configuration: str | None, split: str, **options: Any) -> A
     except Exception as error:  # builders raise every kind
         reason = (str(error).strip().splitlines() or [repr(error)])[0]
         raise CheckpointError(
-            f"No dataset {name!r} with a split {split!r} could be read: {reason} "
+            f"No dataset {options.get('data_files', {}).get(split, name)!r} with a split {split!r} could be read: {reason} "
             "Give a file, a folder, or a hub dataset; LLMPRUNE_WIKITEXT2 names a local folder for wikitext2."
         ) from error
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -72,17 +72,29 @@ def window_nll(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
     return total / targets.shape[1]
 
 
+class _Given:
+    """What a base model returns, of any family: the given hidden states, and None for whatever else is asked."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, index: int | slice) -> Any:
+        return (self.last_hidden_state,)[index]
+
+
 def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """Hidden states [B, T, D] to logits [B, T, V] by the model's own forward, so that soft-capping and scales stay.
 
     For this one call the base model's forward hands out the given hidden states.
     """
     import torch
-    from transformers.modeling_outputs import MoeModelOutputWithPast
 
     base = model.base_model
     original = base.forward
-    base.forward = lambda *args, **options: MoeModelOutputWithPast(last_hidden_state=hidden)
+    base.forward = lambda *args, **options: _Given(hidden)
     try:
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits

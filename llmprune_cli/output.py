@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -192,12 +192,15 @@ def progress_on_stderr() -> Iterator[Listener]:
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    with Progress(
+    bars = Progress(
         *columns, TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TimeRemainingColumn(), console=console
-    ) as bars:
+    )
+    with ExitStack() as started:
         current: list[Any] = []
 
         def stage(name: str, length: int) -> None:
+            if not current:
+                started.enter_context(bars)
             current[:] = [bars.add_task(name, total=length, note="")]
 
         def advance(amount: int) -> None:
