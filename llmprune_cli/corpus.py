@@ -71,8 +71,9 @@ def _load(name: str, configuration: str | None, split: str, **options: Any) -> A
         return load_dataset(name, configuration, split=split, **options)
     except Exception as error:  # builders raise every kind
         reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        shown = options.get("data_files", {}).get(split, name)
         raise CheckpointError(
-            f"No dataset {options.get('data_files', {}).get(split, name)!r} with a split {split!r} could be read: {reason} "
+            f"No dataset {shown!r} with a split {split!r} could be read: {reason} "
             "Give a file, a folder, or a hub dataset; LLMPRUNE_WIKITEXT2 names a local folder for wikitext2."
         ) from error
 
