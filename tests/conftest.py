@@ -17,6 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors, and pytest-xdist already keeps every core busy
 
 WIKITEXT2 = Path(
     os.environ.get("LLMPRUNE_WIKITEXT2", Path(__file__).parents[2] / "shared" / "data" / "wikitext-2-raw-v1")
