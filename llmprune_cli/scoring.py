@@ -42,10 +42,11 @@ def score_magnitude(checkpoint: Checkpoint, trace: Trace, widths: Widths, seed: 
     terms_of = {template: _terms(trace, template, widths) for template in trace.scored}
     totals: dict[tuple[str, str], torch.Tensor] = {}
     terms: dict[tuple[str, str], int] = defaultdict(int)
+    scratch = torch.empty(min(SLAB_BYTES, max(entry.size_bytes for entry in checkpoint.entries)), dtype=torch.uint8)
     for entry, tensor in checkpoint.tensors():
         template, numbers = split_name(entry.name)
         on_template = terms_of.get(template, ())
-        sums = squared_sums(tensor, {term.axis for term in on_template})
+        sums = squared_sums(tensor, {term.axis for term in on_template}, scratch)
         for term in on_template:
             key = term.width, instance_of(term.width, numbers)
             if key not in totals:
@@ -92,22 +93,35 @@ def instances(checkpoint: Checkpoint, trace: Trace) -> Iterator[tuple[str, str]]
     yield from seen
 
 
-def squared_sums(tensor: torch.Tensor, axes: set[int]) -> dict[int, torch.Tensor]:
-    """For each axis, the sums of squares over all other axes, rounded in the tensor's dtype, as float32 [axis size]."""
-    if not axes:
-        return {}
-    if tensor.nbytes <= SLAB_BYTES:
-        squares = tensor.square()
-        return {axis: squares.movedim(axis, 0).reshape(tensor.shape[axis], -1).sum(1).float() for axis in axes}
-    return {axis: _slab_sums(tensor, axis) for axis in axes}
+def squared_sums(tensor: torch.Tensor, axes: set[int], scratch: torch.Tensor) -> dict[int, torch.Tensor]:
+    """For each axis, the sums of squares over all other axes, rounded in the tensor's dtype, as float32 [axis size].
 
-
-def _slab_sums(tensor: torch.Tensor, axis: int) -> torch.Tensor:
+    Args:
+        scratch: bytes for the squares, which fresh memory would cost more than the squaring; a tensor that does not fit
+            is squared slab by slab, each axis on its own.
+    """
     import torch
 
-    slabs = math.ceil(tensor.nbytes / SLAB_BYTES)
-    parts = torch.tensor_split(tensor, slabs, dim=axis)
-    return torch.cat([part.square().movedim(axis, 0).flatten(1).sum(1).float() for part in parts])
+    if not axes:
+        return {}
+    if tensor.nbytes <= scratch.numel():
+        squares = _squares(tensor, scratch)
+        return {axis: _sums_along(squares, axis) for axis in axes}
+    slabs = math.ceil(tensor.nbytes / scratch.numel())
+    parts = {axis: torch.tensor_split(tensor, slabs + 1, dim=axis) for axis in axes}
+    return {axis: torch.cat([_sums_along(_squares(p, scratch), axis) for p in parts[axis]]) for axis in axes}
+
+
+def _squares(tensor: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    if tensor.nbytes > scratch.numel():
+        return tensor.square()  # one unit alone is larger than a slab
+    return torch.square(tensor, out=scratch[: tensor.nbytes].view(tensor.dtype).view(tensor.shape))
+
+
+def _sums_along(squares: torch.Tensor, axis: int) -> torch.Tensor:
+    return squares.movedim(axis, 0).reshape(squares.shape[axis], -1).sum(1).float()
 
 
 @dataclass(frozen=True)
