@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from llmprune_cli.errors import CheckpointError, UnsupportedError
+from llmprune_cli.errors import CheckpointError, LlmpruneError, UnsupportedError
+from llmprune_cli.layers import find_layer_kinds, layer_changes, sample_layers
+from llmprune_cli.names import Shape
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -19,10 +22,14 @@ FIELDS = {
     "num_key_value_heads": ("num_key_value_heads", "num_kv_heads"),
     "head_dim": ("head_dim",),
     "intermediate_size": ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"),
+    "moe_intermediate_size": ("moe_intermediate_size",),
+    "shared_expert_intermediate_size": ("shared_expert_intermediate_size", "shared_intermediate_size"),
+    "num_experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
     "num_hidden_layers": ("num_hidden_layers",),
 }
-
-Shape = tuple[int, ...]
+OPTIONAL = ("moe_intermediate_size", "shared_expert_intermediate_size", "num_experts")
+NEURONS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
+EXPERT_ALIGNMENT = 8  # torch's grouped matrix product wants rows of whole 16 bytes; 8 elements of two bytes are that
 
 
 @dataclass(frozen=True)
@@ -33,8 +40,11 @@ class Widths:
     num_attention_heads: int  # H, query heads
     num_key_value_heads: int  # K, KV groups
     head_dim: int  # P
-    intermediate_size: int  # F, neurons of the MLP
+    intermediate_size: int  # F, neurons of the MLP; of every expert where the family has no width of its own for them
     num_hidden_layers: int  # L
+    moe_intermediate_size: int = 0  # neurons of a routed expert; 0 where the model has no such width
+    shared_expert_intermediate_size: int = 0  # neurons of the expert that every token passes
+    num_experts: int = 0  # E, routed experts
 
     @property
     def heads_per_group(self) -> int:
@@ -57,7 +67,31 @@ class Architecture:
     config: PretrainedConfig
     widths: Widths
     explicit_head_dim: bool  # the model reads `head_dim`, so query heads need not fill the hidden size
+    hidden_follows_heads: bool  # the hidden size is query heads × head dim
     hidden_multiple_of_heads: bool  # the configuration refuses other hidden sizes
+    layer_kinds: tuple[int, ...]  # for every layer, the first layer with the same tensors and per-layer settings
+
+    @property
+    def expert_neurons(self) -> str:
+        """The width that counts the neurons of a routed expert; empty where there are no experts."""
+        return "" if not self.widths.num_experts else NEURONS[1] if self.widths.moe_intermediate_size else NEURONS[0]
+
+    @property
+    def experts_per_token(self) -> int:
+        """Routed experts that the router picks for a token."""
+        names = ("num_experts_per_tok", "moe_topk", "moe_k")
+        return next(
+            (getattr(self.config, name) for name in names if isinstance(getattr(self.config, name, None), int)), 1
+        )
+
+    @property
+    def expert_groups(self) -> int:
+        """Groups of neighbouring experts that the router ranks before it picks, 1 where it does not."""
+        return getattr(self.config, "n_group", None) or 1
+
+    def step_of(self, width: str) -> int:
+        """What sizes of a width must be a multiple of, by the kernels that stock software runs experts with."""
+        return EXPERT_ALIGNMENT if self.widths.num_experts and width in ("hidden_size", self.expert_neurons) else 1
 
 
 def field_changes(config: PretrainedConfig, width: str, size: int) -> dict[str, int]:
@@ -85,10 +119,12 @@ def read_widths(config: PretrainedConfig) -> Widths:
         found["head_dim"] = found["hidden_size"] // max(found["num_attention_heads"], 1)
     if found["intermediate_size"] is None:
         found["intermediate_size"] = 4 * found["hidden_size"]
+    for width in OPTIONAL:
+        found[width] = found[width] or 0
     for width, value in found.items():
         if isinstance(value, list | tuple):
             raise UnsupportedError(f"{config.model_type} gives every layer its own {width}, which is not supported.")
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < (width not in OPTIONAL):
             raise CheckpointError(f"config.json has {width} = {value!r}; it must be a positive whole number.")
     if found["num_attention_heads"] % found["num_key_value_heads"]:
         heads, groups = found["num_attention_heads"], found["num_key_value_heads"]
@@ -100,17 +136,23 @@ def _read(config: PretrainedConfig, width: str) -> Any:
     return next((getattr(config, name) for name in FIELDS[width] if hasattr(config, name)), None)
 
 
-def with_widths(architecture: Architecture, widths: Widths) -> PretrainedConfig:
+def with_widths(architecture: Architecture, widths: Widths, layers: tuple[int, ...] | None = None) -> PretrainedConfig:
     """A copy of the configuration that has other widths; `head_dim` is written out where the model reads it.
+
+    Args:
+        layers: numbers of the layers that stay, as many as `widths` says; None keeps all.
 
     Raises:
         ValueError: the configuration refuses these widths.
     """
     config, changes = architecture.config, {}
     for width in widths.changed_from(architecture.widths):
-        changes.update(field_changes(config, width, getattr(widths, width)))
+        if width != "num_hidden_layers":
+            changes.update(field_changes(config, width, getattr(widths, width)))
     if architecture.explicit_head_dim:
         changes["head_dim"] = widths.head_dim
+    if layers is not None and len(layers) < config.num_hidden_layers:
+        changes.update(layer_changes(config, layers))
     return reconfigure(config, changes)
 
 
@@ -131,43 +173,65 @@ def reconfigure(config: PretrainedConfig, changes: dict[str, Any]) -> Pretrained
         raise ValueError(str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)) from error
 
 
-def discover(config: PretrainedConfig) -> Architecture:
-    """Find out a configuration's rules by trying them on a two-layer skeleton.
+def discover(config: PretrainedConfig, shapes: dict[str, Shape]) -> Architecture:
+    """Find out a configuration's rules by trying them on a skeleton that has one layer of every kind.
+
+    Args:
+        shapes: of the model's tensors on disk, by name.
 
     Raises:
         UnsupportedError: transformers cannot build the model, or it has no uniform widths.
         CheckpointError: contradicting sizes.
     """
     widths = read_widths(config)
-    shallow = Architecture(shallow_config(config), replace(widths, num_hidden_layers=2), False, False)
-    before = expected_index(shallow.config)
-    try:
-        after = expected_index(reconfigure(shallow.config, {"head_dim": widths.head_dim + 2}))
-        explicit = before != after
-    except (ValueError, UnsupportedError):
-        explicit = False
-    tied = not _accepts(shallow, replace(widths, hidden_size=widths.hidden_size + 1), explicit)
-    return Architecture(config, widths, explicit, tied)
+    kinds = find_layer_kinds(config, shapes)
+    layers = sample_layers(kinds, 1)
+    shallow = reconfigure(config, layer_changes(config, layers))
+    before = expected_index(shallow)
+    longer = widths.head_dim + 2
+    explicit = _moves(shallow, before, {"head_dim": longer, **rotary_changes(config, longer)})
+    latent = not explicit and getattr(config, "kv_lora_rank", None) is not None
+    free = Architecture(shallow, replace(widths, num_hidden_layers=len(layers)), explicit, False, False, ())
+    multiple = not _accepts(free, replace(free.widths, hidden_size=widths.hidden_size + 1))
+    return Architecture(config, widths, explicit, not explicit and not latent, multiple, kinds)
 
 
-def _accepts(architecture: Architecture, widths: Widths, explicit_head_dim: bool) -> bool:
-    probe = replace(architecture, explicit_head_dim=explicit_head_dim)
+def _moves(config: PretrainedConfig, before: dict[str, Shape], changes: dict[str, Any]) -> bool:
+    """Whether a change of fields changes any tensor's shape."""
     try:
-        with_widths(probe, replace(widths, num_hidden_layers=2))
+        return expected_index(reconfigure(config, changes)) != before
+    except (ValueError, LlmpruneError):
+        return False
+
+
+def rotary_changes(config: PretrainedConfig, head_dim: int) -> dict[str, Any]:
+    """The fields to set so that per-dimension factors of the position encoding fit a head dim."""
+    rotary = getattr(config, "rope_parameters", None)
+    if not isinstance(rotary, dict):
+        return {}
+    pairs = math.ceil(int(head_dim * rotary_fraction(config)) / 2)
+
+    def fit(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: fit(item) for name, item in value.items()}
+        return (value + value[-1:] * pairs)[:pairs] if isinstance(value, list) and value else value
+
+    return {"rope_parameters": fit(rotary)}
+
+
+def rotary_fraction(config: PretrainedConfig) -> float:
+    """The share of a head's elements that the position encoding turns."""
+    rotary = getattr(config, "rope_parameters", None) or {}
+    fraction: float = rotary.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    return fraction
+
+
+def _accepts(architecture: Architecture, widths: Widths) -> bool:
+    try:
+        with_widths(architecture, widths)
     except ValueError:
         return False
     return True
-
-
-def shallow_config(config: PretrainedConfig, layers: int = 2) -> PretrainedConfig:
-    """The same configuration with fewer layers; per-layer lists are cut to the first ones."""
-    depth = config.num_hidden_layers
-    lists = {
-        name: value[:layers]
-        for name, value in config.to_dict().items()
-        if isinstance(value, list) and len(value) == depth and name != "architectures"
-    }
-    return reconfigure(config, {**lists, "num_hidden_layers": min(layers, depth)})
 
 
 def build_skeleton(config: PretrainedConfig) -> PreTrainedModel:
@@ -224,10 +288,3 @@ def on_disk(model: PreTrainedModel, state: dict[str, Any]) -> dict[str, Any]:
     }
     converted: dict[str, Any] = revert_weight_conversion(model, kept)
     return converted
-
-
-def split_name(name: str) -> tuple[str, tuple[int, ...]]:
-    """A tensor name's template and its numbers: `model.layers.3.mlp.up_proj.weight` gives `…layers.{}.mlp…`, (3,)."""
-    parts = name.split(".")
-    numbers = tuple(int(part) for part in parts if part.isdigit())
-    return ".".join("{}" if part.isdigit() else part for part in parts), numbers

@@ -55,6 +55,17 @@ def _device(value: str) -> str:
     return value
 
 
+def _layer_numbers(text: str | None, layers: int | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    if layers is not None:
+        raise typer.BadParameter("--layers says how many stay and --drop-layers which go; give one of them.")
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"--drop-layers wants layer numbers such as 3,7,12, not {text!r}.") from None
+
+
 Model = Annotated[str, typer.Argument(help="Model folder, hub id, or .gguf file.", metavar="MODEL")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
@@ -84,6 +95,18 @@ HiddenSize = Annotated[int | None, size_option("hidden size")]
 Heads = Annotated[int | None, size_option("number of query heads")]
 Groups = Annotated[int | None, size_option("number of KV groups")]
 Neurons = Annotated[int | None, size_option("intermediate size")]
+ExpertNeurons = Annotated[int | None, size_option("intermediate size of every routed expert")]
+SharedNeurons = Annotated[int | None, size_option("intermediate size of the shared expert")]
+Experts = Annotated[
+    int | None, typer.Option("--experts", help="Exact number of experts to keep.", min=1, rich_help_panel="Widths")
+]
+Layers = Annotated[
+    int | None,
+    typer.Option(
+        "--layers", help="Number of layers to keep; the deepest go, but for the last.", min=1, rich_help_panel="Widths"
+    ),
+]
+DropLayers = Annotated[str | None, typer.Option(help="Layers to drop, such as 3,7,12.", rich_help_panel="Widths")]
 RoundTo = Annotated[int, typer.Option(help="Round kept channels and neurons down to a multiple.", min=1)]
 Dataset = Annotated[str, typer.Option(help="wikitext2, a .txt/.parquet/.jsonl file, a folder, or a hub dataset.")]
 Split = Annotated[str, typer.Option(help="Split of the dataset.")]
@@ -121,6 +144,11 @@ def inspect(
     num_attention_heads: Heads = None,
     num_key_value_heads: Groups = None,
     intermediate_size: Neurons = None,
+    moe_intermediate_size: ExpertNeurons = None,
+    shared_expert_intermediate_size: SharedNeurons = None,
+    experts: Experts = None,
+    layers: Layers = None,
+    drop_layers: DropLayers = None,
     round_to: RoundTo = 1,
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
@@ -140,6 +168,11 @@ def inspect(
         num_attention_heads,
         num_key_value_heads,
         intermediate_size,
+        moe_intermediate_size,
+        shared_expert_intermediate_size,
+        experts,
+        layers,
+        _layer_numbers(drop_layers, layers),
         round_to,
     )
     result = pipeline.inspect(ModelReference(model, revision, trust_remote_code), request)
@@ -160,6 +193,11 @@ def prune(
     num_attention_heads: Heads = None,
     num_key_value_heads: Groups = None,
     intermediate_size: Neurons = None,
+    moe_intermediate_size: ExpertNeurons = None,
+    shared_expert_intermediate_size: SharedNeurons = None,
+    experts: Experts = None,
+    layers: Layers = None,
+    drop_layers: DropLayers = None,
     round_to: RoundTo = 1,
     importance: Annotated[Importance, typer.Option(help="How units are ranked.")] = Importance.magnitude,
     seed: Annotated[int, typer.Option(help="Of whatever is random.")] = 0,
@@ -179,7 +217,7 @@ def prune(
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove channels, heads and neurons, and write a smaller checkpoint."""
+    """Remove channels, heads, neurons, experts and layers, and write a smaller checkpoint."""
     request_values = (
         pruning_ratio,
         hidden_pruning_ratio,
@@ -190,6 +228,11 @@ def prune(
         num_attention_heads,
         num_key_value_heads,
         intermediate_size,
+        moe_intermediate_size,
+        shared_expert_intermediate_size,
+        experts,
+        layers,
+        _layer_numbers(drop_layers, layers),
     )
     asked = any(value is not None for value in request_values)
     if plan is not None and asked:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from llmprune_cli.architecture import Shape, Widths, split_name
+from llmprune_cli.architecture import Widths
 from llmprune_cli.errors import UnsupportedError
+from llmprune_cli.names import Shape, split_name
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +33,7 @@ class Binding:
     copies: int = 1  # channels and neurons: times that every unit occurs along the axis
     interleaved: bool = False
     heads: tuple[int, ...] = ()
+    component: int = 0  # which of several MLPs in a layer that share a width: routed experts, shared experts
 
     def units(self, widths: Widths) -> torch.Tensor:
         """The unit at each index of the axis, -1 where this width has no say; shape [axis size]."""
@@ -65,6 +68,7 @@ class Trace:
     bindings: tuple[Binding, ...]
     readers: tuple[Binding, ...]  # the bindings whose tensors read the units of heads and neurons
     scored: frozenset[str]  # templates whose weights count in the importance of a unit
+    expert_templates: frozenset[str]  # templates whose second number is that of an expert
     refused: dict[str, str]  # width → why it cannot be pruned
 
     def of(self, width: str) -> tuple[Binding, ...]:
@@ -85,7 +89,11 @@ class Trace:
 
     def limited_to(self, widths: tuple[str, ...]) -> Trace:
         """The same trace with the bindings of some widths only."""
-        return replace(self, bindings=tuple(binding for binding in self.bindings if binding.width in widths))
+        return replace(
+            self,
+            bindings=tuple(binding for binding in self.bindings if binding.width in widths),
+            expert_templates=self.expert_templates if "num_experts" in widths else frozenset(),
+        )
 
     def check(self, shapes: dict[str, Shape], widths: Widths) -> None:
         """Hold the bindings against a real checkpoint's shapes.
@@ -103,33 +111,53 @@ class Trace:
                     )
 
 
-def instance_of(width: str, numbers: tuple[int, ...]) -> str:
-    """Which choice of units a tensor follows: one for the model (`""`), or the one of its layer (`"3"`)."""
-    return "" if width in GLOBAL_WIDTHS else ".".join(map(str, numbers))
+def instance_of(binding: Binding, numbers: tuple[int, ...]) -> str:
+    """Which choice of units a tensor follows.
+
+    One for the model (`""`), one for its layer (`"3"`), one for its expert (`"3.7"`); `"3#1"` in a second MLP.
+    """
+    if binding.width in GLOBAL_WIDTHS:
+        return ""
+    own = numbers[:1] if binding.width == "num_experts" else numbers
+    return ".".join(map(str, own)) + (f"#{binding.component}" if binding.component else "")
 
 
 def kept_mask(
-    trace: Trace, template: str, axis: int, chosen: dict[str, tuple[int, ...]], before: Widths
+    trace: Trace, template: str, axis: int, numbers: tuple[int, ...], keep: Keep, before: Widths
 ) -> torch.Tensor:
-    """Which indices of a template's axis stay, given the units that stay of each width; bool [axis size]."""
+    """Which indices of an axis stay in the tensor with this template and these numbers; bool [axis size]."""
     import torch
 
     bindings = [binding for binding in trace.on(template) if binding.axis == axis]
     mask = torch.ones(len(bindings[0].units(before)), dtype=torch.bool)
     for binding in bindings:
-        if binding.width in chosen:
+        chosen = keep.get(binding.width, {}).get(instance_of(binding, numbers))
+        if chosen is not None:
             lookup = torch.zeros(getattr(before, binding.width) + 1, dtype=torch.bool)
-            lookup[torch.tensor(chosen[binding.width])] = True
+            lookup[torch.tensor(chosen, dtype=torch.long)] = True
             lookup[-1] = True  # units of -1: this width has no say
             mask &= lookup[binding.units(before)]
     return mask
 
 
-def chosen_for(keep: Keep, numbers: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """The units that stay for a tensor with these numbers in its name.
+def new_name(
+    name: str, trace: Trace, layers: Sequence[int] | None, experts: dict[str, tuple[int, ...]] | None
+) -> str | None:
+    """A tensor's name once the remaining layers and experts are numbered anew; None for one that goes.
 
-    Raises:
-        PlanError: the plan has no choice for the tensor's layer.
+    Args:
+        layers: numbers of the layers that stay; None keeps all.
+        experts: numbers of the experts that stay in each layer; None keeps all.
     """
-    found = {width: choice.get(instance_of(width, numbers)) for width, choice in keep.items()}
-    return {width: units for width, units in found.items() if units is not None}
+    template, numbers = split_name(name)
+    renumbered = list(numbers)
+    if layers is not None and numbers:
+        if numbers[0] not in layers:
+            return None
+        renumbered[0] = layers.index(numbers[0])
+    if experts is not None and template in trace.expert_templates:
+        chosen = experts[str(numbers[0])]
+        if numbers[1] not in chosen:
+            return None
+        renumbered[1] = chosen.index(numbers[1])
+    return template.format(*renumbered)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, is_dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -26,6 +27,9 @@ WIDTH_LABELS = {
     "num_key_value_heads": "KV groups",
     "head_dim": "head dim",
     "intermediate_size": "intermediate size",
+    "moe_intermediate_size": "expert intermediate size",
+    "shared_expert_intermediate_size": "shared expert intermediate size",
+    "num_experts": "experts",
     "num_hidden_layers": "layers",
 }
 
@@ -128,14 +132,21 @@ def _modules(before: ModelSummary, after: ModelSummary | None) -> Table:
         table.add_column("after", justify="right")
     table.add_column("parameters", justify="right")
     table.add_column("share", justify="right")
-    pairs = list(zip(before.tensors, after.tensors if after else before.tensors, strict=True))
     total = (after or before).parameters
-    for old, new in pairs:
+    for old, new in _paired(before.tensors, after.tensors if after else before.tensors):
         layers = f"{old.layers}: {old.count} ×" if old.layers else ""
-        shapes = [_shape(old)] + ([_shape(new)] if after else [])
-        share = f"{100 * new.parameters / total:.1f}%"
-        table.add_row(old.template, layers, old.dtype, *shapes, f"{new.parameters:,}", share)
+        shapes = [_shape(old)] + ([_shape(new) if new else "gone"] if after else [])
+        parameters = new.parameters if new else 0
+        share = f"{100 * parameters / total:.1f}%"
+        table.add_row(old.template, layers, old.dtype, *shapes, f"{parameters:,}", share)
     return table
+
+
+def _paired(before: Sequence[TensorRow], after: Sequence[TensorRow]) -> Iterator[tuple[TensorRow, TensorRow | None]]:
+    """Rows of the same tensors before and after; None where all their layers went."""
+    for template in dict.fromkeys(row.template for row in before):
+        old, new = ([row for row in rows if row.template == template] for rows in (before, after))
+        yield from zip_longest(old, new[: len(old)])
 
 
 def _shape(row: TensorRow) -> str:
@@ -147,6 +158,8 @@ def _width_table(before: Widths, after: Widths) -> Table:
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
     for name, label in WIDTH_LABELS.items():
+        if not getattr(before, name):
+            continue
         table.add_row(label, f"{getattr(before, name):,}", f"{getattr(after, name):,}")
     return table
 

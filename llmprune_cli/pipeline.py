@@ -28,6 +28,7 @@ from llmprune_cli.loading import (
     open_checkpoint,
     pick_device,
 )
+from llmprune_cli.names import split_name
 from llmprune_cli.plan import (
     Plan,
     Target,
@@ -35,7 +36,7 @@ from llmprune_cli.plan import (
     choose,
     fingerprint,
     legal_values,
-    predicted_shapes,
+    predicted_tensors,
     read_plan,
     resolve,
     save_plan,
@@ -53,7 +54,7 @@ from llmprune_cli.results import (
 )
 from llmprune_cli.scoring import IMPORTANCES
 from llmprune_cli.surgery import pruned_entries, pruned_tensors
-from llmprune_cli.twin import trace
+from llmprune_cli.twin import settle_head_dim, trace
 from llmprune_cli.writer import check_target, staged_folder, write_json, write_shards
 
 if TYPE_CHECKING:
@@ -124,11 +125,11 @@ def inspect(reference: ModelReference, request: WidthRequest) -> InspectResult:
     """Describe a model from headers and configuration, and what a request would make of it."""
     with open_checkpoint(reference, need_weights=False) as checkpoint:
         subject = understand(checkpoint)
-        target = None if request.is_empty else resolve(subject.architecture, request)
+        target = None if request.is_empty else resolve(subject.architecture, subject.trace.refused, request)
         after = None
         if target is not None:
             _require(subject, target.widths)
-            after = _predict(subject, target.widths)
+            after = _predict(subject, target)
         return InspectResult(
             schema_version=SCHEMA_VERSION,
             model=checkpoint.source,
@@ -150,9 +151,10 @@ def understand(checkpoint: Checkpoint) -> Subject:
     Raises:
         UnsupportedError: no twin can be built, or the shapes follow other rules.
     """
-    architecture = discover(checkpoint.config)
+    shapes = {entry.name: entry.shape for entry in checkpoint.entries}
+    architecture = settle_head_dim(discover(checkpoint.config, shapes))
     traced = trace(architecture)
-    traced.check({entry.name: entry.shape for entry in checkpoint.entries}, architecture.widths)
+    traced.check(shapes, architecture.widths)
     return Subject(checkpoint, architecture, traced)
 
 
@@ -163,21 +165,24 @@ def _require(subject: Subject, widths: Widths) -> None:
             raise UnsupportedError(f"{family} cannot be pruned in {width}: {subject.trace.refused[width]}.")
 
 
-def _predict(subject: Subject, widths: Widths) -> ModelSummary:
+def _predict(subject: Subject, target: Target) -> ModelSummary:
     """The summary after pruning, and the Counting oracle: shapes by plan must equal shapes by configuration.
 
     Raises:
         VerificationError: they differ.
     """
     stored = subject.checkpoint.entries
-    after = predicted_shapes({entry.name: entry.shape for entry in stored}, subject.trace, subject.widths, widths)
-    expected = expected_index(with_widths(subject.architecture, widths))
+    after = predicted_tensors({entry.name: entry.shape for entry in stored}, subject.trace, subject.widths, target)
+    expected = expected_index(with_widths(subject.architecture, target.widths, target.layers))
     wrong = [name for name in after if after[name] != expected.get(name)] + sorted(expected.keys() - after.keys())
     if wrong:
         raise VerificationError(
             f"{wrong[0]} would become {after.get(wrong[0])}, but the new config makes it {expected.get(wrong[0])}."
         )
-    return summarize([TensorEntry(entry.name, after[entry.name], entry.dtype, None) for entry in stored], widths)
+    dtypes = {split_name(entry.name)[0]: entry.dtype for entry in stored}
+    return summarize(
+        [TensorEntry(name, shape, dtypes[split_name(name)[0]], None) for name, shape in after.items()], target.widths
+    )
 
 
 # --- prune ---------------------------------------------------------------------------------------------------------
@@ -201,9 +206,13 @@ def prune(
             check_target(output, options.overwrite, _source_folder(reference, checkpoint))
         subject = understand(checkpoint)
         plan = _stored_plan(subject, options.plan) if options.plan else None
-        target = Target(plan.after, plan.deviations) if plan else resolve(subject.architecture, options.request)
+        target = (
+            Target(plan.after, plan.layers, plan.deviations)
+            if plan
+            else resolve(subject.architecture, subject.trace.refused, options.request)
+        )
         _require(subject, target.widths)
-        before, after = summarize(checkpoint.entries, subject.widths), _predict(subject, target.widths)
+        before, after = summarize(checkpoint.entries, subject.widths), _predict(subject, target)
         text = _prepare_text(checkpoint, reference, evaluation, listener) if evaluation else None
         for deviation in target.deviations:
             listener.warn(deviation)
@@ -256,14 +265,21 @@ def _stored_plan(subject: Subject, path: Path) -> Plan:
 
 def make_plan(subject: Subject, target: Target, importance: str, seed: int, listener: Listener) -> Plan:
     """Score all units on the unpruned model and choose those that stay."""
-    checkpoint, before, changed = subject.checkpoint, subject.widths, target.widths.changed_from(subject.widths)
+    before, changed = subject.widths, target.widths.changed_from(subject.widths)
+    scored = tuple(width for width in changed if width != "num_hidden_layers")
     scores = {}
-    if changed:
+    if scored:
+        stays = [split_name(entry.name)[1][:1] for entry in subject.checkpoint.entries]
+        entries = [
+            e for e, layer in zip(subject.checkpoint.entries, stays, strict=True) if {*layer} <= {*target.layers}
+        ]
+        checkpoint = replace(subject.checkpoint, entries=tuple(entries))
         listener.stage("Scoring", checkpoint.size_bytes)
         score = IMPORTANCES[importance]
-        scores = score(checkpoint, subject.trace.limited_to(changed), before, seed, listener.advance)
-    keep = choose(scores, before, target.widths)
-    return Plan(fingerprint(checkpoint), before, target.widths, importance, seed, target.deviations, keep)
+        scores = score(checkpoint, subject.trace.limited_to(scored), before, seed, listener.advance)
+    keep = choose(scores, subject.architecture, target.widths)
+    mark = fingerprint(subject.checkpoint)
+    return Plan(mark, before, target.widths, importance, seed, target.deviations, target.layers, keep)
 
 
 def write_pruned(
@@ -284,7 +300,7 @@ def write_pruned(
     listener.stage("Writing", checkpoint.size_bytes)
     tensors = pruned_tensors(checkpoint, subject.trace, plan, listener.advance)
     write_shards(folder, entries, tensors, max_shard_bytes)
-    with_widths(subject.architecture, plan.after).save_pretrained(folder)
+    with_widths(subject.architecture, plan.after, plan.layers).save_pretrained(folder)
     copy_companions(checkpoint, folder)
     write_json(folder / MANIFEST_NAME, manifest)
     written = {entry.name: entry.shape for entry in read_index(folder)}
@@ -315,6 +331,7 @@ def _manifest(
             "dtype": reference.dtype,
         },
         "widths": {"before": asdict(before.widths), "after": asdict(after.widths)},
+        "layers": list(plan.layers),
         "parameters": {"before": before.parameters, "after": after.parameters},
         "size_bytes": {"before": before.size_bytes, "after": after.size_bytes},
         "deviations": list(plan.deviations),
@@ -322,12 +339,12 @@ def _manifest(
     }
 
 
-def _prune_twin(source: Path, target: Path, traced: Trace, architecture: Architecture, widths: Widths) -> Keep:
+def _prune_twin(source: Path, target: Path, traced: Trace, architecture: Architecture, cut: Target) -> Keep:
     """Prune a saved twin as a user's model is pruned, at random."""
     quiet = Listener(lambda *_: None, lambda *_: None, lambda *_: None, lambda *_: None)
     checkpoint = Checkpoint(source, "twin", None, architecture.config, read_index(source), True, source)
     subject = Subject(checkpoint, architecture, traced)
-    plan = make_plan(subject, Target(widths, ()), "random", 0, quiet)
+    plan = make_plan(subject, cut, "random", 0, quiet)
     write_pruned(subject, plan, target, {}, 2**62, quiet)
     return plan.keep
 

@@ -9,17 +9,18 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune_cli.architecture import Architecture, Shape, Widths, read_widths, split_name, with_widths
+from llmprune_cli.architecture import NEURONS, Architecture, Widths, read_widths, with_widths
 from llmprune_cli.checkpoint import Checkpoint, read_json
 from llmprune_cli.errors import CheckpointError, OutputError, PlanError
-from llmprune_cli.groups import Keep, Trace, kept_mask
+from llmprune_cli.groups import Keep, Trace, kept_mask, new_name
+from llmprune_cli.names import Shape, split_name
 
 if TYPE_CHECKING:
     import torch
 
     from llmprune_cli.scoring import Scores
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,16 @@ class WidthRequest:
     hidden_pruning_ratio: float | None = None
     head_pruning_ratio: float | None = None
     kv_group_pruning_ratio: float | None = None
-    intermediate_pruning_ratio: float | None = None
+    intermediate_pruning_ratio: float | None = None  # of every kind of neuron
     hidden_size: int | None = None
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
     intermediate_size: int | None = None
+    moe_intermediate_size: int | None = None
+    shared_expert_intermediate_size: int | None = None
+    num_experts: int | None = None
+    num_hidden_layers: int | None = None  # the deepest go, but for the last
+    drop_layers: tuple[int, ...] | None = None  # these go
     round_to: int = 1  # kept channels and neurons that come from a ratio are rounded down to a multiple of this
 
     @property
@@ -48,6 +54,7 @@ class Target:
     """The widths that a request comes to."""
 
     widths: Widths
+    layers: tuple[int, ...]  # numbers of the layers that stay
     deviations: tuple[str, ...]  # where legality moved a width away from what was asked
 
 
@@ -61,6 +68,7 @@ class Plan:
     importance: str
     seed: int
     deviations: tuple[str, ...]
+    layers: tuple[int, ...]  # numbers of the layers that stay
     keep: Keep
 
     @property
@@ -104,20 +112,20 @@ def read_plan(path: Path) -> Plan:
             for width, chosen in document.pop("keep").items()
         }
         deviations = tuple(map(str, document.pop("deviations")))
-        plan = Plan(before=before, after=after, deviations=deviations, keep=keep, **document)
-        consistent = all(
-            type(unit) is int for choice in plan.keep.values() for units in choice.values() for unit in units
-        ) and all(type(size) is int for size in (*asdict(before).values(), *asdict(after).values()))
+        layers = tuple(document.pop("layers"))
+        plan = Plan(before=before, after=after, deviations=deviations, layers=layers, keep=keep, **document)
+        numbers = [*layers, *(unit for choice in keep.values() for units in choice.values() for unit in units)]
+        consistent = all(type(n) is int for n in (*numbers, *asdict(before).values(), *asdict(after).values()))
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a plan ({error!r}). Make one with --save-plan.") from error
-    for width, choice in plan.keep.items():
-        for instance, kept in choice.items():
-            whole, part = getattr(before, width, 0), getattr(after, width, 0)
-            inside = (
-                consistent and len(kept) == part and kept == tuple(sorted(set(kept))) and set(kept) <= set(range(whole))
-            )
-            if not inside:
-                raise CheckpointError(f"{path}: the units kept of {width} {instance} do not match its widths.")
+    choices = {(width, instance): kept for width, choice in keep.items() for instance, kept in choice.items()}
+    for (width, instance), kept in {**choices, ("num_hidden_layers", ""): layers}.items():
+        whole, part = getattr(before, width, 0), getattr(after, width, 0)
+        inside = (
+            consistent and len(kept) == part and kept == tuple(sorted(set(kept))) and set(kept) <= set(range(whole))
+        )
+        if not inside:
+            raise CheckpointError(f"{path}: the units kept of {width} {instance} do not match its widths.")
     return plan
 
 
@@ -132,44 +140,146 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 # --- widths --------------------------------------------------------------------------------------------------------
 
 
-def resolve(architecture: Architecture, request: WidthRequest) -> Target:
+def resolve(architecture: Architecture, refused: dict[str, str], request: WidthRequest) -> Target:
     """The legal widths nearest to a request, counted as the reference counts them.
 
     Channels and neurons kept: `int(N·(1−r))`. Query heads removed: `ceil(r·H)`, under grouped-query attention
     `ceil(ceil(r·H)/K)` in every KV group. Heads are fixed first; where the family ties the hidden size to them, it goes
-    to the nearest legal value.
+    to the nearest legal value. `pruning_ratio` leaves whole what cannot be pruned.
+
+    Args:
+        refused: widths that cannot be pruned, with the reason.
 
     Raises:
         PlanError: widths that the architecture cannot have, naming those that it can.
     """
     deviations: list[str] = []
     before = architecture.widths
-    if not architecture.explicit_head_dim:
+    request = _spare_refused(before, refused, request, deviations)
+    if architecture.hidden_follows_heads:
         request = _heads_from_hidden(before, request, deviations)
     groups = _groups(before, request, deviations)
     heads = _heads(before, groups, request, deviations)
-    neurons = _size(
-        before.intermediate_size,
-        "intermediate_size",
-        request.intermediate_size,
-        request.intermediate_pruning_ratio,
-        request,
-    )
+    neurons = {width: _neurons(architecture, width, refused, request, deviations) for width in NEURONS}
     hidden = _size(before.hidden_size, "hidden_size", request.hidden_size, request.hidden_pruning_ratio, request)
     hidden = _legal_hidden(architecture, heads, hidden, request, deviations)
+    layers = _layers(before, request)
     widths = replace(
         before,
         hidden_size=hidden,
         num_attention_heads=heads,
         num_key_value_heads=groups,
-        intermediate_size=neurons,
+        num_experts=_experts(architecture, request),
+        num_hidden_layers=len(layers),
+        **neurons,
     )
     try:
-        if read_widths(with_widths(architecture, widths)) != widths:
+        if read_widths(with_widths(architecture, widths, layers)) != widths:
             raise ValueError("the configuration does not keep them")
     except ValueError as error:
         raise PlanError(f"{architecture.config.model_type} refuses these widths: {error}") from error
-    return Target(widths, tuple(deviations))
+    return Target(widths, layers, tuple(deviations))
+
+
+def _spare_refused(
+    before: Widths, refused: dict[str, str], request: WidthRequest, deviations: list[str]
+) -> WidthRequest:
+    """Where one ratio is asked of everything, heads and channels that cannot be pruned stay, and that is said."""
+    if not request.pruning_ratio:
+        return request
+    spared: dict[str, Any] = {}
+    for width, own in (("num_attention_heads", "head_pruning_ratio"), ("hidden_size", "hidden_pruning_ratio")):
+        if width in refused and getattr(request, own) is None and getattr(request, width) is None:
+            spared[own] = 0.0
+            deviations.append(f"{width} stays {getattr(before, width)}: {refused[width]}.")
+    return replace(request, **spared)
+
+
+def _neurons(
+    architecture: Architecture, width: str, refused: dict[str, str], request: WidthRequest, deviations: list[str]
+) -> int:
+    whole, exact, ratio = (
+        getattr(architecture.widths, width),
+        getattr(request, width),
+        request.intermediate_pruning_ratio,
+    )
+    if whole == 0 or (width in refused and exact is None):
+        if exact is not None:
+            raise PlanError(f"{architecture.config.model_type} has no {width}. Leave the option out.")
+        return int(whole)
+    return _stepped(architecture, width, _size(whole, width, exact, ratio, request), exact is not None, deviations)
+
+
+def _stepped(architecture: Architecture, width: str, size: int, exact: bool, deviations: list[str]) -> int:
+    """A size moved down to a multiple of the step that kernels for experts want.
+
+    Raises:
+        PlanError: an exact size that is none, or nothing left.
+    """
+    whole, step = getattr(architecture.widths, width), architecture.step_of(width)
+    if size == whole or size % step == 0:
+        return size
+    legal = _near(size, step, whole)
+    if exact or legal[0] > size:
+        raise PlanError(
+            f"{width} = {size} is not legal: the grouped matrix products that run experts want a multiple of {step}. "
+            f"Legal values near it: {', '.join(map(str, legal)) or 'none'}."
+        )
+    deviations.append(f"{width} is {legal[0]} instead of {size}: kernels for experts want a multiple of {step}.")
+    return legal[0]
+
+
+def _experts(architecture: Architecture, request: WidthRequest) -> int:
+    whole, count = architecture.widths.num_experts, request.num_experts
+    if count is None:
+        return whole
+    legal = legal_experts(architecture)
+    if count not in legal:
+        family = architecture.config.model_type
+        if not whole:
+            raise PlanError(f"{family} has no routed experts. Leave --experts out.")
+        raise PlanError(
+            f"num_experts = {count} is not legal: the router of {family} picks {architecture.experts_per_token} of "
+            f"{whole}. Legal values: {_listed(legal)}."
+        )
+    return count
+
+
+def legal_experts(architecture: Architecture) -> range:
+    """The counts of experts that leave the router enough to pick from, evenly in each of its groups."""
+    groups = architecture.expert_groups
+    picked_groups = getattr(architecture.config, "topk_group", None) or 1
+    least = math.ceil(architecture.experts_per_token / (picked_groups if groups > 1 else 1))
+    per_group = max(least, 2) if groups > 1 else least  # a group's rank is the sum of its two best
+    return range(groups * per_group, architecture.widths.num_experts + 1, groups)
+
+
+def _listed(values: range) -> str:
+    """A range in words: all of a few, the ends of many."""
+    if len(values) <= 12:
+        return ", ".join(map(str, values)) or "none"
+    return f"{values[0]}, {values[1]}, … {values[-1]}"
+
+
+def _layers(before: Widths, request: WidthRequest) -> tuple[int, ...]:
+    """The layers that stay.
+
+    Of a number of layers, the deepest go but for the last, which does other work (Gromov et al., "The Unreasonable
+    Ineffectiveness of the Deeper Layers", arXiv 2403.17887, section 4.4).
+    """
+    whole = before.num_hidden_layers
+    if request.drop_layers is not None:
+        dropped = {layer + whole if layer < 0 else layer for layer in request.drop_layers}
+        if not dropped <= set(range(whole)) or len(dropped) == whole:
+            raise PlanError(
+                f"Layers {', '.join(map(str, request.drop_layers))} cannot be dropped: the model has layers 0 to "
+                f"{whole - 1}, and one must stay."
+            )
+        return tuple(layer for layer in range(whole) if layer not in dropped)
+    if request.num_hidden_layers is None:
+        return tuple(range(whole))
+    count = _exact("num_hidden_layers", request.num_hidden_layers, whole)
+    return (*range(count - 1), whole - 1)
 
 
 def _groups(before: Widths, request: WidthRequest, deviations: list[str]) -> int:
@@ -256,17 +366,17 @@ def _legal_hidden(
     architecture: Architecture, heads: int, hidden: int, request: WidthRequest, deviations: list[str]
 ) -> int:
     before = architecture.widths
-    if not architecture.explicit_head_dim:
+    if architecture.hidden_follows_heads:
         legal, rule = [heads * before.head_dim], "query heads × head dim"
     elif architecture.hidden_multiple_of_heads:
         step = math.lcm(heads, request.round_to) if request.hidden_size is None else heads
         step = step if step <= hidden else heads
         legal, rule = _near(hidden, step, before.hidden_size), "a multiple of the query heads"
     else:
-        return hidden
+        return _stepped(architecture, "hidden_size", hidden, request.hidden_size is not None, deviations)
     if hidden in legal:
         return hidden
-    if not legal or (request.hidden_size is not None and architecture.explicit_head_dim):
+    if not legal or (request.hidden_size is not None and not architecture.hidden_follows_heads):
         raise PlanError(
             f"hidden_size = {hidden} is not legal with {heads} query heads: {architecture.config.model_type} needs "
             f"{rule}. Legal values near it: {', '.join(map(str, legal)) or 'none'}."
@@ -288,8 +398,13 @@ def legal_values(architecture: Architecture, trace: Trace) -> dict[str, str]:
     """For each prunable width, the sizes that it can have, in words; for a refused width, the reason."""
     widths = architecture.widths
     groups, per_group = widths.num_key_value_heads, widths.heads_per_group
-    hidden = f"1 to {widths.hidden_size}"
-    if not architecture.explicit_head_dim:
+
+    def up_to(width: str) -> str:
+        step, whole = architecture.step_of(width), getattr(widths, width)
+        return f"{step} to {whole}, multiples of {step}" if step > 1 else f"1 to {whole}"
+
+    hidden = up_to("hidden_size")
+    if architecture.hidden_follows_heads:
         hidden = f"query heads × {widths.head_dim}"
     elif architecture.hidden_multiple_of_heads:
         hidden += ", multiples of the query heads"
@@ -299,7 +414,10 @@ def legal_values(architecture: Architecture, trace: Trace) -> dict[str, str]:
         "hidden_size": hidden,
         "num_attention_heads": together if per_group == 1 else heads,
         "num_key_value_heads": together if per_group == 1 else f"1 to {groups}, each with its query heads",
-        "intermediate_size": f"1 to {widths.intermediate_size}",
+        "head_dim": "",
+        **{width: up_to(width) for width in NEURONS if getattr(widths, width)},
+        **({"num_experts": _listed(legal_experts(architecture))} if widths.num_experts else {}),
+        "num_hidden_layers": f"1 to {widths.num_hidden_layers}",
     }
     return {width: f"no: {trace.refused[width]}" if width in trace.refused else text for width, text in texts.items()}
 
@@ -307,16 +425,22 @@ def legal_values(architecture: Architecture, trace: Trace) -> dict[str, str]:
 # --- units ---------------------------------------------------------------------------------------------------------
 
 
-def choose(scores: Scores, before: Widths, after: Widths) -> Keep:
+def choose(scores: Scores, architecture: Architecture, after: Widths) -> Keep:
     """The units that stay, each width ranked on its own: `torch.topk(…, largest=False)` names those to remove.
 
-    Under grouped-query attention KV groups are chosen first, then query heads within every group that stays.
+    Under grouped-query attention KV groups are chosen first, then query heads within every group that stays. Experts
+    are chosen evenly within the groups that a router ranks.
     """
     keep: Keep = {}
+    before = architecture.widths
     changed = after.changed_from(before)
-    for width in ("hidden_size", "intermediate_size"):
+    for width in ("hidden_size", *NEURONS):
         if width in changed:
-            keep[width] = {i: _best(score, getattr(after, width)) for i, score in scores[width].items()}
+            keep[width] = {i: _best(score, getattr(after, width)) for i, score in scores.get(width, {}).items()}
+    if "num_experts" in changed:
+        groups = architecture.expert_groups
+        by_layer = scores.get("num_experts", {})
+        keep["num_experts"] = {i: _best_evenly(score, groups, after.num_experts) for i, score in by_layer.items()}
     if "num_attention_heads" not in changed:
         return keep
     width = "num_attention_heads"
@@ -324,14 +448,20 @@ def choose(scores: Scores, before: Widths, after: Widths) -> Keep:
     for instance, by_head in scores[width].items():
         per_group = by_head.view(before.num_key_value_heads, -1)
         by_group = scores["num_key_value_heads"][instance] if before.heads_per_group > 1 else by_head
-        groups = _best(by_group, after.num_key_value_heads)
+        groups_kept = _best(by_group, after.num_key_value_heads)
         heads = [
             group * before.heads_per_group + head
-            for group in groups
+            for group in groups_kept
             for head in _best(per_group[group], after.heads_per_group)
         ]
-        keep[width][instance], keep["num_key_value_heads"][instance] = tuple(heads), groups
+        keep[width][instance], keep["num_key_value_heads"][instance] = tuple(heads), groups_kept
     return keep
+
+
+def _best_evenly(score: torch.Tensor, groups: int, count: int) -> tuple[int, ...]:
+    size = len(score) // groups
+    chosen = [_best(part, count // groups) for part in score.view(groups, size)]
+    return tuple(group * size + unit for group, units in enumerate(chosen) for unit in units)
 
 
 def _best(score: torch.Tensor, count: int) -> tuple[int, ...]:
@@ -343,24 +473,44 @@ def _best(score: torch.Tensor, count: int) -> tuple[int, ...]:
     return tuple(mask.nonzero().flatten().tolist())
 
 
-def predicted_shapes(shapes: dict[str, Shape], trace: Trace, before: Widths, after: Widths) -> dict[str, Shape]:
-    """Shapes after pruning, from the widths alone."""
+def predicted_tensors(shapes: dict[str, Shape], trace: Trace, before: Widths, target: Target) -> dict[str, Shape]:
+    """Names and shapes after pruning, from the target alone: as if the first units stayed everywhere."""
+    after = target.widths
     heads = tuple(
         group * before.heads_per_group + head
         for group in range(after.num_key_value_heads)
         for head in range(after.heads_per_group)
     )
-    first = {
+    chosen = {
         width: tuple(range(getattr(after, width)))
-        for width in ("hidden_size", "intermediate_size", "num_key_value_heads")
+        for width in ("hidden_size", "num_key_value_heads", "num_experts", *NEURONS)
     }
-    chosen = {**first, "num_attention_heads": heads}
+    chosen["num_attention_heads"] = heads
+    keep: Keep = {width: _Everywhere(units) for width, units in chosen.items()}
     counts: dict[str, dict[int, int]] = {}
     result = {}
     for name, shape in shapes.items():
-        template, _ = split_name(name)
+        new = new_name(name, trace, target.layers, _Everywhere(chosen["num_experts"]))
+        if new is None:
+            continue
+        template, numbers = split_name(name)
         if template not in counts:
             axes = {binding.axis for binding in trace.on(template)}
-            counts[template] = {axis: int(kept_mask(trace, template, axis, chosen, before).sum()) for axis in axes}
-        result[name] = tuple(counts[template].get(axis, size) for axis, size in enumerate(shape))
+            counts[template] = {
+                axis: int(kept_mask(trace, template, axis, numbers, keep, before).sum()) for axis in axes
+            }
+        result[new] = tuple(counts[template].get(axis, size) for axis, size in enumerate(shape))
     return result
+
+
+class _Everywhere(dict[str, tuple[int, ...]]):
+    """The same units for every instance."""
+
+    def __init__(self, units: tuple[int, ...]) -> None:
+        self._units = units
+
+    def __getitem__(self, instance: str) -> tuple[int, ...]:
+        return self._units
+
+    def get(self, instance: str, default: Any = None) -> Any:
+        return self._units

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune_cli.architecture import Architecture, Widths, split_name
+from llmprune_cli.architecture import NEURONS, Architecture, Widths
 from llmprune_cli.errors import UnsupportedError
-from llmprune_cli.groups import Keep, Trace, chosen_for, kept_mask
-from llmprune_cli.twin import build_twin, small_head_dims
+from llmprune_cli.groups import Keep, Trace, kept_mask, new_name
+from llmprune_cli.names import split_name
+from llmprune_cli.plan import Target
+from llmprune_cli.twin import Twin, build_twin, proof_sizes
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +23,9 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-4  # relative; RoPE, softmax and norms run in float32 inside a float64 model
 
-Prune = Callable[[Path, Path, Trace, Architecture, Widths], Keep]
+UNPICKED = -1e4  # weight of a router's row that no token picks
+
+Prune = Callable[[Path, Path, Trace, Architecture, Target], Keep]
 
 
 def prove(architecture: Architecture, traced: Trace, changed: tuple[str, ...], prune: Prune) -> None:
@@ -39,16 +44,20 @@ def prove(architecture: Architecture, traced: Trace, changed: tuple[str, ...], p
     """
     if not changed:
         return
-    twin = build_twin(architecture, small_head_dims(architecture.config)[1], channels_per_head=8, neurons=20)
-    after = half_widths(twin.architecture, changed)
+    drops_layers = "num_hidden_layers" in changed
+    twin = build_twin(architecture, proof_sizes(architecture.config, drops_layers))
+    target = half_of(twin.architecture, changed)
+    if "num_experts" in changed:
+        _keep_positive(twin)
     with tempfile.TemporaryDirectory(prefix="llmprune-twin-") as name:
         dense, pruned = Path(name, "dense"), Path(name, "pruned")
         twin.model.save_pretrained(dense)
         pruned.mkdir()
-        keep = prune(dense, pruned, traced, twin.architecture, after)
-        _silence_removed(dense, traced, twin.architecture.widths, keep)
+        keep = prune(dense, pruned, traced, twin.architecture, target)
+        _silence_removed(dense, traced, twin.architecture.widths, target.layers, keep)
         whole, part = (_load_stock(folder, architecture.config.model_type) for folder in (dense, pruned))
-    difference = _compare(whole, part, twin.tokens, keep)
+    kept = _Kept(traced, twin.architecture.widths, target.layers, keep)
+    difference = _compare(whole, part, twin.tokens, kept)
     if not difference <= TOLERANCE:
         raise UnsupportedError(
             f"The twin proof fails for {architecture.config.model_type}: pruning {', '.join(changed)} changes the "
@@ -56,8 +65,18 @@ def prove(architecture: Architecture, traced: Trace, changed: tuple[str, ...], p
         )
 
 
-def half_widths(architecture: Architecture, changed: tuple[str, ...]) -> Widths:
-    """About half of each width to prune, within the architecture's rules."""
+@dataclass(frozen=True)
+class _Kept:
+    """What a pruning left of the dense twin."""
+
+    trace: Trace
+    before: Widths
+    layers: tuple[int, ...]
+    keep: Keep
+
+
+def half_of(architecture: Architecture, changed: tuple[str, ...]) -> Target:
+    """About half of each width to prune, within the architecture's rules; of the layers, all but one that has its like."""
     before = architecture.widths
     groups, per_group = before.num_key_value_heads, before.heads_per_group
     if "num_key_value_heads" in changed:
@@ -65,18 +84,34 @@ def half_widths(architecture: Architecture, changed: tuple[str, ...]) -> Widths:
     if "num_attention_heads" in changed and per_group > 1:
         per_group = max(1, per_group // 2)
     heads = groups * per_group
-    hidden, neurons = before.hidden_size, before.intermediate_size
+    hidden = before.hidden_size
     if "hidden_size" in changed:
         hidden = heads * (hidden // (2 * heads)) if heads <= hidden // 2 else hidden // 2
-    if not architecture.explicit_head_dim:
+    if architecture.hidden_follows_heads:
         hidden = heads * before.head_dim
     elif architecture.hidden_multiple_of_heads:
         hidden -= hidden % heads
-    if "intermediate_size" in changed:
-        neurons //= 2
-    return replace(
-        before, hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=groups, intermediate_size=neurons
+    layers = tuple(range(before.num_hidden_layers))
+    if "num_hidden_layers" in changed and len(layers) > 1:
+        repeated = [layer for layer, kind in enumerate(architecture.layer_kinds) if kind != layer]
+        layers = tuple(layer for layer in layers if layer != (repeated or layers)[0])
+    widths = replace(
+        before,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        num_hidden_layers=len(layers),
+        **{width: getattr(before, width) // 2 for width in (*NEURONS, "num_experts") if width in changed},
     )
+    return Target(widths, layers, ())
+
+
+def _keep_positive(twin: Twin) -> None:
+    """Move the embeddings up, so that the sum over a token's channels stays positive, which `_silence_removed` uses."""
+    import torch
+
+    with torch.no_grad():
+        next(twin.model.get_input_embeddings().parameters()).add_(1.0)
 
 
 def _load_stock(folder: Path, family: str) -> PreTrainedModel:
@@ -103,30 +138,45 @@ def _load_stock(folder: Path, family: str) -> PreTrainedModel:
     return model
 
 
-def _silence_removed(folder: Path, traced: Trace, widths: Widths, keep: Keep) -> None:
-    """Zero, in a saved dense twin, whatever reads a removed head or neuron."""
+def _silence_removed(folder: Path, traced: Trace, widths: Widths, layers: tuple[int, ...], keep: Keep) -> None:
+    """In a saved dense twin, zero whatever reads a removed head or neuron and all of a removed layer.
+
+    The router's row of a removed expert becomes so negative that no token with a positive sum over its channels picks
+    it, or gives it weight in a softmax.
+    """
     from safetensors.torch import load_file, save_file
 
     for path in folder.glob("*.safetensors"):
         tensors = load_file(path)
         for name, tensor in tensors.items():
             template, numbers = split_name(name)
-            for binding in traced.readers:
-                if binding.template == template:
-                    mask = kept_mask(traced, template, binding.axis, chosen_for(keep, numbers), widths)
-                    tensor.index_fill_(binding.axis, (~mask).nonzero().flatten(), 0)
+            if numbers and numbers[0] not in layers:
+                tensor.zero_()
+                continue
+            for binding in traced.on(template):
+                reads = binding in traced.readers
+                routes = binding.width == "num_experts" and tensor.ndim == 2 and "num_experts" in keep
+                if reads or (routes and _is_router(traced, template)):
+                    mask = kept_mask(traced, template, binding.axis, numbers, keep, widths)
+                    tensor.index_fill_(binding.axis, (~mask).nonzero().flatten(), 0 if reads else UNPICKED)
         save_file(tensors, path, metadata={"format": "pt"})
 
 
-def _compare(dense: PreTrainedModel, pruned: PreTrainedModel, tokens: torch.Tensor, keep: Keep) -> float:
+def _is_router(traced: Trace, template: str) -> bool:
+    """Whether the tensor has a row of channels for every expert, and no neurons."""
+    axes = [(binding.axis, binding.width) for binding in traced.on(template)]
+    return axes == [(0, "num_experts"), (1, "hidden_size")] and template.endswith("weight")
+
+
+def _compare(dense: PreTrainedModel, pruned: PreTrainedModel, tokens: torch.Tensor, kept: _Kept) -> float:
     """Largest difference of logits, relative to the largest logit.
 
     The removed channels' embeddings are zero as well, for families that read the residual stream without a norm.
     """
     import torch
 
-    with torch.no_grad(), _norms_of_kept(dense, pruned):
-        for channels in keep.get("hidden_size", {}).values():
+    with torch.no_grad(), _norms_of_kept(dense, pruned, kept):
+        for channels in kept.keep.get("hidden_size", {}).values():
             embedding = next(dense.get_input_embeddings().parameters())
             removed = torch.ones(embedding.shape[1], dtype=torch.bool)
             removed[torch.tensor(channels)] = False
@@ -137,23 +187,30 @@ def _compare(dense: PreTrainedModel, pruned: PreTrainedModel, tokens: torch.Tens
 
 
 @contextmanager
-def _norms_of_kept(model: PreTrainedModel, pruned: PreTrainedModel) -> Iterator[None]:
-    """Let every norm whose weight was cut see the kept elements only, through the pruned model's own norm."""
+def _norms_of_kept(model: PreTrainedModel, pruned: PreTrainedModel, kept: _Kept) -> Iterator[None]:
+    """Let every norm whose weight was cut see the kept elements only: the pruned norm with the dense one's weights."""
     import torch
 
-    hooks = []
+    small_modules, hooks = dict(pruned.named_modules()), []
     for name, module in model.named_modules():
-        small = pruned.get_submodule(name)
-        weight, small_weight = getattr(module, "weight", None), getattr(small, "weight", None)
-        if not isinstance(weight, torch.Tensor) or not isinstance(small_weight, torch.Tensor) or weight.ndim != 1:
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, torch.Tensor) or weight.ndim != 1:
             continue
-        if len(weight) == len(small_weight):
+        template, numbers = split_name(f"{name}.weight")
+        new = new_name(f"{name}.weight", kept.trace, kept.layers, None)
+        axes = [binding for binding in kept.trace.on(template) if binding.axis == 0]
+        if new is None or not axes:
             continue
-        kept = _positions(weight, small_weight)
+        mask = kept_mask(kept.trace, template, 0, numbers, kept.keep, kept.before)
+        if bool(mask.all()):
+            continue
+        norm = copy.deepcopy(small_modules[new.removesuffix(".weight")])
+        for parameter_name, parameter in norm.named_parameters(recurse=False):
+            parameter.copy_(getattr(module, parameter_name)[mask])
 
-        def replace_output(_: Any, inputs: Any, output: Any, small: Any = small, kept: Any = kept) -> torch.Tensor:
+        def replace_output(_: Any, inputs: Any, output: Any, norm: Any = norm, mask: Any = mask) -> torch.Tensor:
             result = torch.zeros_like(output)
-            result[..., kept] = small(inputs[0][..., kept])
+            result[..., mask] = norm(inputs[0][..., mask])
             return result
 
         hooks.append(module.register_forward_hook(replace_output))
@@ -162,10 +219,3 @@ def _norms_of_kept(model: PreTrainedModel, pruned: PreTrainedModel) -> Iterator[
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _positions(whole: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """Indices of the elements that stayed (the twin's random weights are all different)."""
-    import torch
-
-    return torch.isin(whole, part).nonzero().flatten()

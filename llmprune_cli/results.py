@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmprune_cli.architecture import Shape, Widths, split_name
+from llmprune_cli.architecture import Widths
 from llmprune_cli.checkpoint import TensorEntry
+from llmprune_cli.names import Shape, split_name
 
 SCHEMA_VERSION = 1
 

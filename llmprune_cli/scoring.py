@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llmprune_cli.architecture import Widths, split_name
+from llmprune_cli.architecture import Widths
 from llmprune_cli.checkpoint import Checkpoint
-from llmprune_cli.groups import Trace, instance_of
+from llmprune_cli.groups import Binding, Trace, instance_of
+from llmprune_cli.names import split_name
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,7 @@ Progress = Callable[[int], None]  # told the bytes that were just read
 Importance = Callable[[Checkpoint, Trace, Widths, int, Progress], Scores]
 
 SLAB_BYTES = 64 * 2**20  # squares of a larger tensor are formed slab by slab, so that memory stays bounded
-HEADS, GROUPS = "num_attention_heads", "num_key_value_heads"
+HEADS, GROUPS, EXPERTS = "num_attention_heads", "num_key_value_heads", "num_experts"
 
 
 def score_magnitude(checkpoint: Checkpoint, trace: Trace, widths: Widths, seed: int, progress: Progress) -> Scores:
@@ -35,7 +36,7 @@ def score_magnitude(checkpoint: Checkpoint, trace: Trace, widths: Widths, seed: 
     mean over the elements. A unit's score is the mean over its elements (DepGraph, arXiv 2301.12900, section 3.3).
 
     A query head's terms are its own query rows and output columns. A KV group's are its key and value rows and the rows
-    and columns of all its query heads.
+    and columns of all its query heads. An expert's are all its weights and its row in the router.
     """
     import torch
 
@@ -48,15 +49,18 @@ def score_magnitude(checkpoint: Checkpoint, trace: Trace, widths: Widths, seed: 
         on_template = terms_of.get(template, ())
         sums = squared_sums(tensor, {term.axis for term in on_template}, scratch)
         for term in on_template:
-            key = term.width, instance_of(term.width, numbers)
+            key = term.width, instance_of(term.binding, numbers)
             if key not in totals:
                 totals[key] = torch.zeros(term.size)
             totals[key].index_add_(0, term.target, sums[term.axis][term.source])
             terms[key] += 1
+        if template in trace.expert_templates and template in trace.scored:
+            key = EXPERTS, str(numbers[0])
+            totals.setdefault(key, torch.zeros(widths.num_experts))[numbers[1]] += whole_sum(tensor, scratch)
         progress(entry.size_bytes)
     scores: Scores = defaultdict(dict)
     for (width, instance), total in totals.items():
-        total /= terms[width, instance]
+        total /= max(1, terms[width, instance])
         total /= total.mean()
         count = getattr(widths, width)
         by_unit = total.view(count, -1).mean(1) if width in (HEADS, GROUPS) else total.view(-1, count).mean(0)
@@ -88,8 +92,9 @@ def instances(checkpoint: Checkpoint, trace: Trace) -> Iterator[tuple[str, str]]
     for entry in checkpoint.entries:
         template, numbers = split_name(entry.name)
         for binding in trace.on(template):
+            instance = instance_of(binding, numbers)
             widths = (HEADS, GROUPS) if binding.width == HEADS else (binding.width,)
-            seen.update({(width, instance_of(width, numbers)): None for width in widths})
+            seen.update({(width, instance): None for width in widths})
     yield from seen
 
 
@@ -112,6 +117,11 @@ def squared_sums(tensor: torch.Tensor, axes: set[int], scratch: torch.Tensor) ->
     return {axis: torch.cat([_sums_along(_squares(p, scratch), axis) for p in parts[axis]]) for axis in axes}
 
 
+def whole_sum(tensor: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+    """The sum of all squares, its rows summed in the tensor's dtype; a float32 scalar."""
+    return squared_sums(tensor, {0}, scratch)[0].sum()
+
+
 def _squares(tensor: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
     import torch
 
@@ -128,7 +138,8 @@ def _sums_along(squares: torch.Tensor, axis: int) -> torch.Tensor:
 class _Term:
     """Where the sums along one axis of a template are added."""
 
-    width: str
+    binding: Binding
+    width: str  # the binding's, or KV groups where the units are query heads
     axis: int
     source: torch.Tensor  # which elements of the axis count
     target: torch.Tensor  # where in the vector of the width's elements each of them is added
@@ -148,14 +159,16 @@ def _terms(trace: Trace, template: str, widths: Widths) -> tuple[_Term, ...]:
         units, elements = units[source], elements[source]
         count = getattr(widths, binding.width)
         if binding.width not in (HEADS, GROUPS):
-            copies = max(other.copies for other in trace.of(binding.width) if other.template in trace.scored)
+            alike = (b for b in trace.of(binding.width) if b.component == binding.component)
+            copies = max(other.copies for other in alike if other.template in trace.scored)
             target = (copies - binding.copies + elements) * count + units
-            found.append(_Term(binding.width, binding.axis, source, target, copies * count))
+            found.append(_Term(binding, binding.width, binding.axis, source, target, copies * count))
             continue
         within = elements % widths.head_dim
         target = units * widths.head_dim + within
-        found.append(_Term(binding.width, binding.axis, source, target, count * widths.head_dim))
+        found.append(_Term(binding, binding.width, binding.axis, source, target, count * widths.head_dim))
         if binding.width == HEADS:
             target = units // widths.heads_per_group * widths.head_dim + within
-            found.append(_Term(GROUPS, binding.axis, source, target, widths.num_key_value_heads * widths.head_dim))
+            size = widths.num_key_value_heads * widths.head_dim
+            found.append(_Term(binding, GROUPS, binding.axis, source, target, size))
     return tuple(found)

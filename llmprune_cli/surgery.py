@@ -1,33 +1,55 @@
-"""Slice tensors by a plan, one at a time."""
+"""Cut tensors by a plan, one at a time."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
-from llmprune_cli.architecture import split_name
 from llmprune_cli.checkpoint import Checkpoint, TensorEntry
 from llmprune_cli.errors import PlanError
-from llmprune_cli.groups import GLOBAL_WIDTHS, Trace, chosen_for, kept_mask
-from llmprune_cli.plan import Plan, predicted_shapes
+from llmprune_cli.families import FAMILIES, Family
+from llmprune_cli.groups import GLOBAL_WIDTHS, Trace, kept_mask, new_name
+from llmprune_cli.names import split_name
+from llmprune_cli.plan import Plan, Target, predicted_tensors
 
 if TYPE_CHECKING:
     import torch
 
 
+def remaining(checkpoint: Checkpoint, trace: Trace, plan: Plan) -> tuple[Checkpoint, dict[str, str]]:
+    """The checkpoint without the tensors of removed layers and experts, and the new names of the others.
+
+    Raises:
+        PlanError: the plan says nothing about the experts of a layer.
+    """
+    experts = plan.keep.get("num_experts")
+    try:
+        names = {entry.name: new_name(entry.name, trace, plan.layers, experts) for entry in checkpoint.entries}
+    except KeyError as error:
+        raise PlanError(f"The plan does not say which experts of layer {error} stay. Make the plan anew.") from error
+    kept = tuple(entry for entry in checkpoint.entries if names[entry.name] is not None)
+    return replace(checkpoint, entries=kept), {old: new for old, new in names.items() if new is not None}
+
+
 def pruned_entries(checkpoint: Checkpoint, trace: Trace, plan: Plan) -> tuple[TensorEntry, ...]:
-    """What `pruned_tensors` will yield: names, dtypes and the shapes that follow from the widths alone."""
+    """What `pruned_tensors` will yield: names, dtypes and the shapes that follow from the widths alone.
+
+    Raises:
+        PlanError: see `remaining`.
+    """
     shapes = {entry.name: entry.shape for entry in checkpoint.entries}
-    after = predicted_shapes(shapes, trace, plan.before, plan.after)
-    return tuple(replace(entry, shape=after[entry.name]) for entry in checkpoint.entries)
+    after = predicted_tensors(shapes, trace, plan.before, Target(plan.after, plan.layers, ()))
+    rest, names = remaining(checkpoint, trace, plan)
+    return tuple(replace(e, name=names[e.name], shape=after[names[e.name]]) for e in rest.entries)
 
 
 def pruned_tensors(
     checkpoint: Checkpoint, trace: Trace, plan: Plan, progress: Callable[[int], None]
 ) -> Iterator[tuple[TensorEntry, torch.Tensor]]:
-    """Every tensor cut to the units that stay, in the order in which the checkpoint holds them.
+    """Every tensor that stays, cut to the units that stay, in the order in which the checkpoint holds them.
 
     Raises:
         PlanError: the plan says nothing about a layer that its widths would cut.
@@ -35,7 +57,7 @@ def pruned_tensors(
 
     @lru_cache(maxsize=256)
     def indices(template: str, numbers: tuple[int, ...], axis: int) -> torch.Tensor | None:
-        mask = kept_mask(trace, template, axis, chosen_for(plan.keep, numbers), plan.before)
+        mask = kept_mask(trace, template, axis, numbers, plan.keep, plan.before)
         return None if bool(mask.all()) else mask.nonzero().flatten()
 
     @cache
@@ -47,17 +69,37 @@ def pruned_tensors(
             for axis in sorted({binding.axis for binding in bindings})
         )
 
+    rest, names = remaining(checkpoint, trace, plan)
     entries = {entry.name: entry for entry in pruned_entries(checkpoint, trace, plan)}
-    for entry, tensor in checkpoint.tensors():
+    family = FAMILIES.get(checkpoint.config.model_type, Family())
+    for entry, tensor in rest.tensors():
         template, numbers = split_name(entry.name)
         for axis, alike in axes(template):
             index = indices(template, () if alike else numbers, axis)
             if index is not None:
                 tensor = take(tensor, axis, index)
-        if tuple(tensor.shape) != entries[entry.name].shape:
+        after = entries[names[entry.name]]
+        if tuple(tensor.shape) != after.shape:
             raise PlanError(f"The plan's units and widths disagree about {entry.name}. Make the plan anew.")
+        if plan.before.hidden_size != plan.after.hidden_size:
+            tensor = rescale(tensor, entry.name, family, plan)
         progress(entry.size_bytes)
-        yield entries[entry.name], tensor
+        yield after, tensor
+
+
+def rescale(tensor: torch.Tensor, name: str, family: Family, plan: Plan) -> torch.Tensor:
+    """Make up for embeddings that the model multiplies by √(hidden size) D, cut to D′.
+
+    The embedding grows by √(D/D′). Where it is also the output projection, the weight of the final norm shrinks by the
+    same factor, so that the logits stay.
+    """
+    if name not in (family.scaled_embedding, family.final_norm):
+        return tensor
+    factor = math.sqrt(plan.before.hidden_size / plan.after.hidden_size)
+    if name == family.scaled_embedding:
+        return (tensor.double() * factor).to(tensor.dtype)
+    offset = family.norm_offset
+    return ((tensor.double() + offset) / factor - offset).to(tensor.dtype)
 
 
 def take(tensor: torch.Tensor, axis: int, index: torch.Tensor) -> torch.Tensor:

@@ -3,34 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.architecture import (
+    NEURONS,
     Architecture,
     Widths,
     build_skeleton,
     field_changes,
     on_disk,
     reconfigure,
-    shallow_config,
-    split_name,
+    rotary_changes,
+    rotary_fraction,
 )
 from llmprune_cli.errors import LlmpruneError, UnsupportedError
 from llmprune_cli.groups import Binding, Trace
+from llmprune_cli.layers import layer_changes, sample_layers
+from llmprune_cli.names import split_name
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 TOKENS = 24  # length of the twin's input
+WINDOW = 6  # of sliding attention, so that it matters within the input
 VOCABULARY = 32
-EXPERTS = 3
-EXPERT_FIELDS = ("num_local_experts", "num_experts", "num_experts_per_tok")
 SEED = 20241  # of the twin's weights; any seed must give the same trace
+# Sizes of latent attention in the twin, and how many heads it has there (they are not traced).
+LATENT = {
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 4,
+    "qk_head_dim": 8,
+    "v_head_dim": 4,
+    "head_dim": 4,
+}
+LATENT_HEADS = 8
+ROTARY = "rotary frequencies follow the head dim, so that fewer elements would turn at other speeds"
+
+HEADS = ("num_attention_heads", "num_key_value_heads")
 
 Place = tuple[str, int]  # (tensor name or template, axis)
+
+
+@dataclass(frozen=True)
+class TwinSizes:
+    """How small a twin is; its heads are as many and as grouped as the model's."""
+
+    head_dim: int
+    channels_per_head: int
+    neurons: int
+    experts: int
+    experts_per_token: int
+    layers_per_kind: int
 
 
 @dataclass(frozen=True)
@@ -42,8 +70,19 @@ class Twin:
     tokens: torch.Tensor  # [1, TOKENS]
 
 
-def build_twin(architecture: Architecture, head_dim: int, channels_per_head: int, neurons: int) -> Twin:
-    """Build a two-layer twin with random weights.
+def trace_sizes(config: PretrainedConfig) -> TwinSizes:
+    """Small, and with as many experts as are picked: an expert that no token reaches would look unread."""
+    return TwinSizes(_small_head_dims(config)[0], 3, 12, experts=3, experts_per_token=3, layers_per_kind=1)
+
+
+def proof_sizes(config: PretrainedConfig, drops_layers: bool) -> TwinSizes:
+    """Other sizes than those that were traced, large enough to lose half of every width."""
+    layers = 2 if drops_layers else 1
+    return TwinSizes(_small_head_dims(config)[1], 8, 24, experts=8, experts_per_token=2, layers_per_kind=layers)
+
+
+def build_twin(architecture: Architecture, sizes: TwinSizes) -> Twin:
+    """Build a twin with random weights that has layers of every kind.
 
     Raises:
         UnsupportedError: transformers cannot build it.
@@ -51,19 +90,31 @@ def build_twin(architecture: Architecture, head_dim: int, channels_per_head: int
     import torch
     from transformers import AutoModelForCausalLM
 
-    real, config = architecture.widths, shallow_config(architecture.config)
+    real = architecture.widths
+    layers = sample_layers(architecture.layer_kinds, sizes.layers_per_kind)
+    config = reconfigure(architecture.config, layer_changes(architecture.config, layers))
+    if _is_latent(architecture):
+        real = replace(real, num_attention_heads=LATENT_HEADS, num_key_value_heads=LATENT_HEADS)
     heads = real.num_attention_heads
-    hidden_size = heads * (channels_per_head if architecture.explicit_head_dim else head_dim)
-    layers = min(2, real.num_hidden_layers)
-    widths = Widths(hidden_size, heads, real.num_key_value_heads, head_dim, neurons, layers)
-    changes: dict[str, Any] = {
-        **field_changes(config, "hidden_size", hidden_size),
-        **field_changes(config, "intermediate_size", neurons),
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 2 * TOKENS,
-        **({"head_dim": head_dim} if architecture.explicit_head_dim else {}),
-        **_small_fields(config, head_dim),
-    }
+    hidden_per_head = sizes.head_dim if architecture.hidden_follows_heads else sizes.channels_per_head
+    widths = replace(
+        real,
+        hidden_size=heads * hidden_per_head,
+        head_dim=real.head_dim if _is_latent(architecture) else sizes.head_dim,
+        num_hidden_layers=len(layers),
+        num_experts=sizes.experts if real.num_experts else 0,
+        **{width: sizes.neurons + 2 * n for n, width in enumerate(NEURONS) if getattr(real, width)},
+    )
+    changes: dict[str, Any] = {}
+    for width in ("hidden_size", "num_attention_heads", "num_key_value_heads", *NEURONS, "num_experts"):
+        if getattr(real, width) and (width not in HEADS or _is_latent(architecture)):
+            changes.update(field_changes(config, width, getattr(widths, width)))
+    changes.update(
+        vocab_size=VOCABULARY,
+        max_position_embeddings=2 * TOKENS,
+        **({"head_dim": sizes.head_dim} if architecture.explicit_head_dim else {}),
+        **_small_fields(config, sizes),
+    )
     try:
         small = reconfigure(config, changes)
         torch_state = torch.random.get_rng_state()
@@ -81,28 +132,31 @@ def build_twin(architecture: Architecture, head_dim: int, channels_per_head: int
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.copy_(1 + 0.2 * noise if parameter.ndim == 1 else noise / parameter.shape[-1] ** 0.5)
     tokens = torch.randint(3, VOCABULARY, (1, TOKENS), generator=generator)
-    twin_architecture = replace(architecture, config=small, widths=widths)
-    return Twin(twin_architecture, model, tokens)
+    own_kinds = tuple(layers.index(architecture.layer_kinds[layer]) for layer in layers)
+    return Twin(replace(architecture, config=small, widths=widths, layer_kinds=own_kinds), model, tokens)
 
 
-def small_head_dims(config: PretrainedConfig) -> tuple[int, int]:
+def _small_head_dims(config: PretrainedConfig) -> tuple[int, int]:
     """Two small head dims of which the position encoding turns a whole number of pairs, at least one."""
-    rotary = getattr(config, "rope_parameters", None) or {}
-    fraction = rotary.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    fraction = rotary_fraction(config)
     fits = [size for size in range(4, 257, 2) if int(size * fraction) >= 2 and int(size * fraction) % 2 == 0]
     return fits[0], fits[1]
 
 
-def _small_fields(config: PretrainedConfig, head_dim: int) -> dict[str, Any]:
-    """Fields that must follow the small sizes: token ids, per-dimension RoPE factors, activations with dead zones."""
-    changes: dict[str, Any] = {}
+def _small_fields(config: PretrainedConfig, sizes: TwinSizes) -> dict[str, Any]:
+    """Fields that must follow the small sizes: token ids, per-dimension RoPE factors, routing, dead activations."""
+    changes: dict[str, Any] = rotary_changes(config, sizes.head_dim)
     for name, value in config.to_dict().items():
         if name.endswith("_token_id"):
             changes[name] = {"bos_token_id": 1, "eos_token_id": 2}.get(name)
-        elif name == "rope_parameters" and isinstance(value, dict):
-            changes[name] = _cut_lists(value, head_dim // 2)
-        elif name in EXPERT_FIELDS and isinstance(value, int):
-            changes[name] = EXPERTS  # as many as are picked: an expert that no token reaches would look unread
+        elif name in LATENT and isinstance(value, int) and hasattr(config, "kv_lora_rank"):
+            changes[name] = LATENT[name]
+        elif name in ("num_experts_per_tok", "moe_topk", "moe_k") and isinstance(value, int):
+            changes[name] = sizes.experts_per_token
+        elif name == "n_group" and value:
+            changes.update(n_group=min(value, 2 if sizes.experts % 2 == 0 else 1), topk_group=1)
+        elif name == "sliding_window" and value:
+            changes[name] = WINDOW
         elif value in ("relu", "relu2") and ("act" in name):
             changes[name] = "gelu"  # a neuron that never fires would look like one that nothing reads
         elif name in ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout"):
@@ -110,11 +164,31 @@ def _small_fields(config: PretrainedConfig, head_dim: int) -> dict[str, Any]:
     return changes
 
 
-def _cut_lists(value: dict[str, Any], length: int) -> dict[str, Any]:
-    def cut(item: Any) -> Any:
-        return _cut_lists(item, length) if isinstance(item, dict) else item[:length] if isinstance(item, list) else item
+def settle_head_dim(architecture: Architecture) -> Architecture:
+    """Take back that query heads need not fill the hidden size where a twin of such sizes does not run.
 
-    return {name: cut(item) for name, item in value.items()}
+    Raises:
+        UnsupportedError: no twin can be built, or none runs.
+    """
+    try:
+        _run(build_twin(architecture, trace_sizes(architecture.config)))
+    except UnsupportedError:
+        if not architecture.explicit_head_dim:
+            raise
+        architecture = replace(architecture, explicit_head_dim=False, hidden_follows_heads=True)
+        _run(build_twin(architecture, trace_sizes(architecture.config)))
+    return architecture
+
+
+def _run(twin: Twin) -> None:
+    import torch
+
+    try:
+        with torch.no_grad():
+            twin.model(input_ids=twin.tokens, use_cache=False)
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        family = twin.architecture.config.model_type
+        raise UnsupportedError(f"A small twin of {family} does not run ({str(error).splitlines()[0]}).") from error
 
 
 # --- trace ---------------------------------------------------------------------------------------------------------
@@ -130,47 +204,159 @@ def trace(architecture: Architecture) -> Trace:
     Raises:
         UnsupportedError: no twin can be built.
     """
-    import torch
-
-    twin = build_twin(architecture, small_head_dims(architecture.config)[0], channels_per_head=3, neurons=12)
+    twin = build_twin(architecture, trace_sizes(architecture.config))
     widths = twin.architecture.widths
-    followers = {
-        "hidden_size": _step(twin, "hidden_size", widths.num_attention_heads),
-        "head_dim": _step(twin, "head_dim", 2) if architecture.explicit_head_dim else None,
-        "intermediate_size": _step(twin, "intermediate_size", 1),
-    }
-    followers["head_dim"] = followers["head_dim"] or followers["hidden_size"]
+    family = architecture.config.model_type
     found: list[Binding] = []
     readers: list[Binding] = []
     refused: dict[str, str] = {}
-    for width, spaces in (
-        ("intermediate_size", {"intermediate_size": widths.intermediate_size}),
-        ("head_dim", _head_spaces(widths)),
-    ):
-        bound = followers[width]
-        if bound is None or not bound.disk:
-            refused.update(dict.fromkeys(spaces, f"no tensor axis of {architecture.config.model_type} follows it"))
+    hidden = _step(twin, "hidden_size", widths.num_attention_heads if not _is_latent(architecture) else 1)
+    for width in NEURONS:
+        if not getattr(widths, width):
             continue
-        reader = _find_reader(twin, bound, widths, spaces)
-        labels = {name: _labels(twin, bound, reader, name, count, widths) for name, count in spaces.items()}
-        loose = width == "head_dim" and not architecture.explicit_head_dim
-        if loose and widths.num_key_value_heads == 1:
-            _leave_channels_out(labels, widths)
-        bindings, reason = _bind(bound, labels, widths, loose, _output_axis(twin.model))
+        bound = _step(twin, width, 1)
+        if bound is None or not bound.disk:
+            refused[width] = f"no tensor axis of {family} follows it"
+            continue
+        bindings, own_readers, reason = _trace_neurons(twin, bound, width)
         found += bindings
-        marked = _reader_on_disk(twin, bound, (split_name(reader[0])[0], reader[1]), torch.arange(bound.memory[reader]))
-        places = {(split_name(name)[0], axis) for name, axis in marked}
-        readers += [binding for binding in bindings if (binding.template, binding.axis) in places]
+        readers += own_readers
+        refused.update({width: reason} if reason else {})
+    bound = _step(twin, "head_dim", 2) if architecture.explicit_head_dim else None
+    bound = bound or (hidden if architecture.hidden_follows_heads else None)
+    spaces = _head_spaces(widths)
+    if bound is None or not bound.disk:
+        reason = f"the heads of {family} have sizes of their own (latent attention), which stay whole"
+        refused.update(dict.fromkeys(spaces, reason))
+    else:
+        bindings, own_readers, reason = _trace_heads(twin, bound)
+        found += bindings if reason else [*bindings, *_bind_whole_heads(twin, bound)]
+        readers += own_readers
         refused.update(dict.fromkeys(spaces, reason) if reason else {})
+    experts, expert_templates, reason = _bind_experts(twin) if widths.num_experts else ([], frozenset(), "")
+    found += experts
+    refused.update({"num_experts": reason} if reason else {})
     taken = {(binding.template, binding.axis) for binding in found}
-    hidden = followers["hidden_size"]
     if hidden is None or not hidden.disk:
-        refused["hidden_size"] = f"no tensor axis of {architecture.config.model_type} follows it"
+        refused["hidden_size"] = f"no tensor axis of {family} follows it"
     else:
         bindings, reason = _bind_channels(hidden, taken, widths)
         found += bindings
         refused.update({"hidden_size": reason} if reason else {})
-    return Trace(tuple(found), tuple(readers), _scored(twin), refused)
+    refused["head_dim"] = ROTARY if not architecture.hidden_follows_heads else "it follows the hidden size"
+    return Trace(tuple(found), tuple(readers), _scored(twin), expert_templates, refused)
+
+
+def _is_latent(architecture: Architecture) -> bool:
+    return not architecture.explicit_head_dim and not architecture.hidden_follows_heads
+
+
+def _trace_neurons(twin: Twin, bound: _Followers, width: str) -> tuple[list[Binding], list[Binding], str]:
+    """The bindings of a width of neurons, those of them that read, and why it failed.
+
+    Several MLPs may share the width: one reader after the other is found, until every axis has one.
+    """
+    widths, found, readers = twin.architecture.widths, [], []
+    remaining, component = dict(bound.disk), 0
+    while remaining:
+        rest = replace(bound, disk=remaining)
+        reader = _find_reader(twin, rest, widths, {width: getattr(widths, width)})
+        if reader is None:
+            return [], [], f"nothing that reads the units of {split_name(next(iter(remaining))[0])[0]} was found"
+        labels = _labels(twin, rest, reader, width, getattr(widths, width))
+        explained = {place: size for place, size in remaining.items() if bool((labels[place] >= 0).any())}
+        explained = _with_biases(explained, remaining, _output_axis(twin.model))
+        part = replace(bound, disk=explained)
+        bindings, reason = _bind(part, {width: labels}, widths, False, _output_axis(twin.model), component)
+        if reason or not explained:
+            return [], [], reason or "no axis carries its units"
+        found += bindings
+        readers += _reading(twin, part, reader, bindings)
+        remaining = {place: size for place, size in remaining.items() if place not in explained}
+        component += 1
+    return found, readers, ""
+
+
+def _with_biases(explained: dict[Place, int], remaining: dict[Place, int], output_axis: int) -> dict[Place, int]:
+    """The same axes with those of the biases that run along them."""
+
+    def is_explained(name: str, axis: int) -> bool:
+        weight = name.removesuffix("bias") + "weight"
+        return (name, axis) in explained or (name.endswith(".bias") and (weight, output_axis) in explained)
+
+    return {(name, axis): size for (name, axis), size in remaining.items() if is_explained(name, axis)}
+
+
+def _trace_heads(twin: Twin, bound: _Followers) -> tuple[list[Binding], list[Binding], str]:
+    """The bindings of query heads and KV groups, those of them that read, and why it failed."""
+    architecture = twin.architecture
+    widths, spaces = architecture.widths, _head_spaces(architecture.widths)
+    reader = _find_reader(twin, bound, widths, spaces)
+    if reader is None:
+        return [], [], "nothing that reads its heads was found"
+    labels = {name: _labels(twin, bound, reader, name, count) for name, count in spaces.items()}
+    loose = architecture.hidden_follows_heads
+    if loose and widths.num_key_value_heads == 1:
+        _leave_channels_out(labels, widths)
+    bindings, reason = _bind(bound, labels, widths, loose, _output_axis(twin.model))
+    return bindings, _reading(twin, bound, reader, bindings), reason
+
+
+def _bind_whole_heads(twin: Twin, bound: _Followers) -> list[Binding]:
+    """Axes with one element for each head, such as attention sinks: they follow the heads, but not the head dim."""
+    architecture = twin.architecture
+    if not architecture.explicit_head_dim:
+        return []
+    widths, config = architecture.widths, architecture.config
+    counts = {"num_attention_heads": widths.num_attention_heads, "num_key_value_heads": widths.num_key_value_heads}
+    found = {}
+    more = (widths.num_attention_heads + widths.heads_per_group, widths.num_key_value_heads + 1)
+    changes: dict[str, Any] = {"head_dim": widths.head_dim}
+    for width, size in zip(counts, more, strict=True):
+        changes.update(field_changes(config, width, size))
+    for steps in (0, 1):  # where the hidden size must be a multiple of the heads, both move
+        hidden = field_changes(config, "hidden_size", widths.hidden_size // widths.num_attention_heads * more[0])
+        try:
+            after = _shapes(reconfigure(config, {**changes, **(hidden if steps else {})}))[0]
+        except (ValueError, LlmpruneError):
+            continue
+        before = _shapes(config)[0]
+        for (name, axis), size in _changed(before, after).items():
+            for width, count in counts.items():
+                if size == count and after[name][axis] == changes.get(width, 0) and (name, axis) not in bound.disk:
+                    binding = Binding(split_name(name)[0], axis, width)
+                    found[binding.template, axis] = binding
+        break
+    return list(found.values())
+
+
+def _reading(twin: Twin, bound: _Followers, reader: Place, bindings: list[Binding]) -> list[Binding]:
+    """Those bindings whose axis on disk is the reader's."""
+    import torch
+
+    units = torch.arange(bound.memory[reader])
+    marked = _reader_on_disk(twin, bound, (split_name(reader[0])[0], reader[1]), units)
+    places = {(split_name(name)[0], axis) for name, axis in marked}
+    return [binding for binding in bindings if (binding.template, binding.axis) in places]
+
+
+def _bind_experts(twin: Twin) -> tuple[list[Binding], frozenset[str], str]:
+    """The axes along which experts are stacked, the templates that name each expert, and why it failed."""
+    count = twin.architecture.widths.num_experts
+    bound = _step(twin, "num_experts", 1)
+    if bound is None or not (bound.disk or bound.new):
+        return [], frozenset(), "no tensor follows the number of experts"
+    found = {}
+    for (name, axis), size in bound.disk.items():
+        if size != count:
+            return [], frozenset(), f"axis {axis} of {split_name(name)[0]} has {size} elements for {count} experts"
+        found[split_name(name)[0], axis] = Binding(split_name(name)[0], axis, "num_experts")
+    templates = frozenset(split_name(name)[0] for name in bound.new)
+    for name in bound.new:
+        numbers = split_name(name)[1]
+        if len(numbers) != 2 or numbers[1] != count:
+            return [], frozenset(), f"{name} is not numbered by layer and expert"
+    return list(found.values()), templates, ""
 
 
 def _head_spaces(widths: Widths) -> dict[str, int]:
@@ -183,6 +369,7 @@ class _Followers:
 
     disk: dict[Place, int]  # (tensor name on disk, axis) → size
     memory: dict[Place, int]
+    new: tuple[str, ...]  # tensors on disk that the larger width adds
 
 
 def _step(twin: Twin, width: str, increment: int) -> _Followers | None:
@@ -195,7 +382,8 @@ def _step(twin: Twin, width: str, increment: int) -> _Followers | None:
             after = _shapes(reconfigure(config, field_changes(config, width, size)))
         except (ValueError, LlmpruneError):
             continue
-        return _Followers(_changed(before[0], after[0]), _changed(before[1], after[1]))
+        new = tuple(name for name in after[0] if name not in before[0])
+        return _Followers(_changed(before[0], after[0]), _changed(before[1], after[1]), new)
     return None
 
 
@@ -215,11 +403,13 @@ def _changed(before: dict[str, tuple[int, ...]], after: dict[str, tuple[int, ...
     }
 
 
-def _find_reader(twin: Twin, bound: _Followers, widths: Widths, spaces: dict[str, int]) -> Place:
+def _find_reader(twin: Twin, bound: _Followers, widths: Widths, spaces: dict[str, int]) -> Place | None:
     """The parameter axis whose zeroing silences the most other axes: that is what reads the units."""
-    count = spaces.get("intermediate_size", widths.num_attention_heads)
-    chunk = 1 if "intermediate_size" in spaces else widths.head_dim
-    group = 1 if "intermediate_size" in spaces else widths.heads_per_group
+    heads = "num_attention_heads" in spaces
+    count = spaces["num_attention_heads"] if heads else next(iter(spaces.values()))
+    chunk = widths.head_dim if heads else 1
+    # a whole KV group also silences keys and values, but with one group everything would be zero
+    group = widths.heads_per_group if heads and widths.num_key_value_heads > 1 else 1
     baseline = _dead(twin, bound)
     shapes = _shapes(twin.architecture.config)[0]
     matrix = {(name, axis): len(shapes[name]) > 1 for name, axis in bound.disk}
@@ -227,7 +417,8 @@ def _find_reader(twin: Twin, bound: _Followers, widths: Widths, spaces: dict[str
     seen = set()
     for (name, axis), size in bound.memory.items():
         template = split_name(name)[0]
-        if size != count * chunk or twin.model.get_parameter(name).ndim < 2 or (template, axis) in seen:
+        fits = size == count * chunk if heads else size % count == 0
+        if not fits or twin.model.get_parameter(name).ndim < 2 or (template, axis) in seen:
             continue
         seen.add((template, axis))
         with _zeroed(twin, (template, axis), range(group * chunk)):
@@ -236,9 +427,6 @@ def _find_reader(twin: Twin, bound: _Followers, widths: Widths, spaces: dict[str
         score = sum(100 if matrix[place] else 1 for place in silenced)  # a norm or bias alone proves little
         if score > best_score:
             best, best_score = (name, axis), score
-    if best is None:
-        names = ", ".join(sorted({split_name(name)[0] for name, _ in bound.disk})[:4])
-        raise UnsupportedError(f"Nothing that reads the units of {names} was found in the twin.")
     return best
 
 
@@ -267,7 +455,8 @@ def _dead(twin: Twin, bound: _Followers) -> dict[Place, torch.Tensor]:
 
     model = twin.model
     model.zero_grad()
-    logits = model(input_ids=twin.tokens, use_cache=False).logits
+    with _fixed_norms():
+        logits = model(input_ids=twin.tokens, use_cache=False).logits
     weights = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).sin_().reshape(logits.shape)
     (logits * weights).sum().backward()
     gradients = {
@@ -278,19 +467,31 @@ def _dead(twin: Twin, bound: _Followers) -> dict[Place, torch.Tensor]:
     return {(name, axis): _silent(stored[name], axis) for name, axis in bound.disk}
 
 
+def _fixed_norms() -> AbstractContextManager[None]:
+    """Hold the statistics of RMSNorms fixed, so that a norm over all heads does not make each feel every other."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            return result.detach() if function in (torch.rsqrt, torch.Tensor.rsqrt) else result
+
+    return Mode()
+
+
 def _silent(tensor: torch.Tensor, axis: int) -> torch.Tensor:
     moved = tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1)
     return (moved == 0).all(dim=1)
 
 
-def _labels(
-    twin: Twin, bound: _Followers, reader: Place, width: str, count: int, widths: Widths
-) -> dict[Place, torch.Tensor]:
+def _labels(twin: Twin, bound: _Followers, reader: Place, width: str, count: int) -> dict[Place, torch.Tensor]:
     """The unit of `width` at each index of each bound axis, -1 where no single unit is responsible."""
     import torch
 
     place = (split_name(reader[0])[0], reader[1])
-    units = torch.arange(bound.memory[reader]) // (bound.memory[reader] // count)
+    units = torch.arange(bound.memory[reader])
+    units = units % count if width in NEURONS else units // (bound.memory[reader] // count)
     labels = {place: torch.zeros(size, dtype=torch.long) for place, size in bound.disk.items()}
     valid = {place: torch.ones(size, dtype=torch.bool) for place, size in bound.disk.items()}
     for bit in range(max(1, (count - 1).bit_length())):
@@ -341,7 +542,12 @@ def _output_axis(model: PreTrainedModel) -> int:
 
 
 def _bind(
-    bound: _Followers, labels: dict[str, dict[Place, torch.Tensor]], widths: Widths, loose: bool, output_axis: int
+    bound: _Followers,
+    labels: dict[str, dict[Place, torch.Tensor]],
+    widths: Widths,
+    loose: bool,
+    output_axis: int,
+    component: int = 0,
 ) -> tuple[list[Binding], str]:
     """Turn labels into bindings, one for each template and axis; the second value says why that failed."""
     found: dict[tuple[str, int, str], Binding] = {}
@@ -351,8 +557,11 @@ def _bind(
         by_width = _with_bias(name, output_axis, by_width, labels)
         if loose and all(bool((units < 0).all()) for units in by_width.values()):
             continue  # not an axis of heads but one of channels, whose size follows theirs
-        made = _bind_neurons if "intermediate_size" in by_width else _bind_heads
-        bindings = made(template, axis, by_width, widths)
+        if "num_attention_heads" in by_width:
+            bindings = _bind_heads(template, axis, by_width, widths)
+        else:
+            ((width, units),) = by_width.items()
+            bindings = _bind_neurons(Binding(template, axis, width, component=component), units, widths)
         if bindings is None:
             if bound.disk[name, axis] == widths.head_dim:
                 continue  # a norm over one head's elements, shared by all heads
@@ -377,10 +586,10 @@ def _with_bias(
     return own
 
 
-def _bind_neurons(template: str, axis: int, by_width: dict[str, torch.Tensor], widths: Widths) -> list[Binding] | None:
-    labels, count = by_width["intermediate_size"], widths.intermediate_size
+def _bind_neurons(bare: Binding, labels: torch.Tensor, widths: Widths) -> list[Binding] | None:
     for interleaved in (False, True):
-        binding = Binding(template, axis, "intermediate_size", len(labels) // count, interleaved)
+        copies = len(labels) // getattr(widths, bare.width)
+        binding = replace(bare, copies=copies, interleaved=interleaved)
         units = binding.units(widths)
         if len(units) == len(labels) and bool((units == labels).all()):
             return [binding]
@@ -445,7 +654,7 @@ def _scored(twin: Twin) -> frozenset[str]:
     for module in twin.model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             counts = parameter.ndim >= 2 or (isinstance(module, nn.LayerNorm) and name == "weight")
-            counts = counts and not isinstance(module, nn.Embedding)
+            counts = counts and not isinstance(module, nn.Embedding) and not name.endswith("bias")
             kinds[id(parameter)] = kinds.get(id(parameter), False) or counts
     marked = {
         name: torch.full_like(parameter, float(kinds[id(parameter)])).detach()

@@ -1,0 +1,22 @@
+"""What shapes, gradients and the configuration do not say about a family: one short entry each.
+
+A family that needs nothing here has no entry.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Family:
+    """What pruning has to make up for."""
+
+    scaled_embedding: str = ""  # the embedding that the model multiplies by √(hidden size), tied to the output
+    final_norm: str = ""  # the norm before the output projection
+    norm_offset: float = 0.0  # what the model adds to the stored weights of its norms
+
+
+GEMMA = Family(scaled_embedding="model.embed_tokens.weight", final_norm="model.norm.weight", norm_offset=1.0)
+
+FAMILIES: dict[str, Family] = {"gemma": GEMMA, "gemma2": GEMMA, "gemma3_text": GEMMA}

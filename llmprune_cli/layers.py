@@ -1,0 +1,75 @@
+"""Decoder layers: which are alike, and how a configuration speaks of fewer of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from llmprune_cli.names import Shape, split_name
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# Fields that name layers by number, and fields that count the first layers which differ from the rest.
+NUMBERED = ("mlp_only_layers", "full_attn_idxs", "attn_layer_indices", "cross_attention_layers", "global_attn_layers")
+LEADING = ("first_k_dense_replace", "max_window_layers", "num_dense_layers")
+SPARSE_STEP = "decoder_sparse_step"  # every n-th layer is a mixture of experts, but for `mlp_only_layers`
+
+
+def find_layer_kinds(config: PretrainedConfig, shapes: dict[str, Shape]) -> tuple[int, ...]:
+    """For every layer, the number of the first layer with the same tensors and the same per-layer settings.
+
+    Args:
+        shapes: of the model's tensors on disk, by name.
+    """
+    tensors: list[list[tuple[str, tuple[int, ...], Shape]]] = [[] for _ in range(config.num_hidden_layers)]
+    for name, shape in shapes.items():
+        template, numbers = split_name(name)
+        if numbers and numbers[0] < len(tensors):
+            tensors[numbers[0]].append((template, numbers[1:], shape))
+    lists = [value for name, value in config.to_dict().items() if _is_per_layer(config, name, value)]
+    first: dict[Any, int] = {}
+    kinds = []
+    for layer, own in enumerate(tensors):
+        kind = (frozenset(own), tuple(str(value[layer]) for value in lists))
+        kinds.append(first.setdefault(kind, layer))
+    return tuple(kinds)
+
+
+def sample_layers(kinds: Sequence[int], each: int) -> tuple[int, ...]:
+    """The first `each` layers of every kind, two layers at least where the model has them."""
+    counts: dict[int, int] = {}
+    picked = []
+    for layer, kind in enumerate(kinds):
+        counts[kind] = counts.get(kind, 0) + 1
+        if counts[kind] <= each or (layer == 1 and len(set(kinds)) == 1):
+            picked.append(layer)
+    return tuple(picked)
+
+
+def layer_changes(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
+    """The fields to set so that a configuration describes only some of its layers, in their order.
+
+    Lists with one item for each layer are cut, layer numbers are renumbered, counts of leading layers are recounted,
+    and a rhythm of sparse layers becomes the list of its dense ones.
+    """
+    position = {layer: new for new, layer in enumerate(kept)}
+    changes: dict[str, Any] = {"num_hidden_layers": len(kept)}
+    for name, value in config.to_dict().items():
+        if name in NUMBERED and isinstance(value, list):
+            changes[name] = [position[layer] for layer in value if layer in position]
+        elif name in LEADING and isinstance(value, int):
+            changes[name] = sum(layer < value for layer in kept)
+        elif _is_per_layer(config, name, value):
+            changes[name] = [value[layer] for layer in kept]
+    step = getattr(config, SPARSE_STEP, 1)
+    if isinstance(step, int) and step > 1:
+        named = set(getattr(config, "mlp_only_layers", None) or ())
+        dense = [layer for layer in kept if (layer + 1) % step or layer in named]
+        changes.update({SPARSE_STEP: 1, "mlp_only_layers": [position[layer] for layer in dense]})
+    return changes
+
+
+def _is_per_layer(config: PretrainedConfig, name: str, value: Any) -> bool:
+    is_list = isinstance(value, list) and len(value) == config.num_hidden_layers
+    return is_list and name not in (*NUMBERED, "architectures") and not name.endswith("token_id")
