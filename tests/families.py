@@ -1,0 +1,67 @@
+"""The smallest configurations that have the features of their family: grouped queries, biases, kinds of layers, experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SLIDING_AND_FULL = ["sliding_attention", "full_attention"] * 2
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2}
+WINDOWED = {"sliding_window": 8, "layer_types": SLIDING_AND_FULL}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "llama-mha": {"num_key_value_heads": 8, "tie_word_embeddings": True},
+    "mistral": {"head_dim": 16, "sliding_window": 8},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+    "qwen3": {"head_dim": 16},
+    "phi": {},
+    "phi3": {},
+    "phi3-partial": {
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 32,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.1, 1.2], "long_factor": [1.0, 2.0, 3.0]},
+    },
+    "gemma": {"head_dim": 16, "num_key_value_heads": 1},
+    "gemma2": {"head_dim": 16, "sliding_window": 8},
+    "gemma3_text": {"head_dim": 16, **WINDOWED},
+    "olmo2": {},
+    "gpt2": {"n_inner": 48},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 64},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 48},
+    "falcon-multi-query": {"new_decoder_architecture": False, "multi_query": True, "ffn_hidden_size": 48},
+    "stablelm": {"use_qkv_bias": True},
+    "starcoder2": {"sliding_window": 8},
+    "cohere": {},
+    "cohere2": WINDOWED,
+    "granite": {"residual_multiplier": 0.5, "embedding_multiplier": 3.0},
+    "smollm3": {},
+    "glm4": {"head_dim": 8},
+    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2},
+    "qwen2_moe": {**EXPERTS, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 56, "mlp_only_layers": [1]},
+    "qwen3_moe": {**EXPERTS, "moe_intermediate_size": 40, "mlp_only_layers": [1], "head_dim": 16},
+    "olmoe": EXPERTS,
+    "granitemoe": {"num_local_experts": 6, "num_experts_per_tok": 2},
+    "gpt_oss": {"num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 16, **WINDOWED},
+    "deepseek_v3": {
+        "num_key_value_heads": 8,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 40,
+        "n_shared_experts": 2,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+}
+SIZES: dict[str, Any] = {"num_hidden_layers": 4, "pad_token_id": None}
+
+
+def model_type(family: str) -> str:
+    """What transformers calls a family: a variant has a suffix."""
+    return family.split("-")[0]
