@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check lint fix bench check-ranges clean
+.PHONY: demo matrix test check lint fix bench check-ranges clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -14,6 +14,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)  ## inspect, prune, evaluate and reload a real model
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/demo/demo.py
+
+matrix: $(INSTALLED)  ## write the support matrix into the README
+	$(BIN)/python tests/support_matrix.py
 
 test: $(INSTALLED)  ## run all tests
 	$(BIN)/python -m pytest -n auto

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune_cli.architecture import NEURONS, Architecture, Widths
+from llmprune_cli.architecture import NEURONS, Architecture, Widths, expected_index
 from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.groups import Keep, Trace, kept_mask, new_name
 from llmprune_cli.names import split_name
@@ -46,6 +46,7 @@ def prove(architecture: Architecture, traced: Trace, changed: tuple[str, ...], p
         return
     drops_layers = "num_hidden_layers" in changed
     twin = build_twin(architecture, proof_sizes(architecture.config, drops_layers))
+    traced.check(expected_index(twin.architecture.config), twin.architecture.widths)
     target = half_of(twin.architecture, changed)
     if "num_experts" in changed:
         _keep_positive(twin)
@@ -76,7 +77,7 @@ class _Kept:
 
 
 def half_of(architecture: Architecture, changed: tuple[str, ...]) -> Target:
-    """About half of each width to prune, within the architecture's rules; of the layers, all but one that has its like."""
+    """About half of each width to prune, within the rules; of the layers, all but one that has its like."""
     before = architecture.widths
     groups, per_group = before.num_key_value_heads, before.heads_per_group
     if "num_key_value_heads" in changed:

@@ -377,9 +377,11 @@ def _step(twin: Twin, width: str, increment: int) -> _Followers | None:
     config = twin.architecture.config
     before = _shapes(config)
     for steps in (1, 2, 4, 8):
-        size = getattr(twin.architecture.widths, width) + increment * steps
+        changes = field_changes(config, width, getattr(twin.architecture.widths, width) + increment * steps)
+        if width == "hidden_size" and twin.architecture.hidden_follows_heads:
+            changes.update(rotary_changes(config, twin.architecture.widths.head_dim + steps))
         try:
-            after = _shapes(reconfigure(config, field_changes(config, width, size)))
+            after = _shapes(reconfigure(config, changes))
         except (ValueError, LlmpruneError):
             continue
         new = tuple(name for name in after[0] if name not in before[0])
@@ -412,7 +414,7 @@ def _find_reader(twin: Twin, bound: _Followers, widths: Widths, spaces: dict[str
     group = widths.heads_per_group if heads and widths.num_key_value_heads > 1 else 1
     baseline = _dead(twin, bound)
     shapes = _shapes(twin.architecture.config)[0]
-    matrix = {(name, axis): len(shapes[name]) > 1 for name, axis in bound.disk}
+    matrices = {(split_name(name)[0], axis): len(shapes[name]) > 1 for name, axis in bound.disk}
     best, best_score = None, 0
     seen = set()
     for (name, axis), size in bound.memory.items():
@@ -423,8 +425,13 @@ def _find_reader(twin: Twin, bound: _Followers, widths: Widths, spaces: dict[str
         seen.add((template, axis))
         with _zeroed(twin, (template, axis), range(group * chunk)):
             dead = _dead(twin, bound)
-        silenced = [place for place in bound.disk if bool((dead[place] & ~baseline[place]).any())]
-        score = sum(100 if matrix[place] else 1 for place in silenced)  # a norm or bias alone proves little
+        everywhere: dict[Place, bool] = {}  # a reader of heads or neurons silences them in every layer
+        for name_on_disk, axis_on_disk in bound.disk:
+            silenced = bool((dead[name_on_disk, axis_on_disk] & ~baseline[name_on_disk, axis_on_disk]).any())
+            group_of = split_name(name_on_disk)[0], axis_on_disk
+            everywhere[group_of] = everywhere.get(group_of, True) and silenced
+        # a norm or bias alone proves little
+        score = sum(100 if matrices[place] else 1 for place, silent in everywhere.items() if silent)
         if score > best_score:
             best, best_score = (name, axis), score
     return best

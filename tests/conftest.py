@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -127,3 +128,13 @@ def make_tiny(tmp_path: Path) -> Callable[..., Path]:
         return save_tiny(tmp_path / f"{family}-model", family, **options)  # type: ignore[arg-type]
 
     return make
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Add up what the tests counted, over all workers."""
+    totals: dict[str, int] = {}
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, value in report.user_properties:
+            totals[name] = totals.get(name, 0) + value
+    for name, total in totals.items():
+        terminalreporter.write_line(f"{name}: {total}")

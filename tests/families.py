@@ -1,4 +1,4 @@
-"""The smallest configurations that have the features of their family: grouped queries, biases, kinds of layers, experts."""
+"""The smallest configurations that have their family's features: grouped queries, biases, kinds of layers, experts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "smollm3": {},
     "glm4": {"head_dim": 8},
     "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2},
-    "qwen2_moe": {**EXPERTS, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 56, "mlp_only_layers": [1]},
+    "qwen2_moe": {
+        **EXPERTS,
+        "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 56,
+        "mlp_only_layers": [1],
+    },
     "qwen3_moe": {**EXPERTS, "moe_intermediate_size": 40, "mlp_only_layers": [1], "head_dim": 16},
     "olmoe": EXPERTS,
     "granitemoe": {"num_local_experts": 6, "num_experts_per_tok": 2},

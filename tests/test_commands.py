@@ -15,24 +15,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_oracles import load_stock
 
 import llmprune_cli
 from conftest import run_cli, run_process
+from test_oracles import load_stock
 from test_peer import written_tensors
 
 PACKAGE = Path(llmprune_cli.__file__).parent
 # Each module may import those before it.
 ORDER = (
     "errors",
+    "names",
+    "families",
+    "layers",
     "architecture",
     "checkpoint",
     "writer",
     "groups",
     "twin",
-    "proof",
     "scoring",
     "plan",
+    "proof",
     "surgery",
     "loading",
     "export.safetensors",

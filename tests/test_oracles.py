@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, SIZES, model_type
 
 from conftest import run_cli, save_tiny
+from families import FAMILIES, SIZES, model_type
 from test_peer import written_tensors
 
 CUTS: dict[str, list[str]] = {
@@ -162,7 +162,9 @@ def test_the_identity_plan_writes_the_same_bytes(tiny_of: Callable[[str], Path],
 
 def test_a_pruned_gemma_makes_up_for_its_embedding_scale(tiny_of: Callable[[str], Path], tmp_path: Path) -> None:
     folder = tiny_of("gemma")
-    run = run_cli("prune", folder, "--hidden-size", "16", "--save-plan", tmp_path / "plan", "--output", tmp_path / "out")
+    run = run_cli(
+        "prune", folder, "--hidden-size", "16", "--save-plan", tmp_path / "plan", "--output", tmp_path / "out"
+    )
     assert run.code == 0, run.stderr
     kept = json.loads((tmp_path / "plan").read_text())["keep"]["hidden_size"][""]
     dense, pruned = written_tensors(folder), written_tensors(tmp_path / "out")

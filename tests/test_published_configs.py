@@ -78,28 +78,35 @@ def count_parameters(config: dict[str, Any], folder: Path) -> int:
 def check_widths(model: str, before: dict[str, int], after: dict[str, int], pruning_ratio: float) -> None:
     """Hold the widths after pruning against the convention: `int(N·(1−r))` stay, in whole KV groups of heads."""
     family = CONFIGS[model]["model_type"]
-    assert all(1 <= after[width] <= before[width] for width in before), (before, after)
+    assert all(min(1, before[width]) <= after[width] <= before[width] for width in before), (before, after)
+    step = 8 if before["num_experts"] else 1  # elements that kernels for experts want rows to be a multiple of
     for field, width in FIELDS[family].items():
         assert before[width] == CONFIGS[model].get(field, before[width]), field
 
     heads, groups = before["num_attention_heads"], before["num_key_value_heads"]
     kept_heads = int(heads * (1 - pruning_ratio))
-    if groups == heads:
+    if family == "deepseek_v3":  # latent attention stays whole
+        assert (after["num_attention_heads"], after["num_key_value_heads"]) == (heads, groups)
+    elif groups == heads:
         assert after["num_attention_heads"] == after["num_key_value_heads"] == kept_heads
     else:
         assert after["num_key_value_heads"] == groups
         assert after["num_attention_heads"] == max(1, kept_heads // groups) * groups
 
     asked = int(before["hidden_size"] * (1 - pruning_ratio))
-    if family in HIDDEN_IS_HEADS:
+    if (
+        family in HIDDEN_IS_HEADS or model == "Phi-4-mini"
+    ):  # its configuration holds RoPE factors against hidden / heads
         assert after["hidden_size"] == after["num_attention_heads"] * before["head_dim"]
-    elif after["hidden_size"] != asked:
+    elif after["hidden_size"] != asked - asked % step:
         assert after["hidden_size"] % after["num_attention_heads"] == 0
         assert abs(after["hidden_size"] - asked) <= after["num_attention_heads"] / 2
 
     for width in set(FIELDS[family].values()):
         if width.endswith("intermediate_size"):
-            assert after[width] == int(before[width] * (1 - pruning_ratio)), width
+            own_step = step if width == "moe_intermediate_size" or not before["moe_intermediate_size"] else 1
+            kept = int(before[width] * (1 - pruning_ratio))
+            assert after[width] == kept - kept % own_step, width
     assert after["head_dim"] == before["head_dim"]
     assert after["num_hidden_layers"] == before["num_hidden_layers"]
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_eval import plain_perplexity
-from test_oracles import load_stock
 
 from conftest import WIKITEXT2, run_cli
+from test_eval import plain_perplexity
+from test_oracles import load_stock
 
 PARAMETERS = 134_515_008
 
