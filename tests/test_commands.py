@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import llmprune_cli
+import support_matrix
 from conftest import run_cli, run_process
 from test_oracles import load_stock
 from test_peer import written_tensors
@@ -240,3 +241,8 @@ def test_the_readmes_script_runs(tiny_llama: Path, tmp_path: Path, text_file: Pa
         ["bash", "chain.sh", str(tiny_llama), str(text_file)], cwd=tmp_path, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_readmes_matrix_is_what_inspect_says() -> None:
+    readme = support_matrix.README.read_text(encoding="utf-8")
+    assert support_matrix.START + support_matrix.make_matrix() + support_matrix.END in readme, "run make matrix"

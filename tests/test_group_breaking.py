@@ -74,7 +74,8 @@ def logits_of_pruned_twin(architecture: Architecture, traced: Trace, changed: tu
         pruned.mkdir()
         try:
             _prune_twin(dense, pruned, traced, twin.architecture, half_of(twin.architecture, changed))
-            model = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float64)
+            eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+            model = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float64, **eager)
         except (LlmpruneError, ValueError, RuntimeError):
             return None
     with torch.no_grad():
