@@ -16,6 +16,7 @@ from llmprune_cli import __version__
 from llmprune_cli.architecture import Architecture, Widths, discover, expected_index, with_widths
 from llmprune_cli.checkpoint import Checkpoint, TensorEntry, read_index
 from llmprune_cli.corpus import Corpus, cut_windows, load_corpus
+from llmprune_cli.dependency import hold_against_torch_pruning
 from llmprune_cli.errors import PlanError, UnsupportedError, VerificationError
 from llmprune_cli.evaluation import RunningPerplexity, evaluate_perplexity, peak_memory_bytes
 from llmprune_cli.export import FORMATS, ExportOptions
@@ -217,6 +218,7 @@ def prune(
         for deviation in target.deviations:
             listener.warn(deviation)
         prove(subject.architecture, subject.trace, target.widths.changed_from(subject.widths), _prune_twin)
+        hold_against_torch_pruning(subject.architecture, subject.trace)
         if need_weights and plan is None:
             plan = make_plan(subject, target, options.importance, options.seed, listener)
         if options.save_plan is not None and plan is not None:

@@ -34,6 +34,7 @@ ORDER = (
     "writer",
     "groups",
     "twin",
+    "dependency",
     "scoring",
     "plan",
     "proof",
@@ -56,7 +57,7 @@ HOMES = {
     "datasets": {"corpus"},
     "huggingface_hub": {"loading"},
     "safetensors": {"checkpoint", "proof"},
-    "torch_pruning": set(),
+    "torch_pruning": {"dependency"},
     "gguf": set(),
 }
 

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from conftest import tiny_config
 from families import FAMILIES, SIZES, model_type
 from llmprune_cli.architecture import Architecture, Widths, discover, expected_index
-from llmprune_cli.errors import LlmpruneError
+from llmprune_cli.dependency import hold_against_torch_pruning
+from llmprune_cli.errors import LlmpruneError, UnsupportedError
 from llmprune_cli.groups import Binding, Trace
 from llmprune_cli.pipeline import _prune_twin
 from llmprune_cli.proof import half_of, prove
@@ -106,3 +107,15 @@ def test_every_broken_group_is_caught(family: str, record_property: Callable[[st
     record_property("broken groups tried", tried)
     record_property("broken groups caught", tried - len(missed))
     assert tried >= 6 and not missed, missed
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "opt", "qwen2_moe"])
+def test_torch_pruning_agrees_and_objects_to_broken_groups(family: str) -> None:
+    config: Any = tiny_config(model_type(family), **{**SIZES, **FAMILIES[family]})
+    architecture = settle_head_dim(discover(config, expected_index(config)))
+    traced = trace(architecture)
+    assert hold_against_torch_pruning(architecture, traced) >= 3
+    (reader,) = [b for b in traced.readers if b.width == "intermediate_size"]
+    for broken in (exchanged(traced, reader, None), exchanged(traced, reader, shifted(reader))):
+        with pytest.raises(UnsupportedError, match=r"torch-pruning and the twin disagree about .*mlp|fc2"):
+            hold_against_torch_pruning(architecture, broken)

@@ -1,0 +1,104 @@
+"""A second opinion on the trace: torch-pruning's dependency graph, where it speaks reliably."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Container, Iterator
+from typing import TYPE_CHECKING, Any
+
+from llmprune_cli.architecture import NEURONS, Architecture, expected_index
+from llmprune_cli.errors import UnsupportedError
+from llmprune_cli.groups import Trace
+from llmprune_cli.names import split_name
+from llmprune_cli.twin import Twin, build_twin, trace_sizes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Place = tuple[str, int]  # (tensor name, axis)
+
+
+def hold_against_torch_pruning(architecture: Architecture, traced: Trace) -> int:
+    """Compare the channels and the neurons of linear layers with torch-pruning's groups on the same twin.
+
+    Attention is left out, where the graph loses grouped queries, and so is whatever the graph cannot build: fused
+    experts are bare parameters, and GPT-2's `Conv1D` is unknown to it.
+
+    Returns:
+        How many groups were compared.
+
+    Raises:
+        UnsupportedError: the two couple different tensors or indices.
+    """
+    twin = build_twin(architecture, trace_sizes(architecture.config))
+    compared = 0
+    for width, unit, group in _groups(twin, traced):
+        ours = _ours(twin, traced, width, unit, group)
+        for place in ours.keys() | group.keys():
+            if ours.get(place) != group.get(place):
+                raise UnsupportedError(
+                    f"torch-pruning and the twin disagree about {place[0]}, axis {place[1]}: of {width} {unit} "
+                    f"one says {group.get(place, ())}, the other {ours.get(place, ())}. This layout is not supported."
+                )
+        compared += 1
+    return compared
+
+
+def _groups(twin: Twin, traced: Trace) -> Iterator[tuple[str, int, dict[Place, tuple[int, ...]]]]:
+    """Width, unit and torch-pruning's indices on linear layers, for a unit of every MLP and a channel."""
+    import torch_pruning as tp
+    from torch import nn
+
+    twin.model.config.use_cache = False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph = tp.DependencyGraph().build_dependency(
+                twin.model, example_inputs=twin.tokens, output_transform=lambda output: output.logits
+            )
+    except Exception:  # it fails in as many ways as there are models; the gradients speak alone then
+        return
+    names = {module: name for name, module in twin.model.named_modules()}
+    stored = expected_index(twin.architecture.config)  # tied and renamed tensors have other names there: left out
+    channels = not twin.architecture.widths.num_experts
+    for module, name in names.items():
+        if not isinstance(module, nn.Linear):
+            continue
+        for binding in traced.on(split_name(f"{name}.weight")[0]):
+            if binding.axis != 0 or not (binding.width in NEURONS or (binding.width == "hidden_size" and channels)):
+                continue
+            channels = channels and binding.width != "hidden_size"  # one group of channels is all of them
+            unit = getattr(twin.architecture.widths, binding.width) // 2
+            start = (binding.units(twin.architecture.widths) == unit).nonzero().flatten().tolist()
+            group = graph.get_pruning_group(module, tp.prune_linear_out_channels, idxs=start)
+            yield binding.width, unit, _linear_places(group, names, stored)
+
+
+def _linear_places(group: Any, names: dict[nn.Module, str], stored: Container[str]) -> dict[Place, tuple[int, ...]]:
+    from torch import nn
+
+    found: dict[Place, set[int]] = {}
+    for dependency, indices in group:
+        module = dependency.target.module
+        if isinstance(module, nn.Linear) and f"{names[module]}.weight" in stored:
+            axis = int("in_channels" in dependency.handler.__name__)
+            found.setdefault((f"{names[module]}.weight", axis), set()).update(indices)
+    return {place: tuple(sorted(indices)) for place, indices in found.items()}
+
+
+def _ours(
+    twin: Twin, traced: Trace, width: str, unit: int, group: dict[Place, tuple[int, ...]]
+) -> dict[Place, tuple[int, ...]]:
+    """The indices that the trace couples, on the linear layers with the numbers of the group's."""
+    from torch import nn
+
+    numbers = {split_name(name)[1] for name, _ in group}
+    found = {}
+    for name, module in twin.model.named_modules():
+        template, own = split_name(f"{name}.weight")
+        if isinstance(module, nn.Linear) and (own in numbers or width == "hidden_size"):
+            for binding in traced.on(template):
+                if binding.width == width:
+                    same = binding.units(twin.architecture.widths) == unit
+                    found[f"{name}.weight", binding.axis] = tuple(same.nonzero().flatten().tolist())
+    return found
