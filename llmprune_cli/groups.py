@@ -66,7 +66,7 @@ class Trace:
     """What the twin says about an architecture."""
 
     bindings: tuple[Binding, ...]
-    readers: tuple[Binding, ...]  # the bindings whose tensors read the units of heads and neurons
+    readers: tuple[Binding, ...]  # the bindings whose zeros silence heads and neurons, as those of what reads them do
     scored: frozenset[str]  # templates whose weights count in the importance of a unit
     expert_templates: frozenset[str]  # templates whose second number is that of an expert
     refused: dict[str, str]  # width → why it cannot be pruned

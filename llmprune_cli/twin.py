@@ -417,7 +417,7 @@ def _find_reader(twin: Twin, bound: _Followers, widths: Widths, spaces: dict[str
     matrices = {(split_name(name)[0], axis): len(shapes[name]) > 1 for name, axis in bound.disk}
     best, best_score = None, 0
     seen = set()
-    for (name, axis), size in sorted(bound.memory.items(), key=lambda item: item[1]):  # a gate|up pair is no reader
+    for (name, axis), size in bound.memory.items():
         template = split_name(name)[0]
         fits = size == count * chunk if heads else size % count == 0
         if not fits or twin.model.get_parameter(name).ndim < 2 or (template, axis) in seen:

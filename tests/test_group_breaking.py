@@ -115,7 +115,7 @@ def test_torch_pruning_agrees_and_objects_to_broken_groups(family: str) -> None:
     architecture = settle_head_dim(discover(config, expected_index(config)))
     traced = trace(architecture)
     assert hold_against_torch_pruning(architecture, traced) >= 3
-    (reader,) = [b for b in traced.readers if b.width == "intermediate_size"]
+    reader = next(b for b in traced.of("intermediate_size") if b.axis == 1)
     for broken in (exchanged(traced, reader, None), exchanged(traced, reader, shifted(reader))):
         with pytest.raises(UnsupportedError, match=r"torch-pruning and the twin disagree about .*mlp|fc2"):
             hold_against_torch_pruning(architecture, broken)
