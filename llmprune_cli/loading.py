@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llmprune_cli.architecture import build_skeleton, expected_index, on_disk
 from llmprune_cli.checkpoint import Checkpoint, TensorEntry, read_index, read_json
 from llmprune_cli.errors import CheckpointError, UnsupportedError
+from llmprune_cli.naming import outer_config, outer_model, resolve_names
 from llmprune_cli.writer import write_shards
 
 if TYPE_CHECKING:
@@ -38,8 +38,6 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# Buffers that older checkpoints store and that no current model reads.
-STRAY = re.compile(r"(rotary_emb\.inv_freq|\.attn\.bias|\.attn\.masked_bias|\.attention\.(masked_)?bias)$")
 
 
 @dataclass(frozen=True)
@@ -83,10 +81,10 @@ def open_checkpoint(reference: ModelReference, need_weights: bool) -> Iterator[C
             folder_of_weights = Path(temporary)
         else:
             folder_of_weights = folder
-        config = read_config(folder, reference.trust_remote_code)
+        config, outer = _text_part(read_config(folder, reference.trust_remote_code))
         checkpoint = Checkpoint(folder_of_weights, reference.name, revision, config, entries, bool(entries), folder)
         if entries:
-            checkpoint = _without_strays(checkpoint)
+            checkpoint = _with_names_of_today(checkpoint, outer)
         elif need_weights:
             raise CheckpointError(f"{folder} has no weights (*.safetensors or pytorch_model*.bin), which this needs.")
         else:
@@ -232,7 +230,7 @@ def _convert_bin(folder: Path, target: Path) -> tuple[TensorEntry, ...]:
         name: tensor
         for state in states
         for name, tensor in state.items()
-        if isinstance(tensor, torch.Tensor) and tensor.dtype in codes and not STRAY.search(name)
+        if isinstance(tensor, torch.Tensor) and tensor.dtype in codes
     }
     entries = [TensorEntry(name, tuple(tensor.shape), codes[tensor.dtype], None) for name, tensor in tensors.items()]
     write_shards(target, entries, ((entry, tensors[entry.name]) for entry in entries), CONVERTED_SHARD_BYTES)
@@ -255,30 +253,55 @@ def _load_bin(path: Path) -> dict[str, Any]:
     return state
 
 
-def _without_strays(checkpoint: Checkpoint) -> Checkpoint:
-    """Hold the headers against the configuration, and leave out buffers that no current model reads.
+def _with_names_of_today(checkpoint: Checkpoint, outer: PretrainedConfig | None) -> Checkpoint:
+    """Give stored tensors the names of today, leave out what no current model reads, and check every shape.
+
+    Args:
+        outer: the multimodal configuration that the checkpoint has, if it has one.
 
     Raises:
         CheckpointError: tensors that are missing, unknown or of another shape.
+        UnsupportedError: a tensor that would have to be converted, not just renamed.
     """
-    skeleton = build_skeleton(checkpoint.config)
+    config, stored = checkpoint.config, checkpoint.by_name
+    skeleton = build_skeleton(config)
     expected = {name: tuple(tensor.shape) for name, tensor in on_disk(skeleton, skeleton.state_dict()).items()}
-    stored = checkpoint.by_name
-    tied = set(getattr(skeleton, "all_tied_weights_keys", None) or {})
-    dropped = tuple(name for name in stored if name not in expected and (STRAY.search(name) or name in tied))
-    missing = sorted(expected.keys() - stored.keys())
-    unknown = sorted(stored.keys() - expected.keys() - set(dropped))
-    for problem, names in (("lacks", missing), ("has, unknown to the model,", unknown)):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            family = checkpoint.config.model_type
-            raise CheckpointError(f"{checkpoint.folder}: the checkpoint {problem} {names[0]}{more} ({family}).")
-    for name, shape in expected.items():
-        if stored[name].shape != shape:
+    around = None
+    if not stored.keys() <= expected.keys():
+        outer = outer or outer_config(config)
+        around = outer_model(outer) if outer is not None else None
+    names = resolve_names(skeleton, around, expected, stored)
+    missing = sorted(expected.keys() - set(names.canonical.values()))
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(f"{checkpoint.folder}: the checkpoint lacks {missing[0]}{more} ({config.model_type}).")
+    entries = []
+    for entry in checkpoint.entries:
+        name = names.canonical.get(entry.name)
+        if name is None:
+            continue
+        if entry.shape != expected[name]:
             raise CheckpointError(
-                f"{checkpoint.folder}: {name} has shape {list(stored[name].shape)}; config.json makes it {list(shape)}."
+                f"{checkpoint.folder}: {entry.name} has shape {list(entry.shape)}; config.json makes it "
+                f"{list(expected[name])}."
             )
-    return replace(checkpoint, entries=tuple(e for e in checkpoint.entries if e.name not in dropped), dropped=dropped)
+        entries.append(entry if name == entry.name else replace(entry, name=name, stored_name=entry.name))
+    renamed = tuple((entry.stored_name, entry.name) for entry in entries if entry.stored_name)
+    return replace(checkpoint, entries=tuple(entries), dropped=names.dropped, renamed=renamed)
+
+
+def _text_part(config: PretrainedConfig) -> tuple[PretrainedConfig, PretrainedConfig | None]:
+    """The configuration of a multimodal model's text model, and the whole one; any other as it is, and None."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    text: Any = config.get_text_config()
+    if text is config or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return config, None
+    text = type(text).from_dict(text.to_dict())
+    text.dtype = text.dtype or config.dtype
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
+    text.architectures = [causal.__name__]
+    return text, config
 
 
 def _entries_from_config(config: PretrainedConfig) -> tuple[TensorEntry, ...]:

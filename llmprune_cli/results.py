@@ -47,6 +47,7 @@ class InspectResult:
     tied_embeddings: bool
     prunable: dict[str, str]  # width → legal values, or "no: reason"
     dropped: tuple[str, ...]  # stored tensors that the model does not use
+    renamed: tuple[tuple[str, str], ...]  # stored names and those of today
     before: ModelSummary
     after: ModelSummary | None
     deviations: tuple[str, ...]

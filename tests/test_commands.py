@@ -39,6 +39,7 @@ ORDER = (
     "plan",
     "proof",
     "surgery",
+    "naming",
     "loading",
     "export.safetensors",
     "export",
