@@ -11,9 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.architecture import build_skeleton, expected_index, on_disk
 from llmprune_cli.checkpoint import Checkpoint, TensorEntry, read_index, read_json
+from llmprune_cli.conversion import (
+    PLAIN_DTYPE,
+    convert_bin,
+    convert_gguf,
+    convert_quantized,
+    quantization_of,
+    reading_gguf,
+)
 from llmprune_cli.errors import CheckpointError, UnsupportedError
 from llmprune_cli.naming import outer_config, outer_model, resolve_names
-from llmprune_cli.writer import write_shards
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -21,8 +28,6 @@ if TYPE_CHECKING:
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
 BIN_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
-CONVERTED_SHARD_BYTES = 5 * 10**9
-GGUF_DTYPE = "bfloat16"  # what GGUF is dequantized to unless --dtype says otherwise
 SMALL_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*"]
 # Files that travel with the weights; everything else in a model folder belongs to the weights or to other runtimes.
 COMPANIONS = (
@@ -67,28 +72,31 @@ def open_checkpoint(reference: ModelReference, need_weights: bool) -> Iterator[C
             yield _describe_gguf(path, reference)
             return
         if path.suffix == ".gguf":
-            folder, revision = _convert_gguf(path, reference, Path(temporary)), None
+            folder, revision = convert_gguf(path, reference.dtype, Path(temporary)), None
         elif path.exists():
             folder, revision = path, None
         else:
             folder, revision = _resolve_hub(reference, need_weights)
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is neither a model folder nor a .gguf file.")
-        from_hub_without_weights = revision is not None and not need_weights
+        origin, method = folder, quantization_of(folder)
+        if method and need_weights:
+            folder = convert_quantized(folder, method, reference.dtype, reference.trust_remote_code, Path(temporary))
+        from_hub_without_weights = (revision is not None or bool(method)) and not need_weights
         entries = () if from_hub_without_weights else read_index(folder)
         if not entries and need_weights and any(folder.glob("pytorch_model*.bin")):
-            entries = _convert_bin(folder, Path(temporary))
+            entries = convert_bin(folder, Path(temporary))
             folder_of_weights = Path(temporary)
         else:
             folder_of_weights = folder
         config, outer = _text_part(read_config(folder, reference.trust_remote_code))
-        checkpoint = Checkpoint(folder_of_weights, reference.name, revision, config, entries, bool(entries), folder)
+        checkpoint = Checkpoint(folder_of_weights, reference.name, revision, config, entries, bool(entries), origin)
         if entries:
             checkpoint = _with_names_of_today(checkpoint, outer)
         elif need_weights:
             raise CheckpointError(f"{folder} has no weights (*.safetensors or pytorch_model*.bin), which this needs.")
         else:
-            checkpoint = replace(checkpoint, entries=_entries_from_config(config))
+            checkpoint = replace(checkpoint, entries=_entries_from_config(config), has_weights=bool(method))
         yield checkpoint
 
 
@@ -97,7 +105,7 @@ def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
 
     Raises:
         CheckpointError: no `config.json`, or one that transformers refuses.
-        UnsupportedError: an unknown or quantized model.
+        UnsupportedError: a kind of model that transformers does not know.
     """
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -118,10 +126,9 @@ def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     except Exception as error:  # every configuration class raises its own kind
         reason = str(error).strip().splitlines() or [repr(error)]
         raise CheckpointError(f"{path} is refused by transformers: {reason[-1]}") from error
-    quantization = getattr(config, "quantization_config", None)
-    if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        raise UnsupportedError(f"{folder} holds weights quantized by {method}. Give the unquantized model instead.")
+    if getattr(config, "quantization_config", None):  # what it will be once it is dequantized
+        del config.quantization_config
+        config.dtype = PLAIN_DTYPE
     return config
 
 
@@ -168,89 +175,10 @@ def _describe_gguf(path: Path, reference: ModelReference) -> Checkpoint:
     """What a GGUF file will be once dequantized, from its header alone."""
     from transformers import AutoConfig
 
-    with _reading_gguf(path):
+    with reading_gguf(path):
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    config.dtype = reference.dtype or GGUF_DTYPE
+    config.dtype = reference.dtype or PLAIN_DTYPE
     return Checkpoint(path.parent, reference.name, None, config, _entries_from_config(config), True, path.parent)
-
-
-def _convert_gguf(path: Path, reference: ModelReference, target: Path) -> Path:
-    """Dequantize a GGUF file into a safetensors folder, tokenizer included.
-
-    Raises:
-        CheckpointError: missing or unreadable.
-        UnsupportedError: an architecture that transformers cannot read from GGUF.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    dtype = getattr(torch, reference.dtype or GGUF_DTYPE)
-    with _reading_gguf(path):
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    vars(model)["hf_quantizer"] = None  # its record of quantization would make saving fail
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    return target
-
-
-@contextmanager
-def _reading_gguf(path: Path) -> Iterator[None]:
-    """Check the file and say in our words what transformers' reader has against it."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist.")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise CheckpointError(f"{path} is not a GGUF file.")
-    try:
-        yield
-    except ImportError as error:
-        raise UnsupportedError(
-            f"Reading GGUF needs the gguf package: pip install 'llmprune[gguf]' ({error})."
-        ) from error
-    except Exception as error:  # the readers raise whatever the bytes lead them to
-        kind = UnsupportedError if "not supported" in str(error) else CheckpointError
-        reason = str(error).strip().splitlines() or [repr(error)]
-        raise kind(f"{path} cannot be read by transformers: {reason[0]}") from error
-
-
-def _convert_bin(folder: Path, target: Path) -> tuple[TensorEntry, ...]:
-    """Copy `.bin` weights into safetensors shards, tensor by tensor; never executes a pickle.
-
-    Raises:
-        CheckpointError: a file that holds more than plain tensors, or less than its bytes should.
-    """
-    import torch
-
-    codes = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
-    states = [_load_bin(path) for path in sorted(folder.glob("pytorch_model*.bin"))]
-    tensors = {
-        name: tensor
-        for state in states
-        for name, tensor in state.items()
-        if isinstance(tensor, torch.Tensor) and tensor.dtype in codes
-    }
-    entries = [TensorEntry(name, tuple(tensor.shape), codes[tensor.dtype], None) for name, tensor in tensors.items()]
-    write_shards(target, entries, ((entry, tensors[entry.name]) for entry in entries), CONVERTED_SHARD_BYTES)
-    return read_index(target)
-
-
-def _load_bin(path: Path) -> dict[str, Any]:
-    """The memory-mapped tensors of one `.bin` file."""
-    import pickle
-
-    import torch
-
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).strip().splitlines() or [repr(error)]
-        raise CheckpointError(f"{path} is not a plain file of tensors, so it is not opened: {reason[0]}") from None
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a dictionary of tensors.")
-    return state
 
 
 def _with_names_of_today(checkpoint: Checkpoint, outer: PretrainedConfig | None) -> Checkpoint:

@@ -190,11 +190,6 @@ def test_code_from_the_checkpoint_runs_on_request_only(model: Path, tmp_path: Pa
     refuse_prune(model, tmp_path, UNSUPPORTED, "--trust-remote-code")
 
 
-def test_quantized_weights_are_refused(model: Path, tmp_path: Path) -> None:
-    edit_json(model / "config.json", lambda config: config.update(quantization_config={"quant_method": "gptq"}))
-    refuse_prune(model, tmp_path, UNSUPPORTED, "gptq")
-
-
 # --- the widths ----------------------------------------------------------------------------------------------------
 
 

@@ -40,6 +40,7 @@ ORDER = (
     "proof",
     "surgery",
     "naming",
+    "conversion",
     "loading",
     "export.safetensors",
     "export",
