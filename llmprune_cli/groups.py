@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -140,24 +140,27 @@ def kept_mask(
     return mask
 
 
-def new_name(
-    name: str, trace: Trace, layers: Sequence[int] | None, experts: dict[str, tuple[int, ...]] | None
-) -> str | None:
+def renumbered(kept: Iterable[int]) -> dict[int, int]:
+    """Old number → new number, of what stays."""
+    return {old: new for new, old in enumerate(kept)}
+
+
+def new_name(name: str, trace: Trace, layers: dict[int, int], experts: dict[str, dict[int, int]] | None) -> str | None:
     """A tensor's name once the remaining layers and experts are numbered anew; None for one that goes.
 
     Args:
-        layers: numbers of the layers that stay; None keeps all.
-        experts: numbers of the experts that stay in each layer; None keeps all.
+        layers: old number → new number of the layers that stay.
+        experts: the same for the experts of each layer; None keeps all.
     """
     template, numbers = split_name(name)
-    renumbered = list(numbers)
-    if layers is not None and numbers:
-        if numbers[0] not in layers:
-            return None
-        renumbered[0] = layers.index(numbers[0])
+    if not numbers:
+        return name
+    if numbers[0] not in layers:
+        return None
+    new = [layers[numbers[0]], *numbers[1:]]
     if experts is not None and template in trace.expert_templates:
         chosen = experts[str(numbers[0])]
         if numbers[1] not in chosen:
             return None
-        renumbered[1] = chosen.index(numbers[1])
-    return template.format(*renumbered)
+        new[1] = chosen[numbers[1]]
+    return template.format(*new)

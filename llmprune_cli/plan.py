@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llmprune_cli.architecture import NEURONS, Architecture, Widths, read_widths, with_widths
 from llmprune_cli.checkpoint import Checkpoint, read_json
 from llmprune_cli.errors import CheckpointError, OutputError, PlanError
-from llmprune_cli.groups import Keep, Trace, kept_mask, new_name
+from llmprune_cli.groups import Keep, Trace, kept_mask, new_name, renumbered
 from llmprune_cli.names import Shape, split_name
 
 if TYPE_CHECKING:
@@ -489,8 +489,10 @@ def predicted_tensors(shapes: dict[str, Shape], trace: Trace, before: Widths, ta
     keep: Keep = {width: _Everywhere(units) for width, units in chosen.items()}
     counts: dict[str, dict[int, int]] = {}
     result = {}
+    layers, first_experts = renumbered(target.layers), renumbered(chosen["num_experts"])
+    experts = {str(layer): first_experts for layer in target.layers}
     for name, shape in shapes.items():
-        new = new_name(name, trace, target.layers, _Everywhere(chosen["num_experts"]))
+        new = new_name(name, trace, layers, experts)
         if new is None:
             continue
         template, numbers = split_name(name)
@@ -508,9 +510,6 @@ class _Everywhere(dict[str, tuple[int, ...]]):
 
     def __init__(self, units: tuple[int, ...]) -> None:
         self._units = units
-
-    def __getitem__(self, instance: str) -> tuple[int, ...]:
-        return self._units
 
     def get(self, instance: str, default: Any = None) -> Any:
         return self._units

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.architecture import NEURONS, Architecture, Widths, expected_index
 from llmprune_cli.errors import UnsupportedError
-from llmprune_cli.groups import Keep, Trace, kept_mask, new_name
+from llmprune_cli.groups import Keep, Trace, kept_mask, new_name, renumbered
 from llmprune_cli.names import split_name
 from llmprune_cli.plan import Target
 from llmprune_cli.twin import Twin, build_twin, proof_sizes
@@ -198,7 +198,7 @@ def _norms_of_kept(model: PreTrainedModel, pruned: PreTrainedModel, kept: _Kept)
         if not isinstance(weight, torch.Tensor) or weight.ndim != 1:
             continue
         template, numbers = split_name(f"{name}.weight")
-        new = new_name(f"{name}.weight", kept.trace, kept.layers, None)
+        new = new_name(f"{name}.weight", kept.trace, renumbered(kept.layers), None)
         axes = [binding for binding in kept.trace.on(template) if binding.axis == 0]
         if new is None or not axes:
             continue

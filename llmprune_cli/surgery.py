@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from llmprune_cli.checkpoint import Checkpoint, TensorEntry
 from llmprune_cli.errors import PlanError
 from llmprune_cli.families import FAMILIES, Family
-from llmprune_cli.groups import GLOBAL_WIDTHS, Trace, kept_mask, new_name
+from llmprune_cli.groups import GLOBAL_WIDTHS, Trace, kept_mask, new_name, renumbered
 from llmprune_cli.names import split_name
 from llmprune_cli.plan import Plan, Target, predicted_tensors
 
@@ -25,9 +25,10 @@ def remaining(checkpoint: Checkpoint, trace: Trace, plan: Plan) -> tuple[Checkpo
     Raises:
         PlanError: the plan says nothing about the experts of a layer.
     """
-    experts = plan.keep.get("num_experts")
+    layers, choice = renumbered(plan.layers), plan.keep.get("num_experts")
+    experts = {layer: renumbered(kept) for layer, kept in choice.items()} if choice is not None else None
     try:
-        names = {entry.name: new_name(entry.name, trace, plan.layers, experts) for entry in checkpoint.entries}
+        names = {entry.name: new_name(entry.name, trace, layers, experts) for entry in checkpoint.entries}
     except KeyError as error:
         raise PlanError(f"The plan does not say which experts of layer {error} stay. Make the plan anew.") from error
     kept = tuple(entry for entry in checkpoint.entries if names[entry.name] is not None)

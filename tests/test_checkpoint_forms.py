@@ -151,9 +151,7 @@ def test_mxfp4_experts_prune_as_what_they_stand_for(make_tiny: Callable[..., Pat
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "home-made"])
-def test_what_cannot_be_dequantized_is_refused(
-    make_tiny: Callable[..., Path], tmp_path: Path, method: str
-) -> None:
+def test_what_cannot_be_dequantized_is_refused(make_tiny: Callable[..., Path], tmp_path: Path, method: str) -> None:
     folder = make_tiny("llama")
     edit_config(folder, quantization_config={"quant_method": method, "bits": 4, "load_in_4bit": True})
     run = run_cli("prune", folder, "--pruning-ratio", "0.5", "--output", tmp_path / "out")
