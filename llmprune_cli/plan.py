@@ -206,6 +206,8 @@ def _neurons(
     if whole == 0 or (width in refused and exact is None):
         if exact is not None:
             raise PlanError(f"{architecture.config.model_type} has no {width}. Leave the option out.")
+        if whole and (ratio or request.pruning_ratio):
+            deviations.append(f"{width} stays {whole}: {refused[width]}.")
         return int(whole)
     return _stepped(architecture, width, _size(whole, width, exact, ratio, request), exact is not None, deviations)
 
