@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,17 +19,19 @@ if TYPE_CHECKING:
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
+DTYPE_BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
 
 
 @dataclass(frozen=True)
 class TensorEntry:
     """One tensor of a checkpoint, known from a header."""
 
-    name: str
+    name: str  # as `save_pretrained` writes it today
     shape: tuple[int, ...]
     dtype: str  # safetensors' name, for example "BF16"
     shard: str | None  # file name inside the folder; None where there are no weights
+    stored_name: str | None = None  # what the shard calls it, where that is another name
 
     @property
     def numel(self) -> int:
@@ -56,7 +58,8 @@ class Checkpoint:
     entries: tuple[TensorEntry, ...]
     has_weights: bool
     companions: Path  # where tokenizer, chat template and generation config lie
-    dropped: tuple[str, ...] = field(default=())  # stored tensors that the model does not use
+    dropped: tuple[str, ...] = ()  # stored tensors that the model does not use
+    renamed: tuple[tuple[str, str], ...] = ()  # stored name and name today, where they differ
 
     @cached_property
     def by_name(self) -> dict[str, TensorEntry]:
@@ -86,7 +89,7 @@ class Checkpoint:
                 raise CheckpointError(f"{self.folder} holds no weights. Point MODEL at a folder with *.safetensors.")
             with open_shard(self.folder / shard) as handle:
                 for entry in entries:
-                    tensor = handle.get_tensor(entry.name)
+                    tensor = handle.get_tensor(entry.stored_name or entry.name)
                     if tuple(tensor.shape) != entry.shape:
                         raise CheckpointError(f"{self.folder / shard}: {entry.name} changed while it was being read.")
                     yield entry, tensor
@@ -163,6 +166,6 @@ def _read_header(path: Path) -> list[TensorEntry]:
             view = handle.get_slice(name)
             dtype = view.get_dtype()
             if dtype not in DTYPE_BYTES:
-                raise CheckpointError(f"{path}: {name} is stored as {dtype}, a quantized format. Dequantize it first.")
+                raise CheckpointError(f"{path}: {name} is stored as {dtype}, which is unknown here. Convert it first.")
             entries.append(TensorEntry(name, tuple(view.get_shape()), dtype, path.name))
         return entries

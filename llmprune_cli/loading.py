@@ -11,18 +11,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.architecture import build_skeleton, expected_index, on_disk
-from llmprune_cli.checkpoint import Checkpoint, TensorEntry, read_index, read_json
+from llmprune_cli.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, TensorEntry, read_index, read_json
+from llmprune_cli.conversion import (
+    convert_bin,
+    convert_gguf,
+    dequantize,
+    describe_dequantized,
+    describe_gguf,
+    quantization_of,
+)
 from llmprune_cli.errors import CheckpointError, UnsupportedError
-from llmprune_cli.writer import write_shards
+from llmprune_cli.naming import outer_config, outer_model, resolve_names
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+FLOATS = ("F64", *DTYPES.values())
 WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
 BIN_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
-CONVERTED_SHARD_BYTES = 5 * 10**9
-GGUF_DTYPE = "bfloat16"  # what GGUF is dequantized to unless --dtype says otherwise
 SMALL_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*"]
 # Files that travel with the weights; everything else in a model folder belongs to the weights or to other runtimes.
 COMPANIONS = (
@@ -38,8 +45,6 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# Buffers that older checkpoints store and that no current model reads.
-STRAY = re.compile(r"(rotary_emb\.inv_freq|\.attn\.bias|\.attn\.masked_bias|\.attention\.(masked_)?bias)$")
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class ModelReference:
     name: str  # folder, .gguf file or hub id
     revision: str | None = None  # of a hub id
     trust_remote_code: bool = False
-    dtype: str | None = None  # for loading and for converting GGUF; None keeps the checkpoint's
+    dtype: str | None = None  # for loading, and what GGUF and quantized weights become; None keeps plain ones
 
 
 @contextmanager
@@ -66,32 +71,44 @@ def open_checkpoint(reference: ModelReference, need_weights: bool) -> Iterator[C
     with tempfile.TemporaryDirectory(prefix="llmprune-model-") as temporary:
         path = Path(reference.name)
         if path.suffix == ".gguf" and not need_weights:
-            yield _describe_gguf(path, reference)
+            yield _described(path.parent, reference, None, describe_gguf(path, reference.dtype), True)
             return
         if path.suffix == ".gguf":
-            folder, revision = _convert_gguf(path, reference, Path(temporary)), None
+            folder, revision = Path(temporary), None
+            convert_gguf(path, reference.dtype, folder)
         elif path.exists():
             folder, revision = path, None
         else:
             folder, revision = _resolve_hub(reference, need_weights)
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is neither a model folder nor a .gguf file.")
-        from_hub_without_weights = revision is not None and not need_weights
-        entries = () if from_hub_without_weights else read_index(folder)
-        if not entries and need_weights and any(folder.glob("pytorch_model*.bin")):
-            entries = _convert_bin(folder, Path(temporary))
-            folder_of_weights = Path(temporary)
-        else:
-            folder_of_weights = folder
         config = read_config(folder, reference.trust_remote_code)
-        checkpoint = Checkpoint(folder_of_weights, reference.name, revision, config, entries, bool(entries), folder)
-        if entries:
-            checkpoint = _without_strays(checkpoint)
-        elif need_weights:
+        small_files_only = revision is not None and not need_weights
+        has_weights = not small_files_only and _holds_weights(folder)
+        if need_weights and not has_weights:
             raise CheckpointError(f"{folder} has no weights (*.safetensors or pytorch_model*.bin), which this needs.")
+        if quantization_of(config) and not need_weights:
+            plain = _text_part(describe_dequantized(config, reference.dtype))
+            yield _described(folder, reference, revision, plain, has_weights)
+            return
+        place = folder
+        if quantization_of(config):
+            place = Path(temporary)
+            dequantize(folder, config, reference.dtype, place, reference.trust_remote_code)
+            config = read_config(place, reference.trust_remote_code)
+        entries = () if small_files_only else read_index(place)
+        if not entries and need_weights:
+            place = Path(temporary)
+            entries = convert_bin(folder, place)
+        if entries:
+            yield _resolved(Checkpoint(place, reference.name, revision, config, entries, True, folder))
         else:
-            checkpoint = replace(checkpoint, entries=_entries_from_config(config))
-        yield checkpoint
+            yield _described(folder, reference, revision, _text_part(config), has_weights)
+
+
+def _holds_weights(folder: Path) -> bool:
+    names = (SINGLE_NAME, INDEX_NAME)
+    return any((folder / name).exists() for name in names) or any(folder.glob("pytorch_model*.bin"))
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
@@ -99,7 +116,7 @@ def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
 
     Raises:
         CheckpointError: no `config.json`, or one that transformers refuses.
-        UnsupportedError: an unknown or quantized model.
+        UnsupportedError: an unknown kind of model.
     """
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -120,10 +137,6 @@ def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     except Exception as error:  # every configuration class raises its own kind
         reason = str(error).strip().splitlines() or [repr(error)]
         raise CheckpointError(f"{path} is refused by transformers: {reason[-1]}") from error
-    quantization = getattr(config, "quantization_config", None)
-    if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        raise UnsupportedError(f"{folder} holds weights quantized by {method}. Give the unquantized model instead.")
     return config
 
 
@@ -166,125 +179,72 @@ def _resolve_hub(reference: ModelReference, need_weights: bool) -> tuple[Path, s
     return folder, folder.name
 
 
-def _describe_gguf(path: Path, reference: ModelReference) -> Checkpoint:
-    """What a GGUF file will be once dequantized, from its header alone."""
-    from transformers import AutoConfig
-
-    with _reading_gguf(path):
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    config.dtype = reference.dtype or GGUF_DTYPE
-    return Checkpoint(path.parent, reference.name, None, config, _entries_from_config(config), True, path.parent)
-
-
-def _convert_gguf(path: Path, reference: ModelReference, target: Path) -> Path:
-    """Dequantize a GGUF file into a safetensors folder, tokenizer included.
+def _text_part(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration of a multimodal model's language model; any other configuration as it is.
 
     Raises:
-        CheckpointError: missing or unreadable.
-        UnsupportedError: an architecture that transformers cannot read from GGUF.
+        UnsupportedError, CheckpointError: see `build_skeleton`.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import PretrainedConfig
 
-    dtype = getattr(torch, reference.dtype or GGUF_DTYPE)
-    with _reading_gguf(path):
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    vars(model)["hf_quantizer"] = None  # its record of quantization would make saving fail
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    return target
+    text = getattr(config, "text_config", None)
+    if not isinstance(text, PretrainedConfig):
+        return config
+    text = type(text).from_dict(text.to_dict())
+    text.tie_word_embeddings = bool(outer_model(config).all_tied_weights_keys)
+    text.dtype = text.dtype or config.dtype
+    text.architectures = [type(build_skeleton(text)).__name__]
+    return text
 
 
-@contextmanager
-def _reading_gguf(path: Path) -> Iterator[None]:
-    """Check the file and say in our words what transformers' reader has against it."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist.")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise CheckpointError(f"{path} is not a GGUF file.")
-    try:
-        yield
-    except ImportError as error:
-        raise UnsupportedError(
-            f"Reading GGUF needs the gguf package: pip install 'llmprune[gguf]' ({error})."
-        ) from error
-    except Exception as error:  # the readers raise whatever the bytes lead them to
-        kind = UnsupportedError if "not supported" in str(error) else CheckpointError
-        reason = str(error).strip().splitlines() or [repr(error)]
-        raise kind(f"{path} cannot be read by transformers: {reason[0]}") from error
-
-
-def _convert_bin(folder: Path, target: Path) -> tuple[TensorEntry, ...]:
-    """Copy `.bin` weights into safetensors shards, tensor by tensor; never executes a pickle.
+def _resolved(checkpoint: Checkpoint) -> Checkpoint:
+    """Hold the headers against the configuration: rename what has another name, and leave out what is not read.
 
     Raises:
-        CheckpointError: a file that holds more than plain tensors, or less than its bytes should.
+        CheckpointError: tensors that are missing, unknown, of another shape or quantized.
+        UnsupportedError: tensors in a layout that would have to be converted.
     """
-    import torch
-
-    codes = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
-    states = [_load_bin(path) for path in sorted(folder.glob("pytorch_model*.bin"))]
-    tensors = {
-        name: tensor
-        for state in states
-        for name, tensor in state.items()
-        if isinstance(tensor, torch.Tensor) and tensor.dtype in codes and not STRAY.search(name)
-    }
-    entries = [TensorEntry(name, tuple(tensor.shape), codes[tensor.dtype], None) for name, tensor in tensors.items()]
-    write_shards(target, entries, ((entry, tensors[entry.name]) for entry in entries), CONVERTED_SHARD_BYTES)
-    return read_index(target)
-
-
-def _load_bin(path: Path) -> dict[str, Any]:
-    """The memory-mapped tensors of one `.bin` file."""
-    import pickle
-
-    import torch
-
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).strip().splitlines() or [repr(error)]
-        raise CheckpointError(f"{path} is not a plain file of tensors, so it is not opened: {reason[0]}") from None
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a dictionary of tensors.")
-    return state
-
-
-def _without_strays(checkpoint: Checkpoint) -> Checkpoint:
-    """Hold the headers against the configuration, and leave out buffers that no current model reads.
-
-    Raises:
-        CheckpointError: tensors that are missing, unknown or of another shape.
-    """
-    skeleton = build_skeleton(checkpoint.config)
-    expected = {name: tuple(tensor.shape) for name, tensor in on_disk(skeleton, skeleton.state_dict()).items()}
+    config = _text_part(checkpoint.config)
+    skeleton = build_skeleton(config)
+    expected = on_disk(skeleton, skeleton.state_dict())
     stored = checkpoint.by_name
-    tied = set(getattr(skeleton, "all_tied_weights_keys", None) or {})
-    dropped = tuple(name for name in stored if name not in expected and (STRAY.search(name) or name in tied))
-    missing = sorted(expected.keys() - stored.keys())
-    unknown = sorted(stored.keys() - expected.keys() - set(dropped))
-    for problem, names in (("lacks", missing), ("has, unknown to the model,", unknown)):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            family = checkpoint.config.model_type
-            raise CheckpointError(f"{checkpoint.folder}: the checkpoint {problem} {names[0]}{more} ({family}).")
-    for name, shape in expected.items():
-        if stored[name].shape != shape:
+    outer = checkpoint.config if config is not checkpoint.config else outer_config(config)
+    try:
+        around = outer_model(outer) if outer is not None and stored.keys() - expected.keys() else None
+        names = resolve_names(skeleton, around, expected.keys(), stored.keys())
+    except (CheckpointError, UnsupportedError) as error:
+        raise type(error)(f"{checkpoint.folder}: {error}") from error
+    missing = sorted(expected.keys() - names.canonical.values())
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(f"{checkpoint.folder}: the checkpoint lacks {missing[0]}{more} ({config.model_type}).")
+    used = [(entry, names.canonical[entry.name]) for entry in checkpoint.entries if entry.name in names.canonical]
+    for entry, name in used:
+        if entry.shape != tuple(expected[name].shape):
+            shape = list(expected[name].shape)
             raise CheckpointError(
-                f"{checkpoint.folder}: {name} has shape {list(stored[name].shape)}; config.json makes it {list(shape)}."
+                f"{checkpoint.folder}: {entry.name} has shape {list(entry.shape)}; config.json makes it {shape}."
             )
-    return replace(checkpoint, entries=tuple(e for e in checkpoint.entries if e.name not in dropped), dropped=dropped)
+        if expected[name].is_floating_point() and entry.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{checkpoint.folder}: {entry.name} is stored as {entry.dtype}, a quantized format, but config.json "
+                "has no quantization_config that says how to read it."
+            )
+    renamed = tuple((entry.name, name) for entry, name in used if entry.name != name)
+    entries = tuple(
+        entry if entry.name == name else replace(entry, name=name, stored_name=entry.name) for entry, name in used
+    )
+    return replace(checkpoint, config=config, entries=entries, dropped=names.dropped, renamed=renamed)
 
 
-def _entries_from_config(config: PretrainedConfig) -> tuple[TensorEntry, ...]:
+def _described(
+    folder: Path, reference: ModelReference, revision: str | None, config: PretrainedConfig, has_weights: bool
+) -> Checkpoint:
+    """A checkpoint known from its configuration alone: the tensors that transformers would save for it."""
     dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     code = DTYPES.get(dtype, "F32")
-    return tuple(TensorEntry(name, shape, code, None) for name, shape in expected_index(config).items())
+    entries = tuple(TensorEntry(name, shape, code, None) for name, shape in expected_index(config).items())
+    return Checkpoint(folder, reference.name, revision, config, entries, has_weights, folder)
 
 
 def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -340,6 +300,7 @@ def load_model(
             dtype=getattr(torch, dtype) if dtype else "auto",
             device_map="auto" if place == "auto" else {"": place},
             trust_remote_code=trust_remote_code,
+            key_mapping={f"^{re.escape(stored)}$": name for stored, name in checkpoint.renamed} or None,
             output_loading_info=True,
         )
     except (RuntimeError, ValueError, OSError) as error:

@@ -62,6 +62,9 @@ def print_inspect(result: InspectResult) -> None:
         console.print("Input and output embeddings are tied: one tensor, counted once.")
     if result.dropped:
         console.print(f"Stored but unused: {', '.join(result.dropped[:5])}{' …' if len(result.dropped) > 5 else ''}")
+    if result.renamed:
+        stored, name = result.renamed[0]
+        console.print(f"Stored under older names: {len(result.renamed):,} tensors ({stored} is {name} …).")
     if not result.has_weights:
         console.print("No weights here: shapes follow from config.json.")
     _print_deviations(console, result.deviations)

@@ -138,6 +138,7 @@ def inspect(reference: ModelReference, request: WidthRequest) -> InspectResult:
             tied_embeddings=bool(getattr(checkpoint.config, "tie_word_embeddings", False)),
             prunable=legal_values(subject.architecture, subject.trace),
             dropped=checkpoint.dropped,
+            renamed=checkpoint.renamed,
             before=summarize(checkpoint.entries, subject.widths),
             after=after,
             deviations=target.deviations if target else (),
@@ -319,6 +320,7 @@ def _manifest(
         "size_bytes": {"before": before.size_bytes, "after": after.size_bytes},
         "deviations": list(plan.deviations),
         "dropped_tensors": list(checkpoint.dropped),
+        "renamed_tensors": dict(checkpoint.renamed),
     }
 
 

@@ -46,6 +46,7 @@ class InspectResult:
     tied_embeddings: bool
     prunable: dict[str, str]  # width → legal values, or "no: reason"
     dropped: tuple[str, ...]  # stored tensors that the model does not use
+    renamed: tuple[tuple[str, str], ...]  # stored name and name in the output, where they differ
     before: ModelSummary
     after: ModelSummary | None
     deviations: tuple[str, ...]

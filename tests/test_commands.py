@@ -34,6 +34,8 @@ ORDER = (
     "scoring",
     "plan",
     "surgery",
+    "naming",
+    "conversion",
     "loading",
     "export.safetensors",
     "export",

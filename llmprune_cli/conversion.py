@@ -1,0 +1,242 @@
+"""Weights in other formats (GGUF, `.bin`, quantized) made into a folder of plain safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmprune_cli.checkpoint import TensorEntry, read_index
+from llmprune_cli.errors import CheckpointError, UnsupportedError
+from llmprune_cli.writer import write_shards
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+DEQUANTIZED_DTYPE = "bfloat16"  # unless --dtype says otherwise
+CONVERTED_SHARD_BYTES = 5 * 10**9
+
+
+# --- quantized weights ---------------------------------------------------------------------------------------------
+
+
+def quantization_of(config: PretrainedConfig) -> dict[str, Any]:
+    """The record of quantization in a configuration; empty where the weights are plain."""
+    record = getattr(config, "quantization_config", None) or {}
+    return dict(record) if isinstance(record, dict) else dict(record.to_dict())
+
+
+def describe_dequantized(config: PretrainedConfig, dtype: str | None) -> PretrainedConfig:
+    """What a quantized model's configuration will be once its weights are plain.
+
+    Raises:
+        UnsupportedError: transformers cannot dequantize this method.
+    """
+    _check_method(config)
+    plain = type(config).from_dict(config.to_dict())
+    vars(plain).pop("quantization_config", None)
+    plain.dtype = dtype or DEQUANTIZED_DTYPE
+    return plain
+
+
+def dequantize(
+    folder: Path, config: PretrainedConfig, dtype: str | None, target: Path, trust_remote_code: bool
+) -> None:
+    """Load quantized weights, make them plain and save them into a folder.
+
+    Raises:
+        UnsupportedError: transformers cannot dequantize this method, here or at all.
+        CheckpointError: weights that are missing or unreadable.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    record = quantization_of(config)
+    method = _check_method(config)
+    _check_blocks(folder, record)
+    config = type(config).from_dict({**config.to_dict(), "quantization_config": {**record, "dequantize": True}})
+    loaded: Any
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=getattr(torch, dtype or DEQUANTIZED_DTYPE),
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+        model = loaded[0].dequantize() if getattr(loaded[0], "is_quantized", False) else loaded[0]
+    except ImportError as error:
+        raise UnsupportedError(
+            f"{folder} holds weights quantized by {method}, and dequantizing them needs a package that is missing: "
+            f"{_reason(error)}"
+        ) from error
+    except Exception as error:  # every quantizer raises its own kind
+        raise CheckpointError(f"{folder}: weights quantized by {method} cannot be loaded: {_reason(error)}") from error
+    _save_plain(model, loaded[1], folder, target)
+
+
+def _check_method(config: PretrainedConfig) -> str:
+    """The name of a quantization method that transformers can undo.
+
+    Raises:
+        UnsupportedError: it cannot.
+    """
+    from inspect import signature
+
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+    from transformers.quantizers.base import HfQuantizer
+
+    record = quantization_of(config)
+    method = str(getattr(record.get("quant_method"), "value", record.get("quant_method", "an unnamed method")))
+    key = f"{method}_{'8bit' if record.get('load_in_8bit') else '4bit'}" if method == "bitsandbytes" else method
+    quantizer: Any = AUTO_QUANTIZER_MAPPING.get(key)
+    if quantizer is None:
+        raise UnsupportedError(f"The weights are quantized by {method}, which transformers does not know.")
+    while_loading = "dequantize" in signature(AUTO_QUANTIZATION_CONFIG_MAPPING[key]).parameters
+    if not while_loading and quantizer._dequantize is HfQuantizer._dequantize:
+        raise UnsupportedError(
+            f"The weights are quantized by {method}, which transformers cannot dequantize. Give the unquantized model "
+            "instead, or dequantize it with the tool that made it."
+        )
+    return method
+
+
+def _check_blocks(folder: Path, record: dict[str, Any]) -> None:
+    """Refuse FP8 weights whose last block is cut short: transformers spreads the scales evenly over the rows.
+
+    Raises:
+        UnsupportedError: there is such a weight.
+    """
+    block = record.get("weight_block_size")
+    if record.get("quant_method") != "fp8" or not block:
+        return
+    shapes = {entry.name: entry.shape for entry in read_index(folder)}
+    for name, shape in shapes.items():
+        grid = shapes.get(f"{name}_scale_inv")
+        if grid and shape[-2:] != (grid[-2] * block[0], grid[-1] * block[1]):
+            raise UnsupportedError(
+                f"{folder}: {name} has shape {list(shape)}, which is not a whole number of FP8 blocks of {block}, and "
+                "transformers cannot dequantize that. Give the unquantized model instead."
+            )
+
+
+def _save_plain(model: PreTrainedModel, info: dict[str, Any], source: Path, target: Path) -> None:
+    """Save a model that was converted while loading, without the record of it.
+
+    Raises:
+        CheckpointError: something was missing or did not fit, so the model holds random weights.
+    """
+    wrong = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise CheckpointError(
+            f"{source} lacks {wrong[0]}{more}, or has it in another shape ({model.config.model_type})."
+        )
+    vars(model.config).pop("quantization_config", None)
+    vars(model)["hf_quantizer"] = None  # its record of quantization would make saving fail
+    vars(model)["_weight_conversions"] = None  # save as a model that was never quantized
+    model.save_pretrained(target)
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), repr(error))
+
+
+# --- GGUF ----------------------------------------------------------------------------------------------------------
+
+
+def describe_gguf(path: Path, dtype: str | None) -> PretrainedConfig:
+    """What a GGUF file's configuration will be once dequantized, from its header alone.
+
+    Raises:
+        CheckpointError: missing or unreadable.
+        UnsupportedError: an architecture that transformers cannot read from GGUF.
+    """
+    from transformers import AutoConfig
+
+    with _reading_gguf(path):
+        config: PretrainedConfig = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    config.dtype = dtype or DEQUANTIZED_DTYPE
+    return config
+
+
+def convert_gguf(path: Path, dtype: str | None, target: Path) -> None:
+    """Dequantize a GGUF file into a safetensors folder, tokenizer included.
+
+    Raises:
+        CheckpointError: missing or unreadable.
+        UnsupportedError: an architecture that transformers cannot read from GGUF.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _reading_gguf(path):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=getattr(torch, dtype or DEQUANTIZED_DTYPE),
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    _save_plain(loaded[0], loaded[1], path, target)
+    tokenizer.save_pretrained(target)
+
+
+@contextmanager
+def _reading_gguf(path: Path) -> Iterator[None]:
+    """Check the file and say in our words what transformers' reader has against it."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist.")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise CheckpointError(f"{path} is not a GGUF file.")
+    try:
+        yield
+    except ImportError as error:
+        raise UnsupportedError(
+            f"Reading GGUF needs the gguf package: pip install 'llmprune[gguf]' ({error})."
+        ) from error
+    except Exception as error:  # the readers raise whatever the bytes lead them to
+        kind = UnsupportedError if "not supported" in str(error) else CheckpointError
+        raise kind(f"{path} cannot be read by transformers: {_reason(error)}") from error
+
+
+# --- .bin ----------------------------------------------------------------------------------------------------------
+
+
+def convert_bin(folder: Path, target: Path) -> tuple[TensorEntry, ...]:
+    """Copy `.bin` weights into safetensors shards, tensor by tensor; never executes a pickle.
+
+    Raises:
+        CheckpointError: a file that holds more than plain tensors, or less than its bytes should.
+    """
+    import torch
+
+    floats = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+    codes = {**floats, torch.bool: "BOOL", torch.uint8: "U8", torch.int64: "I64"}
+    states = [_load_bin(path) for path in sorted(folder.glob("pytorch_model*.bin"))]
+    tensors = {
+        name: tensor
+        for state in states
+        for name, tensor in state.items()
+        if isinstance(tensor, torch.Tensor) and tensor.dtype in codes
+    }
+    entries = [TensorEntry(name, tuple(tensor.shape), codes[tensor.dtype], None) for name, tensor in tensors.items()]
+    write_shards(target, entries, ((entry, tensors[entry.name]) for entry in entries), CONVERTED_SHARD_BYTES)
+    return read_index(target)
+
+
+def _load_bin(path: Path) -> dict[str, Any]:
+    """The memory-mapped tensors of one `.bin` file."""
+    import pickle
+
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(f"{path} is not a plain file of tensors, so it is not opened: {_reason(error)}") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a dictionary of tensors.")
+    return state
