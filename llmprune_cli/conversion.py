@@ -12,9 +12,11 @@ from llmprune_cli.errors import CheckpointError, UnsupportedError
 from llmprune_cli.writer import write_shards
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 DEQUANTIZED_DTYPE = "bfloat16"  # unless --dtype says otherwise
+FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
 CONVERTED_SHARD_BYTES = 5 * 10**9
 
 
@@ -54,7 +56,7 @@ def dequantize(
 
     record = quantization_of(config)
     method = _check_method(config)
-    _check_blocks(folder, record)
+    _check_scales(folder, record)
     config = type(config).from_dict({**config.to_dict(), "quantization_config": {**record, "dequantize": True}})
     loaded: Any
     try:
@@ -73,7 +75,16 @@ def dequantize(
         ) from error
     except Exception as error:  # every quantizer raises its own kind
         raise CheckpointError(f"{folder}: weights quantized by {method} cannot be loaded: {_reason(error)}") from error
+    _cast(model, getattr(torch, dtype or DEQUANTIZED_DTYPE))
     _save_plain(model, loaded[1], folder, target)
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast the weights that were stored plain: beside quantized ones, transformers leaves them as they are."""
+    exact = tuple(model._keep_in_fp32_modules_strict or ())
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not any(module in name for module in exact):
+            parameter.data = parameter.data.to(dtype)
 
 
 def _check_method(config: PretrainedConfig) -> str:
@@ -102,22 +113,29 @@ def _check_method(config: PretrainedConfig) -> str:
     return method
 
 
-def _check_blocks(folder: Path, record: dict[str, Any]) -> None:
-    """Refuse FP8 weights whose last block is cut short: transformers spreads the scales evenly over the rows.
+def _check_scales(folder: Path, record: dict[str, Any]) -> None:
+    """Refuse FP8 weights that transformers would load wrongly without a word.
 
     Raises:
-        UnsupportedError: there is such a weight.
+        CheckpointError: one without its scale, which would be read as if its scale were 1.
+        UnsupportedError: one whose last block is cut short: the scales would be spread evenly over its rows.
     """
-    block = record.get("weight_block_size")
-    if record.get("quant_method") != "fp8" or not block:
+    if record.get("quant_method") != "fp8":
         return
-    shapes = {entry.name: entry.shape for entry in read_index(folder)}
-    for name, shape in shapes.items():
-        grid = shapes.get(f"{name}_scale_inv")
-        if grid and shape[-2:] != (grid[-2] * block[0], grid[-1] * block[1]):
+    entries = {entry.name: entry for entry in read_index(folder)}
+    for name, entry in entries.items():
+        if entry.dtype not in FP8_DTYPES:
+            continue
+        stem = name.removesuffix("weight")
+        names = (f"{name}_scale_inv", f"{stem}scale", f"{stem}qscale_weight")
+        scales = [entries[scale] for scale in names if scale in entries]
+        if not scales:
+            raise CheckpointError(f"{folder}: {name} is stored as {entry.dtype} without its scale ({name}_scale_inv).")
+        block, grid = record.get("weight_block_size"), scales[0].shape
+        if block and len(grid) > 1 and entry.shape[-2:] != (grid[-2] * block[0], grid[-1] * block[1]):
             raise UnsupportedError(
-                f"{folder}: {name} has shape {list(shape)}, which is not a whole number of FP8 blocks of {block}, and "
-                "transformers cannot dequantize that. Give the unquantized model instead."
+                f"{folder}: {name} has shape {list(entry.shape)}, which is not a whole number of FP8 blocks of {block}, "
+                "and transformers cannot dequantize that. Give the unquantized model instead."
             )
 
 

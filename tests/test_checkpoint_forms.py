@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
 from conftest import Run, run_cli, save_tiny
+from llmprune_cli.loading import ModelReference, open_checkpoint
 from test_peer import written_tensors
 
 Tensors = dict[str, torch.Tensor]
 CHECKPOINT, UNSUPPORTED = 3, 4
+MXFP4_SIZES = {"hidden_size": 64, "intermediate_size": 64, "sliding_window": 16}
 
 
 def rewrite(plain: Path, target: Path, change: Callable[[Tensors], Tensors]) -> Path:
@@ -32,7 +36,7 @@ def edit_config(folder: Path, **changes: object) -> None:
 
 
 def prune(model: Path, output: Path, *options: str) -> Path:
-    run = run_cli("prune", model, "--pruning-ratio", "0.5", "--output", output, *options)
+    run = run_cli("prune", model, *(options or ("--pruning-ratio", "0.5")), "--output", output)
     assert run.code == 0, run.stderr
     return output
 
@@ -134,3 +138,205 @@ def test_quantized_bytes_without_a_record_are_refused(tiny_llama: Path, tmp_path
     name = "model.layers.0.mlp.up_proj.weight"
     form = rewrite(tiny_llama, tmp_path / "form", lambda t: {**t, name: t[name].to(torch.float8_e4m3fn)})
     assert_refused(run_cli("inspect", form), CHECKPOINT, name, "F8_E4M3", "quantization_config")
+
+
+def test_experts_of_a_base_model_keep_their_numbers(tmp_path: Path) -> None:
+    plain = save_tiny(tmp_path / "plain", "mixtral", num_local_experts=4)
+    form = rewrite(
+        plain, tmp_path / "form", lambda tensors: {name.removeprefix("model."): t for name, t in tensors.items()}
+    )
+    with open_checkpoint(ModelReference(str(form)), need_weights=True) as checkpoint:
+        read = {entry.name: tensor.clone() for entry, tensor in checkpoint.tensors()}
+    expected = written_tensors(plain)
+    assert read.keys() == expected.keys() and all(torch.equal(read[name], expected[name]) for name in read)
+
+
+def test_a_layout_that_would_need_conversion_is_refused_by_name(tmp_path: Path) -> None:
+    plain = save_tiny(tmp_path / "plain", "mixtral", num_local_experts=2)
+    stacked = "model.layers.0.mlp.experts.down_proj"
+
+    def stack(tensors: Tensors) -> Tensors:
+        parts = [name for name in sorted(tensors) if name.startswith("model.layers.0") and ".w2." in name]
+        kept = {name: tensor for name, tensor in tensors.items() if name not in parts}
+        return {**kept, stacked: torch.stack([tensors[name] for name in parts])}
+
+    run = run_cli("inspect", rewrite(plain, tmp_path / "form", stack))
+    assert_refused(run, UNSUPPORTED, stacked, "another layout")
+
+
+# --- multimodal checkpoints ----------------------------------------------------------------------------------------
+
+GEMMA = {"head_dim": 16, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+def vision_tensors(prefix: str) -> Tensors:
+    return {
+        f"{prefix}vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight": torch.ones(8, 8),
+        f"{prefix}vision_tower.vision_model.post_layernorm.bias": torch.ones(8),
+        f"{prefix}multi_modal_projector.mm_input_projection_weight": torch.ones(8, 64),
+    }
+
+
+@pytest.mark.parametrize("layout", ["old", "new"])
+@pytest.mark.parametrize("config", ["gemma3", "gemma3_text"])
+def test_gemma_3_with_its_eyes_prunes_as_its_text_model(tmp_path: Path, layout: str, config: str) -> None:
+    plain = save_tiny(tmp_path / "plain", "gemma3_text", **GEMMA)
+    new = {"model.": "model.language_model."}
+    prefixes = new if layout == "new" else {"model.": "language_model.model."}
+
+    def wrap(tensors: Tensors) -> Tensors:
+        (old, prefix), *_ = prefixes.items()
+        text = {name.replace(old, prefix, 1): tensor for name, tensor in tensors.items()}
+        return {**text, **vision_tensors("model." if layout == "new" else "")}
+
+    form = rewrite(plain, tmp_path / "form", wrap)
+    if config == "gemma3":
+        vision = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        text = json.loads((plain / "config.json").read_text())
+        outer = {
+            "architectures": ["Gemma3ForConditionalGeneration"],
+            "model_type": "gemma3",
+            "text_config": text,
+            "vision_config": {**vision, "model_type": "siglip_vision_model"},
+            "dtype": "float32",
+        }
+        (form / "config.json").write_text(json.dumps(outer))
+    manifest = assert_prune_alike(plain, form, tmp_path, "--intermediate-size", "24")
+    assert len(manifest["dropped_tensors"]) == 3 and len(manifest["renamed_tensors"]) > 20
+    document = json.loads(run_cli("inspect", form, "--json").stdout)
+    assert document["model_type"] == "gemma3_text"
+
+
+# --- quantized weights ---------------------------------------------------------------------------------------------
+
+
+def quantize_fp8(tensors: Tensors, block: tuple[int, int]) -> Tensors:
+    """Round every projection to FP8 with one scale for each block."""
+    result = {}
+    for name, tensor in tensors.items():
+        if not name.endswith("_proj.weight"):
+            result[name] = tensor
+            continue
+        rows, columns = tensor.shape[0] // block[0], tensor.shape[1] // block[1]
+        blocks = tensor.reshape(rows, block[0], columns, block[1])
+        scales = blocks.abs().amax(dim=(1, 3)) / 448
+        result[name] = (blocks / scales[:, None, :, None]).reshape(tensor.shape).to(torch.float8_e4m3fn)
+        result[f"{name}_scale_inv"] = scales
+    return result
+
+
+def dequantize_fp8(tensors: Tensors, dtype: torch.dtype) -> Tensors:
+    """The formula that the format documents: each block times its scale."""
+    result = {}
+    for name, tensor in tensors.items():
+        scales = tensors.get(f"{name}_scale_inv")
+        if scales is not None:
+            rows, columns = (side // count for side, count in zip(tensor.shape, scales.shape, strict=True))
+            spread = scales.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+            result[name] = (tensor.float() * spread).to(dtype)
+        elif not name.endswith("_scale_inv"):
+            result[name] = tensor.to(dtype)
+    return result
+
+
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [8, 16]}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_fp8_weights_prune_as_their_dequantized_values(tiny_llama: Path, tmp_path: Path, dtype: str) -> None:
+    form = rewrite(tiny_llama, tmp_path / "form", lambda tensors: quantize_fp8(tensors, (8, 16)))
+    edit_config(form, quantization_config=FP8, dtype="bfloat16")
+    plain = rewrite(form, tmp_path / "plain", lambda tensors: dequantize_fp8(tensors, getattr(torch, dtype)))
+    config = json.loads((plain / "config.json").read_text())
+    del config["quantization_config"]
+    (plain / "config.json").write_text(json.dumps({**config, "dtype": dtype}))
+    assert_prune_alike(plain, form, tmp_path, "--pruning-ratio", "0.5", "--dtype", dtype)
+    one, other = (json.loads(run_cli("inspect", model, "--json").stdout) for model in (plain, form))
+    assert one["before"]["parameters"] == other["before"]["parameters"]
+    dry = ("--pruning-ratio", "0.5", "--dry-run", "--dtype", dtype, "--json")
+    dry_one, dry_other = (json.loads(run_cli("prune", model, *dry).stdout) for model in (plain, form))
+    assert all(dry_one["after"][key] == dry_other["after"][key] for key in ("widths", "parameters", "size_bytes"))
+
+
+def test_the_description_of_quantized_weights_reads_no_weights(tiny_llama: Path, tmp_path: Path) -> None:
+    form = rewrite(tiny_llama, tmp_path / "form", lambda tensors: quantize_fp8(tensors, (8, 16)))
+    edit_config(form, quantization_config=FP8)
+    (form / "model.safetensors").write_bytes(b"")
+    document = json.loads(run_cli("inspect", form, "--json").stdout)
+    assert document["before"]["size_bytes"] == 2 * document["before"]["parameters"]
+
+
+def test_fp8_blocks_that_are_cut_short_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    form = rewrite(tiny_llama, tmp_path / "form", lambda tensors: quantize_fp8(tensors, (8, 16)))
+    edit_config(form, quantization_config={**FP8, "weight_block_size": [8, 20]})
+    run = run_cli("prune", form, "--pruning-ratio", "0.5", "--output", tmp_path / "out")
+    assert_refused(run, UNSUPPORTED, "FP8 blocks", "_proj.weight")
+
+
+def test_fp8_weights_without_their_scales_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    form = rewrite(tiny_llama, tmp_path / "form", lambda tensors: quantize_fp8(tensors, (8, 16)))
+    scale = "model.layers.1.mlp.up_proj.weight_scale_inv"
+    broken = rewrite(form, tmp_path / "broken", lambda tensors: {n: t for n, t in tensors.items() if n != scale})
+    edit_config(broken, quantization_config=FP8)
+    run = run_cli("prune", broken, "--pruning-ratio", "0.5", "--output", tmp_path / "out")
+    assert_refused(run, CHECKPOINT, "up_proj")
+
+
+def test_mxfp4_experts_are_dequantized(tmp_path: Path) -> None:
+    plain = save_tiny(tmp_path / "plain", "gpt_oss", dtype="bfloat16", num_local_experts=4, head_dim=16, **MXFP4_SIZES)
+    generator = torch.Generator().manual_seed(3)
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    expected: Tensors = {}
+
+    def quantize(tensors: Tensors) -> Tensors:
+        result = {}
+        for name, tensor in tensors.items():
+            if not name.endswith(("gate_up_proj", "down_proj")):
+                result[name] = expected[name] = tensor
+                continue
+            experts, inputs, outputs = tensor.shape
+            blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), generator=generator).to(torch.uint8)
+            scales = torch.randint(118, 124, (experts, outputs, inputs // 32), generator=generator).to(torch.uint8)
+            nibbles = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2)
+            weights = values[nibbles.long()] * 2.0 ** (scales.float() - 127)[..., None]
+            expected[name] = weights.reshape(experts, outputs, inputs).transpose(1, 2).to(torch.bfloat16)
+            result[f"{name}_blocks"], result[f"{name}_scales"] = blocks, scales
+        return result
+
+    form = rewrite(plain, tmp_path / "form", quantize)
+    edit_config(form, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
+    with open_checkpoint(ModelReference(str(form)), need_weights=True) as checkpoint:
+        read = {entry.name: tensor.clone() for entry, tensor in checkpoint.tensors()}
+    assert read.keys() == expected.keys() and all(torch.equal(read[name], expected[name]) for name in read)
+    assert json.loads(run_cli("inspect", form, "--json").stdout)["before"]["parameters"] == sum(
+        tensor.numel() for tensor in expected.values()
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "record"),
+    [
+        ("gptq", {"bits": 4, "group_size": 128}),
+        ("awq", {"bits": 4, "group_size": 128, "version": "gemm"}),
+        ("papyrus", {}),
+    ],
+)
+@pytest.mark.parametrize("command", ["inspect", "prune"])
+def test_methods_that_transformers_cannot_undo_are_refused(
+    tiny_llama: Path, tmp_path: Path, method: str, record: dict[str, object], command: str
+) -> None:
+    form = rewrite(tiny_llama, tmp_path / "form", lambda tensors: tensors)
+    edit_config(form, quantization_config={"quant_method": method, **record})
+    output = ["--output", tmp_path / "out"] if command == "prune" else []
+    run = run_cli(command, form, "--pruning-ratio", "0.5", *output)
+    assert_refused(run, UNSUPPORTED, method)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_bitsandbytes_names_the_package_that_it_needs(tiny_llama: Path, tmp_path: Path) -> None:
+    form = rewrite(tiny_llama, tmp_path / "form", lambda tensors: tensors)
+    edit_config(form, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    assert run_cli("inspect", form).code == 0
+    run = run_cli("prune", form, "--pruning-ratio", "0.5", "--output", tmp_path / "out")
+    assert_refused(run, UNSUPPORTED, "bitsandbytes", "pip install")
