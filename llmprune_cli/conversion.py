@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.checkpoint import TensorEntry, read_index
-from llmprune_cli.errors import CheckpointError, UnsupportedError
+from llmprune_cli.errors import CheckpointError, LlmpruneError, UnsupportedError
+from llmprune_cli.gguf_header import read_gguf_config
 from llmprune_cli.writer import write_shards
 
 if TYPE_CHECKING:
@@ -134,8 +135,8 @@ def _check_scales(folder: Path, record: dict[str, Any]) -> None:
         block, grid = record.get("weight_block_size"), scales[0].shape
         if block and len(grid) > 1 and entry.shape[-2:] != (grid[-2] * block[0], grid[-1] * block[1]):
             raise UnsupportedError(
-                f"{folder}: {name} has shape {list(entry.shape)}, which is not a whole number of FP8 blocks of {block}, "
-                "and transformers cannot dequantize that. Give the unquantized model instead."
+                f"{folder}: {name} has shape {list(entry.shape)}, which does not fill its FP8 blocks of {block}; "
+                "transformers cannot dequantize that. Give the unquantized model instead."
             )
 
 
@@ -169,12 +170,10 @@ def describe_gguf(path: Path, dtype: str | None) -> PretrainedConfig:
 
     Raises:
         CheckpointError: missing or unreadable.
-        UnsupportedError: an architecture that transformers cannot read from GGUF.
+        UnsupportedError: something that transformers cannot read from GGUF, or reads wrongly.
     """
-    from transformers import AutoConfig
-
     with _reading_gguf(path):
-        config: PretrainedConfig = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        config = read_gguf_config(path)
     config.dtype = dtype or DEQUANTIZED_DTYPE
     return config
 
@@ -184,7 +183,7 @@ def convert_gguf(path: Path, dtype: str | None, target: Path) -> None:
 
     Raises:
         CheckpointError: missing or unreadable.
-        UnsupportedError: an architecture that transformers cannot read from GGUF.
+        UnsupportedError: something that transformers cannot read from GGUF, or reads wrongly.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -193,6 +192,7 @@ def convert_gguf(path: Path, dtype: str | None, target: Path) -> None:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,
+            config=read_gguf_config(path),
             dtype=getattr(torch, dtype or DEQUANTIZED_DTYPE),
             output_loading_info=True,
         )
@@ -211,6 +211,8 @@ def _reading_gguf(path: Path) -> Iterator[None]:
             raise CheckpointError(f"{path} is not a GGUF file.")
     try:
         yield
+    except LlmpruneError as error:
+        raise type(error)(f"{path}: {error}") from error
     except ImportError as error:
         raise UnsupportedError(
             f"Reading GGUF needs the gguf package: pip install 'llmprune[gguf]' ({error})."

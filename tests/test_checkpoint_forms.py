@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_oracles import load_stock
+from transformers import AutoConfig
 
 from conftest import Run, run_cli, save_tiny
 from llmprune_cli.loading import ModelReference, open_checkpoint
@@ -340,3 +345,257 @@ def test_bitsandbytes_names_the_package_that_it_needs(tiny_llama: Path, tmp_path
     assert run_cli("inspect", form).code == 0
     run = run_cli("prune", form, "--pruning-ratio", "0.5", "--output", tmp_path / "out")
     assert_refused(run, UNSUPPORTED, "bitsandbytes", "pip install")
+
+
+# --- GGUF ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GgufFamily:
+    """How llama.cpp's converter writes one family."""
+
+    architecture: str
+    settings: dict[str, object]  # of the tiny model
+    header: dict[str, object]  # keys beyond the widths
+    tokenizer: str = "gpt2"
+    norm_offset: float = 0.0  # added to norm weights
+    permuted: bool = False  # the halves of every query and key head are interleaved
+    transposed: tuple[str, ...] = ()  # weights stored input first by transformers
+
+
+EPSILON = "attention.layer_norm_rms_epsilon"
+GEMMA_HEADER = {EPSILON: 1e-6, "attention.sliding_window": 16}
+GGUF_FAMILIES = {
+    "llama": GgufFamily(
+        "llama",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rms_norm_eps": 1e-3, "head_dim": 16},
+        {EPSILON: 1e-3, "rope.freq_base": 500.0, "rope.dimension_count": 16},
+        tokenizer="llama",
+        permuted=True,
+    ),
+    "qwen2": GgufFamily("qwen2", {"tie_word_embeddings": True}, {EPSILON: 1e-6, "rope.freq_base": 1e4}),
+    "qwen3": GgufFamily("qwen3", {"head_dim": 12}, {EPSILON: 1e-6, "rope.freq_base": 1e4}),
+    "phi3": GgufFamily(
+        "phi3",
+        {"head_dim": 16, "sliding_window": 12, "original_max_position_embeddings": 64},
+        {
+            EPSILON: 1e-5,
+            "rope.dimension_count": 16,
+            "rope.scaling.original_context_length": 64,
+            "attention.sliding_window": 12,
+        },
+        tokenizer="llama",
+    ),
+    "gemma2": GgufFamily(
+        "gemma2",
+        {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16, "attn_logit_softcapping": 20.0},
+        {**GEMMA_HEADER, "attn_logit_softcapping": 20.0, "final_logit_softcapping": 30.0},
+        tokenizer="llama",
+        norm_offset=1.0,
+    ),
+    "gemma3_text": GgufFamily(
+        "gemma3",
+        {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16},
+        {**GEMMA_HEADER, "rope.freq_base": 1e6},
+        tokenizer="llama",
+        norm_offset=1.0,
+    ),
+    "gpt2": GgufFamily(
+        "gpt2",
+        {"n_positions": 64, "n_inner": 48, "num_key_value_heads": 8},
+        {"attention.layer_norm_epsilon": 1e-5},
+        transposed=("attn_qkv", "attn_output", "ffn_up", "ffn_down"),
+    ),
+    "starcoder2": GgufFamily(
+        "starcoder2",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "sliding_window": None},
+        {"attention.layer_norm_epsilon": 1e-5, "rope.freq_base": 500.0},
+    ),
+    "stablelm": GgufFamily(
+        "stablelm",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        {"attention.layer_norm_epsilon": 1e-5, "rope.dimension_count": 4, "use_parallel_residual": False},
+    ),
+}
+
+
+def write_gguf(plain: Path, path: Path, family: GgufFamily, extra: Tensors | None = None, **header: object) -> Path:
+    """Write a checkpoint as llama.cpp's converter does: its names, its layouts and a tokenizer."""
+    import gguf
+
+    config = AutoConfig.from_pretrained(plain)
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", heads)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    widths = {
+        "context_length": 64,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": 48,
+        "attention.head_count": heads,
+        "attention.head_count_kv": groups,
+    }
+    if head_dim != config.hidden_size // heads:
+        widths |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
+    writer = gguf.GGUFWriter(path, family.architecture)
+    writer.add_name("tiny")
+    for key, value in {**widths, **family.header, **header}.items():
+        kind = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        kind[type(value)](f"{family.architecture}.{key}", value)  # type: ignore[operator]
+    add_gguf_tokenizer(writer, family.tokenizer)
+    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
+    names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
+    for name, tensor in written_tensors(plain).items():
+        stem, suffix = name.rsplit(".", 1)
+        stored = names.get_name(stem)
+        assert stored is not None, name
+        if stored.split(".")[-1] in family.transposed and tensor.ndim == 2:
+            tensor = tensor.T
+        if family.norm_offset and "norm" in stored:
+            tensor = tensor + family.norm_offset
+        if family.permuted and stored.endswith(("attn_q", "attn_k")):
+            count = heads if stored.endswith("attn_q") else groups
+            tensor = tensor.reshape(count, 2, head_dim // 2, -1).transpose(1, 2).reshape(tensor.shape)
+        writer.add_tensor(f"{stored}.{suffix}", tensor.float().contiguous().numpy())
+    for name, tensor in (extra or {}).items():
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def add_gguf_tokenizer(writer: Any, kind: str) -> None:
+    """96 tokens: `llama` is SentencePiece, `gpt2` is byte-level BPE."""
+    tokens = ["<unk>", "<s>", "</s>", "ab", *map(chr, range(33, 125))]
+    writer.add_tokenizer_model(kind)
+    writer.add_token_list(tokens)
+    if kind == "llama":
+        writer.add_token_scores([0.0] * len(tokens))
+    else:
+        writer.add_tokenizer_pre("default")
+        writer.add_token_merges(["a b"])
+    writer.add_token_types([2, 3, 3] + [1] * (len(tokens) - 3))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+
+
+def gguf_pair(folder: Path, family: str) -> tuple[Path, Path]:
+    """A tiny checkpoint and the same as GGUF; norm weights survive the round trip through `w + 1`."""
+    spec = GGUF_FAMILIES[family]
+    saved = save_tiny(folder / "saved", family, **spec.settings)
+
+    def exact(tensors: Tensors) -> Tensors:
+        return {n: (t * 1024).round() / 1024 if "norm" in n else t for n, t in tensors.items()}
+
+    plain = rewrite(saved, folder / "plain", exact)
+    return plain, write_gguf(plain, folder / "model.gguf", spec)
+
+
+@pytest.mark.parametrize("family", GGUF_FAMILIES)
+def test_a_gguf_file_prunes_as_the_checkpoint_it_was_made_from(tmp_path: Path, family: str) -> None:
+    plain, path = gguf_pair(tmp_path, family)
+    options = ("--intermediate-size", "24")
+    pruned = [prune(plain, tmp_path / "a", *options), prune(path, tmp_path / "b", *options, "--dtype", "float32")]
+    expected, actual = map(written_tensors, pruned)
+    assert expected.keys() == actual.keys()
+    assert not [name for name in expected if not torch.equal(expected[name], actual[name])]
+    ids = torch.randint(3, 90, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        one, other = (load_stock(folder)(ids).logits for folder in pruned)
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    described, stored = (json.loads(run_cli("inspect", model, "--json").stdout) for model in (path, plain))
+    assert described["before"]["parameters"] == stored["before"]["parameters"]
+    assert described["prunable"] == stored["prunable"]
+
+
+def test_a_gguf_of_stacked_experts_reads_as_the_checkpoint(tmp_path: Path) -> None:
+    spec = GgufFamily("qwen3moe", {}, {EPSILON: 1e-6, "expert_count": 4, "expert_used_count": 2})
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16}
+    plain = save_tiny(tmp_path / "plain", "qwen3_moe", norm_topk_prob=True, **sizes)
+
+    def stack(tensors: Tensors) -> Tensors:
+        kept = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+        for layer, projection in product(range(2), ("gate_proj", "up_proj", "down_proj")):
+            prefix = f"model.layers.{layer}.mlp.experts"
+            parts = [tensors[f"{prefix}.{expert}.{projection}.weight"] for expert in range(4)]
+            kept[f"{prefix}.{projection}.weight"] = torch.stack(parts)
+        return kept
+
+    stacked = rewrite(plain, tmp_path / "stacked", stack)
+    path = write_gguf(stacked, tmp_path / "model.gguf", spec, expert_feed_forward_length=24)
+    with open_checkpoint(ModelReference(str(path), dtype="float32"), need_weights=True) as checkpoint:
+        read = {entry.name: tensor.clone() for entry, tensor in checkpoint.tensors()}
+    expected = written_tensors(plain)
+    assert read.keys() == expected.keys() and all(torch.equal(read[name], expected[name]) for name in read)
+    assert checkpoint.config.num_experts_per_tok == 2 and checkpoint.config.moe_intermediate_size == 24
+
+
+def llama3_factors(count: int, theta: float, factor: float) -> list[float]:
+    """The factors that llama.cpp's converter stores for Llama 3.1's scaling."""
+    factors = []
+    for number in range(count):
+        wavelength = 2 * math.pi * theta ** (number / count)
+        if wavelength < 8192 / 4:
+            factors.append(1.0)
+        elif wavelength > 8192 / 1:
+            factors.append(factor)
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            factors.append(1 / ((1 - smooth) / factor + smooth))
+    return factors
+
+
+def test_llama_3s_scaling_is_recovered_from_its_factors(tmp_path: Path) -> None:
+    spec = replace(
+        GGUF_FAMILIES["llama"],
+        settings={"head_dim": 16, "rms_norm_eps": 1e-3},
+        header={EPSILON: 1e-3, "rope.freq_base": 500000.0, "rope.dimension_count": 16},
+    )
+    plain = save_tiny(tmp_path / "plain", "llama", **spec.settings)
+    factors = torch.tensor(llama3_factors(8, 500000.0, 32.0))
+    path = write_gguf(plain, tmp_path / "model.gguf", spec, extra={"rope_freqs.weight": factors})
+    with open_checkpoint(ModelReference(str(path)), need_weights=True) as checkpoint:
+        rope = checkpoint.config.rope_parameters
+    assert rope["rope_type"] == "llama3" and rope["factor"] == 32.0 and rope["rope_theta"] == 500000.0
+    assert rope["original_max_position_embeddings"] == 8192
+    other = write_gguf(plain, tmp_path / "other.gguf", spec, extra={"rope_freqs.weight": factors + 0.1})
+    assert_refused(run_cli("inspect", other), UNSUPPORTED, "rope_freqs.weight")
+
+
+@pytest.mark.parametrize(
+    ("family", "header", "extra", "word"),
+    [
+        ("llama", {}, "blk.0.attn_q.bias", "some would be lost"),
+        ("phi3", {}, "rope_factors_long.weight", "rope_factors_long.weight"),
+        ("qwen2", {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, None, "yarn"),
+        ("llama", {"expert_count": 4, "expert_used_count": 2}, None, "expert_count"),
+        ("llama", {"attention.clamp_kqv": 8.0}, None, "attention.clamp_kqv"),
+    ],
+)
+@pytest.mark.parametrize("command", ["inspect", "prune"])
+def test_what_transformers_would_lose_from_a_gguf_is_refused(
+    tmp_path: Path, family: str, header: dict[str, object], extra: str | None, word: str, command: str
+) -> None:
+    spec = GGUF_FAMILIES[family]
+    plain = save_tiny(tmp_path / "plain", family, **spec.settings)
+    tensors = {extra: torch.ones(64)} if extra else {}
+    path = write_gguf(plain, tmp_path / "model.gguf", spec, extra=tensors, **header)
+    output = ["--output", tmp_path / "out"] if command == "prune" else []
+    assert_refused(run_cli(command, path, "--pruning-ratio", "0.5", *output), UNSUPPORTED, word)
+
+
+def test_falcon_with_kv_groups_is_refused_from_gguf(tmp_path: Path) -> None:
+    settings = {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": False, "ffn_hidden_size": 48}
+    plain = save_tiny(tmp_path / "plain", "falcon", **settings)
+    spec = GgufFamily("falcon", {}, {"attention.layer_norm_epsilon": 1e-5})
+    path = write_gguf(plain, tmp_path / "model.gguf", spec)
+    assert_refused(run_cli("inspect", path), UNSUPPORTED, "query_key_value")
+
+
+def test_a_gguf_architecture_that_transformers_cannot_read_is_refused(tmp_path: Path) -> None:
+    plain = save_tiny(tmp_path / "plain", "olmo2")
+    path = write_gguf(plain, tmp_path / "model.gguf", GgufFamily("olmo2", {}, {EPSILON: 1e-6}))
+    assert_refused(run_cli("inspect", path), UNSUPPORTED, "olmo2")

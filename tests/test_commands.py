@@ -35,6 +35,7 @@ ORDER = (
     "plan",
     "surgery",
     "naming",
+    "gguf_header",
     "conversion",
     "loading",
     "export.safetensors",
@@ -55,7 +56,7 @@ HOMES = {
     "huggingface_hub": {"loading"},
     "safetensors": {"checkpoint", "proof"},
     "torch_pruning": set(),
-    "gguf": set(),
+    "gguf": {"gguf_header"},
 }
 
 
