@@ -1,4 +1,4 @@
-"""Make plain safetensors folders of what is stored otherwise: GGUF files, pickles and quantized weights."""
+"""Weights in other formats (GGUF, `.bin`, quantized) made into a folder of plain safetensors."""
 
 from __future__ import annotations
 
@@ -7,89 +7,202 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune_cli.checkpoint import TensorEntry, read_index, read_json
-from llmprune_cli.errors import CheckpointError, UnsupportedError
+from llmprune_cli.checkpoint import TensorEntry, read_index
+from llmprune_cli.errors import CheckpointError, LlmpruneError, UnsupportedError
+from llmprune_cli.gguf_header import read_gguf_config
 from llmprune_cli.writer import write_shards
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
 
+DEQUANTIZED_DTYPE = "bfloat16"  # unless --dtype says otherwise
+FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
 CONVERTED_SHARD_BYTES = 5 * 10**9
-PLAIN_DTYPE = "bfloat16"  # what quantized weights become unless --dtype says otherwise
 
 
-def convert_gguf(path: Path, dtype: str | None, target: Path) -> Path:
+# --- quantized weights ---------------------------------------------------------------------------------------------
+
+
+def quantization_of(config: PretrainedConfig) -> dict[str, Any]:
+    """The record of quantization in a configuration; empty where the weights are plain."""
+    record = getattr(config, "quantization_config", None) or {}
+    return dict(record) if isinstance(record, dict) else dict(record.to_dict())
+
+
+def describe_dequantized(config: PretrainedConfig, dtype: str | None) -> PretrainedConfig:
+    """What a quantized model's configuration will be once its weights are plain.
+
+    Raises:
+        UnsupportedError: transformers cannot dequantize this method.
+    """
+    _check_method(config)
+    plain = type(config).from_dict(config.to_dict())
+    vars(plain).pop("quantization_config", None)
+    plain.dtype = dtype or DEQUANTIZED_DTYPE
+    return plain
+
+
+def dequantize(
+    folder: Path, config: PretrainedConfig, dtype: str | None, target: Path, trust_remote_code: bool
+) -> None:
+    """Load quantized weights, make them plain and save them into a folder.
+
+    Raises:
+        UnsupportedError: transformers cannot dequantize this method, here or at all.
+        CheckpointError: weights that are missing or unreadable.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    record = quantization_of(config)
+    method = _check_method(config)
+    _check_scales(folder, record)
+    config = type(config).from_dict({**config.to_dict(), "quantization_config": {**record, "dequantize": True}})
+    loaded: Any
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=getattr(torch, dtype or DEQUANTIZED_DTYPE),
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+        model = loaded[0].dequantize() if getattr(loaded[0], "is_quantized", False) else loaded[0]
+    except ImportError as error:
+        raise UnsupportedError(
+            f"{folder} holds weights quantized by {method}, and dequantizing them needs a package that is missing: "
+            f"{_reason(error)}"
+        ) from error
+    except Exception as error:  # every quantizer raises its own kind
+        raise CheckpointError(f"{folder}: weights quantized by {method} cannot be loaded: {_reason(error)}") from error
+    _cast(model, getattr(torch, dtype or DEQUANTIZED_DTYPE))
+    _save_plain(model, loaded[1], folder, target)
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast the weights that were stored plain: beside quantized ones, transformers leaves them as they are."""
+    exact = tuple(model._keep_in_fp32_modules_strict or ())
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not any(module in name for module in exact):
+            parameter.data = parameter.data.to(dtype)
+
+
+def _check_method(config: PretrainedConfig) -> str:
+    """The name of a quantization method that transformers can undo.
+
+    Raises:
+        UnsupportedError: it cannot.
+    """
+    from inspect import signature
+
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+    from transformers.quantizers.base import HfQuantizer
+
+    record = quantization_of(config)
+    method = str(getattr(record.get("quant_method"), "value", record.get("quant_method", "an unnamed method")))
+    key = f"{method}_{'8bit' if record.get('load_in_8bit') else '4bit'}" if method == "bitsandbytes" else method
+    quantizer: Any = AUTO_QUANTIZER_MAPPING.get(key)
+    if quantizer is None:
+        raise UnsupportedError(f"The weights are quantized by {method}, which transformers does not know.")
+    while_loading = "dequantize" in signature(AUTO_QUANTIZATION_CONFIG_MAPPING[key]).parameters
+    if not while_loading and quantizer._dequantize is HfQuantizer._dequantize:
+        raise UnsupportedError(
+            f"The weights are quantized by {method}, which transformers cannot dequantize. Give the unquantized model "
+            "instead, or dequantize it with the tool that made it."
+        )
+    return method
+
+
+def _check_scales(folder: Path, record: dict[str, Any]) -> None:
+    """Refuse FP8 weights that transformers would load wrongly without a word.
+
+    Raises:
+        CheckpointError: one without its scale, which would be read as if its scale were 1.
+        UnsupportedError: one whose last block is cut short: the scales would be spread evenly over its rows.
+    """
+    if record.get("quant_method") != "fp8":
+        return
+    entries = {entry.name: entry for entry in read_index(folder)}
+    for name, entry in entries.items():
+        if entry.dtype not in FP8_DTYPES:
+            continue
+        stem = name.removesuffix("weight")
+        names = (f"{name}_scale_inv", f"{stem}scale", f"{stem}qscale_weight")
+        scales = [entries[scale] for scale in names if scale in entries]
+        if not scales:
+            raise CheckpointError(f"{folder}: {name} is stored as {entry.dtype} without its scale ({name}_scale_inv).")
+        block, grid = record.get("weight_block_size"), scales[0].shape
+        if block and len(grid) > 1 and entry.shape[-2:] != (grid[-2] * block[0], grid[-1] * block[1]):
+            raise UnsupportedError(
+                f"{folder}: {name} has shape {list(entry.shape)}, which does not fill its FP8 blocks of {block}; "
+                "transformers cannot dequantize that. Give the unquantized model instead."
+            )
+
+
+def _save_plain(model: PreTrainedModel, info: dict[str, Any], source: Path, target: Path) -> None:
+    """Save a model that was converted while loading, without the record of it.
+
+    Raises:
+        CheckpointError: something was missing or did not fit, so the model holds random weights.
+    """
+    wrong = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise CheckpointError(
+            f"{source} lacks {wrong[0]}{more}, or has it in another shape ({model.config.model_type})."
+        )
+    vars(model.config).pop("quantization_config", None)
+    vars(model)["hf_quantizer"] = None  # its record of quantization would make saving fail
+    vars(model)["_weight_conversions"] = None  # save as a model that was never quantized
+    model.save_pretrained(target)
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), repr(error))
+
+
+# --- GGUF ----------------------------------------------------------------------------------------------------------
+
+
+def describe_gguf(path: Path, dtype: str | None) -> PretrainedConfig:
+    """What a GGUF file's configuration will be once dequantized, from its header alone.
+
+    Raises:
+        CheckpointError: missing or unreadable.
+        UnsupportedError: something that transformers cannot read from GGUF, or reads wrongly.
+    """
+    with _reading_gguf(path):
+        config = read_gguf_config(path)
+    config.dtype = dtype or DEQUANTIZED_DTYPE
+    return config
+
+
+def convert_gguf(path: Path, dtype: str | None, target: Path) -> None:
     """Dequantize a GGUF file into a safetensors folder, tokenizer included.
 
     Raises:
         CheckpointError: missing or unreadable.
-        UnsupportedError: an architecture that transformers cannot read from GGUF.
+        UnsupportedError: something that transformers cannot read from GGUF, or reads wrongly.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with reading_gguf(path):
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=getattr(torch, dtype or PLAIN_DTYPE)
+    with _reading_gguf(path):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            config=read_gguf_config(path),
+            dtype=getattr(torch, dtype or DEQUANTIZED_DTYPE),
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    _save_plain(model, target)
+    _save_plain(loaded[0], loaded[1], path, target)
     tokenizer.save_pretrained(target)
-    return target
-
-
-def _save_plain(model: PreTrainedModel, target: Path) -> None:
-    """Save a dequantized model, without the records of quantization that would make saving fail or quantize again."""
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    vars(model).update(hf_quantizer=None, _weight_conversions=None)
-    model.save_pretrained(target, max_shard_size=CONVERTED_SHARD_BYTES)
-
-
-def quantization_of(folder: Path) -> str:
-    """The method by which a folder's weights are quantized, "" where they are not.
-
-    Raises:
-        CheckpointError: no readable `config.json`.
-    """
-    quantization = read_json(folder / "config.json").get("quantization_config") if folder.is_dir() else None
-    if not quantization:
-        return ""
-    return str(quantization.get("quant_method", "unknown")) if isinstance(quantization, dict) else "unknown"
-
-
-def convert_quantized(folder: Path, method: str, dtype: str | None, trust_remote_code: bool, target: Path) -> Path:
-    """Dequantize a model through transformers into a safetensors folder.
-
-    Raises:
-        UnsupportedError: transformers cannot dequantize this method on this machine.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.quantizers.auto import AutoQuantizationConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        record = dict(config.quantization_config)
-        on_load = hasattr(AutoQuantizationConfig.from_dict(record), "dequantize")
-        config.quantization_config = {**record, "dequantize": True} if on_load else record
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=getattr(torch, dtype or PLAIN_DTYPE), trust_remote_code=trust_remote_code
-        )
-        if not on_load:
-            model.dequantize()
-    except Exception as error:  # every quantizer raises its own kind
-        reason = (str(error).strip().splitlines() or [repr(error)])[0]
-        raise UnsupportedError(
-            f"{folder} holds weights quantized by {method}, which transformers cannot dequantize here: {reason} "
-            "Install what that names, or give the unquantized model."
-        ) from error
-    _save_plain(model.to(getattr(torch, dtype or PLAIN_DTYPE)), target)
-    return target
 
 
 @contextmanager
-def reading_gguf(path: Path) -> Iterator[None]:
+def _reading_gguf(path: Path) -> Iterator[None]:
     """Check the file and say in our words what transformers' reader has against it."""
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist.")
@@ -98,14 +211,18 @@ def reading_gguf(path: Path) -> Iterator[None]:
             raise CheckpointError(f"{path} is not a GGUF file.")
     try:
         yield
+    except LlmpruneError as error:
+        raise type(error)(f"{path}: {error}") from error
     except ImportError as error:
         raise UnsupportedError(
             f"Reading GGUF needs the gguf package: pip install 'llmprune[gguf]' ({error})."
         ) from error
     except Exception as error:  # the readers raise whatever the bytes lead them to
         kind = UnsupportedError if "not supported" in str(error) else CheckpointError
-        reason = str(error).strip().splitlines() or [repr(error)]
-        raise kind(f"{path} cannot be read by transformers: {reason[0]}") from error
+        raise kind(f"{path} cannot be read by transformers: {_reason(error)}") from error
+
+
+# --- .bin ----------------------------------------------------------------------------------------------------------
 
 
 def convert_bin(folder: Path, target: Path) -> tuple[TensorEntry, ...]:
@@ -116,7 +233,8 @@ def convert_bin(folder: Path, target: Path) -> tuple[TensorEntry, ...]:
     """
     import torch
 
-    codes = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+    floats = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+    codes = {**floats, torch.bool: "BOOL", torch.uint8: "U8", torch.int64: "I64"}
     states = [_load_bin(path) for path in sorted(folder.glob("pytorch_model*.bin"))]
     tensors = {
         name: tensor
@@ -138,8 +256,7 @@ def _load_bin(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).strip().splitlines() or [repr(error)]
-        raise CheckpointError(f"{path} is not a plain file of tensors, so it is not opened: {reason[0]}") from None
+        raise CheckpointError(f"{path} is not a plain file of tensors, so it is not opened: {_reason(error)}") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not a dictionary of tensors.")
     return state

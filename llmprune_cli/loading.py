@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.architecture import build_skeleton, expected_index, on_disk
-from llmprune_cli.checkpoint import Checkpoint, TensorEntry, read_index, read_json
+from llmprune_cli.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, TensorEntry, read_index, read_json
 from llmprune_cli.conversion import (
-    PLAIN_DTYPE,
     convert_bin,
     convert_gguf,
-    convert_quantized,
+    dequantize,
+    describe_dequantized,
+    describe_gguf,
     quantization_of,
-    reading_gguf,
 )
 from llmprune_cli.errors import CheckpointError, UnsupportedError
 from llmprune_cli.naming import outer_config, outer_model, resolve_names
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+FLOATS = ("F64", *DTYPES.values())
 WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
 BIN_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 SMALL_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*"]
@@ -52,7 +54,7 @@ class ModelReference:
     name: str  # folder, .gguf file or hub id
     revision: str | None = None  # of a hub id
     trust_remote_code: bool = False
-    dtype: str | None = None  # for loading and for converting GGUF; None keeps the checkpoint's
+    dtype: str | None = None  # for loading, and what GGUF and quantized weights become; None keeps plain ones
 
 
 @contextmanager
@@ -69,35 +71,44 @@ def open_checkpoint(reference: ModelReference, need_weights: bool) -> Iterator[C
     with tempfile.TemporaryDirectory(prefix="llmprune-model-") as temporary:
         path = Path(reference.name)
         if path.suffix == ".gguf" and not need_weights:
-            yield _describe_gguf(path, reference)
+            yield _described(path.parent, reference, None, describe_gguf(path, reference.dtype), True)
             return
         if path.suffix == ".gguf":
-            folder, revision = convert_gguf(path, reference.dtype, Path(temporary)), None
+            folder, revision = Path(temporary), None
+            convert_gguf(path, reference.dtype, folder)
         elif path.exists():
             folder, revision = path, None
         else:
             folder, revision = _resolve_hub(reference, need_weights)
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is neither a model folder nor a .gguf file.")
-        origin, method = folder, quantization_of(folder)
-        if method and need_weights:
-            folder = convert_quantized(folder, method, reference.dtype, reference.trust_remote_code, Path(temporary))
-        from_hub_without_weights = (revision is not None or bool(method)) and not need_weights
-        entries = () if from_hub_without_weights else read_index(folder)
-        if not entries and need_weights and any(folder.glob("pytorch_model*.bin")):
-            entries = convert_bin(folder, Path(temporary))
-            folder_of_weights = Path(temporary)
-        else:
-            folder_of_weights = folder
-        config, outer = _text_part(read_config(folder, reference.trust_remote_code))
-        checkpoint = Checkpoint(folder_of_weights, reference.name, revision, config, entries, bool(entries), origin)
-        if entries:
-            checkpoint = _with_names_of_today(checkpoint, outer)
-        elif need_weights:
+        config = read_config(folder, reference.trust_remote_code)
+        small_files_only = revision is not None and not need_weights
+        has_weights = not small_files_only and _holds_weights(folder)
+        if need_weights and not has_weights:
             raise CheckpointError(f"{folder} has no weights (*.safetensors or pytorch_model*.bin), which this needs.")
+        if quantization_of(config) and not need_weights:
+            plain = _text_part(describe_dequantized(config, reference.dtype))
+            yield _described(folder, reference, revision, plain, has_weights)
+            return
+        place = folder
+        if quantization_of(config):
+            place = Path(temporary)
+            dequantize(folder, config, reference.dtype, place, reference.trust_remote_code)
+            config = read_config(place, reference.trust_remote_code)
+        entries = () if small_files_only else read_index(place)
+        if not entries and need_weights:
+            place = Path(temporary)
+            entries = convert_bin(folder, place)
+        if entries:
+            yield _resolved(Checkpoint(place, reference.name, revision, config, entries, True, folder))
         else:
-            checkpoint = replace(checkpoint, entries=_entries_from_config(config), has_weights=bool(method))
-        yield checkpoint
+            yield _described(folder, reference, revision, _text_part(config), has_weights)
+
+
+def _holds_weights(folder: Path) -> bool:
+    names = (SINGLE_NAME, INDEX_NAME)
+    return any((folder / name).exists() for name in names) or any(folder.glob("pytorch_model*.bin"))
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
@@ -105,7 +116,7 @@ def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
 
     Raises:
         CheckpointError: no `config.json`, or one that transformers refuses.
-        UnsupportedError: a kind of model that transformers does not know.
+        UnsupportedError: an unknown kind of model.
     """
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -126,9 +137,6 @@ def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     except Exception as error:  # every configuration class raises its own kind
         reason = str(error).strip().splitlines() or [repr(error)]
         raise CheckpointError(f"{path} is refused by transformers: {reason[-1]}") from error
-    if getattr(config, "quantization_config", None):  # what it will be once it is dequantized
-        del config.quantization_config
-        config.dtype = PLAIN_DTYPE
     return config
 
 
@@ -171,71 +179,72 @@ def _resolve_hub(reference: ModelReference, need_weights: bool) -> tuple[Path, s
     return folder, folder.name
 
 
-def _describe_gguf(path: Path, reference: ModelReference) -> Checkpoint:
-    """What a GGUF file will be once dequantized, from its header alone."""
-    from transformers import AutoConfig
-
-    with reading_gguf(path):
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    config.dtype = reference.dtype or PLAIN_DTYPE
-    return Checkpoint(path.parent, reference.name, None, config, _entries_from_config(config), True, path.parent)
-
-
-def _with_names_of_today(checkpoint: Checkpoint, outer: PretrainedConfig | None) -> Checkpoint:
-    """Give stored tensors the names of today, leave out what no current model reads, and check every shape.
-
-    Args:
-        outer: the multimodal configuration that the checkpoint has, if it has one.
+def _text_part(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration of a multimodal model's language model; any other configuration as it is.
 
     Raises:
-        CheckpointError: tensors that are missing, unknown or of another shape.
-        UnsupportedError: a tensor that would have to be converted, not just renamed.
+        UnsupportedError, CheckpointError: see `build_skeleton`.
     """
-    config, stored = checkpoint.config, checkpoint.by_name
+    from transformers import PretrainedConfig
+
+    text = getattr(config, "text_config", None)
+    if not isinstance(text, PretrainedConfig):
+        return config
+    text = type(text).from_dict(text.to_dict())
+    text.tie_word_embeddings = bool(outer_model(config).all_tied_weights_keys)
+    text.dtype = text.dtype or config.dtype
+    text.architectures = [type(build_skeleton(text)).__name__]
+    return text
+
+
+def _resolved(checkpoint: Checkpoint) -> Checkpoint:
+    """Hold the headers against the configuration: rename what has another name, and leave out what is not read.
+
+    Raises:
+        CheckpointError: tensors that are missing, unknown, of another shape or quantized.
+        UnsupportedError: tensors in a layout that would have to be converted.
+    """
+    config = _text_part(checkpoint.config)
     skeleton = build_skeleton(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in on_disk(skeleton, skeleton.state_dict()).items()}
-    around = None
-    if not stored.keys() <= expected.keys():
-        outer = outer or outer_config(config)
-        around = outer_model(outer) if outer is not None else None
-    names = resolve_names(skeleton, around, expected, stored)
-    missing = sorted(expected.keys() - set(names.canonical.values()))
+    expected = on_disk(skeleton, skeleton.state_dict())
+    stored = checkpoint.by_name
+    outer = checkpoint.config if config is not checkpoint.config else outer_config(config)
+    try:
+        around = outer_model(outer) if outer is not None and stored.keys() - expected.keys() else None
+        names = resolve_names(skeleton, around, expected.keys(), stored.keys())
+    except (CheckpointError, UnsupportedError) as error:
+        raise type(error)(f"{checkpoint.folder}: {error}") from error
+    missing = sorted(expected.keys() - names.canonical.values())
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(f"{checkpoint.folder}: the checkpoint lacks {missing[0]}{more} ({config.model_type}).")
-    entries = []
-    for entry in checkpoint.entries:
-        name = names.canonical.get(entry.name)
-        if name is None:
-            continue
-        if entry.shape != expected[name]:
+    used = [(entry, names.canonical[entry.name]) for entry in checkpoint.entries if entry.name in names.canonical]
+    for entry, name in used:
+        if entry.shape != tuple(expected[name].shape):
+            shape = list(expected[name].shape)
             raise CheckpointError(
-                f"{checkpoint.folder}: {entry.name} has shape {list(entry.shape)}; config.json makes it "
-                f"{list(expected[name])}."
+                f"{checkpoint.folder}: {entry.name} has shape {list(entry.shape)}; config.json makes it {shape}."
             )
-        entries.append(entry if name == entry.name else replace(entry, name=name, stored_name=entry.name))
-    renamed = tuple((entry.stored_name, entry.name) for entry in entries if entry.stored_name)
-    return replace(checkpoint, entries=tuple(entries), dropped=names.dropped, renamed=renamed)
+        if expected[name].is_floating_point() and entry.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{checkpoint.folder}: {entry.name} is stored as {entry.dtype}, a quantized format, but config.json "
+                "has no quantization_config that says how to read it."
+            )
+    renamed = tuple((entry.name, name) for entry, name in used if entry.name != name)
+    entries = tuple(
+        entry if entry.name == name else replace(entry, name=name, stored_name=entry.name) for entry, name in used
+    )
+    return replace(checkpoint, config=config, entries=entries, dropped=names.dropped, renamed=renamed)
 
 
-def _text_part(config: PretrainedConfig) -> tuple[PretrainedConfig, PretrainedConfig | None]:
-    """The configuration of a multimodal model's text model, and the whole one; any other as it is, and None."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    text: Any = config.get_text_config()
-    if text is config or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return config, None
-    text = type(text).from_dict(text.to_dict())
-    text.dtype = text.dtype or config.dtype
-    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
-    text.architectures = [causal.__name__]
-    return text, config
-
-
-def _entries_from_config(config: PretrainedConfig) -> tuple[TensorEntry, ...]:
+def _described(
+    folder: Path, reference: ModelReference, revision: str | None, config: PretrainedConfig, has_weights: bool
+) -> Checkpoint:
+    """A checkpoint known from its configuration alone: the tensors that transformers would save for it."""
     dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     code = DTYPES.get(dtype, "F32")
-    return tuple(TensorEntry(name, shape, code, None) for name, shape in expected_index(config).items())
+    entries = tuple(TensorEntry(name, shape, code, None) for name, shape in expected_index(config).items())
+    return Checkpoint(folder, reference.name, revision, config, entries, has_weights, folder)
 
 
 def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -291,6 +300,7 @@ def load_model(
             dtype=getattr(torch, dtype) if dtype else "auto",
             device_map="auto" if place == "auto" else {"": place},
             trust_remote_code=trust_remote_code,
+            key_mapping={f"^{re.escape(stored)}$": name for stored, name in checkpoint.renamed} or None,
             output_loading_info=True,
         )
     except (RuntimeError, ValueError, OSError) as error:

@@ -147,11 +147,8 @@ def outer_model(config: PretrainedConfig) -> PreTrainedModel:
 
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return build_skeleton(config)
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
-    except (ValueError, RuntimeError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"config.json does not describe a {config.model_type} model: {error}") from error
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
     return model
 
 
@@ -162,9 +159,9 @@ def outer_config(config: PretrainedConfig) -> PretrainedConfig | None:
     family = config.model_type.removesuffix("_text")
     if family == config.model_type or family not in CONFIG_MAPPING:
         return None
-    kind: Any = CONFIG_MAPPING[family]
-    outer: PretrainedConfig = kind(text_config=config.to_dict())
-    return outer
+    around: Any = CONFIG_MAPPING[family]
+    outer: PretrainedConfig = around(text_config=config.to_dict())
+    return outer if isinstance(getattr(outer, "text_config", None), type(config)) else None
 
 
 def _claim(holders: dict[str, str], canonical: str, name: str) -> None:

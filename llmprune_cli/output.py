@@ -67,8 +67,8 @@ def print_inspect(result: InspectResult) -> None:
     if result.dropped:
         console.print(f"Stored but unused: {', '.join(result.dropped[:5])}{' …' if len(result.dropped) > 5 else ''}")
     if result.renamed:
-        (old, new), *more = result.renamed
-        console.print(f"Stored under older names: {old} is {new}{f', and {len(more)} more' if more else ''}.")
+        stored, name = result.renamed[0]
+        console.print(f"Stored under older names: {len(result.renamed):,} tensors ({stored} is {name} …).")
     if not result.has_weights:
         console.print("No weights here: shapes follow from config.json.")
     _print_deviations(console, result.deviations)

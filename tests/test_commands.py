@@ -40,6 +40,7 @@ ORDER = (
     "proof",
     "surgery",
     "naming",
+    "gguf_header",
     "conversion",
     "loading",
     "export.safetensors",
@@ -60,7 +61,7 @@ HOMES = {
     "huggingface_hub": {"loading"},
     "safetensors": {"checkpoint", "proof"},
     "torch_pruning": {"dependency"},
-    "gguf": set(),
+    "gguf": {"gguf_header"},
 }
 
 

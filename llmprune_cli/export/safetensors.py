@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmprune_cli.checkpoint import Checkpoint, TensorEntry
-from llmprune_cli.loading import DTYPES, copy_companions
+from llmprune_cli.loading import DTYPES, FLOATS, copy_companions
 from llmprune_cli.writer import write_shards
 
 if TYPE_CHECKING:
     import torch
-
-FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def write_safetensors(
