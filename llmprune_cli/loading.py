@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune_cli.architecture import build_skeleton, expected_index, on_disk
-from llmprune_cli.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, TensorEntry, read_index, read_json
+from llmprune_cli.architecture import build_skeleton, expected_index, on_disk, reconfigure
+from llmprune_cli.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, TensorEntry, open_shard, read_index, read_json
 from llmprune_cli.conversion import (
     convert_bin,
     convert_gguf,
@@ -21,9 +21,10 @@ from llmprune_cli.conversion import (
     quantization_of,
 )
 from llmprune_cli.errors import CheckpointError, UnsupportedError
-from llmprune_cli.naming import outer_config, outer_model, resolve_names
+from llmprune_cli.naming import Names, outer_model, resolve_names, usual_outer_model
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -205,36 +206,65 @@ def _resolved(checkpoint: Checkpoint) -> Checkpoint:
         UnsupportedError: tensors in a layout that would have to be converted.
     """
     config = _text_part(checkpoint.config)
-    skeleton = build_skeleton(config)
-    expected = on_disk(skeleton, skeleton.state_dict())
-    stored = checkpoint.by_name
-    outer = checkpoint.config if config is not checkpoint.config else outer_config(config)
-    try:
-        around = outer_model(outer) if outer is not None and stored.keys() - expected.keys() else None
-        names = resolve_names(skeleton, around, expected.keys(), stored.keys())
-    except (CheckpointError, UnsupportedError) as error:
-        raise type(error)(f"{checkpoint.folder}: {error}") from error
+    expected, names = _find_names(checkpoint, config)
+    if not all(_are_equal(checkpoint, *pair) for pair in names.aliases):
+        config = reconfigure(config, {"tie_word_embeddings": False})  # as transformers decides when it loads them
+        expected, names = _find_names(checkpoint, config)
     missing = sorted(expected.keys() - names.canonical.values())
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(f"{checkpoint.folder}: the checkpoint lacks {missing[0]}{more} ({config.model_type}).")
     used = [(entry, names.canonical[entry.name]) for entry in checkpoint.entries if entry.name in names.canonical]
     for entry, name in used:
-        if entry.shape != tuple(expected[name].shape):
-            shape = list(expected[name].shape)
-            raise CheckpointError(
-                f"{checkpoint.folder}: {entry.name} has shape {list(entry.shape)}; config.json makes it {shape}."
-            )
-        if expected[name].is_floating_point() and entry.dtype not in FLOATS:
-            raise CheckpointError(
-                f"{checkpoint.folder}: {entry.name} is stored as {entry.dtype}, a quantized format, but config.json "
-                "has no quantization_config that says how to read it."
-            )
+        _check_stored(checkpoint.folder, entry, expected[name])
     renamed = tuple((entry.name, name) for entry, name in used if entry.name != name)
     entries = tuple(
         entry if entry.name == name else replace(entry, name=name, stored_name=entry.name) for entry, name in used
     )
     return replace(checkpoint, config=config, entries=entries, dropped=names.dropped, renamed=renamed)
+
+
+def _find_names(checkpoint: Checkpoint, config: PretrainedConfig) -> tuple[dict[str, torch.Tensor], Names]:
+    """The tensors that a configuration asks for, on `meta`, and which of the stored ones they are."""
+    skeleton = build_skeleton(config)
+    expected = on_disk(skeleton, skeleton.state_dict())
+    outer = None
+    if checkpoint.by_name.keys() - expected.keys():
+        multimodal = type(config) is not type(checkpoint.config)
+        outer = outer_model(checkpoint.config) if multimodal else usual_outer_model(config)
+    try:
+        return expected, resolve_names(skeleton, outer, expected.keys(), checkpoint.by_name.keys())
+    except (CheckpointError, UnsupportedError) as error:
+        raise type(error)(f"{checkpoint.folder}: {error}") from error
+
+
+def _check_stored(folder: Path, entry: TensorEntry, expected: torch.Tensor) -> None:
+    """Hold one header against what the configuration asks for.
+
+    Raises:
+        CheckpointError: another shape, or quantized bytes.
+    """
+    if entry.shape != tuple(expected.shape):
+        shapes = f"has shape {list(entry.shape)}; config.json makes it {list(expected.shape)}"
+        raise CheckpointError(f"{folder}: {entry.name} {shapes}.")
+    if expected.is_floating_point() and entry.dtype not in FLOATS:
+        raise CheckpointError(
+            f"{folder}: {entry.name} is stored as {entry.dtype}, a quantized format, but config.json has no "
+            "quantization_config that says how to read it."
+        )
+
+
+def _are_equal(checkpoint: Checkpoint, *stored: str) -> bool:
+    import torch
+
+    one, other = (_read(checkpoint, checkpoint.by_name[name]) for name in stored)
+    return torch.equal(one, other)
+
+
+def _read(checkpoint: Checkpoint, entry: TensorEntry) -> torch.Tensor:
+    with open_shard(checkpoint.folder / str(entry.shard)) as handle:
+        tensor: torch.Tensor = handle.get_tensor(entry.name)
+    return tensor
 
 
 def _described(

@@ -28,6 +28,7 @@ class Names:
 
     canonical: dict[str, str]  # stored name → name that `save_pretrained` writes today, of the tensors in use
     dropped: tuple[str, ...]  # stored names that the model does not use
+    aliases: tuple[tuple[str, str], ...] = ()  # of those, the second copies of tied tensors, and the first copies
 
 
 class Rules:
@@ -67,18 +68,12 @@ class OuterRules(Rules):
     """The rules of a multimodal model, leading to the parameters of its text model."""
 
     def __init__(self, outer: PreTrainedModel, text: PreTrainedModel) -> None:
-        """Find the text model within the outer one.
-
-        Raises:
-            UnsupportedError: the outer model's text part is of another class.
-        """
+        """Find the text model within the outer one."""
         super().__init__(outer)
         base = text.base_model_prefix
         inside = {type(text): "", type(getattr(text, base)): f"{base}."}
         found = [(path, inside[type(module)]) for path, module in outer.named_modules() if type(module) in inside]
-        if not found:
-            raise UnsupportedError(f"{type(outer).__name__} has no {type(text).__name__} within.")
-        path, self.text_prefix = found[0]
+        path, self.text_prefix = found[0] if found else ("", "")
         self.path = f"{path}."
 
     def locate(self, name: str) -> Place:
@@ -122,17 +117,24 @@ def resolve_names(
             _claim(holders, found[0], name)
         else:
             unused.append(name)
-    dropped = []
-    tied = {alias: names[own.locate(source)] for alias, source in text.all_tied_weights_keys.items()}
+    dropped, aliases = [], []
+    tied = {
+        alias: names[place]
+        for alias, source in text.all_tied_weights_keys.items()
+        if (place := own.locate(source)) in names
+    }
     for name in unused:
         aliased = [tied[memory] for rule in rules if (memory := rule.locate(name)[0]) in tied]
         if aliased and aliased[0] not in holders:
             _claim(holders, aliased[0], name)
-        elif aliased or any(rule.ignores(name) for rule in rules):
+        elif aliased:
+            aliases.append((name, holders[aliased[0]]))
+        elif any(rule.ignores(name) for rule in rules):
             dropped.append(name)
         else:
             raise _unusable(text, name, rules)
-    return Names({name: canonical for canonical, name in holders.items()}, tuple(dropped))
+    canonical = {name: claimed for claimed, name in holders.items()}
+    return Names(canonical, (*dropped, *(alias for alias, _ in aliases)), tuple(aliases))
 
 
 def outer_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -147,21 +149,26 @@ def outer_model(config: PretrainedConfig) -> PreTrainedModel:
 
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return build_skeleton(config)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
+    except Exception as error:  # every family raises its own kind
+        raise CheckpointError(f"config.json does not describe a {config.model_type} model: {error}") from error
     return model
 
 
-def outer_config(config: PretrainedConfig) -> PretrainedConfig | None:
-    """The multimodal configuration around a text model that was published within one (`gemma3_text` in `gemma3`)."""
+def usual_outer_model(config: PretrainedConfig) -> PreTrainedModel | None:
+    """The multimodal model that a text model is usually published in, as `gemma3_text` is in `gemma3`, if any."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     family = config.model_type.removesuffix("_text")
     if family == config.model_type or family not in CONFIG_MAPPING:
         return None
-    around: Any = CONFIG_MAPPING[family]
-    outer: PretrainedConfig = around(text_config=config.to_dict())
-    return outer if isinstance(getattr(outer, "text_config", None), type(config)) else None
+    outer: Any = CONFIG_MAPPING[family]
+    try:
+        return outer_model(outer(text_config=config.to_dict()))
+    except Exception:  # a guess only: what it would have explained stays unknown
+        return None
 
 
 def _claim(holders: dict[str, str], canonical: str, name: str) -> None:

@@ -114,6 +114,21 @@ def test_tied_embeddings_stored_under_the_name_of_the_head(tmp_path: Path) -> No
     assert manifest["renamed_tensors"] == {"lm_head.weight": "model.embed_tokens.weight"}
 
 
+def test_embeddings_that_only_the_configuration_ties_stay_two_tensors(tmp_path: Path) -> None:
+    plain = save_tiny(tmp_path / "plain", "llama", tie_word_embeddings=False)
+    form = rewrite(plain, tmp_path / "form", lambda tensors: tensors)
+    edit_config(form, tie_word_embeddings=True)
+    assert_prune_alike(plain, form, tmp_path)
+    same = rewrite(
+        plain,
+        tmp_path / "same",
+        lambda tensors: {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]},
+    )
+    edit_config(same, tie_word_embeddings=True)
+    document = json.loads(run_cli("inspect", same, "--json").stdout)
+    assert document["tied_embeddings"] and document["dropped"] == ["lm_head.weight"]
+
+
 def test_the_evaluation_reads_older_names_too(tmp_path: Path, text_file: Path) -> None:
     plain = save_tiny(tmp_path / "plain", "gpt2", n_positions=64, n_inner=48)
     form = rewrite(
