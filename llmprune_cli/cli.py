@@ -70,7 +70,7 @@ Model = Annotated[str, typer.Argument(help="Model folder, hub id, or .gguf file.
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Dtype = Annotated[DtypeName | None, typer.Option(help="Dtype to load in, and to convert GGUF to. [default: as stored]")]
+Dtype = Annotated[DtypeName | None, typer.Option(help="Dtype to load in, and to dequantize to. [default: as stored]")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", callback=_device)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the model folder that --output names.")]
 ShardSize = Annotated[str, typer.Option(help="Largest shard, such as 500MB or 5GB.")]
