@@ -483,14 +483,14 @@ def write_gguf(plain: Path, path: Path, family: GgufFamily, extra: Tensors | Non
 
 def add_gguf_tokenizer(writer: Any, kind: str) -> None:
     """96 tokens: `llama` is SentencePiece, `gpt2` is byte-level BPE."""
-    tokens = ["<unk>", "<s>", "</s>", "ab", *map(chr, range(33, 125))]
+    tokens = ["<unk>", "<s>", "</s>", "ab", "cd", *map(chr, range(33, 124))]
     writer.add_tokenizer_model(kind)
     writer.add_token_list(tokens)
     if kind == "llama":
         writer.add_token_scores([0.0] * len(tokens))
     else:
         writer.add_tokenizer_pre("default")
-        writer.add_token_merges(["a b"])
+        writer.add_token_merges(["a b", "c d"])
     writer.add_token_types([2, 3, 3] + [1] * (len(tokens) - 3))
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
