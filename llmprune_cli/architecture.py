@@ -185,7 +185,7 @@ def discover(config: PretrainedConfig, shapes: dict[str, Shape]) -> Architecture
     """
     widths = read_widths(config)
     kinds = find_layer_kinds(config, shapes)
-    layers = sample_layers(kinds, 1)
+    layers = sample_layers(config, kinds, 1)
     shallow = reconfigure(config, layer_changes(config, layers))
     before = expected_index(shallow)
     longer = widths.head_dim + 2

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 NUMBERED = ("mlp_only_layers", "full_attn_idxs", "attn_layer_indices", "cross_attention_layers", "global_attn_layers")
 LEADING = ("first_k_dense_replace", "max_window_layers", "num_dense_layers")
 SPARSE_STEP = "decoder_sparse_step"  # every n-th layer is a mixture of experts, but for `mlp_only_layers`
+# Fields that say which layers are special by a rhythm: every period-th, starting at the offset.
+PERIODIC = (("attn_layer_period", "attn_layer_offset"), ("expert_layer_period", "expert_layer_offset"))
+# Lists that are not about layers, whatever their length.
+NOT_LAYERS = ("token_id", "_limit", "_multipliers")
 
 
 def find_layer_kinds(config: PretrainedConfig, shapes: dict[str, Shape]) -> tuple[int, ...]:
@@ -36,22 +40,28 @@ def find_layer_kinds(config: PretrainedConfig, shapes: dict[str, Shape]) -> tupl
     return tuple(kinds)
 
 
-def sample_layers(kinds: Sequence[int], each: int) -> tuple[int, ...]:
-    """The first `each` layers of every kind, two layers at least where the model has them."""
+def sample_layers(config: PretrainedConfig, kinds: Sequence[int], each: int) -> tuple[int, ...]:
+    """The first `each` layers of every kind, two layers at least where the model has them.
+
+    Where the configuration cannot describe those alone, the first layers of the model up to the last of them.
+    """
     counts: dict[int, int] = {}
     picked = []
     for layer, kind in enumerate(kinds):
         counts[kind] = counts.get(kind, 0) + 1
         if counts[kind] <= each or (layer == 1 and len(set(kinds)) == 1):
             picked.append(layer)
-    return tuple(picked)
+    return tuple(picked) if can_keep_layers(config, picked) else tuple(range(picked[-1] + 1))
 
 
 def layer_changes(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
     """The fields to set so that a configuration describes only some of its layers, in their order.
 
     Lists with one item for each layer are cut, layer numbers are renumbered, counts of leading layers are recounted,
-    and a rhythm of sparse layers becomes the list of its dense ones.
+    a rhythm of sparse layers becomes the list of its dense ones, and any other rhythm gets the period that fits.
+
+    Raises:
+        ValueError: no period fits the layers that are kept.
     """
     position = {layer: new for new, layer in enumerate(kept)}
     changes: dict[str, Any] = {"num_hidden_layers": len(kept)}
@@ -67,9 +77,36 @@ def layer_changes(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, An
         named = set(getattr(config, "mlp_only_layers", None) or ())
         dense = [layer for layer in kept if (layer + 1) % step or layer in named]
         changes.update({SPARSE_STEP: 1, "mlp_only_layers": [position[layer] for layer in dense]})
+    for period, offset in PERIODIC:
+        every, start = getattr(config, period, None), getattr(config, offset, None)
+        if isinstance(every, int) and isinstance(start, int):
+            changes.update(zip((period, offset), _rhythm(kept, every, start, period), strict=True))
     return changes
+
+
+def can_keep_layers(config: PretrainedConfig, kept: Sequence[int]) -> bool:
+    """Whether a configuration can describe only these of its layers."""
+    try:
+        layer_changes(config, kept)
+    except ValueError:
+        return False
+    return True
+
+
+def _rhythm(kept: Sequence[int], period: int, offset: int, name: str) -> tuple[int, int]:
+    """The period and offset of the special layers once the kept ones are numbered anew, the old period if it fits.
+
+    Raises:
+        ValueError: they follow none.
+    """
+    special = [layer % period == offset for layer in kept]
+    for every in (period, *range(1, len(kept) + 2)):
+        for start in range(every):
+            if special == [layer % every == start for layer in range(len(kept))]:
+                return every, start
+    raise ValueError(f"no {name} describes the layers that would stay. Drop whole periods, or the last layers")
 
 
 def _is_per_layer(config: PretrainedConfig, name: str, value: Any) -> bool:
     is_list = isinstance(value, list) and len(value) == config.num_hidden_layers
-    return is_list and name not in (*NUMBERED, "architectures") and not name.endswith("token_id")
+    return is_list and name not in (*NUMBERED, "architectures") and not name.endswith(NOT_LAYERS)

@@ -171,15 +171,17 @@ def _predict(subject: Subject, target: Target) -> ModelSummary:
     """The summary after pruning, and the Counting oracle: shapes by plan must equal shapes by configuration.
 
     Raises:
-        VerificationError: they differ.
+        UnsupportedError: they differ.
     """
     stored = subject.checkpoint.entries
     after = predicted_tensors({entry.name: entry.shape for entry in stored}, subject.trace, subject.widths, target)
     expected = expected_index(with_widths(subject.architecture, target.widths, target.layers))
     wrong = [name for name in after if after[name] != expected.get(name)] + sorted(expected.keys() - after.keys())
     if wrong:
-        raise VerificationError(
-            f"{wrong[0]} would become {after.get(wrong[0])}, but the new config makes it {expected.get(wrong[0])}."
+        raise UnsupportedError(
+            f"{wrong[0]} would become {after.get(wrong[0])}, but a config.json with these widths makes it "
+            f"{expected.get(wrong[0])}, by a rule of {subject.architecture.config.model_type} that is not known here. "
+            "Prune other widths, or drop other layers."
         )
     dtypes = {split_name(entry.name)[0]: entry.dtype for entry in stored}
     return summarize(

@@ -13,6 +13,7 @@ from llmprune_cli.architecture import NEURONS, Architecture, Widths, read_widths
 from llmprune_cli.checkpoint import Checkpoint, read_json
 from llmprune_cli.errors import CheckpointError, OutputError, PlanError
 from llmprune_cli.groups import Keep, Trace, kept_mask, new_name, renumbered
+from llmprune_cli.layers import can_keep_layers
 from llmprune_cli.names import Shape, split_name
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def resolve(architecture: Architecture, refused: dict[str, str], request: WidthR
     neurons = {width: _neurons(architecture, width, refused, request, deviations) for width in NEURONS}
     hidden = _size(before.hidden_size, "hidden_size", request.hidden_size, request.hidden_pruning_ratio, request)
     hidden = _legal_hidden(architecture, heads, hidden, request, deviations)
-    layers = _layers(before, request)
+    layers = _layers(architecture, request, deviations)
     widths = replace(
         before,
         hidden_size=hidden,
@@ -263,13 +264,14 @@ def _listed(values: range) -> str:
     return f"{values[0]}, {values[1]}, … {values[-1]}"
 
 
-def _layers(before: Widths, request: WidthRequest) -> tuple[int, ...]:
+def _layers(architecture: Architecture, request: WidthRequest, deviations: list[str]) -> tuple[int, ...]:
     """The layers that stay.
 
     Of a number of layers, the deepest go but for the last, which does other work (Gromov et al., "The Unreasonable
-    Ineffectiveness of the Deeper Layers", arXiv 2403.17887, section 4.4).
+    Ineffectiveness of the Deeper Layers", arXiv 2403.17887, section 4.4). Where the configuration places its kinds of
+    layers by a rhythm that this would break, the last go.
     """
-    whole = before.num_hidden_layers
+    whole = architecture.widths.num_hidden_layers
     if request.drop_layers is not None:
         dropped = {layer + whole if layer < 0 else layer for layer in request.drop_layers}
         if not dropped <= set(range(whole)) or len(dropped) == whole:
@@ -281,7 +283,12 @@ def _layers(before: Widths, request: WidthRequest) -> tuple[int, ...]:
     if request.num_hidden_layers is None:
         return tuple(range(whole))
     count = _exact("num_hidden_layers", request.num_hidden_layers, whole)
-    return (*range(count - 1), whole - 1)
+    kept = (*range(count - 1), whole - 1)
+    if not can_keep_layers(architecture.config, kept):
+        family = architecture.config.model_type
+        deviations.append(f"The last {whole - count} layers go, so that {family} keeps its rhythm of layers.")
+        return tuple(range(count))
+    return kept
 
 
 def _groups(before: Widths, request: WidthRequest, deviations: list[str]) -> int:

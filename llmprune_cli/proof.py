@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llmprune_cli.architecture import NEURONS, Architecture, Widths, expected_index
 from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.groups import Keep, Trace, kept_mask, new_name, renumbered
+from llmprune_cli.layers import can_keep_layers
 from llmprune_cli.names import split_name
 from llmprune_cli.plan import Target
 from llmprune_cli.twin import Twin, build_twin, proof_sizes
@@ -95,7 +96,8 @@ def half_of(architecture: Architecture, changed: tuple[str, ...]) -> Target:
     layers = tuple(range(before.num_hidden_layers))
     if "num_hidden_layers" in changed and len(layers) > 1:
         repeated = [layer for layer, kind in enumerate(architecture.layer_kinds) if kind != layer]
-        layers = tuple(layer for layer in layers if layer != (repeated or layers)[0])
+        choices = (tuple(other for other in layers if other != layer) for layer in (*repeated, *layers))
+        layers = next(kept for kept in choices if can_keep_layers(architecture.config, kept))
     widths = replace(
         before,
         hidden_size=hidden,
@@ -112,7 +114,7 @@ def _keep_positive(twin: Twin) -> None:
     import torch
 
     with torch.no_grad():
-        next(twin.model.get_input_embeddings().parameters()).add_(1.0)
+        next(twin.model.get_input_embeddings().parameters()).add_(10.0)
 
 
 def _load_stock(folder: Path, family: str) -> PreTrainedModel:
@@ -165,8 +167,8 @@ def _silence_removed(folder: Path, traced: Trace, widths: Widths, layers: tuple[
 
 def _is_router(traced: Trace, template: str) -> bool:
     """Whether the tensor has a row of channels for every expert, and no neurons."""
-    axes = [(binding.axis, binding.width) for binding in traced.on(template)]
-    return axes == [(0, "num_experts"), (1, "hidden_size")] and template.endswith("weight")
+    axes = {binding.axis: binding.width for binding in traced.on(template)}
+    return axes.get(0) == "num_experts" and axes.get(1) in (None, "hidden_size") and template.endswith("weight")
 
 
 def _compare(dense: PreTrainedModel, pruned: PreTrainedModel, tokens: torch.Tensor, kept: _Kept) -> float:

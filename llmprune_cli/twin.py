@@ -91,7 +91,7 @@ def build_twin(architecture: Architecture, sizes: TwinSizes) -> Twin:
     from transformers import AutoModelForCausalLM
 
     real = architecture.widths
-    layers = sample_layers(architecture.layer_kinds, sizes.layers_per_kind)
+    layers = sample_layers(architecture.config, architecture.layer_kinds, sizes.layers_per_kind)
     config = reconfigure(architecture.config, layer_changes(architecture.config, layers))
     if _is_latent(architecture):
         real = replace(real, num_attention_heads=LATENT_HEADS, num_key_value_heads=LATENT_HEADS)

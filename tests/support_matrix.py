@@ -46,7 +46,8 @@ def make_matrix() -> str:
                 reason = legal.removeprefix("no: ").replace(model_type(family), "the model")
                 cells.append(f"no ({reasons.setdefault(reason, len(reasons) + 1)})")
             else:
-                cells.append("with heads" if legal.startswith("query heads") else "yes")
+                one = legal.startswith("1 to 1,") or legal == "1 to 1"
+                cells.append("with heads" if legal.startswith("query heads") else "one" if one else "yes")
         rows.append([family, *cells])
     lines = [f"| {' | '.join(row)} |" for row in rows]
     notes = [f"({number}) {reason}." for reason, number in reasons.items()]
