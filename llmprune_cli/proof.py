@@ -114,7 +114,7 @@ def _keep_positive(twin: Twin) -> None:
     import torch
 
     with torch.no_grad():
-        next(twin.model.get_input_embeddings().parameters()).add_(10.0)
+        next(twin.model.get_input_embeddings().parameters()).add_(3.0)
 
 
 def _load_stock(folder: Path, family: str) -> PreTrainedModel:
