@@ -27,6 +27,7 @@ FIELDS = {
     "num_experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
     "num_hidden_layers": ("num_hidden_layers",),
 }
+HEADS = ("num_attention_heads", "num_key_value_heads")
 OPTIONAL = ("moe_intermediate_size", "shared_expert_intermediate_size", "num_experts")
 NEURONS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
 EXPERT_ALIGNMENT = 8  # torch's grouped matrix product wants rows of whole 16 bytes; 8 elements of two bytes are that
@@ -37,7 +38,7 @@ class Widths:
     """The sizes that every layer shares."""
 
     hidden_size: int  # D, channels of the residual stream
-    num_attention_heads: int  # H, query heads
+    num_attention_heads: int  # H, query heads; 0 where no layer has attention, as the next two
     num_key_value_heads: int  # K, KV groups
     head_dim: int  # P
     intermediate_size: int  # F, neurons of the MLP; of every expert where the family has no width of its own for them
@@ -48,8 +49,8 @@ class Widths:
 
     @property
     def heads_per_group(self) -> int:
-        """Query heads that share one KV head."""
-        return self.num_attention_heads // self.num_key_value_heads
+        """Query heads that share one KV head; 1 where there are none."""
+        return self.num_attention_heads // self.num_key_value_heads if self.num_key_value_heads else 1
 
     def changed_from(self, before: Widths) -> tuple[str, ...]:
         """Names of the widths that differ."""
@@ -70,6 +71,11 @@ class Architecture:
     hidden_follows_heads: bool  # the hidden size is query heads × head dim
     hidden_multiple_of_heads: bool  # the configuration refuses other hidden sizes
     layer_kinds: tuple[int, ...]  # for every layer, the first layer with the same tensors and per-layer settings
+
+    @property
+    def own_heads(self) -> bool:
+        """Whether the heads have sizes that follow no width (latent attention), or there are none."""
+        return not self.explicit_head_dim and not self.hidden_follows_heads
 
     @property
     def expert_neurons(self) -> str:
@@ -108,11 +114,14 @@ def read_widths(config: PretrainedConfig) -> Widths:
         CheckpointError: a width is not a positive number.
     """
     found = {width: _read(config, width) for width in FIELDS}
+    headless = found["num_attention_heads"] is None
+    if headless:  # a state-space model; what it calls heads is not attention's
+        found.update(num_attention_heads=0, num_key_value_heads=0, head_dim=0)
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
         found["num_key_value_heads"] = 1  # Falcon's first layout, whatever num_kv_heads says
     if found["num_key_value_heads"] is None:
         found["num_key_value_heads"] = found["num_attention_heads"]
-    for width in ("hidden_size", "num_attention_heads", "num_hidden_layers"):
+    for width in ("hidden_size", "num_hidden_layers"):
         if found[width] is None:
             raise UnsupportedError(f"{config.model_type} has no {width}, so its layers cannot be pruned evenly.")
     if found["head_dim"] is None:
@@ -121,12 +130,13 @@ def read_widths(config: PretrainedConfig) -> Widths:
         found["intermediate_size"] = 4 * found["hidden_size"]
     for width in OPTIONAL:
         found[width] = found[width] or 0
+    may_be_none = (*OPTIONAL, *HEADS, "head_dim") if headless else OPTIONAL
     for width, value in found.items():
         if isinstance(value, list | tuple):
             raise UnsupportedError(f"{config.model_type} gives every layer its own {width}, which is not supported.")
-        if not isinstance(value, int) or isinstance(value, bool) or value < (width not in OPTIONAL):
+        if not isinstance(value, int) or isinstance(value, bool) or value < (width not in may_be_none):
             raise CheckpointError(f"config.json has {width} = {value!r}; it must be a positive whole number.")
-    if found["num_attention_heads"] % found["num_key_value_heads"]:
+    if not headless and found["num_attention_heads"] % found["num_key_value_heads"]:
         heads, groups = found["num_attention_heads"], found["num_key_value_heads"]
         raise CheckpointError(f"config.json has {heads} query heads for {groups} KV heads, which do not divide them.")
     return Widths(**found)
@@ -189,11 +199,12 @@ def discover(config: PretrainedConfig, shapes: dict[str, Shape]) -> Architecture
     shallow = reconfigure(config, layer_changes(config, layers))
     before = expected_index(shallow)
     longer = widths.head_dim + 2
-    explicit = _moves(shallow, before, {"head_dim": longer, **rotary_changes(config, longer)})
-    latent = not explicit and getattr(config, "kv_lora_rank", None) is not None
+    headless = not widths.num_attention_heads
+    explicit = not headless and _moves(shallow, before, {"head_dim": longer, **rotary_changes(config, longer)})
+    own_heads = headless or (not explicit and getattr(config, "kv_lora_rank", None) is not None)
     free = Architecture(shallow, replace(widths, num_hidden_layers=len(layers)), explicit, False, False, ())
-    multiple = not _accepts(free, replace(free.widths, hidden_size=widths.hidden_size + 1))
-    return Architecture(config, widths, explicit, not explicit and not latent, multiple, kinds)
+    multiple = not headless and not _accepts(free, replace(free.widths, hidden_size=widths.hidden_size + 1))
+    return Architecture(config, widths, explicit, not explicit and not own_heads, multiple, kinds)
 
 
 def _moves(config: PretrainedConfig, before: dict[str, Shape], changes: dict[str, Any]) -> bool:

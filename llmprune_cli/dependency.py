@@ -70,7 +70,10 @@ def _groups(twin: Twin, traced: Trace) -> Iterator[tuple[str, int, dict[Place, t
             channels = channels and binding.width != "hidden_size"  # one group of channels is all of them
             unit = getattr(twin.architecture.widths, binding.width) // 2
             start = (binding.units(twin.architecture.widths) == unit).nonzero().flatten().tolist()
-            group = graph.get_pruning_group(module, tp.prune_linear_out_channels, idxs=start)
+            try:
+                group = graph.get_pruning_group(module, tp.prune_linear_out_channels, idxs=start)
+            except Exception:  # likewise, in state-space layers
+                continue
             yield binding.width, unit, _linear_places(group, names, stored)
 
 

@@ -49,6 +49,12 @@ class WidthRequest:
         """Whether no width was asked for."""
         return all(getattr(self, field.name) is None for field in fields(self) if field.name != "round_to")
 
+    @property
+    def asks_for_heads(self) -> bool:
+        """Whether query heads or KV groups were asked for by name."""
+        sizes = (self.num_attention_heads, self.num_key_value_heads)
+        return any(value is not None for value in (*sizes, self.head_pruning_ratio, self.kv_group_pruning_ratio))
+
 
 @dataclass(frozen=True)
 class Target:
@@ -159,8 +165,12 @@ def resolve(architecture: Architecture, refused: dict[str, str], request: WidthR
     request = _spare_refused(before, refused, request, deviations)
     if architecture.hidden_follows_heads:
         request = _heads_from_hidden(before, request, deviations)
-    groups = _groups(before, request, deviations)
-    heads = _heads(before, groups, request, deviations)
+    groups = heads = 0
+    if before.num_attention_heads:
+        groups = _groups(before, request, deviations)
+        heads = _heads(before, groups, request, deviations)
+    elif request.asks_for_heads:
+        raise PlanError(f"{architecture.config.model_type} has no attention heads. Leave their options out.")
     neurons = {width: _neurons(architecture, width, refused, request, deviations) for width in NEURONS}
     hidden = _size(before.hidden_size, "hidden_size", request.hidden_size, request.hidden_pruning_ratio, request)
     hidden = _legal_hidden(architecture, heads, hidden, request, deviations)
@@ -353,8 +363,7 @@ def _at_least_one(what: str, count: int, deviations: list[str]) -> int:
 
 def _heads_from_hidden(before: Widths, request: WidthRequest, deviations: list[str]) -> WidthRequest:
     """Where the hidden size is query heads times head dim, a request for the hidden size alone is one for the heads."""
-    asked_heads = (request.num_attention_heads, request.num_key_value_heads, request.head_pruning_ratio)
-    if any(value is not None for value in (*asked_heads, request.kv_group_pruning_ratio, request.pruning_ratio)):
+    if request.asks_for_heads or request.pruning_ratio is not None:
         return request
     if request.hidden_size is None and request.hidden_pruning_ratio is None:
         return request
@@ -419,11 +428,14 @@ def legal_values(architecture: Architecture, trace: Trace) -> dict[str, str]:
         hidden += ", multiples of the query heads"
     heads = ", ".join(str(groups * count) for count in range(1, per_group + 1))
     together = f"1 to {groups}, query and KV heads together"
-    texts = {
-        "hidden_size": hidden,
+    by_head = {
         "num_attention_heads": together if per_group == 1 else heads,
         "num_key_value_heads": together if per_group == 1 else f"1 to {groups}, each with its query heads",
         "head_dim": "",
+    }
+    texts = {
+        "hidden_size": hidden,
+        **(by_head if widths.num_attention_heads else {}),
         **{width: up_to(width) for width in NEURONS if getattr(widths, width)},
         **({"num_experts": _listed(legal_experts(architecture))} if widths.num_experts else {}),
         "num_hidden_layers": f"1 to {widths.num_hidden_layers}",

@@ -88,7 +88,7 @@ def half_of(architecture: Architecture, changed: tuple[str, ...]) -> Target:
     heads = groups * per_group
     hidden = before.hidden_size
     if "hidden_size" in changed:
-        hidden = heads * (hidden // (2 * heads)) if heads <= hidden // 2 else hidden // 2
+        hidden = heads * (hidden // (2 * heads)) if 0 < heads <= hidden // 2 else hidden // 2
     if architecture.hidden_follows_heads:
         hidden = heads * before.head_dim
     elif architecture.hidden_multiple_of_heads:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.architecture import (
+    HEADS,
     NEURONS,
     Architecture,
     Widths,
@@ -42,9 +43,12 @@ LATENT = {
     "head_dim": 4,
 }
 LATENT_HEADS = 8
+# What state-space layers call their expansion, heads, head dim and groups; heads × head dim is expansion × hidden size.
+STATE_SPACE_HEADS = (
+    ("mamba_expand", "mamba_n_heads", "mamba_d_head", "mamba_n_groups"),
+    ("expand", "num_heads", "head_dim", "n_groups"),
+)
 ROTARY = "rotary frequencies follow the head dim, so that fewer elements would turn at other speeds"
-
-HEADS = ("num_attention_heads", "num_key_value_heads")
 
 Place = tuple[str, int]  # (tensor name or template, axis)
 
@@ -93,27 +97,27 @@ def build_twin(architecture: Architecture, sizes: TwinSizes) -> Twin:
     real = architecture.widths
     layers = sample_layers(architecture.config, architecture.layer_kinds, sizes.layers_per_kind)
     config = reconfigure(architecture.config, layer_changes(architecture.config, layers))
-    if _is_latent(architecture):
+    if architecture.own_heads and real.num_attention_heads:
         real = replace(real, num_attention_heads=LATENT_HEADS, num_key_value_heads=LATENT_HEADS)
-    heads = real.num_attention_heads
+    heads = real.num_attention_heads or LATENT_HEADS
     hidden_per_head = sizes.head_dim if architecture.hidden_follows_heads else sizes.channels_per_head
     widths = replace(
         real,
         hidden_size=heads * hidden_per_head,
-        head_dim=real.head_dim if _is_latent(architecture) else sizes.head_dim,
+        head_dim=real.head_dim if architecture.own_heads else sizes.head_dim,
         num_hidden_layers=len(layers),
         num_experts=sizes.experts if real.num_experts else 0,
         **{width: sizes.neurons + 2 * n for n, width in enumerate(NEURONS) if getattr(real, width)},
     )
     changes: dict[str, Any] = {}
     for width in ("hidden_size", "num_attention_heads", "num_key_value_heads", *NEURONS, "num_experts"):
-        if getattr(real, width) and (width not in HEADS or _is_latent(architecture)):
+        if getattr(real, width) and (width not in HEADS or architecture.own_heads):
             changes.update(field_changes(config, width, getattr(widths, width)))
     changes.update(
         vocab_size=VOCABULARY,
         max_position_embeddings=2 * TOKENS,
         **({"head_dim": sizes.head_dim} if architecture.explicit_head_dim else {}),
-        **_small_fields(config, sizes),
+        **_small_fields(config, sizes, widths.hidden_size),
     )
     try:
         small = reconfigure(config, changes)
@@ -143,9 +147,13 @@ def _small_head_dims(config: PretrainedConfig) -> tuple[int, int]:
     return fits[0], fits[1]
 
 
-def _small_fields(config: PretrainedConfig, sizes: TwinSizes) -> dict[str, Any]:
+def _small_fields(config: PretrainedConfig, sizes: TwinSizes, hidden_size: int) -> dict[str, Any]:
     """Fields that must follow the small sizes: token ids, per-dimension RoPE factors, routing, dead activations."""
     changes: dict[str, Any] = rotary_changes(config, sizes.head_dim)
+    for names in STATE_SPACE_HEADS:
+        expand, heads, head_dim, groups = (getattr(config, name, None) for name in names)
+        if heads and head_dim and expand and heads * head_dim == expand * config.hidden_size:
+            changes.update({names[1]: groups or 1, names[2]: expand * hidden_size // (groups or 1)})
     for name, value in config.to_dict().items():
         if name.endswith("_token_id"):
             changes[name] = {"bos_token_id": 1, "eos_token_id": 2}.get(name)
@@ -210,7 +218,7 @@ def trace(architecture: Architecture) -> Trace:
     found: list[Binding] = []
     readers: list[Binding] = []
     refused: dict[str, str] = {}
-    hidden = _step(twin, "hidden_size", widths.num_attention_heads if not _is_latent(architecture) else 1)
+    hidden = _step(twin, "hidden_size", 1 if architecture.own_heads else widths.num_attention_heads)
     for width in NEURONS:
         if not getattr(widths, width):
             continue
@@ -247,10 +255,6 @@ def trace(architecture: Architecture) -> Trace:
     return Trace(tuple(found), tuple(readers), _scored(twin), expert_templates, refused)
 
 
-def _is_latent(architecture: Architecture) -> bool:
-    return not architecture.explicit_head_dim and not architecture.hidden_follows_heads
-
-
 def _trace_neurons(twin: Twin, bound: _Followers, width: str) -> tuple[list[Binding], list[Binding], str]:
     """The bindings of a width of neurons, those of them that read, and why it failed.
 
@@ -260,10 +264,9 @@ def _trace_neurons(twin: Twin, bound: _Followers, width: str) -> tuple[list[Bind
     remaining, component = dict(bound.disk), 0
     while remaining:
         rest = replace(bound, disk=remaining)
-        reader = _find_reader(twin, rest, widths, {width: getattr(widths, width)})
-        if reader is None:
+        unit_readers, labels = _read_units(twin, rest, width)
+        if not unit_readers:
             return [], [], f"nothing that reads the units of {split_name(next(iter(remaining))[0])[0]} was found"
-        labels = _labels(twin, rest, reader, width, getattr(widths, width))
         explained = {place: size for place, size in remaining.items() if bool((labels[place] >= 0).any())}
         explained = _with_biases(explained, remaining, _output_axis(twin.model))
         part = replace(bound, disk=explained)
@@ -271,10 +274,31 @@ def _trace_neurons(twin: Twin, bound: _Followers, width: str) -> tuple[list[Bind
         if reason or not explained:
             return [], [], reason or "no axis carries its units"
         found += bindings
-        readers += _reading(twin, part, reader, bindings)
+        readers += [binding for reader in unit_readers for binding in _reading(twin, part, reader, bindings)]
         remaining = {place: size for place, size in remaining.items() if place not in explained}
         component += 1
     return found, readers, ""
+
+
+def _read_units(twin: Twin, bound: _Followers, width: str) -> tuple[list[Place], dict[Place, torch.Tensor]]:
+    """What reads the neurons of one MLP, and the unit at each index of each axis.
+
+    Usually one tensor reads them all. In a state-space layer a second reads those that the gates do not touch, so that
+    only zeroing both silences what writes them.
+    """
+    widths = twin.architecture.widths
+    count = getattr(widths, width)
+    readers: list[Place] = []
+    labels: dict[Place, torch.Tensor] = {}
+    while True:
+        reader = _find_reader(twin, bound, widths, {width: count}, readers)
+        if reader is None or reader in readers:
+            return readers, labels
+        readers.append(reader)
+        labels = _labels(twin, bound, readers, width, count)
+        told_apart = [bool((units >= 0).all()) for units in labels.values() if bool((units >= 0).any())]
+        if all(told_apart):
+            return readers, labels
 
 
 def _with_biases(explained: dict[Place, int], remaining: dict[Place, int], output_axis: int) -> dict[Place, int]:
@@ -294,7 +318,7 @@ def _trace_heads(twin: Twin, bound: _Followers) -> tuple[list[Binding], list[Bin
     reader = _find_reader(twin, bound, widths, spaces)
     if reader is None:
         return [], [], "nothing that reads its heads was found"
-    labels = {name: _labels(twin, bound, reader, name, count) for name, count in spaces.items()}
+    labels = {name: _labels(twin, bound, [reader], name, count) for name, count in spaces.items()}
     loose = architecture.hidden_follows_heads
     if loose and widths.num_key_value_heads == 1:
         _leave_channels_out(labels, widths)
@@ -335,7 +359,7 @@ def _reading(twin: Twin, bound: _Followers, reader: Place, bindings: list[Bindin
     import torch
 
     units = torch.arange(bound.memory[reader])
-    marked = _reader_on_disk(twin, bound, (split_name(reader[0])[0], reader[1]), units)
+    marked = _reader_on_disk(twin, bound, _template_place(reader), units)
     places = {(split_name(name)[0], axis) for name, axis in marked}
     return [binding for binding in bindings if (binding.template, binding.axis) in places]
 
@@ -360,7 +384,7 @@ def _bind_experts(twin: Twin) -> tuple[list[Binding], frozenset[str], str]:
 
 
 def _head_spaces(widths: Widths) -> dict[str, int]:
-    return {name: getattr(widths, name) for name in ("num_attention_heads", "num_key_value_heads")}
+    return {name: getattr(widths, name) for name in HEADS if getattr(widths, name)}
 
 
 @dataclass(frozen=True)
@@ -405,25 +429,34 @@ def _changed(before: dict[str, tuple[int, ...]], after: dict[str, tuple[int, ...
     }
 
 
-def _find_reader(twin: Twin, bound: _Followers, widths: Widths, spaces: dict[str, int]) -> Place | None:
-    """The parameter axis whose zeroing silences the most other axes: that is what reads the units."""
+def _find_reader(
+    twin: Twin, bound: _Followers, widths: Widths, spaces: dict[str, int], others: Sequence[Place] = ()
+) -> Place | None:
+    """The parameter axis whose zeroing silences the most other axes: that is what reads the units.
+
+    Args:
+        others: readers that are known already; with them only what silences more of a matrix counts.
+    """
     heads = "num_attention_heads" in spaces
     count = spaces["num_attention_heads"] if heads else next(iter(spaces.values()))
     chunk = widths.head_dim if heads else 1
     # a whole KV group also silences keys and values, but with one group everything would be zero
     group = widths.heads_per_group if heads and widths.num_key_value_heads > 1 else 1
-    baseline = _dead(twin, bound)
+    known = [_template_place(place) for place in others]
+    with _zeroed(twin, known, range(group * chunk)):
+        baseline = _dead(twin, bound)
     shapes = _shapes(twin.architecture.config)[0]
     matrices = {(split_name(name)[0], axis): len(shapes[name]) > 1 for name, axis in bound.disk}
-    best, best_score = None, 0
-    seen = set()
+    best, best_score = None, 99 if others else 0
+    seen = set(known)
     for (name, axis), size in bound.memory.items():
         template = split_name(name)[0]
         fits = size == count * chunk if heads else size % count == 0
+        fits &= all(bound.memory[other] == size for other in others)
         if not fits or twin.model.get_parameter(name).ndim < 2 or (template, axis) in seen:
             continue
         seen.add((template, axis))
-        with _zeroed(twin, (template, axis), range(group * chunk)):
+        with _zeroed(twin, [*known, (template, axis)], range(group * chunk)):
             dead = _dead(twin, bound)
         everywhere: dict[Place, bool] = {}  # a reader of heads or neurons silences them in every layer
         for name_on_disk, axis_on_disk in bound.disk:
@@ -437,22 +470,28 @@ def _find_reader(twin: Twin, bound: _Followers, widths: Widths, spaces: dict[str
     return best
 
 
+def _template_place(place: Place) -> Place:
+    return split_name(place[0])[0], place[1]
+
+
 @contextmanager
-def _zeroed(twin: Twin, reader: Place, indices: Any) -> Iterator[None]:
-    """Zero slices of a parameter template's axis in every layer, for the time being."""
+def _zeroed(twin: Twin, readers: Sequence[Place], indices: Any) -> Iterator[None]:
+    """Zero the same slices of some parameter templates' axes in every layer, for the time being."""
     import torch
 
-    template, axis = reader
+    axes = dict(readers)
     index = torch.as_tensor(list(indices), dtype=torch.long)
-    saved = [(p, p.detach().clone()) for name, p in twin.model.named_parameters() if split_name(name)[0] == template]
+    named = [(split_name(name)[0], parameter) for name, parameter in twin.model.named_parameters()]
+    zeroed = [(parameter, axes[template]) for template, parameter in named if template in axes]
+    saved = [parameter.detach().clone() for parameter, _ in zeroed]
     with torch.no_grad():
-        for parameter, _ in saved:
+        for parameter, axis in zeroed:
             parameter.index_fill_(axis, index, 0)
     try:
         yield
     finally:
         with torch.no_grad():
-            for parameter, before in saved:
+            for (parameter, _), before in zip(zeroed, saved, strict=True):
                 parameter.copy_(before)
 
 
@@ -492,26 +531,30 @@ def _silent(tensor: torch.Tensor, axis: int) -> torch.Tensor:
     return (moved == 0).all(dim=1)
 
 
-def _labels(twin: Twin, bound: _Followers, reader: Place, width: str, count: int) -> dict[Place, torch.Tensor]:
+def _labels(
+    twin: Twin, bound: _Followers, readers: Sequence[Place], width: str, count: int
+) -> dict[Place, torch.Tensor]:
     """The unit of `width` at each index of each bound axis, -1 where no single unit is responsible."""
     import torch
 
-    place = (split_name(reader[0])[0], reader[1])
-    units = torch.arange(bound.memory[reader])
-    units = units % count if width in NEURONS else units // (bound.memory[reader] // count)
+    places = [_template_place(reader) for reader in readers]
+    size = bound.memory[readers[0]]
+    units = torch.arange(size) // (size // count) if width in HEADS else torch.arange(size) % count
     labels = {place: torch.zeros(size, dtype=torch.long) for place, size in bound.disk.items()}
     valid = {place: torch.ones(size, dtype=torch.bool) for place, size in bound.disk.items()}
     for bit in range(max(1, (count - 1).bit_length())):
         ones = (units >> bit) & 1 == 1
-        with _zeroed(twin, place, ones.nonzero().flatten()):
+        with _zeroed(twin, places, ones.nonzero().flatten()):
             if_one = _dead(twin, bound)
-        with _zeroed(twin, place, (~ones).nonzero().flatten()):
+        with _zeroed(twin, places, (~ones).nonzero().flatten()):
             if_zero = _dead(twin, bound)
         for axis in bound.disk:
             valid[axis] &= if_one[axis] ^ if_zero[axis]
             labels[axis] |= if_one[axis].long() << bit
     result = {axis: torch.where(valid[axis], labels[axis], -1) for axis in bound.disk}
-    return {**result, **_reader_on_disk(twin, bound, place, units)}
+    for place in places:
+        result.update(_reader_on_disk(twin, bound, place, units))
+    return result
 
 
 def _reader_on_disk(twin: Twin, bound: _Followers, reader: Place, units: torch.Tensor) -> dict[Place, torch.Tensor]:
