@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.errors import CheckpointError, LlmpruneError, UnsupportedError
+from llmprune_cli.families import FAMILIES, Family
 from llmprune_cli.layers import find_layer_kinds, layer_changes, sample_layers
 from llmprune_cli.names import Shape
 
@@ -193,6 +194,7 @@ def discover(config: PretrainedConfig, shapes: dict[str, Shape]) -> Architecture
         UnsupportedError: transformers cannot build the model, or it has no uniform widths.
         CheckpointError: contradicting sizes.
     """
+    config = with_true_neurons(config, shapes)
     widths = read_widths(config)
     kinds = find_layer_kinds(config, shapes)
     layers = sample_layers(config, kinds, 1)
@@ -205,6 +207,15 @@ def discover(config: PretrainedConfig, shapes: dict[str, Shape]) -> Architecture
     free = Architecture(shallow, replace(widths, num_hidden_layers=len(layers)), explicit, False, False, ())
     multiple = not headless and not _accepts(free, replace(free.widths, hidden_size=widths.hidden_size + 1))
     return Architecture(config, widths, explicit, not explicit and not own_heads, multiple, kinds)
+
+
+def with_true_neurons(config: PretrainedConfig, shapes: dict[str, Shape]) -> PretrainedConfig:
+    """The same configuration with the intermediate size that its model has, where the model would round another."""
+    family = FAMILIES.get(config.model_type, Family())
+    if not getattr(config, family.rounds_neurons, False) or family.neurons not in shapes:
+        return config
+    neurons = {"intermediate_size": shapes[family.neurons][0]}
+    return reconfigure(config, {family.rounds_neurons: False, **neurons})
 
 
 def _moves(config: PretrainedConfig, before: dict[str, Shape], changes: dict[str, Any]) -> bool:

@@ -65,7 +65,7 @@ def _groups(twin: Twin, traced: Trace) -> Iterator[tuple[str, int, dict[Place, t
         if not isinstance(module, nn.Linear):
             continue
         for binding in traced.on(split_name(f"{name}.weight")[0]):
-            if binding.axis != 0 or not (binding.width in NEURONS or (binding.width == "hidden_size" and channels)):
+            if binding.axis != 0 or not (binding.width in NEURONS or (binding.is_global and channels)):
                 continue
             channels = channels and binding.width != "hidden_size"  # one group of channels is all of them
             unit = getattr(twin.architecture.widths, binding.width) // 2
@@ -74,7 +74,13 @@ def _groups(twin: Twin, traced: Trace) -> Iterator[tuple[str, int, dict[Place, t
                 group = graph.get_pruning_group(module, tp.prune_linear_out_channels, idxs=start)
             except Exception:  # likewise, in state-space layers
                 continue
-            yield binding.width, unit, _linear_places(group, names, stored)
+            places = _linear_places(group, names, stored)
+            if all(max(indices) < _size(twin, place) for place, indices in places.items()):  # else it missed a split
+                yield binding.width, unit, places
+
+
+def _size(twin: Twin, place: Place) -> int:
+    return twin.model.get_parameter(place[0]).shape[place[1]]
 
 
 def _linear_places(group: Any, names: dict[nn.Module, str], stored: Container[str]) -> dict[Place, tuple[int, ...]]:
@@ -101,7 +107,7 @@ def _ours(
         template, own = split_name(f"{name}.weight")
         if isinstance(module, nn.Linear) and (own in numbers or width == "hidden_size"):
             for binding in traced.on(template):
-                if binding.width == width:
+                if binding.width == width and (binding.is_global or width in NEURONS):
                     same = binding.units(twin.architecture.widths) == unit
                     found[f"{name}.weight", binding.axis] = tuple(same.nonzero().flatten().tolist())
     return found

@@ -15,8 +15,18 @@ class Family:
     scaled_embedding: str = ""  # the embedding that the model multiplies by √(hidden size), tied to the output
     final_norm: str = ""  # the norm before the output projection
     norm_offset: float = 0.0  # what the model adds to the stored weights of its norms
+    rounds_neurons: str = ""  # the field by which the model has another intermediate size than the configuration says
+    neurons: str = ""  # the tensor that has the true intermediate size along its first axis
 
 
 GEMMA = Family(scaled_embedding="model.embed_tokens.weight", final_norm="model.norm.weight", norm_offset=1.0)
 
-FAMILIES: dict[str, Family] = {"gemma": GEMMA, "gemma2": GEMMA, "gemma3_text": GEMMA}
+LFM2 = Family(rounds_neurons="block_auto_adjust_ff_dim", neurons="model.layers.0.feed_forward.w1.weight")
+
+FAMILIES: dict[str, Family] = {
+    "gemma": GEMMA,
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
+    "vaultgemma": GEMMA,
+    "lfm2": LFM2,
+}

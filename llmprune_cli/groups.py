@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 Keep = dict[str, dict[str, tuple[int, ...]]]  # width → instance → sorted indices of the units that stay
-GLOBAL_WIDTHS = ("hidden_size",)  # one choice of units for the whole model; the other widths choose per layer
+GLOBAL_WIDTHS = ("hidden_size",)  # one choice for the whole residual stream; all else is chosen per layer
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,12 @@ class Binding:
     copies: int = 1  # channels and neurons: times that every unit occurs along the axis
     interleaved: bool = False
     heads: tuple[int, ...] = ()
-    component: int = 0  # which of several MLPs in a layer that share a width: routed experts, shared experts
+    component: int = 0  # which of several MLPs in a layer share the width; of the hidden size, 0 is the residual stream
+
+    @property
+    def is_global(self) -> bool:
+        """Whether one choice of units holds for the whole model."""
+        return self.width in GLOBAL_WIDTHS and not self.component
 
     def units(self, widths: Widths) -> torch.Tensor:
         """The unit at each index of the axis, -1 where this width has no say; shape [axis size]."""
@@ -116,7 +121,7 @@ def instance_of(binding: Binding, numbers: tuple[int, ...]) -> str:
 
     One for the model (`""`), one for its layer (`"3"`), one for its expert (`"3.7"`); `"3#1"` in a second MLP.
     """
-    if binding.width in GLOBAL_WIDTHS:
+    if binding.is_global:
         return ""
     own = numbers[:1] if binding.width == "num_experts" else numbers
     return ".".join(map(str, own)) + (f"#{binding.component}" if binding.component else "")

@@ -179,7 +179,7 @@ def _compare(dense: PreTrainedModel, pruned: PreTrainedModel, tokens: torch.Tens
     import torch
 
     with torch.no_grad(), _norms_of_kept(dense, pruned, kept):
-        for channels in kept.keep.get("hidden_size", {}).values():
+        if channels := kept.keep.get("hidden_size", {}).get(""):
             embedding = next(dense.get_input_embeddings().parameters())
             removed = torch.ones(embedding.shape[1], dtype=torch.bool)
             removed[torch.tensor(channels)] = False

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from llmprune_cli.checkpoint import Checkpoint, TensorEntry
 from llmprune_cli.errors import PlanError
 from llmprune_cli.families import FAMILIES, Family
-from llmprune_cli.groups import GLOBAL_WIDTHS, Trace, kept_mask, new_name, renumbered
+from llmprune_cli.groups import Trace, kept_mask, new_name, renumbered
 from llmprune_cli.names import split_name
 from llmprune_cli.plan import Plan, Target, predicted_tensors
 
@@ -66,7 +66,7 @@ def pruned_tensors(
         """The axes that may be cut, and whether all layers cut them alike."""
         bindings = trace.on(template)
         return tuple(
-            (axis, all(b.width in GLOBAL_WIDTHS for b in bindings if b.axis == axis))
+            (axis, all(b.is_global for b in bindings if b.axis == axis))
             for axis in sorted({binding.axis for binding in bindings})
         )
 

@@ -20,7 +20,7 @@ from llmprune_cli.architecture import (
     rotary_fraction,
 )
 from llmprune_cli.errors import LlmpruneError, UnsupportedError
-from llmprune_cli.groups import Binding, Trace
+from llmprune_cli.groups import GLOBAL_WIDTHS, Binding, Trace
 from llmprune_cli.layers import layer_changes, sample_layers
 from llmprune_cli.names import split_name
 
@@ -224,9 +224,9 @@ def trace(architecture: Architecture) -> Trace:
             continue
         bound = _step(twin, width, 1)
         if bound is None or not bound.disk:
-            refused[width] = f"no tensor axis of {family} follows it"
+            refused[width] = f"no tensor axis of {family} follows it" if bound else _own_rule(twin, width)
             continue
-        bindings, own_readers, reason = _trace_neurons(twin, bound, width)
+        bindings, own_readers, reason = _trace_units(twin, bound, width)
         found += bindings
         readers += own_readers
         refused.update({width: reason} if reason else {})
@@ -246,25 +246,33 @@ def trace(architecture: Architecture) -> Trace:
     refused.update({"num_experts": reason} if reason else {})
     taken = {(binding.template, binding.axis) for binding in found}
     if hidden is None or not hidden.disk:
-        refused["hidden_size"] = f"no tensor axis of {family} follows it"
+        refused["hidden_size"] = f"no tensor axis of {family} follows it" if hidden else _own_rule(twin, "hidden_size")
     else:
-        bindings, reason = _bind_channels(hidden, taken, widths)
-        found += bindings
+        inner, own_readers, reason = _trace_units(twin, _within_layers(hidden, taken), "hidden_size")
+        taken |= {(binding.template, binding.axis) for binding in inner}
+        bindings, other_reason = _bind_channels(hidden, taken, widths)
+        reason = reason or other_reason
+        found += [] if reason else [*inner, *bindings]
+        readers += [] if reason else own_readers
         refused.update({"hidden_size": reason} if reason else {})
     refused["head_dim"] = ROTARY if not architecture.hidden_follows_heads else "it follows the hidden size"
     return Trace(tuple(found), tuple(readers), _scored(twin), expert_templates, refused)
 
 
-def _trace_neurons(twin: Twin, bound: _Followers, width: str) -> tuple[list[Binding], list[Binding], str]:
+def _trace_units(twin: Twin, bound: _Followers, width: str) -> tuple[list[Binding], list[Binding], str]:
     """The bindings of a width of neurons, those of them that read, and why it failed.
 
-    Several MLPs may share the width: one reader after the other is found, until every axis has one.
+    Several MLPs may share the width: one reader after the other is found, until every axis has one. Of the axes that
+    follow the hidden size only those within a layer are bound here, such as the channels of a convolution: what reads
+    those silences matrices, which nothing does to the channels of the residual stream.
     """
     widths, found, readers = twin.architecture.widths, [], []
-    remaining, component = dict(bound.disk), 0
+    remaining, component = dict(bound.disk), int(width in GLOBAL_WIDTHS)
     while remaining:
         rest = replace(bound, disk=remaining)
         unit_readers, labels = _read_units(twin, rest, width)
+        if not unit_readers and width in GLOBAL_WIDTHS:
+            break
         if not unit_readers:
             return [], [], f"nothing that reads the units of {split_name(next(iter(remaining))[0])[0]} was found"
         explained = {place: size for place, size in remaining.items() if bool((labels[place] >= 0).any())}
@@ -278,6 +286,16 @@ def _trace_neurons(twin: Twin, bound: _Followers, width: str) -> tuple[list[Bind
         remaining = {place: size for place, size in remaining.items() if place not in explained}
         component += 1
     return found, readers, ""
+
+
+def _within_layers(bound: _Followers, taken: set[Place]) -> _Followers:
+    """Those axes that lie within layers and are not taken; outside, what reads channels silences the last layer."""
+
+    def inside(places: dict[Place, int]) -> dict[Place, int]:
+        return {place: size for place, size in places.items() if split_name(place[0])[1]}
+
+    free = {place: size for place, size in bound.disk.items() if _template_place(place) not in taken}
+    return replace(bound, disk=inside(free), memory=inside(bound.memory))
 
 
 def _read_units(twin: Twin, bound: _Followers, width: str) -> tuple[list[Place], dict[Place, torch.Tensor]]:
@@ -413,6 +431,16 @@ def _step(twin: Twin, width: str, increment: int) -> _Followers | None:
     return None
 
 
+def _own_rule(twin: Twin, width: str) -> str:
+    """Why no other size of a width can be had, in the words of the configuration or the model."""
+    config = twin.architecture.config
+    try:
+        build_skeleton(reconfigure(config, field_changes(config, width, 2 * getattr(twin.architecture.widths, width))))
+    except (ValueError, LlmpruneError) as error:
+        return f"it cannot change alone ({str(error).removesuffix('.')})"
+    return "it cannot change alone"
+
+
 def _shapes(config: PretrainedConfig) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
     model = build_skeleton(config)
     state = model.state_dict()
@@ -435,7 +463,7 @@ def _find_reader(
     """The parameter axis whose zeroing silences the most other axes: that is what reads the units.
 
     Args:
-        others: readers that are known already; with them only what silences more of a matrix counts.
+        others: readers that are known already; then, as for channels, only what silences a matrix counts.
     """
     heads = "num_attention_heads" in spaces
     count = spaces["num_attention_heads"] if heads else next(iter(spaces.values()))
@@ -447,7 +475,7 @@ def _find_reader(
         baseline = _dead(twin, bound)
     shapes = _shapes(twin.architecture.config)[0]
     matrices = {(split_name(name)[0], axis): len(shapes[name]) > 1 for name, axis in bound.disk}
-    best, best_score = None, 99 if others else 0
+    best, best_score = None, 99 if others or "hidden_size" in spaces else 0
     seen = set(known)
     for (name, axis), size in bound.memory.items():
         template = split_name(name)[0]
