@@ -181,7 +181,8 @@ def reconfigure(config: PretrainedConfig, changes: dict[str, Any]) -> Pretrained
             changed.validate()
         return type(config).from_dict(changed.to_dict())
     except Exception as error:  # every family raises its own kind
-        raise ValueError(str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)) from error
+        last_line = (str(error).strip() or repr(error)).splitlines()[-1]
+        raise ValueError(last_line.strip().removeprefix("ValueError: ")) from error
 
 
 def discover(config: PretrainedConfig, shapes: dict[str, Shape]) -> Architecture:

@@ -13,14 +13,15 @@ class Family:
     """What pruning has to make up for."""
 
     scaled_embedding: str = ""  # the embedding that the model multiplies by √(hidden size), tied to the output
-    final_norm: str = ""  # the norm before the output projection
+    final_norm: str = ""  # the module of the norm before the output projection
     norm_offset: float = 0.0  # what the model adds to the stored weights of its norms
     rounds_neurons: str = ""  # the field by which the model has another intermediate size than the configuration says
     neurons: str = ""  # the tensor that has the true intermediate size along its first axis
 
 
-GEMMA = Family(scaled_embedding="model.embed_tokens.weight", final_norm="model.norm.weight", norm_offset=1.0)
+GEMMA = Family(scaled_embedding="model.embed_tokens.weight", final_norm="model.norm", norm_offset=1.0)
 
+BIOGPT = Family(scaled_embedding="biogpt.embed_tokens.weight", final_norm="biogpt.layer_norm")
 LFM2 = Family(rounds_neurons="block_auto_adjust_ff_dim", neurons="model.layers.0.feed_forward.w1.weight")
 
 FAMILIES: dict[str, Family] = {
@@ -28,5 +29,6 @@ FAMILIES: dict[str, Family] = {
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
     "vaultgemma": GEMMA,
+    "biogpt": BIOGPT,
     "lfm2": LFM2,
 }

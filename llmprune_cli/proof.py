@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.architecture import NEURONS, Architecture, Widths, expected_index
 from llmprune_cli.errors import UnsupportedError
-from llmprune_cli.groups import Keep, Trace, kept_mask, new_name, renumbered
+from llmprune_cli.groups import Binding, Keep, Trace, kept_mask, new_name, renumbered
 from llmprune_cli.layers import can_keep_layers
 from llmprune_cli.names import split_name
 from llmprune_cli.plan import Target
@@ -20,6 +20,7 @@ from llmprune_cli.twin import Twin, build_twin, proof_sizes
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedModel
 
 TOLERANCE = 1e-4  # relative; RoPE, softmax and norms run in float32 inside a float64 model
@@ -189,29 +190,39 @@ def _compare(dense: PreTrainedModel, pruned: PreTrainedModel, tokens: torch.Tens
     return float((dense_logits - pruned_logits).abs().max() / dense_logits.abs().max())
 
 
+def _normed(traced: Trace, name: str, module: nn.Module) -> Binding | None:
+    """The axis that a norm runs over: that of its weight, else of the channels; None for other modules."""
+    weight = getattr(module, "weight", None)
+    if weight is not None:
+        along = (binding for binding in traced.on(split_name(f"{name}.weight")[0]) if weight.ndim == 1)
+        return next((binding for binding in along if binding.axis == 0), None)
+    if "Norm" in type(module).__name__ and not list(module.children()):
+        return next((binding for binding in traced.of("hidden_size") if binding.is_global), None)
+    return None
+
+
 @contextmanager
 def _norms_of_kept(model: PreTrainedModel, pruned: PreTrainedModel, kept: _Kept) -> Iterator[None]:
-    """Let every norm whose weight was cut see the kept elements only: the pruned norm with the dense one's weights."""
+    """Let every norm of pruned elements see the kept ones only: the pruned norm with the dense one's weights."""
     import torch
 
     small_modules, hooks = dict(pruned.named_modules()), []
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, torch.Tensor) or weight.ndim != 1:
-            continue
-        template, numbers = split_name(f"{name}.weight")
+        numbers = split_name(name)[1]
         new = new_name(f"{name}.weight", kept.trace, renumbered(kept.layers), None)
-        axes = [binding for binding in kept.trace.on(template) if binding.axis == 0]
-        if new is None or not axes:
+        normed = _normed(kept.trace, name, module)
+        if new is None or normed is None:
             continue
-        mask = kept_mask(kept.trace, template, 0, numbers, kept.keep, kept.before)
+        mask = kept_mask(kept.trace, normed.template, normed.axis, numbers, kept.keep, kept.before)
         if bool(mask.all()):
             continue
         norm = copy.deepcopy(small_modules[new.removesuffix(".weight")])
         for parameter_name, parameter in norm.named_parameters(recurse=False):
             parameter.copy_(getattr(module, parameter_name)[mask])
 
-        def replace_output(_: Any, inputs: Any, output: Any, norm: Any = norm, mask: Any = mask) -> torch.Tensor:
+        def replace_output(_: Any, inputs: Any, output: Any, norm: Any = norm, mask: Any = mask) -> Any:
+            if output.shape[-1] != len(mask):
+                return None
             result = torch.zeros_like(output)
             result[..., mask] = norm(inputs[0][..., mask])
             return result

@@ -91,15 +91,16 @@ def pruned_tensors(
 def rescale(tensor: torch.Tensor, name: str, family: Family, plan: Plan) -> torch.Tensor:
     """Make up for embeddings that the model multiplies by √(hidden size) D, cut to D′.
 
-    The embedding grows by √(D/D′). Where it is also the output projection, the weight of the final norm shrinks by the
-    same factor, so that the logits stay.
+    The embedding grows by √(D/D′). As it is also the output projection, the final norm shrinks by the same
+    factor, so that the logits stay.
     """
-    if name not in (family.scaled_embedding, family.final_norm):
+    module, _, kind = name.rpartition(".")
+    if name != family.scaled_embedding and module != family.final_norm:
         return tensor
     factor = math.sqrt(plan.before.hidden_size / plan.after.hidden_size)
     if name == family.scaled_embedding:
         return (tensor.double() * factor).to(tensor.dtype)
-    offset = family.norm_offset
+    offset = family.norm_offset if kind == "weight" else 0.0
     return ((tensor.double() + offset) / factor - offset).to(tensor.dtype)
 
 

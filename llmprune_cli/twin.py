@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -116,7 +117,7 @@ def build_twin(architecture: Architecture, sizes: TwinSizes) -> Twin:
     changes.update(
         vocab_size=VOCABULARY,
         max_position_embeddings=2 * TOKENS,
-        **({"head_dim": sizes.head_dim} if architecture.explicit_head_dim else {}),
+        **({"head_dim": sizes.head_dim} if _writes_head_dim(architecture) else {}),
         **_small_fields(config, sizes, widths.hidden_size),
     )
     try:
@@ -138,6 +139,12 @@ def build_twin(architecture: Architecture, sizes: TwinSizes) -> Twin:
     tokens = torch.randint(3, VOCABULARY, (1, TOKENS), generator=generator)
     own_kinds = tuple(layers.index(architecture.layer_kinds[layer]) for layer in layers)
     return Twin(replace(architecture, config=small, widths=widths, layer_kinds=own_kinds), model, tokens)
+
+
+def _writes_head_dim(architecture: Architecture) -> bool:
+    """Whether `head_dim` has to be set: where it is free, or must be hidden size / heads and is written out."""
+    written = architecture.hidden_follows_heads and architecture.config.to_dict().get("head_dim")
+    return architecture.explicit_head_dim or bool(written)
 
 
 def _small_head_dims(config: PretrainedConfig) -> tuple[int, int]:
@@ -421,7 +428,9 @@ def _step(twin: Twin, width: str, increment: int) -> _Followers | None:
     for steps in (1, 2, 4, 8):
         changes = field_changes(config, width, getattr(twin.architecture.widths, width) + increment * steps)
         if width == "hidden_size" and twin.architecture.hidden_follows_heads:
-            changes.update(rotary_changes(config, twin.architecture.widths.head_dim + steps))
+            head_dim = twin.architecture.widths.head_dim + steps
+            changes.update(rotary_changes(config, head_dim))
+            changes.update({"head_dim": head_dim} if _writes_head_dim(twin.architecture) else {})
         try:
             after = _shapes(reconfigure(config, changes))
         except (ValueError, LlmpruneError):
@@ -437,7 +446,7 @@ def _own_rule(twin: Twin, width: str) -> str:
     try:
         build_skeleton(reconfigure(config, field_changes(config, width, 2 * getattr(twin.architecture.widths, width))))
     except (ValueError, LlmpruneError) as error:
-        return f"it cannot change alone ({str(error).removesuffix('.')})"
+        return f"it cannot change alone ({re.sub(r' [(][0-9]+[)]', '', str(error)).rstrip('.')})"
     return "it cannot change alone"
 
 
