@@ -180,7 +180,7 @@ def _totals(before: ModelSummary, after: ModelSummary | None) -> Table:
     }
     for label, (name, show) in rows.items():
         old, new = getattr(before, name), getattr(after, name, 0)
-        table.add_row(label, show(old), *([show(new), f"{100 * (1 - new / old):.1f}%"] if after else []))
+        table.add_row(label, show(old), *([show(new), f"{100 * (1 - new / old) if old else 0:.1f}%"] if after else []))
     return table
 
 

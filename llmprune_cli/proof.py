@@ -130,6 +130,7 @@ def _load_stock(folder: Path, family: str) -> PreTrainedModel:
             attn_implementation="eager",
             experts_implementation="eager",
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are named
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise UnsupportedError(f"A pruned {family} does not load: {error}") from error

@@ -64,6 +64,63 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "v_head_dim": 8,
     },
 }
+STATE_SPACE = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
+NO_ATTENTION = {"num_attention_heads": None, "num_key_value_heads": None}
+FAMILIES |= {
+    "olmo": {},
+    "olmo3": {"sliding_window": 8},
+    "biogpt": {},
+    "helium": {"head_dim": 8},
+    "vaultgemma": {"head_dim": 16, "sliding_window": 8},
+    "exaone4": {"sliding_window": 8},
+    "glm4_moe": {
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40,
+        "first_k_dense_replace": 1,
+        "head_dim": 16,
+        "use_qk_norm": True,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {
+        **EXPERTS,
+        "layer_types": ["conv", "full_attention"] * 2,
+        "moe_intermediate_size": 40,
+        "num_dense_layers": 1,
+    },
+    "mamba": {**NO_ATTENTION, "state_size": 8, "time_step_rank": 4},
+    "mamba2": {**NO_ATTENTION, "state_size": 8, "num_heads": 16, "head_dim": 8, "n_groups": 2, "chunk_size": 8},
+    "jamba": {
+        **EXPERTS,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 0,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,
+    },
+    "bamba": {**STATE_SPACE, "attn_layer_indices": [1, 3]},
+    "falcon_h1": {**STATE_SPACE, "mamba_d_ssm": 32, "mamba_d_head": 4, "head_dim": 8},
+    "granitemoehybrid": {
+        **STATE_SPACE,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 56,
+        "layer_types": ["mamba", "attention"] * 2,
+    },
+    "qwen3_next": {
+        **EXPERTS,
+        "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 56,
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+}
 SIZES: dict[str, Any] = {"num_hidden_layers": 4, "pad_token_id": None}
 
 

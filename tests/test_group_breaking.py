@@ -106,7 +106,7 @@ def test_every_broken_group_is_caught(family: str, record_property: Callable[[st
             missed.append(what)
     record_property("broken groups tried", tried)
     record_property("broken groups caught", tried - len(missed))
-    assert tried >= 6 and not missed, missed
+    assert (tried >= 6 or not changed) and not missed, missed
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "opt", "qwen2_moe"])

@@ -26,13 +26,19 @@ CUTS: dict[str, list[str]] = {
     "together": ["--pruning-ratio", "0.5", "--layers", "3"],
 }
 # Which module reads the heads and the neurons of a layer, known without asking llmprune.
-READERS = {
+READERS: dict[str, tuple[str, str | tuple[str, ...]]] = {
     "gpt2": ("attn.c_proj", "mlp.c_proj"),
     "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"),
     "falcon": ("self_attention.dense", "mlp.dense_4h_to_h"),
     "opt": ("self_attn.out_proj", ".fc2"),
     "phi": ("self_attn.dense", "mlp.fc2"),
     "starcoder2": ("self_attn.o_proj", "mlp.c_proj"),
+    "biogpt": ("self_attn.out_proj", ".fc2"),
+    "lfm2": ("self_attn.out_proj", "feed_forward.w2"),
+    "lfm2_moe": ("self_attn.out_proj", ""),
+    "mamba": ("", ("mixer.out_proj", "mixer.x_proj")),
+    "bamba": ("self_attn.o_proj", "feed_forward.down_proj"),
+    "falcon_h1": ("self_attn.o_proj", "feed_forward.down_proj"),
 }
 READS = ("self_attn.o_proj", "mlp.down_proj")
 
@@ -108,12 +114,13 @@ def test_what_nothing_reads_goes_without_a_trace(tiny_of: Callable[[str], Path],
     folder = tiny_of(family)
     legal = prunable(folder)
     heads, neurons = READERS.get(model_type(family), READS)
-    free_heads = not legal["num_attention_heads"].startswith("no: ") and not legal["hidden_size"].startswith("query")
-    free_heads &= family != "olmo2"  # its norm over all heads feels a head that nothing reads
-    cuts = {"num_hidden_layers": ["--drop-layers", "1"]}
+    free_heads = not legal.get("num_attention_heads", "no: ").startswith("no: ")
+    free_heads &= not legal["hidden_size"].startswith("query")
+    free_heads &= family not in ("olmo2", "olmo3")  # a norm over all heads feels a head that nothing reads
+    cuts = {"num_hidden_layers": ["--drop-layers", "0,1" if family == "jamba" else "1"]}
     if free_heads:
         cuts["num_attention_heads"] = ["--num-attention-heads", "4"]
-    if "num_experts" not in legal:
+    if "num_experts" not in legal and not legal["intermediate_size"].startswith("no: "):
         cuts["intermediate_size"] = ["--intermediate-size", "24"]
     for width, options in cuts.items():
         plan, out = tmp_path / f"{width}.json", tmp_path / width
@@ -129,7 +136,7 @@ def test_what_nothing_reads_goes_without_a_trace(tiny_of: Callable[[str], Path],
 
 
 @torch.no_grad()
-def silence(model: Any, width: str, reader: str, plan: dict[str, Any]) -> None:
+def silence(model: Any, width: str, reader: str | tuple[str, ...], plan: dict[str, Any]) -> None:
     """Zero the input columns of removed units in the module that reads them, or all of a removed layer."""
     head_dim = plan["before"]["head_dim"]
     for name, module in model.named_modules():

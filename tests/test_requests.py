@@ -16,8 +16,8 @@ from families import FAMILIES, SIZES, model_type
 from test_oracles import load_stock
 
 PLAN = 5
-HIDDEN_IS_HEADS = ("gpt2", "gpt_neox", "opt", "falcon", "stablelm", "olmoe")
-HIDDEN_IS_MULTIPLE = ("llama", "gemma2", "gemma3_text")
+HIDDEN_IS_HEADS = ("gpt2", "gpt_neox", "opt", "falcon", "stablelm", "olmoe", "biogpt", "helium")
+HIDDEN_IS_MULTIPLE = ("llama", "gemma2", "gemma3_text", "vaultgemma")
 OPTIONS = {
     "hidden_size": "--hidden-size",
     "num_attention_heads": "--num-attention-heads",
@@ -57,7 +57,7 @@ def is_legal(family: str, width: str, size: int, widths: dict[str, int]) -> bool
 def test_a_request_is_met_exactly_or_refused_with_the_legal_values(family: str, data: st.DataObject) -> None:
     kind = model_type(family)
     options: dict[str, Any] = {**SIZES, **FAMILIES[family]}
-    if not options.get("num_key_value_heads") and kind not in ("gpt2", "opt", "gpt_neox", "falcon"):
+    if not options.get("num_key_value_heads") and kind not in ("gpt2", "opt", "gpt_neox", "falcon", "biogpt"):
         options["num_key_value_heads"] = data.draw(st.sampled_from([1, 2, 4, 8]), "KV heads")
     with tempfile.TemporaryDirectory() as name:
         folder, out = Path(name, "model"), Path(name, "out")
