@@ -296,13 +296,17 @@ def _trace_units(twin: Twin, bound: _Followers, width: str) -> tuple[list[Bindin
 
 
 def _within_layers(bound: _Followers, taken: set[Place]) -> _Followers:
-    """Those axes that lie within layers and are not taken; outside, what reads channels silences the last layer."""
+    """Those axes that lie within layers and are not taken; outside, what reads channels silences the last layer.
+
+    None where no tensor leads from channels to channels: then layers have none of their own.
+    """
 
     def inside(places: dict[Place, int]) -> dict[Place, int]:
         return {place: size for place, size in places.items() if split_name(place[0])[1]}
 
-    free = {place: size for place, size in bound.disk.items() if _template_place(place) not in taken}
-    return replace(bound, disk=inside(free), memory=inside(bound.memory))
+    free = inside({place: size for place, size in bound.disk.items() if _template_place(place) not in taken})
+    names = [name for name, _ in free]
+    return replace(bound, disk=free if len(set(names)) < len(names) else {}, memory=inside(bound.memory))
 
 
 def _read_units(twin: Twin, bound: _Followers, width: str) -> tuple[list[Place], dict[Place, torch.Tensor]]:

@@ -35,7 +35,7 @@ READERS: dict[str, tuple[str, str | tuple[str, ...]]] = {
     "starcoder2": ("self_attn.o_proj", "mlp.c_proj"),
     "biogpt": ("self_attn.out_proj", ".fc2"),
     "lfm2": ("self_attn.out_proj", "feed_forward.w2"),
-    "lfm2_moe": ("self_attn.out_proj", ""),
+    "lfm2_moe": ("self_attn.out_proj", "feed_forward.w2"),
     "mamba": ("", ("mixer.out_proj", "mixer.x_proj")),
     "bamba": ("self_attn.o_proj", "feed_forward.down_proj"),
     "falcon_h1": ("self_attn.o_proj", "feed_forward.down_proj"),
@@ -120,7 +120,8 @@ def test_what_nothing_reads_goes_without_a_trace(tiny_of: Callable[[str], Path],
     cuts = {"num_hidden_layers": ["--drop-layers", "0,1" if family == "jamba" else "1"]}
     if free_heads:
         cuts["num_attention_heads"] = ["--num-attention-heads", "4"]
-    if "num_experts" not in legal and not legal["intermediate_size"].startswith("no: "):
+    shared_width = "num_experts" in legal and "moe_intermediate_size" not in legal  # see the test of experts below
+    if not shared_width and not legal["intermediate_size"].startswith("no: "):
         cuts["intermediate_size"] = ["--intermediate-size", "24"]
     for width, options in cuts.items():
         plan, out = tmp_path / f"{width}.json", tmp_path / width
@@ -152,6 +153,66 @@ def silence(model: Any, width: str, reader: str | tuple[str, ...], plan: dict[st
             removed = torch.ones(weight.shape[0], dtype=torch.bool)
             removed[kept] = False
             weight[removed] = 0
+
+
+# What reads the neurons of routed experts, and along which axis of [E, …], and of experts that every token passes.
+ROUTED = {"gpt_oss": ("experts.down_proj", 1)}
+SHARED = ("shared_experts.down_proj.weight", "shared_expert.down_proj.weight", "shared_mlp.output_linear.weight")
+ROUTERS = (".gate.weight", ".router.weight", ".router.layer.weight")
+
+
+@pytest.mark.parametrize("family", [family for family, options in FAMILIES.items() if "num_experts_per_tok" in options])
+def test_experts_and_their_neurons_go_without_a_trace(
+    tiny_of: Callable[[str], Path], tmp_path: Path, family: str
+) -> None:
+    """The Zero oracle for experts: zero columns read no neuron, and a router's very negative row is never picked."""
+    folder = tmp_path / "model"
+    model = load_stock(tiny_of(family))
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(3.0)  # then channels sum to more than zero, and equal weights see that
+    model.save_pretrained(folder)
+    legal = prunable(folder)
+    own = "moe_intermediate_size" if "moe_intermediate_size" in legal else "intermediate_size"
+    shared = ["shared_expert_intermediate_size"] if "shared_expert_intermediate_size" in legal else []
+    for width in (own, *shared, "num_experts"):
+        plan, out = tmp_path / f"{width}.json", tmp_path / width
+        run = run_cli("prune", folder, *CUTS[width], "--save-plan", plan, "--output", out, "--importance", "random")
+        assert run.code == 0, f"{width}: {run.stderr}"
+        document = json.loads(plan.read_text())
+        dense = load_stock(folder)
+        silence_experts(dense, family, document["keep"][width], width, document["before"][width])
+        tokens = torch.randint(3, 90, (2, 20))
+        with torch.no_grad():
+            expected, found = dense(tokens, use_cache=False).logits, load_stock(out)(tokens, use_cache=False).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, msg=lambda text: f"{width}: {text}")  # noqa: B023
+
+
+@torch.no_grad()
+def silence_experts(model: Any, family: str, keep: dict[str, list[int]], width: str, count: int) -> None:
+    """Zero what reads the removed neurons of experts, or keep the routers from picking removed experts."""
+    routed, axis = ROUTED.get(family, ("experts.down_proj", 2))
+    shares_width = (*SHARED, "feed_forward.down_proj.weight") if family == "jamba" else SHARED
+
+    def removed(key: str, size: int) -> torch.Tensor:
+        gone = set(range(count)) - set(keep[key])
+        return torch.tensor([index for index in range(size) if index % count in gone])
+
+    touched = 0
+    for name, weight in model.named_parameters():
+        layer = next((part for part in name.split(".") if part.isdigit()), "")
+        others = [key for key in keep if key.split("#")[0] == layer]
+        if width == "num_experts" and name.endswith(ROUTERS):
+            weight[removed(layer, count)] = -1e4
+        elif width in ("intermediate_size", "moe_intermediate_size") and name.endswith(routed) and weight.ndim == 3:
+            for expert, matrix in enumerate(weight):
+                key = f"{layer}.{expert}" if f"{layer}.{expert}" in keep else layer
+                matrix.index_fill_(axis - 1, removed(key, matrix.shape[axis - 1]), 0)
+        elif width != "num_experts" and name.endswith(shares_width) and others and weight.shape[1] % count == 0:
+            weight.index_fill_(1, removed(others[0], weight.shape[1]), 0)
+        else:
+            continue
+        touched += 1
+    assert touched >= len({key.split("#")[0].split(".")[0] for key in keep})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
