@@ -275,6 +275,34 @@ def test_dropped_layers_take_their_settings_with_them(tiny_of: Callable[[str], P
     assert config_of("deepseek_v3", "2")["first_k_dense_replace"] == 1
     assert config_of("deepseek_v3", "0")["first_k_dense_replace"] == 0
     assert config_of("smollm3", "1,-1")["no_rope_layers"] == [1, 1]
+    jamba = config_of("jamba", "0")
+    assert (jamba["attn_layer_period"], jamba["attn_layer_offset"]) == (2, 0)
+    assert (jamba["expert_layer_period"], jamba["expert_layer_offset"]) == (2, 1)
+    jamba = config_of("jamba", "0,2")  # attention alone is left, and no experts
+    assert (jamba["attn_layer_period"], jamba["attn_layer_offset"]) == (1, 0)
+    assert jamba["expert_layer_offset"] >= 2
+
+
+def test_layers_that_no_rhythm_describes_are_refused(tiny_of: Callable[[str], Path], tmp_path: Path) -> None:
+    run = run_cli("prune", tiny_of("jamba"), "--drop-layers", "1", "--output", tmp_path / "out")
+    assert run.code == 5 and "no expert_layer_period describes the layers that would stay" in run.stderr
+    run = run_cli("prune", tiny_of("jamba"), "--layers", "3", "--dry-run", "--save-plan", tmp_path / "plan")
+    assert run.code == 0 and "keeps its rhythm" in run.stderr
+    assert json.loads((tmp_path / "plan").read_text())["layers"] == [0, 1, 2]
+
+
+def test_a_model_without_attention_has_no_heads_to_prune(tiny_of: Callable[[str], Path], tmp_path: Path) -> None:
+    run = run_cli("prune", tiny_of("mamba"), "--num-attention-heads", "2", "--output", tmp_path / "out")
+    assert run.code == 5 and "has no attention heads" in run.stderr
+
+
+def test_a_width_that_cannot_change_alone_is_refused_with_the_rule(
+    tiny_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run = run_cli("prune", tiny_of("mamba2"), "--hidden-size", "32", "--output", tmp_path / "out")
+    assert run.code == 5 and "hidden_size * expand" in run.stderr
+    run = run_cli("prune", tiny_of("granitemoehybrid"), "--pruning-ratio", "0.5", "--output", tmp_path / "out")
+    assert run.code == 0 and "hidden_size stays 64" in run.stderr
 
 
 def test_a_rhythm_of_sparse_layers_survives_the_loss_of_one(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
