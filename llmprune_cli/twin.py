@@ -50,6 +50,8 @@ STATE_SPACE_HEADS = (
     ("expand", "num_heads", "head_dim", "n_groups"),
 )
 ROTARY = "rotary frequencies follow the head dim, so that fewer elements would turn at other speeds"
+PARTLY_ROTARY = "the share of a head that turns, its speeds and the scale of attention follow the head dim"
+UNROTATED = "the scale of attention follows the head dim, so that fewer elements would be weighed differently"
 
 Place = tuple[str, int]  # (tensor name or template, axis)
 
@@ -262,7 +264,7 @@ def trace(architecture: Architecture) -> Trace:
         found += [] if reason else [*inner, *bindings]
         readers += [] if reason else own_readers
         refused.update({"hidden_size": reason} if reason else {})
-    refused["head_dim"] = ROTARY if not architecture.hidden_follows_heads else "it follows the hidden size"
+    refused["head_dim"] = _why_head_dim_stays(architecture)
     return Trace(tuple(found), tuple(readers), _scored(twin), expert_templates, refused)
 
 
@@ -293,6 +295,14 @@ def _trace_units(twin: Twin, bound: _Followers, width: str) -> tuple[list[Bindin
         remaining = {place: size for place, size in remaining.items() if place not in explained}
         component += 1
     return found, readers, ""
+
+
+def _why_head_dim_stays(architecture: Architecture) -> str:
+    if architecture.hidden_follows_heads:
+        return "it follows the hidden size"
+    if not getattr(architecture.config, "rope_parameters", None):
+        return UNROTATED
+    return ROTARY if rotary_fraction(architecture.config) == 1 else PARTLY_ROTARY
 
 
 def _within_layers(bound: _Followers, taken: set[Place]) -> _Followers:
