@@ -19,7 +19,7 @@ matrix: $(INSTALLED)  ## write the support matrix into the README
 	$(BIN)/python tests/support_matrix.py
 
 test: $(INSTALLED)  ## run all tests
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 check: lint test  ## lint, types and tests, warnings as errors
 
@@ -40,7 +40,7 @@ check-ranges:  ## run the core suite on the lowest versions that pyproject.toml 
 	sed -n '/^dependencies/,/^]/p; /^dev/,/^]/p' pyproject.toml | sed -n 's/^ *"\(.*\)>=\(.*\)",$$/\1==\2/p' | sort -u > $(VENV)-lowest/lowest.txt
 	$(VENV)-lowest/bin/pip install --quiet --disable-pip-version-check --requirement $(VENV)-lowest/lowest.txt
 	$(VENV)-lowest/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
-	$(VENV)-lowest/bin/python -m pytest -n auto -W default
+	$(VENV)-lowest/bin/python -m pytest -n auto --dist worksteal -W default
 
 clean:
 	rm -rf $(VENV) $(VENV)-lowest demo-output

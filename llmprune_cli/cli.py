@@ -5,11 +5,14 @@ from __future__ import annotations
 import enum
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llmprune_cli import __version__
+
+if TYPE_CHECKING:
+    from llmprune_cli.search import Budget
 
 app = typer.Typer(
     name="llmprune",
@@ -26,6 +29,16 @@ class Importance(enum.StrEnum):
 
     magnitude = "magnitude"
     random = "random"
+    activation = "activation"
+    range = "range"
+
+
+class Refit(enum.StrEnum):
+    """How what reads removed units is repaired."""
+
+    none = "none"
+    local = "local"
+    residual = "residual"
 
 
 class DtypeName(enum.StrEnum):
@@ -64,6 +77,22 @@ def _layer_numbers(text: str | None, layers: int | None) -> tuple[int, ...] | No
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise typer.BadParameter(f"--drop-layers wants layer numbers such as 3,7,12, not {text!r}.") from None
+
+
+def _budget(parameters: str | None, size: str | None) -> Budget | None:
+    if parameters is None and size is None:
+        return None
+    if parameters is not None and size is not None:
+        raise typer.BadParameter("--target-params and --target-size say the same thing; give one of them.")
+    from llmprune_cli.search import Budget, parse_parameters
+    from llmprune_cli.writer import parse_size
+
+    if size is not None:
+        return Budget(parse_size(size), "bytes")
+    try:
+        return parse_parameters(str(parameters))
+    except ValueError as error:
+        raise typer.BadParameter(f"--target-params: {error}") from None
 
 
 Model = Annotated[str, typer.Argument(help="Model folder, hub id, or .gguf file.", metavar="MODEL")]
@@ -107,7 +136,23 @@ Layers = Annotated[
     ),
 ]
 DropLayers = Annotated[str | None, typer.Option(help="Layers to drop, such as 3,7,12.", rich_help_panel="Widths")]
+TargetParams = Annotated[
+    str | None,
+    typer.Option(help="Choose widths that leave at most so many, such as 6B or 80%.", rich_help_panel="Target"),
+]
+TargetSize = Annotated[
+    str | None, typer.Option(help="The same as a size of the weights, such as 4GiB.", rich_help_panel="Target")
+]
 RoundTo = Annotated[int, typer.Option(help="Round kept channels and neurons down to a multiple.", min=1)]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        help="Text to calibrate on, as --dataset. [default: wikitext2, or python-docs]", rich_help_panel="Calibration"
+    ),
+]
+CalibrationSplit = Annotated[str, typer.Option(help="Split of that dataset.", rich_help_panel="Calibration")]
+CalibrationTokens = Annotated[int, typer.Option(help="Tokens to fit on.", min=2, rich_help_panel="Calibration")]
+CalibrationSeqLen = Annotated[int, typer.Option(help="Tokens in a window.", min=2, rich_help_panel="Calibration")]
 Dataset = Annotated[str, typer.Option(help="wikitext2, a .txt/.parquet/.jsonl file, a folder, or a hub dataset.")]
 Split = Annotated[str, typer.Option(help="Split of the dataset.")]
 MaxSeqLen = Annotated[int | None, typer.Option(help="Tokens in a window. [default: the model's maximum]", min=2)]
@@ -199,7 +244,19 @@ def prune(
     layers: Layers = None,
     drop_layers: DropLayers = None,
     round_to: RoundTo = 1,
-    importance: Annotated[Importance, typer.Option(help="How units are ranked.")] = Importance.magnitude,
+    target_params: TargetParams = None,
+    target_size: TargetSize = None,
+    importance: Annotated[
+        Importance | None, typer.Option(help="How units are ranked. [default: magnitude; with a target, range]")
+    ] = None,
+    refit: Annotated[
+        Refit | None,
+        typer.Option(help="How what reads removed units is repaired. [default: none; with a target, residual]"),
+    ] = None,
+    calibration: Calibration = None,
+    calibration_split: CalibrationSplit = "validation",
+    calibration_tokens: CalibrationTokens = 32768,
+    calibration_seq_len: CalibrationSeqLen = 512,
     seed: Annotated[int, typer.Option(help="Of whatever is random.")] = 0,
     plan: Annotated[Path | None, typer.Option(help="Replay a saved plan instead of choosing.")] = None,
     save_plan: Annotated[Path | None, typer.Option(help="Save the plan as JSON.")] = None,
@@ -235,22 +292,30 @@ def prune(
         _layer_numbers(drop_layers, layers),
     )
     asked = any(value is not None for value in request_values)
+    budget = _budget(target_params, target_size)
+    if budget is not None and (asked or plan is not None):
+        raise typer.BadParameter("a target chooses the widths; leave out the width options and --plan.")
+    asked = asked or budget is not None
     if plan is not None and asked:
         raise typer.BadParameter("a plan already says which widths; give --plan or width options, not both.")
     if plan is None and not asked:
-        raise typer.BadParameter("say what to prune: --pruning-ratio, a width of its own, or --plan.")
+        raise typer.BadParameter("say what to prune: --target-params, --pruning-ratio, a width of its own, or --plan.")
     if output_folder is None and not (dry_run or evaluate or save_plan):
         raise typer.BadParameter("give --output DIR, or --dry-run, --save-plan or --eval.")
     if dry_run and evaluate:
         raise typer.BadParameter("--dry-run makes no model to evaluate; leave out --eval.")
     from llmprune_cli import output, pipeline
+    from llmprune_cli.calibration import CalibrationOptions
     from llmprune_cli.loading import ModelReference
     from llmprune_cli.plan import WidthRequest
     from llmprune_cli.writer import parse_size
 
     options = pipeline.PruneOptions(
         request=WidthRequest(*request_values, round_to),
-        importance=importance.value,
+        budget=budget,
+        importance=(importance or (Importance.range if budget else Importance.magnitude)).value,
+        refit=(refit or (Refit.residual if budget else Refit.none)).value,
+        calibration=CalibrationOptions(calibration, calibration_split, calibration_tokens, calibration_seq_len, device),
         seed=seed,
         plan=plan,
         save_plan=save_plan,

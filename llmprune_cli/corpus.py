@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+PYTHON_DOCS = "python-docs"  # English that every CPython carries
 WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".md": "text"}
 
@@ -30,8 +31,9 @@ def load_corpus(dataset: str, split: str) -> Corpus:
     """Read a corpus: the rows of a dataset joined by two newlines, or a text file as it is.
 
     Args:
-        dataset: `wikitext2` (the folder named by LLMPRUNE_WIKITEXT2, else the hub), a text, Parquet or JSON Lines file,
-            a dataset folder, or a hub dataset with an optional configuration after a colon (`org/name:config`).
+        dataset: `wikitext2` (the folder named by LLMPRUNE_WIKITEXT2, else the hub), `python-docs`, a text, Parquet or
+            JSON Lines file, a dataset folder, or a hub dataset with an optional configuration after a colon
+            (`org/name:config`).
 
     Raises:
         CheckpointError: unknown, unreadable, or without text.
@@ -42,6 +44,10 @@ def load_corpus(dataset: str, split: str) -> Corpus:
         local = os.environ.get("LLMPRUNE_WIKITEXT2")
         origin = local or "/".join(WIKITEXT2)
         rows = _load(local, None, split) if local else _load(*WIKITEXT2, split)
+    elif dataset == PYTHON_DOCS:
+        from pydoc_data.topics import topics
+
+        return Corpus(dataset, "\n\n".join(topics.values()), "the documentation in pydoc_data.topics")
     elif path.suffix in (".txt", ".md") and path.is_file():
         return Corpus(dataset, _read_text(path), str(path))
     elif path.is_file():
@@ -106,7 +112,7 @@ def cut_windows(
     if windows == 0:
         raise CheckpointError(
             f"{corpus.origin} has {len(tokens)} tokens, less than one window of {window_tokens}. "
-            "Give more text or a smaller --max-seq-len."
+            "Give more text, or ask for shorter windows (--max-seq-len, --calibration-seq-len)."
         )
     kept = windows if limit is None else min(limit, windows)
     return tokens[: kept * window_tokens].view(kept, window_tokens)

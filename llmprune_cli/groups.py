@@ -67,13 +67,28 @@ class Binding:
 
 
 @dataclass(frozen=True)
+class Reader:
+    """A weight whose products are all that the rest of the model sees of some units.
+
+    Heads lie along its axis one after the other, P elements each; neurons one element each.
+    """
+
+    parameter: str  # name in memory, with {} for numbers
+    axis: int  # that is summed over
+    width: str  # query heads or a width of neurons
+    component: int = 0  # see `Binding`
+
+
+@dataclass(frozen=True)
 class Trace:
     """What the twin says about an architecture."""
 
     bindings: tuple[Binding, ...]
-    readers: tuple[Binding, ...]  # the bindings whose zeros silence heads and neurons, as those of what reads them do
+    inputs: tuple[Reader, ...]  # the weights that can make up for units that go
+    readers: tuple[Binding, ...]  # the axes on disk whose zeros silence heads and neurons: those of `inputs`
     scored: frozenset[str]  # templates whose weights count in the importance of a unit
     expert_templates: frozenset[str]  # templates whose second number is that of an expert
+    routers: frozenset[str]  # weights that score the experts: names in memory, with {} for numbers
     refused: dict[str, str]  # width → why it cannot be pruned
 
     def of(self, width: str) -> tuple[Binding, ...]:

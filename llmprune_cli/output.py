@@ -19,8 +19,18 @@ if TYPE_CHECKING:
     from llmprune_cli.architecture import Widths
     from llmprune_cli.evaluation import RunningPerplexity
     from llmprune_cli.pipeline import Listener
-    from llmprune_cli.results import EvalReport, ExportResult, InspectResult, ModelSummary, PruneResult, TensorRow
+    from llmprune_cli.results import (
+        CalibrationResult,
+        CandidateResult,
+        EvalReport,
+        ExportResult,
+        InspectResult,
+        ModelSummary,
+        PruneResult,
+        TensorRow,
+    )
 
+BAR_CELLS = 24  # of the longest bar
 WIDTH_LABELS = {
     "hidden_size": "hidden size",
     "num_attention_heads": "query heads",
@@ -81,6 +91,10 @@ def print_prune(result: PruneResult) -> None:
     console.print(_width_table(result.before.widths, result.after.widths))
     console.print(_totals(result.before, result.after))
     _print_deviations(console, result.deviations)
+    if result.candidates:
+        _print_candidates(console, result.candidates)
+    if result.calibration:
+        _print_calibration(console, result.calibration)
     if result.evaluation:
         print_eval(result.evaluation)
     if result.output:
@@ -89,6 +103,40 @@ def print_prune(result: PruneResult) -> None:
         console.print("Nothing was kept: give --output to save the pruned model.")
     else:
         console.print("Dry run: nothing was written.")
+
+
+def _print_candidates(console: Console, candidates: tuple[CandidateResult, ...]) -> None:
+    names = [name for name in WIDTH_LABELS if len({getattr(c.widths, name) for c in candidates}) > 1]
+    table = Table(title="Candidates, best first")
+    for label in (*(WIDTH_LABELS[name] for name in names), "parameters", "KL, nats"):
+        table.add_column(label, justify="right")
+    for candidate in candidates:
+        sizes = [f"{getattr(candidate.widths, name):,}" for name in names]
+        kl = "" if candidate.kl is None else f"{candidate.kl:.3f}"
+        table.add_row(*sizes, f"{candidate.parameters:,}", kl)
+    console.print(table)
+
+
+def _print_calibration(console: Console, card: CalibrationResult) -> None:
+    if card.layers:
+        table = Table(title="Repair")
+        for name in ("layer", "error of removal", "after refit", "error of the stream"):
+            table.add_column(name, justify="right")
+        table.add_column("")
+        worst = max(layer.stream_error for layer in card.layers) or 1.0
+        for layer in card.layers:
+            bar = "█" * max(1, round(BAR_CELLS * layer.stream_error / worst))
+            errors = (layer.removal_error, layer.refit_error, layer.stream_error)
+            table.add_row(str(layer.layer), *(f"{100 * error:.2f}%" for error in errors), bar)
+        console.print(table)
+    table = Table(title=f"Held-out text of {card.dataset} ({card.split})")
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    table.add_row("perplexity", _number(card.perplexity_before), _number(card.perplexity_after))
+    table.add_row("KL divergence", "", f"{card.kl:.3f} nats")
+    console.print(table)
+    console.print(f"Calibrated on {card.tokens:,} tokens of {card.origin}.", highlight=False)
 
 
 def print_eval(report: EvalReport) -> None:

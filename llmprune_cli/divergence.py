@@ -1,0 +1,80 @@
+"""How far a pruned model's predictions are from the dense one's, each run one layer at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmprune_cli.architecture import Architecture
+from llmprune_cli.checkpoint import Checkpoint
+from llmprune_cli.evaluation import LOGIT_ELEMENTS
+from llmprune_cli.layerwise import Ends, final_states, load_ends
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Figures over windows of held-out text."""
+
+    tokens: int  # that were predicted
+    perplexity_before: float
+    perplexity_after: float
+    kl: float  # mean over tokens of KL(dense ‖ pruned), nats
+
+
+def measure_divergence(
+    dense: tuple[Checkpoint, Architecture],
+    pruned: tuple[Checkpoint, Architecture],
+    windows: torch.Tensor,
+    device: str,
+    progress: Callable[[int], None],
+) -> Divergence:
+    """Mean KL(dense ‖ pruned) = E[Σ_v p(v) log(p(v)/q(v))] of the next token, and both perplexities, in float32.
+
+    Args:
+        windows: token ids, [N, T].
+        progress: told after each layer of each model.
+    """
+    (before, items), (after, pruned_items) = (
+        final_states(checkpoint, architecture, windows, device, progress)
+        for checkpoint, architecture in (dense, pruned)
+    )
+    ends = load_ends(*dense, device, exact=True)
+    same = dense[1].widths.hidden_size == pruned[1].widths.hidden_size  # then no tensor outside the layers changed
+    other = ends if same else load_ends(*pruned, device, exact=True)
+    return compare(Side(ends, before, items), Side(other, after, pruned_items), windows)
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one model makes of some windows."""
+
+    ends: Ends
+    states: torch.Tensor  # behind the last layer, float32 [N, T, D]
+    items: int  # see `Layer.returned_items`
+
+
+def compare(dense: Side, pruned: Side, windows: torch.Tensor) -> Divergence:
+    """The figures from the hidden states behind the last layer; windows are token ids, [N, T]."""
+    import torch
+    from torch.nn import functional
+
+    chunk = max(1, LOGIT_ELEMENTS // dense.ends.model.config.get_text_config().vocab_size)
+    losses, kl, tokens = torch.zeros(2, dtype=torch.float64), 0.0, 0
+    for number, window in enumerate(windows):
+        for first in range(0, len(window) - 1, chunk):
+            wanted = window[1:][first : first + chunk].to(dense.ends.device)
+            logs = []
+            for side in (dense, pruned):
+                states = side.states[number : number + 1, :-1][:, first : first + chunk]
+                logs.append(functional.log_softmax(side.ends.logits(states, side.items)[0], -1))
+            for index, log in enumerate(logs):
+                losses[index] += float(functional.nll_loss(log, wanted, reduction="sum"))
+            kl += float(functional.kl_div(logs[1], logs[0], reduction="sum", log_target=True))
+            tokens += len(wanted)
+    before, after = (math.exp(min(loss / tokens, 700)) for loss in losses.tolist())
+    return Divergence(tokens, before, after, kl / tokens)

@@ -1,0 +1,313 @@
+"""Run a model over cached hidden states, with one decoder layer in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from llmprune_cli.architecture import Architecture, build_skeleton, on_disk, reconfigure
+from llmprune_cli.checkpoint import Checkpoint
+from llmprune_cli.errors import UnsupportedError
+from llmprune_cli.layers import layer_changes
+from llmprune_cli.names import split_name
+from llmprune_cli.naming import Rules
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from llmprune_cli.products import Watcher
+
+BATCH_TOKENS = 4096  # that run through a layer together
+VOCABULARY = 8  # of a one-layer model, whose embedding is never used
+
+
+class Enough(Exception):  # noqa: N818 - not an error
+    """Raised by a watcher that has seen what it wanted: the rest of the layer need not run."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer, inside a model that has no other."""
+
+    model: PreTrainedModel
+    block: nn.Module
+    prefix: str  # of the names of its parameters in `model`
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return next(self.block.parameters()).device
+
+    def has(self, template: str) -> bool:
+        """Whether this kind of layer has the parameter with a template's name."""
+        name = template.replace("{}", "0", 1).removeprefix(self.prefix)
+        return any(name == own for own, _ in self.block.named_parameters())
+
+    def run(
+        self,
+        hidden: torch.Tensor,
+        watcher: Watcher | None = None,
+        collected: Callable[[torch.Tensor], None] | None = None,
+    ) -> torch.Tensor | None:
+        """Hidden states [B, T, D] through the layer; None where the watcher had enough.
+
+        Masks and position embeddings are those that the model itself hands to the layer.
+
+        Args:
+            watcher, collected: see `Products`; parameters have their names in `model`.
+        """
+        import torch
+
+        from llmprune_cli.products import Products
+
+        seen: list[Any] = []
+        names = [(f"{self.prefix}{name}", parameter) for name, parameter in self.block.named_parameters()]
+        products = Products(names, watcher, collected) if watcher is not None else nullcontext()
+        with _replacing_input(self.block, hidden.to(self.device)), _catching_output(self.block, seen), products:
+            ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
+            with suppress(Enough):
+                self.model(input_ids=ids, use_cache=False)
+        if not seen:
+            return None
+        output: torch.Tensor = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+        return output.to(hidden.device)
+
+    def advance(
+        self,
+        stream: torch.Tensor,
+        watcher_of: Callable[[int, torch.Tensor], Watcher] | None = None,
+        collected: Callable[[torch.Tensor], None] | None = None,
+    ) -> None:
+        """Replace the hidden states [N, T, D] of all windows by what the layer makes of them, batch by batch.
+
+        Args:
+            watcher_of: from the number of a batch's first window and its hidden states to a watcher.
+        """
+        for first, batch in batches(stream):
+            output = self.run(batch, watcher_of(first, batch) if watcher_of else None, collected)
+            if output is None:
+                raise AssertionError("a watcher had enough of a layer that has to run to its end")
+            batch.copy_(output)
+
+    def observe(self, stream: torch.Tensor, watcher_of: Callable[[int, torch.Tensor], Watcher]) -> None:
+        """Run the layer on all windows for the watcher's sake only."""
+        for first, batch in batches(stream):
+            self.run(batch, watcher_of(first, batch))
+
+    def returned_items(self, hidden: torch.Tensor) -> int:
+        """How many items this family's layers return, hidden states first; 0 where these come alone."""
+        import torch
+
+        seen: list[Any] = []
+        token = hidden[:1, :1].to(self.device)
+        with _replacing_input(self.block, token), _catching_output(self.block, seen), suppress(Enough):
+            self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
+        return len(seen[0]) if isinstance(seen[0], tuple) else 0
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """Its tensors as on disk, numbered 0."""
+        return on_disk(self.model, {name: parameter.detach() for name, parameter in self.model.named_parameters()})
+
+
+def batches(stream: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Hidden states [N, T, D] cut into batches of about `BATCH_TOKENS` tokens, each with its first window's number."""
+    size = max(1, BATCH_TOKENS // stream.shape[1])
+    for first in range(0, len(stream), size):
+        yield first, stream[first : first + size]
+
+
+@contextmanager
+def _replacing_input(block: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
+    def replace_first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    handle = block.register_forward_pre_hook(replace_first, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _catching_output(block: nn.Module, seen: list[Any]) -> Iterator[None]:
+    def catch(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen.append(output)
+        raise Enough
+
+    handle = block.register_forward_hook(catch)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def load_layer(checkpoint: Checkpoint, architecture: Architecture, layer: int, device: str) -> Layer:
+    """One decoder layer in float32.
+
+    Raises:
+        UnsupportedError: no model of this layer alone can be built.
+    """
+    import torch
+
+    config = architecture.config
+    entries = tuple(entry for entry in checkpoint.entries if split_name(entry.name)[1][:1] == (layer,))
+    state = {}
+    for entry, tensor in replace(checkpoint, entries=entries).tensors():
+        template, numbers = split_name(entry.name)
+        state[template.format(0, *numbers[1:])] = tensor
+    try:
+        own = _without_tokens(reconfigure(config, layer_changes(config, (layer,))))
+        loaded: Any = type(build_skeleton(own)).from_pretrained(
+            None,
+            config=own,
+            state_dict=state,
+            dtype=torch.float32,
+            experts_implementation="eager",
+            output_loading_info=True,
+        )
+    except (ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
+        raise UnsupportedError(f"Layer {layer} of {config.model_type} cannot be run on its own ({error}).") from error
+    model, info = loaded
+    prefix = _layer_prefix(model)
+    wrong = [str(name) for name in (*info["missing_keys"], *info["mismatched_keys"]) if str(name).startswith(prefix)]
+    if wrong:
+        raise UnsupportedError(f"Layer {layer} of {config.model_type} cannot be run on its own: it lacks {wrong[0]}.")
+    block = model.get_submodule(prefix[:-1])
+    _number_as(block, build_skeleton(config).get_submodule(f"{prefix[:-2]}{layer}"))
+    return Layer(model.eval().to(device), block, prefix)
+
+
+def _number_as(block: nn.Module, original: nn.Module) -> None:
+    """Give a layer that stands alone the plain numbers of its original: its own, and scales that depend on it."""
+    modules = dict(block.named_modules())
+    for name, module in original.named_modules():
+        own = modules[name]
+        for attribute, value in vars(module).items():
+            if isinstance(value, int | float) and attribute != "training" and attribute in vars(own):
+                setattr(own, attribute, value)
+
+
+def _without_tokens(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration with next to no vocabulary."""
+    known = {"bos_token_id": 1, "eos_token_id": 2}
+    tokens = {name: known.get(name) for name in config.to_dict() if name.endswith("_token_id")}
+    return reconfigure(config, {**tokens, "vocab_size": VOCABULARY})
+
+
+def _layer_prefix(model: PreTrainedModel) -> str:
+    """What the names of the parameters of layer 0 start with."""
+    numbered = (split_name(name)[0] for name, _ in model.named_parameters() if split_name(name)[1])
+    return next(numbered).split("{}")[0] + "0."
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What comes before and after the decoder layers: embeddings, final norm, output projection."""
+
+    model: PreTrainedModel  # with one layer, whose weights are on `meta`
+    block: nn.Module
+    device: str
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Token ids [B, T] to the hidden states [B, T, D] that the first layer gets, float32."""
+        caught: list[torch.Tensor] = []
+
+        def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught.append(args[0] if args else kwargs["hidden_states"])
+            raise Enough
+
+        handle = self.block.register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            with suppress(Enough):
+                self.model(input_ids=tokens.to(self.device), use_cache=False)
+        finally:
+            handle.remove()
+        return caught[0].float().cpu()
+
+    def logits(self, hidden: torch.Tensor, items: int) -> torch.Tensor:
+        """Hidden states [B, T, D] that the last layer gives to logits [B, T, V], float32.
+
+        Args:
+            items: see `Layer.returned_items`.
+        """
+        import torch
+
+        forward = self.block.forward
+        given = hidden.to(self.device, self.model.get_output_embeddings().weight.dtype)
+        self.block.forward = lambda *args, **kwargs: (given, *[None] * (items - 1)) if items else given
+        try:
+            ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
+            logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
+        finally:
+            self.block.forward = forward
+        return logits.float()
+
+
+def load_ends(checkpoint: Checkpoint, architecture: Architecture, device: str, exact: bool = False) -> Ends:
+    """Embeddings, final norm and output projection, without any layer.
+
+    Args:
+        exact: norm and output projection in float32, to compute logits; an embedding of its own stays as it is stored.
+
+    Raises:
+        UnsupportedError: a part that the checkpoint does not have under the name that transformers gives it.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    config = architecture.config
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(reconfigure(config, layer_changes(config, (0,))))
+    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise UnsupportedError(f"{config.model_type} cannot be run layer by layer ({error}).") from error
+    prefix, rules = _layer_prefix(model), Rules(model)
+    embedding = model.get_input_embeddings()
+    is_tied = bool(getattr(model, "all_tied_weights_keys", None))
+    entries = tuple(entry for entry in checkpoint.entries if not split_name(entry.name)[1])
+    state = {}
+    for entry, tensor in replace(checkpoint, entries=entries).tensors():
+        name = rules.locate(entry.name)[0]
+        is_embedding = model.get_submodule(name.rpartition(".")[0]) is embedding
+        dtype = torch.float32 if exact and (is_tied or not is_embedding) else tensor.dtype
+        state[name] = tensor.to(device, dtype)
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    rest = [n for n, p in model.named_parameters() if p.device.type == "meta" and not n.startswith(prefix)]
+    if rest:
+        raise UnsupportedError(f"{config.model_type}: {rest[0]} is not in the checkpoint under this name.")
+    for name, buffer in model.named_buffers():
+        if not name.startswith(prefix):
+            parent, _, own = name.rpartition(".")
+            model.get_submodule(parent).register_buffer(own, buffer.to(device), persistent=False)
+    return Ends(model.eval(), model.get_submodule(prefix[:-1]), device)
+
+
+def embed(checkpoint: Checkpoint, architecture: Architecture, windows: torch.Tensor, device: str) -> torch.Tensor:
+    """Token ids [N, T] to the hidden states before the first layer, float32 [N, T, D]."""
+    import torch
+
+    ends = load_ends(checkpoint, architecture, device)
+    return torch.cat([ends.embed(window[None]) for window in windows])
+
+
+def final_states(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    windows: torch.Tensor,
+    device: str,
+    progress: Callable[[int], None],
+) -> tuple[torch.Tensor, int]:
+    """Token ids [N, T] to the hidden states behind the last layer, float32 [N, T, D], and what layers return."""
+    stream, items = embed(checkpoint, architecture, windows, device), 0
+    for number in range(architecture.widths.num_hidden_layers):
+        layer = load_layer(checkpoint, architecture, number, device)
+        layer.advance(stream)
+        items = layer.returned_items(stream)
+        progress(1)
+    return stream, items

@@ -1,0 +1,246 @@
+"""Calibrated pruning: layers run one at a time, importance from activations, refits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import families
+from conftest import run_cli, save_tiny
+from llmprune_cli.activations import measure_activity
+from llmprune_cli.architecture import NEURONS
+from llmprune_cli.calibration import CalibrationOptions, prepare_calibration
+from llmprune_cli.layerwise import embed, final_states, load_ends, load_layer
+from llmprune_cli.loading import ModelReference, load_model, load_tokenizer, open_checkpoint
+from llmprune_cli.pipeline import Subject, understand
+from llmprune_cli.reconstruction import Moments, find_sites, solve_reader
+from llmprune_cli.scoring import HEADS
+
+CALIBRATED = ("--calibration-tokens", "600", "--calibration-seq-len", "40")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A tiny checkpoint of a family, and the stock model of it."""
+
+    subject: Subject
+    model: Any
+    tokens: torch.Tensor
+
+
+@pytest.fixture
+def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opened]:
+    family = request.param
+    settings = {**families.SIZES, **families.FAMILIES[family]}
+    folder = save_tiny(tmp_path / "model", families.model_type(family), **settings)
+    with open_checkpoint(ModelReference(str(folder)), need_weights=True) as checkpoint:
+        subject = understand(checkpoint)
+        tokens = torch.randint(3, 90, (4, 24), generator=torch.Generator().manual_seed(1))
+        yield Opened(subject, load_model(checkpoint, "cpu", "float32"), tokens)
+
+
+every_family = pytest.mark.parametrize("opened", families.FAMILIES, indirect=True)
+
+
+@every_family
+def test_layers_run_one_at_a_time_as_the_stock_model_runs_them(opened: Opened) -> None:
+    subject = opened.subject
+    with torch.inference_mode():
+        states, items = final_states(subject.checkpoint, subject.architecture, opened.tokens, "cpu", lambda n: None)
+        logits = load_ends(subject.checkpoint, subject.architecture, "cpu").logits(states, items)
+        expected = opened.model(opened.tokens, use_cache=False).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+def test_a_layer_alone_keeps_the_scale_of_its_number(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", "gpt2", num_hidden_layers=3, scale_attn_by_inverse_layer_idx=True)
+    tokens = torch.randint(3, 90, (2, 24), generator=torch.Generator().manual_seed(1))
+    with open_checkpoint(ModelReference(str(folder)), need_weights=True) as checkpoint:
+        subject, model = understand(checkpoint), load_model(checkpoint, "cpu", "float32")
+        with torch.inference_mode():
+            states, _ = final_states(checkpoint, subject.architecture, tokens, "cpu", lambda n: None)
+            expected = model(tokens, use_cache=False).logits
+            logits = load_ends(checkpoint, subject.architecture, "cpu").logits(states, 0)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+@every_family
+def test_calibrated_pruning_repairs_every_family(opened: Opened, text_file: Path, tmp_path: Path) -> None:
+    assert_repaired(opened.subject, "residual", text_file, tmp_path / "out")
+
+
+@pytest.mark.parametrize("opened", ["llama", "gpt_neox", "gemma2", "mixtral"], indirect=True)
+def test_the_local_refit_repairs_too(opened: Opened, text_file: Path, tmp_path: Path) -> None:
+    assert_repaired(opened.subject, "local", text_file, tmp_path / "out")
+
+
+def assert_repaired(subject: Subject, refit: str, text: Path, out: Path) -> None:
+    """Prune whatever the family has, with a refit that is nowhere worse than none, into a checkpoint that loads."""
+    widths, refused = subject.widths, subject.trace.refused
+    neurons = [width for width in NEURONS if getattr(widths, width)]
+    options = ["--round-to", "8"]
+    options += ["--intermediate-pruning-ratio", "0.4"] if not refused.keys() & {*neurons} else ["--layers", "3"]
+    options += ["--kv-group-pruning-ratio", "0.5"] if widths.num_key_value_heads > 1 and HEADS not in refused else []
+    options += ["--experts", "4"] if widths.num_experts and "num_experts" not in refused else []
+    run = run_cli(
+        *("prune", subject.checkpoint.folder, *options, "--output", out, "--json"),
+        *("--importance", "activation", "--refit", refit, "--calibration", text, *CALIBRATED),
+    )
+    assert run.code == 0, run.stderr
+    card = json.loads(run.stdout)["calibration"]
+    assert card["layers"] and all(row["refit_error"] <= row["removal_error"] + 1e-9 for row in card["layers"])
+    assert card["kl"] >= 0
+    manifest = json.loads((out / "llmprune.json").read_text())
+    assert manifest["calibration"] == card and manifest["options"]["refit"] == refit
+    with open_checkpoint(ModelReference(str(out)), need_weights=True) as pruned:
+        load_model(pruned, "cpu", "float32")
+
+
+@pytest.mark.parametrize("opened", ["llama", "gpt2"], indirect=True)
+def test_activity_is_what_its_formulas_say(opened: Opened) -> None:
+    subject, model = opened.subject, opened.model
+    seen: dict[str, torch.Tensor] = {}
+    base = "model.layers.1.mlp.down_proj" if "llama" in type(model).__name__.lower() else "transformer.h.1.mlp.c_proj"
+    model.get_submodule(base).register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
+    with torch.inference_mode():
+        hidden = model(opened.tokens, use_cache=False, output_hidden_states=True).hidden_states
+        start = embed(subject.checkpoint, subject.architecture, opened.tokens, "cpu")
+        activity = measure_activity(
+            subject.checkpoint, subject.architecture, subject.trace, start, "activation", "cpu", lambda n: None
+        )
+        weight = model.get_submodule(base).weight.double()
+        matrix = weight if "llama" in base or "model." in base else weight.T
+        expected = matrix.square().sum(0) * seen["x"].double().square().flatten(0, 1).mean(0)
+        torch.testing.assert_close(activity.scores["intermediate_size"]["1"], expected, rtol=1e-5, atol=0)
+        cosine = torch.nn.functional.cosine_similarity(hidden[1], hidden[2], dim=-1).double().mean()
+        assert activity.influence[1] == pytest.approx(1 - float(cosine), abs=1e-6)
+
+
+def test_the_refit_is_the_least_squares_solution() -> None:
+    import numpy as np
+
+    generator = torch.Generator().manual_seed(3)
+    inputs, outputs = torch.randn(200, 12, generator=generator), torch.randn(200, 5, generator=generator)
+    matrix, kept, damping = torch.randn(5, 12, generator=generator), torch.tensor([0, 2, 3, 7, 11]), 0.2
+    moments = Moments.zero(5, 12)
+    for first in range(0, 200, 64):
+        moments.add(inputs[first : first + 64], outputs[first : first + 64])
+    solved = solve_reader(moments, matrix, kept, damping)
+    x, old = inputs[:, kept].double(), matrix[:, kept].double()
+    strength = damping * x.square().sum(0).mean()
+    rows = torch.cat([x, strength.sqrt() * torch.eye(5, dtype=torch.float64)])
+    goals = torch.cat([outputs.double(), strength.sqrt() * old.T])
+    expected = np.linalg.lstsq(rows.numpy(), goals.numpy(), rcond=None)[0].T
+    np.testing.assert_allclose(solved[:, kept].numpy(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(solved[:, [1, 4, 5, 6, 8, 9, 10]], torch.zeros(5, 7))
+    assert moments.error(solved) < moments.error(torch.zeros_like(matrix).index_copy(1, kept, matrix[:, kept]))
+
+
+def test_an_input_that_is_always_zero_keeps_its_weight() -> None:
+    inputs = torch.randn(50, 4)
+    inputs[:, 1] = 0
+    matrix = torch.randn(3, 4)
+    moments = Moments.zero(3, 4)
+    moments.add(inputs, torch.randn(50, 3))
+    solved = solve_reader(moments, matrix, torch.tensor([0, 1, 2]), 0.1)
+    torch.testing.assert_close(solved[:, 1], matrix[:, 1])
+    dead = Moments.zero(3, 4)
+    assert torch.equal(solve_reader(dead, matrix, torch.arange(4), 0.1), matrix)
+
+
+@pytest.mark.parametrize(
+    ("opened", "scales"),
+    [("llama", [1, 1]), ("granite", [0.5, 0.5]), ("gpt_neox", [1, 1]), ("gemma2", [None, None])],
+    indirect=["opened"],
+)
+def test_it_is_known_how_readers_enter_the_residual_stream(opened: Opened, scales: list[float | None]) -> None:
+    subject = opened.subject
+    with torch.inference_mode():
+        layer = load_layer(subject.checkpoint, subject.architecture, 0, "cpu")
+        found = find_sites(layer, subject.trace, subject.widths.hidden_size)
+    assert [site.scale and round(site.scale, 4) for site in found] == scales
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "gemma2"])
+@pytest.mark.parametrize("share", ["85%", "60%"])
+def test_a_target_is_reached_and_never_exceeded(family: str, share: str, tmp_path: Path, text_file: Path) -> None:
+    settings = {**families.SIZES, **families.FAMILIES[family]}
+    source = save_tiny(tmp_path / "model", families.model_type(family), **settings)
+    run = run_cli(
+        *("prune", source, "--target-params", share, "--output", tmp_path / "out", "--json"),
+        *("--calibration", text_file, *CALIBRATED),
+    )
+    assert run.code == 0, run.stderr
+    result = json.loads(run.stdout)
+    limit = float(share[:-1]) / 100 * result["before"]["parameters"]
+    assert 0.5 * limit < result["after"]["parameters"] <= limit
+    assert result["importance"] == "range" and result["refit"] == "residual"
+    divergences = [candidate["kl"] for candidate in result["candidates"]]
+    assert divergences == sorted(divergences) and all(c["parameters"] <= limit for c in result["candidates"])
+    assert result["candidates"][0]["widths"] == result["after"]["widths"]
+    with open_checkpoint(ModelReference(str(tmp_path / "out")), need_weights=True) as pruned:
+        load_model(pruned, "cpu", "float32")
+
+
+def test_a_dry_run_shows_the_candidates(tiny_llama: Path, text_file: Path) -> None:
+    options = ("--target-size", "100KB", "--dry-run", "--calibration", text_file, *CALIBRATED)
+    run = run_cli("prune", tiny_llama, *options)
+    assert run.code == 0 and "Candidates, best first" in run.stdout and "Dry run" in run.stdout
+    assert json.loads(run_cli("prune", tiny_llama, *options, "--json").stdout)["after"]["size_bytes"] <= 100_000
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "word"),
+    [
+        (["--target-params", "many"], 2, "6B"),
+        (["--target-params", "150%"], 2, "whole model"),
+        (["--target-params", "0"], 2, "number"),
+        (["--target-params", "80%", "--target-size", "1GB"], 2, "one of them"),
+        (["--target-params", "80%", "--pruning-ratio", "0.5"], 2, "width options"),
+        (["--target-params", "2%"], 5, "least"),
+        (["--pruning-ratio", "0.5", "--refit", "local", "--calibration", "absent.txt"], 3, "absent.txt"),
+        (["--pruning-ratio", "0.5", "--refit", "local", "--calibration", "short.txt"], 3, "short.txt"),
+    ],
+)
+def test_calibration_mistakes_are_refused(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], code: int, word: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("too short")
+    run = run_cli("prune", tiny_llama, *options, "--output", "out", "--calibration-seq-len", "40")
+    assert run.code == code and word in run.stderr and "Traceback" not in run.stderr, run.stderr
+    assert not Path("out").exists()
+
+
+def test_layers_go_by_block_influence(tiny_llama: Path, tmp_path: Path, text_file: Path) -> None:
+    source = save_tiny(tmp_path / "model", num_hidden_layers=5)
+    plan = tmp_path / "plan.json"
+    options = ("--importance", "activation", "--calibration", text_file, *CALIBRATED)
+    run = run_cli("prune", source, "--layers", "3", "--save-plan", plan, "--output", tmp_path / "out", *options)
+    assert run.code == 0, run.stderr
+    with open_checkpoint(ModelReference(str(source)), need_weights=True) as checkpoint:
+        subject = understand(checkpoint)
+        text = prepare_calibration(
+            CalibrationOptions(str(text_file), tokens=600, seq_len=40), load_tokenizer(checkpoint), 64, 0, print
+        )
+        with torch.inference_mode():
+            start = embed(checkpoint, subject.architecture, text.fitted, "cpu")
+            activity = measure_activity(
+                checkpoint, subject.architecture, subject.trace, start, "activation", "cpu", lambda n: None
+            )
+    least = sorted(range(5), key=activity.influence.__getitem__)[:2]
+    assert json.loads(plan.read_text())["layers"] == [layer for layer in range(5) if layer not in least]
+
+
+def test_the_same_seed_gives_the_same_bytes(tiny_llama: Path, tmp_path: Path, text_file: Path) -> None:
+    options = ("--intermediate-size", "24", "--importance", "range", "--refit", "residual", "--calibration", text_file)
+    for name in ("a", "b"):
+        assert run_cli("prune", tiny_llama, *options, *CALIBRATED, "--output", tmp_path / name).code == 0
+    first, second = (sorted((tmp_path / name).glob("*.safetensors")) for name in ("a", "b"))
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
