@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -65,9 +66,7 @@ def measure_size(checkpoint: Checkpoint, architecture: Architecture, trace: Trac
     shapes = {entry.name: entry.shape for entry in checkpoint.entries}
     parameters = size = 0
     for name, shape in predicted_tensors(shapes, trace, architecture.widths, target).items():
-        count = 1
-        for length in shape:
-            count *= length
+        count = math.prod(shape)
         parameters += count
         size += count * dtypes[split_name(name)[0]]
     return parameters, size
@@ -79,15 +78,13 @@ def find_candidates(
     trace: Trace,
     budget: Budget,
     influence: tuple[float, ...],
-    protected: frozenset[int] = frozenset(),
 ) -> list[Candidate]:
     """For several numbers of layers and of KV groups, the widest MLP that fits the budget.
 
-    The layers that turn the residual stream least go first. The hidden size stays: what it costs is never the least.
+    The layers that turn the residual stream least go first. The hidden size stays.
 
     Args:
         influence: of each layer, see `measure_activity`.
-        protected: layers that must stay.
 
     Raises:
         PlanError: nothing fits.
@@ -96,7 +93,7 @@ def find_candidates(
     whole = Target(before, tuple(range(before.num_hidden_layers)), ())
     limit = budget.limit(*measure_size(checkpoint, architecture, trace, whole))
     index = 1 if budget.kind == "bytes" else 0
-    order = [n for n in sorted(range(len(influence)), key=influence.__getitem__) if n not in protected]
+    order = sorted(range(len(influence)), key=influence.__getitem__)
     dropped_counts = sorted({round(share * before.num_hidden_layers) for share in DEPTHS})
     found: dict[tuple[object, ...], Candidate] = {}
 
@@ -106,7 +103,7 @@ def find_candidates(
 
     for groups in _group_counts(architecture, trace):
         for count in dropped_counts:
-            if count > len(order) or count >= before.num_hidden_layers:
+            if count >= before.num_hidden_layers:
                 continue
             base = WidthRequest(num_key_value_heads=groups, drop_layers=tuple(sorted(order[:count])) if count else None)
             try:
