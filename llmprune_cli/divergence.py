@@ -77,4 +77,4 @@ def compare(dense: Side, pruned: Side, windows: torch.Tensor) -> Divergence:
             kl += float(functional.kl_div(logs[1], logs[0], reduction="sum", log_target=True))
             tokens += len(wanted)
     before, after = (math.exp(min(loss / tokens, 700)) for loss in losses.tolist())
-    return Divergence(tokens, before, after, kl / tokens)
+    return Divergence(tokens, before, after, max(0.0, kl / tokens))  # rounding may leave less than nothing
