@@ -7,7 +7,6 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -353,8 +352,28 @@ def test_methods_that_transformers_cannot_undo_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
-def test_bitsandbytes_names_the_package_that_it_needs(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("bits", "error"), [(4, 0.15), (8, 0.01)])
+def test_bitsandbytes_weights_are_dequantized(tmp_path: Path, bits: int, error: float) -> None:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    sizes = {"hidden_size": 128, "intermediate_size": 256}
+    plain = save_tiny(tmp_path / "plain", dtype="bfloat16", **sizes)
+    quantized = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    form = tmp_path / "form"
+    AutoModelForCausalLM.from_pretrained(plain, quantization_config=quantized, device_map="cpu").save_pretrained(form)
+    out = prune(form, tmp_path / "out", "--num-attention-heads", "4", "--dtype", "float32")
+    expected, actual = written_tensors(plain), written_tensors(out)
+    for name in ("model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.k_proj.weight"):
+        close = (actual[name] - expected[name].float()).norm() / expected[name].float().norm()
+        assert actual[name].dtype == torch.float32 and 0 < close < error
+    assert torch.equal(actual["lm_head.weight"], expected["lm_head.weight"].float())
+    load_stock(out)
+
+
+def test_bitsandbytes_names_the_package_that_it_needs(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda: False)
     form = rewrite(tiny_llama, tmp_path / "form", lambda tensors: tensors)
     edit_config(form, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     assert run_cli("inspect", form).code == 0
