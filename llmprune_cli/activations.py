@@ -63,7 +63,7 @@ def measure_activity(
     influence = []
     for number in range(architecture.widths.num_hidden_layers):
         layer = load_layer(checkpoint, architecture, number, device)
-        inputs = _Inputs(layer)
+        inputs = _Inputs()
         before = stream.clone()
         layer.advance(stream, inputs.watcher, inputs.collected)
         cosine = torch.nn.functional.cosine_similarity(before.flatten(0, 1), stream.flatten(0, 1), dim=-1)
@@ -124,10 +124,9 @@ def unit_ranges(
 class _Inputs:
     """Sums of squares of what a layer's weights are multiplied with, and norms of what its experts hand in."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self) -> None:
         self.squares: dict[tuple[str, int, int | None], torch.Tensor] = {}
         self.expert_norms: dict[int, list[torch.Tensor]] = defaultdict(list)
-        self._layer = layer
         self._expert: int | None = None
 
     def watcher(self, first: int, batch: torch.Tensor) -> Watcher:
@@ -188,8 +187,9 @@ def _add_units(
 
 def reader_instance(trace: Trace, reader: Reader, number: int, expert: int | None) -> str:
     """Which choice of units a reader follows, see `instance_of`; experts stacked on disk share one."""
-    if reader.width == HEADS or expert is None:
-        return str(number) + (f"#{reader.component}" if reader.component else "")
+    if reader.width == HEADS:
+        return str(number)
     same = (b for b in trace.readers if b.width == reader.width and b.component == reader.component)
     binding = next(same)
-    return instance_of(binding, (number, expert)[: binding.template.count("{}")])
+    numbers = (number,) if expert is None else (number, expert)
+    return instance_of(binding, numbers[: binding.template.count("{}")])

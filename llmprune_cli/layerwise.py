@@ -304,10 +304,9 @@ def final_states(
     progress: Callable[[int], None],
 ) -> tuple[torch.Tensor, int]:
     """Token ids [N, T] to the hidden states behind the last layer, float32 [N, T, D], and what layers return."""
-    stream, items = embed(checkpoint, architecture, windows, device), 0
+    stream = embed(checkpoint, architecture, windows, device)
     for number in range(architecture.widths.num_hidden_layers):
         layer = load_layer(checkpoint, architecture, number, device)
         layer.advance(stream)
-        items = layer.returned_items(stream)
         progress(1)
-    return stream, items
+    return stream, layer.returned_items(stream)

@@ -257,10 +257,9 @@ def prune(
         if output is not None and plan is not None and not options.dry_run:
             manifest = _manifest(reference, checkpoint, plan, options, before, after)
             with staged_folder(output, options.overwrite, _source_folder(reference, checkpoint)) as staging:
-                beside = tempfile.TemporaryDirectory(dir=staging.parent, prefix=f".{output.name}.llmprune-")
-                work = Path(stack.enter_context(beside))
-                repaired, repairs = _repair(subject, plan, options, calibration, work, listener)
-                write_pruned(repaired, plan, staging, manifest, options.max_shard_bytes, listener)
+                with tempfile.TemporaryDirectory(dir=staging.parent, prefix=f".{output.name}.llmprune-") as work:
+                    repaired, repairs = _repair(subject, plan, options, calibration, Path(work), listener)
+                    write_pruned(repaired, plan, staging, manifest, options.max_shard_bytes, listener)
                 if calibration is not None:
                     card = _report_card(subject, staging, options, calibration, repairs, listener)
                     write_json(staging / MANIFEST_NAME, {**manifest, "calibration": asdict(card)})
@@ -359,6 +358,7 @@ def _report_card(
         split=options.calibration.split,
         tokens=calibration.fitted.numel(),
         seq_len=calibration.fitted.shape[1],
+        seed=options.seed,
         held_out_tokens=divergence.tokens,
         perplexity_before=divergence.perplexity_before,
         perplexity_after=divergence.perplexity_after,
@@ -542,6 +542,7 @@ def _manifest(
         "versions": {"llmprune": __version__, **{name: version(name) for name in packages}},
         "options": {
             **asdict(options.request),
+            "target": asdict(options.budget) if options.budget else None,
             "importance": plan.importance,
             "refit": options.refit,
             "seed": plan.seed,

@@ -223,8 +223,7 @@ class _LayerRefit:
         raise AssertionError(f"{site.name} is not on disk")
 
     def _moments_towards(self, goal: torch.Tensor, site: Site, earlier: Sequence[Site]) -> Moments:
-        """Moments of a reader that has to make what is missing in the pruned stream from a goal, [N, T, D]."""
-
+        """Moments of a reader that has to make what is missing in the pruned stream from a goal, [fitted, T, D]."""
         size = self._matrix(site, None).shape[1]
         moments = Moments.zero(goal.shape[-1], size, self.layer.device)
         scales = {other.name: other.scale for other in earlier if other.scale is not None}

@@ -91,6 +91,7 @@ class CalibrationResult:
     split: str
     tokens: int  # that were fitted
     seq_len: int
+    seed: int  # by which windows were drawn
     held_out_tokens: int
     perplexity_before: float
     perplexity_after: float
