@@ -23,6 +23,7 @@ from llmprune_cli.pipeline import Listener, PruneOptions, Subject, make_plan, un
 from llmprune_cli.plan import Plan, WidthRequest, resolve
 from llmprune_cli.reconstruction import Moments, Streams, find_sites, refit, solve_reader
 from llmprune_cli.scoring import HEADS
+from test_checkpoint_forms import rewrite
 
 CALIBRATED = ("--calibration-tokens", "600", "--calibration-seq-len", "40")
 
@@ -41,11 +42,21 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opened]:
     family = request.param
     # weights so large that every unit matters
     settings = {**families.SIZES, **families.FAMILIES[family], "initializer_range": 0.15}
-    folder = save_tiny(tmp_path / "model", families.model_type(family), **settings)
+    saved = save_tiny(tmp_path / "saved", families.model_type(family), **settings)
+    folder = rewrite(saved, tmp_path / "model", with_random_correction)
     with open_checkpoint(ModelReference(str(folder)), need_weights=True) as checkpoint:
         subject = understand(checkpoint)
         tokens = torch.randint(3, 90, (4, 24), generator=torch.Generator().manual_seed(1))
         yield Opened(subject, load_model(checkpoint, "cpu", "float32"), tokens)
+
+
+def with_random_correction(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The biases that a router adds behind its scores start as zeros: give them a say."""
+    generator = torch.Generator().manual_seed(5)
+    return {
+        name: torch.randn(tensor.shape, generator=generator) if name.endswith("correction_bias") else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 every_family = pytest.mark.parametrize("opened", families.FAMILIES, indirect=True)
@@ -100,6 +111,22 @@ def test_the_residual_refit_follows_the_dense_stream(opened: Opened, tmp_path: P
     """Blocks in sequence, in parallel, and scaled: what is left of the error on the fitted text is less each time."""
     none, local, residual = (refitted(opened, method, tmp_path)[3] for method in ("none", "local", "residual"))
     assert residual < 0.9 * local < local < none
+
+
+@pytest.mark.parametrize("opened", ["llama", "granite", "gpt2", "opt", "falcon", "phi", "qwen3_moe"], indirect=True)
+def test_a_refit_of_what_lost_nothing_changes_nothing(opened: Opened, tmp_path: Path) -> None:
+    subject = opened.subject
+    target = resolve(subject.architecture, subject.trace.refused, WidthRequest())
+    plan = make_plan(subject, target, PruneOptions(WidthRequest()), None, Listener(*[lambda *_: None] * 4))
+    with torch.inference_mode():
+        start = embed(subject.checkpoint, subject.architecture, opened.tokens, "cpu")
+        parts = (subject.checkpoint, subject.architecture, subject.trace, plan, Streams(start, start.clone(), 4))
+        checkpoint, reports = refit(*parts, "residual", "cpu", tmp_path, lambda n: None)
+    before = {entry.name: tensor.clone() for entry, tensor in subject.checkpoint.tensors()}
+    for entry, tensor in checkpoint.tensors():
+        torch.testing.assert_close(tensor, before[entry.name], rtol=1e-3, atol=1e-4)
+    assert any(entry.shard and Path(entry.shard).parent == tmp_path for entry in checkpoint.entries)
+    assert all(report.stream_error < 1e-6 for report in reports)
 
 
 @pytest.mark.parametrize("opened", ["llama", "gpt2", "gemma2", "mixtral", "gpt_oss", "deepseek_v3"], indirect=True)
