@@ -337,9 +337,11 @@ def _report_card(
     repairs: tuple[LayerRepair, ...],
     listener: Listener,
 ) -> CalibrationResult:
-    """What the pruned checkpoint in a folder does on text that it was not fitted to."""
+    """What the pruned checkpoint in a folder does on text that it was not fitted to, nor chosen on where there is more."""
     import torch
 
+    chosen_on = SEARCH_WINDOWS // 2 if options.budget else 0
+    windows = calibration.held_out[chosen_on:] if len(calibration.held_out) > chosen_on else calibration.held_out
     reference = ModelReference(str(folder))
     with open_checkpoint(reference, need_weights=True) as checkpoint, torch.inference_mode():
         pruned = replace(subject.architecture, config=checkpoint.config, widths=read_widths(checkpoint.config))
@@ -348,7 +350,7 @@ def _report_card(
         divergence = measure_divergence(
             (subject.checkpoint, subject.architecture),
             (checkpoint, pruned),
-            calibration.held_out,
+            windows,
             _layer_device(options),
             listener.advance,
         )
