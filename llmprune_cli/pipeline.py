@@ -337,7 +337,7 @@ def _report_card(
     repairs: tuple[LayerRepair, ...],
     listener: Listener,
 ) -> CalibrationResult:
-    """What the pruned checkpoint in a folder does on text that it was not fitted to, nor chosen on where there is more."""
+    """What a pruned checkpoint does on text that neither fitted it nor, where there is enough, chose it."""
     import torch
 
     chosen_on = SEARCH_WINDOWS // 2 if options.budget else 0
