@@ -73,6 +73,16 @@ def prepare_calibration(
     return CalibrationText(corpus, windows[drawn], windows[judged])
 
 
+def warn_of_shared_text(calibration: Corpus, evaluated: Corpus, warn: Callable[[str], None]) -> None:
+    """Warn where one text is a part of the other: perplexity then tells how well it was fitted, not how good a model is."""
+    shorter, longer = sorted((calibration.text, evaluated.text), key=len)
+    if shorter in longer:
+        warn(
+            f"The text that is evaluated ({evaluated.origin}) is the one that was calibrated on, so its perplexity "
+            "flatters the pruned model. Give another --split or --dataset, or another --calibration."
+        )
+
+
 def _load(options: CalibrationOptions, warn: Callable[[str], None]) -> Corpus:
     if options.dataset is not None:
         return load_corpus(options.dataset, options.split)

@@ -68,15 +68,23 @@ def _device(value: str) -> str:
     return value
 
 
-def _layer_numbers(text: str | None, layers: int | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    if layers is not None:
+def _dropped_layers(text: str | None, layers: int | None) -> tuple[int, ...] | None:
+    if text is not None and layers is not None:
         raise typer.BadParameter("--layers says how many stay and --drop-layers which go; give one of them.")
+    return None if text is None else _layer_numbers("--drop-layers", text)
+
+
+def _layer_numbers(option: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise typer.BadParameter(f"--drop-layers wants layer numbers such as 3,7,12, not {text!r}.") from None
+        raise typer.BadParameter(f"{option} wants layer numbers such as 3,7,-1, not {text!r}.") from None
+
+
+def _chart_file(value: Path | None) -> Path | None:
+    if value is not None and value.suffix.lower() not in (".png", ".svg"):
+        raise typer.BadParameter(f"a chart is a .png or an .svg file, not {value.name!r}.")
+    return value
 
 
 def _budget(parameters: str | None, size: str | None) -> Budget | None:
@@ -136,6 +144,13 @@ Layers = Annotated[
     ),
 ]
 DropLayers = Annotated[str | None, typer.Option(help="Layers to drop, such as 3,7,12.", rich_help_panel="Widths")]
+KeepLayers = Annotated[
+    str | None,
+    typer.Option(
+        help="Layers that stay as they are, such as 0,1,-1; beside them only whole layers can go.",
+        rich_help_panel="Widths",
+    ),
+]
 TargetParams = Annotated[
     str | None,
     typer.Option(help="Choose widths that leave at most so many, such as 6B or 80%.", rich_help_panel="Target"),
@@ -217,7 +232,7 @@ def inspect(
         shared_expert_intermediate_size,
         experts,
         layers,
-        _layer_numbers(drop_layers, layers),
+        _dropped_layers(drop_layers, layers),
         round_to,
     )
     result = pipeline.inspect(ModelReference(model, revision, trust_remote_code), request)
@@ -243,6 +258,7 @@ def prune(
     experts: Experts = None,
     layers: Layers = None,
     drop_layers: DropLayers = None,
+    keep_layers: KeepLayers = None,
     round_to: RoundTo = 1,
     target_params: TargetParams = None,
     target_size: TargetSize = None,
@@ -260,6 +276,10 @@ def prune(
     seed: Annotated[int, typer.Option(help="Of whatever is random.")] = 0,
     plan: Annotated[Path | None, typer.Option(help="Replay a saved plan instead of choosing.")] = None,
     save_plan: Annotated[Path | None, typer.Option(help="Save the plan as JSON.")] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Draw the errors of all layers into a .png or .svg file.", callback=_chart_file),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and write no model.")] = False,
     overwrite: Overwrite = False,
     max_shard_size: ShardSize = "5GB",
@@ -289,17 +309,18 @@ def prune(
         shared_expert_intermediate_size,
         experts,
         layers,
-        _layer_numbers(drop_layers, layers),
+        _dropped_layers(drop_layers, layers),
     )
     asked = any(value is not None for value in request_values)
     budget = _budget(target_params, target_size)
     if budget is not None and (asked or plan is not None):
         raise typer.BadParameter("a target chooses the widths; leave out the width options and --plan.")
     asked = asked or budget is not None
-    if plan is not None and asked:
+    if plan is not None and (asked or keep_layers is not None):
         raise typer.BadParameter("a plan already says which widths; give --plan or width options, not both.")
     if plan is None and not asked:
         raise typer.BadParameter("say what to prune: --target-params, --pruning-ratio, a width of its own, or --plan.")
+    kept = () if keep_layers is None else _layer_numbers("--keep-layers", keep_layers)
     if output_folder is None and not (dry_run or evaluate or save_plan):
         raise typer.BadParameter("give --output DIR, or --dry-run, --save-plan or --eval.")
     if dry_run and evaluate:
@@ -312,7 +333,7 @@ def prune(
     from llmprune_cli.writer import parse_size
 
     options = PruneOptions(
-        request=WidthRequest(*request_values, round_to),
+        request=WidthRequest(*request_values, round_to, kept),
         budget=budget,
         importance=(importance or (Importance.range if budget else Importance.magnitude)).value,
         refit=(refit or (Refit.residual if budget else Refit.none)).value,
@@ -320,11 +341,17 @@ def prune(
         seed=seed,
         plan=plan,
         save_plan=save_plan,
+        report=report,
         output=output_folder,
         overwrite=overwrite,
         dry_run=dry_run,
         max_shard_bytes=parse_size(max_shard_size),
     )
+    if report is not None and (dry_run or not options.needs_text or not (output_folder or evaluate)):
+        raise typer.BadParameter(
+            "--report draws what calibration measures on a pruned model: give a target, --refit or a calibrated "
+            "--importance (activation, range), and --output or --eval."
+        )
     dtype_name = dtype.value if dtype else None
     evaluation = EvalOptions(dataset, split, max_seq_len, limit, batch_size, device, dtype_name)
     reference = ModelReference(model, revision, trust_remote_code, dtype_name)

@@ -1,14 +1,13 @@
-"""How far a pruned model's predictions are from the dense one's, each run one layer at a time."""
+"""How far a pruned model's predictions are from the dense one's."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmprune_cli.evaluation import LOGIT_ELEMENTS
-from llmprune_cli.layerwise import Ends, LayeredModel
+from llmprune_cli.layerwise import Ends
 
 if TYPE_CHECKING:
     import torch
@@ -24,22 +23,6 @@ class Divergence:
     kl: float  # mean over tokens of KL(dense ‖ pruned), nats
 
 
-def measure_divergence(
-    dense: LayeredModel, pruned: LayeredModel, windows: torch.Tensor, progress: Callable[[int], None]
-) -> Divergence:
-    """Mean KL(dense ‖ pruned) = E[Σ_v p(v) log(p(v)/q(v))] of the next token, and both perplexities, in float32.
-
-    Args:
-        windows: token ids, [N, T].
-        progress: told after each layer of each model.
-    """
-    (before, items), (after, pruned_items) = (model.final_states(windows, progress) for model in (dense, pruned))
-    ends = dense.load_ends(exact=True)
-    same = dense.architecture.widths.hidden_size == pruned.architecture.widths.hidden_size
-    other = ends if same else pruned.load_ends(exact=True)  # with the same channels only layers differ
-    return compare(Side(ends, before, items), Side(other, after, pruned_items), windows)
-
-
 @dataclass(frozen=True)
 class Side:
     """What one model makes of some windows."""
@@ -48,13 +31,22 @@ class Side:
     states: torch.Tensor  # behind the last layer, float32 [N, T, D]
     items: int  # see `Layer.returned_items`
 
+    @property
+    def chunk(self) -> int:
+        """How many tokens' logits are formed at a time."""
+        return max(1, LOGIT_ELEMENTS // int(self.ends.model.config.get_text_config().vocab_size))
+
 
 def compare(dense: Side, pruned: Side, windows: torch.Tensor) -> Divergence:
-    """The figures from the hidden states behind the last layer; windows are token ids, [N, T]."""
+    """Mean KL(dense ‖ pruned) = E[Σ_v p(v) log(p(v)/q(v))] of the next token, and both perplexities, in float32.
+
+    Args:
+        windows: token ids, [N, T].
+    """
     import torch
     from torch.nn import functional
 
-    chunk = max(1, LOGIT_ELEMENTS // dense.ends.model.config.get_text_config().vocab_size)
+    chunk = dense.chunk
     losses, kl, tokens = torch.zeros(2, dtype=torch.float64), 0.0, 0
     for number, window in enumerate(windows):
         for first in range(0, len(window) - 1, chunk):

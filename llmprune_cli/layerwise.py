@@ -319,15 +319,22 @@ class LayeredModel:
         ends = self.load_ends()
         return torch.cat([ends.embed(window[None]) for window in windows])
 
-    def final_states(self, windows: torch.Tensor, progress: Callable[[int], None]) -> tuple[torch.Tensor, int]:
-        """Token ids [N, T] to the hidden states behind the last layer, float32 [N, T, D], and what layers return.
+    def walk(
+        self, windows: torch.Tensor, advance: Callable[[Layer, torch.Tensor], None] | None = None
+    ) -> Iterator[tuple[torch.Tensor, int]]:
+        """Token ids [N, T] through one layer after the other, none of which is in memory when its result is given.
 
         Args:
-            progress: told after each layer.
+            advance: what to call in the place of `Layer.advance`.
+
+        Yields:
+            The hidden states behind each layer, float32 [N, T, D], always the same tensor, and how many items layers
+            return.
         """
         stream = self.embed(windows)
         for number in range(self.layers):
             layer = self.load_layer(number)
-            layer.advance(stream)
-            progress(1)
-        return stream, layer.returned_items(stream)
+            (advance or Layer.advance)(layer, stream)
+            items = layer.returned_items(stream)
+            del layer
+            yield stream, items

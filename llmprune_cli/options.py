@@ -49,6 +49,7 @@ class PruneOptions:
     seed: int = 0
     plan: Path | None = None
     save_plan: Path | None = None
+    report: Path | None = None  # chart of the report card
     output: Path | None = None
     overwrite: bool = False
     dry_run: bool = False

@@ -25,12 +25,15 @@ if TYPE_CHECKING:
         EvalReport,
         ExportResult,
         InspectResult,
+        LayerResult,
         ModelSummary,
         PruneResult,
         TensorRow,
     )
 
 BAR_CELLS = 24  # of the longest bar
+EIGHTHS = " ▏▎▍▌▋▊▉"
+CARD_ROWS = 40  # layers of a deeper model share rows
 WIDTH_LABELS = {
     "hidden_size": "hidden size",
     "num_attention_heads": "query heads",
@@ -94,7 +97,7 @@ def print_prune(result: PruneResult) -> None:
     if result.candidates:
         _print_candidates(console, result.candidates)
     if result.calibration:
-        _print_calibration(console, result.calibration)
+        _print_calibration(console, result.calibration, result.protected_layers)
     if result.evaluation:
         print_eval(result.evaluation)
     if result.output:
@@ -117,26 +120,58 @@ def _print_candidates(console: Console, candidates: tuple[CandidateResult, ...])
     console.print(table)
 
 
-def _print_calibration(console: Console, card: CalibrationResult) -> None:
-    if card.layers:
-        table = Table(title="Repair")
-        for name in ("layer", "error of removal", "after refit", "error of the stream"):
-            table.add_column(name, justify="right")
-        table.add_column("")
-        worst = max(layer.stream_error for layer in card.layers) or 1.0
-        for layer in card.layers:
-            bar = "█" * max(1, round(BAR_CELLS * layer.stream_error / worst))
-            errors = (layer.removal_error, layer.refit_error, layer.stream_error)
-            table.add_row(str(layer.layer), *(f"{100 * error:.2f}%" for error in errors), bar)
-        console.print(table)
+def _print_calibration(console: Console, card: CalibrationResult, protected: tuple[int, ...]) -> None:
+    console.print(_layer_table(card.layers, protected))
     table = Table(title=f"Held-out text of {card.dataset} ({card.split})")
     table.add_column("")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
     table.add_row("perplexity", _number(card.perplexity_before), _number(card.perplexity_after))
     table.add_row("KL divergence", "", f"{card.kl:.3f} nats")
+    speeds = (card.prefill_tokens_per_second_before, card.prefill_tokens_per_second_after)
+    table.add_row(f"prefill tokens per second, float32, {card.device}", *(f"{speed:,.0f}" for speed in speeds))
     console.print(table)
     console.print(f"Calibrated on {card.tokens:,} tokens of {card.origin}.", highlight=False)
+    console.print("Speeds are of one layer at a time, without loading it.", highlight=False)
+
+
+def _layer_table(layers: tuple[LayerResult, ...], protected: tuple[int, ...]) -> Table:
+    """A row for each layer, or for as many consecutive ones as keep the table short, with their mean errors."""
+    each = -(-len(layers) // CARD_ROWS)
+    table = Table(title="Layers", caption=f"Each row shows the means over {each} layers." if each > 1 else None)
+    refitted = any(layer.refit_error is not None for layer in layers)
+    names = ("removal error", "refit error") if refitted else ()
+    for name in ("layer", *names, "stream error"):
+        table.add_column(name, justify="right")
+    table.add_column("", min_width=BAR_CELLS, no_wrap=True)
+    rows = [layers[first : first + each] for first in range(0, len(layers), each)]
+    streams = [_mean([layer.stream_error for layer in row]) for row in rows]
+    worst = max((error for error in streams if math.isfinite(error)), default=0.0)
+    for row, stream in zip(rows, streams, strict=True):
+        numbers = str(row[0].layer) if len(row) == 1 else f"{row[0].layer}-{row[-1].layer}"
+        cells = []
+        if refitted:
+            removal = [layer.removal_error for layer in row if layer.removal_error is not None]
+            refit = [layer.refit_error for layer in row if layer.refit_error is not None]
+            kept = "kept" if {layer.layer for layer in row} <= {*protected} else "-"
+            cells = [_percent(_mean(errors)) if errors else kept for errors in (removal, refit)]
+        table.add_row(numbers, *cells, _percent(stream), _bar(stream, worst))
+    return table
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f}%" if share < 100 else f"{100 * share:.2g}%"
+
+
+def _bar(value: float, longest: float) -> str:
+    """A bar in eighths of a cell; whatever is not finite is longer than all others."""
+    share = value / longest if math.isfinite(value) and longest else float(not math.isfinite(value))
+    eighths = round(8 * BAR_CELLS * share)
+    return "█" * (eighths // 8) + EIGHTHS[eighths % 8].strip()
 
 
 def print_eval(report: EvalReport) -> None:

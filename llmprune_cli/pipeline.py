@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from llmprune_cli.calibration import CalibrationText, prepare_calibration
+from llmprune_cli.calibration import CalibrationText, prepare_calibration, warn_of_shared_text
 from llmprune_cli.checkpoint import Checkpoint, read_index
 from llmprune_cli.dependency import hold_against_torch_pruning
 from llmprune_cli.eval_report import prepare_text, report_perplexity
@@ -21,6 +21,7 @@ from llmprune_cli.plan import Plan, WidthRequest, legal_values, resolve, save_pl
 from llmprune_cli.proof import prove
 from llmprune_cli.pruned_folder import MANIFEST_NAME, make_manifest, prune_twin, write_pruned
 from llmprune_cli.reconstruction import repair
+from llmprune_cli.repair_chart import check_chart_target, draw_chart
 from llmprune_cli.report_card import report_card
 from llmprune_cli.results import (
     SCHEMA_VERSION,
@@ -76,6 +77,8 @@ def prune(
     Whatever can be refused is refused before any weight is read.
     """
     started = time.perf_counter()
+    if options.report is not None:
+        check_chart_target(options.report, options.output)
     with ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(reference, options.needs_weights))
         source, output = _source_folder(reference, checkpoint), options.output
@@ -91,6 +94,8 @@ def prune(
         after = summarize(subject.predict(target), target.widths)
         text = prepare_text(checkpoint, reference, evaluation, listener) if evaluation else None
         calibration = _prepare_calibration(checkpoint, reference, options, listener)
+        if calibration is not None and text is not None:
+            warn_of_shared_text(calibration.corpus, text.corpus, listener.warn)
         prove(subject.architecture, subject.trace, target.widths.changed_from(subject.widths), prune_twin)
         hold_against_torch_pruning(subject.architecture, subject.trace)
         candidates: tuple[Candidate, ...] = ()
@@ -110,14 +115,16 @@ def prune(
             if evaluation is not None and text is not None:
                 pruned = ModelReference(str(output), None, reference.trust_remote_code, reference.dtype)
                 name = str(options.output) if options.output else f"{checkpoint.source} (pruned)"
-                result = replace(stack.enter_context(open_checkpoint(pruned, need_weights=True)), source=name)
-                sides = [(reference, checkpoint, text), (pruned, result, text)]
+                written = replace(stack.enter_context(open_checkpoint(pruned, need_weights=True)), source=name)
+                sides = [(reference, checkpoint, text), (pruned, written, text)]
                 report = report_perplexity(sides, evaluation, listener)
-        return PruneResult(
+        result = PruneResult(
             schema_version=SCHEMA_VERSION,
             model=checkpoint.source,
             revision=checkpoint.revision,
             output=None if options.dry_run or options.output is None else str(options.output),
+            target=str(options.budget) if options.budget else None,
+            protected_layers=target.protected,
             importance=plan.importance if plan else options.importance,
             refit=options.refit,
             seed=plan.seed if plan else options.seed,
@@ -129,6 +136,9 @@ def prune(
             calibration=card,
             evaluation=report,
         )
+    if options.report is not None and card is not None:
+        draw_chart(result, card, options.report)
+    return result
 
 
 def _prepare_calibration(
@@ -157,7 +167,7 @@ def _fill(
         write_pruned(repaired, plan, staging, manifest, options.max_shard_bytes, listener)
     if calibration is None:
         return None
-    card = report_card(subject, staging, options, calibration, repairs, listener)
+    card = report_card(subject, staging, plan, options, calibration, repairs, listener)
     write_json(staging / MANIFEST_NAME, {**manifest, "calibration": asdict(card)})
     return card
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from llmprune_cli.scoring import Scores
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,13 @@ class WidthRequest:
     num_hidden_layers: int | None = None  # the deepest go, but for the last
     drop_layers: tuple[int, ...] | None = None  # these go
     round_to: int = 1  # kept channels and neurons that come from a ratio are rounded down to a multiple of this
+    keep_layers: tuple[int, ...] = ()  # these stay as they are, whatever else happens; -1 is the last
 
     @property
     def is_empty(self) -> bool:
         """Whether no width was asked for."""
-        return all(getattr(self, field.name) is None for field in fields(self) if field.name != "round_to")
+        conditions = ("round_to", "keep_layers")
+        return all(getattr(self, field.name) is None for field in fields(self) if field.name not in conditions)
 
     @property
     def asks_for_heads(self) -> bool:
@@ -63,6 +65,7 @@ class Target:
     widths: Widths
     layers: tuple[int, ...]  # numbers of the layers that stay
     deviations: tuple[str, ...]  # where legality moved a width away from what was asked
+    protected: tuple[int, ...] = ()  # numbers of the layers among them that no one may change
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Plan:
     seed: int
     deviations: tuple[str, ...]
     layers: tuple[int, ...]  # numbers of the layers that stay
+    protected: tuple[int, ...]  # numbers of the layers among them that no one may change
     keep: Keep
 
     @property
@@ -119,9 +123,21 @@ def read_plan(path: Path) -> Plan:
             for width, chosen in document.pop("keep").items()
         }
         deviations = tuple(map(str, document.pop("deviations")))
-        layers = tuple(document.pop("layers"))
-        plan = Plan(before=before, after=after, deviations=deviations, layers=layers, keep=keep, **document)
-        numbers = [*layers, *(unit for choice in keep.values() for units in choice.values() for unit in units)]
+        layers, protected = tuple(document.pop("layers")), tuple(document.pop("protected"))
+        plan = Plan(
+            before=before,
+            after=after,
+            deviations=deviations,
+            layers=layers,
+            protected=protected,
+            keep=keep,
+            **document,
+        )
+        numbers = [
+            *layers,
+            *protected,
+            *(unit for choice in keep.values() for units in choice.values() for unit in units),
+        ]
         consistent = all(type(n) is int for n in (*numbers, *asdict(before).values(), *asdict(after).values()))
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a plan ({error!r}). Make one with --save-plan.") from error
@@ -133,6 +149,8 @@ def read_plan(path: Path) -> Plan:
         )
         if not inside:
             raise CheckpointError(f"{path}: the units kept of {width} {instance} do not match its widths.")
+    if not set(protected) <= set(layers) or (protected and set(plan.changed) - {"num_hidden_layers"}):
+        raise CheckpointError(f"{path}: layers that are protected would change.")
     return plan
 
 
@@ -174,7 +192,8 @@ def resolve(architecture: Architecture, refused: dict[str, str], request: WidthR
     neurons = {width: _neurons(architecture, width, refused, request, deviations) for width in NEURONS}
     hidden = _size(before.hidden_size, "hidden_size", request.hidden_size, request.hidden_pruning_ratio, request)
     hidden = _legal_hidden(architecture, heads, hidden, request, deviations)
-    layers = _layers(architecture, request, deviations)
+    protected = protected_layers(before, request)
+    layers = _layers(architecture, request, protected, deviations)
     widths = replace(
         before,
         hidden_size=hidden,
@@ -184,12 +203,19 @@ def resolve(architecture: Architecture, refused: dict[str, str], request: WidthR
         num_hidden_layers=len(layers),
         **neurons,
     )
+    shrinking = [width for width in widths.changed_from(before) if width != "num_hidden_layers"]
+    if protected and shrinking:
+        raise PlanError(
+            f"{', '.join(shrinking)} cannot shrink while layers {', '.join(map(str, protected))} are protected: every "
+            "layer has the same widths, so these would change too. Beside --keep-layers only layers can go (--layers, "
+            "--drop-layers or a target)."
+        )
     try:
         if read_widths(with_widths(architecture, widths, layers)) != widths:
             raise ValueError("the configuration does not keep them")
     except ValueError as error:
         raise PlanError(f"{architecture.config.model_type} refuses these widths: {error}") from error
-    return Target(widths, layers, tuple(deviations))
+    return Target(widths, layers, tuple(deviations), protected)
 
 
 def _spare_refused(
@@ -274,12 +300,26 @@ def _listed(values: range) -> str:
     return f"{values[0]}, {values[1]}, … {values[-1]}"
 
 
-def _layers(architecture: Architecture, request: WidthRequest, deviations: list[str]) -> tuple[int, ...]:
+def protected_layers(before: Widths, request: WidthRequest) -> tuple[int, ...]:
+    """The numbers of the layers that may not change, from the first."""
+    whole = before.num_hidden_layers
+    outside = [layer for layer in request.keep_layers if not -whole <= layer < whole]
+    if outside:
+        raise PlanError(
+            f"Layers {', '.join(map(str, outside))} cannot be kept: the model has layers 0 to {whole - 1}, from the "
+            f"end -1 to {-whole}. Choose --keep-layers among these."
+        )
+    return tuple(sorted({layer % whole for layer in request.keep_layers}))
+
+
+def _layers(
+    architecture: Architecture, request: WidthRequest, protected: tuple[int, ...], deviations: list[str]
+) -> tuple[int, ...]:
     """The layers that stay.
 
     Of a number of layers, the deepest go but for the last, which does other work (Gromov et al., "The Unreasonable
-    Ineffectiveness of the Deeper Layers", arXiv 2403.17887, section 4.4). Where the configuration places its kinds of
-    layers by a rhythm that this would break, the last go.
+    Ineffectiveness of the Deeper Layers", arXiv 2403.17887, section 4.4), and but for those that are protected. Where
+    the configuration places its kinds of layers by a rhythm that this would break, the last go.
     """
     whole = architecture.widths.num_hidden_layers
     if request.drop_layers is not None:
@@ -289,12 +329,24 @@ def _layers(architecture: Architecture, request: WidthRequest, deviations: list[
                 f"Layers {', '.join(map(str, request.drop_layers))} cannot be dropped: the model has layers 0 to "
                 f"{whole - 1}, and one must stay."
             )
+        if both := sorted(dropped & set(protected)):
+            raise PlanError(
+                f"Layers {', '.join(map(str, both))} are to be kept and to be dropped. Take them out of --keep-layers "
+                "or of --drop-layers."
+            )
         return tuple(layer for layer in range(whole) if layer not in dropped)
     if request.num_hidden_layers is None:
         return tuple(range(whole))
     count = _exact("num_hidden_layers", request.num_hidden_layers, whole)
-    kept = (*range(count - 1), whole - 1)
-    if not can_keep_layers(architecture.config, kept):
+    deepest_first = [layer for layer in (*reversed(range(whole - 1)), whole - 1) if layer not in protected]
+    if whole - count > len(deepest_first):
+        raise PlanError(
+            f"--layers {count} is too few: {len(protected)} layers are protected. Ask for {len(protected)} to {whole}, "
+            "or protect fewer with --keep-layers."
+        )
+    dropped = set(deepest_first[: whole - count])
+    kept = tuple(layer for layer in range(whole) if layer not in dropped)
+    if not can_keep_layers(architecture.config, kept) and set(protected) <= set(range(count)):
         family = architecture.config.model_type
         deviations.append(f"The last {whole - count} layers go, so that {family} keeps its rhythm of layers.")
         return tuple(range(count))

@@ -77,6 +77,7 @@ def make_manifest(
         },
         "widths": {"before": asdict(before.widths), "after": asdict(after.widths)},
         "layers": list(plan.layers),
+        "protected_layers": list(plan.protected),
         "parameters": {"before": before.parameters, "after": after.parameters},
         "size_bytes": {"before": before.size_bytes, "after": after.size_bytes},
         "deviations": list(plan.deviations),

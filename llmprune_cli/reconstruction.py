@@ -77,6 +77,7 @@ def refit(
     `residual`: every reader whose result enters the residual stream as it is makes what is missing there from the dense
     model's stream, so that it also makes up for the layers before it, for dropped ones too; the others as in `local`.
     What a mixer without a reader of this kind (latent attention, a state space) adds within the same layer is not seen.
+    Layers that the plan protects stay as they are.
 
     Args:
         streams: before the first layer; afterwards behind the last one.
@@ -92,8 +93,9 @@ def refit(
         layer = model.load_layer(number)
         if number in plan.layers:
             work = _LayerRefit(layer, model, trace, plan, number, streams)
-            reports.append(work.run(method))
-            if method != "none" and folder is not None:
+            own = "none" if number in plan.protected else method
+            reports.append(work.run(own))
+            if own != "none" and folder is not None:
                 replaced.update(work.store(folder))
         else:
             layer.advance(streams.dense)

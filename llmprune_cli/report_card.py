@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmprune_cli.architecture import read_widths
 from llmprune_cli.calibration import CalibrationText
-from llmprune_cli.divergence import measure_divergence
+from llmprune_cli.divergence import Divergence, Side, compare
 from llmprune_cli.layerwise import LayeredModel
 from llmprune_cli.loading import ModelReference, open_checkpoint
 from llmprune_cli.options import Listener, PruneOptions
-from llmprune_cli.reconstruction import LayerRepair
-from llmprune_cli.results import CalibrationResult
+from llmprune_cli.plan import Plan
+from llmprune_cli.reconstruction import LayerRepair, relative_distance
+from llmprune_cli.results import CalibrationResult, LayerResult
 from llmprune_cli.selection import SEARCH_WINDOWS
 from llmprune_cli.subject import Subject
+from llmprune_cli.throughput import Clock
+
+if TYPE_CHECKING:
+    import torch
 
 
 def report_card(
     subject: Subject,
     folder: Path,
+    plan: Plan,
     options: PruneOptions,
     calibration: CalibrationText,
     repairs: tuple[LayerRepair, ...],
@@ -33,11 +41,16 @@ def report_card(
     reference, device = ModelReference(str(folder)), options.layer_device
     with open_checkpoint(reference, need_weights=True) as checkpoint, torch.inference_mode():
         pruned = replace(subject.architecture, config=checkpoint.config, widths=read_widths(checkpoint.config))
-        layers = subject.widths.num_hidden_layers + pruned.widths.num_hidden_layers
-        listener.stage("Judging on held-out text", layers)
-        divergence = measure_divergence(
-            subject.layered(device), LayeredModel(checkpoint, pruned, device), windows, listener.advance
-        )
+        listener.stage("Judging on held-out text", subject.widths.num_hidden_layers)
+        models = subject.layered(device), LayeredModel(checkpoint, pruned, device)
+        found = _run_side_by_side(*models, plan, windows, listener.advance)
+    refitted = {row.layer: row for row in repairs if row.layer not in plan.protected}
+    layers = []
+    for number, stream_error in zip(plan.layers, found.stream_errors, strict=True):
+        row = refitted.get(number)
+        errors = (row.removal_error, row.refit_error) if row else (None, None)
+        layers.append(LayerResult(number, *errors, stream_error))
+    before, after = found.clocks
     return CalibrationResult(
         dataset=calibration.corpus.name,
         origin=calibration.corpus.origin,
@@ -45,9 +58,46 @@ def report_card(
         tokens=calibration.fitted.numel(),
         seq_len=calibration.fitted.shape[1],
         seed=options.seed,
-        held_out_tokens=divergence.tokens,
-        perplexity_before=divergence.perplexity_before,
-        perplexity_after=divergence.perplexity_after,
-        kl=divergence.kl,
-        layers=repairs,
+        held_out_tokens=found.divergence.tokens,
+        perplexity_before=found.divergence.perplexity_before,
+        perplexity_after=found.divergence.perplexity_after,
+        kl=found.divergence.kl,
+        layers=tuple(layers),
+        prefill_tokens_per_second_before=before.tokens_per_second,
+        prefill_tokens_per_second_after=after.tokens_per_second,
+        device=device,
     )
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """What two models make of the same windows."""
+
+    divergence: Divergence
+    stream_errors: tuple[float, ...]  # behind each layer that stays
+    clocks: tuple[Clock, Clock]  # of the dense model and of the pruned one
+
+
+def _run_side_by_side(
+    dense: LayeredModel, pruned: LayeredModel, plan: Plan, windows: torch.Tensor, progress: Callable[[int], None]
+) -> _Comparison:
+    """Run both models in turns, layer by layer, so that whatever else the machine does slows both alike.
+
+    Args:
+        windows: token ids, [N, T].
+        progress: told after each layer of the dense model.
+    """
+    channels = plan.keep.get("hidden_size", {}).get("")
+    clocks, errors = (Clock(), Clock()), []
+    ahead, behind = (model.walk(windows, clock.advance) for model, clock in zip((dense, pruned), clocks, strict=True))
+    for number, (before, items) in enumerate(ahead):
+        if number in plan.layers:
+            after, pruned_items = next(behind)
+            errors.append(relative_distance(after, before if channels is None else before[..., list(channels)]))
+        progress(1)
+    ends = dense.load_ends(exact=True)
+    other = ends if channels is None else pruned.load_ends(exact=True)  # with the same channels only layers differ
+    sides = Side(ends, before, items), Side(other, after, pruned_items)
+    for clock, side in zip(clocks, sides, strict=True):
+        clock.finish(side.ends, side.states[:1, : side.chunk], side.items)
+    return _Comparison(compare(*sides, windows), tuple(errors), clocks)

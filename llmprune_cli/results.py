@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from llmprune_cli.architecture import Widths
 from llmprune_cli.checkpoint import TensorEntry
 from llmprune_cli.names import Shape, split_name
-from llmprune_cli.reconstruction import LayerRepair
 
 SCHEMA_VERSION = 1
 
@@ -83,6 +82,16 @@ class EvalReport:
 
 
 @dataclass(frozen=True)
+class LayerResult:
+    """How well a layer that stays does what it did."""
+
+    layer: int  # its number before pruning
+    removal_error: float | None  # see `LayerRepair`, on the text that was fitted; None where nothing was refitted
+    refit_error: float | None
+    stream_error: float  # ‖ĥ − h‖²/‖h‖² of the residual stream behind the layer, pruned against dense, on held-out text
+
+
+@dataclass(frozen=True)
 class CalibrationResult:
     """What calibration text was used and how the pruned model does on text that it was not fitted to."""
 
@@ -96,7 +105,10 @@ class CalibrationResult:
     perplexity_before: float
     perplexity_after: float
     kl: float  # mean KL(dense ‖ pruned) of the next token, nats
-    layers: tuple[LayerRepair, ...]  # empty without a refit
+    layers: tuple[LayerResult, ...]  # those that stay
+    prefill_tokens_per_second_before: float  # float32, window by window, one layer at a time, loading excluded
+    prefill_tokens_per_second_after: float
+    device: str  # on which that was measured
 
 
 @dataclass(frozen=True)
@@ -117,6 +129,8 @@ class PruneResult:
     model: str
     revision: str | None
     output: str | None  # None for a dry run, or where the result was temporary
+    target: str | None  # the size asked for, in words; None where widths were
+    protected_layers: tuple[int, ...]  # that no one may change
     importance: str
     refit: str
     seed: int

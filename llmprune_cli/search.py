@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from llmprune_cli.architecture import NEURONS
+from llmprune_cli.architecture import NEURONS, Widths
 from llmprune_cli.checkpoint import DTYPE_BYTES
 from llmprune_cli.errors import PlanError
 from llmprune_cli.names import split_name
-from llmprune_cli.plan import Target, WidthRequest, predicted_tensors, resolve
+from llmprune_cli.plan import Target, WidthRequest, predicted_tensors, protected_layers, resolve
 from llmprune_cli.subject import Subject
 
 ROUND_TO = 64  # neurons that stay, at most: what kernels like
@@ -32,6 +33,11 @@ class Budget:
     def limit(self, parameters: int, size_bytes: int) -> float:
         """The limit as a number of parameters, or of bytes, for a model of this size."""
         return self.amount * parameters if self.kind == "share" else self.amount
+
+    def __str__(self) -> str:
+        return (
+            f"{100 * self.amount:g}% of the parameters" if self.kind == "share" else f"{self.amount:,.0f} {self.kind}"
+        )
 
 
 def parse_parameters(text: str) -> Budget:
@@ -72,13 +78,17 @@ def measure_size(subject: Subject, target: Target) -> tuple[int, int]:
     return parameters, size
 
 
-def find_candidates(subject: Subject, budget: Budget, influence: tuple[float, ...]) -> list[Candidate]:
+def find_candidates(
+    subject: Subject, budget: Budget, influence: tuple[float, ...], keep_layers: tuple[int, ...] = ()
+) -> list[Candidate]:
     """For several numbers of layers and of KV groups, the widest MLP that fits the budget.
 
-    The layers that turn the residual stream least go first. The hidden size stays.
+    The layers that turn the residual stream least go first. The hidden size stays. Where layers are protected, all
+    widths stay, and as few of the other layers go as the budget allows.
 
     Args:
         influence: of each layer, see `measure_activity`.
+        keep_layers: see `WidthRequest`.
 
     Raises:
         PlanError: nothing fits.
@@ -95,7 +105,13 @@ def find_candidates(subject: Subject, budget: Budget, influence: tuple[float, ..
         target = resolve(subject.architecture, subject.trace.refused, request)
         return target, measure_size(subject, target)[index]
 
-    for groups in _group_counts(subject):
+    if keep_layers:
+        for request in _ever_fewer_layers(before, order, keep_layers):
+            with suppress(PlanError):  # layers that cannot go together
+                target, size = size_of(request)
+                if size <= limit:
+                    return [Candidate(target, measure_size(subject, target)[0])]
+    for groups in () if keep_layers else _group_counts(subject):
         for count in dropped_counts:
             if count >= before.num_hidden_layers:
                 continue
@@ -108,12 +124,21 @@ def find_candidates(subject: Subject, budget: Budget, influence: tuple[float, ..
                 parameters = measure_size(subject, target)[0]
                 found[target.widths, target.layers] = Candidate(target, parameters)
     if not found:
-        least = measure_size(subject, least_target(subject))[index]
+        least = measure_size(subject, least_target(subject, keep_layers))[index]
+        remedy = "protect fewer layers" if keep_layers else "give the widths yourself"
         raise PlanError(
             f"No uniform widths leave at most {limit:,.0f} {'bytes' if index else 'parameters'}; the least that the "
-            f"search reaches is {least:,.0f}. Ask for more, or give the widths yourself."
+            f"search reaches is {least:,.0f}. Ask for more, or {remedy}."
         )
     return list(found.values())
+
+
+def _ever_fewer_layers(before: Widths, order: list[int], keep_layers: tuple[int, ...]) -> Iterator[WidthRequest]:
+    """Requests for the whole model, and without ever more of its layers, in an order that spares those to keep."""
+    protected = protected_layers(before, WidthRequest(keep_layers=keep_layers))
+    free = [layer for layer in order if layer not in protected]
+    for count in range(len(free) + 1):
+        yield WidthRequest(drop_layers=tuple(sorted(free[:count])) or None, keep_layers=keep_layers)
 
 
 def choose_candidate(candidates: list[Candidate], judge: Callable[[Target], float]) -> tuple[Candidate, ...]:
@@ -193,9 +218,18 @@ def _neurons(subject: Subject, share: Fraction) -> dict[str, Any]:
     return found
 
 
-def least_target(subject: Subject) -> Target:
-    """The least that the search reaches in every width at once: what has to be proven before it starts."""
+def least_target(subject: Subject, keep_layers: tuple[int, ...] = ()) -> Target:
+    """The least that the search reaches in every width at once: what has to be proven before it starts.
+
+    Args:
+        keep_layers: see `WidthRequest`.
+    """
     before = subject.widths
+    if keep_layers:
+        deepest_first = list(reversed(range(before.num_hidden_layers)))
+        for fewest in reversed(list(_ever_fewer_layers(before, deepest_first, keep_layers))):
+            with suppress(PlanError):  # layers that cannot go together, or all of them
+                return resolve(subject.architecture, subject.trace.refused, fewest)
     request = WidthRequest(
         num_key_value_heads=_group_counts(subject)[-1],
         num_hidden_layers=before.num_hidden_layers - round(DEPTHS[-1] * before.num_hidden_layers),

@@ -37,7 +37,7 @@ def stored_plan(subject: Subject, path: Path) -> Plan:
 
 def target_of(plan: Plan) -> Target:
     """The widths that a plan comes to."""
-    return Target(plan.after, plan.layers, plan.deviations)
+    return Target(plan.after, plan.layers, plan.deviations, plan.protected)
 
 
 def first_target(subject: Subject, options: PruneOptions) -> Target:
@@ -47,7 +47,7 @@ def first_target(subject: Subject, options: PruneOptions) -> Target:
         PlanError: no legal widths come of the request.
     """
     if options.budget is not None:
-        return least_target(subject)
+        return least_target(subject, options.request.keep_layers)
     return resolve(subject.architecture, subject.trace.refused, options.request)
 
 
@@ -82,7 +82,17 @@ def _plan_of(subject: Subject, target: Target, options: PruneOptions, scores: Sc
     }
     keep = choose(scores, subject.architecture, target.widths)
     mark = fingerprint(subject.checkpoint)
-    return Plan(mark, before, target.widths, options.importance, options.seed, target.deviations, target.layers, keep)
+    return Plan(
+        fingerprint=mark,
+        before=before,
+        after=target.widths,
+        importance=options.importance,
+        seed=options.seed,
+        deviations=target.deviations,
+        layers=target.layers,
+        protected=target.protected,
+        keep=keep,
+    )
 
 
 def search_plan(
@@ -95,13 +105,13 @@ def search_plan(
     import torch
 
     activity = _measure(subject, options, calibration, listener)
-    least = least_target(subject)
+    least = least_target(subject, options.request.keep_layers)
     every = replace(least, layers=tuple(range(subject.widths.num_hidden_layers)))
     if options.importance in CALIBRATED:
         scores = _completed(subject, every, activity.scores, listener)
     else:
         scores = _score_weights(subject, every, options.importance, options.seed, listener)
-    found = find_candidates(subject, budget, activity.influence)
+    found = find_candidates(subject, budget, activity.influence, options.request.keep_layers)
     model = subject.layered(options.layer_device)
     fitted, judged = calibration.fitted[:SEARCH_WINDOWS], calibration.held_out[: SEARCH_WINDOWS // 2]
 
@@ -164,12 +174,13 @@ def _measure(subject: Subject, options: PruneOptions, calibration: CalibrationTe
 
 
 def _without_least_influence(subject: Subject, target: Target, request: WidthRequest, activity: Activity) -> Target:
-    """The target with as many layers, but without those that turn the residual stream least."""
+    """The target with as many layers, but without those that turn the residual stream least; protected ones stay."""
     count = request.num_hidden_layers
     if count is None or count == subject.widths.num_hidden_layers:
         return target
-    order = sorted(range(len(activity.influence)), key=activity.influence.__getitem__)
-    dropped = tuple(sorted(order[: len(order) - count]))
+    free = [layer for layer in range(len(activity.influence)) if layer not in target.protected]
+    order = sorted(free, key=activity.influence.__getitem__)
+    dropped = tuple(sorted(order[: subject.widths.num_hidden_layers - count]))
     chosen = replace(request, num_hidden_layers=None, drop_layers=dropped)
     try:
         return resolve(subject.architecture, subject.trace.refused, chosen)

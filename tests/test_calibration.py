@@ -73,7 +73,7 @@ every_family = pytest.mark.parametrize("opened", families.FAMILIES, indirect=Tru
 @every_family
 def test_layers_run_one_at_a_time_as_the_stock_model_runs_them(opened: Opened) -> None:
     with torch.inference_mode():
-        states, items = opened.layered.final_states(opened.tokens, lambda n: None)
+        *_, (states, items) = opened.layered.walk(opened.tokens)
         logits = opened.layered.load_ends().logits(states, items)
         expected = opened.model(opened.tokens, use_cache=False).logits
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
@@ -85,7 +85,7 @@ def test_a_layer_alone_keeps_the_scale_of_its_number(tmp_path: Path) -> None:
     with open_checkpoint(ModelReference(str(folder)), need_weights=True) as checkpoint:
         layered, model = understand(checkpoint).layered("cpu"), load_model(checkpoint, "cpu", "float32")
         with torch.inference_mode():
-            states, _ = layered.final_states(tokens, lambda n: None)
+            *_, (states, _) = layered.walk(tokens)
             expected = model(tokens, use_cache=False).logits
             logits = layered.load_ends().logits(states, 0)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)

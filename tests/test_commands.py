@@ -42,6 +42,7 @@ ORDER = (
     "surgery",
     "naming",
     "layerwise",
+    "throughput",
     "subject",
     "search",
     "activations",
@@ -58,6 +59,7 @@ ORDER = (
     "least_squares",
     "reconstruction",
     "results",
+    "repair_chart",
     "selection",
     "report_card",
     "eval_report",
@@ -77,6 +79,7 @@ HOMES = {
     "accelerate": {"layerwise"},
     "torch_pruning": {"dependency"},
     "gguf": {"gguf_header"},
+    "matplotlib": {"repair_chart"},
 }
 
 
@@ -247,7 +250,15 @@ def test_libraries_have_homes_and_heavy_ones_load_late() -> None:
         for imported, at_top in imports(path):
             library = imported.split(".")[0]
             assert name in HOMES.get(library, {name}), f"{name} imports {library}"
-            heavy = library in ("torch", "transformers", "datasets", "safetensors", "huggingface_hub", "accelerate")
+            heavy = library in (
+                "torch",
+                "transformers",
+                "datasets",
+                "safetensors",
+                "huggingface_hub",
+                "accelerate",
+                "matplotlib",
+            )
             assert not (heavy and at_top) or name == "products", f"{name} imports {library} at the top"
 
 

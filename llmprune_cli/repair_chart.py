@@ -1,0 +1,115 @@
+"""A chart of the report card: how far each layer is from what it did, before and after its refit."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmprune_cli.errors import OutputError, UnsupportedError
+
+if TYPE_CHECKING:
+    from llmprune_cli.results import CalibrationResult, LayerResult, PruneResult
+
+INCHES = (8.0, 24.0)  # least and largest width
+INCHES_PER_LAYER = 0.22
+MODEL_CHARACTERS = 80  # of a model's name, from its end
+COLOURS = {"removal": "#c8553d", "refit": "#2a6f97", "stream": "#6c757d"}
+
+
+def check_chart_target(path: Path, output: Path | None) -> None:
+    """Make sure that a chart can be drawn and written, before any work is done.
+
+    Args:
+        output: a folder that the run itself makes.
+
+    Raises:
+        UnsupportedError: matplotlib is not installed.
+        OutputError: the target cannot be written.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UnsupportedError("Drawing a chart needs the matplotlib package: pip install 'llmprune[report]'")
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder. Choose another --report.")
+    if output is not None and folder == output.absolute():
+        return
+    try:  # trying it is the only test that holds for every user and file system
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(f"{folder} is not writable ({error.strerror}). Choose another --report.") from error
+
+
+def draw_chart(result: PruneResult, card: CalibrationResult, path: Path) -> None:
+    """Draw the errors of the layers into a .png or .svg file, by temporary file and rename.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    refitted = [row for row in card.layers if row.removal_error is not None and row.refit_error is not None]
+    width = min(max(INCHES[0], INCHES_PER_LAYER * result.before.widths.num_hidden_layers), INCHES[1])
+    figure = Figure(figsize=(width, 6.5 if refitted else 4.0), layout="constrained")
+    panels = figure.subplots(2 if refitted else 1, 1, sharex=True, squeeze=False)[:, 0]
+    if refitted:
+        _draw_repairs(panels[0], refitted)
+    _draw_stream(panels[-1], result, card)
+    figure.suptitle(_title(result, card), fontsize=10)
+    temporary = path.with_name(f".{path.name}.llmprune")
+    plain = {"svg.hashsalt": "llmprune", "svg.fonttype": "none"}  # the same bytes every time, and text that is text
+    try:
+        with matplotlib.rc_context(plain):
+            kind = path.suffix[1:].lower()
+            figure.savefig(temporary, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        reason = error.strerror or str(error)
+        raise OutputError(f"The chart cannot be written to {path}: {reason}. The model was written.") from error
+
+
+def _draw_repairs(axes: Any, rows: list[LayerResult]) -> None:
+    """Two bars for each refitted layer."""
+    for offset, name, label in ((-0.2, "removal", "units removed"), (0.2, "refit", "and refitted")):
+        heights = [getattr(row, f"{name}_error") for row in rows]
+        axes.bar([row.layer + offset for row in rows], heights, 0.4, color=COLOURS[name], label=label)
+    axes.set_ylabel("error of what a layer adds\n(calibration text)")
+    axes.legend(frameon=False)
+    _finish(axes)
+
+
+def _draw_stream(axes: Any, result: PruneResult, card: CalibrationResult) -> None:
+    """A bar for each layer that stays; those that went are shaded."""
+    numbers = [row.layer for row in card.layers]
+    axes.bar(numbers, [row.stream_error for row in card.layers], 0.8, color=COLOURS["stream"])
+    whole = result.before.widths.num_hidden_layers
+    for number in sorted(set(range(whole)) - set(numbers)):
+        axes.axvspan(number - 0.5, number + 0.5, color="0.92", zorder=0)
+    axes.set_xlim(-0.6, whole - 0.4)
+    axes.set_ylabel("error of the residual stream\n(held-out text)")
+    axes.set_xlabel("layer, numbered before pruning" + ("; shaded: dropped" if len(numbers) < whole else ""))
+    _finish(axes)
+
+
+def _finish(axes: Any) -> None:
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=20))
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _title(result: PruneResult, card: CalibrationResult) -> str:
+    name = result.model if len(result.model) <= MODEL_CHARACTERS else f"…{result.model[-MODEL_CHARACTERS:]}"
+    before, after = result.before.parameters, result.after.parameters
+    target = f" (target: {result.target})" if result.target else ""
+    return (
+        f"{name}\n{before:,} → {after:,} parameters, {100 * after / before:.1f}%{target}; refit: {result.refit}\n"
+        f"perplexity {card.perplexity_before:,.4g} → {card.perplexity_after:,.4g}, KL divergence 0 → {card.kl:.3f} nats "
+        f"on {card.held_out_tokens:,} held-out tokens"
+    )
