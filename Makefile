@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo matrix test check lint fix bench check-ranges clean
+.PHONY: demo matrix test check lint fix bench bench-memory check-ranges clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,9 @@ fix: $(INSTALLED)  ## repair what can be repaired automatically
 
 bench: $(INSTALLED)  ## compare with torch-pruning's own pruner on a 1.33B model
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/bench/prune_1b.py
+
+bench-memory: $(INSTALLED)  ## peak memory and time of a calibrated prune, on 8B layers and by depth
+	$(BIN)/python tests/bench/calibrated_memory.py
 
 check-ranges:  ## run the core suite on the lowest versions that pyproject.toml allows
 	$(PYTHON) -m venv --clear $(VENV)-lowest
