@@ -7,10 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llmprune_cli.architecture import Architecture
-from llmprune_cli.checkpoint import Checkpoint
 from llmprune_cli.evaluation import LOGIT_ELEMENTS
-from llmprune_cli.layerwise import Ends, final_states, load_ends
+from llmprune_cli.layerwise import Ends, LayeredModel
 
 if TYPE_CHECKING:
     import torch
@@ -27,11 +25,7 @@ class Divergence:
 
 
 def measure_divergence(
-    dense: tuple[Checkpoint, Architecture],
-    pruned: tuple[Checkpoint, Architecture],
-    windows: torch.Tensor,
-    device: str,
-    progress: Callable[[int], None],
+    dense: LayeredModel, pruned: LayeredModel, windows: torch.Tensor, progress: Callable[[int], None]
 ) -> Divergence:
     """Mean KL(dense ‖ pruned) = E[Σ_v p(v) log(p(v)/q(v))] of the next token, and both perplexities, in float32.
 
@@ -39,13 +33,10 @@ def measure_divergence(
         windows: token ids, [N, T].
         progress: told after each layer of each model.
     """
-    (before, items), (after, pruned_items) = (
-        final_states(checkpoint, architecture, windows, device, progress)
-        for checkpoint, architecture in (dense, pruned)
-    )
-    ends = load_ends(*dense, device, exact=True)
-    same = dense[1].widths.hidden_size == pruned[1].widths.hidden_size  # then no tensor outside the layers changed
-    other = ends if same else load_ends(*pruned, device, exact=True)
+    (before, items), (after, pruned_items) = (model.final_states(windows, progress) for model in (dense, pruned))
+    ends = dense.load_ends(exact=True)
+    same = dense.architecture.widths.hidden_size == pruned.architecture.widths.hidden_size
+    other = ends if same else pruned.load_ends(exact=True)  # with the same channels only layers differ
     return compare(Side(ends, before, items), Side(other, after, pruned_items), windows)
 
 

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune_cli import __version__
 from llmprune_cli.activations import CALIBRATED, Activity, measure_activity
-from llmprune_cli.architecture import Architecture, Widths, discover, expected_index, read_widths, with_widths
+from llmprune_cli.architecture import Architecture, read_widths, with_widths
 from llmprune_cli.calibration import CalibrationOptions, CalibrationText, prepare_calibration
-from llmprune_cli.checkpoint import Checkpoint, TensorEntry, read_index
+from llmprune_cli.checkpoint import Checkpoint, read_index
 from llmprune_cli.corpus import Corpus, cut_windows, load_corpus
 from llmprune_cli.dependency import hold_against_torch_pruning
 from llmprune_cli.divergence import Side, compare, measure_divergence
-from llmprune_cli.errors import PlanError, UnsupportedError, VerificationError
+from llmprune_cli.errors import PlanError, VerificationError
 from llmprune_cli.evaluation import RunningPerplexity, evaluate_perplexity, peak_memory_bytes
 from llmprune_cli.export import FORMATS, ExportOptions
 from llmprune_cli.groups import Keep, Trace
-from llmprune_cli.layerwise import embed, load_ends, load_layer
+from llmprune_cli.layerwise import LayeredModel
 from llmprune_cli.loading import (
     ModelReference,
     copy_companions,
@@ -42,7 +42,6 @@ from llmprune_cli.plan import (
     choose,
     fingerprint,
     legal_values,
-    predicted_tensors,
     read_plan,
     resolve,
     save_plan,
@@ -63,8 +62,8 @@ from llmprune_cli.results import (
 )
 from llmprune_cli.scoring import IMPORTANCES, Scores, instances
 from llmprune_cli.search import Budget, Candidate, choose_candidate, find_candidates, least_target
+from llmprune_cli.subject import Subject, understand
 from llmprune_cli.surgery import pruned_entries, pruned_tensors
-from llmprune_cli.twin import settle_head_dim, trace
 from llmprune_cli.writer import check_target, staged_folder, write_json, write_shards
 
 if TYPE_CHECKING:
@@ -123,20 +122,6 @@ class PruneOptions:
         return self.refit != "none" or self.budget is not None or (self.importance in CALIBRATED and not self.plan)
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A checkpoint together with what was found out about its architecture."""
-
-    checkpoint: Checkpoint
-    architecture: Architecture
-    trace: Trace
-
-    @property
-    def widths(self) -> Widths:
-        """The widths before pruning."""
-        return self.architecture.widths
-
-
 # --- inspect -------------------------------------------------------------------------------------------------------
 
 
@@ -147,8 +132,8 @@ def inspect(reference: ModelReference, request: WidthRequest) -> InspectResult:
         target = None if request.is_empty else resolve(subject.architecture, subject.trace.refused, request)
         after = None
         if target is not None:
-            _require(subject, target.widths)
-            after = _predict(subject, target)
+            subject.require(target.widths)
+            after = summarize(subject.predict(target), target.widths)
         return InspectResult(
             schema_version=SCHEMA_VERSION,
             model=checkpoint.source,
@@ -163,48 +148,6 @@ def inspect(reference: ModelReference, request: WidthRequest) -> InspectResult:
             after=after,
             deviations=target.deviations if target else (),
         )
-
-
-def understand(checkpoint: Checkpoint) -> Subject:
-    """Trace a checkpoint's architecture and hold the trace against its shapes.
-
-    Raises:
-        UnsupportedError: no twin can be built, or the shapes follow other rules.
-    """
-    shapes = {entry.name: entry.shape for entry in checkpoint.entries}
-    architecture = settle_head_dim(discover(checkpoint.config, shapes))
-    traced = trace(architecture)
-    traced.check(shapes, architecture.widths)
-    return Subject(checkpoint, architecture, traced)
-
-
-def _require(subject: Subject, widths: Widths) -> None:
-    for width in widths.changed_from(subject.widths):
-        if width in subject.trace.refused:
-            family = subject.architecture.config.model_type
-            raise UnsupportedError(f"{family} cannot be pruned in {width}: {subject.trace.refused[width]}.")
-
-
-def _predict(subject: Subject, target: Target) -> ModelSummary:
-    """The summary after pruning, and the Counting oracle: shapes by plan must equal shapes by configuration.
-
-    Raises:
-        UnsupportedError: they differ.
-    """
-    stored = subject.checkpoint.entries
-    after = predicted_tensors({entry.name: entry.shape for entry in stored}, subject.trace, subject.widths, target)
-    expected = expected_index(with_widths(subject.architecture, target.widths, target.layers))
-    wrong = [name for name in after if after[name] != expected.get(name)] + sorted(expected.keys() - after.keys())
-    if wrong:
-        raise UnsupportedError(
-            f"{wrong[0]} would become {after.get(wrong[0])}, but a config.json with these widths makes it "
-            f"{expected.get(wrong[0])}, by a rule of {subject.architecture.config.model_type} that is not known here. "
-            "Prune other widths, or drop other layers."
-        )
-    dtypes = {split_name(entry.name)[0]: entry.dtype for entry in stored}
-    return summarize(
-        [TensorEntry(name, shape, dtypes[split_name(name)[0]], None) for name, shape in after.items()], target.widths
-    )
 
 
 # --- prune ---------------------------------------------------------------------------------------------------------
@@ -234,9 +177,9 @@ def prune(
         elif options.budget is None:
             target = resolve(subject.architecture, subject.trace.refused, options.request)
         else:
-            target = least_target(subject.architecture, subject.trace)
-        _require(subject, target.widths)
-        after = _predict(subject, target)
+            target = least_target(subject)
+        subject.require(target.widths)
+        after = summarize(subject.predict(target), target.widths)
         text = _prepare_text(checkpoint, reference, evaluation, listener) if evaluation else None
         calibration = _prepare_calibration(checkpoint, reference, options, listener) if need_weights else None
         prove(subject.architecture, subject.trace, target.widths.changed_from(subject.widths), _prune_twin)
@@ -248,7 +191,7 @@ def prune(
             plan = make_plan(subject, target, options, calibration, listener)
         if plan is not None:
             target = Target(plan.after, plan.layers, plan.deviations)
-            after = _predict(subject, target)
+            after = summarize(subject.predict(target), target.widths)
         for deviation in target.deviations:
             listener.warn(deviation)
         if options.save_plan is not None and plan is not None:
@@ -320,12 +263,12 @@ def _repair(
         return subject, ()
     if "hidden_size" in plan.changed:
         listener.warn("The channels that go are cut after the refit, which does not make up for them.")
-    device, model = _layer_device(options), (subject.checkpoint, subject.architecture)
+    model = subject.layered(_layer_device(options))
     listener.stage(f"Refitting ({options.refit})", subject.widths.num_hidden_layers)
     with torch.inference_mode():
-        start = embed(*model, calibration.fitted, device)
+        start = model.embed(calibration.fitted)
         streams = Streams(start, start.clone(), len(start))
-        checkpoint, repairs = refit(*model, subject.trace, plan, streams, options.refit, device, work, listener.advance)
+        checkpoint, repairs = refit(model, subject.trace, plan, streams, options.refit, work, listener.advance)
     return replace(subject, checkpoint=checkpoint), repairs
 
 
@@ -342,17 +285,13 @@ def _report_card(
 
     chosen_on = SEARCH_WINDOWS // 2 if options.budget else 0
     windows = calibration.held_out[chosen_on:] if len(calibration.held_out) > chosen_on else calibration.held_out
-    reference = ModelReference(str(folder))
+    reference, device = ModelReference(str(folder)), _layer_device(options)
     with open_checkpoint(reference, need_weights=True) as checkpoint, torch.inference_mode():
         pruned = replace(subject.architecture, config=checkpoint.config, widths=read_widths(checkpoint.config))
         layers = subject.widths.num_hidden_layers + pruned.widths.num_hidden_layers
         listener.stage("Judging on held-out text", layers)
         divergence = measure_divergence(
-            (subject.checkpoint, subject.architecture),
-            (checkpoint, pruned),
-            windows,
-            _layer_device(options),
-            listener.advance,
+            subject.layered(device), LayeredModel(checkpoint, pruned, device), windows, listener.advance
         )
     return CalibrationResult(
         dataset=calibration.corpus.name,
@@ -419,25 +358,25 @@ def search_plan(
     import torch
 
     activity = _measure(subject, options, calibration, listener)
-    least = least_target(subject.architecture, subject.trace)
+    least = least_target(subject)
     every = replace(least, layers=tuple(range(subject.widths.num_hidden_layers)))
     if options.importance in CALIBRATED:
         scores = _completed(subject, every, activity.scores, listener)
     else:
         scores = _score_weights(subject, every, options.importance, options.seed, listener)
-    found = find_candidates(subject.checkpoint, subject.architecture, subject.trace, budget, activity.influence)
-    device, model = _layer_device(options), (subject.checkpoint, subject.architecture)
+    found = find_candidates(subject, budget, activity.influence)
+    model = subject.layered(_layer_device(options))
     fitted, judged = calibration.fitted[:SEARCH_WINDOWS], calibration.held_out[: SEARCH_WINDOWS // 2]
 
     def judge(target: Target) -> float:
         plan = _plan_of(subject, target, options, scores)
         listener.stage(f"Trying {_in_words(target)}", subject.widths.num_hidden_layers)
         with torch.inference_mode():
-            start = embed(*model, torch.cat([fitted, judged]), device)
+            start = model.embed(torch.cat([fitted, judged]))
             streams = Streams(start, start.clone(), len(fitted))
-            refit(*model, subject.trace, plan, streams, options.refit, device, None, listener.advance)
-            ends = load_ends(*model, device, exact=True)
-            items = load_layer(*model, 0, device).returned_items(start)
+            refit(model, subject.trace, plan, streams, options.refit, None, listener.advance)
+            ends = model.load_ends(exact=True)
+            items = model.load_layer(0).returned_items(start)
             dense, pruned = (Side(ends, states[len(fitted) :], items) for states in (streams.dense, streams.pruned))
             return compare(dense, pruned, judged).kl
 
@@ -480,11 +419,11 @@ def _score_weights(subject: Subject, target: Target, importance: str, seed: int,
 def _measure(subject: Subject, options: PruneOptions, calibration: CalibrationText, listener: Listener) -> Activity:
     import torch
 
-    device, model = _layer_device(options), (subject.checkpoint, subject.architecture)
+    model = subject.layered(_layer_device(options))
     listener.stage("Measuring activity", subject.widths.num_hidden_layers)
     with torch.inference_mode():
-        stream = embed(*model, calibration.fitted, device)
-        return measure_activity(*model, subject.trace, stream, options.importance, device, listener.advance)
+        stream = model.embed(calibration.fitted)
+        return measure_activity(model, subject.trace, stream, options.importance, listener.advance)
 
 
 def _without_least_influence(subject: Subject, target: Target, request: WidthRequest, activity: Activity) -> Target:

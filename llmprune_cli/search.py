@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from llmprune_cli.architecture import NEURONS, Architecture
-from llmprune_cli.checkpoint import DTYPE_BYTES, Checkpoint
+from llmprune_cli.architecture import NEURONS
+from llmprune_cli.checkpoint import DTYPE_BYTES
 from llmprune_cli.errors import PlanError
-from llmprune_cli.groups import Trace
 from llmprune_cli.names import split_name
 from llmprune_cli.plan import Target, WidthRequest, predicted_tensors, resolve
+from llmprune_cli.subject import Subject
 
 ROUND_TO = 64  # neurons that stay, at most: what kernels like
 DEPTHS = (0.0, 0.07, 0.14, 0.21, 0.3, 0.4, 0.5)  # shares of the layers whose removal is considered
@@ -60,25 +60,19 @@ class Candidate:
     kl: float | None = None  # on held-out text, after a short calibration
 
 
-def measure_size(checkpoint: Checkpoint, architecture: Architecture, trace: Trace, target: Target) -> tuple[int, int]:
+def measure_size(subject: Subject, target: Target) -> tuple[int, int]:
     """Parameters and bytes after pruning."""
-    dtypes = {split_name(entry.name)[0]: DTYPE_BYTES[entry.dtype] for entry in checkpoint.entries}
-    shapes = {entry.name: entry.shape for entry in checkpoint.entries}
+    dtypes = {split_name(entry.name)[0]: DTYPE_BYTES[entry.dtype] for entry in subject.checkpoint.entries}
+    shapes = {entry.name: entry.shape for entry in subject.checkpoint.entries}
     parameters = size = 0
-    for name, shape in predicted_tensors(shapes, trace, architecture.widths, target).items():
+    for name, shape in predicted_tensors(shapes, subject.trace, subject.widths, target).items():
         count = math.prod(shape)
         parameters += count
         size += count * dtypes[split_name(name)[0]]
     return parameters, size
 
 
-def find_candidates(
-    checkpoint: Checkpoint,
-    architecture: Architecture,
-    trace: Trace,
-    budget: Budget,
-    influence: tuple[float, ...],
-) -> list[Candidate]:
+def find_candidates(subject: Subject, budget: Budget, influence: tuple[float, ...]) -> list[Candidate]:
     """For several numbers of layers and of KV groups, the widest MLP that fits the budget.
 
     The layers that turn the residual stream least go first. The hidden size stays.
@@ -89,32 +83,32 @@ def find_candidates(
     Raises:
         PlanError: nothing fits.
     """
-    before, refused = architecture.widths, trace.refused
+    before = subject.widths
     whole = Target(before, tuple(range(before.num_hidden_layers)), ())
-    limit = budget.limit(*measure_size(checkpoint, architecture, trace, whole))
+    limit = budget.limit(*measure_size(subject, whole))
     index = 1 if budget.kind == "bytes" else 0
     order = sorted(range(len(influence)), key=influence.__getitem__)
     dropped_counts = sorted({round(share * before.num_hidden_layers) for share in DEPTHS})
     found: dict[tuple[object, ...], Candidate] = {}
 
     def size_of(request: WidthRequest) -> tuple[Target, float]:
-        target = resolve(architecture, refused, request)
-        return target, measure_size(checkpoint, architecture, trace, target)[index]
+        target = resolve(subject.architecture, subject.trace.refused, request)
+        return target, measure_size(subject, target)[index]
 
-    for groups in _group_counts(architecture, trace):
+    for groups in _group_counts(subject):
         for count in dropped_counts:
             if count >= before.num_hidden_layers:
                 continue
             base = WidthRequest(num_key_value_heads=groups, drop_layers=tuple(sorted(order[:count])) if count else None)
             try:
-                target = _widest(size_of, base, architecture, trace, limit)
+                target = _widest(size_of, base, subject, limit)
             except PlanError:
                 continue  # a number of layers or groups that this family cannot have
             if target is not None:
-                parameters = measure_size(checkpoint, architecture, trace, target)[0]
+                parameters = measure_size(subject, target)[0]
                 found[target.widths, target.layers] = Candidate(target, parameters)
     if not found:
-        least = measure_size(checkpoint, architecture, trace, least_target(architecture, trace))[index]
+        least = measure_size(subject, least_target(subject))[index]
         raise PlanError(
             f"No uniform widths leave at most {limit:,.0f} {'bytes' if index else 'parameters'}; the least that the "
             f"search reaches is {least:,.0f}. Ask for more, or give the widths yourself."
@@ -149,10 +143,10 @@ def choose_candidate(candidates: list[Candidate], judge: Callable[[Target], floa
     return tuple(sorted(judged, key=lambda c: c.kl or 0.0))
 
 
-def _group_counts(architecture: Architecture, trace: Trace) -> list[int | None]:
+def _group_counts(subject: Subject) -> list[int | None]:
     """Numbers of KV groups to consider: all, and one or a quarter fewer."""
-    whole = architecture.widths.num_key_value_heads
-    if whole == 1 or "num_key_value_heads" in trace.refused or architecture.hidden_follows_heads:
+    whole = subject.widths.num_key_value_heads
+    if whole == 1 or "num_key_value_heads" in subject.trace.refused or subject.architecture.hidden_follows_heads:
         return [None]
     return [None, whole - max(1, whole // 4)]
 
@@ -160,23 +154,22 @@ def _group_counts(architecture: Architecture, trace: Trace) -> list[int | None]:
 def _widest(
     size_of: Callable[[WidthRequest], tuple[Target, float]],
     base: WidthRequest,
-    architecture: Architecture,
-    trace: Trace,
+    subject: Subject,
     limit: float,
 ) -> Target | None:
     """The target with the most neurons that fits, by bisection over multiples; None where none does."""
-    before = architecture.widths
+    before = subject.widths
     target, size = size_of(base) if base != WidthRequest() else (None, float("inf"))
     if target is not None and size <= limit:
         return target
     largest = max(getattr(before, width) for width in NEURONS)
-    if not _neurons(architecture, trace, Fraction(1)):
+    if not _neurons(subject, Fraction(1)):
         return None
     step = _step(largest)
     best, low, high = None, max(1, int(LEAST_NEURONS * largest) // step), largest // step
     while low <= high:
         middle = (low + high) // 2
-        target, size = size_of(replace(base, **_neurons(architecture, trace, Fraction(middle * step, largest))))
+        target, size = size_of(replace(base, **_neurons(subject, Fraction(middle * step, largest))))
         if size <= limit:
             best, low = target, middle + 1
         else:
@@ -189,26 +182,26 @@ def _step(largest: int) -> int:
     return int(max(1, min(ROUND_TO, 2 ** ((largest // 64).bit_length() - 1 if largest >= 64 else 0))))
 
 
-def _neurons(architecture: Architecture, trace: Trace, share: Fraction) -> dict[str, Any]:
+def _neurons(subject: Subject, share: Fraction) -> dict[str, Any]:
     """Sizes that leave this share of every kind of neuron, rounded down to what kernels like."""
     found = {}
     for width in NEURONS:
-        whole = getattr(architecture.widths, width)
-        if whole and width not in trace.refused:
-            step = max(_step(whole), architecture.step_of(width))
+        whole = getattr(subject.widths, width)
+        if whole and width not in subject.trace.refused:
+            step = max(_step(whole), subject.architecture.step_of(width))
             found[width] = max(step, int(whole * share) // step * step)
     return found
 
 
-def least_target(architecture: Architecture, trace: Trace) -> Target:
+def least_target(subject: Subject) -> Target:
     """The least that the search reaches in every width at once: what has to be proven before it starts."""
-    before = architecture.widths
+    before = subject.widths
     request = WidthRequest(
-        num_key_value_heads=_group_counts(architecture, trace)[-1],
+        num_key_value_heads=_group_counts(subject)[-1],
         num_hidden_layers=before.num_hidden_layers - round(DEPTHS[-1] * before.num_hidden_layers),
-        **_neurons(architecture, trace, LEAST_NEURONS),
+        **_neurons(subject, LEAST_NEURONS),
     )
     try:
-        return resolve(architecture, trace.refused, request)
+        return resolve(subject.architecture, subject.trace.refused, request)
     except PlanError:  # layers that cannot be dropped so
-        return resolve(architecture, trace.refused, replace(request, num_hidden_layers=None))
+        return resolve(subject.architecture, subject.trace.refused, replace(request, num_hidden_layers=None))

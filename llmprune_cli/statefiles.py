@@ -20,7 +20,7 @@ def keep_states(states: torch.Tensor, path: Path) -> torch.Tensor:
     import torch
 
     try:
-        path.write_bytes(states.contiguous().numpy())
+        path.write_bytes(states.contiguous().numpy().data)
     except OSError as error:
         raise OutputError(
             f"{states.nbytes:,} bytes of hidden states cannot be kept in {path.parent}: {error.strerror or error}. "
