@@ -307,10 +307,11 @@ def prune(
     from llmprune_cli import output, pipeline
     from llmprune_cli.calibration import CalibrationOptions
     from llmprune_cli.loading import ModelReference
+    from llmprune_cli.options import EvalOptions, PruneOptions
     from llmprune_cli.plan import WidthRequest
     from llmprune_cli.writer import parse_size
 
-    options = pipeline.PruneOptions(
+    options = PruneOptions(
         request=WidthRequest(*request_values, round_to),
         budget=budget,
         importance=(importance or (Importance.range if budget else Importance.magnitude)).value,
@@ -325,7 +326,7 @@ def prune(
         max_shard_bytes=parse_size(max_shard_size),
     )
     dtype_name = dtype.value if dtype else None
-    evaluation = pipeline.EvalOptions(dataset, split, max_seq_len, limit, batch_size, device, dtype_name)
+    evaluation = EvalOptions(dataset, split, max_seq_len, limit, batch_size, device, dtype_name)
     reference = ModelReference(model, revision, trust_remote_code, dtype_name)
     with output.progress_on_stderr() as listener:
         result = pipeline.prune(reference, options, evaluation if evaluate else None, listener)
@@ -350,9 +351,10 @@ def evaluate_command(
     """Measure perplexity: mean over windows of the mean negative log-likelihood, exponentiated."""
     from llmprune_cli import output, pipeline
     from llmprune_cli.loading import ModelReference
+    from llmprune_cli.options import EvalOptions
 
     dtype_name = dtype.value if dtype else None
-    options = pipeline.EvalOptions(dataset, split, max_seq_len, limit, batch_size, device, dtype_name)
+    options = EvalOptions(dataset, split, max_seq_len, limit, batch_size, device, dtype_name)
     reference = ModelReference(model, revision, trust_remote_code, dtype_name)
     other = ModelReference(compare, None, trust_remote_code, dtype_name) if compare else None
     with output.progress_on_stderr() as listener:

@@ -18,7 +18,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from llmprune_cli.architecture import Widths
     from llmprune_cli.evaluation import RunningPerplexity
-    from llmprune_cli.pipeline import Listener
+    from llmprune_cli.options import Listener
     from llmprune_cli.results import (
         CalibrationResult,
         CandidateResult,
@@ -252,7 +252,7 @@ def _number(value: float) -> str:
 @contextmanager
 def progress_on_stderr() -> Iterator[Listener]:
     """A listener that draws progress bars on stderr."""
-    from llmprune_cli.pipeline import Listener
+    from llmprune_cli.options import Listener
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))

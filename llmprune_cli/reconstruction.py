@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from llmprune_cli.activations import reader_instance
 from llmprune_cli.architecture import Widths
+from llmprune_cli.calibration import CalibrationText
 from llmprune_cli.checkpoint import Checkpoint, TensorEntry
 from llmprune_cli.errors import OutputError
 from llmprune_cli.groups import Reader, Trace
@@ -16,8 +17,10 @@ from llmprune_cli.layerwise import Enough, Layer, LayeredModel
 from llmprune_cli.least_squares import Moments, only, solve_reader
 from llmprune_cli.loading import DTYPES
 from llmprune_cli.names import split_name
+from llmprune_cli.options import Listener, PruneOptions
 from llmprune_cli.plan import Plan
 from llmprune_cli.scoring import GROUPS, HEADS
+from llmprune_cli.subject import Subject
 
 if TYPE_CHECKING:
     import torch
@@ -97,6 +100,34 @@ def refit(
         progress(1)
     entries = tuple(replaced.get(entry.name, entry) for entry in model.checkpoint.entries)
     return replace(model.checkpoint, entries=entries), tuple(reports)
+
+
+def repair(
+    subject: Subject,
+    plan: Plan,
+    options: PruneOptions,
+    calibration: CalibrationText | None,
+    folder: Path,
+    listener: Listener,
+) -> tuple[Subject, tuple[LayerRepair, ...]]:
+    """The subject with weights that make up for what the plan removes, and a report on each layer that stays.
+
+    Args:
+        folder: see `refit`.
+    """
+    import torch
+
+    if options.refit == "none" or calibration is None:
+        return subject, ()
+    if "hidden_size" in plan.changed:
+        listener.warn("The channels that go are cut after the refit, which does not make up for them.")
+    model = subject.layered(options.layer_device)
+    listener.stage(f"Refitting ({options.refit})", subject.widths.num_hidden_layers)
+    with torch.inference_mode():
+        start = model.embed(calibration.fitted)
+        streams = Streams(start, start.clone(), len(start))
+        checkpoint, repairs = refit(model, subject.trace, plan, streams, options.refit, folder, listener.advance)
+    return replace(subject, checkpoint=checkpoint), repairs
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,12 @@ from llmprune_cli.checkpoint import Checkpoint
 from llmprune_cli.layerwise import LayeredModel
 from llmprune_cli.least_squares import Moments, solve_reader
 from llmprune_cli.loading import ModelReference, load_model, load_tokenizer, open_checkpoint
-from llmprune_cli.pipeline import Listener, PruneOptions, make_plan, write_pruned
+from llmprune_cli.options import Listener, PruneOptions
 from llmprune_cli.plan import Plan, WidthRequest, resolve
+from llmprune_cli.pruned_folder import write_pruned
 from llmprune_cli.reconstruction import Streams, find_sites, refit
 from llmprune_cli.scoring import HEADS
+from llmprune_cli.selection import make_plan
 from llmprune_cli.subject import Subject, understand
 from test_checkpoint_forms import rewrite
 
