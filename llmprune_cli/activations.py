@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llmprune_cli.products import Product, Watcher
 
 
-CALIBRATED = ("activation", "range")  # the importances that are measured on text
+CALIBRATED = ("activation", "range", "taylor")  # the importances that are measured on text
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from llmprune_cli.activations import Activity, block_influence
 from llmprune_cli.architecture import NEURONS, on_disk
-from llmprune_cli.evaluation import LOGIT_ELEMENTS
+from llmprune_cli.divergence import predicted
 from llmprune_cli.groups import Trace, instance_of
 from llmprune_cli.layerwise import Ends, Layer, LayeredModel, batches
 from llmprune_cli.names import split_name
@@ -75,18 +75,14 @@ def loss_gradient(ends: Ends, states: torch.Tensor, items: int, windows: torch.T
     from torch.nn import functional
 
     ends.model.requires_grad_(False)
-    chunk = max(1, LOGIT_ELEMENTS // ends.model.config.get_text_config().vocab_size)
-    predicted = windows[:, 1:].numel()
-    for window, hidden in zip(windows, states, strict=True):
-        for first in range(0, len(window) - 1, chunk):
-            wanted = window[1:][first : first + chunk].to(ends.device)
-            part = hidden[first : first + len(wanted)]
-            given = part[None].clone().requires_grad_()
-            with torch.enable_grad():
-                logits = ends.logits(given, items)[0]
-                loss = functional.cross_entropy(logits, wanted, reduction="sum") / predicted
-            part.copy_(torch.autograd.grad(loss, given)[0][0])
-        hidden[-1] = 0
+    for window, places, wanted in predicted(ends, windows):
+        part = states[window : window + 1, places]
+        given = part.clone().requires_grad_()
+        with torch.enable_grad():
+            loss = functional.cross_entropy(ends.logits(given, items)[0], wanted, reduction="sum")
+            loss = loss / windows[:, 1:].numel()
+        part.copy_(torch.autograd.grad(loss, given)[0])
+    states[:, -1] = 0
 
 
 def pull_back(layer: Layer, states: torch.Tensor, gradient: torch.Tensor) -> None:
