@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llmprune_cli.products import Product, Watcher
 
 
-CALIBRATED = ("activation", "range")  # the importances that are measured on text
+CALIBRATED = ("activation", "range", "taylor")  # the importances that are measured on text
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ def measure_activity(
     as a share of the largest there (optipfair's data-driven choice for gated MLPs, for any family). A head is the sum
     over its elements, a KV group over its heads. A channel is the sum over all weights that read the residual stream,
     each weight's scores divided by their mean. An expert: the mean over its tokens of the norm of its router-weighted
-    output (REAP, arXiv 2510.13999, equation 9). A layer: 1 − E[cos(h_in, h_out)] (block influence, ShortGPT, arXiv
-    2403.03853, equation 1).
+    output (REAP, arXiv 2510.13999, equation 9). A layer: see `block_influence`.
 
     Args:
         importance: `activation` or `range`.
@@ -64,8 +63,7 @@ def measure_activity(
         inputs = _Inputs()
         before = stream.clone()
         layer.advance(stream, inputs.watcher, inputs.collected)
-        cosine = torch.nn.functional.cosine_similarity(before.flatten(0, 1), stream.flatten(0, 1), dim=-1)
-        influence.append(1 - float(cosine.mean(dtype=torch.float64)))
+        influence.append(block_influence(before, stream))
         ranges = unit_ranges(layer, trace, widths, number) if importance == "range" else {}
         tokens = stream[..., 0].numel()
         reading = {(r.parameter.replace("{}", "0", 1), r.axis): r for r in trace.inputs if layer.has(r.parameter)}
@@ -91,6 +89,17 @@ def measure_activity(
         progress(1)
     scores["hidden_size"][""] = channels
     return Activity(dict(scores), tuple(influence))
+
+
+def block_influence(before: torch.Tensor, after: torch.Tensor) -> float:
+    """1 − E[cos(h_in, h_out)] over all tokens of a layer's input and output, [N, T, D].
+
+    ShortGPT, arXiv 2403.03853, equation 1.
+    """
+    import torch
+
+    cosine = torch.nn.functional.cosine_similarity(before.flatten(0, 1), after.flatten(0, 1), dim=-1)
+    return 1 - float(cosine.mean(dtype=torch.float64))
 
 
 def unit_ranges(layer: Layer, trace: Trace, widths: Widths, number: int) -> dict[tuple[str, str], torch.Tensor]:

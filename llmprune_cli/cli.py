@@ -31,6 +31,14 @@ class Importance(enum.StrEnum):
     random = "random"
     activation = "activation"
     range = "range"
+    taylor = "taylor"
+
+
+class LayerImportance(enum.StrEnum):
+    """How layers are ranked."""
+
+    influence = "influence"
+    loss = "loss"
 
 
 class Refit(enum.StrEnum):
@@ -249,6 +257,10 @@ def prune(
     importance: Annotated[
         Importance | None, typer.Option(help="How units are ranked. [default: magnitude; with a target, range]")
     ] = None,
+    layer_importance: Annotated[
+        LayerImportance | None,
+        typer.Option(help="How layers are ranked, with --layers or a target. [default: influence, where text is read]"),
+    ] = None,
     refit: Annotated[
         Refit | None,
         typer.Option(help="How what reads removed units is repaired. [default: none; with a target, residual]"),
@@ -302,6 +314,8 @@ def prune(
         raise typer.BadParameter("say what to prune: --target-params, --pruning-ratio, a width of its own, or --plan.")
     if output_folder is None and not (dry_run or evaluate or save_plan):
         raise typer.BadParameter("give --output DIR, or --dry-run, --save-plan or --eval.")
+    if layer_importance is not None and budget is None and layers is None:
+        raise typer.BadParameter("--layer-importance says which layers go; give --layers N or a target with it.")
     if dry_run and evaluate:
         raise typer.BadParameter("--dry-run makes no model to evaluate; leave out --eval.")
     from llmprune_cli import output, pipeline
@@ -315,6 +329,7 @@ def prune(
         request=WidthRequest(*request_values, round_to),
         budget=budget,
         importance=(importance or (Importance.range if budget else Importance.magnitude)).value,
+        layer_importance=layer_importance.value if layer_importance else None,
         refit=(refit or (Refit.residual if budget else Refit.none)).value,
         calibration=CalibrationOptions(calibration, calibration_split, calibration_tokens, calibration_seq_len, device),
         seed=seed,

@@ -114,9 +114,9 @@ class Layer:
         return on_disk(self.model, {name: parameter.detach() for name, parameter in self.model.named_parameters()})
 
 
-def batches(stream: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Hidden states [N, T, D] cut into batches of about `BATCH_TOKENS` tokens, each with its first window's number."""
-    size = max(1, BATCH_TOKENS // stream.shape[1])
+def batches(stream: torch.Tensor, tokens: int = BATCH_TOKENS) -> Iterator[tuple[int, torch.Tensor]]:
+    """Hidden states [N, T, D] cut into batches of about so many tokens, each with its first window's number."""
+    size = max(1, tokens // stream.shape[1])
     for first in range(0, len(stream), size):
         yield first, stream[first : first + size]
 

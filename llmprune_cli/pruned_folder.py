@@ -70,6 +70,7 @@ def make_manifest(
             **asdict(options.request),
             "target": asdict(options.budget) if options.budget else None,
             "importance": plan.importance,
+            "layer_importance": options.layer_importance,
             "refit": options.refit,
             "seed": plan.seed,
             "plan": str(options.plan) if options.plan else None,

@@ -72,13 +72,13 @@ def measure_size(subject: Subject, target: Target) -> tuple[int, int]:
     return parameters, size
 
 
-def find_candidates(subject: Subject, budget: Budget, influence: tuple[float, ...]) -> list[Candidate]:
+def find_candidates(subject: Subject, budget: Budget, layer_scores: tuple[float, ...]) -> list[Candidate]:
     """For several numbers of layers and of KV groups, the widest MLP that fits the budget.
 
     The layers that turn the residual stream least go first. The hidden size stays.
 
     Args:
-        influence: of each layer, see `measure_activity`.
+        layer_scores: of each layer; those with the least go first.
 
     Raises:
         PlanError: nothing fits.
@@ -87,7 +87,7 @@ def find_candidates(subject: Subject, budget: Budget, influence: tuple[float, ..
     whole = Target(before, tuple(range(before.num_hidden_layers)), ())
     limit = budget.limit(*measure_size(subject, whole))
     index = 1 if budget.kind == "bytes" else 0
-    order = sorted(range(len(influence)), key=influence.__getitem__)
+    order = sorted(range(len(layer_scores)), key=layer_scores.__getitem__)
     dropped_counts = sorted({round(share * before.num_hidden_layers) for share in DEPTHS})
     found: dict[tuple[object, ...], Candidate] = {}
 

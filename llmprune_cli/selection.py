@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from llmprune_cli.ablation import ABLATION_TOKENS, ablate_layers
 from llmprune_cli.activations import CALIBRATED, Activity, measure_activity
 from llmprune_cli.calibration import CalibrationText
 from llmprune_cli.divergence import Side, compare
 from llmprune_cli.errors import PlanError
+from llmprune_cli.gradients import measure_gradients
 from llmprune_cli.names import split_name
 from llmprune_cli.options import Listener, PruneOptions
 from llmprune_cli.plan import Plan, Target, WidthRequest, choose, fingerprint, read_plan, resolve
@@ -64,13 +67,11 @@ def make_plan(
     subject: Subject, target: Target, options: PruneOptions, calibration: CalibrationText | None, listener: Listener
 ) -> Plan:
     """Score all units on the unpruned model and choose those that stay."""
-    if options.importance in CALIBRATED and calibration is not None:
-        activity = _measure(subject, options, calibration, listener)
-        target = _without_least_influence(subject, target, options.request, activity)
-        scores = _completed(subject, target, activity.scores, listener)
-    else:
-        scores = _score_weights(subject, target, options.importance, options.seed, listener)
-    return _plan_of(subject, target, options, scores)
+    activity = _measure(subject, options, calibration, listener)
+    if calibration is not None and options.ranks_layers:
+        layer_scores = _score_layers(subject, options, calibration, activity, listener)
+        target = _without_least_layers(subject, target, options.request, layer_scores)
+    return _plan_of(subject, target, options, _score_units(subject, target, options, activity, listener))
 
 
 def _plan_of(subject: Subject, target: Target, options: PruneOptions, scores: Scores) -> Plan:
@@ -97,11 +98,8 @@ def search_plan(
     activity = _measure(subject, options, calibration, listener)
     least = least_target(subject)
     every = replace(least, layers=tuple(range(subject.widths.num_hidden_layers)))
-    if options.importance in CALIBRATED:
-        scores = _completed(subject, every, activity.scores, listener)
-    else:
-        scores = _score_weights(subject, every, options.importance, options.seed, listener)
-    found = find_candidates(subject, budget, activity.influence)
+    scores = _score_units(subject, every, options, activity, listener)
+    found = find_candidates(subject, budget, _score_layers(subject, options, calibration, activity, listener))
     model = subject.layered(options.layer_device)
     fitted, judged = calibration.fitted[:SEARCH_WINDOWS], calibration.held_out[: SEARCH_WINDOWS // 2]
 
@@ -153,22 +151,61 @@ def _score_weights(subject: Subject, target: Target, importance: str, seed: int,
     return score(checkpoint, subject.trace.limited_to(scored), subject.widths, seed, listener.advance)
 
 
-def _measure(subject: Subject, options: PruneOptions, calibration: CalibrationText, listener: Listener) -> Activity:
+def _score_units(
+    subject: Subject, target: Target, options: PruneOptions, activity: Activity | None, listener: Listener
+) -> Scores:
+    if activity is not None and options.importance in CALIBRATED:
+        return _completed(subject, target, activity.scores, listener)
+    return _score_weights(subject, target, options.importance, options.seed, listener)
+
+
+def _measure(
+    subject: Subject, options: PruneOptions, calibration: CalibrationText | None, listener: Listener
+) -> Activity | None:
     import torch
 
+    if calibration is None or not options.needs_activity:
+        return None
     model = subject.layered(options.layer_device)
-    listener.stage("Measuring activity", subject.widths.num_hidden_layers)
+    if options.importance == "taylor":
+        listener.stage("Measuring gradients", 2 * model.layers)
+        with tempfile.TemporaryDirectory(prefix="llmprune-") as folder:
+            return measure_gradients(model, subject.trace, calibration.fitted, Path(folder), listener.advance)
+    listener.stage("Measuring activity", model.layers)
     with torch.inference_mode():
         stream = model.embed(calibration.fitted)
         return measure_activity(model, subject.trace, stream, options.importance, listener.advance)
 
 
-def _without_least_influence(subject: Subject, target: Target, request: WidthRequest, activity: Activity) -> Target:
-    """The target with as many layers, but without those that turn the residual stream least."""
+def _score_layers(
+    subject: Subject,
+    options: PruneOptions,
+    calibration: CalibrationText,
+    activity: Activity | None,
+    listener: Listener,
+) -> tuple[float, ...]:
+    """A score for each layer; those with the least go first."""
+    import torch
+
+    if activity is not None and options.layer_importance != "loss":
+        return activity.influence
+    model = subject.layered(options.layer_device)
+    fitted = calibration.fitted
+    count = min(len(fitted), max(1, ABLATION_TOKENS // fitted.shape[1]))
+    spread = torch.linspace(0, len(fitted) - 1, count).long()
+    listener.stage("Leaving out each layer", model.layers * (model.layers + 1) // 2)
+    with tempfile.TemporaryDirectory(prefix="llmprune-") as folder, torch.inference_mode():
+        return ablate_layers(model, fitted[spread], Path(folder), listener.advance)
+
+
+def _without_least_layers(
+    subject: Subject, target: Target, request: WidthRequest, layer_scores: tuple[float, ...]
+) -> Target:
+    """The target with as many layers, but without those of the least scores."""
     count = request.num_hidden_layers
     if count is None or count == subject.widths.num_hidden_layers:
         return target
-    order = sorted(range(len(activity.influence)), key=activity.influence.__getitem__)
+    order = sorted(range(len(layer_scores)), key=layer_scores.__getitem__)
     dropped = tuple(sorted(order[: len(order) - count]))
     chosen = replace(request, num_hidden_layers=None, drop_layers=dropped)
     try:

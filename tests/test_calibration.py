@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import families
-from conftest import run_cli, save_tiny
+from conftest import Opened, run_cli, save_tiny
 from llmprune_cli.activations import measure_activity
 from llmprune_cli.architecture import NEURONS
 from llmprune_cli.calibration import CalibrationOptions, prepare_calibration
 from llmprune_cli.checkpoint import Checkpoint
-from llmprune_cli.layerwise import LayeredModel
 from llmprune_cli.least_squares import Moments, solve_reader
 from llmprune_cli.loading import ModelReference, load_model, load_tokenizer, open_checkpoint
 from llmprune_cli.options import Listener, PruneOptions
@@ -27,44 +24,8 @@ from llmprune_cli.reconstruction import Streams, find_sites, refit
 from llmprune_cli.scoring import HEADS
 from llmprune_cli.selection import make_plan
 from llmprune_cli.subject import Subject, understand
-from test_checkpoint_forms import rewrite
 
 CALIBRATED = ("--calibration-tokens", "600", "--calibration-seq-len", "40")
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A tiny checkpoint of a family, and the stock model of it."""
-
-    subject: Subject
-    model: Any
-    tokens: torch.Tensor
-
-    @property
-    def layered(self) -> LayeredModel:
-        return self.subject.layered("cpu")
-
-
-@pytest.fixture
-def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opened]:
-    family = request.param
-    # weights so large that every unit matters
-    settings = {**families.SIZES, **families.FAMILIES[family], "initializer_range": 0.15}
-    saved = save_tiny(tmp_path / "saved", families.model_type(family), **settings)
-    folder = rewrite(saved, tmp_path / "model", with_random_correction)
-    with open_checkpoint(ModelReference(str(folder)), need_weights=True) as checkpoint:
-        subject = understand(checkpoint)
-        tokens = torch.randint(3, 90, (4, 24), generator=torch.Generator().manual_seed(1))
-        yield Opened(subject, load_model(checkpoint, "cpu", "float32"), tokens)
-
-
-def with_random_correction(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The biases that a router adds behind its scores start as zeros: give them a say."""
-    generator = torch.Generator().manual_seed(5)
-    return {
-        name: torch.randn(tensor.shape, generator=generator) if name.endswith("correction_bias") else tensor
-        for name, tensor in tensors.items()
-    }
 
 
 every_family = pytest.mark.parametrize("opened", families.FAMILIES, indirect=True)
@@ -275,6 +236,7 @@ def test_a_dry_run_shows_the_candidates(tiny_llama: Path, text_file: Path) -> No
         (["--target-params", "0"], 2, "number"),
         (["--target-params", "80%", "--target-size", "1GB"], 2, "one of them"),
         (["--target-params", "80%", "--pruning-ratio", "0.5"], 2, "width options"),
+        (["--pruning-ratio", "0.5", "--layer-importance", "loss"], 2, "--layers N"),
         (["--target-params", "2%"], 5, "least"),
         (["--pruning-ratio", "0.5", "--refit", "local", "--calibration", "absent.txt"], 3, "absent.txt"),
         (["--pruning-ratio", "0.5", "--refit", "local", "--calibration", "short.txt"], 3, "short.txt"),
