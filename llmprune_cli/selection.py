@@ -18,7 +18,7 @@ from llmprune_cli.options import Listener, PruneOptions
 from llmprune_cli.plan import Plan, Target, WidthRequest, choose, fingerprint, read_plan, resolve
 from llmprune_cli.reconstruction import Streams, refit
 from llmprune_cli.scoring import IMPORTANCES, Scores, instances
-from llmprune_cli.search import Budget, Candidate, choose_candidate, find_candidates, least_target
+from llmprune_cli.search import Budget, Candidate, least_target, search_widths
 from llmprune_cli.subject import Subject
 
 SEARCH_WINDOWS = 8  # of calibration text on which a candidate is refitted; half as many are held out to judge it
@@ -99,7 +99,7 @@ def search_plan(
     least = least_target(subject)
     every = replace(least, layers=tuple(range(subject.widths.num_hidden_layers)))
     scores = _score_units(subject, every, options, activity, listener)
-    found = find_candidates(subject, budget, _score_layers(subject, options, calibration, activity, listener))
+    layer_scores = _score_layers(subject, options, calibration, activity, listener)
     model = subject.layered(options.layer_device)
     fitted, judged = calibration.fitted[:SEARCH_WINDOWS], calibration.held_out[: SEARCH_WINDOWS // 2]
 
@@ -115,13 +115,20 @@ def search_plan(
             dense, pruned = (Side(ends, states[len(fitted) :], items) for states in (streams.dense, streams.pruned))
             return compare(dense, pruned, judged).kl
 
-    judged_candidates = choose_candidate(found, judge) if len(found) > 1 else tuple(found)
-    return _plan_of(subject, judged_candidates[0].target, options, scores), judged_candidates
+    candidates = search_widths(subject, budget, layer_scores, judge)
+    return _plan_of(subject, candidates[0].target, options, scores), candidates
 
 
 def _in_words(target: Target) -> str:
     widths = target.widths
-    return f"{len(target.layers)} layers, {widths.num_key_value_heads} KV groups, {widths.intermediate_size} neurons"
+    shapes = {
+        "layers": len(target.layers),
+        "KV groups": widths.num_key_value_heads,
+        "heads": widths.num_attention_heads,
+        "neurons": widths.intermediate_size or widths.moe_intermediate_size,
+        "experts": widths.num_experts,
+    }
+    return ", ".join(f"{count} {name}" for name, count in shapes.items() if count)
 
 
 def _completed(subject: Subject, target: Target, scores: Scores, listener: Listener) -> Scores:
