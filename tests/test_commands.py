@@ -56,6 +56,7 @@ ORDER = (
     "divergence",
     "options",
     "least_squares",
+    "sites",
     "reconstruction",
     "results",
     "selection",
