@@ -145,7 +145,7 @@ class _Inputs:
         self.squares[key] = self.squares[key] + squares if key in self.squares else squares
         self._expert = seen.expert
 
-    def collected(self, source: torch.Tensor) -> None:
+    def collected(self, tokens: torch.Tensor, source: torch.Tensor) -> None:
         if self._expert is not None and source.is_floating_point():
             self.expert_norms[self._expert].append(source.norm(dim=-1).cpu())
             self._expert = None

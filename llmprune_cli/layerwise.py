@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from llmprune_cli.products import Watcher
+    from llmprune_cli.products import Collector, Watcher
 
 BATCH_TOKENS = 4096  # that run through a layer together
 VOCABULARY = 8  # of a one-layer model, whose embedding is never used
@@ -52,7 +52,7 @@ class Layer:
         self,
         hidden: torch.Tensor,
         watcher: Watcher | None = None,
-        collected: Callable[[torch.Tensor], None] | None = None,
+        collected: Collector | None = None,
     ) -> torch.Tensor | None:
         """Hidden states [B, T, D] through the layer; None where the watcher had enough.
 
@@ -81,7 +81,7 @@ class Layer:
         self,
         stream: torch.Tensor,
         watcher_of: Callable[[int, torch.Tensor], Watcher] | None = None,
-        collected: Callable[[torch.Tensor], None] | None = None,
+        collected: Collector | None = None,
     ) -> None:
         """Replace the hidden states [N, T, D] of all windows by what the layer makes of them, batch by batch.
 
@@ -93,11 +93,6 @@ class Layer:
             if output is None:
                 raise AssertionError("a watcher had enough of a layer that has to run to its end")
             batch.copy_(output)
-
-    def observe(self, stream: torch.Tensor, watcher_of: Callable[[int, torch.Tensor], Watcher]) -> None:
-        """Run the layer on all windows for the watcher's sake only."""
-        for first, batch in batches(stream):
-            self.run(batch, watcher_of(first, batch))
 
     def returned_items(self, hidden: torch.Tensor) -> int:
         """How many items this family's layers return, hidden states first; 0 where these come alone."""

@@ -39,9 +39,11 @@ class Moments:
             self.total += float(outputs.cpu().double().square().sum())
 
     def aim_at(self, matrix: torch.Tensor) -> None:
-        """Let y be what this weight [O, U] makes of x."""
-        self.cross = self.widened(matrix) @ self.gram
-        self.total = float((self.cross * self.widened(matrix)).sum())
+        """Let y be what this weight [O, U] makes of x, plus the y that were added."""
+        wide = self.widened(matrix)
+        own = wide @ self.gram
+        self.total += float(((own + 2 * self.cross) * wide).sum())
+        self.cross += own
 
     def error(self, matrix: torch.Tensor) -> float:
         """‖Y − WX‖² of a weight [O, U]."""

@@ -59,6 +59,7 @@ ORDER = (
     "ablation",
     "options",
     "least_squares",
+    "sites",
     "reconstruction",
     "results",
     "selection",
