@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OPTIPFAIR := $(VENV)/.optipfair
 
-.PHONY: demo matrix test check lint fix bench bench-quality check-ranges clean
+.PHONY: demo matrix test check lint fix bench bench-memory bench-quality check-ranges clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,8 +40,7 @@ fix: $(INSTALLED)  ## repair what can be repaired automatically
 bench: $(INSTALLED)  ## compare with torch-pruning's own pruner on a 1.33B model
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/bench/prune_1b.py
 
-bench-quality: $(OPTIPFAIR)  ## compare what pruned models are still worth, with other methods at equal size
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/bench/quality.py
+.PHONY: demo matrix test check lint fix bench bench-memory bench-quality check-ranges clean
 
 check-ranges:  ## run the core suite on the lowest versions that pyproject.toml allows
 	$(PYTHON) -m venv --clear $(VENV)-lowest

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llmprune_cli.architecture import NEURONS, Architecture
-from llmprune_cli.checkpoint import Checkpoint
+from llmprune_cli.architecture import NEURONS, Widths
 from llmprune_cli.groups import Reader, Trace, instance_of
-from llmprune_cli.layerwise import Layer, load_layer
+from llmprune_cli.layerwise import Layer, LayeredModel
 from llmprune_cli.names import split_name
 from llmprune_cli.scoring import EXPERTS, GROUPS, HEADS, Scores
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from llmprune_cli.products import Product, Watcher
 
 
-CALIBRATED = ("activation", "range")  # the importances that are measured on text
+CALIBRATED = ("activation", "range", "taylor")  # the importances that are measured on text
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,10 @@ class Activity:
 
 
 def measure_activity(
-    checkpoint: Checkpoint,
-    architecture: Architecture,
+    model: LayeredModel,
     trace: Trace,
     stream: torch.Tensor,
     importance: str,
-    device: str,
     progress: Callable[[int], None],
 ) -> Activity:
     """Score every unit by its share in what reads it, and every layer by how far it turns the residual stream.
@@ -48,8 +45,7 @@ def measure_activity(
     as a share of the largest there (optipfair's data-driven choice for gated MLPs, for any family). A head is the sum
     over its elements, a KV group over its heads. A channel is the sum over all weights that read the residual stream,
     each weight's scores divided by their mean. An expert: the mean over its tokens of the norm of its router-weighted
-    output (REAP, arXiv 2510.13999, equation 9). A layer: 1 − E[cos(h_in, h_out)] (block influence, ShortGPT, arXiv
-    2403.03853, equation 1).
+    output (REAP, arXiv 2510.13999, equation 9). A layer: see `block_influence`.
 
     Args:
         importance: `activation` or `range`.
@@ -58,17 +54,17 @@ def measure_activity(
     """
     import torch
 
+    widths = model.architecture.widths
     scores: Scores = defaultdict(dict)
-    channels = torch.zeros(architecture.widths.hidden_size, dtype=torch.float64)
+    channels = torch.zeros(widths.hidden_size, dtype=torch.float64)
     influence = []
-    for number in range(architecture.widths.num_hidden_layers):
-        layer = load_layer(checkpoint, architecture, number, device)
+    for number in range(model.layers):
+        layer = model.load_layer(number)
         inputs = _Inputs()
         before = stream.clone()
         layer.advance(stream, inputs.watcher, inputs.collected)
-        cosine = torch.nn.functional.cosine_similarity(before.flatten(0, 1), stream.flatten(0, 1), dim=-1)
-        influence.append(1 - float(cosine.mean(dtype=torch.float64)))
-        ranges = unit_ranges(layer, trace, architecture, number) if importance == "range" else {}
+        influence.append(block_influence(before, stream))
+        ranges = unit_ranges(layer, trace, widths, number) if importance == "range" else {}
         tokens = stream[..., 0].numel()
         reading = {(r.parameter.replace("{}", "0", 1), r.axis): r for r in trace.inputs if layer.has(r.parameter)}
         for (name, axis), reader in reading.items():
@@ -76,16 +72,17 @@ def measure_activity(
             for expert in range(len(weight)) if weight.ndim == 3 else (None,):
                 squares = inputs.squares.get((name, axis, expert))
                 columns = _column_norms(weight if expert is None else weight[expert], axis == weight.ndim - 1)
-                spread = ranges.get((reader.width, reader_instance(trace, reader, number, expert)))
+                instance = reader_instance(trace, reader, number, expert)
+                spread = ranges.get((reader.width, instance))
                 factor = columns if spread is None else spread.square()
-                _add_units(scores, reader, trace, architecture, number, expert, factor, squares, tokens)
+                _add_units(scores, reader, instance, widths, factor, squares, tokens)
         for (name, axis, _), squares in inputs.squares.items():
             weight = layer.model.get_parameter(name)
             if (name, axis) not in reading and weight.ndim == 2 and len(squares) == len(channels):
                 share = _column_norms(weight, axis == 1) * squares
                 channels += share / share.mean().clamp_min(torch.finfo(share.dtype).tiny)
         if inputs.expert_norms:
-            means = torch.zeros(architecture.widths.num_experts, dtype=torch.float64)
+            means = torch.zeros(widths.num_experts, dtype=torch.float64)
             for expert, norms in inputs.expert_norms.items():
                 means[expert] = torch.cat(norms).double().mean()
             scores[EXPERTS][str(number)] = means
@@ -94,9 +91,18 @@ def measure_activity(
     return Activity(dict(scores), tuple(influence))
 
 
-def unit_ranges(
-    layer: Layer, trace: Trace, architecture: Architecture, number: int
-) -> dict[tuple[str, str], torch.Tensor]:
+def block_influence(before: torch.Tensor, after: torch.Tensor) -> float:
+    """1 − E[cos(h_in, h_out)] over all tokens of a layer's input and output, [N, T, D].
+
+    ShortGPT, arXiv 2403.03853, equation 1.
+    """
+    import torch
+
+    cosine = torch.nn.functional.cosine_similarity(before.flatten(0, 1), after.flatten(0, 1), dim=-1)
+    return 1 - float(cosine.mean(dtype=torch.float64))
+
+
+def unit_ranges(layer: Layer, trace: Trace, widths: Widths, number: int) -> dict[tuple[str, str], torch.Tensor]:
     """For each width of neurons and each choice of them: the sum of `max + |min|` over a neuron's weights.
 
     One term for each tensor that carries the neurons (one for each half of a fused gate|up), divided by its largest;
@@ -112,9 +118,9 @@ def unit_ranges(
                 continue
             rows = tensor.movedim(binding.axis, 0).reshape(tensor.shape[binding.axis], -1).cpu()
             spread = (rows.max(1).values + rows.min(1).values.abs()).double()
-            units, elements = binding.units(architecture.widths), binding.elements(architecture.widths)
+            units, elements = binding.units(widths), binding.elements(widths)
             key = binding.width, instance_of(binding, (number, *numbers[1:]))
-            total = found.setdefault(key, torch.zeros(getattr(architecture.widths, binding.width), dtype=torch.float64))
+            total = found.setdefault(key, torch.zeros(getattr(widths, binding.width), dtype=torch.float64))
             for copy in range(binding.copies):
                 own = elements == copy
                 total.index_add_(0, units[own], spread[own] / spread[own].max().clamp_min(torch.finfo().tiny))
@@ -153,10 +159,8 @@ def _column_norms(matrix: torch.Tensor, last: bool) -> torch.Tensor:
 def _add_units(
     scores: Scores,
     reader: Reader,
-    trace: Trace,
-    architecture: Architecture,
-    number: int,
-    expert: int | None,
+    instance: str,
+    widths: Widths,
     factor: torch.Tensor,
     squares: torch.Tensor | None,
     tokens: int,
@@ -164,11 +168,11 @@ def _add_units(
     """Add what one reader says to the scores of the units that it reads.
 
     Args:
+        instance: see `reader_instance`.
         factor: what the mean square of each input, or of each unit, is multiplied with.
         squares: sum of squares of each input; None for an expert that no token reached, whose own units are then ranked
             by the factor alone.
     """
-    widths, instance = architecture.widths, reader_instance(trace, reader, number, expert)
     if reader.width == HEADS:
         if squares is not None:
             by_head = (factor * squares / tokens).view(widths.num_attention_heads, -1).sum(1)

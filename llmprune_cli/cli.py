@@ -31,6 +31,14 @@ class Importance(enum.StrEnum):
     random = "random"
     activation = "activation"
     range = "range"
+    taylor = "taylor"
+
+
+class LayerImportance(enum.StrEnum):
+    """How layers are ranked."""
+
+    influence = "influence"
+    loss = "loss"
 
 
 class Refit(enum.StrEnum):
@@ -249,6 +257,10 @@ def prune(
     importance: Annotated[
         Importance | None, typer.Option(help="How units are ranked. [default: magnitude; with a target, range]")
     ] = None,
+    layer_importance: Annotated[
+        LayerImportance | None,
+        typer.Option(help="How layers are ranked, with --layers or a target. [default: influence, where text is read]"),
+    ] = None,
     refit: Annotated[
         Refit | None,
         typer.Option(help="How what reads removed units is repaired. [default: none; with a target, residual]"),
@@ -302,18 +314,22 @@ def prune(
         raise typer.BadParameter("say what to prune: --target-params, --pruning-ratio, a width of its own, or --plan.")
     if output_folder is None and not (dry_run or evaluate or save_plan):
         raise typer.BadParameter("give --output DIR, or --dry-run, --save-plan or --eval.")
+    if layer_importance is not None and budget is None and layers is None:
+        raise typer.BadParameter("--layer-importance says which layers go; give --layers N or a target with it.")
     if dry_run and evaluate:
         raise typer.BadParameter("--dry-run makes no model to evaluate; leave out --eval.")
     from llmprune_cli import output, pipeline
     from llmprune_cli.calibration import CalibrationOptions
     from llmprune_cli.loading import ModelReference
+    from llmprune_cli.options import EvalOptions, PruneOptions
     from llmprune_cli.plan import WidthRequest
     from llmprune_cli.writer import parse_size
 
-    options = pipeline.PruneOptions(
+    options = PruneOptions(
         request=WidthRequest(*request_values, round_to),
         budget=budget,
         importance=(importance or (Importance.range if budget else Importance.magnitude)).value,
+        layer_importance=layer_importance.value if layer_importance else None,
         refit=(refit or (Refit.residual if budget else Refit.none)).value,
         calibration=CalibrationOptions(calibration, calibration_split, calibration_tokens, calibration_seq_len, device),
         seed=seed,
@@ -325,7 +341,7 @@ def prune(
         max_shard_bytes=parse_size(max_shard_size),
     )
     dtype_name = dtype.value if dtype else None
-    evaluation = pipeline.EvalOptions(dataset, split, max_seq_len, limit, batch_size, device, dtype_name)
+    evaluation = EvalOptions(dataset, split, max_seq_len, limit, batch_size, device, dtype_name)
     reference = ModelReference(model, revision, trust_remote_code, dtype_name)
     with output.progress_on_stderr() as listener:
         result = pipeline.prune(reference, options, evaluation if evaluate else None, listener)
@@ -350,9 +366,10 @@ def evaluate_command(
     """Measure perplexity: mean over windows of the mean negative log-likelihood, exponentiated."""
     from llmprune_cli import output, pipeline
     from llmprune_cli.loading import ModelReference
+    from llmprune_cli.options import EvalOptions
 
     dtype_name = dtype.value if dtype else None
-    options = pipeline.EvalOptions(dataset, split, max_seq_len, limit, batch_size, device, dtype_name)
+    options = EvalOptions(dataset, split, max_seq_len, limit, batch_size, device, dtype_name)
     reference = ModelReference(model, revision, trust_remote_code, dtype_name)
     other = ModelReference(compare, None, trust_remote_code, dtype_name) if compare else None
     with output.progress_on_stderr() as listener:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llmprune_cli.architecture import Architecture
-from llmprune_cli.checkpoint import Checkpoint
 from llmprune_cli.evaluation import LOGIT_ELEMENTS
-from llmprune_cli.layerwise import Ends, final_states, load_ends
+from llmprune_cli.layerwise import Ends, LayeredModel
 
 if TYPE_CHECKING:
     import torch
@@ -27,11 +25,7 @@ class Divergence:
 
 
 def measure_divergence(
-    dense: tuple[Checkpoint, Architecture],
-    pruned: tuple[Checkpoint, Architecture],
-    windows: torch.Tensor,
-    device: str,
-    progress: Callable[[int], None],
+    dense: LayeredModel, pruned: LayeredModel, windows: torch.Tensor, progress: Callable[[int], None]
 ) -> Divergence:
     """Mean KL(dense ‖ pruned) = E[Σ_v p(v) log(p(v)/q(v))] of the next token, and both perplexities, in float32.
 
@@ -39,13 +33,10 @@ def measure_divergence(
         windows: token ids, [N, T].
         progress: told after each layer of each model.
     """
-    (before, items), (after, pruned_items) = (
-        final_states(checkpoint, architecture, windows, device, progress)
-        for checkpoint, architecture in (dense, pruned)
-    )
-    ends = load_ends(*dense, device, exact=True)
-    same = dense[1].widths.hidden_size == pruned[1].widths.hidden_size  # then no tensor outside the layers changed
-    other = ends if same else load_ends(*pruned, device, exact=True)
+    (before, items), (after, pruned_items) = (model.final_states(windows, progress) for model in (dense, pruned))
+    ends = dense.load_ends(exact=True)
+    same = dense.architecture.widths.hidden_size == pruned.architecture.widths.hidden_size
+    other = ends if same else pruned.load_ends(exact=True)  # with the same channels only layers differ
     return compare(Side(ends, before, items), Side(other, after, pruned_items), windows)
 
 
@@ -58,23 +49,28 @@ class Side:
     items: int  # see `Layer.returned_items`
 
 
+def predicted(ends: Ends, windows: torch.Tensor) -> Iterator[tuple[int, slice, torch.Tensor]]:
+    """Windows [N, T] in parts of few logits: a window's number, places in it, and the tokens that follow these."""
+    chunk = max(1, LOGIT_ELEMENTS // ends.model.config.get_text_config().vocab_size)
+    for number, window in enumerate(windows):
+        for first in range(0, len(window) - 1, chunk):
+            wanted = window[1:][first : first + chunk]
+            yield number, slice(first, first + len(wanted)), wanted.to(ends.device)
+
+
 def compare(dense: Side, pruned: Side, windows: torch.Tensor) -> Divergence:
     """The figures from the hidden states behind the last layer; windows are token ids, [N, T]."""
     import torch
     from torch.nn import functional
 
-    chunk = max(1, LOGIT_ELEMENTS // dense.ends.model.config.get_text_config().vocab_size)
-    losses, kl, tokens = torch.zeros(2, dtype=torch.float64), 0.0, 0
-    for number, window in enumerate(windows):
-        for first in range(0, len(window) - 1, chunk):
-            wanted = window[1:][first : first + chunk].to(dense.ends.device)
-            logs = []
-            for side in (dense, pruned):
-                states = side.states[number : number + 1, :-1][:, first : first + chunk]
-                logs.append(functional.log_softmax(side.ends.logits(states, side.items)[0], -1))
-            for index, log in enumerate(logs):
-                losses[index] += float(functional.nll_loss(log, wanted, reduction="sum"))
-            kl += float(functional.kl_div(logs[1], logs[0], reduction="sum", log_target=True))
-            tokens += len(wanted)
+    losses, kl, tokens = torch.zeros(2, dtype=torch.float64), 0.0, windows[:, 1:].numel()
+    for window, places, wanted in predicted(dense.ends, windows):
+        logs = []
+        for side in (dense, pruned):
+            logits = side.ends.logits(side.states[window : window + 1, places], side.items)[0]
+            logs.append(functional.log_softmax(logits, -1))
+        for index, log in enumerate(logs):
+            losses[index] += float(functional.nll_loss(log, wanted, reduction="sum"))
+        kl += float(functional.kl_div(logs[1], logs[0], reduction="sum", log_target=True))
     before, after = (math.exp(min(loss / tokens, 700)) for loss in losses.tolist())
     return Divergence(tokens, before, after, max(0.0, kl / tokens))  # rounding may leave less than nothing

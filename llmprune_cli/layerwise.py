@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.architecture import Architecture, build_skeleton, on_disk, reconfigure
@@ -113,9 +114,9 @@ class Layer:
         return on_disk(self.model, {name: parameter.detach() for name, parameter in self.model.named_parameters()})
 
 
-def batches(stream: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Hidden states [N, T, D] cut into batches of about `BATCH_TOKENS` tokens, each with its first window's number."""
-    size = max(1, BATCH_TOKENS // stream.shape[1])
+def batches(stream: torch.Tensor, tokens: int = BATCH_TOKENS) -> Iterator[tuple[int, torch.Tensor]]:
+    """Hidden states [N, T, D] cut into batches of about so many tokens, each with its first window's number."""
+    size = max(1, tokens // stream.shape[1])
     for first in range(0, len(stream), size):
         yield first, stream[first : first + size]
 
@@ -143,42 +144,6 @@ def _catching_output(block: nn.Module, seen: list[Any]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def load_layer(checkpoint: Checkpoint, architecture: Architecture, layer: int, device: str) -> Layer:
-    """One decoder layer in float32.
-
-    Raises:
-        UnsupportedError: no model of this layer alone can be built.
-    """
-    import torch
-
-    config = architecture.config
-    entries = tuple(entry for entry in checkpoint.entries if split_name(entry.name)[1][:1] == (layer,))
-    state = {}
-    for entry, tensor in replace(checkpoint, entries=entries).tensors():
-        template, numbers = split_name(entry.name)
-        state[template.format(0, *numbers[1:])] = tensor
-    try:
-        own = _without_tokens(reconfigure(config, layer_changes(config, (layer,))))
-        loaded: Any = type(build_skeleton(own)).from_pretrained(
-            None,
-            config=own,
-            state_dict=state,
-            dtype=torch.float32,
-            experts_implementation="eager",
-            output_loading_info=True,
-        )
-    except (ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
-        raise UnsupportedError(f"Layer {layer} of {config.model_type} cannot be run on its own ({error}).") from error
-    model, info = loaded
-    prefix = _layer_prefix(model)
-    wrong = [str(name) for name in (*info["missing_keys"], *info["mismatched_keys"]) if str(name).startswith(prefix)]
-    if wrong:
-        raise UnsupportedError(f"Layer {layer} of {config.model_type} cannot be run on its own: it lacks {wrong[0]}.")
-    block = model.get_submodule(prefix[:-1])
-    _number_as(block, build_skeleton(config).get_submodule(f"{prefix[:-2]}{layer}"))
-    return Layer(model.eval().to(device), block, prefix)
 
 
 def _number_as(block: nn.Module, original: nn.Module) -> None:
@@ -247,66 +212,122 @@ class Ends:
         return logits.float()
 
 
-def load_ends(checkpoint: Checkpoint, architecture: Architecture, device: str, exact: bool = False) -> Ends:
-    """Embeddings, final norm and output projection, without any layer.
+@dataclass(frozen=True)
+class LayeredModel:
+    """A checkpoint that is run in parts: one decoder layer at a time, and what comes before and after them."""
 
-    Args:
-        exact: norm and output projection in float32, to compute logits; an embedding of its own stays as it is stored.
+    checkpoint: Checkpoint
+    architecture: Architecture
+    device: str  # where the parts run
 
-    Raises:
-        UnsupportedError: a part that the checkpoint does not have under the name that transformers gives it.
-    """
-    import torch
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
+    @cached_property
+    def skeleton(self) -> PreTrainedModel:
+        """The whole model on the `meta` device."""
+        return build_skeleton(self.architecture.config)
 
-    config = architecture.config
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(reconfigure(config, layer_changes(config, (0,))))
-    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise UnsupportedError(f"{config.model_type} cannot be run layer by layer ({error}).") from error
-    prefix, rules = _layer_prefix(model), Rules(model)
-    embedding = model.get_input_embeddings()
-    is_tied = bool(getattr(model, "all_tied_weights_keys", None))
-    entries = tuple(entry for entry in checkpoint.entries if not split_name(entry.name)[1])
-    state = {}
-    for entry, tensor in replace(checkpoint, entries=entries).tensors():
-        name = rules.locate(entry.name)[0]
-        is_embedding = model.get_submodule(name.rpartition(".")[0]) is embedding
-        dtype = torch.float32 if exact and (is_tied or not is_embedding) else tensor.dtype
-        state[name] = tensor.to(device, dtype)
-    model.load_state_dict(state, strict=False, assign=True)
-    model.tie_weights()
-    rest = [n for n, p in model.named_parameters() if p.device.type == "meta" and not n.startswith(prefix)]
-    if rest:
-        raise UnsupportedError(f"{config.model_type}: {rest[0]} is not in the checkpoint under this name.")
-    for name, buffer in model.named_buffers():
-        if not name.startswith(prefix):
-            parent, _, own = name.rpartition(".")
-            model.get_submodule(parent).register_buffer(own, buffer.to(device), persistent=False)
-    return Ends(model.eval(), model.get_submodule(prefix[:-1]), device)
+    @property
+    def layers(self) -> int:
+        """How many decoder layers there are."""
+        return self.architecture.widths.num_hidden_layers
 
+    def load_layer(self, number: int) -> Layer:
+        """One decoder layer in float32.
 
-def embed(checkpoint: Checkpoint, architecture: Architecture, windows: torch.Tensor, device: str) -> torch.Tensor:
-    """Token ids [N, T] to the hidden states before the first layer, float32 [N, T, D]."""
-    import torch
+        Raises:
+            UnsupportedError: no model of this layer alone can be built.
+        """
+        import torch
 
-    ends = load_ends(checkpoint, architecture, device)
-    return torch.cat([ends.embed(window[None]) for window in windows])
+        config = self.architecture.config
+        entries = tuple(entry for entry in self.checkpoint.entries if split_name(entry.name)[1][:1] == (number,))
+        state = {}
+        for entry, tensor in replace(self.checkpoint, entries=entries).tensors():
+            template, numbers = split_name(entry.name)
+            state[template.format(0, *numbers[1:])] = tensor
+        try:
+            own = _without_tokens(reconfigure(config, layer_changes(config, (number,))))
+            loaded: Any = type(build_skeleton(own)).from_pretrained(
+                None,
+                config=own,
+                state_dict=state,
+                dtype=torch.float32,
+                experts_implementation="eager",
+                output_loading_info=True,
+            )
+        except (ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
+            raise UnsupportedError(
+                f"Layer {number} of {config.model_type} cannot be run on its own ({error})."
+            ) from error
+        model, info = loaded
+        prefix = _layer_prefix(model)
+        wrong = [
+            str(name) for name in (*info["missing_keys"], *info["mismatched_keys"]) if str(name).startswith(prefix)
+        ]
+        if wrong:
+            raise UnsupportedError(
+                f"Layer {number} of {config.model_type} cannot be run on its own: it lacks {wrong[0]}."
+            )
+        block = model.get_submodule(prefix[:-1])
+        _number_as(block, self.skeleton.get_submodule(f"{prefix[:-2]}{number}"))
+        return Layer(model.eval().to(self.device), block, prefix)
 
+    def load_ends(self, exact: bool = False) -> Ends:
+        """Embeddings, final norm and output projection, without any layer.
 
-def final_states(
-    checkpoint: Checkpoint,
-    architecture: Architecture,
-    windows: torch.Tensor,
-    device: str,
-    progress: Callable[[int], None],
-) -> tuple[torch.Tensor, int]:
-    """Token ids [N, T] to the hidden states behind the last layer, float32 [N, T, D], and what layers return."""
-    stream = embed(checkpoint, architecture, windows, device)
-    for number in range(architecture.widths.num_hidden_layers):
-        layer = load_layer(checkpoint, architecture, number, device)
-        layer.advance(stream)
-        progress(1)
-    return stream, layer.returned_items(stream)
+        Args:
+            exact: norm and output projection in float32, to compute logits; an embedding of its own stays as it is
+                stored.
+
+        Raises:
+            UnsupportedError: a part that the checkpoint does not have under the name that transformers gives it.
+        """
+        import torch
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM
+
+        config = self.architecture.config
+        try:
+            with init_empty_weights(include_buffers=False):
+                model = AutoModelForCausalLM.from_config(reconfigure(config, layer_changes(config, (0,))))
+        except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+            raise UnsupportedError(f"{config.model_type} cannot be run layer by layer ({error}).") from error
+        prefix, rules = _layer_prefix(model), Rules(model)
+        embedding = model.get_input_embeddings()
+        is_tied = bool(getattr(model, "all_tied_weights_keys", None))
+        entries = tuple(entry for entry in self.checkpoint.entries if not split_name(entry.name)[1])
+        state = {}
+        for entry, tensor in replace(self.checkpoint, entries=entries).tensors():
+            name = rules.locate(entry.name)[0]
+            is_embedding = model.get_submodule(name.rpartition(".")[0]) is embedding
+            dtype = torch.float32 if exact and (is_tied or not is_embedding) else tensor.dtype
+            state[name] = tensor.to(self.device, dtype)
+        model.load_state_dict(state, strict=False, assign=True)
+        model.tie_weights()
+        rest = [n for n, p in model.named_parameters() if p.device.type == "meta" and not n.startswith(prefix)]
+        if rest:
+            raise UnsupportedError(f"{config.model_type}: {rest[0]} is not in the checkpoint under this name.")
+        for name, buffer in model.named_buffers():
+            if not name.startswith(prefix):
+                parent, _, own = name.rpartition(".")
+                model.get_submodule(parent).register_buffer(own, buffer.to(self.device), persistent=False)
+        return Ends(model.eval(), model.get_submodule(prefix[:-1]), self.device)
+
+    def embed(self, windows: torch.Tensor) -> torch.Tensor:
+        """Token ids [N, T] to the hidden states before the first layer, float32 [N, T, D]."""
+        import torch
+
+        ends = self.load_ends()
+        return torch.cat([ends.embed(window[None]) for window in windows])
+
+    def final_states(self, windows: torch.Tensor, progress: Callable[[int], None]) -> tuple[torch.Tensor, int]:
+        """Token ids [N, T] to the hidden states behind the last layer, float32 [N, T, D], and what layers return.
+
+        Args:
+            progress: told after each layer.
+        """
+        stream = self.embed(windows)
+        for number in range(self.layers):
+            layer = self.load_layer(number)
+            layer.advance(stream)
+            progress(1)
+        return stream, layer.returned_items(stream)

@@ -18,7 +18,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from llmprune_cli.architecture import Widths
     from llmprune_cli.evaluation import RunningPerplexity
-    from llmprune_cli.pipeline import Listener
+    from llmprune_cli.options import Listener
     from llmprune_cli.results import (
         CalibrationResult,
         CandidateResult,
@@ -112,8 +112,7 @@ def _print_candidates(console: Console, candidates: tuple[CandidateResult, ...])
         table.add_column(label, justify="right")
     for candidate in candidates:
         sizes = [f"{getattr(candidate.widths, name):,}" for name in names]
-        kl = "" if candidate.kl is None else f"{candidate.kl:.3f}"
-        table.add_row(*sizes, f"{candidate.parameters:,}", kl)
+        table.add_row(*sizes, f"{candidate.parameters:,}", f"{candidate.kl:.3f}")
     console.print(table)
 
 
@@ -252,7 +251,7 @@ def _number(value: float) -> str:
 @contextmanager
 def progress_on_stderr() -> Iterator[Listener]:
     """A listener that draws progress bars on stderr."""
-    from llmprune_cli.pipeline import Listener
+    from llmprune_cli.options import Listener
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))

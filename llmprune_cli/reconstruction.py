@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmprune_cli.activations import reader_instance
-from llmprune_cli.architecture import Architecture, Widths
+from llmprune_cli.architecture import Widths
+from llmprune_cli.calibration import CalibrationText
 from llmprune_cli.checkpoint import Checkpoint, TensorEntry
 from llmprune_cli.errors import OutputError
 from llmprune_cli.groups import Reader, Trace
-from llmprune_cli.layerwise import Enough, Layer, load_layer
+from llmprune_cli.layerwise import Enough, Layer, LayeredModel
+from llmprune_cli.least_squares import Moments, only, solve_reader
 from llmprune_cli.loading import DTYPES
 from llmprune_cli.names import split_name
+from llmprune_cli.options import Listener, PruneOptions
 from llmprune_cli.plan import Plan
 from llmprune_cli.scoring import GROUPS, HEADS
+from llmprune_cli.subject import Subject
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +29,6 @@ if TYPE_CHECKING:
 
 DAMPING = 0.3  # of every refit, relative to the mean diagonal of the Gram matrix
 PROBE_TOKENS = 8  # that show how a reader's result enters the residual stream
-PRODUCT_ELEMENTS = 2**25  # of XᵀX that are formed at a time: 128 MiB in float32
 GRAM_BYTES = 2**30  # of the Gram matrices of experts that are gathered in one pass
 UNPICKED = -1e30  # router logit of an expert that goes
 
@@ -59,13 +62,11 @@ class LayerRepair:
 
 
 def refit(
-    checkpoint: Checkpoint,
-    architecture: Architecture,
+    model: LayeredModel,
     trace: Trace,
     plan: Plan,
     streams: Streams,
     method: str,
-    device: str,
     folder: Path | None,
     progress: Callable[[int], None],
 ) -> tuple[Checkpoint, tuple[LayerRepair, ...]]:
@@ -87,18 +88,46 @@ def refit(
     """
     reports: list[LayerRepair] = []
     replaced: dict[str, TensorEntry] = {}
-    for number in range(architecture.widths.num_hidden_layers):
-        layer = load_layer(checkpoint, architecture, number, device)
+    for number in range(model.layers):
+        layer = model.load_layer(number)
         if number in plan.layers:
-            work = _LayerRefit(layer, checkpoint, architecture, trace, plan, number, streams)
+            work = _LayerRefit(layer, model, trace, plan, number, streams)
             reports.append(work.run(method))
             if method != "none" and folder is not None:
                 replaced.update(work.store(folder))
         else:
             layer.advance(streams.dense)
         progress(1)
-    entries = tuple(replaced.get(entry.name, entry) for entry in checkpoint.entries)
-    return replace(checkpoint, entries=entries), tuple(reports)
+    entries = tuple(replaced.get(entry.name, entry) for entry in model.checkpoint.entries)
+    return replace(model.checkpoint, entries=entries), tuple(reports)
+
+
+def repair(
+    subject: Subject,
+    plan: Plan,
+    options: PruneOptions,
+    calibration: CalibrationText | None,
+    folder: Path,
+    listener: Listener,
+) -> tuple[Subject, tuple[LayerRepair, ...]]:
+    """The subject with weights that make up for what the plan removes, and a report on each layer that stays.
+
+    Args:
+        folder: see `refit`.
+    """
+    import torch
+
+    if options.refit == "none" or calibration is None:
+        return subject, ()
+    if "hidden_size" in plan.changed:
+        listener.warn("The channels that go are cut after the refit, which does not make up for them.")
+    model = subject.layered(options.layer_device)
+    listener.stage(f"Refitting ({options.refit})", subject.widths.num_hidden_layers)
+    with torch.inference_mode():
+        start = model.embed(calibration.fitted)
+        streams = Streams(start, start.clone(), len(start))
+        checkpoint, repairs = refit(model, subject.trace, plan, streams, options.refit, folder, listener.advance)
+    return replace(subject, checkpoint=checkpoint), repairs
 
 
 @dataclass(frozen=True)
@@ -106,8 +135,7 @@ class _LayerRefit:
     """The refit of one layer."""
 
     layer: Layer
-    checkpoint: Checkpoint
-    architecture: Architecture
+    whole: LayeredModel
     trace: Trace
     plan: Plan
     number: int
@@ -150,7 +178,7 @@ class _LayerRefit:
         for name, tensor in self.layer.stored().items():
             real = self._real_name(name)
             if real is not None:
-                tensors[real] = tensor.to("cpu", torch_dtype(self.checkpoint.by_name[real].dtype)).contiguous()
+                tensors[real] = tensor.to("cpu", torch_dtype(self.whole.checkpoint.by_name[real].dtype)).contiguous()
         if not tensors:
             return {}
         path = folder / f"layer-{self.number:05d}.safetensors"
@@ -158,7 +186,7 @@ class _LayerRefit:
             save_file(tensors, path)
         except (OSError, SafetensorError) as error:
             raise OutputError(f"{path} cannot be written: {error}. Make room, or choose another --output.") from error
-        old = self.checkpoint.by_name
+        old = self.whole.checkpoint.by_name
         return {name: replace(old[name], shard=str(path.absolute()), stored_name=None) for name in tensors}
 
     def _real_name(self, name: str) -> str | None:
@@ -177,7 +205,9 @@ class _LayerRefit:
 
     def _kept(self, site: Site, expert: int | None) -> torch.Tensor:
         size = self._matrix(site, expert).shape[1]
-        return kept_inputs(self.architecture.widths, self.trace, self.plan, site.reader, self.number, expert, size)
+        return kept_inputs(
+            self.whole.architecture.widths, self.trace, self.plan, site.reader, self.number, expert, size
+        )
 
     def _experts(self, site: Site) -> Sequence[int | None]:
         weight = self.layer.model.get_parameter(site.name)
@@ -216,7 +246,7 @@ class _LayerRefit:
         widths = (HEADS, GROUPS) if reader.width == HEADS else (reader.width,)
         own = (b for b in self.trace.readers if b.width in widths and b.component == reader.component)
         templates = {binding.template for binding in own}
-        for entry in self.checkpoint.entries:
+        for entry in self.whole.checkpoint.entries:
             template, numbers = split_name(entry.name)
             if template in templates and numbers[0] == self.number:
                 return torch_dtype(entry.dtype)
@@ -267,7 +297,7 @@ class _LayerRefit:
         """Keep the router from picking an expert that goes by a bias that it adds behind its scores."""
         chosen = self.plan.keep.get("num_experts", {}).get(str(self.number))
         for buffer in self.layer.block.buffers():
-            if chosen is not None and buffer.shape == (self.architecture.widths.num_experts,):
+            if chosen is not None and buffer.shape == (self.whole.architecture.widths.num_experts,):
                 kept = buffer[list(chosen)].clone()
                 buffer.fill_(UNPICKED)[list(chosen)] = kept
 
@@ -383,86 +413,3 @@ def kept_inputs(
     along = stays.repeat_interleave(times) if reader.width == HEADS else stays.repeat(times)
     indices: torch.Tensor = along.nonzero().flatten()
     return indices
-
-
-@dataclass
-class Moments:
-    """Second moments, in float64, of a reader's inputs x and of what it should make of them, y."""
-
-    gram: torch.Tensor  # XᵀX, [U, U]
-    cross: torch.Tensor  # YᵀX, [O, U]
-    total: float = 0.0  # ‖Y‖²
-
-    @classmethod
-    def zero(cls, outputs: int, inputs: int, device: torch.device | str = "cpu") -> Moments:
-        """Of no tokens, on a device that has float64."""
-        import torch
-
-        place = torch.device("cpu" if torch.device(device).type == "mps" else device)
-        gram, cross = (torch.zeros(n, inputs, dtype=torch.float64, device=place) for n in (inputs, outputs))
-        return cls(gram, cross)
-
-    def add(self, inputs: torch.Tensor, outputs: torch.Tensor | None) -> None:
-        """Add tokens: x [n, U] and y [n, O], float32; products of rows of U numbers at a time, to bound memory."""
-        rows = max(1, PRODUCT_ELEMENTS // inputs.shape[1])
-        for first in range(0, inputs.shape[1], rows):
-            part = inputs[:, first : first + rows]
-            self.gram[first : first + rows] += (part.T @ inputs).to(self.gram.device)
-        if outputs is not None:
-            self.cross += (outputs.T @ inputs).to(self.cross.device)
-            self.total += float(outputs.cpu().double().square().sum())
-
-    def aim_at(self, matrix: torch.Tensor) -> None:
-        """Let y be what this weight [O, U] makes of x."""
-        self.cross = self.widened(matrix) @ self.gram
-        self.total = float((self.cross * self.widened(matrix)).sum())
-
-    def error(self, matrix: torch.Tensor) -> float:
-        """‖Y − WX‖² of a weight [O, U]."""
-        wide = self.widened(matrix)
-        return max(0.0, float(((wide @ self.gram - 2 * self.cross) * wide).sum()) + self.total)
-
-    def widened(self, matrix: torch.Tensor) -> torch.Tensor:
-        """A weight where the moments are, in float64."""
-        return matrix.to(self.gram.device).to(self.gram.dtype)
-
-
-def only(matrix: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """The weight with zeros for the inputs that go."""
-    import torch
-
-    result = torch.zeros_like(matrix)
-    result[:, kept] = matrix[:, kept]
-    return result
-
-
-def solve_reader(moments: Moments, matrix: torch.Tensor, kept: torch.Tensor, damping: float) -> torch.Tensor:
-    """The weight that best makes y from the kept inputs, pulled towards the weight that it replaces.
-
-    W = argmin Σ_t ‖y_t − W x_t‖² + μ‖W − W₀‖² over the kept inputs, with μ = damping times the mean of the kept
-    diagonal of XᵀX. The normal equations W (XᵀX + μI) = YᵀX + μW₀ are solved in float64 by Cholesky. (Least squares
-    for the kept inputs: OSSCAR, arXiv 2403.12983, section 3; the pull is ridge regression towards W₀.) An input that is
-    always zero keeps its weight.
-
-    Args:
-        matrix: W₀, [O, U].
-        kept: indices of the inputs that stay, sorted, [k].
-        damping: relative, above 0.
-
-    Returns:
-        [O, U], zero for the inputs that go.
-    """
-    import torch
-
-    kept = kept.to(moments.gram.device)
-    old = moments.widened(matrix)[:, kept]
-    inputs = moments.gram[kept[:, None], kept]
-    strength = damping * float(inputs.diagonal().mean())
-    if not strength > 0:
-        return only(matrix, kept.to(matrix.device))
-    inputs.diagonal().add_(strength)
-    torch.linalg.cholesky(inputs, out=inputs)
-    solved: torch.Tensor = torch.cholesky_solve((moments.cross[:, kept] + strength * old).T, inputs).T
-    result = torch.zeros_like(matrix)
-    result[:, kept.to(matrix.device)] = solved.to(matrix.dtype).to(matrix.device)
-    return result

@@ -3,60 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import families
-from conftest import run_cli, save_tiny
+from conftest import Opened, run_cli, save_tiny
 from llmprune_cli.activations import measure_activity
 from llmprune_cli.architecture import NEURONS
 from llmprune_cli.calibration import CalibrationOptions, prepare_calibration
 from llmprune_cli.checkpoint import Checkpoint
-from llmprune_cli.layerwise import embed, final_states, load_ends, load_layer
+from llmprune_cli.least_squares import Moments, solve_reader
 from llmprune_cli.loading import ModelReference, load_model, load_tokenizer, open_checkpoint
-from llmprune_cli.pipeline import Listener, PruneOptions, Subject, make_plan, understand, write_pruned
+from llmprune_cli.options import Listener, PruneOptions
 from llmprune_cli.plan import Plan, WidthRequest, resolve
-from llmprune_cli.reconstruction import Moments, Streams, find_sites, refit, solve_reader
+from llmprune_cli.pruned_folder import write_pruned
+from llmprune_cli.reconstruction import Streams, find_sites, refit
 from llmprune_cli.scoring import HEADS
-from test_checkpoint_forms import rewrite
+from llmprune_cli.selection import make_plan
+from llmprune_cli.subject import Subject, understand
 
 CALIBRATED = ("--calibration-tokens", "600", "--calibration-seq-len", "40")
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A tiny checkpoint of a family, and the stock model of it."""
-
-    subject: Subject
-    model: Any
-    tokens: torch.Tensor
-
-
-@pytest.fixture
-def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opened]:
-    family = request.param
-    # weights so large that every unit matters
-    settings = {**families.SIZES, **families.FAMILIES[family], "initializer_range": 0.15}
-    saved = save_tiny(tmp_path / "saved", families.model_type(family), **settings)
-    folder = rewrite(saved, tmp_path / "model", with_random_correction)
-    with open_checkpoint(ModelReference(str(folder)), need_weights=True) as checkpoint:
-        subject = understand(checkpoint)
-        tokens = torch.randint(3, 90, (4, 24), generator=torch.Generator().manual_seed(1))
-        yield Opened(subject, load_model(checkpoint, "cpu", "float32"), tokens)
-
-
-def with_random_correction(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The biases that a router adds behind its scores start as zeros: give them a say."""
-    generator = torch.Generator().manual_seed(5)
-    return {
-        name: torch.randn(tensor.shape, generator=generator) if name.endswith("correction_bias") else tensor
-        for name, tensor in tensors.items()
-    }
 
 
 every_family = pytest.mark.parametrize("opened", families.FAMILIES, indirect=True)
@@ -64,10 +33,9 @@ every_family = pytest.mark.parametrize("opened", families.FAMILIES, indirect=Tru
 
 @every_family
 def test_layers_run_one_at_a_time_as_the_stock_model_runs_them(opened: Opened) -> None:
-    subject = opened.subject
     with torch.inference_mode():
-        states, items = final_states(subject.checkpoint, subject.architecture, opened.tokens, "cpu", lambda n: None)
-        logits = load_ends(subject.checkpoint, subject.architecture, "cpu").logits(states, items)
+        states, items = opened.layered.final_states(opened.tokens, lambda n: None)
+        logits = opened.layered.load_ends().logits(states, items)
         expected = opened.model(opened.tokens, use_cache=False).logits
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
@@ -76,11 +44,11 @@ def test_a_layer_alone_keeps_the_scale_of_its_number(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", "gpt2", num_hidden_layers=3, scale_attn_by_inverse_layer_idx=True)
     tokens = torch.randint(3, 90, (2, 24), generator=torch.Generator().manual_seed(1))
     with open_checkpoint(ModelReference(str(folder)), need_weights=True) as checkpoint:
-        subject, model = understand(checkpoint), load_model(checkpoint, "cpu", "float32")
+        layered, model = understand(checkpoint).layered("cpu"), load_model(checkpoint, "cpu", "float32")
         with torch.inference_mode():
-            states, _ = final_states(checkpoint, subject.architecture, tokens, "cpu", lambda n: None)
+            states, _ = layered.final_states(tokens, lambda n: None)
             expected = model(tokens, use_cache=False).logits
-            logits = load_ends(checkpoint, subject.architecture, "cpu").logits(states, 0)
+            logits = layered.load_ends().logits(states, 0)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
@@ -99,10 +67,9 @@ def refitted(opened: Opened, method: str, folder: Path) -> tuple[Checkpoint, Pla
     quiet = Listener(*[lambda *_: None] * 4)
     plan = make_plan(subject, target, PruneOptions(request), None, quiet)
     with torch.inference_mode():
-        start = embed(subject.checkpoint, subject.architecture, opened.tokens, "cpu")
+        start = opened.layered.embed(opened.tokens)
         streams = Streams(start, start.clone(), len(start))
-        parts = (subject.checkpoint, subject.architecture, subject.trace, plan, streams)
-        checkpoint, reports = refit(*parts, method, "cpu", folder, lambda n: None)
+        checkpoint, reports = refit(opened.layered, subject.trace, plan, streams, method, folder, lambda n: None)
     return checkpoint, plan, streams, reports[-1].stream_error
 
 
@@ -119,9 +86,9 @@ def test_a_refit_of_what_lost_nothing_changes_nothing(opened: Opened, tmp_path: 
     target = resolve(subject.architecture, subject.trace.refused, WidthRequest())
     plan = make_plan(subject, target, PruneOptions(WidthRequest()), None, Listener(*[lambda *_: None] * 4))
     with torch.inference_mode():
-        start = embed(subject.checkpoint, subject.architecture, opened.tokens, "cpu")
-        parts = (subject.checkpoint, subject.architecture, subject.trace, plan, Streams(start, start.clone(), 4))
-        checkpoint, reports = refit(*parts, "residual", "cpu", tmp_path, lambda n: None)
+        start = opened.layered.embed(opened.tokens)
+        streams = Streams(start, start.clone(), 4)
+        checkpoint, reports = refit(opened.layered, subject.trace, plan, streams, "residual", tmp_path, lambda n: None)
     before = {entry.name: tensor.clone() for entry, tensor in subject.checkpoint.tensors()}
     for entry, tensor in checkpoint.tensors():
         torch.testing.assert_close(tensor, before[entry.name], rtol=1e-3, atol=1e-4)
@@ -139,8 +106,8 @@ def test_the_pruned_stream_is_what_the_written_model_computes(opened: Opened, tm
     write_pruned(replace(subject, checkpoint=checkpoint), plan, out, {}, 10**9, quiet)
     with open_checkpoint(ModelReference(str(out)), need_weights=True) as written, torch.inference_mode():
         logits = load_model(written, "cpu", "float32")(opened.tokens, use_cache=False).logits
-        ends = load_ends(subject.checkpoint, subject.architecture, "cpu")
-        items = load_layer(subject.checkpoint, subject.architecture, 0, "cpu").returned_items(streams.pruned)
+        ends = opened.layered.load_ends()
+        items = opened.layered.load_layer(0).returned_items(streams.pruned)
         torch.testing.assert_close(ends.logits(streams.pruned, items), logits, rtol=1e-4, atol=1e-4)
 
 
@@ -178,10 +145,8 @@ def test_activity_is_what_its_formulas_say(opened: Opened) -> None:
     model.get_submodule(base).register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
     with torch.inference_mode():
         hidden = model(opened.tokens, use_cache=False, output_hidden_states=True).hidden_states
-        start = embed(subject.checkpoint, subject.architecture, opened.tokens, "cpu")
-        activity = measure_activity(
-            subject.checkpoint, subject.architecture, subject.trace, start, "activation", "cpu", lambda n: None
-        )
+        start = opened.layered.embed(opened.tokens)
+        activity = measure_activity(opened.layered, subject.trace, start, "activation", lambda n: None)
         weight = model.get_submodule(base).weight.double()
         matrix = weight if "llama" in base or "model." in base else weight.T
         expected = matrix.square().sum(0) * seen["x"].double().square().flatten(0, 1).mean(0)
@@ -230,7 +195,7 @@ def test_an_input_that_is_always_zero_keeps_its_weight() -> None:
 def test_it_is_known_how_readers_enter_the_residual_stream(opened: Opened, scales: list[float | None]) -> None:
     subject = opened.subject
     with torch.inference_mode():
-        layer = load_layer(subject.checkpoint, subject.architecture, 0, "cpu")
+        layer = opened.layered.load_layer(0)
         found = find_sites(layer, subject.trace, subject.widths.hidden_size)
     assert [site.scale and round(site.scale, 4) for site in found] == scales
 
@@ -252,6 +217,9 @@ def test_a_target_is_reached_and_never_exceeded(family: str, share: str, tmp_pat
     divergences = [candidate["kl"] for candidate in result["candidates"]]
     assert divergences == sorted(divergences) and all(c["parameters"] <= limit for c in result["candidates"])
     assert result["candidates"][0]["widths"] == result["after"]["widths"]
+    tried = {"llama": "num_attention_heads", "qwen3_moe": "num_experts"}
+    if family in tried:
+        assert len({candidate["widths"][tried[family]] for candidate in result["candidates"]}) > 1
     with open_checkpoint(ModelReference(str(tmp_path / "out")), need_weights=True) as pruned:
         load_model(pruned, "cpu", "float32")
 
@@ -271,6 +239,7 @@ def test_a_dry_run_shows_the_candidates(tiny_llama: Path, text_file: Path) -> No
         (["--target-params", "0"], 2, "number"),
         (["--target-params", "80%", "--target-size", "1GB"], 2, "one of them"),
         (["--target-params", "80%", "--pruning-ratio", "0.5"], 2, "width options"),
+        (["--pruning-ratio", "0.5", "--layer-importance", "loss"], 2, "--layers N"),
         (["--target-params", "2%"], 5, "least"),
         (["--pruning-ratio", "0.5", "--refit", "local", "--calibration", "absent.txt"], 3, "absent.txt"),
         (["--pruning-ratio", "0.5", "--refit", "local", "--calibration", "short.txt"], 3, "short.txt"),
@@ -298,10 +267,9 @@ def test_layers_go_by_block_influence(tiny_llama: Path, tmp_path: Path, text_fil
             CalibrationOptions(str(text_file), tokens=600, seq_len=40), load_tokenizer(checkpoint), 64, 0, print
         )
         with torch.inference_mode():
-            start = embed(checkpoint, subject.architecture, text.fitted, "cpu")
-            activity = measure_activity(
-                checkpoint, subject.architecture, subject.trace, start, "activation", "cpu", lambda n: None
-            )
+            layered = subject.layered("cpu")
+            start = layered.embed(text.fitted)
+            activity = measure_activity(layered, subject.trace, start, "activation", lambda n: None)
     least = sorted(range(5), key=activity.influence.__getitem__)[:2]
     assert json.loads(plan.read_text())["layers"] == [layer for layer in range(5) if layer not in least]
 

@@ -19,8 +19,8 @@ from llmprune_cli.architecture import Architecture, Widths, discover, expected_i
 from llmprune_cli.dependency import hold_against_torch_pruning
 from llmprune_cli.errors import LlmpruneError, UnsupportedError
 from llmprune_cli.groups import Binding, Trace
-from llmprune_cli.pipeline import _prune_twin
 from llmprune_cli.proof import half_of, prove
+from llmprune_cli.pruned_folder import prune_twin
 from llmprune_cli.twin import build_twin, proof_sizes, settle_head_dim, trace
 
 BINDINGS_BROKEN = 2  # of each width, drawn anew for every family
@@ -74,7 +74,7 @@ def logits_of_pruned_twin(architecture: Architecture, traced: Trace, changed: tu
         twin.model.save_pretrained(dense)
         pruned.mkdir()
         try:
-            _prune_twin(dense, pruned, traced, twin.architecture, half_of(twin.architecture, changed))
+            prune_twin(dense, pruned, traced, twin.architecture, half_of(twin.architecture, changed))
             eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
             model = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float64, **eager)
         except (LlmpruneError, ValueError, RuntimeError):
@@ -90,13 +90,13 @@ def test_every_broken_group_is_caught(family: str, record_property: Callable[[st
     architecture = settle_head_dim(discover(config, expected_index(config)))
     traced = trace(architecture)
     changed = tuple(sorted({binding.width for binding in traced.bindings}))
-    prove(architecture, traced, changed, _prune_twin)
+    prove(architecture, traced, changed, prune_twin)
     tried, missed = 0, []
     right = logits_of_pruned_twin(architecture, traced, changed)
     assert right is not None
     for what, broken in mutations(traced, family):
         try:
-            prove(architecture, broken, changed, _prune_twin)
+            prove(architecture, broken, changed, prune_twin)
         except (LlmpruneError, ValueError):
             tried += 1
             continue

@@ -1,0 +1,95 @@
+"""Perplexity of models side by side on one text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmprune_cli.checkpoint import Checkpoint
+from llmprune_cli.corpus import Corpus, cut_windows, load_corpus
+from llmprune_cli.evaluation import RunningPerplexity, evaluate_perplexity, peak_memory_bytes
+from llmprune_cli.loading import ModelReference, load_model, load_tokenizer, pick_device
+from llmprune_cli.options import EvalOptions, Listener
+from llmprune_cli.results import SCHEMA_VERSION, EvalReport, EvalResult
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+LONG_WINDOW = 8192  # tokens; longer windows by default deserve a warning
+FALLBACK_WINDOW = 2048  # tokens, for models that state no maximum
+
+
+@dataclass(frozen=True)
+class EvalText:
+    """A corpus cut into one model's windows."""
+
+    corpus: Corpus
+    windows: torch.Tensor  # token ids, [N, T]
+
+
+def prepare_text(
+    checkpoint: Checkpoint, reference: ModelReference, options: EvalOptions, listener: Listener
+) -> EvalText:
+    """Cut a corpus into the windows of one model.
+
+    Raises:
+        CheckpointError: no such device, text or tokenizer.
+    """
+    pick_device(options.device)
+    corpus = load_corpus(options.dataset, options.split)
+    tokenizer = load_tokenizer(checkpoint, reference.trust_remote_code)
+    window = _window_tokens(checkpoint, options, listener)
+    return EvalText(corpus, cut_windows(corpus, tokenizer, window, options.limit))
+
+
+def report_perplexity(
+    sides: list[tuple[ModelReference, Checkpoint, EvalText]], options: EvalOptions, listener: Listener
+) -> EvalReport:
+    """Evaluate models one after the other, each on its own windows of the same text.
+
+    Raises:
+        CheckpointError: one cannot be loaded.
+    """
+    results = []
+    for reference, checkpoint, text in sides:
+        listener.stage(f"Evaluating {checkpoint.source}", len(text.windows))
+        model = load_model(checkpoint, options.device, options.dtype, reference.trust_remote_code)
+        final = evaluate_perplexity(
+            model,
+            text.windows,
+            options.batch_size,
+            lambda state, name=checkpoint.source: listener.perplexity(name, state),  # type: ignore[misc]
+        )
+        results.append(_eval_result(checkpoint, model, final, text.windows.shape[1]))
+        del model
+    origin = sides[0][2].corpus.origin
+    return EvalReport(SCHEMA_VERSION, options.dataset, origin, options.split, tuple(results))
+
+
+def _window_tokens(checkpoint: Checkpoint, options: EvalOptions, listener: Listener) -> int:
+    longest = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
+    if options.max_seq_len is None:
+        window = longest or FALLBACK_WINDOW
+        if window > LONG_WINDOW:
+            listener.warn(f"Windows have the model's maximum of {window} tokens. --max-seq-len makes them shorter.")
+        return int(window)
+    if longest and options.max_seq_len > longest:
+        listener.warn(f"--max-seq-len {options.max_seq_len} is more than the model's maximum of {longest} positions.")
+    return options.max_seq_len
+
+
+def _eval_result(checkpoint: Checkpoint, model: PreTrainedModel, state: RunningPerplexity, window: int) -> EvalResult:
+    return EvalResult(
+        model=checkpoint.source,
+        perplexity=state.perplexity,
+        mean_nll=state.mean_nll,
+        windows=state.windows,
+        tokens=state.tokens,
+        max_seq_len=window,
+        seconds=state.seconds,
+        tokens_per_second=state.tokens / max(state.seconds, 1e-9),
+        peak_memory_bytes=peak_memory_bytes(model.device.type),
+        parameters=checkpoint.parameter_count,
+        size_bytes=checkpoint.size_bytes,
+    )

@@ -1,0 +1,94 @@
+"""Ridge regression of a weight from second moments of its inputs and outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+PRODUCT_ELEMENTS = 2**25  # of XᵀX that are formed at a time: 128 MiB in float32
+
+
+@dataclass
+class Moments:
+    """Second moments, in float64, of a reader's inputs x and of what it should make of them, y."""
+
+    gram: torch.Tensor  # XᵀX, [U, U]
+    cross: torch.Tensor  # YᵀX, [O, U]
+    total: float = 0.0  # ‖Y‖²
+
+    @classmethod
+    def zero(cls, outputs: int, inputs: int, device: torch.device | str = "cpu") -> Moments:
+        """Of no tokens, on a device that has float64."""
+        import torch
+
+        place = torch.device("cpu" if torch.device(device).type == "mps" else device)
+        gram, cross = (torch.zeros(n, inputs, dtype=torch.float64, device=place) for n in (inputs, outputs))
+        return cls(gram, cross)
+
+    def add(self, inputs: torch.Tensor, outputs: torch.Tensor | None) -> None:
+        """Add tokens: x [n, U] and y [n, O], float32; products of rows of U numbers at a time, to bound memory."""
+        rows = max(1, PRODUCT_ELEMENTS // inputs.shape[1])
+        for first in range(0, inputs.shape[1], rows):
+            part = inputs[:, first : first + rows]
+            self.gram[first : first + rows] += (part.T @ inputs).to(self.gram.device)
+        if outputs is not None:
+            self.cross += (outputs.T @ inputs).to(self.cross.device)
+            self.total += float(outputs.cpu().double().square().sum())
+
+    def aim_at(self, matrix: torch.Tensor) -> None:
+        """Let y be what this weight [O, U] makes of x."""
+        self.cross = self.widened(matrix) @ self.gram
+        self.total = float((self.cross * self.widened(matrix)).sum())
+
+    def error(self, matrix: torch.Tensor) -> float:
+        """‖Y − WX‖² of a weight [O, U]."""
+        wide = self.widened(matrix)
+        return max(0.0, float(((wide @ self.gram - 2 * self.cross) * wide).sum()) + self.total)
+
+    def widened(self, matrix: torch.Tensor) -> torch.Tensor:
+        """A weight where the moments are, in float64."""
+        return matrix.to(self.gram.device).to(self.gram.dtype)
+
+
+def only(matrix: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """The weight with zeros for the inputs that go."""
+    import torch
+
+    result = torch.zeros_like(matrix)
+    result[:, kept] = matrix[:, kept]
+    return result
+
+
+def solve_reader(moments: Moments, matrix: torch.Tensor, kept: torch.Tensor, damping: float) -> torch.Tensor:
+    """The weight that best makes y from the kept inputs, pulled towards the weight that it replaces.
+
+    W = argmin Σ_t ‖y_t − W x_t‖² + μ‖W − W₀‖² over the kept inputs, with μ = damping times the mean of the kept
+    diagonal of XᵀX. The normal equations W (XᵀX + μI) = YᵀX + μW₀ are solved in float64 by Cholesky. (Least squares
+    for the kept inputs: OSSCAR, arXiv 2403.12983, section 3; the pull is ridge regression towards W₀.) An input that is
+    always zero keeps its weight.
+
+    Args:
+        matrix: W₀, [O, U].
+        kept: indices of the inputs that stay, sorted, [k].
+        damping: relative, above 0.
+
+    Returns:
+        [O, U], zero for the inputs that go.
+    """
+    import torch
+
+    kept = kept.to(moments.gram.device)
+    old = moments.widened(matrix)[:, kept]
+    inputs = moments.gram[kept[:, None], kept]
+    strength = damping * float(inputs.diagonal().mean())
+    if not strength > 0:
+        return only(matrix, kept.to(matrix.device))
+    inputs.diagonal().add_(strength)
+    torch.linalg.cholesky(inputs, out=inputs)
+    solved: torch.Tensor = torch.cholesky_solve((moments.cross[:, kept] + strength * old).T, inputs).T
+    result = torch.zeros_like(matrix)
+    result[:, kept.to(matrix.device)] = solved.to(matrix.dtype).to(matrix.device)
+    return result

@@ -1,0 +1,96 @@
+"""The folder that a pruned model is written to."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from llmprune_cli import __version__
+from llmprune_cli.architecture import Architecture, with_widths
+from llmprune_cli.checkpoint import Checkpoint, read_index
+from llmprune_cli.errors import VerificationError
+from llmprune_cli.groups import Keep, Trace
+from llmprune_cli.loading import ModelReference, copy_companions
+from llmprune_cli.options import Listener, PruneOptions
+from llmprune_cli.plan import Plan, Target, WidthRequest
+from llmprune_cli.results import SCHEMA_VERSION, ModelSummary
+from llmprune_cli.selection import make_plan
+from llmprune_cli.subject import Subject
+from llmprune_cli.surgery import pruned_entries, pruned_tensors
+from llmprune_cli.writer import write_json, write_shards
+
+MANIFEST_NAME = "llmprune.json"
+
+
+def write_pruned(
+    subject: Subject,
+    plan: Plan,
+    folder: Path,
+    manifest: dict[str, Any],
+    max_shard_bytes: int,
+    listener: Listener,
+) -> None:
+    """Stream every tensor through the plan into a folder, with everything a stock loader needs beside it.
+
+    Raises:
+        VerificationError: what was written is not what the plan predicts.
+    """
+    checkpoint = subject.checkpoint
+    entries = pruned_entries(checkpoint, subject.trace, plan)
+    listener.stage("Writing", checkpoint.size_bytes)
+    tensors = pruned_tensors(checkpoint, subject.trace, plan, listener.advance)
+    write_shards(folder, entries, tensors, max_shard_bytes)
+    with_widths(subject.architecture, plan.after, plan.layers).save_pretrained(folder)
+    copy_companions(checkpoint, folder)
+    write_json(folder / MANIFEST_NAME, manifest)
+    written = {entry.name: entry.shape for entry in read_index(folder)}
+    if written != {entry.name: entry.shape for entry in entries}:
+        raise VerificationError("The written headers differ from the plan. Nothing was kept; please report this.")
+
+
+def make_manifest(
+    reference: ModelReference,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    options: PruneOptions,
+    before: ModelSummary,
+    after: ModelSummary,
+) -> dict[str, Any]:
+    """What the folder's `llmprune.json` says about how it was made."""
+    packages = ("torch", "transformers", "safetensors")
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "source": checkpoint.source,
+        "revision": checkpoint.revision,
+        "source_fingerprint": plan.fingerprint,
+        "versions": {"llmprune": __version__, **{name: version(name) for name in packages}},
+        "options": {
+            **asdict(options.request),
+            "target": asdict(options.budget) if options.budget else None,
+            "importance": plan.importance,
+            "layer_importance": options.layer_importance,
+            "refit": options.refit,
+            "seed": plan.seed,
+            "plan": str(options.plan) if options.plan else None,
+            "dtype": reference.dtype,
+        },
+        "widths": {"before": asdict(before.widths), "after": asdict(after.widths)},
+        "layers": list(plan.layers),
+        "parameters": {"before": before.parameters, "after": after.parameters},
+        "size_bytes": {"before": before.size_bytes, "after": after.size_bytes},
+        "deviations": list(plan.deviations),
+        "dropped_tensors": list(checkpoint.dropped),
+        "renamed_tensors": dict(checkpoint.renamed),
+    }
+
+
+def prune_twin(source: Path, target: Path, traced: Trace, architecture: Architecture, cut: Target) -> Keep:
+    """Prune a saved twin as a user's model is pruned, at random."""
+    quiet = Listener(lambda *_: None, lambda *_: None, lambda *_: None, lambda *_: None)
+    checkpoint = Checkpoint(source, "twin", None, architecture.config, read_index(source), True, source)
+    subject = Subject(checkpoint, architecture, traced)
+    plan = make_plan(subject, cut, PruneOptions(WidthRequest(), importance="random"), None, quiet)
+    write_pruned(subject, plan, target, {}, 2**62, quiet)
+    return plan.keep

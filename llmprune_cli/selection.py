@@ -1,0 +1,221 @@
+"""The choice of what stays: from a request, or a budget, over scores to a plan."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from llmprune_cli.ablation import ABLATION_TOKENS, ablate_layers
+from llmprune_cli.activations import CALIBRATED, Activity, measure_activity
+from llmprune_cli.calibration import CalibrationText
+from llmprune_cli.divergence import Side, compare
+from llmprune_cli.errors import PlanError
+from llmprune_cli.gradients import measure_gradients
+from llmprune_cli.names import split_name
+from llmprune_cli.options import Listener, PruneOptions
+from llmprune_cli.plan import Plan, Target, WidthRequest, choose, fingerprint, read_plan, resolve
+from llmprune_cli.reconstruction import Streams, refit
+from llmprune_cli.scoring import IMPORTANCES, Scores, instances
+from llmprune_cli.search import Budget, Candidate, least_target, search_widths
+from llmprune_cli.subject import Subject
+
+SEARCH_WINDOWS = 8  # of calibration text on which a candidate is refitted; half as many are held out to judge it
+
+
+def stored_plan(subject: Subject, path: Path) -> Plan:
+    """A saved plan.
+
+    Raises:
+        PlanError: it was made for another model, or is not a plan.
+    """
+    plan = read_plan(path)
+    if plan.fingerprint != fingerprint(subject.checkpoint) or plan.before != subject.widths:
+        raise PlanError(
+            f"{path} was made for another model. Make a plan for {subject.checkpoint.source} with --save-plan."
+        )
+    return plan
+
+
+def target_of(plan: Plan) -> Target:
+    """The widths that a plan comes to."""
+    return Target(plan.after, plan.layers, plan.deviations)
+
+
+def first_target(subject: Subject, options: PruneOptions) -> Target:
+    """The widths asked for; with a budget, the least that the search reaches.
+
+    Raises:
+        PlanError: no legal widths come of the request.
+    """
+    if options.budget is not None:
+        return least_target(subject)
+    return resolve(subject.architecture, subject.trace.refused, options.request)
+
+
+def select(
+    subject: Subject, target: Target, options: PruneOptions, calibration: CalibrationText | None, listener: Listener
+) -> tuple[Plan, tuple[Candidate, ...]]:
+    """Choose the units that stay, with a budget the widths as well; and the candidates among these, best first."""
+    if options.budget is not None and calibration is not None:
+        return search_plan(subject, options.budget, options, calibration, listener)
+    return make_plan(subject, target, options, calibration, listener), ()
+
+
+def make_plan(
+    subject: Subject, target: Target, options: PruneOptions, calibration: CalibrationText | None, listener: Listener
+) -> Plan:
+    """Score all units on the unpruned model and choose those that stay."""
+    activity = _measure(subject, options, calibration, listener)
+    if calibration is not None and options.ranks_layers:
+        layer_scores = _score_layers(subject, options, calibration, activity, listener)
+        target = _without_least_layers(subject, target, options.request, layer_scores)
+    return _plan_of(subject, target, options, _score_units(subject, target, options, activity, listener))
+
+
+def _plan_of(subject: Subject, target: Target, options: PruneOptions, scores: Scores) -> Plan:
+    before = subject.widths
+    stays = {str(layer) for layer in target.layers}
+    scores = {
+        width: {name: own for name, own in by.items() if not name or re.split("[.#]", name)[0] in stays}
+        for width, by in scores.items()
+    }
+    keep = choose(scores, subject.architecture, target.widths)
+    mark = fingerprint(subject.checkpoint)
+    return Plan(mark, before, target.widths, options.importance, options.seed, target.deviations, target.layers, keep)
+
+
+def search_plan(
+    subject: Subject, budget: Budget, options: PruneOptions, calibration: CalibrationText, listener: Listener
+) -> tuple[Plan, tuple[Candidate, ...]]:
+    """The plan that diverges least from the dense model among those that fit a budget, and the candidates it beat.
+
+    Activity is measured once; each candidate is refitted on a part of the text and judged on what is held out.
+    """
+    import torch
+
+    activity = _measure(subject, options, calibration, listener)
+    least = least_target(subject)
+    every = replace(least, layers=tuple(range(subject.widths.num_hidden_layers)))
+    scores = _score_units(subject, every, options, activity, listener)
+    layer_scores = _score_layers(subject, options, calibration, activity, listener)
+    model = subject.layered(options.layer_device)
+    fitted, judged = calibration.fitted[:SEARCH_WINDOWS], calibration.held_out[: SEARCH_WINDOWS // 2]
+
+    def judge(target: Target) -> float:
+        plan = _plan_of(subject, target, options, scores)
+        listener.stage(f"Trying {_in_words(target)}", subject.widths.num_hidden_layers)
+        with torch.inference_mode():
+            start = model.embed(torch.cat([fitted, judged]))
+            streams = Streams(start, start.clone(), len(fitted))
+            refit(model, subject.trace, plan, streams, options.refit, None, listener.advance)
+            ends = model.load_ends(exact=True)
+            items = model.load_layer(0).returned_items(start)
+            dense, pruned = (Side(ends, states[len(fitted) :], items) for states in (streams.dense, streams.pruned))
+            return compare(dense, pruned, judged).kl
+
+    candidates = search_widths(subject, budget, layer_scores, judge)
+    return _plan_of(subject, candidates[0].target, options, scores), candidates
+
+
+def _in_words(target: Target) -> str:
+    widths = target.widths
+    shapes = {
+        "layers": len(target.layers),
+        "KV groups": widths.num_key_value_heads,
+        "heads": widths.num_attention_heads,
+        "neurons": widths.intermediate_size or widths.moe_intermediate_size,
+        "experts": widths.num_experts,
+    }
+    return ", ".join(f"{count} {name}" for name, count in shapes.items() if count)
+
+
+def _completed(subject: Subject, target: Target, scores: Scores, listener: Listener) -> Scores:
+    """The scores with those by magnitude of widths that several weights read together, which no activity ranks."""
+    changed = target.widths.changed_from(subject.widths)
+    needed = instances(subject.checkpoint, subject.trace.limited_to(changed))
+    missing = {width for width, name in needed if name not in scores.get(width, {})}
+    if not missing:
+        return scores
+    listener.warn(f"No activity ranks {', '.join(sorted(missing))} in all layers; magnitude does.")
+    return {
+        **scores,
+        **{w: s for w, s in _score_weights(subject, target, "magnitude", 0, listener).items() if w in missing},
+    }
+
+
+def _score_weights(subject: Subject, target: Target, importance: str, seed: int, listener: Listener) -> Scores:
+    changed = target.widths.changed_from(subject.widths)
+    scored = tuple(width for width in changed if width != "num_hidden_layers")
+    if not scored:
+        return {}
+    stays = [split_name(entry.name)[1][:1] for entry in subject.checkpoint.entries]
+    entries = [e for e, layer in zip(subject.checkpoint.entries, stays, strict=True) if {*layer} <= {*target.layers}]
+    checkpoint = replace(subject.checkpoint, entries=tuple(entries))
+    listener.stage("Scoring", checkpoint.size_bytes)
+    score = IMPORTANCES[importance]
+    return score(checkpoint, subject.trace.limited_to(scored), subject.widths, seed, listener.advance)
+
+
+def _score_units(
+    subject: Subject, target: Target, options: PruneOptions, activity: Activity | None, listener: Listener
+) -> Scores:
+    if activity is not None and options.importance in CALIBRATED:
+        return _completed(subject, target, activity.scores, listener)
+    return _score_weights(subject, target, options.importance, options.seed, listener)
+
+
+def _measure(
+    subject: Subject, options: PruneOptions, calibration: CalibrationText | None, listener: Listener
+) -> Activity | None:
+    import torch
+
+    if calibration is None or not options.needs_activity:
+        return None
+    model = subject.layered(options.layer_device)
+    if options.importance == "taylor":
+        listener.stage("Measuring gradients", 2 * model.layers)
+        with tempfile.TemporaryDirectory(prefix="llmprune-") as folder:
+            return measure_gradients(model, subject.trace, calibration.fitted, Path(folder), listener.advance)
+    listener.stage("Measuring activity", model.layers)
+    with torch.inference_mode():
+        stream = model.embed(calibration.fitted)
+        return measure_activity(model, subject.trace, stream, options.importance, listener.advance)
+
+
+def _score_layers(
+    subject: Subject,
+    options: PruneOptions,
+    calibration: CalibrationText,
+    activity: Activity | None,
+    listener: Listener,
+) -> tuple[float, ...]:
+    """A score for each layer; those with the least go first."""
+    import torch
+
+    if activity is not None and options.layer_importance != "loss":
+        return activity.influence
+    model = subject.layered(options.layer_device)
+    fitted = calibration.fitted
+    count = min(len(fitted), max(1, ABLATION_TOKENS // fitted.shape[1]))
+    spread = torch.linspace(0, len(fitted) - 1, count).long()
+    listener.stage("Leaving out each layer", model.layers * (model.layers + 1) // 2)
+    with tempfile.TemporaryDirectory(prefix="llmprune-") as folder, torch.inference_mode():
+        return ablate_layers(model, fitted[spread], Path(folder), listener.advance)
+
+
+def _without_least_layers(
+    subject: Subject, target: Target, request: WidthRequest, layer_scores: tuple[float, ...]
+) -> Target:
+    """The target with as many layers, but without those of the least scores."""
+    count = request.num_hidden_layers
+    if count is None or count == subject.widths.num_hidden_layers:
+        return target
+    order = sorted(range(len(layer_scores)), key=layer_scores.__getitem__)
+    dropped = tuple(sorted(order[: len(order) - count]))
+    chosen = replace(request, num_hidden_layers=None, drop_layers=dropped)
+    try:
+        return resolve(subject.architecture, subject.trace.refused, chosen)
+    except PlanError:  # these layers cannot go together; those of the target can
+        return target
