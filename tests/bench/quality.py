@@ -200,7 +200,7 @@ def print_report(outcomes: dict[str, Outcome], verdicts: list[Verdict]) -> None:
         table.add_row(
             name, *cells, f"{outcome.seconds:.0f}", f"failed: {outcome.error}" if outcome.error else outcome.note
         )
-    console = Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 400, markup=False, highlight=False)
     console.print(table)
     for verdict in verdicts:
         console.print(f"{'holds' if verdict.holds else 'FAILS'}  {verdict.text}", soft_wrap=True)

@@ -137,7 +137,9 @@ def run_command(command: list[str]) -> str:
     done = subprocess.run(full, capture_output=True, text=True, cwd=ROOT, check=False)
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        raise RuntimeError(lines[-1] if lines else f"{command[0]} ended with status {done.returncode}.")
+        raise RuntimeError(
+            lines[-1].removeprefix("Error: ") if lines else f"{command[0]} ended with status {done.returncode}."
+        )
     return done.stdout
 
 
