@@ -26,8 +26,8 @@ CALIBRATED = ("activation", "range", "taylor")  # the importances that are measu
 class Activity:
     """What the dense model does on calibration text."""
 
-    scores: Scores  # of every width, see `measure_activity`
-    influence: tuple[float, ...]  # of each layer
+    scores: Scores  # of every width, see `measure_activity` and `measure_gradients`
+    influence: tuple[float, ...]  # of each layer, see `block_influence`
 
 
 def measure_activity(
