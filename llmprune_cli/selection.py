@@ -16,7 +16,9 @@ from llmprune_cli.plan import Plan, Target, WidthRequest, choose, fingerprint, r
 from llmprune_cli.reconstruction import Streams, refit
 from llmprune_cli.scoring import IMPORTANCES, Scores, instances
 from llmprune_cli.search import Budget, Candidate, choose_candidate, find_candidates, least_target
+from llmprune_cli.statistics_store import StatisticsStore, statistics_key
 from llmprune_cli.subject import Subject
+from llmprune_cli.workfolder import WorkFolder
 
 SEARCH_WINDOWS = 8  # of calibration text on which a candidate is refitted; half as many are held out to judge it
 
@@ -52,20 +54,41 @@ def first_target(subject: Subject, options: PruneOptions) -> Target:
 
 
 def select(
-    subject: Subject, target: Target, options: PruneOptions, calibration: CalibrationText | None, listener: Listener
+    subject: Subject,
+    target: Target,
+    options: PruneOptions,
+    calibration: CalibrationText | None,
+    work: WorkFolder | None,
+    listener: Listener,
 ) -> tuple[Plan, tuple[Candidate, ...]]:
-    """Choose the units that stay, with a budget the widths as well; and the candidates among these, best first."""
+    """Choose the units that stay, with a budget the widths as well; and the candidates among these, best first.
+
+    Args:
+        work: that remembers what was chosen.
+    """
+    chosen = work.choice() if work is not None else None
+    if chosen is not None:
+        return chosen
     if options.budget is not None and calibration is not None:
-        return search_plan(subject, options.budget, options, calibration, listener)
-    return make_plan(subject, target, options, calibration, listener), ()
+        chosen = search_plan(subject, options.budget, options, calibration, work, listener)
+    else:
+        chosen = make_plan(subject, target, options, calibration, listener, work), ()
+    if work is not None:
+        work.save_choice(*chosen)
+    return chosen
 
 
 def make_plan(
-    subject: Subject, target: Target, options: PruneOptions, calibration: CalibrationText | None, listener: Listener
+    subject: Subject,
+    target: Target,
+    options: PruneOptions,
+    calibration: CalibrationText | None,
+    listener: Listener,
+    work: WorkFolder | None = None,
 ) -> Plan:
     """Score all units on the unpruned model and choose those that stay."""
     if options.importance in CALIBRATED and calibration is not None:
-        activity = _measure(subject, options, calibration, listener)
+        activity = _measure(subject, options, calibration, work, listener)
         target = _without_least_influence(subject, target, options.request, activity)
         scores = _completed(subject, target, activity.scores, listener)
     else:
@@ -86,7 +109,12 @@ def _plan_of(subject: Subject, target: Target, options: PruneOptions, scores: Sc
 
 
 def search_plan(
-    subject: Subject, budget: Budget, options: PruneOptions, calibration: CalibrationText, listener: Listener
+    subject: Subject,
+    budget: Budget,
+    options: PruneOptions,
+    calibration: CalibrationText,
+    work: WorkFolder | None,
+    listener: Listener,
 ) -> tuple[Plan, tuple[Candidate, ...]]:
     """The plan that diverges least from the dense model among those that fit a budget, and the candidates it beat.
 
@@ -94,7 +122,7 @@ def search_plan(
     """
     import torch
 
-    activity = _measure(subject, options, calibration, listener)
+    activity = _measure(subject, options, calibration, work, listener)
     least = least_target(subject)
     every = replace(least, layers=tuple(range(subject.widths.num_hidden_layers)))
     if options.importance in CALIBRATED:
@@ -106,6 +134,9 @@ def search_plan(
     fitted, judged = calibration.fitted[:SEARCH_WINDOWS], calibration.held_out[: SEARCH_WINDOWS // 2]
 
     def judge(target: Target) -> float:
+        known = work.judged(target) if work is not None else None
+        if known is not None:
+            return known
         plan = _plan_of(subject, target, options, scores)
         listener.stage(f"Trying {_in_words(target)}", subject.widths.num_hidden_layers)
         with torch.inference_mode():
@@ -115,7 +146,10 @@ def search_plan(
             ends = model.load_ends(exact=True)
             items = model.load_layer(0).returned_items(start)
             dense, pruned = (Side(ends, states[len(fitted) :], items) for states in (streams.dense, streams.pruned))
-            return compare(dense, pruned, judged).kl
+            kl = compare(dense, pruned, judged).kl
+        if work is not None:
+            work.save_judged(target, kl)
+        return kl
 
     judged_candidates = choose_candidate(found, judge) if len(found) > 1 else tuple(found)
     return _plan_of(subject, judged_candidates[0].target, options, scores), judged_candidates
@@ -153,14 +187,27 @@ def _score_weights(subject: Subject, target: Target, importance: str, seed: int,
     return score(checkpoint, subject.trace.limited_to(scored), subject.widths, seed, listener.advance)
 
 
-def _measure(subject: Subject, options: PruneOptions, calibration: CalibrationText, listener: Listener) -> Activity:
+def _measure(
+    subject: Subject,
+    options: PruneOptions,
+    calibration: CalibrationText,
+    work: WorkFolder | None,
+    listener: Listener,
+) -> Activity:
     import torch
 
-    model = subject.layered(options.layer_device)
-    listener.stage("Measuring activity", subject.widths.num_hidden_layers)
-    with torch.inference_mode():
-        stream = model.embed(calibration.fitted)
-        return measure_activity(model, subject.trace, stream, options.importance, listener.advance)
+    def measure() -> Activity:
+        model, folder = subject.layered(options.layer_device), options.offload_dir
+        listener.stage("Measuring activity", model.layers)
+        with torch.inference_mode():
+            stream = model.embed(calibration.fitted, folder)
+            return measure_activity(model, subject.trace, stream, options.importance, listener.advance, folder)
+
+    folder = options.statistics or (work.statistics if work is not None else None)
+    if folder is None:
+        return measure()
+    key = statistics_key(subject.checkpoint, calibration.fitted, options.layer_device)
+    return StatisticsStore(folder, key, listener.warn).recall(options.importance, measure)
 
 
 def _without_least_influence(subject: Subject, target: Target, request: WidthRequest, activity: Activity) -> Target:
