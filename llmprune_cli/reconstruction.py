@@ -108,13 +108,15 @@ def refit(
         if work is not None:
             work.save_layer(number, [asdict(report) for report in reports], both)
         progress(1)
-    return _with_stored(model.checkpoint, folder), tuple(reports)
+    return _with_stored(model.checkpoint, plan.layers, folder), tuple(reports)
 
 
-def _with_stored(checkpoint: Checkpoint, folder: Path | None) -> Checkpoint:
+def _with_stored(checkpoint: Checkpoint, layers: Sequence[int], folder: Path | None) -> Checkpoint:
     """The checkpoint with the weights in a folder, one file for each layer, in the place of its own."""
     found: dict[str, TensorEntry] = {}
-    for path in sorted(folder.glob(layer_file("*"))) if folder is not None else ():
+    for path in (folder / layer_file(number) for number in layers) if folder is not None else ():
+        if not path.exists():
+            continue  # a layer without readers
         with open_shard(path) as file:
             names = list(file.keys())
         shard = str(path.absolute())
@@ -122,9 +124,9 @@ def _with_stored(checkpoint: Checkpoint, folder: Path | None) -> Checkpoint:
     return replace(checkpoint, entries=tuple(found.get(entry.name, entry) for entry in checkpoint.entries))
 
 
-def layer_file(number: int | str) -> str:
+def layer_file(number: int) -> str:
     """The name of the file that holds the new weights of a layer."""
-    return f"layer-{number:0>5}.safetensors"
+    return f"layer-{number:05d}.safetensors"
 
 
 def repair(

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from conftest import Run, run_cli, save_tiny
 from llmprune_cli.errors import OutputError
 from llmprune_cli.workfolder import WorkFolder, work_folder
+from test_peer import written_tensors
 
 WORK = ".out.llmprune-work"
 MEASURING = "Measuring activity"
@@ -26,8 +28,8 @@ Arguments = tuple[str | Path, ...]
 
 @pytest.fixture(scope="module")
 def deep_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six layers, so that there is something to go on with."""
-    return save_tiny(tmp_path_factory.mktemp("deep") / "model", num_hidden_layers=6, initializer_range=0.15)
+    """Layers enough for a search to have a choice."""
+    return save_tiny(tmp_path_factory.mktemp("deep") / "model", num_hidden_layers=5, initializer_range=0.15)
 
 
 @pytest.fixture
@@ -83,25 +85,30 @@ def interrupt_after(patched: pytest.MonkeyPatch, method: str, times: int) -> Non
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(
-    deep_llama: Path, calibrated: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    calibrated: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed, gone on with, stopped by Ctrl-C, gone on with to the end."""
-    options = (deep_llama, "--intermediate-size", "24", "--layers", "5", "--importance", "range", *calibrated)
+    """Killed, gone on with, stopped by Ctrl-C, gone on with to the end; layers have numbers of one and two digits."""
+    source = save_tiny(tmp_path / "model", num_hidden_layers=11, initializer_range=0.15)
+    options = (source, "--intermediate-size", "24", "--layers", "10", "--importance", "range", *calibrated)
     options += ("--refit", "residual")
     prune(*options, "--output", tmp_path / "whole")
     command, work = (*options, "--output", tmp_path / "out"), tmp_path / WORK
     kill(*command, when=lambda: layers_done(work) > 0)
     assert not (tmp_path / "out").exists()
-    assert layers_done(work) < 6 and len(list(work.glob("streams-*"))) <= 2, "one snapshot, or its successor as well"
+    assert layers_done(work) < 11 and len(list(work.glob("streams-*"))) <= 2, "one snapshot, or its successor as well"
     with monkeypatch.context() as patched:
         interrupt_after(patched, "save_layer", 1)
         stopped = run_cli("prune", *command, "--resume")
         assert stopped.code == 130 and "--resume goes on from there" in in_a_line(stopped)
-    assert [path.name for path in tmp_path.iterdir() if path.name != "whole"] == [WORK]
+    assert [path.name for path in tmp_path.iterdir() if path.name not in ("model", "whole")] == [WORK]
     run = prune(*command, "--resume")
     assert MEASURING not in run.stderr and "Warning" not in run.stderr
     assert written(tmp_path / "out") == written(tmp_path / "whole")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "whole"]
+    new, old = written_tensors(tmp_path / "out"), written_tensors(source)
+    for number, layer in enumerate(json.loads((tmp_path / "out" / "llmprune.json").read_text())["layers"]):
+        reader = "model.layers.{}.self_attn.o_proj.weight"
+        assert not torch.equal(new[reader.format(number)], old[reader.format(layer)]), "not written as refitted"
 
 
 def test_a_search_goes_on_without_trying_a_candidate_twice(
@@ -241,8 +248,6 @@ def test_a_folder_that_cannot_be_one_is_refused(
 def test_hidden_states_in_files_give_the_same_bytes(
     tiny_llama: Path, calibrated: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torch
-
     mapped = []
     from_file = torch.from_file
     monkeypatch.setattr(torch, "from_file", lambda *a, **k: mapped.append(k["size"]) or from_file(*a, **k))
