@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from llmprune_cli.divergence import predicted
 from llmprune_cli.layerwise import Ends, LayeredModel
-from llmprune_cli.statefiles import keep_states
+from llmprune_cli.statefiles import copy_states
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ def ablate_layers(
     without: list[torch.Tensor] = []
     for number in range(model.layers):
         layer = model.load_layer(number)
-        passed_by = keep_states(dense, folder / f"without-{number}")
+        passed_by = copy_states(dense, folder)
         for stream in (dense, *without):
             layer.advance(stream)
         without.append(passed_by)

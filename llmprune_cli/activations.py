@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmprune_cli.architecture import NEURONS, Widths
@@ -12,6 +13,7 @@ from llmprune_cli.groups import Reader, Trace, instance_of
 from llmprune_cli.layerwise import Layer, LayeredModel
 from llmprune_cli.names import split_name
 from llmprune_cli.scoring import EXPERTS, GROUPS, HEADS, Scores
+from llmprune_cli.statefiles import new_states
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +38,7 @@ def measure_activity(
     stream: torch.Tensor,
     importance: str,
     progress: Callable[[int], None],
+    folder: Path | None = None,
 ) -> Activity:
     """Score every unit by its share in what reads it, and every layer by how far it turns the residual stream.
 
@@ -51,6 +54,7 @@ def measure_activity(
         importance: `activation` or `range`.
         stream: hidden states before the first layer, float32 [N, T, D]; afterwards those behind the last one.
         progress: told after each layer.
+        folder: of a second stream, see `new_states`.
     """
     import torch
 
@@ -58,10 +62,11 @@ def measure_activity(
     scores: Scores = defaultdict(dict)
     channels = torch.zeros(widths.hidden_size, dtype=torch.float64)
     influence = []
+    before = new_states(stream.shape, folder)
     for number in range(model.layers):
         layer = model.load_layer(number)
         inputs = _Inputs()
-        before = stream.clone()
+        before.copy_(stream)
         layer.advance(stream, inputs.watcher, inputs.collected)
         influence.append(block_influence(before, stream))
         ranges = unit_ranges(layer, trace, widths, number) if importance == "range" else {}
@@ -98,8 +103,8 @@ def block_influence(before: torch.Tensor, after: torch.Tensor) -> float:
     """
     import torch
 
-    cosine = torch.nn.functional.cosine_similarity(before.flatten(0, 1), after.flatten(0, 1), dim=-1)
-    return 1 - float(cosine.mean(dtype=torch.float64))
+    cosines = [torch.nn.functional.cosine_similarity(*pair, dim=-1) for pair in zip(before, after, strict=True)]
+    return 1 - float(torch.cat(cosines).mean(dtype=torch.float64))
 
 
 def unit_ranges(layer: Layer, trace: Trace, widths: Widths, number: int) -> dict[tuple[str, str], torch.Tensor]:

@@ -161,6 +161,25 @@ Calibration = Annotated[
 CalibrationSplit = Annotated[str, typer.Option(help="Split of that dataset.", rich_help_panel="Calibration")]
 CalibrationTokens = Annotated[int, typer.Option(help="Tokens to fit on.", min=2, rich_help_panel="Calibration")]
 CalibrationSeqLen = Annotated[int, typer.Option(help="Tokens in a window.", min=2, rich_help_panel="Calibration")]
+Statistics = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder that remembers what was measured, for another target of the same model and text.",
+        rich_help_panel="Calibration",
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on after the last finished layer of a run that was cut short.",
+        rich_help_panel="Calibration",
+    ),
+]
+OffloadDir = Annotated[
+    Path | None,
+    typer.Option(help="Folder for the hidden states, instead of memory.", rich_help_panel="Calibration"),
+]
 Dataset = Annotated[str, typer.Option(help="wikitext2, a .txt/.parquet/.jsonl file, a folder, or a hub dataset.")]
 Split = Annotated[str, typer.Option(help="Split of the dataset.")]
 MaxSeqLen = Annotated[int | None, typer.Option(help="Tokens in a window. [default: the model's maximum]", min=2)]
@@ -269,6 +288,9 @@ def prune(
     calibration_split: CalibrationSplit = "validation",
     calibration_tokens: CalibrationTokens = 32768,
     calibration_seq_len: CalibrationSeqLen = 512,
+    statistics: Statistics = None,
+    resume: Resume = False,
+    offload_dir: OffloadDir = None,
     seed: Annotated[int, typer.Option(help="Of whatever is random.")] = 0,
     plan: Annotated[Path | None, typer.Option(help="Replay a saved plan instead of choosing.")] = None,
     save_plan: Annotated[Path | None, typer.Option(help="Save the plan as JSON.")] = None,
@@ -316,6 +338,10 @@ def prune(
         raise typer.BadParameter("give --output DIR, or --dry-run, --save-plan or --eval.")
     if layer_importance is not None and budget is None and layers is None:
         raise typer.BadParameter("--layer-importance says which layers go; give --layers N or a target with it.")
+    if resume and (output_folder is None or dry_run):
+        raise typer.BadParameter(
+            "--resume goes on with a run that writes a model; give its --output, and no --dry-run."
+        )
     if dry_run and evaluate:
         raise typer.BadParameter("--dry-run makes no model to evaluate; leave out --eval.")
     from llmprune_cli import output, pipeline
@@ -339,7 +365,13 @@ def prune(
         overwrite=overwrite,
         dry_run=dry_run,
         max_shard_bytes=parse_size(max_shard_size),
+        statistics=statistics,
+        resume=resume,
+        offload_dir=offload_dir,
     )
+    for value, name in ((statistics, "--statistics"), (resume, "--resume"), (offload_dir, "--offload-dir")):
+        if value and not options.needs_text:
+            raise typer.BadParameter(f"{name} is for runs that calibrate; give a target, --importance or --refit too.")
     dtype_name = dtype.value if dtype else None
     evaluation = EvalOptions(dataset, split, max_seq_len, limit, batch_size, device, dtype_name)
     reference = ModelReference(model, revision, trust_remote_code, dtype_name)

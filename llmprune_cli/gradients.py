@@ -13,7 +13,7 @@ from llmprune_cli.groups import Trace, instance_of
 from llmprune_cli.layerwise import Ends, Layer, LayeredModel, batches
 from llmprune_cli.names import split_name
 from llmprune_cli.scoring import EXPERTS, GROUPS, HEADS, Scores
-from llmprune_cli.statefiles import keep_states
+from llmprune_cli.statefiles import copy_states
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +48,7 @@ def measure_gradients(
         influence, inputs = [], []
         for number in range(model.layers):
             layer = model.load_layer(number)
-            inputs.append(keep_states(stream, folder / f"layer-{number}"))
+            inputs.append(copy_states(stream, folder))
             layer.advance(stream)
             influence.append(block_influence(inputs[-1], stream))
             progress(1)
@@ -58,7 +58,6 @@ def measure_gradients(
             layer = model.load_layer(number)
             pull_back(layer, inputs.pop(), stream)
             add_saliences(scores, layer, trace, model.architecture.widths, number)
-            (folder / f"layer-{number}").unlink()
             progress(1)
     return Activity(scores, tuple(influence))
 

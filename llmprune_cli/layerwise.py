@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.architecture import Architecture, build_skeleton, on_disk, reconfigure
@@ -14,6 +15,7 @@ from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.layers import layer_changes
 from llmprune_cli.names import split_name
 from llmprune_cli.naming import Rules
+from llmprune_cli.statefiles import new_states
 
 if TYPE_CHECKING:
     import torch
@@ -307,12 +309,17 @@ class LayeredModel:
                 model.get_submodule(parent).register_buffer(own, buffer.to(self.device), persistent=False)
         return Ends(model.eval(), model.get_submodule(prefix[:-1]), self.device)
 
-    def embed(self, windows: torch.Tensor) -> torch.Tensor:
-        """Token ids [N, T] to the hidden states before the first layer, float32 [N, T, D]."""
-        import torch
+    def embed(self, windows: torch.Tensor, folder: Path | None = None) -> torch.Tensor:
+        """Token ids [N, T] to the hidden states before the first layer, float32 [N, T, D].
 
+        Args:
+            folder: see `new_states`.
+        """
         ends = self.load_ends()
-        return torch.cat([ends.embed(window[None]) for window in windows])
+        stream = new_states((*windows.shape, self.architecture.widths.hidden_size), folder)
+        for number, window in enumerate(windows):
+            stream[number] = ends.embed(window[None])[0]
+        return stream
 
     def final_states(self, windows: torch.Tensor, progress: Callable[[int], None]) -> tuple[torch.Tensor, int]:
         """Token ids [N, T] to the hidden states behind the last layer, float32 [N, T, D], and what layers return.

@@ -54,6 +54,9 @@ class PruneOptions:
     overwrite: bool = False
     dry_run: bool = False
     max_shard_bytes: int = 5 * 10**9
+    statistics: Path | None = None  # folder that remembers what was measured on text
+    resume: bool = False
+    offload_dir: Path | None = None  # folder for the hidden states of calibration text; None keeps them in memory
 
     @property
     def needs_text(self) -> bool:

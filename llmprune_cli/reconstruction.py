@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmprune_cli.activations import reader_instance
 from llmprune_cli.architecture import Widths
 from llmprune_cli.calibration import CalibrationText
-from llmprune_cli.checkpoint import Checkpoint, TensorEntry
+from llmprune_cli.checkpoint import Checkpoint, TensorEntry, open_shard
 from llmprune_cli.errors import OutputError
 from llmprune_cli.groups import Reader, Trace
 from llmprune_cli.layerwise import Enough, Layer, LayeredModel, batches
@@ -21,7 +21,10 @@ from llmprune_cli.options import Listener, PruneOptions
 from llmprune_cli.plan import Plan
 from llmprune_cli.scoring import GROUPS, HEADS
 from llmprune_cli.sites import Site, Uses, find_sites
+from llmprune_cli.statefiles import copy_states, new_states
 from llmprune_cli.subject import Subject
+from llmprune_cli.workfolder import WorkFolder
+from llmprune_cli.writer import fsync
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +43,7 @@ class Streams:
     dense: torch.Tensor
     pruned: torch.Tensor
     fitted: int  # windows that are fitted; those behind them only pass through
+    folder: Path | None = None  # of more of their kind, see `new_states`
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ def refit(
     method: str,
     folder: Path | None,
     progress: Callable[[int], None],
+    work: WorkFolder | None = None,
 ) -> tuple[Checkpoint, tuple[LayerRepair, ...]]:
     """Solve the readers of every layer anew, each layer seeing the pruned and refitted layers before it.
 
@@ -73,24 +78,46 @@ def refit(
         streams: before the first layer; afterwards behind the last one.
         folder: where the new weights go, one file for each layer; None keeps no weights.
         progress: told after each layer.
+        work: that remembers finished layers; the first that is not comes first.
 
     Returns:
         The checkpoint with the new weights in the old ones' place, at full size, and a report on each layer that stays.
     """
-    reports: list[LayerRepair] = []
-    replaced: dict[str, TensorEntry] = {}
-    for number in range(model.layers):
+    both = (streams.dense, streams.pruned)
+    done = work.last_layer(both) if work is not None else None
+    first, reports = (done[0] + 1, [LayerRepair(**report) for report in done[1]]) if done else (0, [])
+    progress(first)
+    for number in range(first, model.layers):
         layer = model.load_layer(number)
         if number in plan.layers:
-            work = _LayerRefit(layer, model, trace, plan, number, streams)
-            reports.append(work.run(method))
+            layer_refit = _LayerRefit(layer, model, trace, plan, number, streams)
+            reports.append(layer_refit.run(method))
             if method != "none" and folder is not None:
-                replaced.update(work.store(folder))
+                layer_refit.store(folder)
         else:
             layer.advance(streams.dense)
+        if work is not None:
+            work.save_layer(number, [asdict(report) for report in reports], both)
         progress(1)
-    entries = tuple(replaced.get(entry.name, entry) for entry in model.checkpoint.entries)
-    return replace(model.checkpoint, entries=entries), tuple(reports)
+    return _with_stored(model.checkpoint, plan.layers, folder), tuple(reports)
+
+
+def _with_stored(checkpoint: Checkpoint, layers: Sequence[int], folder: Path | None) -> Checkpoint:
+    """The checkpoint with the weights in a folder, one file for each layer, in the place of its own."""
+    found: dict[str, TensorEntry] = {}
+    for path in (folder / layer_file(number) for number in layers) if folder is not None else ():
+        if not path.exists():
+            continue  # a layer without readers
+        with open_shard(path) as file:
+            names = list(file.keys())
+        shard = str(path.absolute())
+        found |= {name: replace(checkpoint.by_name[name], shard=shard, stored_name=None) for name in names}
+    return replace(checkpoint, entries=tuple(found.get(entry.name, entry) for entry in checkpoint.entries))
+
+
+def layer_file(number: int) -> str:
+    """The name of the file that holds the new weights of a layer."""
+    return f"layer-{number:05d}.safetensors"
 
 
 def repair(
@@ -98,26 +125,28 @@ def repair(
     plan: Plan,
     options: PruneOptions,
     calibration: CalibrationText | None,
-    folder: Path,
+    work: WorkFolder | None,
     listener: Listener,
 ) -> tuple[Subject, tuple[LayerRepair, ...]]:
     """The subject with weights that make up for what the plan removes, and a report on each layer that stays.
 
     Args:
-        folder: see `refit`.
+        work: where these weights lie; None where there is no calibration text.
     """
     import torch
 
-    if options.refit == "none" or calibration is None:
+    if options.refit == "none" or calibration is None or work is None:
         return subject, ()
     if "hidden_size" in plan.changed:
         listener.warn("The channels that go are cut after the refit, which does not make up for them.")
     model = subject.layered(options.layer_device)
     listener.stage(f"Refitting ({options.refit})", subject.widths.num_hidden_layers)
     with torch.inference_mode():
-        start = model.embed(calibration.fitted)
-        streams = Streams(start, start.clone(), len(start))
-        checkpoint, repairs = refit(model, subject.trace, plan, streams, options.refit, folder, listener.advance)
+        start = model.embed(calibration.fitted, options.offload_dir)
+        streams = Streams(start, copy_states(start, options.offload_dir), len(start), options.offload_dir)
+        checkpoint, repairs = refit(
+            model, subject.trace, plan, streams, options.refit, work.path, listener.advance, work
+        )
     return replace(subject, checkpoint=checkpoint), repairs
 
 
@@ -135,8 +164,7 @@ class _LayerRefit:
     def run(self, method: str) -> LayerRepair:
         """Refit all readers, in the order in which they run, and take both streams through the layer."""
         found = find_sites(self.layer, self.trace, self.streams.dense.shape[-1])
-        fitted = self.streams.fitted
-        goals = _advance_dense(self.layer, found if method == "residual" else [], self.streams.dense, fitted)
+        goals = _advance_dense(self.layer, found if method == "residual" else [], self.streams)
         self._silence_biases()
         errors: list[_Errors] = []
         for position, site in enumerate(found):
@@ -155,8 +183,8 @@ class _LayerRefit:
             relative_distance(self.streams.pruned, self.streams.dense),
         )
 
-    def store(self, folder: Path) -> dict[str, TensorEntry]:
-        """Write the readers as they are on disk, and say where: entries by name."""
+    def store(self, folder: Path) -> None:
+        """Write the readers as they are on disk."""
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
@@ -166,14 +194,13 @@ class _LayerRefit:
             if real is not None:
                 tensors[real] = tensor.to("cpu", torch_dtype(self.whole.checkpoint.by_name[real].dtype)).contiguous()
         if not tensors:
-            return {}
-        path = folder / f"layer-{self.number:05d}.safetensors"
+            return
+        path = folder / layer_file(self.number)
         try:
             save_file(tensors, path)
+            fsync(path)
         except (OSError, SafetensorError) as error:
             raise OutputError(f"{path} cannot be written: {error}. Make room, or choose another --output.") from error
-        old = self.whole.checkpoint.by_name
-        return {name: replace(old[name], shard=str(path.absolute()), stored_name=None) for name in tensors}
 
     def _real_name(self, name: str) -> str | None:
         """The name in the checkpoint of a tensor of a reader; None for any other tensor."""
@@ -332,13 +359,15 @@ class _StreamWithin:
             self.states.add_(added.to(self.states.device).view(self.states.shape))
 
 
-def _advance_dense(layer: Layer, found: Sequence[Site], dense: torch.Tensor, fitted: int) -> dict[str, torch.Tensor]:
+def _advance_dense(layer: Layer, found: Sequence[Site], streams: Streams) -> dict[str, torch.Tensor]:
     """The dense stream through the layer; what it is behind each reader whose entry is known, [fitted, T, D]."""
-    import torch
-
+    fitted, dense = streams.fitted, streams.dense
     known = [site for site in found if site.entry is not None]
-    goals = {site.name: dense[:fitted] if site.ends_layer else torch.empty_like(dense[:fitted]) for site in known}
     within = {site.name for site in known if not site.ends_layer}
+    goals = {
+        site.name: new_states(dense[:fitted].shape, streams.folder) if site.name in within else dense[:fitted]
+        for site in known
+    }
 
     def watcher_of(first: int, batch: torch.Tensor) -> Watcher:
         stream, rows = _StreamWithin(batch.clone(), known), max(0, fitted - first)
@@ -350,7 +379,7 @@ def _advance_dense(layer: Layer, found: Sequence[Site], dense: torch.Tensor, fit
 
         return watch
 
-    layer.advance(dense, watcher_of)
+    layer.advance(streams.dense, watcher_of)
     return goals
 
 

@@ -19,7 +19,9 @@ from llmprune_cli.plan import Plan, Target, WidthRequest, choose, fingerprint, r
 from llmprune_cli.reconstruction import Streams, refit
 from llmprune_cli.scoring import IMPORTANCES, Scores, instances
 from llmprune_cli.search import Budget, Candidate, least_target, search_widths
+from llmprune_cli.statistics_store import StatisticsStore, statistics_key
 from llmprune_cli.subject import Subject
+from llmprune_cli.workfolder import WorkFolder
 
 SEARCH_WINDOWS = 8  # of calibration text on which a candidate is refitted; half as many are held out to judge it
 
@@ -55,19 +57,40 @@ def first_target(subject: Subject, options: PruneOptions) -> Target:
 
 
 def select(
-    subject: Subject, target: Target, options: PruneOptions, calibration: CalibrationText | None, listener: Listener
+    subject: Subject,
+    target: Target,
+    options: PruneOptions,
+    calibration: CalibrationText | None,
+    work: WorkFolder | None,
+    listener: Listener,
 ) -> tuple[Plan, tuple[Candidate, ...]]:
-    """Choose the units that stay, with a budget the widths as well; and the candidates among these, best first."""
+    """Choose the units that stay, with a budget the widths as well; and the candidates among these, best first.
+
+    Args:
+        work: that remembers what was chosen.
+    """
+    chosen = work.choice() if work is not None else None
+    if chosen is not None:
+        return chosen
     if options.budget is not None and calibration is not None:
-        return search_plan(subject, options.budget, options, calibration, listener)
-    return make_plan(subject, target, options, calibration, listener), ()
+        chosen = search_plan(subject, options.budget, options, calibration, work, listener)
+    else:
+        chosen = make_plan(subject, target, options, calibration, listener, work), ()
+    if work is not None:
+        work.save_choice(*chosen)
+    return chosen
 
 
 def make_plan(
-    subject: Subject, target: Target, options: PruneOptions, calibration: CalibrationText | None, listener: Listener
+    subject: Subject,
+    target: Target,
+    options: PruneOptions,
+    calibration: CalibrationText | None,
+    listener: Listener,
+    work: WorkFolder | None = None,
 ) -> Plan:
     """Score all units on the unpruned model and choose those that stay."""
-    activity = _measure(subject, options, calibration, listener)
+    activity = _measure(subject, options, calibration, work, listener)
     if calibration is not None and options.ranks_layers:
         layer_scores = _score_layers(subject, options, calibration, activity, listener)
         target = _without_least_layers(subject, target, options.request, layer_scores)
@@ -87,7 +110,12 @@ def _plan_of(subject: Subject, target: Target, options: PruneOptions, scores: Sc
 
 
 def search_plan(
-    subject: Subject, budget: Budget, options: PruneOptions, calibration: CalibrationText, listener: Listener
+    subject: Subject,
+    budget: Budget,
+    options: PruneOptions,
+    calibration: CalibrationText,
+    work: WorkFolder | None,
+    listener: Listener,
 ) -> tuple[Plan, tuple[Candidate, ...]]:
     """The plan that diverges least from the dense model among those that fit a budget, and the candidates it beat.
 
@@ -95,7 +123,7 @@ def search_plan(
     """
     import torch
 
-    activity = _measure(subject, options, calibration, listener)
+    activity = _measure(subject, options, calibration, work, listener)
     least = least_target(subject)
     every = replace(least, layers=tuple(range(subject.widths.num_hidden_layers)))
     scores = _score_units(subject, every, options, activity, listener)
@@ -104,6 +132,9 @@ def search_plan(
     fitted, judged = calibration.fitted[:SEARCH_WINDOWS], calibration.held_out[: SEARCH_WINDOWS // 2]
 
     def judge(target: Target) -> float:
+        known = work.judged(target) if work is not None else None
+        if known is not None:
+            return known
         plan = _plan_of(subject, target, options, scores)
         listener.stage(f"Trying {_in_words(target)}", subject.widths.num_hidden_layers)
         with torch.inference_mode():
@@ -113,7 +144,10 @@ def search_plan(
             ends = model.load_ends(exact=True)
             items = model.load_layer(0).returned_items(start)
             dense, pruned = (Side(ends, states[len(fitted) :], items) for states in (streams.dense, streams.pruned))
-            return compare(dense, pruned, judged).kl
+            kl = compare(dense, pruned, judged).kl
+        if work is not None:
+            work.save_judged(target, kl)
+        return kl
 
     candidates = search_widths(subject, budget, layer_scores, judge)
     return _plan_of(subject, candidates[0].target, options, scores), candidates
@@ -167,21 +201,38 @@ def _score_units(
 
 
 def _measure(
-    subject: Subject, options: PruneOptions, calibration: CalibrationText | None, listener: Listener
+    subject: Subject,
+    options: PruneOptions,
+    calibration: CalibrationText | None,
+    work: WorkFolder | None,
+    listener: Listener,
 ) -> Activity | None:
     import torch
 
     if calibration is None or not options.needs_activity:
         return None
-    model = subject.layered(options.layer_device)
-    if options.importance == "taylor":
-        listener.stage("Measuring gradients", 2 * model.layers)
-        with tempfile.TemporaryDirectory(prefix="llmprune-") as folder:
-            return measure_gradients(model, subject.trace, calibration.fitted, Path(folder), listener.advance)
-    listener.stage("Measuring activity", model.layers)
-    with torch.inference_mode():
-        stream = model.embed(calibration.fitted)
-        return measure_activity(model, subject.trace, stream, options.importance, listener.advance)
+    windows = calibration.fitted
+
+    def measure() -> Activity:
+        model, folder = subject.layered(options.layer_device), options.offload_dir
+        if options.importance == "taylor":
+            listener.stage("Measuring gradients", 2 * model.layers)
+            return measure_gradients(model, subject.trace, windows, _states_folder(options), listener.advance)
+        listener.stage("Measuring activity", model.layers)
+        with torch.inference_mode():
+            stream = model.embed(windows, folder)
+            return measure_activity(model, subject.trace, stream, options.importance, listener.advance, folder)
+
+    folder = options.statistics or (work.statistics if work is not None else None)
+    if folder is None:
+        return measure()
+    key = statistics_key(subject.checkpoint, windows, options.layer_device)
+    return StatisticsStore(folder, key, listener.warn).recall(options.importance, measure)
+
+
+def _states_folder(options: PruneOptions) -> Path:
+    """Where the hidden states of all layers lie, which are too many for memory."""
+    return options.offload_dir or Path(tempfile.gettempdir())
 
 
 def _score_layers(
@@ -201,8 +252,8 @@ def _score_layers(
     count = min(len(fitted), max(1, ABLATION_TOKENS // fitted.shape[1]))
     spread = torch.linspace(0, len(fitted) - 1, count).long()
     listener.stage("Leaving out each layer", model.layers * (model.layers + 1) // 2)
-    with tempfile.TemporaryDirectory(prefix="llmprune-") as folder, torch.inference_mode():
-        return ablate_layers(model, fitted[spread], Path(folder), listener.advance)
+    with torch.inference_mode():
+        return ablate_layers(model, fitted[spread], _states_folder(options), listener.advance)
 
 
 def _without_least_layers(

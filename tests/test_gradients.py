@@ -19,7 +19,7 @@ from llmprune_cli.errors import OutputError
 from llmprune_cli.gradients import measure_gradients
 from llmprune_cli.loading import ModelReference, load_tokenizer, open_checkpoint
 from llmprune_cli.scoring import EXPERTS, GROUPS, HEADS
-from llmprune_cli.statefiles import keep_states
+from llmprune_cli.statefiles import copy_states
 from llmprune_cli.subject import understand
 from test_checkpoint_forms import rewrite
 
@@ -142,13 +142,13 @@ def test_layers_go_by_their_influence_or_by_the_loss_without_them(tmp_path: Path
 
 
 def test_hidden_states_that_cannot_be_kept_are_a_users_error(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="TMPDIR"):
-        keep_states(torch.zeros(1, 2, 3), tmp_path / "absent" / "states")
+    with pytest.raises(OutputError, match="--offload-dir"):
+        copy_states(torch.zeros(1, 2, 3), tmp_path / "absent")
 
 
 def test_what_is_written_into_kept_states_stays(tmp_path: Path) -> None:
     states = torch.randn(2, 3, 4)
-    kept = keep_states(states[:, ::2], tmp_path / "states")
+    kept = copy_states(states[:, ::2], tmp_path)
     assert torch.equal(kept, states[:, ::2])
     kept[1] = 7
     assert torch.equal(kept[1], torch.full((2, 4), 7.0)) and (states != 7).all()
