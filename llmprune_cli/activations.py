@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmprune_cli.architecture import NEURONS, Widths
@@ -12,6 +13,7 @@ from llmprune_cli.groups import Reader, Trace, instance_of
 from llmprune_cli.layerwise import Layer, LayeredModel
 from llmprune_cli.names import split_name
 from llmprune_cli.scoring import EXPERTS, GROUPS, HEADS, Scores
+from llmprune_cli.statefiles import new_states
 
 if TYPE_CHECKING:
     import torch
@@ -19,15 +21,15 @@ if TYPE_CHECKING:
     from llmprune_cli.products import Product, Watcher
 
 
-CALIBRATED = ("activation", "range")  # the importances that are measured on text
+CALIBRATED = ("activation", "range", "taylor")  # the importances that are measured on text
 
 
 @dataclass(frozen=True)
 class Activity:
     """What the dense model does on calibration text."""
 
-    scores: Scores  # of every width, see `measure_activity`
-    influence: tuple[float, ...]  # of each layer
+    scores: Scores  # of every width, see `measure_activity` and `measure_gradients`
+    influence: tuple[float, ...]  # of each layer, see `block_influence`
 
 
 def measure_activity(
@@ -36,6 +38,7 @@ def measure_activity(
     stream: torch.Tensor,
     importance: str,
     progress: Callable[[int], None],
+    folder: Path | None = None,
 ) -> Activity:
     """Score every unit by its share in what reads it, and every layer by how far it turns the residual stream.
 
@@ -45,13 +48,13 @@ def measure_activity(
     as a share of the largest there (optipfair's data-driven choice for gated MLPs, for any family). A head is the sum
     over its elements, a KV group over its heads. A channel is the sum over all weights that read the residual stream,
     each weight's scores divided by their mean. An expert: the mean over its tokens of the norm of its router-weighted
-    output (REAP, arXiv 2510.13999, equation 9). A layer: 1 − E[cos(h_in, h_out)] (block influence, ShortGPT, arXiv
-    2403.03853, equation 1).
+    output (REAP, arXiv 2510.13999, equation 9). A layer: see `block_influence`.
 
     Args:
         importance: `activation` or `range`.
         stream: hidden states before the first layer, float32 [N, T, D]; afterwards those behind the last one.
         progress: told after each layer.
+        folder: of a second stream, see `new_states`.
     """
     import torch
 
@@ -59,13 +62,13 @@ def measure_activity(
     scores: Scores = defaultdict(dict)
     channels = torch.zeros(widths.hidden_size, dtype=torch.float64)
     influence = []
+    before = new_states(stream.shape, folder)
     for number in range(model.layers):
         layer = model.load_layer(number)
         inputs = _Inputs()
-        before = stream.clone()
+        before.copy_(stream)
         layer.advance(stream, inputs.watcher, inputs.collected)
-        cosine = torch.nn.functional.cosine_similarity(before.flatten(0, 1), stream.flatten(0, 1), dim=-1)
-        influence.append(1 - float(cosine.mean(dtype=torch.float64)))
+        influence.append(block_influence(before, stream))
         ranges = unit_ranges(layer, trace, widths, number) if importance == "range" else {}
         tokens = stream[..., 0].numel()
         reading = {(r.parameter.replace("{}", "0", 1), r.axis): r for r in trace.inputs if layer.has(r.parameter)}
@@ -91,6 +94,17 @@ def measure_activity(
         progress(1)
     scores["hidden_size"][""] = channels
     return Activity(dict(scores), tuple(influence))
+
+
+def block_influence(before: torch.Tensor, after: torch.Tensor) -> float:
+    """1 − E[cos(h_in, h_out)] over all tokens of a layer's input and output, [N, T, D].
+
+    ShortGPT, arXiv 2403.03853, equation 1.
+    """
+    import torch
+
+    cosines = [torch.nn.functional.cosine_similarity(*pair, dim=-1) for pair in zip(before, after, strict=True)]
+    return 1 - float(torch.cat(cosines).mean(dtype=torch.float64))
 
 
 def unit_ranges(layer: Layer, trace: Trace, widths: Widths, number: int) -> dict[tuple[str, str], torch.Tensor]:
@@ -136,7 +150,7 @@ class _Inputs:
         self.squares[key] = self.squares[key] + squares if key in self.squares else squares
         self._expert = seen.expert
 
-    def collected(self, source: torch.Tensor) -> None:
+    def collected(self, tokens: torch.Tensor, source: torch.Tensor) -> None:
         if self._expert is not None and source.is_floating_point():
             self.expert_norms[self._expert].append(source.norm(dim=-1).cpu())
             self._expert = None

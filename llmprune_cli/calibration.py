@@ -74,7 +74,7 @@ def prepare_calibration(
 
 
 def warn_of_shared_text(calibration: Corpus, evaluated: Corpus, warn: Callable[[str], None]) -> None:
-    """Warn where one text is a part of the other: perplexity then tells how well it was fitted, not how good a model is."""
+    """Warn where one text is a part of the other: perplexity then tells how well it was fitted."""
     shorter, longer = sorted((calibration.text, evaluated.text), key=len)
     if shorter in longer:
         warn(

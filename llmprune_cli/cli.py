@@ -31,6 +31,14 @@ class Importance(enum.StrEnum):
     random = "random"
     activation = "activation"
     range = "range"
+    taylor = "taylor"
+
+
+class LayerImportance(enum.StrEnum):
+    """How layers are ranked."""
+
+    influence = "influence"
+    loss = "loss"
 
 
 class Refit(enum.StrEnum):
@@ -168,6 +176,25 @@ Calibration = Annotated[
 CalibrationSplit = Annotated[str, typer.Option(help="Split of that dataset.", rich_help_panel="Calibration")]
 CalibrationTokens = Annotated[int, typer.Option(help="Tokens to fit on.", min=2, rich_help_panel="Calibration")]
 CalibrationSeqLen = Annotated[int, typer.Option(help="Tokens in a window.", min=2, rich_help_panel="Calibration")]
+Statistics = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder that remembers what was measured, for another target of the same model and text.",
+        rich_help_panel="Calibration",
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on after the last finished layer of a run that was cut short.",
+        rich_help_panel="Calibration",
+    ),
+]
+OffloadDir = Annotated[
+    Path | None,
+    typer.Option(help="Folder for the hidden states, instead of memory.", rich_help_panel="Calibration"),
+]
 Dataset = Annotated[str, typer.Option(help="wikitext2, a .txt/.parquet/.jsonl file, a folder, or a hub dataset.")]
 Split = Annotated[str, typer.Option(help="Split of the dataset.")]
 MaxSeqLen = Annotated[int | None, typer.Option(help="Tokens in a window. [default: the model's maximum]", min=2)]
@@ -265,6 +292,10 @@ def prune(
     importance: Annotated[
         Importance | None, typer.Option(help="How units are ranked. [default: magnitude; with a target, range]")
     ] = None,
+    layer_importance: Annotated[
+        LayerImportance | None,
+        typer.Option(help="How layers are ranked, with --layers or a target. [default: influence, where text is read]"),
+    ] = None,
     refit: Annotated[
         Refit | None,
         typer.Option(help="How what reads removed units is repaired. [default: none; with a target, residual]"),
@@ -273,6 +304,9 @@ def prune(
     calibration_split: CalibrationSplit = "validation",
     calibration_tokens: CalibrationTokens = 32768,
     calibration_seq_len: CalibrationSeqLen = 512,
+    statistics: Statistics = None,
+    resume: Resume = False,
+    offload_dir: OffloadDir = None,
     seed: Annotated[int, typer.Option(help="Of whatever is random.")] = 0,
     plan: Annotated[Path | None, typer.Option(help="Replay a saved plan instead of choosing.")] = None,
     save_plan: Annotated[Path | None, typer.Option(help="Save the plan as JSON.")] = None,
@@ -323,6 +357,12 @@ def prune(
     kept = () if keep_layers is None else _layer_numbers("--keep-layers", keep_layers)
     if output_folder is None and not (dry_run or evaluate or save_plan):
         raise typer.BadParameter("give --output DIR, or --dry-run, --save-plan or --eval.")
+    if layer_importance is not None and budget is None and layers is None:
+        raise typer.BadParameter("--layer-importance says which layers go; give --layers N or a target with it.")
+    if resume and (output_folder is None or dry_run):
+        raise typer.BadParameter(
+            "--resume goes on with a run that writes a model; give its --output, and no --dry-run."
+        )
     if dry_run and evaluate:
         raise typer.BadParameter("--dry-run makes no model to evaluate; leave out --eval.")
     from llmprune_cli import output, pipeline
@@ -336,6 +376,7 @@ def prune(
         request=WidthRequest(*request_values, round_to, kept),
         budget=budget,
         importance=(importance or (Importance.range if budget else Importance.magnitude)).value,
+        layer_importance=layer_importance.value if layer_importance else None,
         refit=(refit or (Refit.residual if budget else Refit.none)).value,
         calibration=CalibrationOptions(calibration, calibration_split, calibration_tokens, calibration_seq_len, device),
         seed=seed,
@@ -346,12 +387,18 @@ def prune(
         overwrite=overwrite,
         dry_run=dry_run,
         max_shard_bytes=parse_size(max_shard_size),
+        statistics=statistics,
+        resume=resume,
+        offload_dir=offload_dir,
     )
     if report is not None and (dry_run or not options.needs_text or not (output_folder or evaluate)):
         raise typer.BadParameter(
             "--report draws what calibration measures on a pruned model: give a target, --refit or a calibrated "
-            "--importance (activation, range), and --output or --eval."
+            "--importance (activation, range, taylor), and --output or --eval."
         )
+    for value, name in ((statistics, "--statistics"), (resume, "--resume"), (offload_dir, "--offload-dir")):
+        if value and not options.needs_text:
+            raise typer.BadParameter(f"{name} is for runs that calibrate; give a target, --importance or --refit too.")
     dtype_name = dtype.value if dtype else None
     evaluation = EvalOptions(dataset, split, max_seq_len, limit, batch_size, device, dtype_name)
     reference = ModelReference(model, revision, trust_remote_code, dtype_name)

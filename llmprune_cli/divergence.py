@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,15 @@ class Side:
         return max(1, LOGIT_ELEMENTS // int(self.ends.model.config.get_text_config().vocab_size))
 
 
+def predicted(ends: Ends, windows: torch.Tensor) -> Iterator[tuple[int, slice, torch.Tensor]]:
+    """Windows [N, T] in parts of few logits: a window's number, places in it, and the tokens that follow these."""
+    chunk = max(1, LOGIT_ELEMENTS // ends.model.config.get_text_config().vocab_size)
+    for number, window in enumerate(windows):
+        for first in range(0, len(window) - 1, chunk):
+            wanted = window[1:][first : first + chunk]
+            yield number, slice(first, first + len(wanted)), wanted.to(ends.device)
+
+
 def compare(dense: Side, pruned: Side, windows: torch.Tensor) -> Divergence:
     """Mean KL(dense ‖ pruned) = E[Σ_v p(v) log(p(v)/q(v))] of the next token, and both perplexities, in float32.
 
@@ -46,18 +56,14 @@ def compare(dense: Side, pruned: Side, windows: torch.Tensor) -> Divergence:
     import torch
     from torch.nn import functional
 
-    chunk = dense.chunk
-    losses, kl, tokens = torch.zeros(2, dtype=torch.float64), 0.0, 0
-    for number, window in enumerate(windows):
-        for first in range(0, len(window) - 1, chunk):
-            wanted = window[1:][first : first + chunk].to(dense.ends.device)
-            logs = []
-            for side in (dense, pruned):
-                states = side.states[number : number + 1, :-1][:, first : first + chunk]
-                logs.append(functional.log_softmax(side.ends.logits(states, side.items)[0], -1))
-            for index, log in enumerate(logs):
-                losses[index] += float(functional.nll_loss(log, wanted, reduction="sum"))
-            kl += float(functional.kl_div(logs[1], logs[0], reduction="sum", log_target=True))
-            tokens += len(wanted)
+    losses, kl, tokens = torch.zeros(2, dtype=torch.float64), 0.0, windows[:, 1:].numel()
+    for window, places, wanted in predicted(dense.ends, windows):
+        logs = []
+        for side in (dense, pruned):
+            logits = side.ends.logits(side.states[window : window + 1, places], side.items)[0]
+            logs.append(functional.log_softmax(logits, -1))
+        for index, log in enumerate(logs):
+            losses[index] += float(functional.nll_loss(log, wanted, reduction="sum"))
+        kl += float(functional.kl_div(logs[1], logs[0], reduction="sum", log_target=True))
     before, after = (math.exp(min(loss / tokens, 700)) for loss in losses.tolist())
     return Divergence(tokens, before, after, max(0.0, kl / tokens))  # rounding may leave less than nothing

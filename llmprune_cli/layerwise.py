@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.architecture import Architecture, build_skeleton, on_disk, reconfigure
@@ -14,13 +15,14 @@ from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.layers import layer_changes
 from llmprune_cli.names import split_name
 from llmprune_cli.naming import Rules
+from llmprune_cli.statefiles import new_states
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from llmprune_cli.products import Watcher
+    from llmprune_cli.products import Collector, Watcher
 
 BATCH_TOKENS = 4096  # that run through a layer together
 VOCABULARY = 8  # of a one-layer model, whose embedding is never used
@@ -52,7 +54,7 @@ class Layer:
         self,
         hidden: torch.Tensor,
         watcher: Watcher | None = None,
-        collected: Callable[[torch.Tensor], None] | None = None,
+        collected: Collector | None = None,
     ) -> torch.Tensor | None:
         """Hidden states [B, T, D] through the layer; None where the watcher had enough.
 
@@ -81,7 +83,7 @@ class Layer:
         self,
         stream: torch.Tensor,
         watcher_of: Callable[[int, torch.Tensor], Watcher] | None = None,
-        collected: Callable[[torch.Tensor], None] | None = None,
+        collected: Collector | None = None,
     ) -> None:
         """Replace the hidden states [N, T, D] of all windows by what the layer makes of them, batch by batch.
 
@@ -93,11 +95,6 @@ class Layer:
             if output is None:
                 raise AssertionError("a watcher had enough of a layer that has to run to its end")
             batch.copy_(output)
-
-    def observe(self, stream: torch.Tensor, watcher_of: Callable[[int, torch.Tensor], Watcher]) -> None:
-        """Run the layer on all windows for the watcher's sake only."""
-        for first, batch in batches(stream):
-            self.run(batch, watcher_of(first, batch))
 
     def returned_items(self, hidden: torch.Tensor) -> int:
         """How many items this family's layers return, hidden states first; 0 where these come alone."""
@@ -114,9 +111,9 @@ class Layer:
         return on_disk(self.model, {name: parameter.detach() for name, parameter in self.model.named_parameters()})
 
 
-def batches(stream: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Hidden states [N, T, D] cut into batches of about `BATCH_TOKENS` tokens, each with its first window's number."""
-    size = max(1, BATCH_TOKENS // stream.shape[1])
+def batches(stream: torch.Tensor, tokens: int = BATCH_TOKENS) -> Iterator[tuple[int, torch.Tensor]]:
+    """Hidden states [N, T, D] cut into batches of about so many tokens, each with its first window's number."""
+    size = max(1, tokens // stream.shape[1])
     for first in range(0, len(stream), size):
         yield first, stream[first : first + size]
 
@@ -312,12 +309,17 @@ class LayeredModel:
                 model.get_submodule(parent).register_buffer(own, buffer.to(self.device), persistent=False)
         return Ends(model.eval(), model.get_submodule(prefix[:-1]), self.device)
 
-    def embed(self, windows: torch.Tensor) -> torch.Tensor:
-        """Token ids [N, T] to the hidden states before the first layer, float32 [N, T, D]."""
-        import torch
+    def embed(self, windows: torch.Tensor, folder: Path | None = None) -> torch.Tensor:
+        """Token ids [N, T] to the hidden states before the first layer, float32 [N, T, D].
 
+        Args:
+            folder: see `new_states`.
+        """
         ends = self.load_ends()
-        return torch.cat([ends.embed(window[None]) for window in windows])
+        stream = new_states((*windows.shape, self.architecture.widths.hidden_size), folder)
+        for number, window in enumerate(windows):
+            stream[number] = ends.embed(window[None])[0]
+        return stream
 
     def walk(
         self, windows: torch.Tensor, advance: Callable[[Layer, torch.Tensor], None] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,18 +40,42 @@ class Moments:
             self.total += float(outputs.cpu().double().square().sum())
 
     def aim_at(self, matrix: torch.Tensor) -> None:
-        """Let y be what this weight [O, U] makes of x."""
-        self.cross = self.widened(matrix) @ self.gram
-        self.total = float((self.cross * self.widened(matrix)).sum())
+        """Let y be what this weight [O, U] makes of x, plus the y that were added."""
+        for rows in self._slabs():
+            wide = self.widened(matrix[rows])
+            own = wide @ self.gram
+            self.total += float(((own + 2 * self.cross[rows]) * wide).sum())
+            self.cross[rows] += own
 
     def error(self, matrix: torch.Tensor) -> float:
         """‖Y − WX‖² of a weight [O, U]."""
-        wide = self.widened(matrix)
-        return max(0.0, float(((wide @ self.gram - 2 * self.cross) * wide).sum()) + self.total)
+        change = 0.0
+        for rows in self._slabs():
+            wide = self.widened(matrix[rows])
+            change += float(((wide @ self.gram - 2 * self.cross[rows]) * wide).sum())
+        return max(0.0, change + self.total)
+
+    def _slabs(self) -> Iterator[slice]:
+        """The outputs, so many at a time that products of them with all inputs stay small."""
+        size = max(1, PRODUCT_ELEMENTS // 4 // self.cross.shape[1])
+        for first in range(0, len(self.cross), size):
+            yield slice(first, first + size)
 
     def widened(self, matrix: torch.Tensor) -> torch.Tensor:
         """A weight where the moments are, in float64."""
         return matrix.to(self.gram.device).to(self.gram.dtype)
+
+    def solve(self, matrix: torch.Tensor, kept: torch.Tensor, factor: torch.Tensor, strength: float) -> torch.Tensor:
+        """See `solve_reader`; all outputs are solved with the same factor of the kept part of XᵀX + μI."""
+        import torch
+
+        result = torch.zeros_like(matrix)
+        places = kept.to(matrix.device)
+        for rows in self._slabs():
+            goals = self.cross[rows][:, kept] + strength * self.widened(matrix[rows][:, places])
+            solved = torch.cholesky_solve(goals.T, factor).T
+            result[rows, places] = solved.to(matrix.dtype).to(matrix.device)
+        return result
 
 
 def only(matrix: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -81,14 +106,10 @@ def solve_reader(moments: Moments, matrix: torch.Tensor, kept: torch.Tensor, dam
     import torch
 
     kept = kept.to(moments.gram.device)
-    old = moments.widened(matrix)[:, kept]
     inputs = moments.gram[kept[:, None], kept]
     strength = damping * float(inputs.diagonal().mean())
     if not strength > 0:
         return only(matrix, kept.to(matrix.device))
     inputs.diagonal().add_(strength)
     torch.linalg.cholesky(inputs, out=inputs)
-    solved: torch.Tensor = torch.cholesky_solve((moments.cross[:, kept] + strength * old).T, inputs).T
-    result = torch.zeros_like(matrix)
-    result[:, kept.to(matrix.device)] = solved.to(matrix.dtype).to(matrix.device)
-    return result
+    return moments.solve(matrix, kept, inputs, strength)

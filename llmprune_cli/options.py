@@ -44,6 +44,7 @@ class PruneOptions:
     request: WidthRequest
     budget: Budget | None = None
     importance: str = "magnitude"
+    layer_importance: str | None = None  # None: "influence" where text is measured anyway; else the deepest layers go
     refit: str = "none"
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     seed: int = 0
@@ -54,11 +55,28 @@ class PruneOptions:
     overwrite: bool = False
     dry_run: bool = False
     max_shard_bytes: int = 5 * 10**9
+    statistics: Path | None = None  # folder that remembers what was measured on text
+    resume: bool = False
+    offload_dir: Path | None = None  # folder for the hidden states of calibration text; None keeps them in memory
 
     @property
     def needs_text(self) -> bool:
         """Whether anything is measured on calibration text."""
-        return self.refit != "none" or self.budget is not None or (self.importance in CALIBRATED and not self.plan)
+        measured = self.importance in CALIBRATED or self.ranks_layers
+        return self.refit != "none" or (measured and not self.plan)
+
+    @property
+    def ranks_layers(self) -> bool:
+        """Whether layers go by what they do on text."""
+        if self.budget is not None:
+            return True
+        by_text = self.layer_importance is not None or self.importance in CALIBRATED
+        return self.request.num_hidden_layers is not None and by_text
+
+    @property
+    def needs_activity(self) -> bool:
+        """Whether units, or layers by their influence, are ranked by what they do on text."""
+        return self.importance in CALIBRATED or (self.ranks_layers and self.layer_importance != "loss")
 
     @property
     def needs_weights(self) -> bool:

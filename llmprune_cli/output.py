@@ -115,8 +115,7 @@ def _print_candidates(console: Console, candidates: tuple[CandidateResult, ...])
         table.add_column(label, justify="right")
     for candidate in candidates:
         sizes = [f"{getattr(candidate.widths, name):,}" for name in names]
-        kl = "" if candidate.kl is None else f"{candidate.kl:.3f}"
-        table.add_row(*sizes, f"{candidate.parameters:,}", kl)
+        table.add_row(*sizes, f"{candidate.parameters:,}", f"{candidate.kl:.3f}")
     console.print(table)
 
 

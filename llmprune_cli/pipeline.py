@@ -36,7 +36,8 @@ from llmprune_cli.results import (
 from llmprune_cli.search import Candidate
 from llmprune_cli.selection import first_target, select, stored_plan, target_of
 from llmprune_cli.subject import Subject, understand
-from llmprune_cli.writer import check_target, staged_folder, write_json
+from llmprune_cli.workfolder import WorkFolder, run_key, work_folder
+from llmprune_cli.writer import check_folder, check_target, staged_folder, write_json
 
 # --- inspect -------------------------------------------------------------------------------------------------------
 
@@ -86,6 +87,9 @@ def prune(
             output = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llmprune-")), "pruned")
         if output is not None:
             check_target(output, options.overwrite, source)
+        for folder, option in ((options.statistics, "--statistics"), (options.offload_dir, "--offload-dir")):
+            if folder is not None:
+                check_folder(folder, option)
         subject = understand(checkpoint)
         before = summarize(checkpoint.entries, subject.widths)
         plan = stored_plan(subject, options.plan) if options.plan else None
@@ -98,9 +102,14 @@ def prune(
             warn_of_shared_text(calibration.corpus, text.corpus, listener.warn)
         prove(subject.architecture, subject.trace, target.widths.changed_from(subject.widths), prune_twin)
         hold_against_torch_pruning(subject.architecture, subject.trace)
+        kept = stack.enter_context(ExitStack())
+        work = None
+        if output is not None and calibration is not None and not options.dry_run:
+            key, may_go_on = run_key(subject, options, plan, calibration), options.output is not None
+            work = kept.enter_context(work_folder(output, key, options.resume, may_go_on, listener.warn))
         candidates: tuple[Candidate, ...] = ()
         if plan is None and options.needs_weights:
-            plan, candidates = select(subject, target, options, calibration, listener)
+            plan, candidates = select(subject, target, options, calibration, work, listener)
             target = target_of(plan)
             after = summarize(subject.predict(target), target.widths)
         for deviation in target.deviations:
@@ -110,8 +119,9 @@ def prune(
         card, report = None, None
         if output is not None and plan is not None and not options.dry_run:
             manifest = make_manifest(reference, checkpoint, plan, options, before, after)
-            with staged_folder(output, options.overwrite, source) as staging:
-                card = _fill(staging, subject, plan, manifest, options, calibration, listener)
+            with staged_folder(output, options.overwrite, source, work.path if work else None) as staging:
+                card = _fill(staging, subject, plan, manifest, options, calibration, work, listener)
+            kept.close()
             if evaluation is not None and text is not None:
                 pruned = ModelReference(str(output), None, reference.trust_remote_code, reference.dtype)
                 name = str(options.output) if options.output else f"{checkpoint.source} (pruned)"
@@ -159,12 +169,12 @@ def _fill(
     manifest: dict[str, Any],
     options: PruneOptions,
     calibration: CalibrationText | None,
+    work: WorkFolder | None,
     listener: Listener,
 ) -> CalibrationResult | None:
     """Refit, write and judge."""
-    with tempfile.TemporaryDirectory(dir=staging.parent, prefix=f"{staging.name}-") as work:
-        repaired, repairs = repair(subject, plan, options, calibration, Path(work), listener)
-        write_pruned(repaired, plan, staging, manifest, options.max_shard_bytes, listener)
+    repaired, repairs = repair(subject, plan, options, calibration, work, listener)
+    write_pruned(repaired, plan, staging, manifest, options.max_shard_bytes, listener)
     if calibration is None:
         return None
     card = report_card(subject, staging, plan, options, calibration, repairs, listener)

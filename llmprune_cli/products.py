@@ -30,6 +30,7 @@ class Product:
 
 
 Watcher = Callable[[Product], "Tensor | None"]  # told of a product; what it returns replaces the result
+Collector = Callable[["Tensor", "Tensor"], None]  # told the tokens [n] and the results [n, outputs] of an expert
 
 
 class Products(TorchFunctionMode):
@@ -43,12 +44,12 @@ class Products(TorchFunctionMode):
         self,
         weights: Iterable[tuple[str, Tensor]],
         watcher: Watcher,
-        collected: Callable[[Tensor], None] | None = None,
+        collected: Collector | None = None,
     ) -> None:
         """Watch these parameters, by name.
 
         Args:
-            collected: told what `index_add_` adds, which is how experts hand in their weighted results.
+            collected: told where `index_add_` adds what, which is how experts hand in their weighted results.
         """
         super().__init__()
         self._weights = {weight.untyped_storage().data_ptr(): (name, weight) for name, weight in weights}
@@ -66,7 +67,7 @@ class Products(TorchFunctionMode):
         if function in MATMULS:
             return self._seen(args[0], args[1], -2, None, result)
         if function is torch.Tensor.index_add_ and self._collected is not None:
-            self._collected(args[3])
+            self._collected(args[2], args[3])
         return result
 
     def _seen(self, values: Tensor, weight: Tensor, summed: int, bias: Tensor | None, result: Tensor) -> Tensor:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from llmprune_cli import __version__
 from llmprune_cli.architecture import Architecture, with_widths
 from llmprune_cli.checkpoint import Checkpoint, read_index
 from llmprune_cli.errors import VerificationError
 from llmprune_cli.groups import Keep, Trace
+from llmprune_cli.identity import versions
 from llmprune_cli.loading import ModelReference, copy_companions
 from llmprune_cli.options import Listener, PruneOptions
 from llmprune_cli.plan import Plan, Target, WidthRequest
@@ -59,17 +58,17 @@ def make_manifest(
     after: ModelSummary,
 ) -> dict[str, Any]:
     """What the folder's `llmprune.json` says about how it was made."""
-    packages = ("torch", "transformers", "safetensors")
     return {
         "schema_version": SCHEMA_VERSION,
         "source": checkpoint.source,
         "revision": checkpoint.revision,
         "source_fingerprint": plan.fingerprint,
-        "versions": {"llmprune": __version__, **{name: version(name) for name in packages}},
+        "versions": versions(),
         "options": {
             **asdict(options.request),
             "target": asdict(options.budget) if options.budget else None,
             "importance": plan.importance,
+            "layer_importance": options.layer_importance,
             "refit": options.refit,
             "seed": plan.seed,
             "plan": str(options.plan) if options.plan else None,

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmprune_cli.activations import reader_instance
 from llmprune_cli.architecture import Widths
 from llmprune_cli.calibration import CalibrationText
-from llmprune_cli.checkpoint import Checkpoint, TensorEntry
+from llmprune_cli.checkpoint import Checkpoint, TensorEntry, open_shard
 from llmprune_cli.errors import OutputError
 from llmprune_cli.groups import Reader, Trace
-from llmprune_cli.layerwise import Enough, Layer, LayeredModel
+from llmprune_cli.layerwise import Enough, Layer, LayeredModel, batches
 from llmprune_cli.least_squares import Moments, only, solve_reader
 from llmprune_cli.loading import DTYPES
 from llmprune_cli.names import split_name
 from llmprune_cli.options import Listener, PruneOptions
 from llmprune_cli.plan import Plan
 from llmprune_cli.scoring import GROUPS, HEADS
+from llmprune_cli.sites import Site, Uses, find_sites
+from llmprune_cli.statefiles import copy_states, new_states
 from llmprune_cli.subject import Subject
+from llmprune_cli.workfolder import WorkFolder
+from llmprune_cli.writer import fsync
 
 if TYPE_CHECKING:
     import torch
@@ -28,18 +32,8 @@ if TYPE_CHECKING:
     from llmprune_cli.products import Product, Watcher
 
 DAMPING = 0.3  # of every refit, relative to the mean diagonal of the Gram matrix
-PROBE_TOKENS = 8  # that show how a reader's result enters the residual stream
 GRAM_BYTES = 2**30  # of the Gram matrices of experts that are gathered in one pass
 UNPICKED = -1e30  # router logit of an expert that goes
-
-
-@dataclass(frozen=True)
-class Site:
-    """A reader in one layer."""
-
-    reader: Reader
-    name: str  # of its parameter in the one-layer model
-    scale: float | None  # its result enters the residual stream times this; None where it does not enter as it is
 
 
 @dataclass(frozen=True)
@@ -49,6 +43,7 @@ class Streams:
     dense: torch.Tensor
     pruned: torch.Tensor
     fitted: int  # windows that are fitted; those behind them only pass through
+    folder: Path | None = None  # of more of their kind, see `new_states`
 
 
 @dataclass(frozen=True)
@@ -69,39 +64,62 @@ def refit(
     method: str,
     folder: Path | None,
     progress: Callable[[int], None],
+    work: WorkFolder | None = None,
 ) -> tuple[Checkpoint, tuple[LayerRepair, ...]]:
     """Solve the readers of every layer anew, each layer seeing the pruned and refitted layers before it.
 
     `none`: nothing is solved; the streams show what removal alone does.
     `local`: each reader that loses inputs makes, from those that stay, what it would make from all of them.
-    `residual`: every reader whose result enters the residual stream as it is makes what is missing there from the dense
-    model's stream, so that it also makes up for the layers before it, for dropped ones too; the others as in `local`.
-    What a mixer without a reader of this kind (latent attention, a state space) adds within the same layer is not seen.
+    `residual`: every reader whose result is known to enter the residual stream (see `Entry`) also makes what is missing
+    there from the dense model's stream, so that it makes up for the layers before it, for dropped ones too; the others
+    as in `local`. What a mixer without a reader (latent attention, a state space) adds is seen behind the layer only.
     Layers that the plan protects stay as they are.
 
     Args:
         streams: before the first layer; afterwards behind the last one.
         folder: where the new weights go, one file for each layer; None keeps no weights.
         progress: told after each layer.
+        work: that remembers finished layers; the first that is not comes first.
 
     Returns:
         The checkpoint with the new weights in the old ones' place, at full size, and a report on each layer that stays.
     """
-    reports: list[LayerRepair] = []
-    replaced: dict[str, TensorEntry] = {}
-    for number in range(model.layers):
+    both = (streams.dense, streams.pruned)
+    done = work.last_layer(both) if work is not None else None
+    first, reports = (done[0] + 1, [LayerRepair(**report) for report in done[1]]) if done else (0, [])
+    progress(first)
+    for number in range(first, model.layers):
         layer = model.load_layer(number)
         if number in plan.layers:
-            work = _LayerRefit(layer, model, trace, plan, number, streams)
+            layer_refit = _LayerRefit(layer, model, trace, plan, number, streams)
             own = "none" if number in plan.protected else method
-            reports.append(work.run(own))
+            reports.append(layer_refit.run(own))
             if own != "none" and folder is not None:
-                replaced.update(work.store(folder))
+                layer_refit.store(folder)
         else:
             layer.advance(streams.dense)
+        if work is not None:
+            work.save_layer(number, [asdict(report) for report in reports], both)
         progress(1)
-    entries = tuple(replaced.get(entry.name, entry) for entry in model.checkpoint.entries)
-    return replace(model.checkpoint, entries=entries), tuple(reports)
+    return _with_stored(model.checkpoint, plan.layers, folder), tuple(reports)
+
+
+def _with_stored(checkpoint: Checkpoint, layers: Sequence[int], folder: Path | None) -> Checkpoint:
+    """The checkpoint with the weights in a folder, one file for each layer, in the place of its own."""
+    found: dict[str, TensorEntry] = {}
+    for path in (folder / layer_file(number) for number in layers) if folder is not None else ():
+        if not path.exists():
+            continue  # a layer without readers
+        with open_shard(path) as file:
+            names = list(file.keys())
+        shard = str(path.absolute())
+        found |= {name: replace(checkpoint.by_name[name], shard=shard, stored_name=None) for name in names}
+    return replace(checkpoint, entries=tuple(found.get(entry.name, entry) for entry in checkpoint.entries))
+
+
+def layer_file(number: int) -> str:
+    """The name of the file that holds the new weights of a layer."""
+    return f"layer-{number:05d}.safetensors"
 
 
 def repair(
@@ -109,26 +127,28 @@ def repair(
     plan: Plan,
     options: PruneOptions,
     calibration: CalibrationText | None,
-    folder: Path,
+    work: WorkFolder | None,
     listener: Listener,
 ) -> tuple[Subject, tuple[LayerRepair, ...]]:
     """The subject with weights that make up for what the plan removes, and a report on each layer that stays.
 
     Args:
-        folder: see `refit`.
+        work: where these weights lie; None where there is no calibration text.
     """
     import torch
 
-    if options.refit == "none" or calibration is None:
+    if options.refit == "none" or calibration is None or work is None:
         return subject, ()
     if "hidden_size" in plan.changed:
         listener.warn("The channels that go are cut after the refit, which does not make up for them.")
     model = subject.layered(options.layer_device)
     listener.stage(f"Refitting ({options.refit})", subject.widths.num_hidden_layers)
     with torch.inference_mode():
-        start = model.embed(calibration.fitted)
-        streams = Streams(start, start.clone(), len(start))
-        checkpoint, repairs = refit(model, subject.trace, plan, streams, options.refit, folder, listener.advance)
+        start = model.embed(calibration.fitted, options.offload_dir)
+        streams = Streams(start, copy_states(start, options.offload_dir), len(start), options.offload_dir)
+        checkpoint, repairs = refit(
+            model, subject.trace, plan, streams, options.refit, work.path, listener.advance, work
+        )
     return replace(subject, checkpoint=checkpoint), repairs
 
 
@@ -146,22 +166,16 @@ class _LayerRefit:
     def run(self, method: str) -> LayerRepair:
         """Refit all readers, in the order in which they run, and take both streams through the layer."""
         found = find_sites(self.layer, self.trace, self.streams.dense.shape[-1])
-        fitted = self.streams.fitted
-        aims = [site for site in found if site.scale is not None] if method == "residual" else []
-        goals = _advance_dense(self.layer, aims, self.streams.dense, fitted)
+        goals = _advance_dense(self.layer, found if method == "residual" else [], self.streams)
         self._silence_biases()
         errors: list[_Errors] = []
         for position, site in enumerate(found):
             if method == "none":
                 self._drop_inputs(site)
-            elif site.name in goals:
-                moments: dict[int | None, Moments] = {
-                    None: self._moments_towards(goals.pop(site.name), site, found[:position])
-                }
-                errors += self._solve(site, moments)
             else:
-                for experts in self._chunks(site):
-                    errors += self._solve(site, self._own_moments(site, experts))
+                goal = goals.pop(site.name, None)
+                for experts in self._chunks(site, with_all=goal is not None):
+                    errors += self._solve(site, self._moments(site, experts, found[:position], goal))
         self.layer.advance(self.streams.pruned, lambda first, batch: self._silence)
         total = sum(error.total for error in errors) or 1.0
         return LayerRepair(
@@ -171,8 +185,8 @@ class _LayerRefit:
             relative_distance(self.streams.pruned, self.streams.dense),
         )
 
-    def store(self, folder: Path) -> dict[str, TensorEntry]:
-        """Write the readers as they are on disk, and say where: entries by name."""
+    def store(self, folder: Path) -> None:
+        """Write the readers as they are on disk."""
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
@@ -182,14 +196,13 @@ class _LayerRefit:
             if real is not None:
                 tensors[real] = tensor.to("cpu", torch_dtype(self.whole.checkpoint.by_name[real].dtype)).contiguous()
         if not tensors:
-            return {}
-        path = folder / f"layer-{self.number:05d}.safetensors"
+            return
+        path = folder / layer_file(self.number)
         try:
             save_file(tensors, path)
+            fsync(path)
         except (OSError, SafetensorError) as error:
             raise OutputError(f"{path} cannot be written: {error}. Make room, or choose another --output.") from error
-        old = self.whole.checkpoint.by_name
-        return {name: replace(old[name], shard=str(path.absolute()), stored_name=None) for name in tensors}
 
     def _real_name(self, name: str) -> str | None:
         """The name in the checkpoint of a tensor of a reader; None for any other tensor."""
@@ -218,9 +231,11 @@ class _LayerRefit:
         chosen = self.plan.keep.get("num_experts", {}).get(str(self.number))
         return range(len(weight)) if chosen is None else chosen
 
-    def _chunks(self, site: Site) -> Iterator[Sequence[int | None]]:
-        """The experts that lose inputs, as many at a time as their Gram matrices may take memory."""
-        losing = [e for e in self._experts(site) if len(self._kept(site, e)) < self._matrix(site, e).shape[1]]
+    def _chunks(self, site: Site, with_all: bool) -> Iterator[Sequence[int | None]]:
+        """The experts that lose inputs, or all of them, as many at a time as their Gram matrices may take memory."""
+        losing = [
+            e for e in self._experts(site) if with_all or len(self._kept(site, e)) < self._matrix(site, e).shape[1]
+        ]
         size = self._matrix(site, self._experts(site)[0]).shape[1]
         each = max(1, GRAM_BYTES // (8 * size * size))
         for first in range(0, len(losing), each):
@@ -254,43 +269,35 @@ class _LayerRefit:
                 return torch_dtype(entry.dtype)
         raise AssertionError(f"{site.name} is not on disk")
 
-    def _moments_towards(self, goal: torch.Tensor, site: Site, earlier: Sequence[Site]) -> Moments:
-        """Moments of a reader that has to make what is missing in the pruned stream from a goal, [fitted, T, D]."""
-        size = self._matrix(site, None).shape[1]
-        moments = Moments.zero(goal.shape[-1], size, self.layer.device)
-        scales = {other.name: other.scale for other in earlier if other.scale is not None}
+    def _moments(
+        self, site: Site, experts: Sequence[int | None], earlier: Sequence[Site], goal: torch.Tensor | None
+    ) -> dict[int | None, Moments]:
+        """Moments of readers that have to make from the kept inputs what they make from all, and what is missing.
 
-        def watcher_of(first: int, batch: torch.Tensor) -> Watcher:
-            stream = batch.clone()
-
-            def watch(seen: Product) -> torch.Tensor | None:
-                if seen.parameter in scales:
-                    stream.add_(seen.result.to(stream.device).view(stream.shape), alpha=scales[seen.parameter])
-                if seen.parameter != site.name:
-                    return self._silence(seen)
-                missing = (goal[first : first + len(batch)] - stream).flatten(0, -2) / (site.scale or 1.0)
-                missing = missing.to(seen.values.device)
-                moments.add(seen.values.reshape(-1, size), missing if seen.bias is None else missing - seen.bias)
-                raise Enough
-
-            return watch
-
-        self.layer.observe(self.streams.pruned[: self.streams.fitted], watcher_of)
-        return moments
-
-    def _own_moments(self, site: Site, experts: Sequence[int | None]) -> dict[int | None, Moments]:
-        """Moments of readers that have to make from the kept inputs what they make from all of them."""
+        Args:
+            earlier: readers that run before this one.
+            goal: the dense stream behind the reader [fitted, T, D]; None where nothing is made up for.
+        """
         sizes = self._matrix(site, experts[0]).shape
         moments = {expert: Moments.zero(sizes[0], sizes[1], self.layer.device) for expert in experts}
+        is_enough = None in moments and (goal is None or not site.ends_layer)
+        for first, batch in batches(self.streams.pruned[: self.streams.fitted]):
+            stream, uses = _StreamWithin(batch.clone(), (*earlier, site)), Uses(site.name, moments)
 
-        def watch(seen: Product) -> torch.Tensor | None:
-            if seen.parameter != site.name:
+            def watch(seen: Product, stream: _StreamWithin = stream, uses: Uses = uses) -> torch.Tensor | None:
+                stream.watch(seen)
+                if uses.watch(seen) and is_enough:
+                    raise Enough
                 return self._silence(seen)
-            if seen.expert in moments:
-                moments[seen.expert].add(seen.values.reshape(-1, sizes[1]), None)
-            return None
 
-        self.layer.observe(self.streams.pruned[: self.streams.fitted], lambda first, batch: watch)
+            output = self.layer.run(batch, watch, uses.collect)
+            if goal is None or site.entry is None:
+                for seen in uses.products:
+                    moments[seen.expert].add(seen.values.reshape(-1, sizes[1]), None)
+                continue
+            missing = goal[first : first + len(batch)] - (stream.states if output is None else output)
+            for expert, inputs, aims in site.entry.corrections(uses, missing.flatten(0, 1).to(self.layer.device)):
+                moments[expert].add(inputs, aims)
         for expert, own in moments.items():
             own.aim_at(self._matrix(site, expert))
         return moments
@@ -341,62 +348,40 @@ def torch_dtype(code: str) -> torch.dtype:
     return dtype
 
 
-def find_sites(layer: Layer, trace: Trace, hidden_size: int) -> list[Site]:
-    """The readers that a layer has, in the order in which they run, and how each enters the residual stream.
+class _StreamWithin:
+    """Hidden states [B, T, D] behind the readers that have run so far, but for experts and what is no reader."""
 
-    Measured on a few random hidden states: with the results of all readers but one set to zero, that one is changed,
-    and the output of the layer has to change by the same times a constant.
-    """
-    import torch
+    def __init__(self, states: torch.Tensor, sites: Sequence[Site]) -> None:
+        self.states = states
+        self._entries = {site.name: site.entry for site in sites if site.entry and site.entry.way != "shared"}
 
-    readers = {r.parameter.replace("{}", "0", 1): r for r in trace.inputs if layer.has(r.parameter)}
-    order: dict[str, int] = {}
-    generator = torch.Generator().manual_seed(0)
-    probe, noise = (torch.randn(1, PROBE_TOKENS, hidden_size, generator=generator) for _ in range(2))
-
-    def respond(changed: str | None) -> torch.Tensor:
-        def watch(seen: Product) -> torch.Tensor | None:
-            if seen.parameter not in readers or seen.axis != readers[seen.parameter].axis:
-                return None
-            order.setdefault(seen.parameter, len(order))
-            fits = seen.parameter == changed and seen.result.numel() == noise.numel()
-            return noise.to(seen.result.device).view(seen.result.shape) if fits else torch.zeros_like(seen.result)
-
-        output = layer.run(probe, watch)
-        if output is None:
-            raise AssertionError("a probed layer did not run to its end")
-        return output
-
-    quiet, found = respond(None), []
-    for name in sorted(order, key=order.__getitem__):
-        scale = None
-        if layer.model.get_parameter(name).ndim == 2:
-            change = respond(name) - quiet
-            ratio = float((change * noise).sum() / noise.square().sum())
-            largest = float((change - ratio * noise).abs().max())
-            scale = ratio if ratio and largest < 1e-3 * abs(ratio) * float(noise.abs().max()) else None
-        found.append(Site(readers[name], name, scale))
-    return found
+    def watch(self, seen: Product) -> None:
+        if seen.parameter in self._entries:
+            added = self._entries[seen.parameter].contribution(seen.result)
+            self.states.add_(added.to(self.states.device).view(self.states.shape))
 
 
-def _advance_dense(layer: Layer, aims: list[Site], dense: torch.Tensor, fitted: int) -> dict[str, torch.Tensor]:
-    """The dense stream through the layer; what it is behind each reader that enters it as it is, [fitted, T, D]."""
-    import torch
-
-    goals = {site.name: torch.empty_like(dense[:fitted]) for site in aims}
-    scales = {site.name: site.scale or 0.0 for site in aims}
+def _advance_dense(layer: Layer, found: Sequence[Site], streams: Streams) -> dict[str, torch.Tensor]:
+    """The dense stream through the layer; what it is behind each reader whose entry is known, [fitted, T, D]."""
+    fitted, dense = streams.fitted, streams.dense
+    known = [site for site in found if site.entry is not None]
+    within = {site.name for site in known if not site.ends_layer}
+    goals = {
+        site.name: new_states(dense[:fitted].shape, streams.folder) if site.name in within else dense[:fitted]
+        for site in known
+    }
 
     def watcher_of(first: int, batch: torch.Tensor) -> Watcher:
-        stream, rows = batch.clone(), max(0, fitted - first)
+        stream, rows = _StreamWithin(batch.clone(), known), max(0, fitted - first)
 
         def watch(seen: Product) -> None:
-            if seen.parameter in goals and rows:
-                stream.add_(seen.result.to(stream.device).view(stream.shape), alpha=scales[seen.parameter])
-                goals[seen.parameter][first : first + len(batch)] = stream[:rows]
+            stream.watch(seen)
+            if seen.parameter in within:
+                goals[seen.parameter][first : first + len(batch)] = stream.states[:rows]
 
         return watch
 
-    layer.advance(dense, watcher_of)
+    layer.advance(streams.dense, watcher_of)
     return goals
 
 

@@ -60,7 +60,10 @@ def draw_chart(result: PruneResult, card: CalibrationResult, path: Path) -> None
     _draw_stream(panels[-1], result, card)
     figure.suptitle(_title(result, card), fontsize=10)
     temporary = path.with_name(f".{path.name}.llmprune")
-    plain = {"svg.hashsalt": "llmprune", "svg.fonttype": "none"}  # the same bytes every time, and text that is text
+    plain: Any = {
+        "svg.hashsalt": "llmprune",
+        "svg.fonttype": "none",
+    }  # the same bytes every time, and text that is text
     try:
         with matplotlib.rc_context(plain):
             kind = path.suffix[1:].lower()
@@ -110,6 +113,6 @@ def _title(result: PruneResult, card: CalibrationResult) -> str:
     target = f" (target: {result.target})" if result.target else ""
     return (
         f"{name}\n{before:,} → {after:,} parameters, {100 * after / before:.1f}%{target}; refit: {result.refit}\n"
-        f"perplexity {card.perplexity_before:,.4g} → {card.perplexity_after:,.4g}, KL divergence 0 → {card.kl:.3f} nats "
+        f"perplexity {card.perplexity_before:,.4g} → {card.perplexity_after:,.4g}, KL divergence {card.kl:.3f} nats "
         f"on {card.held_out_tokens:,} held-out tokens"
     )

@@ -48,8 +48,8 @@ def report_card(
     layers = []
     for number, stream_error in zip(plan.layers, found.stream_errors, strict=True):
         row = refitted.get(number)
-        errors = (row.removal_error, row.refit_error) if row else (None, None)
-        layers.append(LayerResult(number, *errors, stream_error))
+        removal, refit = (row.removal_error, row.refit_error) if row else (None, None)
+        layers.append(LayerResult(number, removal, refit, stream_error))
     before, after = found.clocks
     return CalibrationResult(
         dataset=calibration.corpus.name,
@@ -90,14 +90,15 @@ def _run_side_by_side(
     channels = plan.keep.get("hidden_size", {}).get("")
     clocks, errors = (Clock(), Clock()), []
     ahead, behind = (model.walk(windows, clock.advance) for model, clock in zip((dense, pruned), clocks, strict=True))
-    for number, (before, items) in enumerate(ahead):
+    for number, dense_end in enumerate(ahead):
         if number in plan.layers:
             after, pruned_items = next(behind)
+            before = dense_end[0]
             errors.append(relative_distance(after, before if channels is None else before[..., list(channels)]))
         progress(1)
     ends = dense.load_ends(exact=True)
     other = ends if channels is None else pruned.load_ends(exact=True)  # with the same channels only layers differ
-    sides = Side(ends, before, items), Side(other, after, pruned_items)
+    sides = Side(ends, *dense_end), Side(other, after, pruned_items)
     for clock, side in zip(clocks, sides, strict=True):
         clock.finish(side.ends, side.states[:1, : side.chunk], side.items)
     return _Comparison(compare(*sides, windows), tuple(errors), clocks)

@@ -10,16 +10,17 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from llmprune_cli.architecture import NEURONS, Widths
+from llmprune_cli.architecture import NEURONS
 from llmprune_cli.checkpoint import DTYPE_BYTES
 from llmprune_cli.errors import PlanError
 from llmprune_cli.names import split_name
-from llmprune_cli.plan import Target, WidthRequest, predicted_tensors, protected_layers, resolve
+from llmprune_cli.plan import Target, WidthRequest, legal_experts, predicted_tensors, protected_layers, resolve
 from llmprune_cli.subject import Subject
 
 ROUND_TO = 64  # neurons that stay, at most: what kernels like
 DEPTHS = (0.0, 0.07, 0.14, 0.21, 0.3, 0.4, 0.5)  # shares of the layers whose removal is considered
-LEAST_NEURONS = Fraction(1, 5)  # a smaller share of an MLP is not considered
+EXPERT_SHARES = (0.875, 0.75, 0.5)  # of the experts that are considered to stay
+LEAST_NEURONS = Fraction(3, 20)  # a smaller share of an MLP is not considered
 UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -35,9 +36,8 @@ class Budget:
         return self.amount * parameters if self.kind == "share" else self.amount
 
     def __str__(self) -> str:
-        return (
-            f"{100 * self.amount:g}% of the parameters" if self.kind == "share" else f"{self.amount:,.0f} {self.kind}"
-        )
+        share = f"{100 * self.amount:g}% of the parameters"
+        return share if self.kind == "share" else f"{self.amount:,.0f} {self.kind}"
 
 
 def parse_parameters(text: str) -> Budget:
@@ -63,7 +63,7 @@ class Candidate:
 
     target: Target
     parameters: int
-    kl: float | None = None  # on held-out text, after a short calibration
+    kl: float  # on held-out text, after a short calibration
 
 
 def measure_size(subject: Subject, target: Target) -> tuple[int, int]:
@@ -78,127 +78,157 @@ def measure_size(subject: Subject, target: Target) -> tuple[int, int]:
     return parameters, size
 
 
-def find_candidates(
-    subject: Subject, budget: Budget, influence: tuple[float, ...], keep_layers: tuple[int, ...] = ()
-) -> list[Candidate]:
-    """For several numbers of layers and of KV groups, the widest MLP that fits the budget.
+Judge = Callable[[Target], float]  # gives the divergence from the dense model, see `Candidate`
+Steps = Callable[[Subject, WidthRequest, tuple[float, ...]], Iterator[WidthRequest]]
 
-    The layers that turn the residual stream least go first. The hidden size stays. Where layers are protected, all
+
+def search_widths(
+    subject: Subject,
+    budget: Budget,
+    layer_scores: tuple[float, ...],
+    judge: Judge,
+    keep_layers: tuple[int, ...] = (),
+) -> tuple[Candidate, ...]:
+    """The candidates that were judged, best first: each has the widest MLP that fits beside the rest.
+
+    One way to shrink after the other: ever fewer layers, KV groups, query heads, experts, each from the best that was
+    found before it, until it gets worse. The hidden size stays. Where layers are protected, all
     widths stay, and as few of the other layers go as the budget allows.
 
     Args:
-        influence: of each layer, see `measure_activity`.
+        layer_scores: of each layer; those with the least go first.
         keep_layers: see `WidthRequest`.
 
     Raises:
         PlanError: nothing fits.
     """
-    before = subject.widths
-    whole = Target(before, tuple(range(before.num_hidden_layers)), ())
+    whole = Target(subject.widths, tuple(range(subject.widths.num_hidden_layers)), ())
     limit = budget.limit(*measure_size(subject, whole))
     index = 1 if budget.kind == "bytes" else 0
-    order = sorted(range(len(influence)), key=influence.__getitem__)
-    dropped_counts = sorted({round(share * before.num_hidden_layers) for share in DEPTHS})
-    found: dict[tuple[object, ...], Candidate] = {}
-
-    def size_of(request: WidthRequest) -> tuple[Target, float]:
-        target = resolve(subject.architecture, subject.trace.refused, request)
-        return target, measure_size(subject, target)[index]
-
-    if keep_layers:
-        for request in _ever_fewer_layers(before, order, keep_layers):
-            with suppress(PlanError):  # layers that cannot go together
-                target, size = size_of(request)
-                if size <= limit:
-                    return [Candidate(target, measure_size(subject, target)[0])]
-    for groups in () if keep_layers else _group_counts(subject):
-        for count in dropped_counts:
-            if count >= before.num_hidden_layers:
+    judged: dict[tuple[object, ...], Candidate] = {}
+    base, best = WidthRequest(keep_layers=keep_layers), float("inf")
+    for steps, patience in ((_ever_fewer_layers, 1),) if keep_layers else WAYS:
+        origin, worse = base, 0
+        for request in steps(subject, origin, layer_scores):
+            target = _widest(subject, request, limit, index)
+            if target is None:
+                base = request if best == float("inf") else base  # not enough on its own: other ways go on from here
                 continue
-            base = WidthRequest(num_key_value_heads=groups, drop_layers=tuple(sorted(order[:count])) if count else None)
-            try:
-                target = _widest(size_of, base, subject, limit)
-            except PlanError:
-                continue  # a number of layers or groups that this family cannot have
-            if target is not None:
-                parameters = measure_size(subject, target)[0]
-                found[target.widths, target.layers] = Candidate(target, parameters)
-    if not found:
+            if (target.widths, target.layers) in judged:
+                continue
+            kl = judge(target)
+            judged[target.widths, target.layers] = Candidate(target, measure_size(subject, target)[0], kl)
+            if keep_layers:
+                break  # every further layer that goes can only harm
+            if kl < best:
+                base, best, worse = request, kl, 0
+            else:
+                worse += 1
+            if worse == patience:
+                break
+    if not judged:
         least = measure_size(subject, least_target(subject, keep_layers))[index]
         remedy = "protect fewer layers" if keep_layers else "give the widths yourself"
         raise PlanError(
             f"No uniform widths leave at most {limit:,.0f} {'bytes' if index else 'parameters'}; the least that the "
             f"search reaches is {least:,.0f}. Ask for more, or {remedy}."
         )
-    return list(found.values())
+    return tuple(sorted(judged.values(), key=lambda candidate: candidate.kl))
 
 
-def _ever_fewer_layers(before: Widths, order: list[int], keep_layers: tuple[int, ...]) -> Iterator[WidthRequest]:
-    """Requests for the whole model, and without ever more of its layers, in an order that spares those to keep."""
-    protected = protected_layers(before, WidthRequest(keep_layers=keep_layers))
-    free = [layer for layer in order if layer not in protected]
-    for count in range(len(free) + 1):
-        yield WidthRequest(drop_layers=tuple(sorted(free[:count])) or None, keep_layers=keep_layers)
+def _fewer_layers(subject: Subject, base: WidthRequest, layer_scores: tuple[float, ...]) -> Iterator[WidthRequest]:
+    order = sorted(range(len(layer_scores)), key=layer_scores.__getitem__)
+    for count in sorted({round(share * len(order)) for share in DEPTHS}):
+        if count < len(order):
+            yield replace(base, drop_layers=tuple(sorted(order[:count])) if count else None)
 
 
-def choose_candidate(candidates: list[Candidate], judge: Callable[[Target], float]) -> tuple[Candidate, ...]:
-    """Judge candidates, best first: all KV groups and ever fewer layers until that gets worse twice; then fewer groups.
+def _ever_fewer_layers(subject: Subject, base: WidthRequest, layer_scores: tuple[float, ...]) -> Iterator[WidthRequest]:
+    """The whole model, and ever fewer of the layers that are not protected."""
+    protected = protected_layers(subject.widths, base)
+    order = sorted(set(range(len(layer_scores))) - set(protected), key=layer_scores.__getitem__)
+    for count in range(len(order) + 1):
+        yield replace(base, drop_layers=tuple(sorted(order[:count])) or None)
+
+
+def _fewer_groups(subject: Subject, base: WidthRequest, _: tuple[float, ...]) -> Iterator[WidthRequest]:
+    for count in _group_counts(subject):
+        yield replace(base, num_key_value_heads=count)
+
+
+def _fewer_heads(subject: Subject, base: WidthRequest, _: tuple[float, ...]) -> Iterator[WidthRequest]:
+    before = subject.widths
+    for per_group in _head_counts(subject):
+        yield replace(base, num_attention_heads=per_group * (base.num_key_value_heads or before.num_key_value_heads))
+
+
+def _fewer_experts(subject: Subject, base: WidthRequest, _: tuple[float, ...]) -> Iterator[WidthRequest]:
+    for count in _expert_counts(subject):
+        yield replace(base, num_experts=count)
+
+
+# How often in a row a way may get worse before the next one is tried.
+WAYS: tuple[tuple[Steps, int], ...] = ((_fewer_layers, 2), (_fewer_groups, 1), (_fewer_heads, 1), (_fewer_experts, 1))
+
+
+def _group_counts(subject: Subject) -> list[int]:
+    """Numbers of KV groups to consider: a quarter fewer, and as many again."""
+    whole = subject.widths.num_key_value_heads
+    if "num_key_value_heads" in subject.trace.refused or subject.architecture.hidden_follows_heads:
+        return []
+    step = max(1, whole // 4)
+    return [count for count in (whole - step, whole - 2 * step) if count >= 1]
+
+
+def _head_counts(subject: Subject) -> list[int]:
+    """Numbers of query heads in a KV group to consider, where these have several."""
+    before = subject.widths
+    if not before.num_attention_heads or before.heads_per_group == 1:
+        return []
+    if "num_attention_heads" in subject.trace.refused or subject.architecture.hidden_follows_heads:
+        return []
+    step = max(1, before.heads_per_group // 4)
+    return [count for count in (before.heads_per_group - step, before.heads_per_group - 2 * step) if count >= 1]
+
+
+def _expert_counts(subject: Subject) -> list[int]:
+    """Numbers of experts to consider: an eighth, a quarter and a half fewer, where the router can do with them."""
+    whole = subject.widths.num_experts
+    if not whole or "num_experts" in subject.trace.refused:
+        return []
+    legal = legal_experts(subject.architecture)
+    below = [max((n for n in legal if n <= share * whole), default=0) for share in EXPERT_SHARES]
+    return [count for count in dict.fromkeys(below) if count]
+
+
+def _widest(subject: Subject, base: WidthRequest, limit: float, index: int) -> Target | None:
+    """The target with the most neurons that fits, by bisection over multiples; None where none is legal and fits.
 
     Args:
-        judge: gives the divergence from the dense model, see `Candidate`.
-
-    Returns:
-        Those that were judged.
+        index: of the size that is limited in what `measure_size` gives.
     """
-    most = max(candidate.target.widths.num_key_value_heads for candidate in candidates)
-    deepest_first = sorted(candidates, key=lambda c: -len(c.target.layers))
-    whole = [candidate for candidate in deepest_first if candidate.target.widths.num_key_value_heads == most]
-    fewer = [candidate for candidate in deepest_first if candidate.target.widths.num_key_value_heads != most]
-    judged: list[Candidate] = []
-    worse = 0
-    for candidate in whole:
-        best = min((other.kl for other in judged if other.kl is not None), default=float("inf"))
-        judged.append(replace(candidate, kl=judge(candidate.target)))
-        worse = worse + 1 if (judged[-1].kl or 0.0) > best else 0
-        if worse == 2:
-            break
-    depth = len(min(judged, key=lambda c: c.kl or 0.0).target.layers)
-    alike = [candidate for candidate in fewer if len(candidate.target.layers) == depth]
-    judged += [replace(candidate, kl=judge(candidate.target)) for candidate in alike]
-    return tuple(sorted(judged, key=lambda c: c.kl or 0.0))
 
+    def fits(request: WidthRequest) -> Target | None:
+        target = resolve(subject.architecture, subject.trace.refused, request)
+        same = target.widths.hidden_size == subject.widths.hidden_size
+        return target if same and measure_size(subject, target)[index] <= limit else None
 
-def _group_counts(subject: Subject) -> list[int | None]:
-    """Numbers of KV groups to consider: all, and one or a quarter fewer."""
-    whole = subject.widths.num_key_value_heads
-    if whole == 1 or "num_key_value_heads" in subject.trace.refused or subject.architecture.hidden_follows_heads:
-        return [None]
-    return [None, whole - max(1, whole // 4)]
-
-
-def _widest(
-    size_of: Callable[[WidthRequest], tuple[Target, float]],
-    base: WidthRequest,
-    subject: Subject,
-    limit: float,
-) -> Target | None:
-    """The target with the most neurons that fits, by bisection over multiples; None where none does."""
-    before = subject.widths
-    target, size = size_of(base) if base != WidthRequest() else (None, float("inf"))
-    if target is not None and size <= limit:
-        return target
-    largest = max(getattr(before, width) for width in NEURONS)
-    if not _neurons(subject, Fraction(1)):
-        return None
+    largest = max(getattr(subject.widths, width) for width in NEURONS)
     step = _step(largest)
-    best, low, high = None, max(1, int(LEAST_NEURONS * largest) // step), largest // step
-    while low <= high:
-        middle = (low + high) // 2
-        target, size = size_of(replace(base, **_neurons(subject, Fraction(middle * step, largest))))
-        if size <= limit:
-            best, low = target, middle + 1
-        else:
-            high = middle - 1
+    low, high = max(1, int(LEAST_NEURONS * largest) // step), largest // step
+    try:
+        best = fits(base) if not base.is_empty else None
+        if best is not None or base.keep_layers or not _neurons(subject, Fraction(1)):
+            return best
+        while low <= high:
+            middle = (low + high) // 2
+            found = fits(replace(base, **_neurons(subject, Fraction(middle * step, largest))))
+            if found is not None:
+                best, low = found, middle + 1
+            else:
+                high = middle - 1
+    except PlanError:  # a number of layers, groups, heads or experts that this family cannot have
+        return None
     return best
 
 
@@ -226,16 +256,23 @@ def least_target(subject: Subject, keep_layers: tuple[int, ...] = ()) -> Target:
     """
     before = subject.widths
     if keep_layers:
-        deepest_first = list(reversed(range(before.num_hidden_layers)))
-        for fewest in reversed(list(_ever_fewer_layers(before, deepest_first, keep_layers))):
+        deepest_last = tuple(float(-layer) for layer in range(before.num_hidden_layers))
+        for fewest in reversed(list(_ever_fewer_layers(subject, WidthRequest(keep_layers=keep_layers), deepest_last))):
             with suppress(PlanError):  # layers that cannot go together, or all of them
                 return resolve(subject.architecture, subject.trace.refused, fewest)
-    request = WidthRequest(
-        num_key_value_heads=_group_counts(subject)[-1],
-        num_hidden_layers=before.num_hidden_layers - round(DEPTHS[-1] * before.num_hidden_layers),
-        **_neurons(subject, LEAST_NEURONS),
+    groups = ([before.num_key_value_heads, *_group_counts(subject)])[-1]
+    per_group = [before.heads_per_group if groups else 0, *_head_counts(subject)][-1]
+    experts = [None, *_expert_counts(subject)][-1]
+    request = WidthRequest(num_experts=experts, **_neurons(subject, LEAST_NEURONS))
+    shapes: dict[str, Any] = (
+        {"num_key_value_heads": groups, "num_attention_heads": groups * per_group} if groups else {}
     )
-    try:
-        return resolve(subject.architecture, subject.trace.refused, request)
-    except PlanError:  # layers that cannot be dropped so
-        return resolve(subject.architecture, subject.trace.refused, replace(request, num_hidden_layers=None))
+    layers = before.num_hidden_layers - round(DEPTHS[-1] * before.num_hidden_layers)
+    for changes in ({**shapes, "num_hidden_layers": layers}, {"num_hidden_layers": layers}, shapes, {}):
+        try:
+            target = resolve(subject.architecture, subject.trace.refused, replace(request, **changes))
+        except PlanError:  # layers or heads that cannot go so
+            continue
+        if target.widths.hidden_size == before.hidden_size:
+            return target
+    return resolve(subject.architecture, subject.trace.refused, request)

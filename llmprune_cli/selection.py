@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from llmprune_cli.ablation import ABLATION_TOKENS, ablate_layers
 from llmprune_cli.activations import CALIBRATED, Activity, measure_activity
 from llmprune_cli.calibration import CalibrationText
 from llmprune_cli.divergence import Side, compare
 from llmprune_cli.errors import PlanError
+from llmprune_cli.gradients import measure_gradients
 from llmprune_cli.names import split_name
 from llmprune_cli.options import Listener, PruneOptions
 from llmprune_cli.plan import Plan, Target, WidthRequest, choose, fingerprint, read_plan, resolve
 from llmprune_cli.reconstruction import Streams, refit
 from llmprune_cli.scoring import IMPORTANCES, Scores, instances
-from llmprune_cli.search import Budget, Candidate, choose_candidate, find_candidates, least_target
+from llmprune_cli.search import Budget, Candidate, least_target, search_widths
+from llmprune_cli.statistics_store import StatisticsStore, statistics_key
 from llmprune_cli.subject import Subject
+from llmprune_cli.workfolder import WorkFolder
 
 SEARCH_WINDOWS = 8  # of calibration text on which a candidate is refitted; half as many are held out to judge it
 
@@ -52,25 +57,44 @@ def first_target(subject: Subject, options: PruneOptions) -> Target:
 
 
 def select(
-    subject: Subject, target: Target, options: PruneOptions, calibration: CalibrationText | None, listener: Listener
+    subject: Subject,
+    target: Target,
+    options: PruneOptions,
+    calibration: CalibrationText | None,
+    work: WorkFolder | None,
+    listener: Listener,
 ) -> tuple[Plan, tuple[Candidate, ...]]:
-    """Choose the units that stay, with a budget the widths as well; and the candidates among these, best first."""
+    """Choose the units that stay, with a budget the widths as well; and the candidates among these, best first.
+
+    Args:
+        work: that remembers what was chosen.
+    """
+    chosen = work.choice() if work is not None else None
+    if chosen is not None:
+        return chosen
     if options.budget is not None and calibration is not None:
-        return search_plan(subject, options.budget, options, calibration, listener)
-    return make_plan(subject, target, options, calibration, listener), ()
+        chosen = search_plan(subject, options.budget, options, calibration, work, listener)
+    else:
+        chosen = make_plan(subject, target, options, calibration, listener, work), ()
+    if work is not None:
+        work.save_choice(*chosen)
+    return chosen
 
 
 def make_plan(
-    subject: Subject, target: Target, options: PruneOptions, calibration: CalibrationText | None, listener: Listener
+    subject: Subject,
+    target: Target,
+    options: PruneOptions,
+    calibration: CalibrationText | None,
+    listener: Listener,
+    work: WorkFolder | None = None,
 ) -> Plan:
     """Score all units on the unpruned model and choose those that stay."""
-    if options.importance in CALIBRATED and calibration is not None:
-        activity = _measure(subject, options, calibration, listener)
-        target = _without_least_influence(subject, target, options.request, activity)
-        scores = _completed(subject, target, activity.scores, listener)
-    else:
-        scores = _score_weights(subject, target, options.importance, options.seed, listener)
-    return _plan_of(subject, target, options, scores)
+    activity = _measure(subject, options, calibration, work, listener)
+    if calibration is not None and options.ranks_layers:
+        layer_scores = _score_layers(subject, options, calibration, activity, listener)
+        target = _without_least_layers(subject, target, options.request, layer_scores)
+    return _plan_of(subject, target, options, _score_units(subject, target, options, activity, listener))
 
 
 def _plan_of(subject: Subject, target: Target, options: PruneOptions, scores: Scores) -> Plan:
@@ -96,7 +120,12 @@ def _plan_of(subject: Subject, target: Target, options: PruneOptions, scores: Sc
 
 
 def search_plan(
-    subject: Subject, budget: Budget, options: PruneOptions, calibration: CalibrationText, listener: Listener
+    subject: Subject,
+    budget: Budget,
+    options: PruneOptions,
+    calibration: CalibrationText,
+    work: WorkFolder | None,
+    listener: Listener,
 ) -> tuple[Plan, tuple[Candidate, ...]]:
     """The plan that diverges least from the dense model among those that fit a budget, and the candidates it beat.
 
@@ -104,18 +133,19 @@ def search_plan(
     """
     import torch
 
-    activity = _measure(subject, options, calibration, listener)
-    least = least_target(subject, options.request.keep_layers)
+    activity = _measure(subject, options, calibration, work, listener)
+    keep_layers = options.request.keep_layers
+    least = least_target(subject, keep_layers)
     every = replace(least, layers=tuple(range(subject.widths.num_hidden_layers)))
-    if options.importance in CALIBRATED:
-        scores = _completed(subject, every, activity.scores, listener)
-    else:
-        scores = _score_weights(subject, every, options.importance, options.seed, listener)
-    found = find_candidates(subject, budget, activity.influence, options.request.keep_layers)
+    scores = _score_units(subject, every, options, activity, listener)
+    layer_scores = _score_layers(subject, options, calibration, activity, listener)
     model = subject.layered(options.layer_device)
     fitted, judged = calibration.fitted[:SEARCH_WINDOWS], calibration.held_out[: SEARCH_WINDOWS // 2]
 
     def judge(target: Target) -> float:
+        known = work.judged(target) if work is not None else None
+        if known is not None:
+            return known
         plan = _plan_of(subject, target, options, scores)
         listener.stage(f"Trying {_in_words(target)}", subject.widths.num_hidden_layers)
         with torch.inference_mode():
@@ -125,15 +155,25 @@ def search_plan(
             ends = model.load_ends(exact=True)
             items = model.load_layer(0).returned_items(start)
             dense, pruned = (Side(ends, states[len(fitted) :], items) for states in (streams.dense, streams.pruned))
-            return compare(dense, pruned, judged).kl
+            kl = compare(dense, pruned, judged).kl
+        if work is not None:
+            work.save_judged(target, kl)
+        return kl
 
-    judged_candidates = choose_candidate(found, judge) if len(found) > 1 else tuple(found)
-    return _plan_of(subject, judged_candidates[0].target, options, scores), judged_candidates
+    candidates = search_widths(subject, budget, layer_scores, judge, keep_layers)
+    return _plan_of(subject, candidates[0].target, options, scores), candidates
 
 
 def _in_words(target: Target) -> str:
     widths = target.widths
-    return f"{len(target.layers)} layers, {widths.num_key_value_heads} KV groups, {widths.intermediate_size} neurons"
+    shapes = {
+        "layers": len(target.layers),
+        "KV groups": widths.num_key_value_heads,
+        "heads": widths.num_attention_heads,
+        "neurons": widths.intermediate_size or widths.moe_intermediate_size,
+        "experts": widths.num_experts,
+    }
+    return ", ".join(f"{count} {name}" for name, count in shapes.items() if count)
 
 
 def _completed(subject: Subject, target: Target, scores: Scores, listener: Listener) -> Scores:
@@ -163,23 +203,79 @@ def _score_weights(subject: Subject, target: Target, importance: str, seed: int,
     return score(checkpoint, subject.trace.limited_to(scored), subject.widths, seed, listener.advance)
 
 
-def _measure(subject: Subject, options: PruneOptions, calibration: CalibrationText, listener: Listener) -> Activity:
+def _score_units(
+    subject: Subject, target: Target, options: PruneOptions, activity: Activity | None, listener: Listener
+) -> Scores:
+    if activity is not None and options.importance in CALIBRATED:
+        return _completed(subject, target, activity.scores, listener)
+    return _score_weights(subject, target, options.importance, options.seed, listener)
+
+
+def _measure(
+    subject: Subject,
+    options: PruneOptions,
+    calibration: CalibrationText | None,
+    work: WorkFolder | None,
+    listener: Listener,
+) -> Activity | None:
     import torch
 
+    if calibration is None or not options.needs_activity:
+        return None
+    windows = calibration.fitted
+
+    def measure() -> Activity:
+        model, folder = subject.layered(options.layer_device), options.offload_dir
+        if options.importance == "taylor":
+            listener.stage("Measuring gradients", 2 * model.layers)
+            return measure_gradients(model, subject.trace, windows, _states_folder(options), listener.advance)
+        listener.stage("Measuring activity", model.layers)
+        with torch.inference_mode():
+            stream = model.embed(windows, folder)
+            return measure_activity(model, subject.trace, stream, options.importance, listener.advance, folder)
+
+    folder = options.statistics or (work.statistics if work is not None else None)
+    if folder is None:
+        return measure()
+    key = statistics_key(subject.checkpoint, windows, options.layer_device)
+    return StatisticsStore(folder, key, listener.warn).recall(options.importance, measure)
+
+
+def _states_folder(options: PruneOptions) -> Path:
+    """Where the hidden states of all layers lie, which are too many for memory."""
+    return options.offload_dir or Path(tempfile.gettempdir())
+
+
+def _score_layers(
+    subject: Subject,
+    options: PruneOptions,
+    calibration: CalibrationText,
+    activity: Activity | None,
+    listener: Listener,
+) -> tuple[float, ...]:
+    """A score for each layer; those with the least go first."""
+    import torch
+
+    if activity is not None and options.layer_importance != "loss":
+        return activity.influence
     model = subject.layered(options.layer_device)
-    listener.stage("Measuring activity", subject.widths.num_hidden_layers)
+    fitted = calibration.fitted
+    count = min(len(fitted), max(1, ABLATION_TOKENS // fitted.shape[1]))
+    spread = torch.linspace(0, len(fitted) - 1, count).long()
+    listener.stage("Leaving out each layer", model.layers * (model.layers + 1) // 2)
     with torch.inference_mode():
-        stream = model.embed(calibration.fitted)
-        return measure_activity(model, subject.trace, stream, options.importance, listener.advance)
+        return ablate_layers(model, fitted[spread], _states_folder(options), listener.advance)
 
 
-def _without_least_influence(subject: Subject, target: Target, request: WidthRequest, activity: Activity) -> Target:
-    """The target with as many layers, but without those that turn the residual stream least; protected ones stay."""
+def _without_least_layers(
+    subject: Subject, target: Target, request: WidthRequest, layer_scores: tuple[float, ...]
+) -> Target:
+    """The target with as many layers, but without those of the least scores; protected ones stay."""
     count = request.num_hidden_layers
     if count is None or count == subject.widths.num_hidden_layers:
         return target
-    free = [layer for layer in range(len(activity.influence)) if layer not in target.protected]
-    order = sorted(free, key=activity.influence.__getitem__)
+    free = [layer for layer in range(len(layer_scores)) if layer not in target.protected]
+    order = sorted(free, key=layer_scores.__getitem__)
     dropped = tuple(sorted(order[: subject.widths.num_hidden_layers - count]))
     chosen = replace(request, num_hidden_layers=None, drop_layers=dropped)
     try:

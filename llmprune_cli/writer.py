@@ -21,6 +21,7 @@ from llmprune_cli.errors import OutputError, PlanError
 if TYPE_CHECKING:
     import torch
 
+TEMPORARY = ".llmprune-"  # in the names of files and folders that are not finished
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -38,8 +39,13 @@ def parse_size(text: str) -> int:
 
 
 @contextmanager
-def staged_folder(target: Path, overwrite: bool = False, forbidden: Path | None = None) -> Iterator[Path]:
-    """A sibling staging folder that becomes `target` when the block ends without an error, and vanishes otherwise.
+def staged_folder(
+    target: Path, overwrite: bool = False, forbidden: Path | None = None, place: Path | None = None
+) -> Iterator[Path]:
+    """A staging folder that becomes `target` when the block ends without an error, and vanishes otherwise.
+
+    Args:
+        place: that holds it, on the target's file system; None for the folder that will hold the target.
 
     Raises:
         OutputError: the target is not empty (and `overwrite` is off), lies in or around `forbidden`, or cannot be
@@ -47,7 +53,7 @@ def staged_folder(target: Path, overwrite: bool = False, forbidden: Path | None 
     """
     target = Path(os.path.abspath(target))
     check_target(target, overwrite, forbidden)
-    staging = target.parent / f".{target.name}.llmprune-{uuid.uuid4().hex[:8]}"
+    staging = (place or target.parent) / f".{target.name}{TEMPORARY}{uuid.uuid4().hex[:8]}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
@@ -56,9 +62,9 @@ def staged_folder(target: Path, overwrite: bool = False, forbidden: Path | None 
     try:
         yield staging
         for path in [*staging.iterdir(), staging]:
-            _fsync(path)
+            fsync(path)
         _replace_folder(staging, target)
-        _fsync(target.parent)
+        fsync(target.parent)
     except OSError as error:
         raise OutputError(f"Writing {target} failed: {error.strerror or error}. Nothing was left there.") from error
     finally:
@@ -96,7 +102,7 @@ def _replace_folder(staging: Path, target: Path) -> None:
     if not target.exists():
         staging.rename(target)
         return
-    old = staging.with_name(staging.name + "-old")
+    old = target.with_name(staging.name + "-old")
     target.rename(old)
     try:
         staging.rename(target)
@@ -106,7 +112,8 @@ def _replace_folder(staging: Path, target: Path) -> None:
     shutil.rmtree(old)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Wait until a file or a folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -154,7 +161,7 @@ def write_shards(
                 if tuple(tensor.shape) != entry.shape:
                     raise ValueError(f"{entry.name}: {tuple(tensor.shape)} came where {entry.shape} was announced")
                 writing.result()
-                writing = writer.submit(file.write, _raw_bytes(tensor))
+                writing = writer.submit(file.write, raw_bytes(tensor))
                 weight_map[entry.name] = name
             writing.result()
     if len(shards) > 1:
@@ -176,11 +183,47 @@ def _encode_header(entries: Sequence[TensorEntry]) -> bytes:
     return struct.pack("<Q", len(encoded)) + encoded
 
 
-def _raw_bytes(tensor: torch.Tensor) -> Any:
-    """The tensor's bytes as a buffer, without a copy where it is contiguous."""
+def raw_bytes(tensor: torch.Tensor) -> Any:
+    """The tensor's bytes as a buffer, where it is contiguous the very memory of the tensor."""
     import torch
 
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def replace_file(path: Path, parts: Iterable[Any]) -> None:
+    """Write buffers into a file that gets its name when all of it is on disk.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}{TEMPORARY}{uuid.uuid4().hex[:8]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written: {error.strerror or error}. Make room, or choose another place."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """Make a folder where it is missing, and make sure that it can be written.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        Path(tempfile.mkdtemp(prefix=".llmprune-", dir=folder)).rmdir()
+    except OSError as error:
+        raise OutputError(f"{folder} is not a writable folder ({error.strerror}). Choose another {option}.") from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,12 +7,18 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    import torch
+
+    from llmprune_cli.layerwise import LayeredModel
+    from llmprune_cli.subject import Subject
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -128,6 +134,52 @@ def make_tiny(tmp_path: Path) -> Callable[..., Path]:
         return save_tiny(tmp_path / f"{family}-model", family, **options)  # type: ignore[arg-type]
 
     return make
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A tiny checkpoint of a family, and the stock model of it."""
+
+    subject: Subject
+    model: Any
+    tokens: torch.Tensor
+
+    @property
+    def layered(self) -> LayeredModel:
+        """The same, to be run one layer at a time."""
+        return self.subject.layered("cpu")
+
+
+@pytest.fixture
+def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opened]:
+    """A family by name."""
+    import torch
+
+    import families
+    from llmprune_cli.loading import ModelReference, load_model, open_checkpoint
+    from llmprune_cli.subject import understand
+    from test_checkpoint_forms import rewrite
+
+    family = request.param
+    # weights so large that every unit matters
+    settings = {**families.SIZES, **families.FAMILIES[family], "initializer_range": 0.15}
+    saved = save_tiny(tmp_path / "saved", families.model_type(family), **settings)
+    folder = rewrite(saved, tmp_path / "model", with_random_correction)
+    with open_checkpoint(ModelReference(str(folder)), need_weights=True) as checkpoint:
+        subject = understand(checkpoint)
+        tokens = torch.randint(3, 90, (4, 24), generator=torch.Generator().manual_seed(1))
+        yield Opened(subject, load_model(checkpoint, "cpu", "float32"), tokens)
+
+
+def with_random_correction(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The biases that a router adds behind its scores start as zeros: give them a say."""
+    import torch
+
+    generator = torch.Generator().manual_seed(5)
+    return {
+        name: torch.randn(tensor.shape, generator=generator) if name.endswith("correction_bias") else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -3,68 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import families
-from conftest import run_cli, save_tiny
+from conftest import Opened, run_cli, save_tiny
 from llmprune_cli.activations import measure_activity
 from llmprune_cli.architecture import NEURONS
 from llmprune_cli.calibration import CalibrationOptions, prepare_calibration
 from llmprune_cli.checkpoint import Checkpoint
-from llmprune_cli.layerwise import LayeredModel
 from llmprune_cli.least_squares import Moments, solve_reader
 from llmprune_cli.loading import ModelReference, load_model, load_tokenizer, open_checkpoint
 from llmprune_cli.options import Listener, PruneOptions
 from llmprune_cli.plan import Plan, WidthRequest, resolve
+from llmprune_cli.products import Product
 from llmprune_cli.pruned_folder import write_pruned
-from llmprune_cli.reconstruction import Streams, find_sites, refit
+from llmprune_cli.reconstruction import Streams, refit
 from llmprune_cli.scoring import HEADS
 from llmprune_cli.selection import make_plan
+from llmprune_cli.sites import Entry, Uses, find_sites
 from llmprune_cli.subject import Subject, understand
-from test_checkpoint_forms import rewrite
 
 CALIBRATED = ("--calibration-tokens", "600", "--calibration-seq-len", "40")
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A tiny checkpoint of a family, and the stock model of it."""
-
-    subject: Subject
-    model: Any
-    tokens: torch.Tensor
-
-    @property
-    def layered(self) -> LayeredModel:
-        return self.subject.layered("cpu")
-
-
-@pytest.fixture
-def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opened]:
-    family = request.param
-    # weights so large that every unit matters
-    settings = {**families.SIZES, **families.FAMILIES[family], "initializer_range": 0.15}
-    saved = save_tiny(tmp_path / "saved", families.model_type(family), **settings)
-    folder = rewrite(saved, tmp_path / "model", with_random_correction)
-    with open_checkpoint(ModelReference(str(folder)), need_weights=True) as checkpoint:
-        subject = understand(checkpoint)
-        tokens = torch.randint(3, 90, (4, 24), generator=torch.Generator().manual_seed(1))
-        yield Opened(subject, load_model(checkpoint, "cpu", "float32"), tokens)
-
-
-def with_random_correction(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The biases that a router adds behind its scores start as zeros: give them a say."""
-    generator = torch.Generator().manual_seed(5)
-    return {
-        name: torch.randn(tensor.shape, generator=generator) if name.endswith("correction_bias") else tensor
-        for name, tensor in tensors.items()
-    }
 
 
 every_family = pytest.mark.parametrize("opened", families.FAMILIES, indirect=True)
@@ -112,14 +75,18 @@ def refitted(opened: Opened, method: str, folder: Path) -> tuple[Checkpoint, Pla
     return checkpoint, plan, streams, reports[-1].stream_error
 
 
-@pytest.mark.parametrize("opened", ["llama", "gpt_neox", "granite", "cohere"], indirect=True)
+@pytest.mark.parametrize(
+    "opened", ["llama", "gpt_neox", "granite", "cohere", "gemma2", "olmo2", "mixtral", "jamba"], indirect=True
+)
 def test_the_residual_refit_follows_the_dense_stream(opened: Opened, tmp_path: Path) -> None:
-    """Blocks in sequence, in parallel, and scaled: what is left of the error on the fitted text is less each time."""
+    """Blocks in sequence, in parallel, scaled, with a norm behind them, of experts: less and less error is left."""
     none, local, residual = (refitted(opened, method, tmp_path)[3] for method in ("none", "local", "residual"))
     assert residual < 0.9 * local < local < none
 
 
-@pytest.mark.parametrize("opened", ["llama", "granite", "gpt2", "opt", "falcon", "phi", "qwen3_moe"], indirect=True)
+@pytest.mark.parametrize(
+    "opened", ["llama", "granite", "gpt2", "opt", "falcon", "phi", "qwen3_moe", "glm4", "gpt_oss"], indirect=True
+)
 def test_a_refit_of_what_lost_nothing_changes_nothing(opened: Opened, tmp_path: Path) -> None:
     subject = opened.subject
     target = resolve(subject.architecture, subject.trace.refused, WidthRequest())
@@ -227,16 +194,60 @@ def test_an_input_that_is_always_zero_keeps_its_weight() -> None:
 
 
 @pytest.mark.parametrize(
-    ("opened", "scales"),
-    [("llama", [1, 1]), ("granite", [0.5, 0.5]), ("gpt_neox", [1, 1]), ("gemma2", [None, None])],
+    ("opened", "ways", "factor"),
+    [
+        ("llama", ["plain", "plain"], 1),
+        ("granite", ["plain", "plain"], 0.5),
+        ("gpt_neox", ["plain", "plain"], 1),
+        ("glm4", ["normed", "normed"], "model.layers.0.post_mlp_layernorm.weight"),
+        ("gpt_oss", ["plain", "shared"], 1),
+        ("deepseek_v3", ["shared", "plain"], 1),
+        ("qwen2_moe", ["plain", None, "shared"], 1),
+    ],
     indirect=["opened"],
 )
-def test_it_is_known_how_readers_enter_the_residual_stream(opened: Opened, scales: list[float | None]) -> None:
+def test_it_is_known_how_readers_enter_the_residual_stream(
+    opened: Opened, ways: list[str | None], factor: float | str
+) -> None:
     subject = opened.subject
     with torch.inference_mode():
-        layer = opened.layered.load_layer(0)
+        layer = opened.layered.load_layer(0 if "deepseek" not in subject.architecture.config.model_type else 1)
         found = find_sites(layer, subject.trace, subject.widths.hidden_size)
-    assert [site.scale and round(site.scale, 4) for site in found] == scales
+    assert [site.entry and site.entry.way for site in found] == ways
+    expected = opened.model.get_parameter(factor) if isinstance(factor, str) else torch.tensor(float(factor))
+    last = found[-1].entry
+    assert last is not None and found[-1].ends_layer
+    torch.testing.assert_close(last.factor, expected.detach().expand_as(last.factor), rtol=1e-3, atol=1e-3)
+
+
+def test_experts_share_what_is_missing_in_the_smallest_changes() -> None:
+    """Two experts of every token: what they are to add is what the pseudo-inverse of their weights says."""
+    generator = torch.Generator().manual_seed(2)
+    values, results, missing = (torch.randn(*shape, generator=generator) for shape in ((2, 6, 3), (2, 6, 4), (6, 4)))
+    weights = torch.rand(2, 6, generator=generator)
+    uses = Uses("down", {0, 1})
+    for expert in range(2):
+        uses.watch(Product("down", 2, expert, values[expert], None, results[expert]))
+        uses.collect(torch.arange(6), results[expert] * weights[expert, :, None])
+    found = {expert: (x, y) for expert, x, y in Entry("shared", torch.full((4,), 2.0)).corrections(uses, missing)}
+    for token in range(6):
+        changes = torch.linalg.pinv(2 * weights[None, :, token]) @ missing[None, token]
+        for expert in range(2):
+            inputs, aims = found[expert]
+            weight = weights[expert, token]
+            torch.testing.assert_close(inputs[token], weight * values[expert, token])
+            torch.testing.assert_close(aims[token], weight * changes[expert], rtol=0.02, atol=0)
+
+
+def test_an_aim_that_is_added_comes_on_top_of_what_a_weight_makes() -> None:
+    generator = torch.Generator().manual_seed(4)
+    inputs, aims, matrix = (torch.randn(*shape, generator=generator) for shape in ((30, 4), (30, 3), (3, 4)))
+    aimed, direct = Moments.zero(3, 4), Moments.zero(3, 4)
+    aimed.add(inputs, aims)
+    aimed.aim_at(matrix)
+    direct.add(inputs, inputs @ matrix.T + aims)
+    torch.testing.assert_close(aimed.cross, direct.cross, rtol=1e-5, atol=1e-5)
+    assert aimed.total == pytest.approx(direct.total, rel=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "gemma2"])
@@ -256,6 +267,9 @@ def test_a_target_is_reached_and_never_exceeded(family: str, share: str, tmp_pat
     divergences = [candidate["kl"] for candidate in result["candidates"]]
     assert divergences == sorted(divergences) and all(c["parameters"] <= limit for c in result["candidates"])
     assert result["candidates"][0]["widths"] == result["after"]["widths"]
+    tried = {"llama": "num_attention_heads", "qwen3_moe": "num_experts"}
+    if family in tried:
+        assert len({candidate["widths"][tried[family]] for candidate in result["candidates"]}) > 1
     with open_checkpoint(ModelReference(str(tmp_path / "out")), need_weights=True) as pruned:
         load_model(pruned, "cpu", "float32")
 
@@ -275,6 +289,7 @@ def test_a_dry_run_shows_the_candidates(tiny_llama: Path, text_file: Path) -> No
         (["--target-params", "0"], 2, "number"),
         (["--target-params", "80%", "--target-size", "1GB"], 2, "one of them"),
         (["--target-params", "80%", "--pruning-ratio", "0.5"], 2, "width options"),
+        (["--pruning-ratio", "0.5", "--layer-importance", "loss"], 2, "--layers N"),
         (["--target-params", "2%"], 5, "least"),
         (["--pruning-ratio", "0.5", "--refit", "local", "--calibration", "absent.txt"], 3, "absent.txt"),
         (["--pruning-ratio", "0.5", "--refit", "local", "--calibration", "short.txt"], 3, "short.txt"),

@@ -1,0 +1,59 @@
+"""Importance of layers by what leaving each of them out does to the calibration loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmprune_cli.divergence import predicted
+from llmprune_cli.layerwise import Ends, LayeredModel
+from llmprune_cli.statefiles import copy_states
+
+if TYPE_CHECKING:
+    import torch
+
+ABLATION_TOKENS = 2048  # of calibration text, at most: the cost grows with the square of the number of layers
+
+
+def ablate_layers(
+    model: LayeredModel, windows: torch.Tensor, folder: Path, progress: Callable[[int], None]
+) -> tuple[float, ...]:
+    """By how much the loss grows when each layer alone is left out, in nats per token.
+
+    The loss is the mean negative log-likelihood of the next token. All models that lack one layer advance together, so
+    that every layer is loaded once; their hidden states are kept in files.
+
+    Args:
+        windows: token ids, [N, T].
+        folder: for the files, L times the hidden states of all tokens in float32.
+        progress: told how many models went through a layer, L·(L+1)/2 in all.
+    """
+    dense = model.embed(windows)
+    without: list[torch.Tensor] = []
+    for number in range(model.layers):
+        layer = model.load_layer(number)
+        passed_by = copy_states(dense, folder)
+        for stream in (dense, *without):
+            layer.advance(stream)
+        without.append(passed_by)
+        progress(number + 1)
+    ends, items = model.load_ends(exact=True), layer.returned_items(dense)
+    loss = mean_nll(ends, dense, items, windows)
+    return tuple(mean_nll(ends, states, items, windows) - loss for states in without)
+
+
+def mean_nll(ends: Ends, states: torch.Tensor, items: int, windows: torch.Tensor) -> float:
+    """Mean negative log-likelihood of each token but the first of all windows [N, T], nats.
+
+    Args:
+        states: hidden states behind the last layer, [N, T, D].
+        items: see `Layer.returned_items`.
+    """
+    from torch.nn import functional
+
+    total = 0.0
+    for window, places, wanted in predicted(ends, windows):
+        logits = ends.logits(states[window : window + 1, places], items)[0]
+        total += float(functional.cross_entropy(logits, wanted, reduction="sum"))
+    return total / windows[:, 1:].numel()

@@ -1,0 +1,133 @@
+"""Importance of units by the gradient of the calibration loss: a forward and a backward sweep, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmprune_cli.activations import Activity, block_influence
+from llmprune_cli.architecture import NEURONS, on_disk
+from llmprune_cli.divergence import predicted
+from llmprune_cli.groups import Trace, instance_of
+from llmprune_cli.layerwise import Ends, Layer, LayeredModel, batches
+from llmprune_cli.names import split_name
+from llmprune_cli.scoring import EXPERTS, GROUPS, HEADS, Scores
+from llmprune_cli.statefiles import copy_states
+
+if TYPE_CHECKING:
+    import torch
+
+    from llmprune_cli.architecture import Widths
+
+GRADIENT_TOKENS = 1024  # that run through a layer together while its intermediate results are kept for the way back
+
+
+def measure_gradients(
+    model: LayeredModel, trace: Trace, windows: torch.Tensor, folder: Path, progress: Callable[[int], None]
+) -> Activity:
+    """Score every unit by what its removal costs in loss, to first order.
+
+    Σ |g·w| over all weights w that go with the unit, where g is the gradient of the mean negative log-likelihood of the
+    next token over all windows (LLM-Pruner, arXiv 2305.11627, the first-order term of equation 5, summed over the
+    group). A channel's weights are those of all layers; the embedding and the output projection have no say. Neurons of
+    an expert that no token reached are ranked by Σ w². A layer: see `block_influence`.
+
+    The input of every layer is kept in a file. In memory are one layer with its gradients, and one hidden state or
+    gradient for each token.
+
+    Args:
+        windows: token ids, [N, T].
+        folder: for the files, L times the hidden states of all tokens in float32.
+        progress: told after each layer, on the way forth and on the way back.
+    """
+    import torch
+
+    with torch.inference_mode(False), torch.no_grad():
+        stream = model.embed(windows)
+        influence, inputs = [], []
+        for number in range(model.layers):
+            layer = model.load_layer(number)
+            inputs.append(copy_states(stream, folder))
+            layer.advance(stream)
+            influence.append(block_influence(inputs[-1], stream))
+            progress(1)
+        loss_gradient(model.load_ends(exact=True), stream, layer.returned_items(stream), windows)
+        scores: Scores = {}
+        for number in reversed(range(model.layers)):
+            layer = model.load_layer(number)
+            pull_back(layer, inputs.pop(), stream)
+            add_saliences(scores, layer, trace, model.architecture.widths, number)
+            progress(1)
+    return Activity(scores, tuple(influence))
+
+
+def loss_gradient(ends: Ends, states: torch.Tensor, items: int, windows: torch.Tensor) -> None:
+    """Replace the hidden states [N, T, D] behind the last layer by the gradient of the loss with respect to them.
+
+    The loss is the mean over all windows [N, T] of the negative log-likelihood of each token but the first.
+
+    Args:
+        items: see `Layer.returned_items`.
+    """
+    import torch
+    from torch.nn import functional
+
+    ends.model.requires_grad_(False)
+    for window, places, wanted in predicted(ends, windows):
+        part = states[window : window + 1, places]
+        given = part.clone().requires_grad_()
+        with torch.enable_grad():
+            loss = functional.cross_entropy(ends.logits(given, items)[0], wanted, reduction="sum")
+            loss = loss / windows[:, 1:].numel()
+        part.copy_(torch.autograd.grad(loss, given)[0])
+    states[:, -1] = 0
+
+
+def pull_back(layer: Layer, states: torch.Tensor, gradient: torch.Tensor) -> None:
+    """Replace the gradient [N, T, D] at a layer's output by that at its input, and add up those of its weights.
+
+    Args:
+        states: the layer's input, [N, T, D].
+    """
+    import torch
+
+    for first, batch in batches(gradient, GRADIENT_TOKENS):
+        given = states[first : first + len(batch)].clone().requires_grad_()
+        with torch.enable_grad():
+            output = layer.run(given)
+        assert output is not None
+        output.backward(batch)
+        assert given.grad is not None
+        batch.copy_(given.grad)
+
+
+def add_saliences(scores: Scores, layer: Layer, trace: Trace, widths: Widths, number: int) -> None:
+    """Add |g·w| of a layer's weights to the scores of the units that they go with, float64 [units]."""
+    import torch
+
+    weights = dict(layer.model.named_parameters())
+    products = {n: w.new_zeros(w.shape) if w.grad is None else w.grad.mul_(w).abs_() for n, w in weights.items()}
+    stored = layer.stored()
+
+    def add(width: str, instance: str, units: torch.Tensor, values: torch.Tensor) -> None:
+        own = scores.setdefault(width, {})
+        own.setdefault(instance, torch.zeros(getattr(widths, width), dtype=torch.float64)).index_add_(0, units, values)
+
+    for name, salience in on_disk(layer.model, products).items():
+        template, numbers = split_name(name)
+        if not numbers:
+            continue
+        numbers = (number, *numbers[1:])
+        for binding in trace.on(template):
+            unreached = binding.width in NEURONS and not salience.any()
+            along = (stored[name].square() if unreached else salience).movedim(binding.axis, 0)
+            units = binding.units(widths)
+            own = units >= 0
+            units, values = units[own], along.reshape(len(along), -1).sum(1, dtype=torch.float64).cpu()[own]
+            instance = instance_of(binding, numbers)
+            add(binding.width, instance, units, values)
+            if binding.width == HEADS:
+                add(GROUPS, instance, units // widths.heads_per_group, values)
+        if template in trace.expert_templates:
+            add(EXPERTS, str(number), torch.tensor(numbers[1:2]), salience.sum(dtype=torch.float64).cpu()[None])
