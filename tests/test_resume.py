@@ -38,8 +38,12 @@ def calibrated(text_file: Path) -> Arguments:
 
 
 def written(folder: Path) -> dict[str, bytes]:
-    """Everything that a run wrote."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    """Everything that a run wrote, but for the speeds that it measured."""
+    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    manifest = json.loads(files["llmprune.json"])
+    for side in ("before", "after"):
+        del manifest["calibration"][f"prefill_tokens_per_second_{side}"]
+    return {**files, "llmprune.json": json.dumps(manifest).encode()}
 
 
 def in_a_line(run: Run) -> str:
@@ -76,7 +80,7 @@ def interrupt_after(patched: pytest.MonkeyPatch, method: str, times: int) -> Non
     def save_and_stop(*args: Any) -> None:
         whole(*args)
         if next(calls) == times:
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt
 
     patched.setattr(WorkFolder, method, save_and_stop)
 
@@ -107,6 +111,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "whole"]
     new, old = written_tensors(tmp_path / "out"), written_tensors(source)
     for number, layer in enumerate(json.loads((tmp_path / "out" / "llmprune.json").read_text())["layers"]):
+        if layer == 0:
+            continue  # nothing is missing yet where its attention enters the stream
         reader = "model.layers.{}.self_attn.o_proj.weight"
         assert not torch.equal(new[reader.format(number)], old[reader.format(layer)]), "not written as refitted"
 
@@ -255,7 +261,7 @@ def test_hidden_states_in_files_give_the_same_bytes(
     prune(*options, "--output", tmp_path / "a")
     assert not mapped
     prune(*options, "--output", tmp_path / "b", "--offload-dir", tmp_path / "states")
-    # the stream and its copy when measuring; dense, pruned, and two goals in each of two layers when refitting
-    assert mapped == [15 * 40 * 64] * 8
+    # the stream and its copy when measuring; dense, pruned, and a goal in each of two layers when refitting
+    assert mapped == [15 * 40 * 64] * 6
     assert written(tmp_path / "a") == written(tmp_path / "b")
     assert not list((tmp_path / "states").iterdir())
