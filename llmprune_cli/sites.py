@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 PROBE_TOKENS = 8  # that show how a reader's result enters the residual stream
 TOLERANCE = 1e-3  # of that measurement, relative to its largest number
 NORM_EPSILON = 1e-6  # of a norm behind a reader: the order that families use, too small for the probe to show
-FACTOR_FLOOR = 1e-2  # what a channel's f² counts for at least when it is divided by, relative to the mean of f²
+FACTOR_FLOOR = 1e-2  # of a norm: what is added to a channel's f² when it is divided by, relative to the mean of f²
 
 Way = Literal["plain", "normed", "shared"]
 
@@ -52,7 +52,9 @@ class Entry:
         import torch
 
         factor = self.factor.to(missing.device)
-        aim = missing * (factor / (factor.square() + FACTOR_FLOOR * factor.square().mean()))
+        squared = factor.square()
+        floor = FACTOR_FLOOR * float(squared.mean()) if self.way == "normed" else 0.0
+        aim = missing * (factor / (squared + floor)).nan_to_num()
         if self.way == "shared":
             squares = torch.zeros(len(missing), device=missing.device)
             for part in uses.parts:
