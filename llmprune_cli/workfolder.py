@@ -31,7 +31,7 @@ LOCK, RUN, JUDGED = "lock", "run.json", "judged.json"
 CANDIDATES, PLAN, LAYER = "candidates.json", "plan.json", "layer.json"
 # Options that decide nothing of what the folder holds. Text, plan and device have entries of their own in the key.
 FREE_OPTIONS = {"calibration", "plan", "save_plan", "output", "overwrite", "dry_run", "max_shard_bytes"}
-FREE_OPTIONS |= {"statistics", "resume", "offload_dir"}
+FREE_OPTIONS |= {"report", "statistics", "resume", "offload_dir"}
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,8 @@ def _differences(begun: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _as_target(stored: dict[str, Any]) -> Target:
-    return Target(Widths(**stored["widths"]), tuple(stored["layers"]), tuple(stored["deviations"]))
+    layers, deviations, protected = (tuple(stored[name]) for name in ("layers", "deviations", "protected"))
+    return Target(Widths(**stored["widths"]), layers, deviations, protected)
 
 
 def _remove(path: Path) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ import torch
 
 from conftest import Run, run_cli, save_tiny
 from llmprune_cli.errors import OutputError
+from llmprune_cli.loading import ModelReference, open_checkpoint
+from llmprune_cli.plan import Target
+from llmprune_cli.subject import understand
 from llmprune_cli.workfolder import WorkFolder, work_folder
 from test_peer import written_tensors
 
@@ -265,3 +269,11 @@ def test_hidden_states_in_files_give_the_same_bytes(
     assert mapped == [15 * 40 * 64] * 6
     assert written(tmp_path / "a") == written(tmp_path / "b")
     assert not list((tmp_path / "states").iterdir())
+
+
+def test_a_candidate_is_remembered_with_its_protected_layers(tiny_llama: Path, tmp_path: Path) -> None:
+    with open_checkpoint(ModelReference(str(tiny_llama)), need_weights=False) as checkpoint:
+        target = Target(understand(checkpoint).widths, (0,), ("moved",), (0,))
+    work = WorkFolder(tmp_path)
+    work.save_judged(target, 0.5)
+    assert work.judged(target) == 0.5 and work.judged(replace(target, protected=())) is None
