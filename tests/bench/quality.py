@@ -18,7 +18,7 @@ from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 
-from quality_runs import MODEL, OUTPUT, ROOT, STAGE, Bench, Outcome, Row, run_command, run_row
+from quality_runs import MODEL, OUTPUT, ROOT, STAGE, STATISTICS, Bench, Outcome, Row, run_command, run_row
 from quality_verdicts import (
     AXES,
     DENSE,
@@ -60,8 +60,9 @@ def calibration_tokens(windows: int) -> str:
 def prune_command(options: Iterable[str], windows: int, output: str = OUTPUT) -> Command:
     """What a user types to prune, with so many windows of calibration text."""
     text = ("--calibration", WIKITEXT2, "--calibration-tokens", calibration_tokens(windows))
-    length = ("--calibration-seq-len", str(WINDOW_TOKENS))
-    return ("llmprune", "prune", MODEL, *options, *text, *length, "--output", output, "--json")
+    options, length = tuple(options), ("--calibration-seq-len", str(WINDOW_TOKENS))
+    measured = () if {"magnitude", "random"} & {*options} else ("--statistics", STATISTICS)
+    return ("llmprune", "prune", MODEL, *options, *text, *length, *measured, "--output", output, "--json")
 
 
 def width_options(before: Sizes, after: Sizes, layers: tuple[int, ...]) -> Command:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 PROGRAMS = {"llmprune": ["-m", "llmprune_cli"], "optipfair": [str(Path(__file__).with_name("optipfair_choice.py"))]}
 CODE = (*sorted((ROOT / "llmprune_cli").rglob("*.py")), Path(__file__), Path(PROGRAMS["optipfair"][0]))
-MODEL, STAGE, OUTPUT = "MODEL", "STAGE", "OUTPUT"  # stand for folders in a row's commands
+MODEL, STAGE, OUTPUT, STATISTICS = "MODEL", "STAGE", "OUTPUT", "STATISTICS"  # stand for folders in a row's commands
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ def run_row(row: Row, bench: Bench) -> Outcome:
 def _make_and_measure(row: Row, bench: Bench, scratch: Path) -> Outcome:
     started = time.perf_counter()
     folders = {MODEL: bench.model, STAGE: scratch / "stage", OUTPUT: scratch / "output"}
+    folders[STATISTICS] = bench.work / "statistics"  # what is measured on the same text is measured once
     printed = [run_command([str(folders.get(part, part)) for part in command]) for command in row.commands]
     parameters, perplexity = measure(folders[OUTPUT if row.commands else MODEL], bench.texts)
     result = json.loads(printed[-1]) if row.commands and row.commands[-1][0] == "llmprune" else {}
