@@ -66,14 +66,15 @@ class Moments:
         return matrix.to(self.gram.device).to(self.gram.dtype)
 
     def solve(self, matrix: torch.Tensor, kept: torch.Tensor, factor: torch.Tensor, strength: float) -> torch.Tensor:
-        """See `solve_reader`; all outputs are solved with the same factor of the kept part of XᵀX + μI."""
+        """See `solve_reader`; all outputs are solved with L, [k, k], where LLᵀ is the kept part of XᵀX + μI."""
         import torch
 
         result = torch.zeros_like(matrix)
         places = kept.to(matrix.device)
         for rows in self._slabs():
             goals = self.cross[rows][:, kept] + strength * self.widened(matrix[rows][:, places])
-            solved = torch.cholesky_solve(goals.T, factor).T
+            half = torch.linalg.solve_triangular(factor, goals.T, upper=False)
+            solved = torch.linalg.solve_triangular(factor.mT, half, upper=True).T
             result[rows, places] = solved.to(matrix.dtype).to(matrix.device)
         return result
 
@@ -111,5 +112,6 @@ def solve_reader(moments: Moments, matrix: torch.Tensor, kept: torch.Tensor, dam
     if not strength > 0:
         return only(matrix, kept.to(matrix.device))
     inputs.diagonal().add_(strength)
-    torch.linalg.cholesky(inputs, out=inputs)
-    return moments.solve(matrix, kept, inputs, strength)
+    factor = inputs.mT  # the same, since it is symmetric, in the order in which it is factorised without a copy
+    torch.linalg.cholesky(factor, out=factor)
+    return moments.solve(matrix, kept, factor, strength)
