@@ -54,12 +54,12 @@ def staged_folder(
     target = Path(os.path.abspath(target))
     check_target(target, overwrite, forbidden)
     staging = (place or target.parent) / f".{target.name}{TEMPORARY}{uuid.uuid4().hex[:8]}"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
-    except OSError as error:
-        raise OutputError(f"Cannot write beside {target}: {error.strerror}. Choose another --output.") from error
-    try:
+    try:  # from before it exists: an interruption must find it whenever it comes
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            staging.mkdir()
+        except OSError as error:
+            raise OutputError(f"Cannot write beside {target}: {error.strerror}. Choose another --output.") from error
         yield staging
         for path in [*staging.iterdir(), staging]:
             fsync(path)
