@@ -40,7 +40,11 @@ fix: $(INSTALLED)  ## repair what can be repaired automatically
 bench: $(INSTALLED)  ## compare with torch-pruning's own pruner on a 1.33B model
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/bench/prune_1b.py
 
-.PHONY: demo matrix test check lint fix bench bench-memory bench-quality check-ranges clean
+bench-memory: $(INSTALLED)  ## peak memory and time of a calibrated prune, on 8B layers and by depth
+	$(BIN)/python tests/bench/calibrated_memory.py
+
+bench-quality: $(OPTIPFAIR)  ## compare what pruned models are still worth, with other methods at equal size
+	$(BIN)/python tests/bench/quality.py
 
 check-ranges:  ## run the core suite on the lowest versions that pyproject.toml allows
 	$(PYTHON) -m venv --clear $(VENV)-lowest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -88,6 +89,7 @@ HOMES = {
     "torch_pruning": {"dependency"},
     "gguf": {"gguf_header"},
     "matplotlib": {"repair_chart"},
+    "filelock": {"workfolder"},
 }
 
 
@@ -108,6 +110,16 @@ def test_help_is_quick_and_leaves_torch_alone() -> None:
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules), 'heavy imports'"
     )
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_every_make_target_that_is_promised_runs_something() -> None:
+    root = Path(__file__).parents[1]
+    listed = re.findall(r"^\.PHONY: (.*)$", (root / "Makefile").read_text(), re.MULTILINE)
+    promised = {*" ".join(listed).split(), *re.findall(r"`make ([a-z-]+)`", (root / "README.md").read_text())}
+    assert {"bench-quality", "bench-memory", "test"} <= promised
+    for target in promised:
+        dry = subprocess.run(["make", "--dry-run", "--always-make", target], cwd=root, capture_output=True, text=True)
+        assert dry.returncode == 0 and "Nothing to be done" not in dry.stdout, f"make {target}: {dry.stderr}"
 
 
 def test_version() -> None:
