@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -11,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.architecture import Widths
 from llmprune_cli.calibration import CalibrationText
@@ -189,27 +188,17 @@ def _discard(work: WorkFolder) -> None:
 @contextmanager
 def _locked(folder: Path, output: Path) -> Iterator[None]:
     """A folder, made where it is missing, that no other process has."""
+    from filelock import FileLock, Timeout
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("w")
+        lock = FileLock(folder / LOCK).acquire(timeout=0)
+    except Timeout:
+        raise OutputError(f"Another run is writing {output}. Wait for it, or choose another --output.") from None
     except OSError as error:
         raise OutputError(f"Cannot write beside {output}: {error.strerror}. Choose another --output.") from error
     with lock:
-        if not _take(lock, folder / LOCK):
-            raise OutputError(f"Another run is writing {output}. Wait for it, or choose another --output.")
         yield
-
-
-def _take(lock: IO[str], path: Path) -> bool:
-    """Whether a file is locked now and, unless a run that has just ended took it away, still has its name."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    try:
-        return os.path.samestat(os.fstat(lock.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def run_key(subject: Subject, options: PruneOptions, plan: Plan | None, calibration: CalibrationText) -> dict[str, Any]:
