@@ -32,15 +32,15 @@ class Side:
     states: torch.Tensor  # behind the last layer, float32 [N, T, D]
     items: int  # see `Layer.returned_items`
 
-    @property
-    def chunk(self) -> int:
-        """How many tokens' logits are formed at a time."""
-        return max(1, LOGIT_ELEMENTS // int(self.ends.model.config.get_text_config().vocab_size))
+
+def tokens_at_a_time(ends: Ends) -> int:
+    """How many tokens' logits are formed together."""
+    return max(1, LOGIT_ELEMENTS // int(ends.model.config.get_text_config().vocab_size))
 
 
 def predicted(ends: Ends, windows: torch.Tensor) -> Iterator[tuple[int, slice, torch.Tensor]]:
     """Windows [N, T] in parts of few logits: a window's number, places in it, and the tokens that follow these."""
-    chunk = max(1, LOGIT_ELEMENTS // ends.model.config.get_text_config().vocab_size)
+    chunk = tokens_at_a_time(ends)
     for number, window in enumerate(windows):
         for first in range(0, len(window) - 1, chunk):
             wanted = window[1:][first : first + chunk]

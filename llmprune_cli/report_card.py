@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from llmprune_cli.architecture import read_widths
 from llmprune_cli.calibration import CalibrationText
-from llmprune_cli.divergence import Divergence, Side, compare
+from llmprune_cli.divergence import Divergence, Side, compare, tokens_at_a_time
 from llmprune_cli.layerwise import LayeredModel
 from llmprune_cli.loading import ModelReference, open_checkpoint
 from llmprune_cli.options import Listener, PruneOptions
@@ -100,5 +100,5 @@ def _run_side_by_side(
     other = ends if channels is None else pruned.load_ends(exact=True)  # with the same channels only layers differ
     sides = Side(ends, *dense_end), Side(other, after, pruned_items)
     for clock, side in zip(clocks, sides, strict=True):
-        clock.finish(side.ends, side.states[:1, : side.chunk], side.items)
+        clock.finish(side.ends, side.states[:1, : tokens_at_a_time(side.ends)], side.items)
     return _Comparison(compare(*sides, windows), tuple(errors), clocks)
