@@ -57,6 +57,9 @@ class DtypeName(enum.StrEnum):
     bfloat16 = "bfloat16"
 
 
+SHORT_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+
+
 class FormatName(enum.StrEnum):
     """Export formats."""
 
@@ -441,22 +444,35 @@ def export(
     checkpoint: Annotated[str, typer.Argument(help="Model folder, hub id, or .gguf file.", metavar="CHECKPOINT")],
     output_folder: Annotated[Path, typer.Option("--output", help="Folder to write.")],
     format_name: Annotated[FormatName, typer.Option("--format", help="What to write.")] = FormatName.safetensors,
-    dtype: Annotated[DtypeName | None, typer.Option(help="Dtype to write. [default: as stored]")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Dtype to write; for gguf also q8_0 and the like. [default: as stored]")
+    ] = None,
+    verify: Annotated[
+        bool | None,
+        typer.Option(
+            help="Compare with transformers in the runtime of the format. [default: where it is installed]",
+            show_default=False,
+        ),
+    ] = None,
     max_shard_size: ShardSize = "5GB",
     revision: Revision = None,
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a checkpoint in another format, dtype or shard size."""
+    """Write a checkpoint in another format, dtype or shard size, and prove it in the runtime that reads it."""
     from llmprune_cli import output, pipeline
-    from llmprune_cli.export import ExportOptions
+    from llmprune_cli.export import FORMATS
+    from llmprune_cli.export.formats import ExportOptions
     from llmprune_cli.loading import ModelReference
     from llmprune_cli.writer import parse_size
 
-    dtype_name = dtype.value if dtype else None
-    options = ExportOptions(dtype_name, parse_size(max_shard_size))
-    reference = ModelReference(checkpoint, revision, trust_remote_code, dtype_name)
+    dtype = SHORT_DTYPES.get(dtype, dtype) if dtype else None
+    known = FORMATS[format_name].dtypes
+    if dtype is not None and dtype not in known:
+        raise typer.BadParameter(f"--format {format_name.value} has no --dtype {dtype}; it has {', '.join(known)}.")
+    options = ExportOptions(dtype, parse_size(max_shard_size))
+    reference = ModelReference(checkpoint, revision, trust_remote_code, dtype if dtype in {*DtypeName} else None)
     with output.progress_on_stderr() as listener:
-        result = pipeline.export(reference, output_folder, format_name.value, options, overwrite, listener)
+        result = pipeline.export(reference, output_folder, format_name.value, options, overwrite, verify, listener)
     (output.print_json if as_json else output.print_export)(result)

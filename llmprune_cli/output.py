@@ -201,6 +201,18 @@ def print_export(result: ExportResult) -> None:
         f"{_size(result.size_bytes)}, {len(result.files)} files.",
         highlight=False,
     )
+    if result.note:
+        _console().print(f"Note: {result.note}", highlight=False, style="yellow")
+    found = result.verification
+    if found is None:
+        _console().print(f"Not verified: {result.unverified}.", highlight=False)
+        return
+    _console().print(
+        f"Verified with {found.runtime}: {found.tokens} greedy tokens after {found.prompts} prompts, "
+        f"{found.same_tokens:.1%} of them as transformers chooses, KL {found.kl:.2g} nats per token (limit "
+        f"{found.kl_limit:g}), largest difference of a log-probability {found.largest_difference:.2g}.",
+        highlight=False,
+    )
 
 
 def _console() -> Console:

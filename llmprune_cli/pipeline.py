@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from llmprune_cli.calibration import CalibrationText, prepare_calibration, warn_of_shared_text
-from llmprune_cli.checkpoint import Checkpoint, read_index
+from llmprune_cli.checkpoint import Checkpoint
 from llmprune_cli.dependency import hold_against_torch_pruning
+from llmprune_cli.errors import UnsupportedError, VerificationError
 from llmprune_cli.eval_report import prepare_text, report_perplexity
-from llmprune_cli.export import FORMATS, ExportOptions
+from llmprune_cli.export import FORMATS
+from llmprune_cli.export.formats import ExportOptions
+from llmprune_cli.export.verification import PROMPTS, missing_memory, missing_runtime, verify
 from llmprune_cli.loading import ModelReference, load_tokenizer, open_checkpoint, pick_device
 from llmprune_cli.options import EvalOptions, Listener, PruneOptions
 from llmprune_cli.plan import Plan, WidthRequest, legal_values, resolve, save_plan
@@ -215,26 +218,51 @@ def export(
     format_name: str,
     options: ExportOptions,
     overwrite: bool,
+    verified: bool | None,
     listener: Listener,
 ) -> ExportResult:
-    """Write a checkpoint in another format."""
+    """Write a checkpoint in another format, and hold it against transformers in the runtime that reads it.
+
+    Args:
+        verified: whether it has to be; None where that is possible.
+
+    Raises:
+        UnsupportedError: no runtime of this format takes the model.
+        VerificationError: it is not the same model there, or cannot be compared and has to be.
+    """
+    form = FORMATS[format_name]
     with open_checkpoint(reference, need_weights=True) as checkpoint:
         source = _source_folder(reference, checkpoint)
         check_target(output, overwrite, source)
+        fit = form.fit(checkpoint.config)
+        if not fit.loads:
+            raise UnsupportedError(f"{checkpoint.source} cannot be exported as {format_name}: {fit.note}")
+        dtype = options.dtype or form.dtype_for(checkpoint)
+        reason = "not asked for" if verified is False else missing_runtime(form) or missing_memory(checkpoint)
+        if verified and reason:
+            raise VerificationError(f"The export cannot be verified: {reason}. Leave out --verify to write it anyway.")
+        verification = None
         with staged_folder(output, overwrite, source) as staging:
             listener.stage("Exporting", checkpoint.size_bytes)
-            FORMATS[format_name](checkpoint, staging, options, listener.advance)
+            as_asked = options if form.keeps_dtypes else replace(options, dtype=dtype)
+            form.write(checkpoint, staging, as_asked, listener.advance)
+            if not reason:
+                listener.stage("Verifying", len(PROMPTS))
+                verification = verify(checkpoint, form, staging, dtype, listener.advance)
             manifest = checkpoint.companions / MANIFEST_NAME
             if manifest.is_file():
                 write_json(staging / MANIFEST_NAME, json.loads(manifest.read_text(encoding="utf-8")))
-        entries = read_index(output)
+        files = sorted(path for path in output.rglob("*") if path.is_file())
         return ExportResult(
             schema_version=SCHEMA_VERSION,
             model=checkpoint.source,
             output=str(output),
             format=format_name,
-            dtype=max(entries, key=lambda entry: entry.numel).dtype,
-            parameters=sum(entry.numel for entry in entries),
-            size_bytes=sum(entry.size_bytes for entry in entries),
-            files=tuple(sorted(path.name for path in output.iterdir())),
+            dtype=dtype,
+            parameters=checkpoint.parameter_count,
+            size_bytes=sum(path.stat().st_size for path in files),
+            files=tuple(str(path.relative_to(output)) for path in files),
+            note=fit.note,
+            verification=verification,
+            unverified=reason or "",
         )

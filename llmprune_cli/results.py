@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from llmprune_cli.architecture import Widths
 from llmprune_cli.checkpoint import TensorEntry
+from llmprune_cli.export.verification import Verification
 from llmprune_cli.names import Shape, split_name
 
 SCHEMA_VERSION = 1
@@ -153,8 +154,11 @@ class ExportResult:
     format: str
     dtype: str
     parameters: int
-    size_bytes: int
+    size_bytes: int  # of all files
     files: tuple[str, ...]
+    note: str  # in which form a runtime takes it, where that is not its own
+    verification: Verification | None
+    unverified: str  # why nothing was verified
 
 
 def summarize(entries: Sequence[TensorEntry], widths: Widths) -> ModelSummary:

@@ -53,6 +53,8 @@ ORDER = (
     "gguf_header",
     "conversion",
     "loading",
+    "export.formats",
+    "export.verification",
     "export.safetensors",
     "export",
     "corpus",

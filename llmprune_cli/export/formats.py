@@ -1,0 +1,78 @@
+"""What an export format is, and what a runtime has to give to be compared with transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from llmprune_cli.checkpoint import Checkpoint
+from llmprune_cli.loading import DTYPES
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What every format is told."""
+
+    dtype: str | None = None  # one of the format's; None keeps that of each tensor, in formats that can
+    max_shard_bytes: int = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether a runtime takes a model of some configuration."""
+
+    loads: bool
+    note: str = ""  # why not, or in which form
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a runtime makes of a prompt: the tokens that it chooses greedily, and what it chose them by."""
+
+    tokens: torch.Tensor  # ids, [n]
+    log_probs: torch.Tensor  # of every token of the vocabulary at each of these places, float32 [n, V]
+
+
+class Runtime(Protocol):
+    """Stock software with an exported model loaded."""
+
+    def continue_greedily(self, prompt: torch.Tensor, tokens: int) -> Continuation:
+        """Go on with a prompt (ids, [T]) by as many tokens, always the likeliest, ends of text included."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far a runtime may be from transformers in float32."""
+
+    kl: float  # mean KL(transformers ‖ runtime) of the next token, nats
+    same_tokens: bool = True  # whether it has to choose the same tokens, near ties aside
+
+
+Write = Callable[[Checkpoint, Path, ExportOptions, Callable[[int], None]], None]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to write a model."""
+
+    dtypes: tuple[str, ...]  # that `--dtype` takes
+    write: Write  # into a staging folder; progress is in bytes of the checkpoint
+    fit: Callable[[PretrainedConfig], Fit]  # known before anything is written
+    package: str = ""  # that has to be importable to verify; none where nothing runs the result but transformers itself
+    extra: str = ""  # of llmprune that installs it
+    runtime: Callable[[Path], AbstractContextManager[Runtime]] | None = None  # opens what was written
+    limits: Mapping[str, Limits] = field(default_factory=dict)  # by dtype
+    keeps_dtypes: bool = False  # whether tensors may stay in different ones
+
+    def dtype_for(self, checkpoint: Checkpoint) -> str:
+        """The dtype for a checkpoint where none is asked for: that of its largest tensor, or else float32."""
+        stored = max(checkpoint.entries, key=lambda entry: entry.numel).dtype
+        names = {code: name for name, code in DTYPES.items()}
+        return names[stored] if names.get(stored) in self.dtypes else "float32"

@@ -1,0 +1,141 @@
+"""An exported model is held against transformers: the same prompts, the same choices, nearly the same probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmprune_cli.checkpoint import Checkpoint
+from llmprune_cli.errors import CheckpointError, VerificationError
+from llmprune_cli.export.formats import Format, Limits, Runtime
+from llmprune_cli.loading import load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+PROMPTS = (
+    "The history of the city begins with a small settlement by the river, where traders",
+    "def median(values):\n    ordered = sorted(values)\n    middle = len(ordered) // 2\n",
+    "Der schnelle Fuchs springt über 3 Zäune; 他喜欢读书。 What does he do next?",
+)
+PROMPT_TOKENS = 24  # at most, of each prompt
+NEW_TOKENS = 64
+TIE = 1e-3  # nats: where the two likeliest tokens are this close, either is right
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How an exported model compares with transformers in float32."""
+
+    runtime: str  # its package and version
+    prompts: int
+    tokens: int  # that were chosen and compared
+    kl: float  # mean KL(transformers ‖ runtime) of the next token, nats
+    kl_limit: float
+    largest_difference: float  # of a log-probability of a token that transformers gives more than 1e-4
+    same_tokens: float  # share of the tokens that transformers would have chosen too
+
+
+def missing_runtime(form: Format) -> str | None:
+    """Why a format cannot be verified here; None where it can."""
+    if form.runtime is None:
+        return "transformers itself reads it"
+    if find_spec(form.package) is None:
+        return f"{form.package} is not installed; pip install 'llmprune[{form.extra}]' brings it"
+    return None
+
+
+def missing_memory(checkpoint: Checkpoint) -> str | None:
+    """Why a model is too large to be loaded twice here, in float32; None where it is not."""
+    import psutil
+
+    needed, free = 2 * 4 * checkpoint.parameter_count, psutil.virtual_memory().available
+    if needed <= free:
+        return None
+    return f"comparing takes about {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free"
+
+
+def verify(
+    checkpoint: Checkpoint, form: Format, folder: Path, dtype: str, advance: Callable[[int], None]
+) -> Verification:
+    """Let the runtime go on with some prompts, and ask transformers about each of its choices.
+
+    Args:
+        folder: that holds the exported model.
+        dtype: in which it was written, by the format's name.
+        advance: by one for each prompt.
+
+    Raises:
+        VerificationError: the runtime does not load it, or is further from transformers than the format's limits.
+    """
+    import torch
+
+    assert form.runtime is not None
+    model = load_model(checkpoint, "cpu", "float32")
+    prompts = _prompts(checkpoint)
+    longest = getattr(model.config, "max_position_embeddings", None) or 2**31
+    divergences, differences, agreements = [], [], []
+    with form.runtime(folder) as runtime, torch.inference_mode():
+        for prompt in prompts:
+            tokens = min(NEW_TOKENS, longest - len(prompt))
+            expected, found, chosen = _both(model, runtime, prompt, tokens)
+            divergences.append((expected.exp() * (expected - found)).sum(-1))
+            differences.append((expected - found).abs()[expected.exp() > 1e-4].max())
+            best = expected.max(-1).values
+            agreements.append(expected.gather(-1, chosen[:, None])[:, 0] > best - TIE)
+            advance(1)
+    kl, agreed = torch.cat(divergences), torch.cat(agreements)
+    limits = form.limits[dtype]
+    result = Verification(
+        runtime=f"{form.package} {version(form.package)}",
+        prompts=len(prompts),
+        tokens=len(kl),
+        kl=max(0.0, float(kl.mean())),
+        kl_limit=limits.kl,
+        largest_difference=float(torch.stack(differences).max()),
+        same_tokens=float(agreed.float().mean()),
+    )
+    _hold(result, limits)
+    return result
+
+
+def _hold(result: Verification, limits: Limits) -> None:
+    wrong = []
+    if not result.kl <= limits.kl:  # not a number does not hold either
+        wrong.append(f"KL per token is {result.kl:.2g} nats, more than {limits.kl:g}")
+    if limits.same_tokens and result.same_tokens < 1:
+        wrong.append(f"{1 - result.same_tokens:.1%} of the greedy tokens differ")
+    if wrong:
+        raise VerificationError(
+            f"What {result.runtime} makes of the export is not what transformers makes of the model: "
+            f"{' and '.join(wrong)}. Nothing was kept; please report this, or pass --no-verify to keep it."
+        )
+
+
+def _both(
+    model: torch.nn.Module, runtime: Runtime, prompt: torch.Tensor, tokens: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probabilities [n, V] by transformers and by the runtime, at the places of the tokens [n] it chose."""
+    import torch
+
+    made = runtime.continue_greedily(prompt, tokens)
+    ids = torch.cat([prompt, made.tokens])[:-1]
+    logits = model(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 :].float()
+    width = min(logits.shape[-1], made.log_probs.shape[-1])  # embeddings may be padded beyond the tokenizer's tokens
+    return torch.log_softmax(logits, -1)[:, :width], made.log_probs[:, :width], made.tokens
+
+
+def _prompts(checkpoint: Checkpoint) -> list[torch.Tensor]:
+    """Token ids of some text; at random where a checkpoint has no tokenizer."""
+    import torch
+
+    try:
+        tokenizer = load_tokenizer(checkpoint)
+    except CheckpointError:
+        seeded, vocabulary = torch.Generator().manual_seed(0), int(checkpoint.config.vocab_size)
+        return [torch.randint(vocabulary, (PROMPT_TOKENS,), generator=seeded) for _ in PROMPTS]
+    return [torch.tensor(tokenizer(text)["input_ids"][:PROMPT_TOKENS]) for text in PROMPTS]
