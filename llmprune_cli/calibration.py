@@ -41,6 +41,7 @@ class CalibrationText:
 def prepare_calibration(
     options: CalibrationOptions,
     tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int,
     longest: int | None,
     seed: int,
     warn: Callable[[str], None],
@@ -48,16 +49,17 @@ def prepare_calibration(
     """Draw windows from a corpus: as many as asked for, or as there are.
 
     Args:
+        vocabulary: token ids that the model knows.
         longest: tokens that the model can attend to, if it says so.
 
     Raises:
-        CheckpointError: no such text, or less than two windows of it.
+        CheckpointError: no such text, less than two windows of it, or a tokenizer of another model.
     """
     import torch
 
     corpus = _load(options, warn)
     length = min(options.seq_len, longest or options.seq_len)
-    windows = cut_windows(corpus, tokenizer, length, None)
+    windows = cut_windows(corpus, tokenizer, vocabulary, length, None)
     if len(windows) < 2:
         raise CheckpointError(
             f"{corpus.origin} gives one window of {length} tokens; calibration needs two. Give more text or a smaller "

@@ -150,9 +150,7 @@ Experts = Annotated[
 ]
 Layers = Annotated[
     int | None,
-    typer.Option(
-        "--layers", help="Number of layers to keep; the deepest go, but for the last.", min=1, rich_help_panel="Widths"
-    ),
+    typer.Option("--layers", help="Number of layers to keep.", min=1, rich_help_panel="Widths"),
 ]
 DropLayers = Annotated[str | None, typer.Option(help="Layers to drop, such as 3,7,12.", rich_help_panel="Widths")]
 KeepLayers = Annotated[
@@ -293,15 +291,15 @@ def prune(
     target_params: TargetParams = None,
     target_size: TargetSize = None,
     importance: Annotated[
-        Importance | None, typer.Option(help="How units are ranked. [default: magnitude; with a target, range]")
+        Importance | None, typer.Option(help="How units are ranked. [default: range; magnitude where there is no text]")
     ] = None,
     layer_importance: Annotated[
         LayerImportance | None,
-        typer.Option(help="How layers are ranked, with --layers or a target. [default: influence, where text is read]"),
+        typer.Option(help="How layers are ranked, with --layers or a target. [default: influence where text is read]"),
     ] = None,
     refit: Annotated[
         Refit | None,
-        typer.Option(help="How what reads removed units is repaired. [default: none; with a target, residual]"),
+        typer.Option(help="How what reads removed units is repaired. [default: residual; none where there is no text]"),
     ] = None,
     calibration: Calibration = None,
     calibration_split: CalibrationSplit = "validation",
@@ -378,9 +376,10 @@ def prune(
     options = PruneOptions(
         request=WidthRequest(*request_values, round_to, kept),
         budget=budget,
-        importance=(importance or (Importance.range if budget else Importance.magnitude)).value,
+        importance=(importance or Importance.range).value,
         layer_importance=layer_importance.value if layer_importance else None,
-        refit=(refit or (Refit.residual if budget else Refit.none)).value,
+        refit=(refit or Refit.residual).value,
+        left_open=frozenset(name for name, value in (("importance", importance), ("refit", refit)) if value is None),
         calibration=CalibrationOptions(calibration, calibration_split, calibration_tokens, calibration_seq_len, device),
         seed=seed,
         plan=plan,
@@ -396,12 +395,12 @@ def prune(
     )
     if report is not None and (dry_run or not options.needs_text or not (output_folder or evaluate)):
         raise typer.BadParameter(
-            "--report draws what calibration measures on a pruned model: give a target, --refit or a calibrated "
-            "--importance (activation, range, taylor), and --output or --eval."
+            "--report draws what calibration measures on a pruned model: give --output or --eval, and a --refit or a "
+            "calibrated --importance (activation, range, taylor)."
         )
     for value, name in ((statistics, "--statistics"), (resume, "--resume"), (offload_dir, "--offload-dir")):
         if value and not options.needs_text:
-            raise typer.BadParameter(f"{name} is for runs that calibrate; give a target, --importance or --refit too.")
+            raise typer.BadParameter(f"{name} is for runs that calibrate; give another --importance or --refit.")
     dtype_name = dtype.value if dtype else None
     evaluation = EvalOptions(dataset, split, max_seq_len, limit, batch_size, device, dtype_name)
     reference = ModelReference(model, revision, trust_remote_code, dtype_name)

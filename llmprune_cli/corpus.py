@@ -95,15 +95,18 @@ def _texts(rows: Any, dataset: str) -> list[str]:
 
 
 def cut_windows(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, window_tokens: int, limit: int | None
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, vocabulary: int, window_tokens: int, limit: int | None
 ) -> torch.Tensor:
     """Tokenize once, with the tokenizer's default special tokens, and cut; the tail is dropped.
+
+    Args:
+        vocabulary: token ids that the model knows.
 
     Returns:
         Token ids, [windows, window_tokens].
 
     Raises:
-        CheckpointError: the text is shorter than one window.
+        CheckpointError: the text is shorter than one window, or the tokenizer is that of another model.
     """
     import torch
 
@@ -113,6 +116,11 @@ def cut_windows(
         raise CheckpointError(
             f"{corpus.origin} has {len(tokens)} tokens, less than one window of {window_tokens}. "
             "Give more text, or ask for shorter windows (--max-seq-len, --calibration-seq-len)."
+        )
+    if int(tokens.max()) >= vocabulary:
+        raise CheckpointError(
+            f"The tokenizer gives token {int(tokens.max())}, but the model knows {vocabulary} tokens, so it is the "
+            "tokenizer of another model. Put the right one beside the weights."
         )
     kept = windows if limit is None else min(limit, windows)
     return tokens[: kept * window_tokens].view(kept, window_tokens)

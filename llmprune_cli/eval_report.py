@@ -40,7 +40,8 @@ def prepare_text(
     corpus = load_corpus(options.dataset, options.split)
     tokenizer = load_tokenizer(checkpoint, reference.trust_remote_code)
     window = _window_tokens(checkpoint, options, listener)
-    return EvalText(corpus, cut_windows(corpus, tokenizer, window, options.limit))
+    vocabulary = checkpoint.config.get_text_config().vocab_size
+    return EvalText(corpus, cut_windows(corpus, tokenizer, vocabulary, window, options.limit))
 
 
 def report_perplexity(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from llmprune_cli.activations import CALIBRATED
 from llmprune_cli.calibration import CalibrationOptions
@@ -43,9 +44,10 @@ class PruneOptions:
 
     request: WidthRequest
     budget: Budget | None = None
-    importance: str = "magnitude"
+    importance: str = "range"
     layer_importance: str | None = None  # None: "influence" where text is measured anyway; else the deepest layers go
-    refit: str = "none"
+    refit: str = "residual"
+    left_open: frozenset[str] = frozenset()  # of importance and refit, those that nobody asked for
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     seed: int = 0
     plan: Path | None = None
@@ -64,6 +66,13 @@ class PruneOptions:
         """Whether anything is measured on calibration text."""
         measured = self.importance in CALIBRATED or self.ranks_layers
         return self.refit != "none" or (measured and not self.plan)
+
+    @property
+    def without_text(self) -> PruneOptions:
+        """The same, but what was left open measures nothing on text."""
+        reads_nothing = {"importance": "magnitude", "refit": "none"}
+        changes: dict[str, Any] = {name: reads_nothing[name] for name in self.left_open}
+        return replace(self, **changes)
 
     @property
     def ranks_layers(self) -> bool:

@@ -13,12 +13,12 @@ from typing import Any
 from llmprune_cli.calibration import CalibrationText, prepare_calibration, warn_of_shared_text
 from llmprune_cli.checkpoint import Checkpoint
 from llmprune_cli.dependency import hold_against_torch_pruning
-from llmprune_cli.errors import UnsupportedError, VerificationError
+from llmprune_cli.errors import CheckpointError, UnsupportedError, VerificationError
 from llmprune_cli.eval_report import prepare_text, report_perplexity
 from llmprune_cli.export import FORMATS
 from llmprune_cli.export.formats import ExportOptions
 from llmprune_cli.export.verification import PROMPTS, missing_memory, missing_runtime, verify
-from llmprune_cli.loading import ModelReference, load_tokenizer, open_checkpoint, pick_device
+from llmprune_cli.loading import ModelReference, load_tokenizer, open_checkpoint
 from llmprune_cli.options import EvalOptions, Listener, PruneOptions
 from llmprune_cli.plan import Plan, WidthRequest, legal_values, resolve, save_plan
 from llmprune_cli.proof import prove
@@ -100,7 +100,7 @@ def prune(
         subject.require(target.widths)
         after = summarize(subject.predict(target), target.widths)
         text = prepare_text(checkpoint, reference, evaluation, listener) if evaluation else None
-        calibration = _prepare_calibration(checkpoint, reference, options, listener)
+        options, calibration = _prepare_calibration(subject, reference, options, listener)
         if calibration is not None and text is not None:
             warn_of_shared_text(calibration.corpus, text.corpus, listener.warn)
         prove(subject.architecture, subject.trace, target.widths.changed_from(subject.widths), prune_twin)
@@ -155,14 +155,28 @@ def prune(
 
 
 def _prepare_calibration(
-    checkpoint: Checkpoint, reference: ModelReference, options: PruneOptions, listener: Listener
-) -> CalibrationText | None:
+    subject: Subject, reference: ModelReference, options: PruneOptions, listener: Listener
+) -> tuple[PruneOptions, CalibrationText | None]:
+    """The text to calibrate on; where none can be had and nobody asked for any, options that do without."""
     if not (options.needs_text and options.needs_weights):
-        return None
-    pick_device(options.calibration.device)
+        return options, None
+    checkpoint = subject.checkpoint
+    device = options.layer_device
     longest = getattr(checkpoint.config, "max_position_embeddings", None)
-    tokenizer = load_tokenizer(checkpoint, reference.trust_remote_code)
-    return prepare_calibration(options.calibration, tokenizer, longest, options.seed, listener.warn)
+    vocabulary = checkpoint.config.get_text_config().vocab_size
+    try:
+        tokenizer = load_tokenizer(checkpoint, reference.trust_remote_code)
+        calibration = prepare_calibration(
+            options.calibration, tokenizer, vocabulary, longest, options.seed, listener.warn
+        )
+        if options.left_open:
+            subject.layered(device).load_layer(0)
+    except (CheckpointError, UnsupportedError) as error:
+        if options.without_text.needs_text or options.calibration.dataset is not None:
+            raise
+        listener.warn(f"{error} So units go by magnitude, and nothing is refitted: expect a model that is much worse.")
+        return options.without_text, None
+    return options, calibration
 
 
 def _fill(

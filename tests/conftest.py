@@ -30,6 +30,9 @@ WIKITEXT2 = Path(
     os.environ.get("LLMPRUNE_WIKITEXT2", Path(__file__).parents[2] / "shared" / "data" / "wikitext-2-raw-v1")
 )
 
+BY_MAGNITUDE = ("--importance", "magnitude", "--refit", "none")  # as torch-pruning's example does, without any text
+BY_CHANCE = ("--importance", "random", "--refit", "none")
+
 
 @dataclass(frozen=True)
 class Run:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from conftest import Run, run_cli
+from conftest import BY_MAGNITUDE, Run, run_cli
 
 USAGE, CHECKPOINT, UNSUPPORTED, PLAN, OUTPUT, INTERRUPTED = 2, 3, 4, 5, 6, 130
 
@@ -51,7 +51,7 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 def refuse_prune(model: Path, tmp_path: Path, code: int, *words: str, options: tuple[str, ...] = ()) -> None:
     before = state_of(tmp_path)
-    run = run_cli("prune", model, *(options or ("--pruning-ratio", "0.5")), "--output", tmp_path / "out")
+    run = run_cli("prune", model, *BY_MAGNITUDE, *(options or ("--pruning-ratio", "0.5")), "--output", tmp_path / "out")
     assert_refused(run, code, *words)
     assert state_of(tmp_path) == before
 
@@ -117,7 +117,7 @@ def test_a_config_that_is_not_a_json_object(model: Path, tmp_path: Path, text: s
 def test_sizes_that_make_no_model(model: Path, tmp_path: Path, field: str, value: object) -> None:
     edit_json(model / "config.json", lambda config: config.update({field: value}))
     before = state_of(tmp_path)
-    run = run_cli("prune", model, "--pruning-ratio", "0.5", "--output", tmp_path / "out")
+    run = run_cli("prune", model, *BY_MAGNITUDE, "--pruning-ratio", "0.5", "--output", tmp_path / "out")
     assert run.code in (CHECKPOINT, UNSUPPORTED), run.stderr
     assert "Traceback" not in run.stderr and run.stderr.startswith("Error: ")
     assert state_of(tmp_path) == before
@@ -254,7 +254,10 @@ def test_a_size_that_is_no_size(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_plan_made_for_another_model(model: Path, make_tiny: Callable[..., Path], tmp_path: Path) -> None:
-    assert run_cli("prune", model, "--pruning-ratio", "0.5", "--save-plan", tmp_path / "plan.json").code == 0
+    assert (
+        run_cli("prune", model, *BY_MAGNITUDE, "--pruning-ratio", "0.5", "--save-plan", tmp_path / "plan.json").code
+        == 0
+    )
     other = make_tiny("llama", intermediate_size=56)
     refuse_prune(other, tmp_path, PLAN, "made for another model", options=("--plan", str(tmp_path / "plan.json")))
 
@@ -276,10 +279,10 @@ def test_a_plan_that_contradicts_itself(
     model: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object]
 ) -> None:
     path = tmp_path / "plan.json"
-    assert run_cli("prune", model, "--pruning-ratio", "0.5", "--save-plan", path).code == 0
+    assert run_cli("prune", model, *BY_MAGNITUDE, "--pruning-ratio", "0.5", "--save-plan", path).code == 0
     edit_json(path, change)
     before = state_of(tmp_path)
-    run = run_cli("prune", model, "--plan", path, "--output", tmp_path / "out")
+    run = run_cli("prune", model, *BY_MAGNITUDE, "--plan", path, "--output", tmp_path / "out")
     assert run.code in (CHECKPOINT, PLAN), run.stderr
     assert "Error: " in run.stderr and state_of(tmp_path) == before
 
@@ -292,7 +295,9 @@ def test_a_plan_that_cannot_be_saved(model: Path, tmp_path: Path) -> None:
 # --- the output ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [["prune", "--pruning-ratio", "0.5"], ["export"]], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    "command", [["prune", *BY_MAGNITUDE, "--pruning-ratio", "0.5"], ["export"]], ids=lambda words: words[0]
+)
 @pytest.mark.parametrize("place", [".", "inside", ".."])
 def test_an_output_that_overlaps_the_input(model: Path, tmp_path: Path, command: list[str], place: str) -> None:
     before = state_of(tmp_path)
@@ -315,10 +320,10 @@ def test_an_output_that_is_a_file(model: Path, tmp_path: Path) -> None:
 
 def test_overwrite_replaces_a_model_folder(model: Path, tmp_path: Path) -> None:
     options = ["--intermediate-size", "24", "--output", tmp_path / "out"]
-    assert run_cli("prune", model, *options).code == 0
+    assert run_cli("prune", model, *BY_MAGNITUDE, *options).code == 0
     first = state_of(tmp_path / "out")
-    assert_refused(run_cli("prune", model, *options), OUTPUT, "--overwrite")
-    assert run_cli("prune", model, *options, "--overwrite").code == 0
+    assert_refused(run_cli("prune", model, *BY_MAGNITUDE, *options), OUTPUT, "--overwrite")
+    assert run_cli("prune", model, *BY_MAGNITUDE, *options, "--overwrite").code == 0
     assert state_of(tmp_path / "out") == first
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
@@ -331,7 +336,7 @@ def test_an_output_on_a_read_only_folder(model: Path, tmp_path: Path) -> None:
     else:
         target = tmp_path / "closed" / "out"
         target.parent.mkdir(mode=0o500)
-    for command in (["prune", model, "--pruning-ratio", "0.5"], ["export", model]):
+    for command in (["prune", model, *BY_MAGNITUDE, "--pruning-ratio", "0.5"], ["export", model]):
         assert_refused(run_cli(*command, "--output", target), OUTPUT, "not writable")
 
 
@@ -394,7 +399,7 @@ def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 @pytest.mark.parametrize("interruption", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_prune_leaves_nothing(large_model: Path, tmp_path: Path, interruption: signal.Signals) -> None:
-    command = [sys.executable, "-m", "llmprune_cli", "prune", large_model, "--intermediate-size", "4090"]
+    command = [sys.executable, "-m", "llmprune_cli", "prune", large_model, *BY_MAGNITUDE, "--intermediate-size", "4090"]
     child = subprocess.Popen(
         [*map(str, command), "--importance", "random", "--output", str(tmp_path / "out")],
         stdout=subprocess.PIPE,

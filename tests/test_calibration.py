@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import families
-from conftest import Opened, run_cli, save_tiny
+from conftest import BY_MAGNITUDE, Opened, run_cli, save_tiny
 from llmprune_cli.activations import measure_activity
 from llmprune_cli.architecture import NEURONS
 from llmprune_cli.calibration import CalibrationOptions, prepare_calibration
@@ -281,6 +281,34 @@ def test_a_dry_run_shows_the_candidates(tiny_llama: Path, text_file: Path) -> No
     assert json.loads(run_cli("prune", tiny_llama, *options, "--json").stdout)["after"]["size_bytes"] <= 100_000
 
 
+def test_widths_alone_are_pruned_by_what_works(tiny_llama: Path, tmp_path: Path, text_file: Path) -> None:
+    widths = ("--intermediate-size", "24", "--output", tmp_path / "out", "--json")
+    run = run_cli("prune", tiny_llama, *widths, "--calibration", text_file, *CALIBRATED)
+    result = json.loads(run.stdout)
+    assert (result["importance"], result["refit"]) == ("range", "residual") and result["calibration"]["layers"]
+
+
+@pytest.mark.parametrize("fault", ["no tokenizer", "another model's tokenizer"])
+def test_without_usable_text_units_go_by_magnitude_with_a_warning(fault: str, tmp_path: Path, text_file: Path) -> None:
+    source = save_tiny(tmp_path / "model", vocab_size=96 if fault == "no tokenizer" else 80)
+    if fault == "no tokenizer":
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (source / name).unlink()
+    widths = ("--intermediate-size", "24")
+    run = run_cli("prune", source, *widths, "--output", tmp_path / "open", "--json")
+    assert run.code == 0 and "Warning" in run.stderr and "by magnitude" in run.stderr
+    result = json.loads(run.stdout)
+    assert (result["importance"], result["refit"]) == ("magnitude", "none") and result["calibration"] is None
+    assert run_cli("prune", source, *widths, *BY_MAGNITUDE, "--output", tmp_path / "asked").code == 0
+    first, second = (sorted((tmp_path / name).glob("*.safetensors")) for name in ("open", "asked"))
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    for asked in (("--refit", "residual"), ("--importance", "range"), ("--calibration", text_file)):
+        refused = run_cli("prune", source, *widths, *asked, "--output", tmp_path / "refused")
+        assert refused.code == 3 and "tokenizer" in refused.stderr and not (tmp_path / "refused").exists()
+    evaluated = run_cli("eval", source, "--dataset", text_file, "--max-seq-len", "32")
+    assert evaluated.code == 3 and "tokenizer" in evaluated.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "code", "word"),
     [
@@ -314,7 +342,7 @@ def test_layers_go_by_block_influence(tiny_llama: Path, tmp_path: Path, text_fil
     with open_checkpoint(ModelReference(str(source)), need_weights=True) as checkpoint:
         subject = understand(checkpoint)
         text = prepare_calibration(
-            CalibrationOptions(str(text_file), tokens=600, seq_len=40), load_tokenizer(checkpoint), 64, 0, print
+            CalibrationOptions(str(text_file), tokens=600, seq_len=40), load_tokenizer(checkpoint), 96, 64, 0, print
         )
         with torch.inference_mode():
             layered = subject.layered("cpu")

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from conftest import Run, run_cli, save_tiny
+from conftest import BY_MAGNITUDE, Run, run_cli, save_tiny
 from llmprune_cli.loading import ModelReference, open_checkpoint
 from test_oracles import load_stock
 from test_peer import written_tensors
@@ -40,7 +40,7 @@ def edit_config(folder: Path, **changes: object) -> None:
 
 
 def prune(model: Path, output: Path, *options: str) -> Path:
-    run = run_cli("prune", model, *(options or ("--pruning-ratio", "0.5")), "--output", output)
+    run = run_cli("prune", model, *BY_MAGNITUDE, *(options or ("--pruning-ratio", "0.5")), "--output", output)
     assert run.code == 0, run.stderr
     return output
 
@@ -273,7 +273,7 @@ def test_fp8_weights_prune_as_their_dequantized_values(tiny_llama: Path, tmp_pat
     one, other = (json.loads(run_cli("inspect", model, "--json").stdout) for model in (plain, form))
     assert one["before"]["parameters"] == other["before"]["parameters"]
     dry = ("--pruning-ratio", "0.5", "--dry-run", "--dtype", dtype, "--json")
-    dry_one, dry_other = (json.loads(run_cli("prune", model, *dry).stdout) for model in (plain, form))
+    dry_one, dry_other = (json.loads(run_cli("prune", model, *BY_MAGNITUDE, *dry).stdout) for model in (plain, form))
     assert all(dry_one["after"][key] == dry_other["after"][key] for key in ("widths", "parameters", "size_bytes"))
 
 
@@ -288,7 +288,7 @@ def test_the_description_of_quantized_weights_reads_no_weights(tiny_llama: Path,
 def test_fp8_blocks_that_are_cut_short_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
     form = rewrite(tiny_llama, tmp_path / "form", lambda tensors: quantize_fp8(tensors, (8, 16)))
     edit_config(form, quantization_config={**FP8, "weight_block_size": [8, 20]})
-    run = run_cli("prune", form, "--pruning-ratio", "0.5", "--output", tmp_path / "out")
+    run = run_cli("prune", form, *BY_MAGNITUDE, "--pruning-ratio", "0.5", "--output", tmp_path / "out")
     assert_refused(run, UNSUPPORTED, "FP8 blocks", "_proj.weight")
 
 
@@ -297,7 +297,7 @@ def test_fp8_weights_without_their_scales_are_refused(tiny_llama: Path, tmp_path
     scale = "model.layers.1.mlp.up_proj.weight_scale_inv"
     broken = rewrite(form, tmp_path / "broken", lambda tensors: {n: t for n, t in tensors.items() if n != scale})
     edit_config(broken, quantization_config=FP8)
-    run = run_cli("prune", broken, "--pruning-ratio", "0.5", "--output", tmp_path / "out")
+    run = run_cli("prune", broken, *BY_MAGNITUDE, "--pruning-ratio", "0.5", "--output", tmp_path / "out")
     assert_refused(run, CHECKPOINT, "up_proj")
 
 
@@ -377,7 +377,7 @@ def test_bitsandbytes_names_the_package_that_it_needs(
     form = rewrite(tiny_llama, tmp_path / "form", lambda tensors: tensors)
     edit_config(form, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     assert run_cli("inspect", form).code == 0
-    run = run_cli("prune", form, "--pruning-ratio", "0.5", "--output", tmp_path / "out")
+    run = run_cli("prune", form, *BY_MAGNITUDE, "--pruning-ratio", "0.5", "--output", tmp_path / "out")
     assert_refused(run, UNSUPPORTED, "bitsandbytes", "pip install")
 
 

@@ -19,7 +19,7 @@ import torch
 
 import llmprune_cli
 import support_matrix
-from conftest import run_cli, run_process
+from conftest import BY_MAGNITUDE, run_cli, run_process
 from test_oracles import load_stock
 from test_peer import written_tensors
 
@@ -136,7 +136,7 @@ def test_every_command_prints_one_document(tiny_llama: Path, tmp_path: Path, tex
         ["inspect", tiny_llama],
         ["inspect", tiny_llama, "--pruning-ratio", "0.5"],
         ["prune", tiny_llama, "--pruning-ratio", "0.5", "--dry-run"],
-        ["prune", tiny_llama, "--pruning-ratio", "0.5", "--output", tmp_path / "pruned"],
+        ["prune", tiny_llama, *BY_MAGNITUDE, "--pruning-ratio", "0.5", "--output", tmp_path / "pruned"],
         ["eval", tmp_path / "pruned", "--dataset", text_file, "--max-seq-len", "32"],
         ["export", tmp_path / "pruned", "--output", tmp_path / "exported"],
     ]
@@ -163,7 +163,7 @@ def test_tables_say_what_json_says(tiny_llama: Path, tmp_path: Path) -> None:
     for side in ("before", "after"):
         assert f"{document[side]['parameters']:,}" in table
     assert "0-1: 2 ×" in table and "48 × 64" in table and "24 × 32" in table
-    written = run_cli("prune", tiny_llama, "--pruning-ratio", "0.5", "--output", tmp_path / "out").stdout
+    written = run_cli("prune", tiny_llama, *BY_MAGNITUDE, "--pruning-ratio", "0.5", "--output", tmp_path / "out").stdout
     assert f"{document['after']['parameters']:,}" in written and str(tmp_path / "out") in written.replace("\n", "")
 
 
@@ -174,7 +174,7 @@ def test_the_output_holds_everything_that_a_user_needs(tiny_llama: Path, tmp_pat
     source = Path(shutil.copytree(tiny_llama, tmp_path / "source"))
     settings = {"temperature": 0.6, "top_p": 0.9, "do_sample": False, "eos_token_id": 2}
     (source / "generation_config.json").write_text(json.dumps(settings))
-    run = run_cli("prune", source, "--pruning-ratio", "0.5", "--output", tmp_path / "out", "--seed", "3")
+    run = run_cli("prune", source, *BY_MAGNITUDE, "--pruning-ratio", "0.5", "--output", tmp_path / "out", "--seed", "3")
     assert run.code == 0, run.stderr
     names = {path.name for path in (tmp_path / "out").iterdir()}
     companions = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
@@ -200,7 +200,7 @@ def test_pickled_weights_prune_as_safetensors_do(make_tiny: Callable[..., Path],
             {**state, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, pickled / "pytorch_model.bin"
         )
         for source, target in ((folder, "a"), (pickled, "b")):
-            run = run_cli("prune", source, "--pruning-ratio", "0.5", "--output", work / target)
+            run = run_cli("prune", source, *BY_MAGNITUDE, "--pruning-ratio", "0.5", "--output", work / target)
             assert run.code == 0, run.stderr
         first, second = written_tensors(work / "a"), written_tensors(work / "b")
         assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
@@ -229,7 +229,9 @@ def test_export_changes_dtype_and_shards_and_nothing_else(tiny_llama: Path, tmp_
 
 
 def test_export_keeps_the_manifest_of_a_pruned_model(tiny_llama: Path, tmp_path: Path) -> None:
-    assert run_cli("prune", tiny_llama, "--intermediate-size", "24", "--output", tmp_path / "a").code == 0
+    assert (
+        run_cli("prune", tiny_llama, *BY_MAGNITUDE, "--intermediate-size", "24", "--output", tmp_path / "a").code == 0
+    )
     assert run_cli("export", tmp_path / "a", "--output", tmp_path / "b").code == 0
     assert (tmp_path / "a" / "llmprune.json").read_text() == (tmp_path / "b" / "llmprune.json").read_text()
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import run_cli
+from conftest import BY_MAGNITUDE, run_cli
 from llmprune_cli import evaluation
 
 WINDOW = 32
@@ -87,7 +87,7 @@ def test_every_form_of_text_gives_the_same_windows(tiny_llama: Path, tmp_path: P
 
 
 def test_two_models_side_by_side(tiny_llama: Path, tmp_path: Path, text_file: Path) -> None:
-    run = run_cli("prune", tiny_llama, "--intermediate-size", "24", "--output", tmp_path / "small")
+    run = run_cli("prune", tiny_llama, *BY_MAGNITUDE, "--intermediate-size", "24", "--output", tmp_path / "small")
     assert run.code == 0, run.stderr
     options = ["--dataset", text_file, "--max-seq-len", str(WINDOW)]
     report = evaluated(tiny_llama, "--compare", tmp_path / "small", *options)
@@ -111,8 +111,8 @@ def test_long_windows_by_default_are_warned_about(make_tiny: Callable[..., Path]
 
 def test_prune_with_eval_is_the_examples_whole_run(tiny_llama: Path, tmp_path: Path, text_file: Path) -> None:
     options = ["--pruning-ratio", "0.5", "--eval", "--max-seq-len", str(WINDOW), "--dataset", text_file, "--json"]
-    kept = run_cli("prune", tiny_llama, *options, "--output", tmp_path / "out")
-    temporary = run_cli("prune", tiny_llama, *options)
+    kept = run_cli("prune", tiny_llama, *BY_MAGNITUDE, *options, "--output", tmp_path / "out")
+    temporary = run_cli("prune", tiny_llama, *BY_MAGNITUDE, *options)
     assert kept.code == temporary.code == 0, kept.stderr + temporary.stderr
     reports = [json.loads(run.stdout)["evaluation"]["results"] for run in (kept, temporary)]
     assert [r["perplexity"] for r in reports[0]] == [r["perplexity"] for r in reports[1]]

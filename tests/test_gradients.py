@@ -124,7 +124,7 @@ def test_layers_go_by_their_influence_or_by_the_loss_without_them(tmp_path: Path
     source = rewrite(save_tiny(tmp_path / "saved", num_hidden_layers=4), tmp_path / "model", silence)
     with open_checkpoint(ModelReference(str(source)), need_weights=True) as checkpoint:
         options = CalibrationOptions(str(text_file), tokens=600, seq_len=40)
-        windows = prepare_calibration(options, load_tokenizer(checkpoint), 64, 0, print).fitted
+        windows = prepare_calibration(options, load_tokenizer(checkpoint), 96, 64, 0, print).fitted
         layered = understand(checkpoint).layered("cpu")
         with torch.inference_mode():
             scores = ablate_layers(layered, windows, tmp_path, lambda n: None)

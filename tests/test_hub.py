@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import run_process
+from conftest import BY_MAGNITUDE, run_process
 
 REPOSITORY, COMMIT = "tests/tiny-llama", "0123456789abcdef0123456789abcdef01234567"
 
@@ -93,7 +93,7 @@ def test_a_revision_resolves_offline_from_the_cache(tiny_llama: Path, tmp_path: 
     options = ["--revision", "v1", "--pruning-ratio", "0.5", "--json"]
     inspected = run_process("inspect", REPOSITORY, *options, env=offline)
     assert inspected.code == 0, inspected.stderr
-    pruned = run_process("prune", REPOSITORY, *options, "--output", tmp_path / "out", env=offline)
+    pruned = run_process("prune", REPOSITORY, *BY_MAGNITUDE, *options, "--output", tmp_path / "out", env=offline)
     assert pruned.code == 0, pruned.stderr
     manifest = json.loads((tmp_path / "out" / "llmprune.json").read_text())
     assert (manifest["source"], manifest["revision"]) == (REPOSITORY, COMMIT)
@@ -112,11 +112,13 @@ def test_a_revision_resolves_from_a_server(tiny_llama: Path, tmp_path: Path) -> 
         summary = json.loads(inspected.stdout)
         assert summary["revision"] == COMMIT and not summary["has_weights"]
         pruned = run_process(
-            *("prune", REPOSITORY, "--revision", "v1", "--pruning-ratio", "0.5", "--output", tmp_path / "out"), env=env
+            *("prune", REPOSITORY, *BY_MAGNITUDE, "--revision", "v1"),
+            *("--pruning-ratio", "0.5", "--output", tmp_path / "out"),
+            env=env,
         )
         assert pruned.code == 0, pruned.stderr
         assert {path.name for path in tiny_llama.glob("*.safetensors")} <= set(downloaded)
-    local = run_process("prune", tiny_llama, "--pruning-ratio", "0.5", "--output", tmp_path / "local")
+    local = run_process("prune", tiny_llama, *BY_MAGNITUDE, "--pruning-ratio", "0.5", "--output", tmp_path / "local")
     assert local.code == 0, local.stderr
     shards = sorted(path.name for path in (tmp_path / "local").glob("*.safetensors"))
     assert [(tmp_path / "out" / name).read_bytes() for name in shards] == [

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import run_cli, save_tiny
+from conftest import BY_CHANCE, BY_MAGNITUDE, run_cli, save_tiny
 from families import FAMILIES, SIZES, model_type
 from test_peer import written_tensors
 
@@ -97,7 +97,7 @@ def test_every_width_reloads_counts_as_planned_and_generates(
             continue
         out = tmp_path / width
         plan = json.loads(run_cli("inspect", folder, *options, "--json").stdout)
-        run = run_cli("prune", folder, *options, "--output", out, "--max-shard-size", "20KB", "--json")
+        run = run_cli("prune", folder, *BY_MAGNITUDE, *options, "--output", out, "--max-shard-size", "20KB", "--json")
         assert run.code == 0, f"{width}: {run.stderr}"
         result = json.loads(run.stdout)
         assert width == "together" or result["after"]["widths"][width] < result["before"]["widths"][width]
@@ -125,7 +125,7 @@ def test_what_nothing_reads_goes_without_a_trace(tiny_of: Callable[[str], Path],
         cuts["intermediate_size"] = ["--intermediate-size", "24"]
     for width, options in cuts.items():
         plan, out = tmp_path / f"{width}.json", tmp_path / width
-        run = run_cli("prune", folder, *options, "--save-plan", plan, "--output", out, "--importance", "random")
+        run = run_cli("prune", folder, *options, "--save-plan", plan, "--output", out, *BY_CHANCE)
         assert run.code == 0, run.stderr
         keep = json.loads(plan.read_text())
         dense = load_stock(folder)
@@ -176,7 +176,16 @@ def test_experts_and_their_neurons_go_without_a_trace(
     shared = ["shared_expert_intermediate_size"] if "shared_expert_intermediate_size" in legal else []
     for width in (own, *shared, "num_experts"):
         plan, out = tmp_path / f"{width}.json", tmp_path / width
-        run = run_cli("prune", folder, *CUTS[width], "--save-plan", plan, "--output", out, "--importance", "random")
+        run = run_cli(
+            "prune",
+            folder,
+            *CUTS[width],
+            "--save-plan",
+            plan,
+            "--output",
+            out,
+            *BY_CHANCE,
+        )
         assert run.code == 0, f"{width}: {run.stderr}"
         document = json.loads(plan.read_text())
         dense = load_stock(folder)
@@ -218,7 +227,7 @@ def silence_experts(model: Any, family: str, keep: dict[str, list[int]], width: 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_identity_plan_writes_the_same_bytes(tiny_of: Callable[[str], Path], tmp_path: Path, family: str) -> None:
     folder = tiny_of(family)
-    run = run_cli("prune", folder, "--pruning-ratio", "0", "--output", tmp_path / "out")
+    run = run_cli("prune", folder, *BY_MAGNITUDE, "--pruning-ratio", "0", "--output", tmp_path / "out")
     assert run.code == 0, run.stderr
     before, after = written_tensors(folder), written_tensors(tmp_path / "out")
     assert before.keys() == after.keys()
@@ -231,7 +240,8 @@ def test_the_identity_plan_writes_the_same_bytes(tiny_of: Callable[[str], Path],
 def test_a_pruned_gemma_makes_up_for_its_embedding_scale(tiny_of: Callable[[str], Path], tmp_path: Path) -> None:
     folder = tiny_of("gemma")
     run = run_cli(
-        "prune", folder, "--hidden-size", "16", "--save-plan", tmp_path / "plan", "--output", tmp_path / "out"
+        *("prune", folder, *BY_MAGNITUDE, "--hidden-size", "16"),
+        *("--save-plan", tmp_path / "plan", "--output", tmp_path / "out"),
     )
     assert run.code == 0, run.stderr
     kept = json.loads((tmp_path / "plan").read_text())["keep"]["hidden_size"][""]
@@ -244,7 +254,9 @@ def test_a_pruned_gemma_makes_up_for_its_embedding_scale(tiny_of: Callable[[str]
 
 def test_removed_experts_leave_the_best_by_magnitude(tiny_of: Callable[[str], Path], tmp_path: Path) -> None:
     folder = tiny_of("mixtral")
-    run = run_cli("prune", folder, "--experts", "3", "--save-plan", tmp_path / "plan", "--output", tmp_path / "out")
+    run = run_cli(
+        "prune", folder, *BY_MAGNITUDE, "--experts", "3", "--save-plan", tmp_path / "plan", "--output", tmp_path / "out"
+    )
     assert run.code == 0, run.stderr
     chosen = json.loads((tmp_path / "plan").read_text())["keep"]["num_experts"]
     dense, pruned = written_tensors(folder), written_tensors(tmp_path / "out")
@@ -264,7 +276,7 @@ def test_removed_experts_leave_the_best_by_magnitude(tiny_of: Callable[[str], Pa
 def test_dropped_layers_take_their_settings_with_them(tiny_of: Callable[[str], Path], tmp_path: Path) -> None:
     def config_of(family: str, dropped: str) -> dict[str, Any]:
         out = tmp_path / f"{family}-{dropped}"
-        run = run_cli("prune", tiny_of(family), "--drop-layers", dropped, "--output", out)
+        run = run_cli("prune", tiny_of(family), *BY_MAGNITUDE, "--drop-layers", dropped, "--output", out)
         assert run.code == 0, run.stderr
         config: dict[str, Any] = json.loads((out / "config.json").read_text())
         return config
@@ -284,31 +296,35 @@ def test_dropped_layers_take_their_settings_with_them(tiny_of: Callable[[str], P
 
 
 def test_layers_that_no_rhythm_describes_are_refused(tiny_of: Callable[[str], Path], tmp_path: Path) -> None:
-    run = run_cli("prune", tiny_of("jamba"), "--drop-layers", "1", "--output", tmp_path / "out")
+    run = run_cli("prune", tiny_of("jamba"), *BY_MAGNITUDE, "--drop-layers", "1", "--output", tmp_path / "out")
     assert run.code == 5 and "no expert_layer_period describes the layers that would stay" in run.stderr
-    run = run_cli("prune", tiny_of("jamba"), "--layers", "3", "--dry-run", "--save-plan", tmp_path / "plan")
+    run = run_cli(
+        "prune", tiny_of("jamba"), *BY_MAGNITUDE, "--layers", "3", "--dry-run", "--save-plan", tmp_path / "plan"
+    )
     assert run.code == 0 and "keeps its rhythm" in run.stderr
     assert json.loads((tmp_path / "plan").read_text())["layers"] == [0, 1, 2]
 
 
 def test_a_model_without_attention_has_no_heads_to_prune(tiny_of: Callable[[str], Path], tmp_path: Path) -> None:
-    run = run_cli("prune", tiny_of("mamba"), "--num-attention-heads", "2", "--output", tmp_path / "out")
+    run = run_cli("prune", tiny_of("mamba"), *BY_MAGNITUDE, "--num-attention-heads", "2", "--output", tmp_path / "out")
     assert run.code == 5 and "has no attention heads" in run.stderr
 
 
 def test_a_width_that_cannot_change_alone_is_refused_with_the_rule(
     tiny_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    run = run_cli("prune", tiny_of("mamba2"), "--hidden-size", "32", "--output", tmp_path / "out")
+    run = run_cli("prune", tiny_of("mamba2"), *BY_MAGNITUDE, "--hidden-size", "32", "--output", tmp_path / "out")
     assert run.code == 5 and "hidden_size * expand" in run.stderr
-    run = run_cli("prune", tiny_of("granitemoehybrid"), "--pruning-ratio", "0.5", "--output", tmp_path / "out")
+    run = run_cli(
+        "prune", tiny_of("granitemoehybrid"), *BY_MAGNITUDE, "--pruning-ratio", "0.5", "--output", tmp_path / "out"
+    )
     assert run.code == 0 and "hidden_size stays 64" in run.stderr
 
 
 def test_a_rhythm_of_sparse_layers_survives_the_loss_of_one(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
     options = {**FAMILIES["qwen3_moe"], "mlp_only_layers": [], "decoder_sparse_step": 2, "num_hidden_layers": 5}
     folder = make_tiny("qwen3_moe", **options)  # layers 1 and 3 are sparse
-    run = run_cli("prune", folder, "--drop-layers", "0", "--output", tmp_path / "out")
+    run = run_cli("prune", folder, *BY_MAGNITUDE, "--drop-layers", "0", "--output", tmp_path / "out")
     assert run.code == 0, run.stderr
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["decoder_sparse_step"], config["mlp_only_layers"]) == (1, [1, 3])
@@ -316,7 +332,9 @@ def test_a_rhythm_of_sparse_layers_survives_the_loss_of_one(make_tiny: Callable[
 
 
 def test_layers_by_number_leave_the_first_and_the_last(tiny_of: Callable[[str], Path], tmp_path: Path) -> None:
-    run = run_cli("prune", tiny_of("qwen3"), "--layers", "2", "--save-plan", tmp_path / "plan", "--dry-run")
+    run = run_cli(
+        "prune", tiny_of("qwen3"), *BY_MAGNITUDE, "--layers", "2", "--save-plan", tmp_path / "plan", "--dry-run"
+    )
     assert run.code == 0, run.stderr
     assert json.loads((tmp_path / "plan").read_text())["layers"] == [0, 3]
 
@@ -324,10 +342,10 @@ def test_layers_by_number_leave_the_first_and_the_last(tiny_of: Callable[[str], 
 def test_replaying_a_plan_writes_the_same_bytes(tiny_of: Callable[[str], Path], tmp_path: Path) -> None:
     plan, model = tmp_path / "plan.json", tiny_of("qwen2_moe")
     first = run_cli(
-        "prune", model, "--pruning-ratio", "0.5", "--experts", "3", "--layers", "3", "--importance", "random",
+        "prune", model, "--pruning-ratio", "0.5", "--experts", "3", "--layers", "3", *BY_CHANCE,
         "--seed", "3", "--save-plan", plan, "--output", tmp_path / "a",
     )  # fmt: skip
-    second = run_cli("prune", model, "--plan", plan, "--output", tmp_path / "b")
+    second = run_cli("prune", model, *BY_MAGNITUDE, "--plan", plan, "--output", tmp_path / "b")
     assert (first.code, second.code) == (0, 0), first.stderr + second.stderr
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "b").iterdir())
@@ -340,7 +358,7 @@ def test_random_importance_follows_its_seed(tiny_llama: Path, tmp_path: Path) ->
     def kept(seed: int) -> Any:
         path = tmp_path / f"plan-{seed}.json"
         run = run_cli(
-            "prune", tiny_llama, "--pruning-ratio", "0.5", "--importance", "random", "--seed", str(seed),
+            "prune", tiny_llama, "--pruning-ratio", "0.5", *BY_CHANCE, "--seed", str(seed),
             "--dry-run", "--save-plan", path,
         )  # fmt: skip
         assert run.code == 0, run.stderr

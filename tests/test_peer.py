@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import run_cli
+from conftest import BY_MAGNITUDE, run_cli
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unwrapped parameters detected")  # RMSNorm: pruned as it should be
 DTYPES = ("float32", "bfloat16", "float16")
@@ -77,7 +77,7 @@ def test_prune_writes_what_torch_pruning_leaves(
         family, dtype=dtype, num_key_value_heads=8, hidden_size=96, intermediate_size=160, tie_word_embeddings=tied
     )
     expected = prune_as_the_example_does(folder, pruning_ratio, dtype)
-    run = run_cli("prune", folder, "--pruning-ratio", str(pruning_ratio), "--output", tmp_path / "out")
+    run = run_cli("prune", folder, *BY_MAGNITUDE, "--pruning-ratio", str(pruning_ratio), "--output", tmp_path / "out")
     assert run.code == 0, run.stderr
     written = written_tensors(tmp_path / "out")
     assert written.keys() == expected.keys()
@@ -95,7 +95,9 @@ def test_grouped_query_heads_go_evenly_by_the_formula_on_their_own_rows(
     folder = make_tiny(
         "qwen2", num_attention_heads=heads, num_key_value_heads=groups, head_dim=head_dim, hidden_size=heads * head_dim
     )
-    run = run_cli("prune", folder, "--head-pruning-ratio", str(pruning_ratio), "--output", tmp_path / "out")
+    run = run_cli(
+        "prune", folder, *BY_MAGNITUDE, "--head-pruning-ratio", str(pruning_ratio), "--output", tmp_path / "out"
+    )
     assert run.code == 0, run.stderr
     dense, pruned = written_tensors(folder), written_tensors(tmp_path / "out")
     removed = math.ceil(math.ceil(pruning_ratio * heads) / groups)

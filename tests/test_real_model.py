@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import WIKITEXT2, run_cli
+from conftest import BY_MAGNITUDE, WIKITEXT2, run_cli
 from test_eval import plain_perplexity
 from test_oracles import load_stock
 
@@ -51,7 +51,7 @@ def test_inspect_reads_the_gguf_and_the_folder_alike(gguf: Path, converted: Path
 
 def test_prune_writes_the_same_from_the_gguf_and_from_the_folder(gguf: Path, converted: Path, tmp_path: Path) -> None:
     results = [
-        document("prune", source, "--pruning-ratio", "0.3333333333", "--output", tmp_path / name)
+        document("prune", source, *BY_MAGNITUDE, "--pruning-ratio", "0.3333333333", "--output", tmp_path / name)
         for source, name in ((gguf, "a"), (converted, "b"))
     ]
     for result in results:
@@ -76,14 +76,14 @@ def test_prune_writes_the_same_from_the_gguf_and_from_the_folder(gguf: Path, con
     ids=lambda cut: cut[0],
 )
 def test_single_widths(converted: Path, tmp_path: Path, cut: tuple[str, str]) -> None:
-    result = document("prune", converted, *cut, "--output", tmp_path / "out")
+    result = document("prune", converted, *BY_MAGNITUDE, *cut, "--output", tmp_path / "out")
     assert result["after"]["widths"][cut[0][2:].replace("-", "_")] == int(cut[1])
     model = load_stock(tmp_path / "out")
     assert sum(parameter.numel() for parameter in model.parameters()) == result["after"]["parameters"]
 
 
 def test_a_hidden_size_that_llama_refuses_names_its_neighbours(converted: Path, tmp_path: Path) -> None:
-    run = run_cli("prune", converted, "--hidden-size", "512", "--output", tmp_path / "out")
+    run = run_cli("prune", converted, *BY_MAGNITUDE, "--hidden-size", "512", "--output", tmp_path / "out")
     assert run.code == 5 and "504, 513" in run.stderr and not list(tmp_path.iterdir())
     result = document("prune", converted, "--hidden-pruning-ratio", "0.1111", "--dry-run")
     assert result["after"]["widths"]["hidden_size"] == 513 and result["deviations"]

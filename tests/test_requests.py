@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conftest import run_cli, save_tiny
+from conftest import BY_MAGNITUDE, run_cli, save_tiny
 from families import FAMILIES, SIZES, model_type
 from test_oracles import load_stock
 
@@ -67,7 +67,7 @@ def test_a_request_is_met_exactly_or_refused_with_the_legal_values(family: str, 
         free = [w for w in OPTIONS if w in prunable and not prunable[w].startswith("no: ")]
         width = data.draw(st.sampled_from(free), "width")
         size = data.draw(st.integers(1, widths[width] + 1), "size")
-        run = run_cli("prune", folder, OPTIONS[width], str(size), "--output", out, "--json")
+        run = run_cli("prune", folder, *BY_MAGNITUDE, OPTIONS[width], str(size), "--output", out, "--json")
         if not is_legal(kind, width, size, widths):
             assert run.code == PLAN and "egal values" in run.stderr and not out.exists(), (width, size, run.stderr)
             return

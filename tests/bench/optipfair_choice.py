@@ -14,7 +14,9 @@ from llmprune_cli.calibration import CalibrationOptions, prepare_calibration
 def main(folder: str, output: str, neurons: int, corpus: str, tokens: int, seq_len: int) -> None:
     """Keep so many neurons of each layer and write the model; the hybrid of weight ranges and activation norms."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = prepare_calibration(CalibrationOptions(corpus, tokens=tokens, seq_len=seq_len), tokenizer, None, 0, sys.exit)
+    text = prepare_calibration(
+        CalibrationOptions(corpus, tokens=tokens, seq_len=seq_len), tokenizer, len(tokenizer), None, 0, sys.exit
+    )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     whole = model.config.intermediate_size
     optipfair.prune_model(

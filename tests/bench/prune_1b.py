@@ -232,7 +232,8 @@ def resident_peak(usage: resource.struct_rusage) -> int:
 
 def llmprune_command(folder: Path, output: Path) -> list[str]:
     """What a user types to prune a folder, with the interpreter that runs this."""
-    prune = [sys.executable, "-m", "llmprune_cli", "prune", str(folder)]
+    by_magnitude = ["--importance", "magnitude", "--refit", "none"]
+    prune = [sys.executable, "-m", "llmprune_cli", "prune", str(folder), *by_magnitude]
     return [*prune, "--pruning-ratio", str(PRUNING_RATIO), "--output", str(output), "--overwrite"]
 
 

@@ -153,7 +153,9 @@ def prepare(work: Path) -> Bench:
         run_command(["llmprune", "export", str(gguf), "--output", str(model)])
     tokenizer = AutoTokenizer.from_pretrained(model)
     corpora = {name: load_corpus(name, "test") for name in (WIKITEXT2, PYTHON_DOCS)}
-    texts = {name: cut_windows(corpus, tokenizer, WINDOW_TOKENS, WINDOWS) for name, corpus in corpora.items()}
+    texts = {
+        name: cut_windows(corpus, tokenizer, len(tokenizer), WINDOW_TOKENS, WINDOWS) for name, corpus in corpora.items()
+    }
     return Bench.over(model, work, texts)
 
 
