@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OPTIPFAIR := $(VENV)/.optipfair
+CONSUMERS := $(VENV)/.consumers
 
-.PHONY: demo matrix test check lint fix bench bench-memory bench-quality check-ranges clean
+.PHONY: demo matrix test check lint fix bench bench-memory bench-quality check-consumers check-ranges clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,6 +16,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(OPTIPFAIR): $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps optipfair
+	touch $@
+
+$(CONSUMERS): $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[consumers]'
 	touch $@
 
 demo: $(INSTALLED)  ## inspect, prune, evaluate and reload a real model
@@ -45,6 +50,9 @@ bench-memory: $(INSTALLED)  ## peak memory and time of a calibrated prune, on 8B
 
 bench-quality: $(OPTIPFAIR)  ## compare what pruned models are still worth, with other methods at equal size
 	$(BIN)/python tests/bench/quality.py
+
+check-consumers: $(CONSUMERS)  ## run pruned folders through lm-evaluation-harness and peft
+	$(BIN)/python -m pytest tests/test_consumers.py
 
 check-ranges:  ## run the core suite on the lowest versions that pyproject.toml allows
 	$(PYTHON) -m venv --clear $(VENV)-lowest

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from llmprune_cli.products import Product, Watcher
 
 
-CALIBRATED = ("activation", "range", "taylor")  # the importances that are measured on text
+CALIBRATED = ("activation", "range", "taylor", "consensus")  # the importances that are measured on text
 
 
 @dataclass(frozen=True)

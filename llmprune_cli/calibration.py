@@ -75,6 +75,14 @@ def prepare_calibration(
     return CalibrationText(corpus, windows[drawn], windows[judged])
 
 
+def spread_windows(windows: torch.Tensor, tokens: int) -> torch.Tensor:
+    """So many of the windows [N, T] that they have at most as many tokens (one at least), from all over them."""
+    import torch
+
+    count = min(len(windows), max(1, tokens // windows.shape[1]))
+    return windows[torch.linspace(0, len(windows) - 1, count).long()]
+
+
 def warn_of_shared_text(calibration: Corpus, evaluated: Corpus, warn: Callable[[str], None]) -> None:
     """Warn where one text is a part of the other: perplexity then tells how well it was fitted."""
     shorter, longer = sorted((calibration.text, evaluated.text), key=len)

@@ -32,6 +32,7 @@ class Importance(enum.StrEnum):
     activation = "activation"
     range = "range"
     taylor = "taylor"
+    consensus = "consensus"
 
 
 class LayerImportance(enum.StrEnum):
@@ -291,7 +292,8 @@ def prune(
     target_params: TargetParams = None,
     target_size: TargetSize = None,
     importance: Annotated[
-        Importance | None, typer.Option(help="How units are ranked. [default: range; magnitude where there is no text]")
+        Importance | None,
+        typer.Option(help="How units are ranked. [default: consensus; magnitude where there is no text]"),
     ] = None,
     layer_importance: Annotated[
         LayerImportance | None,
@@ -376,7 +378,7 @@ def prune(
     options = PruneOptions(
         request=WidthRequest(*request_values, round_to, kept),
         budget=budget,
-        importance=(importance or Importance.range).value,
+        importance=(importance or Importance.consensus).value,
         layer_importance=layer_importance.value if layer_importance else None,
         refit=(refit or Refit.residual).value,
         left_open=frozenset(name for name, value in (("importance", importance), ("refit", refit)) if value is None),
@@ -396,7 +398,7 @@ def prune(
     if report is not None and (dry_run or not options.needs_text or not (output_folder or evaluate)):
         raise typer.BadParameter(
             "--report draws what calibration measures on a pruned model: give --output or --eval, and a --refit or a "
-            "calibrated --importance (activation, range, taylor)."
+            "calibrated --importance (activation, range, taylor, consensus)."
         )
     for value, name in ((statistics, "--statistics"), (resume, "--resume"), (offload_dir, "--offload-dir")):
         if value and not options.needs_text:

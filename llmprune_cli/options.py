@@ -44,7 +44,7 @@ class PruneOptions:
 
     request: WidthRequest
     budget: Budget | None = None
-    importance: str = "range"
+    importance: str = "consensus"
     layer_importance: str | None = None  # None: "influence" where text is measured anyway; else the deepest layers go
     refit: str = "residual"
     left_open: frozenset[str] = frozenset()  # of importance and refit, those that nobody asked for

@@ -6,10 +6,12 @@ import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmprune_cli.ablation import ABLATION_TOKENS, ablate_layers
 from llmprune_cli.activations import CALIBRATED, Activity, measure_activity
-from llmprune_cli.calibration import CalibrationText
+from llmprune_cli.calibration import CalibrationText, spread_windows
+from llmprune_cli.consensus import GRADIENT_SHARE_TOKENS, agree
 from llmprune_cli.divergence import Side, compare
 from llmprune_cli.errors import PlanError
 from llmprune_cli.gradients import measure_gradients
@@ -22,6 +24,9 @@ from llmprune_cli.search import Budget, Candidate, least_target, search_widths
 from llmprune_cli.statistics_store import StatisticsStore, statistics_key
 from llmprune_cli.subject import Subject
 from llmprune_cli.workfolder import WorkFolder
+
+if TYPE_CHECKING:
+    import torch
 
 SEARCH_WINDOWS = 8  # of calibration text on which a candidate is refitted; half as many are held out to judge it
 
@@ -218,27 +223,38 @@ def _measure(
     work: WorkFolder | None,
     listener: Listener,
 ) -> Activity | None:
-    import torch
-
     if calibration is None or not options.needs_activity:
         return None
-    windows = calibration.fitted
+    remembered = options.statistics or (work.statistics if work is not None else None)
 
-    def measure() -> Activity:
-        model, folder = subject.layered(options.layer_device), options.offload_dir
-        if options.importance == "taylor":
-            listener.stage("Measuring gradients", 2 * model.layers)
-            return measure_gradients(model, subject.trace, windows, _states_folder(options), listener.advance)
-        listener.stage("Measuring activity", model.layers)
-        with torch.inference_mode():
-            stream = model.embed(windows, folder)
-            return measure_activity(model, subject.trace, stream, options.importance, listener.advance, folder)
+    def measured(kind: str, windows: torch.Tensor) -> Activity:
+        def measure() -> Activity:
+            return _measure_once(subject, kind, windows, options, listener)
 
-    folder = options.statistics or (work.statistics if work is not None else None)
-    if folder is None:
-        return measure()
-    key = statistics_key(subject.checkpoint, windows, options.layer_device)
-    return StatisticsStore(folder, key, listener.warn).recall(options.importance, measure)
+        if remembered is None:
+            return measure()
+        key = statistics_key(subject.checkpoint, windows, options.layer_device)
+        return StatisticsStore(remembered, key, listener.warn).recall(kind, measure)
+
+    if options.importance == "consensus":
+        some = spread_windows(calibration.fitted, GRADIENT_SHARE_TOKENS)
+        return agree(measured("range", calibration.fitted), measured("taylor", some))
+    return measured(options.importance, calibration.fitted)
+
+
+def _measure_once(
+    subject: Subject, kind: str, windows: torch.Tensor, options: PruneOptions, listener: Listener
+) -> Activity:
+    import torch
+
+    model, folder = subject.layered(options.layer_device), options.offload_dir
+    if kind == "taylor":
+        listener.stage("Measuring gradients", 2 * model.layers)
+        return measure_gradients(model, subject.trace, windows, _states_folder(options), listener.advance)
+    listener.stage("Measuring activity", model.layers)
+    with torch.inference_mode():
+        stream = model.embed(windows, folder)
+        return measure_activity(model, subject.trace, stream, kind, listener.advance, folder)
 
 
 def _states_folder(options: PruneOptions) -> Path:
@@ -259,12 +275,10 @@ def _score_layers(
     if activity is not None and options.layer_importance != "loss":
         return activity.influence
     model = subject.layered(options.layer_device)
-    fitted = calibration.fitted
-    count = min(len(fitted), max(1, ABLATION_TOKENS // fitted.shape[1]))
-    spread = torch.linspace(0, len(fitted) - 1, count).long()
+    windows = spread_windows(calibration.fitted, ABLATION_TOKENS)
     listener.stage("Leaving out each layer", model.layers * (model.layers + 1) // 2)
     with torch.inference_mode():
-        return ablate_layers(model, fitted[spread], _states_folder(options), listener.advance)
+        return ablate_layers(model, windows, _states_folder(options), listener.advance)
 
 
 def _without_least_layers(

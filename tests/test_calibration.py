@@ -263,7 +263,7 @@ def test_a_target_is_reached_and_never_exceeded(family: str, share: str, tmp_pat
     result = json.loads(run.stdout)
     limit = float(share[:-1]) / 100 * result["before"]["parameters"]
     assert 0.5 * limit < result["after"]["parameters"] <= limit
-    assert result["importance"] == "range" and result["refit"] == "residual"
+    assert result["importance"] == "consensus" and result["refit"] == "residual"
     divergences = [candidate["kl"] for candidate in result["candidates"]]
     assert divergences == sorted(divergences) and all(c["parameters"] <= limit for c in result["candidates"])
     assert result["candidates"][0]["widths"] == result["after"]["widths"]
@@ -285,7 +285,7 @@ def test_widths_alone_are_pruned_by_what_works(tiny_llama: Path, tmp_path: Path,
     widths = ("--intermediate-size", "24", "--output", tmp_path / "out", "--json")
     run = run_cli("prune", tiny_llama, *widths, "--calibration", text_file, *CALIBRATED)
     result = json.loads(run.stdout)
-    assert (result["importance"], result["refit"]) == ("range", "residual") and result["calibration"]["layers"]
+    assert (result["importance"], result["refit"]) == ("consensus", "residual") and result["calibration"]["layers"]
 
 
 @pytest.mark.parametrize("fault", ["no tokenizer", "another model's tokenizer"])

@@ -49,6 +49,7 @@ ORDER = (
     "subject",
     "search",
     "activations",
+    "consensus",
     "statistics_store",
     "gguf_header",
     "conversion",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_calibration import CALIBRATED
 
-from conftest import run_cli, save_tiny
+from conftest import BY_MAGNITUDE, run_cli, save_tiny
 from test_peer import written_tensors
 
 
@@ -51,7 +51,7 @@ def test_the_card_is_drawn_and_its_numbers_are_those_of_the_document(
     ("options", "code", "word"),
     [
         (["--intermediate-size", "24", "--report", "card.pdf"], 2, ".png"),
-        (["--intermediate-size", "24", "--report", "card.png"], 2, "calibration"),
+        ([*BY_MAGNITUDE, "--intermediate-size", "24", "--report", "card.png"], 2, "calibration"),
         (["--intermediate-size", "24", "--refit", "local", "--report", "absent/card.png"], 6, "--report"),
         (["--intermediate-size", "24", "--keep-layers", "0"], 5, "intermediate"),
         (["--layers", "5", "--keep-layers", "9"], 5, "0 to 5"),

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import Run, run_cli, save_tiny
+from conftest import BY_MAGNITUDE, Run, run_cli, save_tiny
 from llmprune_cli.errors import OutputError
 from llmprune_cli.loading import ModelReference, open_checkpoint
 from llmprune_cli.plan import Target
@@ -192,9 +192,9 @@ def test_two_runs_do_not_share_an_output(tiny_llama: Path, calibrated: Arguments
 @pytest.mark.parametrize(
     "options",
     [
-        ["--intermediate-size", "24", "--output", "out", "--resume"],
-        ["--intermediate-size", "24", "--output", "out", "--offload-dir", "."],
-        ["--intermediate-size", "24", "--output", "out", "--statistics", "."],
+        [*BY_MAGNITUDE, "--intermediate-size", "24", "--output", "out", "--resume"],
+        [*BY_MAGNITUDE, "--intermediate-size", "24", "--output", "out", "--offload-dir", "."],
+        [*BY_MAGNITUDE, "--intermediate-size", "24", "--output", "out", "--statistics", "."],
         ["--target-params", "80%", "--dry-run", "--resume"],
     ],
 )

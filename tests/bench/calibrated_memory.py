@@ -44,7 +44,7 @@ def make_model(folder: Path, sizes: dict[str, int], layers: int) -> Path:
 
 def prune(source: Path, text: Path, output: Path) -> Measurement:
     """A quarter of the neurons by activity, with the residual refit, on `TOKENS` tokens."""
-    options = ["--intermediate-pruning-ratio", "0.25", "--importance", "range", "--refit", "residual"]
+    options = ["--intermediate-pruning-ratio", "0.25"]
     calibration = [
         "--calibration",
         str(text),

@@ -165,8 +165,8 @@ def run_all(bench: Bench, windows: int, wanted: Callable[[str], bool]) -> dict[s
     before = {name: config[name] for name in (*OPTIONS, "num_hidden_layers", "head_dim", "vocab_size")}
     outcomes = [run_row(Row(DENSE, parameters=count_parameters(before)), bench)]
     if wanted(QUARTER):
-        options = ("--intermediate-pruning-ratio", "0.25", "--importance", "range", "--refit", "residual")
-        outcomes.append(run_row(Row(QUARTER, (prune_command(options, QUARTER_WINDOWS),)), bench))
+        quarter = prune_command(("--intermediate-pruning-ratio", "0.25"), QUARTER_WINDOWS)
+        outcomes.append(run_row(Row(QUARTER, (quarter,)), bench))
     for target in TARGETS:
         if not any(wanted(name) for name in ROWS if name.startswith(target)):
             continue
@@ -213,7 +213,7 @@ def main() -> None:
     """Run what is not finished and print everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", help="run the rows of this pattern, such as '85%% *' (default: all)")
-    parser.add_argument("--windows", type=int, default=32, help="of calibration text for the targets (default: 32)")
+    parser.add_argument("--windows", type=int, default=24, help="of calibration text for the targets (default: 24)")
     parser.add_argument("--work", type=Path, default=Path("bench-quality-output"), help="where finished rows are kept")
     arguments = parser.parse_args()
     shared = ROOT.parent / "shared" / "data" / "wikitext-2-raw-v1"
