@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from llmprune_cli.checkpoint import Checkpoint
 from llmprune_cli.errors import CheckpointError, VerificationError
-from llmprune_cli.export.formats import Format, Limits, Runtime
+from llmprune_cli.export.formats import Format, Limits, Runtime, Tokenizes
 from llmprune_cli.loading import load_model, load_tokenizer
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ PROMPTS = (
 PROMPT_TOKENS = 24  # at most, of each prompt
 NEW_TOKENS = 64
 TIE = 1e-3  # nats: where the two likeliest tokens are this close, either is right
+NEVER = -1e4  # logit of a token that the runtime does not speak of
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ def verify(
     longest = getattr(model.config, "max_position_embeddings", None) or 2**31
     divergences, differences, agreements = [], [], []
     with form.runtime(folder) as runtime, torch.inference_mode():
+        if isinstance(runtime, Tokenizes):
+            _compare_tokens(checkpoint, runtime)
         for prompt in prompts:
             tokens = min(NEW_TOKENS, longest - len(prompt))
             expected, found, chosen = _both(model, runtime, prompt, tokens)
@@ -119,14 +122,37 @@ def _hold(result: Verification, limits: Limits) -> None:
 def _both(
     model: torch.nn.Module, runtime: Runtime, prompt: torch.Tensor, tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probabilities [n, V] by transformers and by the runtime, at the places of the tokens [n] it chose."""
+    """Log-probabilities [n, V] by transformers and by the runtime, at the places of the tokens [n] it chose.
+
+    Where the runtime speaks of the likeliest tokens only, both are those of a token that is one of them.
+    """
     import torch
 
     made = runtime.continue_greedily(prompt, tokens)
     ids = torch.cat([prompt, made.tokens])[:-1]
     logits = model(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 :].float()
     width = min(logits.shape[-1], made.log_probs.shape[-1])  # embeddings may be padded beyond the tokenizer's tokens
-    return torch.log_softmax(logits, -1)[:, :width], made.log_probs[:, :width], made.tokens
+    expected, found = logits[:, :width], made.log_probs[:, :width]
+    unsaid = found.isneginf()
+    sides = (torch.where(unsaid, NEVER, side).log_softmax(-1) for side in (expected, found))
+    return next(sides), next(sides), made.tokens
+
+
+def _compare_tokens(checkpoint: Checkpoint, runtime: Tokenizes) -> None:
+    """Hold a runtime's tokens of the prompts against the tokenizer's."""
+    try:
+        tokenizer = load_tokenizer(checkpoint)
+    except CheckpointError:
+        return
+    for text in PROMPTS:
+        expected, found = list(tokenizer(text)["input_ids"]), runtime.tokenize(text)
+        if expected != found:
+            place = next((i for i, pair in enumerate(zip(expected, found, strict=False)) if len({*pair}) > 1), 0)
+            raise VerificationError(
+                f"The export splits text into other tokens than the model's tokenizer: {text!r} begins to differ at "
+                f"token {place} ({expected[place : place + 4]}, there {found[place : place + 4]}). Nothing was kept; "
+                "please report this, or pass --no-verify to keep it."
+            )
 
 
 def _prompts(checkpoint: Checkpoint) -> list[torch.Tensor]:
