@@ -131,8 +131,8 @@ def _write_tensors(
     for entry, stored in checkpoint.tensors():
         for part in layout.parts[entry.name]:
             target, values = by_name[part.target], part.change(stored)
-            share = _size(target) // target.shape[0] if len(target.shape) > values.ndim else 0  # of an expert
-            file.seek(offsets[part.target] + part.number * share)
+            skipped = 0 if part.expert is None else _size(target) // target.shape[0] * part.expert
+            file.seek(offsets[part.target] + skipped)
             _write_rows(file, values, target)
         progress(entry.size_bytes)
 
@@ -159,9 +159,7 @@ def encode(rows: torch.Tensor, target: FileTensor) -> numpy.ndarray:
 # --- llama.cpp's own converter -------------------------------------------------------------------------------------
 
 
-def _convert(
-    checkpoint: Checkpoint, path: Path, kind: str, converter: Path, progress: Callable[[int], None]
-) -> None:
+def _convert(checkpoint: Checkpoint, path: Path, kind: str, converter: Path, progress: Callable[[int], None]) -> None:
     """Let llama.cpp's script write the file.
 
     Raises:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 ROPE = ("default", "linear", "yarn")
+SHORTEST = 128  # tokens that are worth to be called a context
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,8 @@ FAMILIES: Mapping[str, GgufFamily] = {
         full_width=True,
         own_head=True,
     ),
-    "qwen3_moe": GgufFamily(
-        "qwen3moe", settings={**DENSE_EXPERTS, "norm_topk_prob": True, "attention_bias": False}
-    ),
-    "phi3": GgufFamily("phi3", full_width=True, rope=("default", "longrope"), partial_rope=True),
+    "qwen3_moe": GgufFamily("qwen3moe", settings={**DENSE_EXPERTS, "norm_topk_prob": True, "attention_bias": False}),
+    "phi3": GgufFamily("phi3", full_width=True, as_llama=True, rope=("default", "longrope"), partial_rope=True),
     "gemma2": GgufFamily(
         "gemma2",
         activations=GELU[1:],
@@ -144,20 +143,32 @@ def heads_of(config: PretrainedConfig, family: GgufFamily) -> Heads:
     return Heads(query, key, int(getattr(config, "head_dim", None) or config.hidden_size // query))
 
 
+def experts_of(config: PretrainedConfig) -> int:
+    """How many experts a layer has to choose from; 0 without any."""
+    return int(getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0)
+
+
 def rope_of(config: PretrainedConfig) -> dict[str, object]:
     """How positions turn queries and keys in the layers that see everything."""
     parameters = getattr(config, "rope_parameters", None) or {}
     return dict(parameters.get("full_attention", parameters))
 
 
-def windows_of(config: PretrainedConfig, family: GgufFamily) -> tuple[bool, ...]:
-    """Which layers see a sliding window only."""
-    window, length = getattr(config, "sliding_window", None), config.max_position_embeddings
+def sliding_layers(config: PretrainedConfig) -> tuple[bool, ...]:
+    """Which layers see a sliding window."""
     layers = int(config.num_hidden_layers)
-    if not window or window >= length or getattr(config, "use_sliding_window", True) is False:
+    if not getattr(config, "sliding_window", None) or getattr(config, "use_sliding_window", True) is False:
         return (False,) * layers
     types = getattr(config, "layer_types", None)
     return tuple(kind == "sliding_attention" for kind in types) if types else (True,) * layers
+
+
+def context_length(config: PretrainedConfig, family: GgufFamily) -> int:
+    """How many tokens llama.cpp treats as the model does: those of a window where it knows no windows."""
+    length = int(config.max_position_embeddings)
+    if family.window_period or not any(sliding_layers(config)):
+        return length
+    return min(length, int(config.sliding_window))
 
 
 def written_family(config: PretrainedConfig) -> tuple[GgufFamily, str]:
@@ -178,11 +189,14 @@ def written_family(config: PretrainedConfig) -> tuple[GgufFamily, str]:
         family = replace(LLAMA, own_head=family.own_head)
         notes.append(f"written as llama.cpp's llama, since {widths}")
     _check_settings(config, family)
-    if family.window_period == 0 and any(windows_of(config, family)):
-        notes.append(
-            f"llama.cpp's {family.architecture} has no sliding window, so that the context length is that of the "
-            f"window, {config.sliding_window}"
-        )
+    length = context_length(config, family)
+    if length < config.max_position_embeddings:
+        missing = f"llama.cpp's {family.architecture} has no sliding window"
+        if length < SHORTEST:
+            raise ValueError(f"{missing}, and without one it would read {length} tokens at most")
+        notes.append(f"{missing}, so that the context length is that of the window, {length}")
+    if family.swa_rope and not any(sliding_layers(config)):
+        raise ValueError(f"llama.cpp's {family.architecture} wants a layer with a sliding window")
     return family, "; ".join(notes)
 
 

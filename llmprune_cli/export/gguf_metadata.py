@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from llmprune_cli.export.gguf_families import GgufFamily, heads_of, rope_of, windows_of
+from llmprune_cli.export.gguf_families import GgufFamily, context_length, experts_of, heads_of, rope_of, sliding_layers
 
 if TYPE_CHECKING:
     import torch
@@ -40,16 +40,14 @@ def add_metadata(writer: GGUFWriter, config: PretrainedConfig, family: GgufFamil
 
 
 def _add_windows(writer: GGUFWriter, config: PretrainedConfig, family: GgufFamily) -> None:
-    windows, length = windows_of(config, family), int(config.max_position_embeddings)
-    if not family.window_period and any(windows):
-        length = min(length, int(config.sliding_window))
+    length, sliding = context_length(config, family), sliding_layers(config)
     writer.add_context_length(length)
     if not family.window_period:
         return
-    # llama.cpp reads a window from every file of such a family; one as long as the context hides nothing
-    writer.add_sliding_window(int(config.sliding_window) if any(windows) else length)
-    if windows != usual_windows(len(windows), family.window_period):
-        writer.add_sliding_window_pattern(windows)
+    # llama.cpp wants a window in every file of such a family; one as long as the context hides nothing
+    writer.add_sliding_window(min(length, int(config.sliding_window)) if any(sliding) else length)
+    if any(sliding) and sliding != usual_windows(len(sliding), family.window_period):
+        writer.add_sliding_window_pattern(sliding)
 
 
 def usual_windows(layers: int, period: int) -> tuple[bool, ...]:
@@ -106,10 +104,10 @@ def _frequencies(config: PretrainedConfig, kind: str) -> tuple[torch.Tensor, flo
 
 
 def _add_experts(writer: GGUFWriter, config: PretrainedConfig) -> None:
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    experts = experts_of(config)
     if not experts:
         return
-    writer.add_expert_count(int(experts))
+    writer.add_expert_count(experts)
     writer.add_expert_used_count(int(config.num_experts_per_tok))
     if getattr(config, "moe_intermediate_size", None):
         writer.add_expert_feed_forward_length(int(config.moe_intermediate_size))

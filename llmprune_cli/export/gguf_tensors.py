@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmprune_cli.checkpoint import TensorEntry
 from llmprune_cli.errors import UnsupportedError
-from llmprune_cli.export.gguf_families import GgufFamily, Heads, heads_of
+from llmprune_cli.export.gguf_families import GgufFamily, Heads, experts_of, heads_of
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Change = Callable[["torch.Tensor"], "torch.Tensor"]
 EXPERT = re.compile(r"(?P<block>.*)\.experts\.(?P<number>\d+)\.(?P<role>\w+)\.weight")
+FUSED = ("qkv_proj.weight", "gate_up_proj.weight")
 EXPERT_ROLES = {"w1": "gate", "w2": "down", "w3": "up", "gate_proj": "gate", "down_proj": "down", "up_proj": "up"}
 LAYER = re.compile(r"\.(?:layers|h)\.(\d+)\.")
 # Matrices that llama.cpp's own converter keeps in float32: routers, and positions that are added.
@@ -39,7 +40,7 @@ class Part:
 
     target: str
     change: Change
-    number: int = 0  # of the expert within a stack
+    expert: int | None = None  # its number within a stack
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,8 @@ def lay_out(
         parts[entry.name] = tuple(_parts(entry, config, family, names))
         for part in parts[entry.name]:
             shape = tuple(part.change(torch.empty(entry.shape, device="meta")).shape)
-            if part.target not in tensors:
-                tensors[part.target] = FileTensor(part.target, shape, _kind(part.target, shape, kind))
-            elif part.number:  # one more expert
-                stack = tensors[part.target]
-                grown = max(part.number + 1, stack.shape[0] if len(stack.shape) == 3 else 1)
-                tensors[part.target] = replace(stack, shape=(grown, *shape))
+            stack = () if part.expert is None else (experts_of(config),)
+            tensors[part.target] = FileTensor(part.target, (*stack, *shape), _kind(part.target, shape, kind))
     return Layout(tuple(tensors.values()), parts)
 
 
@@ -89,14 +86,16 @@ def _kind(name: str, shape: tuple[int, ...], wanted: GGMLQuantizationType) -> GG
     return wanted if shape[-1] % GGML_QUANT_SIZES[wanted][0] == 0 else GGMLQuantizationType.F16
 
 
-def _parts(
-    entry: TensorEntry, config: PretrainedConfig, family: GgufFamily, names: TensorNameMap
-) -> Iterator[Part]:
+def _parts(entry: TensorEntry, config: PretrainedConfig, family: GgufFamily, names: TensorNameMap) -> Iterator[Part]:
     layer = LAYER.search(entry.name)
     expert = EXPERT.fullmatch(entry.name)
     if expert and layer:
         name = f"blk.{layer[1]}.ffn_{EXPERT_ROLES[expert['role']]}_exps.weight"
         yield Part(name, _same, int(expert["number"]))
+        return
+    if entry.name.endswith(FUSED) and family.interleaved:
+        for name, change in _split(entry.name, config, family):
+            yield Part(f"{names.get_name(name)}.weight", change)
         return
     target = names.get_name(entry.name, try_suffixes=(".weight", ".bias"))
     if target is None or (target == "output.weight" and not family.has_head):
@@ -104,6 +103,22 @@ def _parts(
     yield Part(target, _change(entry.name, config, family))
     if target == "token_embd.weight" and family.own_head and config.tie_word_embeddings:
         yield Part("output.weight", _same)
+
+
+def _split(name: str, config: PretrainedConfig, family: GgufFamily) -> Iterator[tuple[str, Change]]:
+    """The projections that one of Phi-3's matrices holds, for an architecture that has them apart."""
+    heads, neurons = heads_of(config, family), int(config.intermediate_size)
+    roles = {"q_proj": heads.query * heads.size, "k_proj": heads.key * heads.size, "v_proj": heads.key * heads.size}
+    if name.endswith(FUSED[1]):
+        roles = {"gate_proj": neurons, "up_proj": neurons}
+    block, start = name.rsplit(".", 2)[0], 0
+    for role, rows in roles.items():
+        yield f"{block}.{role}", _rows(start, rows, _change(f"{block}.{role}.weight", config, family))
+        start += rows
+
+
+def _rows(start: int, rows: int, change: Change) -> Change:
+    return lambda tensor: change(tensor[start : start + rows])
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.request import ProxyHandler, Request, build_opener
 
 from llmprune_cli.errors import VerificationError
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     import torch
 
 CONTEXT = 256  # tokens; llama.cpp rounds up to multiples of it
-LIKELIEST = 4096  # tokens whose log-probabilities are asked for behind the first place, where all are
+LIKELIEST = 1024  # tokens whose log-probabilities are asked for behind the first place, where all are
 
 
 class LlamaCpp:
     """A running server."""
 
     def __init__(self, address: str) -> None:
+        """Talk to the server at an address."""
         self.address = address
         self.open = build_opener(ProxyHandler({})).open
         self.vocabulary = int(self._ask("/v1/models")["data"][0]["meta"]["n_vocab"])
@@ -38,6 +39,9 @@ class LlamaCpp:
         try:
             with self.open(Request(self.address + path, body, {"Content-Type": "application/json"})) as response:
                 answer: dict[str, Any] = json.load(response)
+        except HTTPError as error:
+            reason = error.read().decode(errors="replace")
+            raise VerificationError(f"llama.cpp refuses {path}: {reason}. Nothing was kept.") from error
         except (URLError, OSError) as error:
             raise VerificationError(f"llama.cpp stopped answering ({error}). Nothing was kept.") from error
         return answer
