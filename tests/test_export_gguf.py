@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -374,6 +377,19 @@ def test_a_converter_writes_instead_and_is_held_to_the_same(byte_level_llama: Pa
     assert run.code == 3 and "invalid choice: 'q4_0'" in run.stderr and not output.exists()
     script.write_text(CONVERTER.format(made=str(tmp_path / "right" / "model-f32.gguf")))
     assert str(script) in verified(export(byte_level_llama, output, "--dtype", "f32", "--converter", script))["note"]
+
+
+def test_the_readmes_block_generates_text(byte_level_llama: Path, tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    script = next(block for block in readme.split("```") if block.startswith("sh\n") and "import xllamacpp" in block)[
+        3:
+    ]
+    shutil.copytree(byte_level_llama, tmp_path / "pruned")
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "400"}
+    done = subprocess.run(["bash", "-ec", script], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report, _, generated = done.stdout.partition("largest difference")
+    assert "Verified with xllamacpp" in report and len(generated.partition("\n")[2]) > 8
 
 
 # --- a real model --------------------------------------------------------------------------------------------------
