@@ -164,6 +164,20 @@ def test_llama_cpp_runs_every_architecture_pruned_or_it_is_refused(family: str, 
     verified(export(tmp_path / "half", tmp_path / "gguf", "--dtype", "f32"))
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_moe", "phi3", "olmo2", "starcoder2"])
+def test_llama_cpp_indeed_loads_no_such_widths(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    from llmprune_cli.export.gguf_families import FAMILIES
+
+    folder = tiny(tmp_path / "model", family, **ARCHITECTURES[family][0])
+    assert run_cli("prune", folder, "--head-pruning-ratio", "0.5", "--output", tmp_path / "pruned").code == 0
+    monkeypatch.setitem(FAMILIES, family, replace(FAMILIES[family], full_width=False))
+    run = export(tmp_path / "pruned", tmp_path / "gguf")
+    assert run.code == 7 and "llama.cpp does not load the export" in run.stderr, run.stderr
+    assert not (tmp_path / "gguf").exists()
+
+
 SHORT = {"rope_theta": 1e4, "original_max_position_embeddings": 12, "factor": 4.0}
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3 RoPE": (
@@ -254,14 +268,31 @@ def test_llama_cpp_tokenizes_as_the_tokenizer_does(name: str, byte_level_llama: 
             assert runtime.tokenize(text) == tokenizer(text)["input_ids"]
 
 
-def test_a_pre_tokenizer_without_a_name_is_refused_with_the_way_out(byte_level_llama: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_without_a_name_is_refused_with_the_way_out(byte_level_llama: Path, tmp_path: Path) -> None:
     from tokenizers import Regex, pre_tokenizers
 
     folder = Path(shutil.copytree(byte_level_llama, tmp_path / "model"))
+    described = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**described, "normalizer": {"type": "Lowercase"}}))
+    run = export(folder, tmp_path / "gguf")
+    assert run.code == 4 and "Lowercase" in run.stderr and "--converter PATH" in run.stderr
     save_byte_level(folder, byte_steps(pre_tokenizers.Split(Regex(r"\p{L}+"), "isolated")))
     run = export(folder, tmp_path / "gguf")
     assert run.code == 4 and "pre-tokenizer" in run.stderr and "--converter PATH" in run.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_other_tokens_fail_the_verification(
+    byte_level_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmprune_cli.export import gguf_vocabulary
+
+    folder = Path(shutil.copytree(byte_level_llama, tmp_path / "model"))
+    save_byte_level(folder, words(r"\p{N}"))
+    rules = dict.fromkeys(gguf_vocabulary.BY_RULE, "gpt-2")
+    monkeypatch.setattr(gguf_vocabulary, "BY_RULE", rules)
+    run = export(folder, tmp_path / "gguf")
+    assert run.code == 7 and "other tokens" in run.stderr and not (tmp_path / "gguf").exists()
 
 
 # --- dtypes --------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ QWEN2 = GgufFamily("qwen2", full_width=True, as_llama=True)
 DENSE_EXPERTS = {"mlp_only_layers": [], "decoder_sparse_step": 1}
 GELU = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 
-FAMILIES: Mapping[str, GgufFamily] = {
+FAMILIES: dict[str, GgufFamily] = {
     "llama": LLAMA,
     "mistral": LLAMA,
     "mixtral": LLAMA,

@@ -128,6 +128,9 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary
     if max(ids.values()) >= size:
         raise CheckpointError(f"The tokenizer has {max(ids.values()) + 1} tokens and the model {size} embeddings.")
     pieces = model.get("byte_fallback") and "<0x0A>" in model["vocab"]
+    for step in _steps(described["normalizer"], "normalizers"):
+        if step["type"] not in (("Prepend", "Replace") if pieces else ("NFC",)):
+            raise _refused(f"this tokenizer's way of normalizing text ({step['type']})")
     pre_tokenizer = "default" if pieces else name_pre_tokenizer(tokenizer, described)
     by_id = {number: token for token, number in ids.items()}
     rows = [_token(by_id.get(number), number, tokenizer, bool(pieces)) for number in range(size)]

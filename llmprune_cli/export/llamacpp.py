@@ -20,6 +20,7 @@ from llmprune_cli.export.formats import Continuation
 if TYPE_CHECKING:
     import torch
 
+PATIENCE = 600  # seconds for an answer
 CONTEXT = 256  # tokens; llama.cpp rounds up to multiples of it
 LIKELIEST = 1024  # tokens whose log-probabilities are asked for behind the first place, where all are
 
@@ -37,7 +38,8 @@ class LlamaCpp:
     def _ask(self, path: str, question: dict[str, Any] | None = None) -> dict[str, Any]:
         body = json.dumps(question).encode() if question is not None else None
         try:
-            with self.open(Request(self.address + path, body, {"Content-Type": "application/json"})) as response:
+            request = Request(self.address + path, body, {"Content-Type": "application/json"})
+            with self.open(request, timeout=PATIENCE) as response:
                 answer: dict[str, Any] = json.load(response)
         except HTTPError as error:
             reason = error.read().decode(errors="replace")
