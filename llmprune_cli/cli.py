@@ -65,6 +65,7 @@ class FormatName(enum.StrEnum):
     """Export formats."""
 
     safetensors = "safetensors"
+    gguf = "gguf"
 
 
 def _ratio(value: float | None) -> float | None:
@@ -455,6 +456,10 @@ def export(
             show_default=False,
         ),
     ] = None,
+    converter: Annotated[
+        Path | None,
+        typer.Option(help="llama.cpp's convert_hf_to_gguf.py, to write gguf with.", exists=True, dir_okay=False),
+    ] = None,
     max_shard_size: ShardSize = "5GB",
     revision: Revision = None,
     overwrite: Overwrite = False,
@@ -472,7 +477,9 @@ def export(
     known = FORMATS[format_name].dtypes
     if dtype is not None and dtype not in known:
         raise typer.BadParameter(f"--format {format_name.value} has no --dtype {dtype}; it has {', '.join(known)}.")
-    options = ExportOptions(dtype, parse_size(max_shard_size))
+    if converter is not None and format_name is not FormatName.gguf:
+        raise typer.BadParameter("--converter writes gguf; give --format gguf with it.")
+    options = ExportOptions(dtype, parse_size(max_shard_size), converter)
     reference = ModelReference(checkpoint, revision, trust_remote_code, dtype if dtype in {*DtypeName} else None)
     with output.progress_on_stderr() as listener:
         result = pipeline.export(reference, output_folder, format_name.value, options, overwrite, verify, listener)

@@ -16,7 +16,7 @@ from llmprune_cli.dependency import hold_against_torch_pruning
 from llmprune_cli.errors import CheckpointError, UnsupportedError, VerificationError
 from llmprune_cli.eval_report import prepare_text, report_perplexity
 from llmprune_cli.export import FORMATS
-from llmprune_cli.export.formats import ExportOptions
+from llmprune_cli.export.formats import ExportOptions, Fit
 from llmprune_cli.export.verification import PROMPTS, missing_memory, missing_runtime, verify
 from llmprune_cli.loading import ModelReference, load_tokenizer, open_checkpoint
 from llmprune_cli.options import EvalOptions, Listener, PruneOptions
@@ -248,7 +248,7 @@ def export(
     with open_checkpoint(reference, need_weights=True) as checkpoint:
         source = _source_folder(reference, checkpoint)
         check_target(output, overwrite, source)
-        fit = form.fit(checkpoint.config)
+        fit = Fit(loads=True, note=f"by {options.converter}") if options.converter else form.fit(checkpoint.config)
         if not fit.loads:
             raise UnsupportedError(f"{checkpoint.source} cannot be exported as {format_name}: {fit.note}")
         dtype = options.dtype or form.dtype_for(checkpoint)

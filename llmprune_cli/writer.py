@@ -87,7 +87,7 @@ def check_target(target: Path, overwrite: bool, forbidden: Path | None = None) -
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
             raise OutputError(f"{target} is not empty. Choose another --output, or pass --overwrite to replace it.")
-        if not (target / "config.json").exists():
+        if not (target / "config.json").exists() and not _is_gguf_export(target):
             raise OutputError(f"{target} is not a model folder, so --overwrite leaves it alone. Empty it yourself.")
     parent = target.absolute().parent
     while not parent.exists():
@@ -96,6 +96,12 @@ def check_target(target: Path, overwrite: bool, forbidden: Path | None = None) -
         Path(tempfile.mkdtemp(prefix=".llmprune-", dir=parent)).rmdir()
     except OSError as error:
         raise OutputError(f"{parent} is not writable ({error.strerror}). Choose another --output.") from error
+
+
+def _is_gguf_export(folder: Path) -> bool:
+    """Whether a folder holds one exported file, and its manifest at most: other people keep many of theirs together."""
+    names = [path.name for path in folder.iterdir() if path.name != "llmprune.json"]
+    return len(names) == 1 and re.fullmatch(r"model-\w+\.gguf", names[0]) is not None
 
 
 def _replace_folder(staging: Path, target: Path) -> None:

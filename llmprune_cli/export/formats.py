@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from llmprune_cli.checkpoint import Checkpoint
 from llmprune_cli.loading import DTYPES
@@ -22,6 +22,7 @@ class ExportOptions:
 
     dtype: str | None = None  # one of the format's; None keeps that of each tensor, in formats that can
     max_shard_bytes: int = 5 * 10**9
+    converter: Path | None = None  # llama.cpp's convert_hf_to_gguf.py, which then writes instead
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Continuation:
     """What a runtime makes of a prompt: the tokens that it chooses greedily, and what it chose them by."""
 
     tokens: torch.Tensor  # ids, [n]
-    log_probs: torch.Tensor  # of every token of the vocabulary at each of these places, float32 [n, V]
+    log_probs: torch.Tensor  # of the vocabulary at each of these places, float32 [n, V]; -inf where it was not said
 
 
 class Runtime(Protocol):
@@ -45,6 +46,14 @@ class Runtime(Protocol):
 
     def continue_greedily(self, prompt: torch.Tensor, tokens: int) -> Continuation:
         """Go on with a prompt (ids, [T]) by as many tokens, always the likeliest, ends of text included."""
+
+
+@runtime_checkable
+class Tokenizes(Protocol):
+    """A runtime that has the tokenizer too."""
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, with the special tokens around it."""
 
 
 @dataclass(frozen=True)

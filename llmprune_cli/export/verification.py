@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from llmprune_cli.checkpoint import Checkpoint
 from llmprune_cli.errors import CheckpointError, VerificationError
-from llmprune_cli.export.formats import Format, Limits, Runtime
+from llmprune_cli.export.formats import Format, Limits, Runtime, Tokenizes
 from llmprune_cli.loading import load_model, load_tokenizer
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ PROMPTS = (
 PROMPT_TOKENS = 24  # at most, of each prompt
 NEW_TOKENS = 64
 TIE = 1e-3  # nats: where the two likeliest tokens are this close, either is right
+USUAL_COST = 1e-3  # nats that bfloat16 costs a model in transformers, without raising what an export may cost
+NEVER = -1e4  # logit of a token that the runtime does not speak of
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Verification:
     prompts: int
     tokens: int  # that were chosen and compared
     kl: float  # mean KL(transformers ‖ runtime) of the next token, nats
-    kl_limit: float
+    kl_limit: float  # larger for a model that transformers itself computes otherwise in bfloat16
     largest_difference: float  # of a log-probability of a token that transformers gives more than 1e-4
     same_tokens: float  # share of the tokens that transformers would have chosen too
 
@@ -78,18 +80,23 @@ def verify(
     model = load_model(checkpoint, "cpu", "float32")
     prompts = _prompts(checkpoint)
     longest = getattr(model.config, "max_position_embeddings", None) or 2**31
-    divergences, differences, agreements = [], [], []
+    divergences, differences, agreements, texts = [], [], [], []
     with form.runtime(folder) as runtime, torch.inference_mode():
+        if isinstance(runtime, Tokenizes):
+            _compare_tokens(checkpoint, runtime)
         for prompt in prompts:
             tokens = min(NEW_TOKENS, longest - len(prompt))
             expected, found, chosen = _both(model, runtime, prompt, tokens)
-            divergences.append((expected.exp() * (expected - found)).sum(-1))
+            texts.append(torch.cat([prompt, chosen]))
+            divergences.append(_kl(expected, found))
             differences.append((expected - found).abs()[expected.exp() > 1e-4].max())
             best = expected.max(-1).values
             agreements.append(expected.gather(-1, chosen[:, None])[:, 0] > best - TIE)
             advance(1)
     kl, agreed = torch.cat(divergences), torch.cat(agreements)
     limits = form.limits[dtype]
+    if kl.mean() > limits.kl and not limits.same_tokens:
+        limits = replace(limits, kl=limits.kl * max(1.0, _rounding_cost(checkpoint, model, texts) / USUAL_COST))
     result = Verification(
         runtime=f"{form.package} {version(form.package)}",
         prompts=len(prompts),
@@ -101,6 +108,25 @@ def verify(
     )
     _hold(result, limits)
     return result
+
+
+def _kl(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    return (expected.exp() * (expected - found)).sum(-1)
+
+
+def _rounding_cost(checkpoint: Checkpoint, model: torch.nn.Module, texts: list[torch.Tensor]) -> float:
+    """What bfloat16 costs a model in transformers: mean KL(float32 ‖ bfloat16) of the next token, nats.
+
+    Pruning without any repair can leave a model so sure of what it says that all rounding turns it around.
+    """
+    import torch
+
+    rounded, costs = load_model(checkpoint, "cpu", "bfloat16"), []
+    with torch.inference_mode():
+        for text in texts:
+            sides = (side(input_ids=text[None], use_cache=False).logits[0].double() for side in (model, rounded))
+            costs.append(_kl(*(logits.log_softmax(-1) for logits in sides)))
+    return float(torch.cat(costs).mean())
 
 
 def _hold(result: Verification, limits: Limits) -> None:
@@ -119,14 +145,37 @@ def _hold(result: Verification, limits: Limits) -> None:
 def _both(
     model: torch.nn.Module, runtime: Runtime, prompt: torch.Tensor, tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probabilities [n, V] by transformers and by the runtime, at the places of the tokens [n] it chose."""
+    """Log-probabilities [n, V] by transformers and by the runtime, at the places of the tokens [n] it chose.
+
+    Where the runtime speaks of the likeliest tokens only, both are those of a token that is one of them.
+    """
     import torch
 
     made = runtime.continue_greedily(prompt, tokens)
     ids = torch.cat([prompt, made.tokens])[:-1]
     logits = model(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 :].float()
     width = min(logits.shape[-1], made.log_probs.shape[-1])  # embeddings may be padded beyond the tokenizer's tokens
-    return torch.log_softmax(logits, -1)[:, :width], made.log_probs[:, :width], made.tokens
+    expected, found = logits[:, :width], made.log_probs[:, :width]
+    unsaid = found.isneginf()
+    sides = (torch.where(unsaid, NEVER, side.double()).log_softmax(-1) for side in (expected, found))
+    return next(sides), next(sides), made.tokens
+
+
+def _compare_tokens(checkpoint: Checkpoint, runtime: Tokenizes) -> None:
+    """Hold a runtime's tokens of the prompts against the tokenizer's."""
+    try:
+        tokenizer = load_tokenizer(checkpoint)
+    except CheckpointError:
+        return
+    for text in PROMPTS:
+        expected, found = list(tokenizer(text)["input_ids"]), runtime.tokenize(text)
+        if expected != found:
+            place = next((i for i, pair in enumerate(zip(expected, found, strict=False)) if len({*pair}) > 1), 0)
+            raise VerificationError(
+                f"The export splits text into other tokens than the model's tokenizer: {text!r} begins to differ at "
+                f"token {place} ({expected[place : place + 4]}, there {found[place : place + 4]}). Nothing was kept; "
+                "please report this, or pass --no-verify to keep it."
+            )
 
 
 def _prompts(checkpoint: Checkpoint) -> list[torch.Tensor]:

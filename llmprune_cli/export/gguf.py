@@ -1,0 +1,203 @@
+"""Export to GGUF for llama.cpp, streamed: each stored tensor is written where it belongs in the file."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from llmprune_cli.checkpoint import Checkpoint
+from llmprune_cli.errors import CheckpointError, UnsupportedError
+from llmprune_cli.export.formats import ExportOptions, Fit, Format, Limits
+from llmprune_cli.export.gguf_families import GgufFamily, written_family
+from llmprune_cli.export.gguf_metadata import add_metadata, rope_factors
+from llmprune_cli.export.gguf_tensors import FileTensor, Layout, lay_out
+from llmprune_cli.export.gguf_vocabulary import add_vocabulary
+from llmprune_cli.export.llamacpp import open_llamacpp
+from llmprune_cli.export.safetensors import write_safetensors
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+    from gguf import GGUFWriter
+    from transformers import PretrainedConfig
+
+FLOAT_KINDS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+CHUNK = 2**22  # elements converted at a time
+
+
+def fit_llamacpp(config: PretrainedConfig) -> Fit:
+    """Whether llama.cpp loads a model, and in which form it is written."""
+    try:
+        return Fit(loads=True, note=written_family(config)[1])
+    except ValueError as error:
+        return Fit(loads=False, note=str(error))
+
+
+def write_gguf(checkpoint: Checkpoint, folder: Path, options: ExportOptions, progress: Callable[[int], None]) -> None:
+    """Write weights, configuration, tokenizer and chat template as one file into a staging folder.
+
+    Raises:
+        UnsupportedError: a model or tokenizer that llama.cpp does not know, or the gguf package is missing.
+        CheckpointError: no tokenizer.
+    """
+    try:
+        from gguf import GGUFWriter
+    except ImportError as error:
+        raise UnsupportedError(
+            f"Writing GGUF needs the gguf package: pip install 'llmprune[gguf]' ({error})."
+        ) from error
+    assert options.dtype is not None
+    kind = FLOAT_KINDS.get(options.dtype, options.dtype)
+    path = folder / f"model-{kind}.gguf"
+    if options.converter is not None:
+        _convert(checkpoint, path, kind, options.converter, progress)
+        return
+    family, _ = written_family(checkpoint.config)
+    writer = GGUFWriter(path, family.architecture)
+    try:
+        _describe(writer, checkpoint, family, kind)
+        layout = _declare(writer, checkpoint, family, kind)
+        _write_header(writer)
+        assert writer.fout is not None
+        _write_tensors(writer.fout[0], checkpoint, layout, rope_factors(checkpoint.config, family), progress)
+    finally:
+        writer.close()
+
+
+def _describe(writer: GGUFWriter, checkpoint: Checkpoint, family: GgufFamily, kind: str) -> None:
+    from gguf import GGML_QUANT_VERSION, LlamaFileType
+
+    add_vocabulary(writer, checkpoint)
+    add_metadata(writer, checkpoint.config, family)
+    name = "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"
+    writer.add_file_type(LlamaFileType[name])
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+
+
+def _declare(writer: GGUFWriter, checkpoint: Checkpoint, family: GgufFamily, kind: str) -> Layout:
+    """Say which tensors will follow, those that no stored one gives first."""
+    import numpy
+    from gguf import GGMLQuantizationType
+
+    single = GGMLQuantizationType.F32
+    extra = [FileTensor(n, tuple(t.shape), single) for n, t in rope_factors(checkpoint.config, family).items()]
+    layout = lay_out(checkpoint.entries, checkpoint.config, family, GGMLQuantizationType[kind.upper()])
+    layout = replace(layout, tensors=(*extra, *layout.tensors))
+    for tensor in layout.tensors:
+        dtype = numpy.dtype(numpy.float32)  # any but bytes: the shape is one of elements
+        writer.add_tensor_info(tensor.name, tensor.shape, dtype, _size(tensor), raw_dtype=tensor.kind)
+    return layout
+
+
+def _write_header(writer: GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+
+
+def _size(tensor: FileTensor) -> int:
+    from gguf import GGML_QUANT_SIZES
+
+    elements, size_bytes = GGML_QUANT_SIZES[tensor.kind]
+    return math.prod(tensor.shape) // elements * size_bytes
+
+
+def _write_tensors(
+    file: IO[bytes],
+    checkpoint: Checkpoint,
+    layout: Layout,
+    extra: dict[str, torch.Tensor],
+    progress: Callable[[int], None],
+) -> None:
+    """Read every tensor once, in the order of the checkpoint, and write it at its place."""
+    from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFWriter
+
+    offsets, end = {}, GGUFWriter.ggml_pad(file.tell(), GGUF_DEFAULT_ALIGNMENT)
+    for tensor in layout.tensors:
+        offsets[tensor.name] = end
+        end += GGUFWriter.ggml_pad(_size(tensor), GGUF_DEFAULT_ALIGNMENT)
+    file.truncate(end)
+    by_name = {tensor.name: tensor for tensor in layout.tensors}
+    for name, values in extra.items():
+        file.seek(offsets[name])
+        _write_rows(file, values, by_name[name])
+    for entry, stored in checkpoint.tensors():
+        for part in layout.parts[entry.name]:
+            target, values = by_name[part.target], part.change(stored)
+            skipped = 0 if part.expert is None else _size(target) // target.shape[0] * part.expert
+            file.seek(offsets[part.target] + skipped)
+            _write_rows(file, values, target)
+        progress(entry.size_bytes)
+
+
+def _write_rows(file: IO[bytes], tensor: torch.Tensor, target: FileTensor) -> None:
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    for some in rows.split(max(1, CHUNK // rows.shape[-1])):
+        encode(some, target).tofile(file)
+
+
+def encode(rows: torch.Tensor, target: FileTensor) -> numpy.ndarray:
+    """Rows of a tensor as the bytes that llama.cpp reads."""
+    import torch
+    from gguf import GGMLQuantizationType, quantize
+
+    if target.kind == GGMLQuantizationType.BF16:
+        return rows.to(torch.bfloat16).contiguous().view(torch.int16).numpy()
+    if target.kind == GGMLQuantizationType.F16:
+        return rows.to(torch.float16).numpy()
+    single = rows.to(torch.float32).numpy()
+    return single if target.kind == GGMLQuantizationType.F32 else quantize(single, target.kind)
+
+
+# --- llama.cpp's own converter -------------------------------------------------------------------------------------
+
+
+def _convert(checkpoint: Checkpoint, path: Path, kind: str, converter: Path, progress: Callable[[int], None]) -> None:
+    """Let llama.cpp's script write the file.
+
+    Raises:
+        CheckpointError: it fails.
+    """
+    with _complete_folder(checkpoint) as folder:
+        command = [sys.executable, str(converter), str(folder), "--outfile", str(path), "--outtype", kind]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode != 0 or not path.is_file():
+        last = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        raise CheckpointError(f"{converter} did not convert {checkpoint.source}: {last}")
+    progress(checkpoint.size_bytes)
+
+
+@contextmanager
+def _complete_folder(checkpoint: Checkpoint) -> Iterator[Path]:
+    """A folder that holds weights and tokenizer together, under the names that are written today."""
+    if checkpoint.folder == checkpoint.companions and not checkpoint.renamed:
+        yield checkpoint.folder
+        return
+    with tempfile.TemporaryDirectory(prefix="llmprune-model-") as temporary:
+        write_safetensors(checkpoint, Path(temporary), ExportOptions(), lambda size_bytes: None)
+        yield Path(temporary)
+
+
+GGUF = Format(
+    dtypes=(*FLOAT_KINDS, "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
+    write=write_gguf,
+    fit=fit_llamacpp,
+    package="xllamacpp",
+    extra="llamacpp",
+    runtime=open_llamacpp,
+    limits={
+        "float32": Limits(1e-5),
+        "float16": Limits(1e-3, same_tokens=False),
+        "bfloat16": Limits(1e-3, same_tokens=False),
+        "q8_0": Limits(1e-2, same_tokens=False),
+        **dict.fromkeys(("q5_1", "q5_0"), Limits(0.25, same_tokens=False)),
+        **dict.fromkeys(("q4_1", "q4_0"), Limits(0.5, same_tokens=False)),
+    },
+)
