@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_real_model import converted, gguf
 
 from conftest import BY_MAGNITUDE, run_cli
 from test_oracles import load_stock
+from test_real_model import converted, gguf
 
 __all__ = ["converted", "gguf"]  # fixtures
 CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Germany": "Berlin"}
