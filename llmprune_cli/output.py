@@ -18,6 +18,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from llmprune_cli.architecture import Widths
     from llmprune_cli.evaluation import RunningPerplexity
+    from llmprune_cli.export.runtimes import RuntimeFit
     from llmprune_cli.options import Listener
     from llmprune_cli.results import (
         CalibrationResult,
@@ -82,6 +83,7 @@ def print_inspect(result: InspectResult) -> None:
     if result.renamed:
         stored, name = result.renamed[0]
         console.print(f"Stored under older names: {len(result.renamed):,} tensors ({stored} is {name} …).")
+    _print_runtimes(console, result.runtimes)
     if not result.has_weights:
         console.print("No weights here: shapes follow from config.json.")
     _print_deviations(console, result.deviations)
@@ -94,6 +96,7 @@ def print_prune(result: PruneResult) -> None:
     console.print(_width_table(result.before.widths, result.after.widths))
     console.print(_totals(result.before, result.after))
     _print_deviations(console, result.deviations)
+    _print_runtimes(console, result.runtimes)
     if result.candidates:
         _print_candidates(console, result.candidates)
     if result.calibration:
@@ -281,6 +284,13 @@ def _totals(before: ModelSummary, after: ModelSummary | None) -> Table:
 def _print_deviations(console: Console, deviations: tuple[str, ...]) -> None:
     for deviation in deviations:
         console.print(f"Note: {deviation}", highlight=False, style="yellow")
+
+
+def _print_runtimes(console: Console, runtimes: tuple[RuntimeFit, ...]) -> None:
+    table = Table("runtime", "takes it", "", title="Where it runs")
+    for fit in runtimes:
+        table.add_row(fit.runtime, "yes" if fit.loads else "no", fit.note)
+    console.print(table)
 
 
 def _size(count: float) -> str:

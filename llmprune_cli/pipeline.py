@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from llmprune_cli.architecture import with_widths
 from llmprune_cli.calibration import CalibrationText, prepare_calibration, warn_of_shared_text
 from llmprune_cli.checkpoint import Checkpoint
 from llmprune_cli.dependency import hold_against_torch_pruning
@@ -17,6 +18,7 @@ from llmprune_cli.errors import CheckpointError, UnsupportedError, VerificationE
 from llmprune_cli.eval_report import prepare_text, report_perplexity
 from llmprune_cli.export import FORMATS
 from llmprune_cli.export.formats import ExportOptions, Fit
+from llmprune_cli.export.runtimes import runtime_fits
 from llmprune_cli.export.verification import PROMPTS, missing_memory, missing_runtime, verify
 from llmprune_cli.loading import ModelReference, load_tokenizer, open_checkpoint
 from llmprune_cli.options import EvalOptions, Listener, PruneOptions
@@ -50,10 +52,11 @@ def inspect(reference: ModelReference, request: WidthRequest) -> InspectResult:
     with open_checkpoint(reference, need_weights=False) as checkpoint:
         subject = understand(checkpoint)
         target = None if request.is_empty else resolve(subject.architecture, subject.trace.refused, request)
-        after = None
+        after, config = None, checkpoint.config
         if target is not None:
             subject.require(target.widths)
             after = summarize(subject.predict(target), target.widths)
+            config = with_widths(subject.architecture, target.widths, target.layers)
         return InspectResult(
             schema_version=SCHEMA_VERSION,
             model=checkpoint.source,
@@ -67,6 +70,7 @@ def inspect(reference: ModelReference, request: WidthRequest) -> InspectResult:
             before=summarize(checkpoint.entries, subject.widths),
             after=after,
             deviations=target.deviations if target else (),
+            runtimes=runtime_fits(config),
         )
 
 
@@ -144,6 +148,7 @@ def prune(
             before=before,
             after=after,
             deviations=target.deviations,
+            runtimes=runtime_fits(with_widths(subject.architecture, target.widths, target.layers)),
             candidates=tuple(CandidateResult(c.target.widths, c.target.layers, c.parameters, c.kl) for c in candidates),
             seconds=time.perf_counter() - started,
             calibration=card,

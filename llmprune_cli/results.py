@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from llmprune_cli.architecture import Widths
 from llmprune_cli.checkpoint import TensorEntry
+from llmprune_cli.export.runtimes import RuntimeFit
 from llmprune_cli.export.verification import Verification
 from llmprune_cli.names import Shape, split_name
 
@@ -52,6 +53,7 @@ class InspectResult:
     before: ModelSummary
     after: ModelSummary | None
     deviations: tuple[str, ...]
+    runtimes: tuple[RuntimeFit, ...]  # of the model after pruning, where that was asked for
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ class PruneResult:
     before: ModelSummary
     after: ModelSummary
     deviations: tuple[str, ...]
+    runtimes: tuple[RuntimeFit, ...]  # of the pruned model
     candidates: tuple[CandidateResult, ...]  # best first; empty where the widths were given
     seconds: float
     calibration: CalibrationResult | None

@@ -65,6 +65,7 @@ ORDER = (
     "export.llamacpp_server",
     "export.gguf",
     "export",
+    "export.runtimes",
     "corpus",
     "calibration",
     "evaluation",

@@ -71,6 +71,7 @@ Write = Callable[[Checkpoint, Path, ExportOptions, Callable[[int], None]], None]
 class Format:
     """One way to write a model."""
 
+    runs_in: str  # the software that takes it, as users call it
     dtypes: tuple[str, ...]  # that `--dtype` takes
     write: Write  # into a staging folder; progress is in bytes of the checkpoint
     fit: Callable[[PretrainedConfig], Fit]  # known before anything is written

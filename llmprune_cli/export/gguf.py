@@ -186,6 +186,7 @@ def _complete_folder(checkpoint: Checkpoint) -> Iterator[Path]:
 
 
 GGUF = Format(
+    runs_in="llama.cpp",
     dtypes=(*FLOAT_KINDS, "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
     write=write_gguf,
     fit=fit_llamacpp,

@@ -41,5 +41,9 @@ def write_safetensors(
 
 
 SAFETENSORS = Format(
-    dtypes=tuple(DTYPES), write=write_safetensors, fit=lambda config: Fit(loads=True), keeps_dtypes=True
+    runs_in="transformers",
+    dtypes=tuple(DTYPES),
+    write=write_safetensors,
+    fit=lambda config: Fit(loads=True),
+    keeps_dtypes=True,
 )
