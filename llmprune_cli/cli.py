@@ -478,7 +478,7 @@ def export(
     if dtype is not None and dtype not in known:
         raise typer.BadParameter(f"--format {format_name.value} has no --dtype {dtype}; it has {', '.join(known)}.")
     if output_folder.suffix in (".gguf", ".onnx", ".pt2", ".safetensors"):
-        raise typer.BadParameter(f"--output names the folder that the files go into, and {output_folder} looks like one.")
+        raise typer.BadParameter(f"--output names a folder, and {output_folder} looks like a file.")
     if converter is not None and format_name is not FormatName.gguf:
         raise typer.BadParameter("--converter writes gguf; give --format gguf with it.")
     options = ExportOptions(dtype, parse_size(max_shard_size), converter)
