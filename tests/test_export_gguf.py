@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import families
-from conftest import Run, run_cli, save_tiny
+from conftest import BY_MAGNITUDE, Run, run_cli, save_tiny
 from test_real_model import converted, gguf  # noqa: F401 (fixtures)
 
 if importlib.util.find_spec("xllamacpp") is None or importlib.util.find_spec("gguf") is None:
@@ -150,7 +150,7 @@ def test_llama_cpp_runs_every_architecture_pruned_or_it_is_refused(family: str, 
     settings, said = ARCHITECTURES[family]
     folder = tiny(tmp_path / "model", family, **settings)
     cut = ("--head-pruning-ratio", "0.5", "--intermediate-pruning-ratio", "0.25")
-    assert run_cli("prune", folder, *cut, "--output", tmp_path / "pruned").code == 0
+    assert run_cli("prune", folder, *BY_MAGNITUDE, *cut, "--output", tmp_path / "pruned").code == 0
     run = export(tmp_path / "pruned", tmp_path / "gguf", "--dtype", "f32")
     if "does not load" not in said:
         document = verified(run)
@@ -160,7 +160,7 @@ def test_llama_cpp_runs_every_architecture_pruned_or_it_is_refused(family: str, 
         return
     assert run.code == 4 and said in run.stderr and "is not the hidden size 64" in run.stderr
     assert not (tmp_path / "gguf").exists()
-    assert run_cli("prune", folder, "--pruning-ratio", "0.5", "--output", tmp_path / "half").code == 0
+    assert run_cli("prune", folder, *BY_MAGNITUDE, "--pruning-ratio", "0.5", "--output", tmp_path / "half").code == 0
     verified(export(tmp_path / "half", tmp_path / "gguf", "--dtype", "f32"))
 
 
@@ -171,7 +171,10 @@ def test_llama_cpp_indeed_loads_no_such_widths(family: str, tmp_path: Path, monk
     from llmprune_cli.export.gguf_families import FAMILIES
 
     folder = tiny(tmp_path / "model", family, **ARCHITECTURES[family][0])
-    assert run_cli("prune", folder, "--head-pruning-ratio", "0.5", "--output", tmp_path / "pruned").code == 0
+    assert (
+        run_cli("prune", folder, *BY_MAGNITUDE, "--head-pruning-ratio", "0.5", "--output", tmp_path / "pruned").code
+        == 0
+    )
     monkeypatch.setitem(FAMILIES, family, replace(FAMILIES[family], full_width=False))
     run = export(tmp_path / "pruned", tmp_path / "gguf")
     assert run.code == 7 and "llama.cpp does not load the export" in run.stderr, run.stderr
@@ -446,6 +449,11 @@ def test_smollm2_pruned_by_a_third_runs_quantized_as_well_as_it_can(
     tmp_path: Path,
 ) -> None:
     """Magnitudes alone ruin it: what rounding then costs in transformers is part of what an export may cost."""
-    assert run_cli("prune", converted, "--pruning-ratio", "0.3333333333", "--output", tmp_path / "pruned").code == 0
+    assert (
+        run_cli(
+            "prune", converted, *BY_MAGNITUDE, "--pruning-ratio", "0.3333333333", "--output", tmp_path / "pruned"
+        ).code
+        == 0
+    )
     found = verified(export(tmp_path / "pruned", tmp_path / "gguf", "--dtype", "q8_0"))["verification"]
     assert 1e-2 < found["kl"] < found["kl_limit"] < 0.5
