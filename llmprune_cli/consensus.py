@@ -10,23 +10,27 @@ from llmprune_cli.scoring import Scores
 if TYPE_CHECKING:
     import torch
 
+FIRST_COUNTS = 2
 GRADIENT_SHARE_TOKENS = 8192  # of calibration text, at most: the inputs of all layers are kept on disk for the way back
 
 
 def agree(first: Activity, second: Activity) -> Activity:
-    """Units by the sum of their ranks in two measurements; layers by the first.
+    """Units by the sum of their ranks in two measurements, of which the first counts twice; layers by the first.
 
     A rank depends on neither scale nor tail of a score, so that units stay that matter in both ways: by how much they
-    do on text, and by what the loss makes of it. Equal sums go by the first. (The sum of ranks: Borda's count.)
+    do on text, and by what the loss makes of it. The more the second counts, the better is text unlike that of the
+    calibration predicted, and the worse text like it. Equal sums go by the first. (Sums of ranks: Borda's count.)
     """
     scores: Scores = {}
+    sides = ((first, FIRST_COUNTS), (second, 1))
     for width in dict.fromkeys((*first.scores, *second.scores)):
-        one, other = first.scores.get(width, {}), second.scores.get(width, {})
-        scores[width] = {name: _ranked([by[name] for by in (one, other) if name in by]) for name in {**one, **other}}
+        votes: dict[str, list[torch.Tensor]] = {}
+        for activity, weight in sides:
+            for name, own in activity.scores.get(width, {}).items():
+                votes.setdefault(name, []).append(weight * _ranks(own))
+        scores[width] = {name: sum(own[1:], own[0]) + own[0] / (4 * len(own[0])) for name, own in votes.items()}
     return Activity(scores, first.influence)
 
 
-def _ranked(votes: list[torch.Tensor]) -> torch.Tensor:
-    """The sum of the ranks, float64 [units], with a fraction that breaks ties as the first vote would."""
-    ranks = [vote.double().argsort(stable=True).argsort(stable=True).double() for vote in votes]
-    return sum(ranks[1:], ranks[0]) + ranks[0] / (2 * len(ranks[0]))
+def _ranks(scores: torch.Tensor) -> torch.Tensor:
+    return scores.double().argsort(stable=True).argsort(stable=True).double()

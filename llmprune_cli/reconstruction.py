@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from llmprune_cli.products import Product, Watcher
 
-DAMPING = 1.0  # of every refit, relative to the mean diagonal of the Gram matrix
+DAMPING = 0.5  # of every refit, relative to the mean diagonal of the Gram matrix
 GRAM_BYTES = 2**30  # of the Gram matrices of experts that are gathered in one pass
 UNPICKED = -1e30  # router logit of an expert that goes
 

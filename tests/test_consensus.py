@@ -27,7 +27,7 @@ def test_units_go_by_the_sum_of_their_ranks_and_ties_by_the_first() -> None:
         activity(intermediate_size={"0": torch.tensor(other).exp()}),  # another scale and tail, the same ranks
     )
     order = found.scores["intermediate_size"]["0"].argsort().tolist()
-    assert order == sorted(range(50), key=lambda unit: (one[unit] + other[unit], one[unit]))
+    assert order == sorted(range(50), key=lambda unit: (2 * one[unit] + other[unit], one[unit]))
     assert found.influence == (0.5, 0.25)
 
 

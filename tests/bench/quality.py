@@ -37,7 +37,6 @@ from quality_verdicts import (
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 WINDOWS, WINDOW_TOKENS = 12, 512  # of each corpus, to measure on
-QUARTER_WINDOWS = 64  # of calibration text
 OPTIONS = {
     "hidden_size": "--hidden-size",
     "num_attention_heads": "--num-attention-heads",
@@ -165,7 +164,7 @@ def run_all(bench: Bench, windows: int, wanted: Callable[[str], bool]) -> dict[s
     before = {name: config[name] for name in (*OPTIONS, "num_hidden_layers", "head_dim", "vocab_size")}
     outcomes = [run_row(Row(DENSE, parameters=count_parameters(before)), bench)]
     if wanted(QUARTER):
-        quarter = prune_command(("--intermediate-pruning-ratio", "0.25"), QUARTER_WINDOWS)
+        quarter = prune_command(("--intermediate-pruning-ratio", "0.25"), windows)
         outcomes.append(run_row(Row(QUARTER, (quarter,)), bench))
     for target in TARGETS:
         if not any(wanted(name) for name in ROWS if name.startswith(target)):
@@ -213,7 +212,7 @@ def main() -> None:
     """Run what is not finished and print everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", help="run the rows of this pattern, such as '85%% *' (default: all)")
-    parser.add_argument("--windows", type=int, default=24, help="of calibration text for the targets (default: 24)")
+    parser.add_argument("--windows", type=int, default=40, help="of calibration text (default: 40)")
     parser.add_argument("--work", type=Path, default=Path("bench-quality-output"), help="where finished rows are kept")
     arguments = parser.parse_args()
     shared = ROOT.parent / "shared" / "data" / "wikitext-2-raw-v1"
