@@ -66,6 +66,8 @@ class FormatName(enum.StrEnum):
 
     safetensors = "safetensors"
     gguf = "gguf"
+    onnx = "onnx"
+    torch_export = "torch-export"
 
 
 def _ratio(value: float | None) -> float | None:
@@ -460,6 +462,9 @@ def export(
         Path | None,
         typer.Option(help="llama.cpp's convert_hf_to_gguf.py, to write gguf with.", exists=True, dir_okay=False),
     ] = None,
+    kv_cache: Annotated[
+        bool, typer.Option("--kv-cache/--no-kv-cache", help="Whether an onnx graph has a key-value cache.")
+    ] = True,
     max_shard_size: ShardSize = "5GB",
     revision: Revision = None,
     overwrite: Overwrite = False,
@@ -481,7 +486,9 @@ def export(
         raise typer.BadParameter(f"--output names a folder, and {output_folder} looks like a file.")
     if converter is not None and format_name is not FormatName.gguf:
         raise typer.BadParameter("--converter writes gguf; give --format gguf with it.")
-    options = ExportOptions(dtype, parse_size(max_shard_size), converter)
+    if not kv_cache and format_name is not FormatName.onnx:
+        raise typer.BadParameter("--no-kv-cache is about onnx; give --format onnx with it.")
+    options = ExportOptions(dtype, parse_size(max_shard_size), converter, kv_cache)
     reference = ModelReference(checkpoint, revision, trust_remote_code, dtype if dtype in {*DtypeName} else None)
     with output.progress_on_stderr() as listener:
         result = pipeline.export(reference, output_folder, format_name.value, options, overwrite, verify, listener)

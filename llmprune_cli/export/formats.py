@@ -23,6 +23,7 @@ class ExportOptions:
     dtype: str | None = None  # one of the format's; None keeps that of each tensor, in formats that can
     max_shard_bytes: int = 5 * 10**9
     converter: Path | None = None  # llama.cpp's convert_hf_to_gguf.py, which then writes instead
+    kv_cache: bool = True  # whether a graph takes and gives keys and values
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,172 @@
+"""Export to ONNX: one graph for reading a prompt and for going on with it token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmprune_cli.checkpoint import Checkpoint
+from llmprune_cli.errors import UnsupportedError, VerificationError
+from llmprune_cli.export.formats import Continuation, ExportOptions, Fit, Format, Limits
+from llmprune_cli.export.graphs import (
+    EXAMPLE,
+    example_past,
+    load_traceable,
+    traced_quietly,
+    with_cache,
+    without_cache,
+    write_beside,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+FILE = "model.onnx"
+PAST, PRESENT = "past_key_values", "present"
+
+
+def write_onnx(checkpoint: Checkpoint, folder: Path, options: ExportOptions, progress: Callable[[int], None]) -> None:
+    """Write the graph, its weights beside it in a file of their own.
+
+    With a cache its inputs are `input_ids` [B, T], `attention_mask` [B, cached + T], `position_ids` [B, T] and
+    `past_key_values.N.key` and `.value` [B, K, cached, P] for each layer N, its outputs `logits` [B, T, V] and
+    `present.N.key` and `.value`; `cached` is 0 for a new prompt. Without one, `input_ids` and `logits`.
+
+    Raises:
+        UnsupportedError: the model has no such graph, or a package is missing.
+    """
+    import torch
+
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UnsupportedError(f"Writing ONNX needs more packages: pip install 'llmprune[onnx]' ({error}).") from error
+    assert options.dtype is not None
+    model = load_traceable(checkpoint, options.dtype)
+    graph, example, names, sizes = _cached(model) if options.kv_cache else _plain(model)
+    with traced_quietly(checkpoint):
+        program: Any = torch.onnx.export(
+            graph,
+            example,
+            dynamo=True,
+            dynamic_shapes=sizes,
+            input_names=names,
+            output_names=["logits", *(name.replace(PAST, PRESENT) for name in names if name.startswith(PAST))],
+            external_data=True,
+            verbose=False,
+        )
+    program.save(str(folder / FILE), external_data=True)
+    write_beside(checkpoint, model, folder)
+    progress(checkpoint.size_bytes)
+
+
+Graph = tuple["torch.nn.Module", tuple[Any, ...], list[str], dict[str, Any]]  # module, example, inputs, dynamic axes
+
+
+def _plain(model: PreTrainedModel) -> Graph:
+    import torch
+
+    sequences, _, tokens = EXAMPLE
+    free = torch.export.Dim.DYNAMIC
+    example = (torch.zeros(sequences, tokens, dtype=torch.long),)
+    return without_cache(model), example, ["input_ids"], {"input_ids": {0: free, 1: free}}
+
+
+def _cached(model: PreTrainedModel) -> Graph:
+    import torch
+
+    sequences, cached, tokens = EXAMPLE
+    free, past = torch.export.Dim.DYNAMIC, example_past(model)
+    ids = torch.zeros(sequences, tokens, dtype=torch.long)
+    mask = torch.ones(sequences, cached + tokens, dtype=torch.long)
+    positions = torch.arange(cached, cached + tokens).expand(sequences, tokens)
+    names = [f"{PAST}.{layer}.{part}" for layer, part in product(range(len(past)), ("key", "value"))]
+    both = {0: free, 1: free}
+    sizes = {
+        "input_ids": both,
+        "attention_mask": both,
+        "position_ids": both,
+        "past": [({0: free, 2: free},) * 2] * len(past),
+    }
+    inputs = ["input_ids", "attention_mask", "position_ids", *names]
+    return with_cache(model), (ids, mask, positions, past), inputs, sizes
+
+
+class OnnxModel:
+    """A session of ONNX Runtime."""
+
+    def __init__(self, session: Any) -> None:
+        """Run a session whose graph is one of `write_onnx`."""
+        self.session = session
+        self.inputs = {given.name: given for given in session.get_inputs()}
+
+    def run(self, ids: torch.Tensor, past: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Logits [B, T, V] of token ids [B, T] behind a cache, and the longer cache."""
+        import numpy
+        import torch
+
+        cached = next(iter(past.values())).shape[2] if past else 0
+        positions = numpy.arange(cached, cached + ids.shape[1])[None].repeat(len(ids), 0)
+        given = {"input_ids": ids.numpy(), "attention_mask": numpy.ones((len(ids), cached + ids.shape[1]), "int64")}
+        given |= {"position_ids": positions, **past}
+        logits, *present = self.session.run(None, {name: given[name] for name in self.inputs})
+        return torch.from_numpy(logits).float(), dict(zip(past, present, strict=True))
+
+    def empty_past(self, sequences: int = 1) -> dict[str, Any]:
+        """The cache before the first token, by the names of its inputs; empty where the graph has none."""
+        import numpy
+
+        kinds = {"tensor(float)": "float32", "tensor(float16)": "float16"}
+        return {
+            name: numpy.zeros((sequences, given.shape[1], 0, given.shape[3]), kinds[given.type])
+            for name, given in self.inputs.items()
+            if name.startswith(PAST)
+        }
+
+    def continue_greedily(self, prompt: torch.Tensor, tokens: int) -> Continuation:
+        """Go on with a prompt, with the cache where there is one."""
+        import torch
+
+        past, ids = self.empty_past(), prompt
+        log_probs: list[torch.Tensor] = []
+        for _ in range(tokens):
+            logits, past = self.run((ids[-1:] if past and log_probs else ids)[None], past)
+            log_probs.append(logits[0, -1].log_softmax(-1))
+            ids = torch.cat([ids, log_probs[-1].argmax()[None]])
+        return Continuation(ids[len(prompt) :], torch.stack(log_probs))
+
+
+@contextmanager
+def open_onnx(folder: Path) -> Iterator[OnnxModel]:
+    """Load the graph in a folder on the CPU.
+
+    Raises:
+        VerificationError: ONNX Runtime does not load it.
+    """
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3  # errors
+    try:
+        session = onnxruntime.InferenceSession(str(folder / FILE), settings, providers=["CPUExecutionProvider"])
+    except Exception as error:  # it raises kinds of its own
+        reason = str(error).strip().splitlines()[0]
+        raise VerificationError(f"ONNX Runtime does not load the export: {reason}. Nothing was kept.") from error
+    yield OnnxModel(session)
+
+
+ONNX = Format(
+    runs_in="ONNX Runtime",
+    dtypes=("float32", "float16"),
+    write=write_onnx,
+    fit=lambda config: Fit(loads=True),
+    package="onnxruntime",
+    extra="onnx",
+    runtime=open_onnx,
+    limits={"float32": Limits(1e-5), "float16": Limits(1e-3, same_tokens=False)},
+)

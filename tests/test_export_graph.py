@@ -1,0 +1,143 @@
+"""Graphs for ONNX Runtime and torch.export: the same probabilities and choices, for any batch and length."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import families
+from conftest import BY_MAGNITUDE, Run, run_cli, save_tiny
+from llmprune_cli.export import FORMATS
+from llmprune_cli.export.formats import Limits
+from test_oracles import load_stock
+
+HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
+needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="pip install 'llmprune[onnx]'")
+TRACED = ["llama", "qwen3", "gpt_neox", "mixtral", "gemma2", "phi3", "gpt2"]
+
+
+@pytest.fixture(autouse=True)
+def few_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def pruned(folder: Path, family: str) -> Path:
+    """A random checkpoint with half of its query heads, which then do not fill the hidden size where they need not."""
+    settings = {**families.SIZES, **families.FAMILIES[family], "initializer_range": 0.15}
+    save_tiny(folder / "model", families.model_type(family), **settings)
+    cut = ("--head-pruning-ratio", "0.5", "--intermediate-pruning-ratio", "0.25")
+    run = run_cli("prune", folder / "model", *cut, *BY_MAGNITUDE, "--output", folder / "pruned")
+    assert run.code == 0, run.stderr
+    return folder / "pruned"
+
+
+def export(folder: Path, output: Path, form: str, *options: str) -> Run:
+    return run_cli("export", folder, "--format", form, "--output", output, "--verify", "--json", *options)
+
+
+def verified(run: Run) -> dict[str, Any]:
+    assert run.code == 0, run.stderr
+    document: dict[str, Any] = json.loads(run.stdout)
+    assert document["verification"]["kl"] <= document["verification"]["kl_limit"]
+    return document
+
+
+@pytest.mark.parametrize("family", TRACED)
+def test_a_torch_graph_gives_the_logits_of_any_batch_and_length(family: str, tmp_path: Path) -> None:
+    folder = pruned(tmp_path, family)
+    document = verified(export(folder, tmp_path / "graph", "torch-export", "--dtype", "f32"))
+    assert document["verification"]["same_tokens"] == 1 and "model.pt2" in document["files"]
+    graph, model = torch.export.load(tmp_path / "graph" / "model.pt2").module(), load_stock(folder)
+    for shape in ((1, 2), (3, 20)):
+        tokens = torch.randint(3, 90, shape)
+        with torch.no_grad():
+            torch.testing.assert_close(graph(tokens), model(input_ids=tokens, use_cache=False).logits)
+
+
+@needs_onnx
+@pytest.mark.parametrize("family", TRACED)
+def test_an_onnx_graph_reads_prompts_and_goes_on_with_its_cache(family: str, tmp_path: Path) -> None:
+    from llmprune_cli.export.onnx_graph import open_onnx
+
+    folder = pruned(tmp_path, family)
+    document = verified(export(folder, tmp_path / "graph", "onnx", "--dtype", "f32"))
+    assert document["verification"]["same_tokens"] == 1
+    assert {"model.onnx", "model.onnx.data", "config.json", "tokenizer.json"} <= {*document["files"]}
+    model, tokens, done = load_stock(folder), torch.randint(3, 90, (3, 20)), 0
+    with torch.no_grad(), open_onnx(tmp_path / "graph") as graph:
+        expected, past = model(input_ids=tokens, use_cache=False).logits, graph.empty_past(3)
+        assert past
+        for step in (7, 1, 5, 1, 6):
+            logits, past = graph.run(tokens[:, done : done + step], past)
+            torch.testing.assert_close(logits, expected[:, done : done + step], rtol=1e-3, atol=1e-4)
+            done += step
+
+
+@needs_onnx
+def test_an_onnx_graph_without_a_cache_takes_token_ids_only(tmp_path: Path) -> None:
+    from llmprune_cli.export.onnx_graph import open_onnx
+
+    folder = save_tiny(tmp_path / "model")
+    verified(export(folder, tmp_path / "graph", "onnx", "--no-kv-cache"))
+    tokens = torch.randint(3, 90, (2, 9))
+    with torch.no_grad(), open_onnx(tmp_path / "graph") as graph:
+        assert [*graph.inputs] == ["input_ids"]
+        logits, _ = graph.run(tokens, {})
+        torch.testing.assert_close(logits, load_stock(folder)(input_ids=tokens).logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["torch-export", pytest.param("onnx", marks=needs_onnx)])
+def test_half_precision_is_within_its_limit(form: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model")
+    assert verified(export(folder, tmp_path / "graph", form, "--dtype", "f16"))["dtype"] == "float16"
+
+
+def test_a_graph_that_is_not_the_model_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    form = FORMATS["torch-export"]
+    monkeypatch.setitem(FORMATS, "torch-export", replace(form, limits={"float32": Limits(-1.0)}))
+    run = export(save_tiny(tmp_path / "model"), tmp_path / "graph", "torch-export")
+    assert run.code == 7 and "KL per token" in run.stderr and not (tmp_path / "graph").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@needs_onnx
+def test_a_state_that_is_no_cache_is_refused(tmp_path: Path) -> None:
+    settings = {**families.SIZES, **families.FAMILIES["mamba"]}
+    folder = save_tiny(tmp_path / "model", "mamba", **settings)
+    run = export(folder, tmp_path / "graph", "onnx")
+    assert run.code == 4 and "mamba" in run.stderr and not (tmp_path / "graph").exists()
+
+
+@pytest.mark.parametrize("form", ["torch-export", pytest.param("onnx", marks=needs_onnx)])
+def test_the_readmes_block_generates_text(form: str, tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    script = next(b for b in readme.split("```") if b.startswith("sh\n") and f"--format {form} " in b)[3:]
+    save_tiny(tmp_path / "pruned")
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "400"}
+    done = subprocess.run(["bash", "-ec", script], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report, _, generated = done.stdout.partition("largest difference")
+    assert "Verified with" in report and "The history of the city" in generated and len(generated) > 50
+
+
+def test_wrong_usages(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model")
+    run = export(folder, tmp_path / "graph", "torch-export", "--no-kv-cache")
+    assert run.code == 2 and "--format onnx" in run.stderr
+    run = export(folder, tmp_path / "model.onnx", "onnx")
+    assert run.code == 2 and "names a folder" in run.stderr
+    run = export(folder, tmp_path / "graph", "onnx", "--dtype", "q8_0")
+    assert run.code == 2 and "float16" in run.stderr
