@@ -462,6 +462,10 @@ def export(
         Path | None,
         typer.Option(help="llama.cpp's convert_hf_to_gguf.py, to write gguf with.", exists=True, dir_okay=False),
     ] = None,
+    compat: Annotated[
+        bool,
+        typer.Option("--compat", help="Write config.json for readers of older ones too (rope_theta, torch_dtype)."),
+    ] = False,
     kv_cache: Annotated[
         bool, typer.Option("--kv-cache/--no-kv-cache", help="Whether an onnx graph has a key-value cache.")
     ] = True,
@@ -486,9 +490,11 @@ def export(
         raise typer.BadParameter(f"--output names a folder, and {output_folder} looks like a file.")
     if converter is not None and format_name is not FormatName.gguf:
         raise typer.BadParameter("--converter writes gguf; give --format gguf with it.")
+    if compat and format_name is not FormatName.safetensors:
+        raise typer.BadParameter("--compat is about config.json; give --format safetensors with it.")
     if not kv_cache and format_name is not FormatName.onnx:
         raise typer.BadParameter("--no-kv-cache is about onnx; give --format onnx with it.")
-    options = ExportOptions(dtype, parse_size(max_shard_size), converter, kv_cache)
+    options = ExportOptions(dtype, parse_size(max_shard_size), converter, kv_cache, compat)
     reference = ModelReference(checkpoint, revision, trust_remote_code, dtype if dtype in {*DtypeName} else None)
     with output.progress_on_stderr() as listener:
         result = pipeline.export(reference, output_folder, format_name.value, options, overwrite, verify, listener)

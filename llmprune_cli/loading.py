@@ -31,7 +31,7 @@ DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 FLOATS = ("F64", *DTYPES.values())
 WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
 BIN_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
-SMALL_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*"]
+SMALL_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "README.md", "LICEN[SC]E*", "NOTICE*"]
 # Files that travel with the weights; everything else in a model folder belongs to the weights or to other runtimes.
 COMPANIONS = (
     "generation_config.json",

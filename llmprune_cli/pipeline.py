@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from contextlib import ExitStack
@@ -12,7 +11,7 @@ from typing import Any
 
 from llmprune_cli.architecture import with_widths
 from llmprune_cli.calibration import CalibrationText, prepare_calibration, warn_of_shared_text
-from llmprune_cli.checkpoint import Checkpoint
+from llmprune_cli.checkpoint import Checkpoint, read_json
 from llmprune_cli.dependency import hold_against_torch_pruning
 from llmprune_cli.errors import CheckpointError, UnsupportedError, VerificationError
 from llmprune_cli.eval_report import prepare_text, report_perplexity
@@ -21,10 +20,11 @@ from llmprune_cli.export.formats import ExportOptions, Fit
 from llmprune_cli.export.runtimes import runtime_fits
 from llmprune_cli.export.verification import PROMPTS, missing_memory, missing_runtime, verify
 from llmprune_cli.loading import ModelReference, load_tokenizer, open_checkpoint
+from llmprune_cli.model_card import MANIFEST_NAME, write_card
 from llmprune_cli.options import EvalOptions, Listener, PruneOptions
 from llmprune_cli.plan import Plan, WidthRequest, legal_values, resolve, save_plan
 from llmprune_cli.proof import prove
-from llmprune_cli.pruned_folder import MANIFEST_NAME, make_manifest, prune_twin, write_pruned
+from llmprune_cli.pruned_folder import make_manifest, prune_twin, write_pruned
 from llmprune_cli.reconstruction import repair
 from llmprune_cli.repair_chart import check_chart_target, draw_chart
 from llmprune_cli.report_card import report_card
@@ -197,10 +197,13 @@ def _fill(
     """Refit, write and judge."""
     repaired, repairs = repair(subject, plan, options, calibration, work, listener)
     write_pruned(repaired, plan, staging, manifest, options.max_shard_bytes, listener)
-    if calibration is None:
-        return None
-    card = report_card(subject, staging, plan, options, calibration, repairs, listener)
-    write_json(staging / MANIFEST_NAME, {**manifest, "calibration": asdict(card)})
+    card = None
+    if calibration is not None:
+        card = report_card(subject, staging, plan, options, calibration, repairs, listener)
+        manifest = {**manifest, "calibration": asdict(card)}
+        write_json(staging / MANIFEST_NAME, manifest)
+    config = with_widths(subject.architecture, plan.after, plan.layers)
+    write_card(staging, subject.checkpoint, manifest, "safetensors", runtime_fits(config))
     return card
 
 
@@ -268,9 +271,11 @@ def export(
             if not reason:
                 listener.stage("Verifying", len(PROMPTS))
                 verification = verify(checkpoint, form, staging, dtype, listener.advance)
-            manifest = checkpoint.companions / MANIFEST_NAME
-            if manifest.is_file():
-                write_json(staging / MANIFEST_NAME, json.loads(manifest.read_text(encoding="utf-8")))
+            path = checkpoint.companions / MANIFEST_NAME
+            manifest = read_json(path) if path.is_file() else None
+            if manifest is not None:
+                write_json(staging / MANIFEST_NAME, manifest)
+            write_card(staging, checkpoint, manifest, format_name, runtime_fits(checkpoint.config))
         files = sorted(path for path in output.rglob("*") if path.is_file())
         return ExportResult(
             schema_version=SCHEMA_VERSION,

@@ -12,6 +12,7 @@ from llmprune_cli.errors import VerificationError
 from llmprune_cli.groups import Keep, Trace
 from llmprune_cli.identity import versions
 from llmprune_cli.loading import ModelReference, copy_companions
+from llmprune_cli.model_card import MANIFEST_NAME
 from llmprune_cli.options import Listener, PruneOptions
 from llmprune_cli.plan import Plan, Target, WidthRequest
 from llmprune_cli.results import SCHEMA_VERSION, ModelSummary
@@ -19,8 +20,6 @@ from llmprune_cli.selection import make_plan
 from llmprune_cli.subject import Subject
 from llmprune_cli.surgery import pruned_entries, pruned_tensors
 from llmprune_cli.writer import write_json, write_shards
-
-MANIFEST_NAME = "llmprune.json"
 
 
 def write_pruned(

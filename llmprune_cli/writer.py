@@ -99,8 +99,9 @@ def check_target(target: Path, overwrite: bool, forbidden: Path | None = None) -
 
 
 def _is_gguf_export(folder: Path) -> bool:
-    """Whether a folder holds one exported file, and its manifest at most: other people keep many of theirs together."""
-    names = [path.name for path in folder.iterdir() if path.name != "llmprune.json"]
+    """Whether a folder holds one exported file, and what is written beside it: other people keep many together."""
+    beside = re.compile(r"llmprune\.json|README\.md|(LICEN[SC]E|NOTICE).*")
+    names = [path.name for path in folder.iterdir() if not beside.fullmatch(path.name)]
     return len(names) == 1 and re.fullmatch(r"model-\w+\.gguf", names[0]) is not None
 
 

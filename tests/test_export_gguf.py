@@ -155,7 +155,7 @@ def test_llama_cpp_runs_every_architecture_pruned_or_it_is_refused(family: str, 
     if "does not load" not in said:
         document = verified(run)
         assert said in document["note"] and bool(said) == bool(document["note"])
-        assert document["files"] == ["llmprune.json", "model-f32.gguf"]
+        assert document["files"] == ["README.md", "llmprune.json", "model-f32.gguf"]
         assert document["verification"]["same_tokens"] == 1
         return
     assert run.code == 4 and said in run.stderr and "is not the hidden size 64" in run.stderr
@@ -314,7 +314,7 @@ def test_matrices_are_quantized_where_their_rows_divide(dtype: str, byte_level_l
     from test_peer import written_tensors
 
     document = verified(export(byte_level_llama, tmp_path / "gguf", "--dtype", dtype))
-    assert document["files"] == [f"model-{dtype}.gguf"]
+    assert document["files"] == ["README.md", f"model-{dtype}.gguf"]
     found = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "gguf" / f"model-{dtype}.gguf").tensors}
     kinds = {name: tensor.tensor_type.name.lower() for name, tensor in found.items()}
     assert kinds["output.weight"] == kinds["blk.3.attn_q.weight"] == dtype
@@ -370,7 +370,7 @@ def test_wrong_usages(byte_level_llama: Path, tmp_path: Path) -> None:
     assert export(byte_level_llama, target, "--dtype", "f16").code == 0
     assert export(byte_level_llama, target).code == 6
     assert export(byte_level_llama, target, "--overwrite").code == 0
-    assert [path.name for path in tmp_path.rglob("*")] == ["gguf", "model-f32.gguf"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["README.md", "gguf", "model-f32.gguf"]
     (target / "mine.gguf").write_text("kept")
     run = export(byte_level_llama, target, "--overwrite")
     assert run.code == 6 and "not a model folder" in run.stderr and (target / "mine.gguf").exists()

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from llmprune_cli.checkpoint import Checkpoint, TensorEntry
+from llmprune_cli.checkpoint import Checkpoint, TensorEntry, read_json
 from llmprune_cli.export.formats import ExportOptions, Fit, Format
 from llmprune_cli.loading import DTYPES, FLOATS, copy_companions
-from llmprune_cli.writer import write_shards
+from llmprune_cli.writer import write_json, write_shards
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,27 @@ def write_safetensors(
     if dtype:
         config.dtype = dtype
     config.save_pretrained(folder)
+    if options.compat:
+        path = folder / "config.json"
+        write_json(path, add_older_settings(read_json(path)))
     copy_companions(checkpoint, folder)
+
+
+def add_older_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json with what transformers 4 wrote beside what is written today: `torch_dtype`, `rope_theta` and so on.
+
+    Where full and sliding layers turn at different speeds, the older names are those of Gemma 3.
+    """
+    older: dict[str, Any] = {"torch_dtype": config.get("dtype")}
+    rope = config.get("rope_parameters") or {}
+    full, sliding = rope.get("full_attention", rope), rope.get("sliding_attention") or {}
+    older["rope_theta"] = full.get("rope_theta")
+    older["rope_local_base_freq"] = sliding.get("rope_theta")
+    older["partial_rotary_factor"] = full.get("partial_rotary_factor")
+    if full.get("rope_type", "default") != "default":
+        older["rope_scaling"] = {k: v for k, v in full.items() if k not in ("rope_theta", "partial_rotary_factor")}
+        older["rope_scaling"]["type"] = full["rope_type"]
+    return {**config, **{name: value for name, value in older.items() if value is not None and name not in config}}
 
 
 SAFETENSORS = Format(
