@@ -306,6 +306,9 @@ def prune(
         Refit | None,
         typer.Option(help="How what reads removed units is repaired. [default: residual; none where there is no text]"),
     ] = None,
+    rotate: Annotated[
+        bool, typer.Option("--rotate", help="Keep principal components of the residual stream instead of channels.")
+    ] = False,
     calibration: Calibration = None,
     calibration_split: CalibrationSplit = "validation",
     calibration_tokens: CalibrationTokens = 32768,
@@ -365,6 +368,11 @@ def prune(
         raise typer.BadParameter("give --output DIR, or --dry-run, --save-plan or --eval.")
     if layer_importance is not None and budget is None and layers is None:
         raise typer.BadParameter("--layer-importance says which layers go; give --layers N or a target with it.")
+    hidden = (pruning_ratio, hidden_pruning_ratio, hidden_size)
+    if rotate and (plan is not None or save_plan is not None or resume or all(value is None for value in hidden)):
+        raise typer.BadParameter(
+            "--rotate is about the hidden size: give one, and leave out targets, --plan, --save-plan and --resume."
+        )
     if resume and (output_folder is None or dry_run):
         raise typer.BadParameter(
             "--resume goes on with a run that writes a model; give its --output, and no --dry-run."
@@ -386,6 +394,7 @@ def prune(
         refit=(refit or Refit.residual).value,
         left_open=frozenset(name for name, value in (("importance", importance), ("refit", refit)) if value is None),
         calibration=CalibrationOptions(calibration, calibration_split, calibration_tokens, calibration_seq_len, device),
+        rotate=rotate,
         seed=seed,
         plan=plan,
         save_plan=save_plan,

@@ -49,6 +49,7 @@ class PruneOptions:
     refit: str = "residual"
     left_open: frozenset[str] = frozenset()  # of importance and refit, those that nobody asked for
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    rotate: bool = False  # whether the channels that stay are principal components of the residual stream
     seed: int = 0
     plan: Path | None = None
     save_plan: Path | None = None
@@ -65,7 +66,7 @@ class PruneOptions:
     def needs_text(self) -> bool:
         """Whether anything is measured on calibration text."""
         measured = self.importance in CALIBRATED or self.ranks_layers
-        return self.refit != "none" or (measured and not self.plan)
+        return self.refit != "none" or self.rotate or (measured and not self.plan)
 
     @property
     def without_text(self) -> PruneOptions:

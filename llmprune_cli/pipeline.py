@@ -28,6 +28,7 @@ from llmprune_cli.pruned_folder import make_manifest, prune_twin, write_pruned
 from llmprune_cli.reconstruction import repair
 from llmprune_cli.repair_chart import check_chart_target, draw_chart
 from llmprune_cli.report_card import report_card
+from llmprune_cli.residual import ResidualStream, find_residual_stream
 from llmprune_cli.results import (
     SCHEMA_VERSION,
     CalibrationResult,
@@ -38,6 +39,7 @@ from llmprune_cli.results import (
     PruneResult,
     summarize,
 )
+from llmprune_cli.rotation import check_rotation, principal_components, rotate, untie, with_wider_norms
 from llmprune_cli.search import Candidate
 from llmprune_cli.selection import first_target, select, stored_plan, target_of
 from llmprune_cli.subject import Subject, understand
@@ -99,6 +101,11 @@ def prune(
                 check_folder(folder, option)
         subject = understand(checkpoint)
         before = summarize(checkpoint.entries, subject.widths)
+        stream, untied = None, 0
+        if options.rotate:
+            subject, untied = untie(subject)
+            stream = find_residual_stream(subject.architecture, subject.trace)
+            check_rotation(subject, stream)
         plan = stored_plan(subject, options.plan) if options.plan else None
         target = target_of(plan) if plan is not None else first_target(subject, options)
         subject.require(target.widths)
@@ -109,6 +116,9 @@ def prune(
             warn_of_shared_text(calibration.corpus, text.corpus, listener.warn)
         prove(subject.architecture, subject.trace, target.widths.changed_from(subject.widths), prune_twin)
         hold_against_torch_pruning(subject.architecture, subject.trace)
+        if stream is not None and calibration is not None:
+            turned = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llmprune-model-")))
+            subject = _rotate(subject, stream, calibration, options, turned, listener)
         kept = stack.enter_context(ExitStack())
         work = None
         if output is not None and calibration is not None and not options.dry_run:
@@ -119,6 +129,9 @@ def prune(
             plan, candidates = select(subject, target, options, calibration, work, listener)
             target = target_of(plan)
             after = summarize(subject.predict(target), target.widths)
+        if untied:
+            text_untied = f"The output projection is the embedding no longer, which adds {untied:,} parameters."
+            target = replace(target, deviations=(*target.deviations, text_untied))
         for deviation in target.deviations:
             listener.warn(deviation)
         if options.save_plan is not None and plan is not None:
@@ -127,7 +140,7 @@ def prune(
         if output is not None and plan is not None and not options.dry_run:
             manifest = make_manifest(reference, checkpoint, plan, options, before, after)
             with staged_folder(output, options.overwrite, source, work.path if work else None) as staging:
-                card = _fill(staging, subject, plan, manifest, options, calibration, work, listener)
+                card = _fill(staging, subject, plan, stream, manifest, options, calibration, work, listener)
             kept.close()
             if evaluation is not None and text is not None:
                 pruned = ModelReference(str(output), None, reference.trust_remote_code, reference.dtype)
@@ -184,18 +197,37 @@ def _prepare_calibration(
     return options, calibration
 
 
+def _rotate(
+    subject: Subject,
+    stream: ResidualStream,
+    calibration: CalibrationText,
+    options: PruneOptions,
+    folder: Path,
+    listener: Listener,
+) -> Subject:
+    model = subject.layered(options.layer_device)
+    listener.stage("Finding principal components", model.layers)
+    components = principal_components(model, calibration.fitted, listener.advance)
+    listener.stage("Rotating", subject.checkpoint.size_bytes)
+    return rotate(subject, stream, components, folder, listener.advance)
+
+
 def _fill(
     staging: Path,
     subject: Subject,
     plan: Plan,
+    stream: ResidualStream | None,
     manifest: dict[str, Any],
     options: PruneOptions,
     calibration: CalibrationText | None,
     work: WorkFolder | None,
     listener: Listener,
 ) -> CalibrationResult | None:
-    """Refit, write and judge."""
+    """Refit, write and judge; where the residual stream was rotated, its norms are made for fewer channels."""
     repaired, repairs = repair(subject, plan, options, calibration, work, listener)
+    if stream is not None:
+        norms = with_wider_norms(repaired.checkpoint, stream, plan.after.hidden_size, subject.checkpoint.folder)
+        repaired = replace(repaired, checkpoint=norms)
     write_pruned(repaired, plan, staging, manifest, options.max_shard_bytes, listener)
     card = None
     if calibration is not None:

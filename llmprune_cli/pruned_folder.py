@@ -69,6 +69,7 @@ def make_manifest(
             "importance": plan.importance,
             "layer_importance": options.layer_importance,
             "refit": options.refit,
+            "rotate": options.rotate,
             "seed": plan.seed,
             "plan": str(options.plan) if options.plan else None,
             "dtype": reference.dtype,

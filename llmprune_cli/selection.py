@@ -103,12 +103,16 @@ def make_plan(
 
 
 def _plan_of(subject: Subject, target: Target, options: PruneOptions, scores: Scores) -> Plan:
+    import torch
+
     before = subject.widths
     stays = {str(layer) for layer in target.layers}
     scores = {
         width: {name: own for name, own in by.items() if not name or re.split("[.#]", name)[0] in stays}
         for width, by in scores.items()
     }
+    if options.rotate:  # channels are principal components, those with most energy first
+        scores["hidden_size"] = {"": torch.arange(before.hidden_size, 0, -1)}
     keep = choose(scores, subject.architecture, target.widths)
     mark = fingerprint(subject.checkpoint)
     return Plan(

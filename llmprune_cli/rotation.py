@@ -1,0 +1,180 @@
+"""Turn the residual stream so that its channels are principal components, the least of which can go.
+
+SliceGPT's idea (arXiv 2401.15024) in a form that stock models hold. The weights w of an RMSNorm move into the weights
+that read it, W diag(w); a norm without weights commutes with every orthogonal Q [D, D]; so readers become W diag(w) Q,
+writers Qᵀ W, embeddings E Q, and the model computes what it did. One Q serves all layers, where SliceGPT has one for
+each, whose changes from one to the next need weights of their own that no stock model has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmprune_cli.architecture import expected_index, reconfigure
+from llmprune_cli.checkpoint import Checkpoint, TensorEntry, read_index
+from llmprune_cli.errors import UnsupportedError
+from llmprune_cli.families import FAMILIES, Family
+from llmprune_cli.layerwise import LayeredModel
+from llmprune_cli.names import split_name
+from llmprune_cli.residual import Norm, ResidualStream
+from llmprune_cli.subject import Subject, understand
+from llmprune_cli.writer import write_shards
+
+if TYPE_CHECKING:
+    import torch
+
+NormWeights = dict[Norm, dict[tuple[int, ...], "torch.Tensor"]]  # by the numbers in their names, [D]
+SHARD_BYTES = 5 * 10**9
+NORMS = "norms.safetensors"
+
+
+def principal_components(model: LayeredModel, windows: torch.Tensor, progress: Callable[[int], None]) -> torch.Tensor:
+    """Q, orthogonal, float64 [D, D]: directions of the residual stream in its columns, those with most energy first.
+
+    Eigenvectors of Σ h hᵀ/‖h‖² over all tokens before the first and behind each layer: every token and every layer
+    weighs the same, as it does to the norms that read them.
+
+    Args:
+        windows: token ids, [N, T].
+        progress: told after each layer.
+    """
+    import torch
+
+    size = model.architecture.widths.hidden_size
+    moment = torch.zeros(size, size, dtype=torch.float64)
+
+    def add(stream: torch.Tensor) -> None:
+        for window in stream:
+            unit = torch.nn.functional.normalize(window, dim=-1)
+            moment.add_((unit.T @ unit).double().cpu())
+
+    with torch.inference_mode():
+        add(model.embed(windows))
+        for stream, _ in model.walk(windows):
+            add(stream)
+            progress(1)
+        vectors = torch.linalg.eigh(moment).eigenvectors.flip(1)
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    components: torch.Tensor = (vectors * largest.sign()).clone()  # an eigenvector has no sign of its own
+    return components
+
+
+def untie(subject: Subject) -> tuple[Subject, int]:
+    """The subject with an output projection of its own, known from headers, and how many parameters that adds.
+
+    The final norm's weights move into the output projection alone, so that it is the embedding no longer.
+
+    Raises:
+        UnsupportedError: the family has no untied form.
+    """
+    checkpoint = subject.checkpoint
+    if not getattr(checkpoint.config, "tie_word_embeddings", False):
+        return subject, 0
+    config = reconfigure(checkpoint.config, {"tie_word_embeddings": False})
+    added = [name for name in expected_index(config) if name not in checkpoint.by_name]
+    if len(added) != 1:
+        raise UnsupportedError(f"{config.model_type} cannot be rotated: its embeddings cannot be untied.")
+    embedding = checkpoint.by_name[_embedding(subject)]
+    head = replace(embedding, name=added[0], stored_name=embedding.stored_name or embedding.name)
+    apart = understand(replace(checkpoint, config=config, entries=(*checkpoint.entries, head)))
+    return apart, head.numel
+
+
+def _embedding(subject: Subject) -> str:
+    """The largest tensor outside the layers."""
+    outside = [entry for entry in subject.checkpoint.entries if not split_name(entry.name)[1]]
+    return max(outside, key=lambda entry: entry.numel).name
+
+
+def rotate(
+    subject: Subject, stream: ResidualStream, components: torch.Tensor, folder: Path, progress: Callable[[int], None]
+) -> Subject:
+    """The same model in other channels, written into a folder tensor by tensor.
+
+    Args:
+        subject: whose output projection is its own, see `untie`.
+        components: Q, [D, D].
+        progress: told the bytes of each tensor.
+    """
+    checkpoint = subject.checkpoint
+    weights: NormWeights = {norm: {} for norm in stream.norms}
+    templates = {norm.weight: norm for norm in stream.norms}
+    vectors = tuple(entry for entry in checkpoint.entries if split_name(entry.name)[0] in templates)
+    for entry, tensor in replace(checkpoint, entries=vectors).tensors():
+        template, numbers = split_name(entry.name)
+        norm = templates[template]
+        weights[norm][numbers] = tensor.double() + norm.offset
+
+    def stream_out() -> Iterator[tuple[TensorEntry, torch.Tensor]]:
+        for entry, tensor in checkpoint.tensors():
+            template, numbers = split_name(entry.name)
+            yield entry, _rotated(tensor, template, numbers, stream, weights, components)
+            progress(entry.size_bytes)
+
+    write_shards(folder, checkpoint.entries, stream_out(), SHARD_BYTES)
+    checkpoint.config.save_pretrained(folder)
+    written = replace(checkpoint, folder=folder, entries=read_index(folder), dropped=(), renamed=())
+    return understand(written)
+
+
+def _rotated(
+    tensor: torch.Tensor,
+    template: str,
+    numbers: tuple[int, ...],
+    stream: ResidualStream,
+    weights: NormWeights,
+    components: torch.Tensor,
+) -> torch.Tensor:
+    norm_templates = {norm.weight: norm for norm in stream.norms}
+    if template in norm_templates:
+        return tensor.new_full(tensor.shape, 1 - norm_templates[template].offset)
+    if template not in stream.axes:
+        return tensor
+    along = tensor.movedim(stream.axes[template], -1).double()
+    if template in stream.readers:
+        own = weights[stream.readers[template]]
+        along = along * own[numbers[:1] if numbers[:1] in own else ()]
+    return (along @ components).movedim(-1, stream.axes[template]).to(tensor.dtype).contiguous()
+
+
+def with_wider_norms(checkpoint: Checkpoint, stream: ResidualStream, kept: int, folder: Path) -> Checkpoint:
+    """The checkpoint with norms that give the same when only the first `kept` of D channels are left.
+
+    The mean square of D′ channels that hold all energy is D/D′ times that of D, so that a norm would give √(D′/D) times
+    what it gave; its weights become √(D/D′). (What its ε adds becomes smaller by D′/D.)
+    """
+    from safetensors.torch import save_file
+
+    templates = {norm.weight: norm for norm in stream.norms}
+    entries = [entry for entry in checkpoint.entries if split_name(entry.name)[0] in templates]
+    tensors = {}
+    for entry, tensor in replace(checkpoint, entries=tuple(entries)).tensors():
+        norm = templates[split_name(entry.name)[0]]
+        factor = math.sqrt(tensor.shape[-1] / kept)
+        tensors[entry.name] = ((tensor.double() + norm.offset) * factor - norm.offset).to(tensor.dtype)
+    path = folder / NORMS
+    save_file(tensors, path)
+    wider = {entry.name: replace(entry, shard=str(path.absolute()), stored_name=None) for entry in entries}
+    return replace(checkpoint, entries=tuple(wider.get(entry.name, entry) for entry in checkpoint.entries))
+
+
+def check_rotation(subject: Subject, stream: ResidualStream) -> None:
+    """Refuse a family whose norms cannot be folded exactly.
+
+    Raises:
+        UnsupportedError: with the reason.
+    """
+    name = subject.architecture.config.model_type
+    if FAMILIES.get(name, Family()).scaled_embedding:
+        raise UnsupportedError(
+            f"{name} cannot be rotated: it scales embeddings by the hidden size. Leave --rotate out."
+        )
+    if any(norm.is_centered or norm.bias for norm in stream.norms):
+        raise UnsupportedError(f"{name} cannot be rotated: its norms subtract the mean. Leave --rotate out.")
+    biased = [binding.template for binding in subject.trace.of("hidden_size") if binding.template not in stream.axes]
+    if biased:
+        raise UnsupportedError(f"{name} cannot be rotated: {biased[0]} has channels of its own. Leave --rotate out.")
