@@ -39,7 +39,7 @@ from llmprune_cli.results import (
     PruneResult,
     summarize,
 )
-from llmprune_cli.rotation import check_rotation, principal_components, rotate, untie, with_wider_norms
+from llmprune_cli.rotation import principal_components, rotate, untie
 from llmprune_cli.search import Candidate
 from llmprune_cli.selection import first_target, select, stored_plan, target_of
 from llmprune_cli.subject import Subject, understand
@@ -105,7 +105,6 @@ def prune(
         if options.rotate:
             subject, untied = untie(subject)
             stream = find_residual_stream(subject.architecture, subject.trace)
-            check_rotation(subject, stream)
         plan = stored_plan(subject, options.plan) if options.plan else None
         target = target_of(plan) if plan is not None else first_target(subject, options)
         subject.require(target.widths)
@@ -140,7 +139,7 @@ def prune(
         if output is not None and plan is not None and not options.dry_run:
             manifest = make_manifest(reference, checkpoint, plan, options, before, after)
             with staged_folder(output, options.overwrite, source, work.path if work else None) as staging:
-                card = _fill(staging, subject, plan, stream, manifest, options, calibration, work, listener)
+                card = _fill(staging, subject, plan, manifest, options, calibration, work, listener)
             kept.close()
             if evaluation is not None and text is not None:
                 pruned = ModelReference(str(output), None, reference.trust_remote_code, reference.dtype)
@@ -207,7 +206,7 @@ def _rotate(
 ) -> Subject:
     model = subject.layered(options.layer_device)
     listener.stage("Finding principal components", model.layers)
-    components = principal_components(model, calibration.fitted, listener.advance)
+    components = principal_components(model, calibration.fitted, options.offload_dir, listener.advance)
     listener.stage("Rotating", subject.checkpoint.size_bytes)
     return rotate(subject, stream, components, folder, listener.advance)
 
@@ -216,18 +215,14 @@ def _fill(
     staging: Path,
     subject: Subject,
     plan: Plan,
-    stream: ResidualStream | None,
     manifest: dict[str, Any],
     options: PruneOptions,
     calibration: CalibrationText | None,
     work: WorkFolder | None,
     listener: Listener,
 ) -> CalibrationResult | None:
-    """Refit, write and judge; where the residual stream was rotated, its norms are made for fewer channels."""
+    """Refit, write and judge."""
     repaired, repairs = repair(subject, plan, options, calibration, work, listener)
-    if stream is not None:
-        norms = with_wider_norms(repaired.checkpoint, stream, plan.after.hidden_size, subject.checkpoint.folder)
-        repaired = replace(repaired, checkpoint=norms)
     write_pruned(repaired, plan, staging, manifest, options.max_shard_bytes, listener)
     card = None
     if calibration is not None:
@@ -302,7 +297,7 @@ def export(
             form.write(checkpoint, staging, as_asked, listener.advance)
             if not reason:
                 listener.stage("Verifying", len(PROMPTS))
-                verification = verify(checkpoint, form, staging, dtype, listener.advance)
+                verification = verify(checkpoint, form, staging, dtype, options.trust_remote_code, listener.advance)
             path = checkpoint.companions / MANIFEST_NAME
             manifest = read_json(path) if path.is_file() else None
             if manifest is not None:

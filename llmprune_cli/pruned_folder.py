@@ -38,7 +38,7 @@ def write_pruned(
     checkpoint = subject.checkpoint
     entries = pruned_entries(checkpoint, subject.trace, plan)
     listener.stage("Writing", checkpoint.size_bytes)
-    tensors = pruned_tensors(checkpoint, subject.trace, plan, listener.advance)
+    tensors = pruned_tensors(checkpoint, subject.trace, plan, listener.advance, subject.folded_norms)
     write_shards(folder, entries, tensors, max_shard_bytes)
     with_widths(subject.architecture, plan.after, plan.layers).save_pretrained(folder)
     copy_companions(checkpoint, folder)

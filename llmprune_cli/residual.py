@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.architecture import Architecture, on_disk
 from llmprune_cli.errors import UnsupportedError
+from llmprune_cli.families import FAMILIES, Family
 from llmprune_cli.groups import Trace
 from llmprune_cli.names import split_name
 from llmprune_cli.twin import Place, build_twin, trace_sizes
@@ -26,22 +27,17 @@ OTHERWISE = "Leave --rotate out: channels can still be dropped."
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm over the channels: x ↦ (x − mean(x)) / rms(x − mean(x)) ⊙ (weight + offset) + bias."""
+    """RMSNorm over the channels: x ↦ x / rms(x) ⊙ (weight + offset)."""
 
-    module: str  # name in memory, with {} for numbers
     weight: str  # template on disk
-    bias: str | None
     offset: float  # what the model adds to the stored weight
-    is_centered: bool  # whether it subtracts the mean, as LayerNorm does
 
 
 @dataclass(frozen=True)
 class ResidualStream:
-    """What reads and what writes the residual stream; nothing else but norms has its channels."""
+    """What reads the residual stream; all else that has its channels, but for norms, writes it."""
 
-    inputs: dict[Place, Norm]  # (parameter in memory, with {} for numbers, axis that is summed over) → what feeds it
     readers: dict[str, Norm]  # template on disk → the norm that feeds it
-    writers: frozenset[str]  # templates on disk: output projections with their biases, embeddings
     axes: dict[str, int]  # template on disk → its axis of channels
 
     @property
@@ -49,19 +45,21 @@ class ResidualStream:
         """Every norm once."""
         return tuple(dict.fromkeys(self.readers.values()))
 
-    @property
-    def is_centered(self) -> bool:
-        """Whether no reader sees the mean over the channels."""
-        return all(norm.is_centered for norm in self.norms)
-
 
 def find_residual_stream(architecture: Architecture, trace: Trace) -> ResidualStream:
     """Watch a twin run: a weight reads the norm whose output it is multiplied with; what no norm feeds writes.
 
     Raises:
-        UnsupportedError: a norm that no weight reads, or one of an unknown kind; a weight that several norms feed.
+        UnsupportedError: a norm that no weight reads, or one of another kind than RMSNorm; a weight that several norms
+            feed, or that has channels of its own in each layer; embeddings that are scaled by the width.
     """
-    axes = {binding.template: binding.axis for binding in trace.of("hidden_size") if binding.is_global}
+    bindings = trace.of("hidden_size")
+    axes = {binding.template: binding.axis for binding in bindings}
+    own = [binding.template for binding in bindings if not binding.is_global]
+    if own:
+        raise _unsupported(architecture, f"{own[0]} has channels of its own")
+    if FAMILIES.get(architecture.config.model_type, Family()).scaled_embedding:
+        raise _unsupported(architecture, "it scales embeddings by its width")
     twin = build_twin(architecture, trace_sizes(architecture.config))
     model = twin.model.float()  # where a model casts to float32, a tensor is then still the same
     origins = _origins(model, axes)
@@ -75,13 +73,12 @@ def find_residual_stream(architecture: Architecture, trace: Trace) -> ResidualSt
                 "behind it could do that instead",
             )
     norms = {module: _norm(architecture, module, calls[module], origins) for module in sorted(fed)}
+    by_parameter: dict[str, Norm] = {}
     for (name, _), modules in inputs.items():
         if len(modules) > 1:
             raise _unsupported(architecture, f"several norms feed {name}")
-    known = {place: norms[min(modules)] for place, modules in inputs.items()}
-    by_parameter = {name: norm for (name, _), norm in known.items()}
-    affine = {name for norm in norms.values() for name in (norm.weight, norm.bias)}
-    readers, writers = {}, set()
+        by_parameter[name] = norms[min(modules)]
+    readers = {}
     for template, memories in origins.items():
         feeding = {by_parameter.get(memory) for memory in memories}
         if len(feeding) > 1:
@@ -89,12 +86,7 @@ def find_residual_stream(architecture: Architecture, trace: Trace) -> ResidualSt
         norm = feeding.pop()
         if norm is not None:
             readers[template] = norm
-        elif template not in affine:
-            writers.add(template)
-    stream = ResidualStream(known, readers, frozenset(writers), axes)
-    if len({norm.is_centered for norm in stream.norms}) > 1:
-        raise _unsupported(architecture, "only some of its norms subtract the mean")
-    return stream
+    return ResidualStream(readers, axes)
 
 
 def _unsupported(architecture: Architecture, reason: str) -> UnsupportedError:
@@ -177,7 +169,7 @@ def _norm(architecture: Architecture, module: str, call: Call, origins: dict[str
     """What kind of norm a module is.
 
     Raises:
-        UnsupportedError: it has no weights, or does something else.
+        UnsupportedError: it has no weights, or is no RMSNorm.
     """
     own, got, gave = call
     weights: Any = own.weight
@@ -185,12 +177,9 @@ def _norm(architecture: Architecture, module: str, call: Call, origins: dict[str
     weight = stored.get(f"{module}.weight")
     if weight is None:
         raise _unsupported(architecture, f"{module} has no weights, which would have to make up for its fewer channels")
-    bias = getattr(own, "bias", None)
-    for is_centered in (False, True):
-        centered = got - got.mean(-1, keepdim=True) if is_centered else got
-        normalized = centered / centered.square().mean(-1, keepdim=True).sqrt()
-        for offset in (0.0, 1.0):
-            expected = normalized * (weights + offset) + (0.0 if bias is None else bias)
-            if bool((expected - gave).abs().max() < EXACT * gave.abs().max()):
-                return Norm(module, weight, None if bias is None else stored[f"{module}.bias"], offset, is_centered)
-    raise _unsupported(architecture, f"{module} is neither RMSNorm nor LayerNorm")
+    normalized = got / got.square().mean(-1, keepdim=True).sqrt()
+    for offset in (0.0, 1.0):
+        expected = normalized * (weights + offset)
+        if bool((expected - gave).abs().max() < EXACT * gave.abs().max()):
+            return Norm(weight, offset)
+    raise _unsupported(architecture, f"{module} is no RMSNorm: it subtracts the mean, or adds a bias")

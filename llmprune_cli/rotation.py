@@ -8,16 +8,14 @@ each, whose changes from one to the next need weights of their own that no stock
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmprune_cli.architecture import expected_index, reconfigure
-from llmprune_cli.checkpoint import Checkpoint, TensorEntry, read_index
+from llmprune_cli.checkpoint import TensorEntry, read_index
 from llmprune_cli.errors import UnsupportedError
-from llmprune_cli.families import FAMILIES, Family
 from llmprune_cli.layerwise import LayeredModel
 from llmprune_cli.names import split_name
 from llmprune_cli.residual import Norm, ResidualStream
@@ -29,10 +27,11 @@ if TYPE_CHECKING:
 
 NormWeights = dict[Norm, dict[tuple[int, ...], "torch.Tensor"]]  # by the numbers in their names, [D]
 SHARD_BYTES = 5 * 10**9
-NORMS = "norms.safetensors"
 
 
-def principal_components(model: LayeredModel, windows: torch.Tensor, progress: Callable[[int], None]) -> torch.Tensor:
+def principal_components(
+    model: LayeredModel, windows: torch.Tensor, folder: Path | None, progress: Callable[[int], None]
+) -> torch.Tensor:
     """Q, orthogonal, float64 [D, D]: directions of the residual stream in its columns, those with most energy first.
 
     Eigenvectors of Σ h hᵀ/‖h‖² over all tokens before the first and behind each layer: every token and every layer
@@ -40,6 +39,7 @@ def principal_components(model: LayeredModel, windows: torch.Tensor, progress: C
 
     Args:
         windows: token ids, [N, T].
+        folder: of the hidden states, see `new_states`.
         progress: told after each layer.
     """
     import torch
@@ -53,8 +53,10 @@ def principal_components(model: LayeredModel, windows: torch.Tensor, progress: C
             moment.add_((unit.T @ unit).double().cpu())
 
     with torch.inference_mode():
-        add(model.embed(windows))
-        for stream, _ in model.walk(windows):
+        stream = model.embed(windows, folder)
+        add(stream)
+        for number in range(model.layers):
+            model.load_layer(number).advance(stream)
             add(stream)
             progress(1)
         vectors = torch.linalg.eigh(moment).eigenvectors.flip(1)
@@ -118,7 +120,7 @@ def rotate(
     write_shards(folder, checkpoint.entries, stream_out(), SHARD_BYTES)
     checkpoint.config.save_pretrained(folder)
     written = replace(checkpoint, folder=folder, entries=read_index(folder), dropped=(), renamed=())
-    return understand(written)
+    return replace(understand(written), folded_norms={norm.weight: norm.offset for norm in stream.norms})
 
 
 def _rotated(
@@ -139,42 +141,3 @@ def _rotated(
         own = weights[stream.readers[template]]
         along = along * own[numbers[:1] if numbers[:1] in own else ()]
     return (along @ components).movedim(-1, stream.axes[template]).to(tensor.dtype).contiguous()
-
-
-def with_wider_norms(checkpoint: Checkpoint, stream: ResidualStream, kept: int, folder: Path) -> Checkpoint:
-    """The checkpoint with norms that give the same when only the first `kept` of D channels are left.
-
-    The mean square of D′ channels that hold all energy is D/D′ times that of D, so that a norm would give √(D′/D) times
-    what it gave; its weights become √(D/D′). (What its ε adds becomes smaller by D′/D.)
-    """
-    from safetensors.torch import save_file
-
-    templates = {norm.weight: norm for norm in stream.norms}
-    entries = [entry for entry in checkpoint.entries if split_name(entry.name)[0] in templates]
-    tensors = {}
-    for entry, tensor in replace(checkpoint, entries=tuple(entries)).tensors():
-        norm = templates[split_name(entry.name)[0]]
-        factor = math.sqrt(tensor.shape[-1] / kept)
-        tensors[entry.name] = ((tensor.double() + norm.offset) * factor - norm.offset).to(tensor.dtype)
-    path = folder / NORMS
-    save_file(tensors, path)
-    wider = {entry.name: replace(entry, shard=str(path.absolute()), stored_name=None) for entry in entries}
-    return replace(checkpoint, entries=tuple(wider.get(entry.name, entry) for entry in checkpoint.entries))
-
-
-def check_rotation(subject: Subject, stream: ResidualStream) -> None:
-    """Refuse a family whose norms cannot be folded exactly.
-
-    Raises:
-        UnsupportedError: with the reason.
-    """
-    name = subject.architecture.config.model_type
-    if FAMILIES.get(name, Family()).scaled_embedding:
-        raise UnsupportedError(
-            f"{name} cannot be rotated: it scales embeddings by the hidden size. Leave --rotate out."
-        )
-    if any(norm.is_centered or norm.bias for norm in stream.norms):
-        raise UnsupportedError(f"{name} cannot be rotated: its norms subtract the mean. Leave --rotate out.")
-    biased = [binding.template for binding in subject.trace.of("hidden_size") if binding.template not in stream.axes]
-    if biased:
-        raise UnsupportedError(f"{name} cannot be rotated: {biased[0]} has channels of its own. Leave --rotate out.")

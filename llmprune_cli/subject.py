@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from llmprune_cli.architecture import Architecture, Widths, discover, expected_index, with_widths
 from llmprune_cli.checkpoint import Checkpoint, TensorEntry
@@ -21,6 +22,7 @@ class Subject:
     checkpoint: Checkpoint
     architecture: Architecture
     trace: Trace
+    folded_norms: Mapping[str, float] = field(default_factory=dict)  # see `surgery.pruned_tensors`
 
     @property
     def widths(self) -> Widths:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache, lru_cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from llmprune_cli.checkpoint import Checkpoint, TensorEntry
@@ -48,9 +49,17 @@ def pruned_entries(checkpoint: Checkpoint, trace: Trace, plan: Plan) -> tuple[Te
 
 
 def pruned_tensors(
-    checkpoint: Checkpoint, trace: Trace, plan: Plan, progress: Callable[[int], None]
+    checkpoint: Checkpoint,
+    trace: Trace,
+    plan: Plan,
+    progress: Callable[[int], None],
+    folded_norms: Mapping[str, float] = MappingProxyType({}),
 ) -> Iterator[tuple[TensorEntry, torch.Tensor]]:
     """Every tensor that stays, cut to the units that stay, in the order in which the checkpoint holds them.
+
+    Args:
+        folded_norms: templates of RMSNorms whose weights were moved into what reads them, with what the model adds to
+            the stored ones; see `widen`.
 
     Raises:
         PlanError: the plan says nothing about a layer that its widths would cut.
@@ -84,6 +93,8 @@ def pruned_tensors(
             raise PlanError(f"The plan's units and widths disagree about {entry.name}. Make the plan anew.")
         if plan.before.hidden_size != plan.after.hidden_size:
             tensor = rescale(tensor, entry.name, family, plan)
+            if template in folded_norms:
+                tensor = widen(tensor, folded_norms[template], plan)
         progress(entry.size_bytes)
         yield after, tensor
 
@@ -102,6 +113,16 @@ def rescale(tensor: torch.Tensor, name: str, family: Family, plan: Plan) -> torc
         return (tensor.double() * factor).to(tensor.dtype)
     offset = family.norm_offset if kind == "weight" else 0.0
     return ((tensor.double() + offset) / factor - offset).to(tensor.dtype)
+
+
+def widen(norm: torch.Tensor, offset: float, plan: Plan) -> torch.Tensor:
+    """The weights of an RMSNorm that give the same when the channels D are cut to D′ that hold all energy.
+
+    The mean square of the D′ is D/D′ times that of the D, so that the norm would give √(D′/D) times what it gave; its
+    weights become √(D/D′). (What its ε adds becomes smaller by D′/D.)
+    """
+    factor = math.sqrt(plan.before.hidden_size / plan.after.hidden_size)
+    return ((norm.double() + offset) * factor - offset).to(norm.dtype)
 
 
 def take(tensor: torch.Tensor, axis: int, index: torch.Tensor) -> torch.Tensor:
