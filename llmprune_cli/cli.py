@@ -58,9 +58,6 @@ class DtypeName(enum.StrEnum):
     bfloat16 = "bfloat16"
 
 
-SHORT_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
-
-
 class FormatName(enum.StrEnum):
     """Export formats."""
 
@@ -487,7 +484,7 @@ def export(
     """Write a checkpoint in another format, dtype or shard size, and prove it in the runtime that reads it."""
     from llmprune_cli import output, pipeline
     from llmprune_cli.export import FORMATS
-    from llmprune_cli.export.formats import ExportOptions
+    from llmprune_cli.export.formats import SHORT_DTYPES, ExportOptions
     from llmprune_cli.loading import ModelReference
     from llmprune_cli.writer import parse_size
 
@@ -503,7 +500,7 @@ def export(
         raise typer.BadParameter("--compat is about config.json; give --format safetensors with it.")
     if not kv_cache and format_name is not FormatName.onnx:
         raise typer.BadParameter("--no-kv-cache is about onnx; give --format onnx with it.")
-    options = ExportOptions(dtype, parse_size(max_shard_size), converter, kv_cache, compat)
+    options = ExportOptions(dtype, parse_size(max_shard_size), converter, kv_cache, compat, trust_remote_code)
     reference = ModelReference(checkpoint, revision, trust_remote_code, dtype if dtype in {*DtypeName} else None)
     with output.progress_on_stderr() as listener:
         result = pipeline.export(reference, output_folder, format_name.value, options, overwrite, verify, listener)

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 import families
-from conftest import BY_MAGNITUDE, Run, run_cli, save_tiny
+from conftest import BY_MAGNITUDE, Run, run_cli, save_tiny, tiny_config
 from llmprune_cli.export import FORMATS
-from llmprune_cli.export.formats import Limits
+from llmprune_cli.export.formats import Fit, Limits
+from llmprune_cli.export.graphs import SCANNING
 from test_oracles import load_stock
 
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
@@ -115,10 +116,35 @@ def test_a_graph_that_is_not_the_model_is_not_kept(tmp_path: Path, monkeypatch: 
 
 @needs_onnx
 def test_a_state_that_is_no_cache_is_refused(tmp_path: Path) -> None:
-    settings = {**families.SIZES, **families.FAMILIES["mamba"]}
-    folder = save_tiny(tmp_path / "model", "mamba", **settings)
+    settings = {**families.SIZES, **families.FAMILIES["lfm2"]}
+    folder = save_tiny(tmp_path / "model", "lfm2", **settings)
     run = export(folder, tmp_path / "graph", "onnx")
-    assert run.code == 4 and "mamba" in run.stderr and not (tmp_path / "graph").exists()
+    assert run.code == 4 and "--no-kv-cache" in run.stderr and not (tmp_path / "graph").exists()
+
+
+@pytest.mark.parametrize("family", SCANNING)
+def test_what_scans_in_steps_is_refused_before_it_is_traced(family: str, tmp_path: Path) -> None:
+    settings = {**families.SIZES, **families.FAMILIES[family]}
+    tiny_config(family, **settings).save_pretrained(tmp_path / "model")  # type: ignore[attr-defined]
+    run = run_cli("inspect", tmp_path / "model", "--json")
+    assert run.code == 0, run.stderr
+    fits = {fit["runtime"]: fit for fit in json.loads(run.stdout)["runtimes"]}
+    assert not fits["ONNX Runtime"]["loads"] and not fits["torch.export"]["loads"]
+    assert "steps" in fits["torch.export"]["note"] and fits["transformers"]["loads"]
+
+
+def test_a_graph_of_steps_indeed_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    form = FORMATS["torch-export"]
+    monkeypatch.setitem(FORMATS, "torch-export", replace(form, fit=lambda config: Fit(loads=True)))
+    settings = {**families.SIZES, **families.FAMILIES["mamba2"]}
+    folder = save_tiny(tmp_path / "model", "mamba2", **settings)
+    run = export(folder, tmp_path / "graph", "torch-export")
+    assert run.code == 7 and "does not run" in run.stderr and not (tmp_path / "graph").exists()
+
+
+def test_a_model_of_few_positions_is_verified_within_them(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", max_position_embeddings=16)
+    assert verified(export(folder, tmp_path / "graph", "torch-export"))["verification"]["tokens"] == 3 * 8
 
 
 @pytest.mark.parametrize("form", ["torch-export", pytest.param("onnx", marks=needs_onnx)])

@@ -25,6 +25,7 @@ class ExportOptions:
     converter: Path | None = None  # llama.cpp's convert_hf_to_gguf.py, which then writes instead
     kv_cache: bool = True  # whether a graph takes and gives keys and values
     compat: bool = False  # whether config.json is written for readers of older ones as well
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,10 @@ class Limits:
     kl: float  # mean KL(transformers ‖ runtime) of the next token, nats
     same_tokens: bool = True  # whether it has to choose the same tokens, near ties aside
 
+
+# What a format may be from transformers in plain dtypes.
+FLOAT_LIMITS = {"float32": Limits(1e-5), **dict.fromkeys(("float16", "bfloat16"), Limits(1e-3, same_tokens=False))}
+SHORT_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # as other tools call them
 
 Write = Callable[[Checkpoint, Path, ExportOptions, Callable[[int], None]], None]
 

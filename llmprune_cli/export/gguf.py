@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING
 
 from llmprune_cli.checkpoint import Checkpoint
 from llmprune_cli.errors import CheckpointError, UnsupportedError
-from llmprune_cli.export.formats import ExportOptions, Fit, Format, Limits
+from llmprune_cli.export.formats import FLOAT_LIMITS, SHORT_DTYPES, ExportOptions, Fit, Format, Limits
 from llmprune_cli.export.gguf_families import GgufFamily, written_family
 from llmprune_cli.export.gguf_metadata import add_metadata, rope_factors
 from llmprune_cli.export.gguf_tensors import FileTensor, Layout, lay_out
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
     from transformers import PretrainedConfig
 
-FLOAT_KINDS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+FLOAT_KINDS = {dtype: short for short, dtype in SHORT_DTYPES.items()}
 CHUNK = 2**22  # elements converted at a time
 
 
@@ -62,7 +62,7 @@ def write_gguf(checkpoint: Checkpoint, folder: Path, options: ExportOptions, pro
     family, _ = written_family(checkpoint.config)
     writer = GGUFWriter(path, family.architecture)
     try:
-        _describe(writer, checkpoint, family, kind)
+        _describe(writer, checkpoint, family, kind, options)
         layout = _declare(writer, checkpoint, family, kind)
         _write_header(writer)
         assert writer.fout is not None
@@ -71,10 +71,12 @@ def write_gguf(checkpoint: Checkpoint, folder: Path, options: ExportOptions, pro
         writer.close()
 
 
-def _describe(writer: GGUFWriter, checkpoint: Checkpoint, family: GgufFamily, kind: str) -> None:
+def _describe(
+    writer: GGUFWriter, checkpoint: Checkpoint, family: GgufFamily, kind: str, options: ExportOptions
+) -> None:
     from gguf import GGML_QUANT_VERSION, LlamaFileType
 
-    add_vocabulary(writer, checkpoint)
+    add_vocabulary(writer, checkpoint, options.trust_remote_code)
     add_metadata(writer, checkpoint.config, family)
     name = "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"
     writer.add_file_type(LlamaFileType[name])
@@ -194,9 +196,7 @@ GGUF = Format(
     extra="llamacpp",
     runtime=open_llamacpp,
     limits={
-        "float32": Limits(1e-5),
-        "float16": Limits(1e-3, same_tokens=False),
-        "bfloat16": Limits(1e-3, same_tokens=False),
+        **FLOAT_LIMITS,
         "q8_0": Limits(1e-2, same_tokens=False),
         **dict.fromkeys(("q5_1", "q5_0"), Limits(0.25, same_tokens=False)),
         **dict.fromkeys(("q4_1", "q4_0"), Limits(0.5, same_tokens=False)),

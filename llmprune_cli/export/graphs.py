@@ -11,21 +11,31 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.checkpoint import Checkpoint
 from llmprune_cli.errors import UnsupportedError
+from llmprune_cli.export.formats import ExportOptions, Fit
 from llmprune_cli.loading import copy_companions, load_model
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 EXAMPLE = (2, 3, 4)  # sequences, tokens of the cache, new tokens; no two alike, none 1, so that all stay dynamic
+# State spaces and linear attention, whose loops or chunks a trace unrolls for the length of its example.
+SCANNING = ("mamba", "mamba2", "jamba", "bamba", "falcon_h1", "granitemoehybrid", "qwen3_next")
 Past = list[tuple["torch.Tensor", "torch.Tensor"]]  # keys and values of each layer, [B, K, T, P]
 
 
-def load_traceable(checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
+def fit_graph(config: PretrainedConfig) -> Fit:
+    """Whether a graph holds a model for texts of any length."""
+    if config.model_type in SCANNING:
+        return Fit(loads=False, note=f"a graph of {config.model_type} is fixed to the number of steps that it scans")
+    return Fit(loads=True)
+
+
+def load_traceable(checkpoint: Checkpoint, options: ExportOptions) -> PreTrainedModel:
     """The whole model on the CPU, experts computed as one product that a graph can hold."""
-    model = load_model(checkpoint, "cpu", dtype)
+    model = load_model(checkpoint, "cpu", options.dtype, options.trust_remote_code)
     if hasattr(model.config.get_text_config(), "num_experts_per_tok"):
         model.set_experts_implementation("batched_mm")
     return model.requires_grad_(False)

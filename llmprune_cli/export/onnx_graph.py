@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.checkpoint import Checkpoint
 from llmprune_cli.errors import UnsupportedError, VerificationError
-from llmprune_cli.export.formats import Continuation, ExportOptions, Fit, Format, Limits
+from llmprune_cli.export.formats import FLOAT_LIMITS, Continuation, ExportOptions, Format
 from llmprune_cli.export.graphs import (
     EXAMPLE,
     example_past,
+    fit_graph,
     load_traceable,
     traced_quietly,
     with_cache,
@@ -46,8 +47,7 @@ def write_onnx(checkpoint: Checkpoint, folder: Path, options: ExportOptions, pro
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UnsupportedError(f"Writing ONNX needs more packages: pip install 'llmprune[onnx]' ({error}).") from error
-    assert options.dtype is not None
-    model = load_traceable(checkpoint, options.dtype)
+    model = load_traceable(checkpoint, options)
     graph, example, names, sizes = _cached(model) if options.kv_cache else _plain(model)
     with traced_quietly(checkpoint):
         program: Any = torch.onnx.export(
@@ -164,9 +164,9 @@ ONNX = Format(
     runs_in="ONNX Runtime",
     dtypes=("float32", "float16"),
     write=write_onnx,
-    fit=lambda config: Fit(loads=True),
+    fit=fit_graph,
     package="onnxruntime",
     extra="onnx",
     runtime=open_onnx,
-    limits={"float32": Limits(1e-5), "float16": Limits(1e-3, same_tokens=False)},
+    limits=FLOAT_LIMITS,
 )

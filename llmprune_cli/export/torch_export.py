@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmprune_cli.checkpoint import Checkpoint
-from llmprune_cli.export.formats import Continuation, ExportOptions, Fit, Format, Limits
-from llmprune_cli.export.graphs import EXAMPLE, load_traceable, traced_quietly, without_cache, write_beside
+from llmprune_cli.export.formats import FLOAT_LIMITS, Continuation, ExportOptions, Format
+from llmprune_cli.export.graphs import EXAMPLE, fit_graph, load_traceable, traced_quietly, without_cache, write_beside
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +27,7 @@ def write_torch_export(
     """
     import torch
 
-    assert options.dtype is not None
-    model = load_traceable(checkpoint, options.dtype)
+    model = load_traceable(checkpoint, options)
     sequences, _, tokens = EXAMPLE
     sizes = {"input_ids": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}}
     example = torch.zeros(sequences, tokens, dtype=torch.long)
@@ -69,12 +68,8 @@ TORCH_EXPORT = Format(
     runs_in="torch.export",
     dtypes=("float32", "float16", "bfloat16"),
     write=write_torch_export,
-    fit=lambda config: Fit(loads=True),
+    fit=fit_graph,
     package="torch",
     runtime=open_torch_program,
-    limits={
-        "float32": Limits(1e-5),
-        "float16": Limits(1e-3, same_tokens=False),
-        "bfloat16": Limits(1e-3, same_tokens=False),
-    },
+    limits=FLOAT_LIMITS,
 )

@@ -16,6 +16,7 @@ from llmprune_cli.loading import load_model, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
 PROMPTS = (
     "The history of the city begins with a small settlement by the river, where traders",
@@ -62,7 +63,12 @@ def missing_memory(checkpoint: Checkpoint) -> str | None:
 
 
 def verify(
-    checkpoint: Checkpoint, form: Format, folder: Path, dtype: str, advance: Callable[[int], None]
+    checkpoint: Checkpoint,
+    form: Format,
+    folder: Path,
+    dtype: str,
+    trust_remote_code: bool,
+    advance: Callable[[int], None],
 ) -> Verification:
     """Let the runtime go on with some prompts, and ask transformers about each of its choices.
 
@@ -72,18 +78,20 @@ def verify(
         advance: by one for each prompt.
 
     Raises:
-        VerificationError: the runtime does not load it, or is further from transformers than the format's limits.
+        VerificationError: the runtime does not load or run it, or is further from transformers than the format's
+            limits.
     """
     import torch
 
     assert form.runtime is not None
-    model = load_model(checkpoint, "cpu", "float32")
-    prompts = _prompts(checkpoint)
+    model = load_model(checkpoint, "cpu", "float32", trust_remote_code)
+    tokenizer = _tokenizer(checkpoint, trust_remote_code)
     longest = getattr(model.config, "max_position_embeddings", None) or 2**31
+    prompts = [ids[: max(1, longest // 2)] for ids in _prompts(tokenizer, int(checkpoint.config.vocab_size))]
     divergences, differences, agreements, texts = [], [], [], []
     with form.runtime(folder) as runtime, torch.inference_mode():
-        if isinstance(runtime, Tokenizes):
-            _compare_tokens(checkpoint, runtime)
+        if isinstance(runtime, Tokenizes) and tokenizer is not None:
+            _compare_tokens(tokenizer, runtime)
         for prompt in prompts:
             tokens = min(NEW_TOKENS, longest - len(prompt))
             expected, found, chosen = _both(model, runtime, prompt, tokens)
@@ -96,7 +104,8 @@ def verify(
     kl, agreed = torch.cat(divergences), torch.cat(agreements)
     limits = form.limits[dtype]
     if kl.mean() > limits.kl and not limits.same_tokens:
-        limits = replace(limits, kl=limits.kl * max(1.0, _rounding_cost(checkpoint, model, texts) / USUAL_COST))
+        rounded = load_model(checkpoint, "cpu", "bfloat16", trust_remote_code)
+        limits = replace(limits, kl=limits.kl * max(1.0, _rounding_cost(model, rounded, texts) / USUAL_COST))
     result = Verification(
         runtime=f"{form.package} {version(form.package)}",
         prompts=len(prompts),
@@ -114,14 +123,14 @@ def _kl(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     return (expected.exp() * (expected - found)).sum(-1)
 
 
-def _rounding_cost(checkpoint: Checkpoint, model: torch.nn.Module, texts: list[torch.Tensor]) -> float:
+def _rounding_cost(model: torch.nn.Module, rounded: torch.nn.Module, texts: list[torch.Tensor]) -> float:
     """What bfloat16 costs a model in transformers: mean KL(float32 ‖ bfloat16) of the next token, nats.
 
     Pruning without any repair can leave a model so sure of what it says that all rounding turns it around.
     """
     import torch
 
-    rounded, costs = load_model(checkpoint, "cpu", "bfloat16"), []
+    costs = []
     with torch.inference_mode():
         for text in texts:
             sides = (side(input_ids=text[None], use_cache=False).logits[0].double() for side in (model, rounded))
@@ -151,7 +160,11 @@ def _both(
     """
     import torch
 
-    made = runtime.continue_greedily(prompt, tokens)
+    try:
+        made = runtime.continue_greedily(prompt, tokens)
+    except (RuntimeError, ValueError, AssertionError) as error:  # as runtimes say that they cannot go on
+        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise VerificationError(f"The export does not run: {reason}. Nothing was kept; please report this.") from error
     ids = torch.cat([prompt, made.tokens])[:-1]
     logits = model(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 :].float()
     width = min(logits.shape[-1], made.log_probs.shape[-1])  # embeddings may be padded beyond the tokenizer's tokens
@@ -161,12 +174,8 @@ def _both(
     return next(sides), next(sides), made.tokens
 
 
-def _compare_tokens(checkpoint: Checkpoint, runtime: Tokenizes) -> None:
+def _compare_tokens(tokenizer: PreTrainedTokenizerBase, runtime: Tokenizes) -> None:
     """Hold a runtime's tokens of the prompts against the tokenizer's."""
-    try:
-        tokenizer = load_tokenizer(checkpoint)
-    except CheckpointError:
-        return
     for text in PROMPTS:
         expected, found = list(tokenizer(text)["input_ids"]), runtime.tokenize(text)
         if expected != found:
@@ -178,13 +187,18 @@ def _compare_tokens(checkpoint: Checkpoint, runtime: Tokenizes) -> None:
             )
 
 
-def _prompts(checkpoint: Checkpoint) -> list[torch.Tensor]:
+def _tokenizer(checkpoint: Checkpoint, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    try:
+        return load_tokenizer(checkpoint, trust_remote_code)
+    except CheckpointError:
+        return None
+
+
+def _prompts(tokenizer: PreTrainedTokenizerBase | None, vocabulary: int) -> list[torch.Tensor]:
     """Token ids of some text; at random where a checkpoint has no tokenizer."""
     import torch
 
-    try:
-        tokenizer = load_tokenizer(checkpoint)
-    except CheckpointError:
-        seeded, vocabulary = torch.Generator().manual_seed(0), int(checkpoint.config.vocab_size)
+    if tokenizer is None:
+        seeded = torch.Generator().manual_seed(0)
         return [torch.randint(vocabulary, (PROMPT_TOKENS,), generator=seeded) for _ in PROMPTS]
     return [torch.tensor(tokenizer(text)["input_ids"][:PROMPT_TOKENS]) for text in PROMPTS]
