@@ -1,6 +1,6 @@
-"""The support matrix of the README, made from what `llmprune inspect` says of every family that the tests prove.
+"""The README's tables of families and of export formats, made from what `llmprune inspect` says of the tests' families.
 
-`make matrix` writes it; a test holds the README to it.
+`make matrix` writes them; a test holds the README to them, and others try every cell.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from conftest import run_cli, tiny_config
-from families import FAMILIES, SIZES, model_type
+from families import EXPORTED, FAMILIES, SIZES, model_type
 
 README = Path(__file__).parents[1] / "README.md"
-START, END = "<!-- matrix: made by `make matrix` -->\n", "<!-- end of matrix -->"
 COLUMNS = {
     "hidden_size": "hidden size",
     "num_attention_heads": "query heads",
@@ -28,15 +28,27 @@ COLUMNS = {
 }
 
 
-def make_matrix() -> str:
-    """A Markdown table, family by width, and the reasons of the refusals below it."""
+def inspect(family: str, settings: dict[str, Any], *options: str) -> dict[str, Any]:
+    """What `llmprune inspect` says of a family's smallest configuration."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = tiny_config(model_type(family), **{**SIZES, **FAMILIES[family], **settings})
+        config.save_pretrained(folder)  # type: ignore[attr-defined]
+        document: dict[str, Any] = json.loads(run_cli("inspect", folder, *options, "--json").stdout)
+    return document
+
+
+def as_markdown(rows: list[list[str]]) -> str:
+    """A table, the names of its columns first."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "".join(f"| {' | '.join(row)} |\n" for row in lines)
+
+
+def family_table() -> str:
+    """Family by width, and the reasons of the refusals below it."""
     reasons: dict[str, int] = {}
-    rows = [["family", *COLUMNS.values()], ["---"] * (1 + len(COLUMNS))]
-    for family, changes in FAMILIES.items():
-        with tempfile.TemporaryDirectory() as folder:
-            tiny_config(model_type(family), **{**SIZES, **changes}).save_pretrained(folder)  # type: ignore[attr-defined]
-            run = run_cli("inspect", folder, "--json")
-        prunable = json.loads(run.stdout)["prunable"]
+    rows = [["family", *COLUMNS.values()]]
+    for family in FAMILIES:
+        prunable = inspect(family, {})["prunable"]
         cells = []
         for width in COLUMNS:
             legal = prunable.get(width)
@@ -49,16 +61,46 @@ def make_matrix() -> str:
                 one = legal.startswith("1 to 1,") or legal == "1 to 1"
                 cells.append("with heads" if legal.startswith("query heads") else "one" if one else "yes")
         rows.append([family, *cells])
-    lines = [f"| {' | '.join(row)} |" for row in rows]
     notes = [f"({number}) {reason}." for reason, number in reasons.items()]
-    return "\n".join(lines) + "\n\n" + "  \n".join(notes) + "\n"
+    return as_markdown(rows) + "\n" + "  \n".join(notes) + "\n"
+
+
+def format_table() -> str:
+    """Architecture by export format, whole and with half of the query heads."""
+    rows = [["architecture", "GGUF", "GGUF, fewer heads", "ONNX", "torch-export"]]
+    for family, settings in EXPORTED.items():
+        whole = inspect(family, settings)
+        narrow = inspect(family, settings, "--head-pruning-ratio", "0.5")
+        tied = narrow["after"]["widths"]["hidden_size"] != narrow["before"]["widths"]["hidden_size"]
+        fewer = "heads fill it" if tied else takes(narrow, "llama.cpp")
+        rows.append(
+            [family, takes(whole, "llama.cpp"), fewer, takes(whole, "ONNX Runtime"), takes(whole, "torch.export")]
+        )
+    return as_markdown(rows)
+
+
+def takes(said: dict[str, Any], runtime: str) -> str:
+    """One cell: whether a runtime takes a model."""
+    fit = next(fit for fit in said["runtimes"] if fit["runtime"] == runtime)
+    return "no" if not fit["loads"] else "as `llama`" if "as llama.cpp's llama" in fit["note"] else "yes"
+
+
+TABLES = {"matrix": family_table, "formats": format_table}
+
+
+def marks(name: str) -> tuple[str, str]:
+    """The lines around a table in the README."""
+    return f"<!-- {name}: made by `make matrix` -->\n", f"<!-- end of {name} -->"
 
 
 def main() -> None:
-    """Write the matrix into the README."""
+    """Write the tables into the README."""
     text = README.read_text(encoding="utf-8")
-    before, rest = text.split(START)
-    README.write_text(before + START + make_matrix() + END + rest.split(END)[1], encoding="utf-8")
+    for name, make in TABLES.items():
+        start, end = marks(name)
+        before, rest = text.split(start)
+        text = before + start + make() + end + rest.split(end)[1]
+    README.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
