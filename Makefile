@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 OPTIPFAIR := $(VENV)/.optipfair
 CONSUMERS := $(VENV)/.consumers
 
-.PHONY: demo matrix test check lint fix bench bench-memory bench-quality check-consumers check-ranges clean
+.PHONY: demo matrix test check lint fix bench bench-exports bench-memory bench-quality check-consumers check-ranges clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +44,9 @@ fix: $(INSTALLED)  ## repair what can be repaired automatically
 
 bench: $(INSTALLED)  ## compare with torch-pruning's own pruner on a 1.33B model
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/bench/prune_1b.py
+
+bench-exports: $(INSTALLED)  ## a real model in every export format, and the cost of a large GGUF file
+	$(BIN)/python tests/bench/exports.py
 
 bench-memory: $(INSTALLED)  ## peak memory and time of a calibrated prune, on 8B layers and by depth
 	$(BIN)/python tests/bench/calibrated_memory.py

@@ -250,25 +250,25 @@ def measure_repeatedly(command: list[str], repeats: int) -> Measurement:
     )
 
 
-def seconds_to_read(folder: Path, repeats: int) -> float:
-    """Median seconds that `cat` takes to read a folder's tensors."""
+def seconds_to_read(files: list[Path], repeats: int) -> float:
+    """Median seconds that `cat` takes to read files."""
     seconds = []
     for _ in range(repeats):
         started = time.perf_counter()
         with Path(os.devnull).open("wb") as sink:
-            subprocess.run(["cat", *shards_of(folder)], stdout=sink, check=True)
+            subprocess.run(["cat", *files], stdout=sink, check=True)
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
 
 
-def seconds_to_write(folder: Path, copy: Path, repeats: int) -> float:
-    """Median seconds that `cat` and fsync take to write the bytes of a folder's tensors to a new file."""
+def seconds_to_write(files: list[Path], copy: Path, repeats: int) -> float:
+    """Median seconds that `cat` and fsync take to write the bytes of files to a new one."""
     seconds = []
     for _ in range(repeats):
         os.sync()
         started = time.perf_counter()
         with copy.open("wb") as file:
-            subprocess.run(["cat", *shards_of(folder)], stdout=file, check=True)
+            subprocess.run(["cat", *files], stdout=file, check=True)
             os.fsync(file.fileno())
         seconds.append(time.perf_counter() - started)
         copy.unlink()
@@ -372,8 +372,8 @@ def compare_on_1b(work: Path, fixed_seconds: float, repeats: int) -> tuple[list[
     example = Side(measure_repeatedly(as_example, repeats), count_parameters(example_output))
     say("Pruning it with llmprune …")
     ours = Side(measure_repeatedly(llmprune_command(source, our_output), repeats), count_parameters(our_output))
-    read = seconds_to_read(source, repeats)
-    write = seconds_to_write(our_output, work / "copy", repeats)
+    read = seconds_to_read(shards_of(source), repeats)
+    write = seconds_to_write(shards_of(our_output), work / "copy", repeats)
     differing = differing_tensors(our_output, example_output)
     memory = "peak anonymous MB" if sys.platform == "linux" else "peak RSS MB (no RssAnon here)"
     rows = [
