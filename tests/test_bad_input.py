@@ -49,7 +49,7 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps(document))
 
 
-def refuse_prune(model: Path, tmp_path: Path, code: int, *words: str, options: tuple[str, ...] = ()) -> None:
+def assert_prune_refused(model: Path, tmp_path: Path, code: int, *words: str, options: tuple[str, ...] = ()) -> None:
     before = state_of(tmp_path)
     run = run_cli("prune", model, *BY_MAGNITUDE, *(options or ("--pruning-ratio", "0.5")), "--output", tmp_path / "out")
     assert_refused(run, code, *words)
@@ -72,32 +72,32 @@ def test_a_missing_path_is_named_by_every_command(tmp_path: Path, command: str) 
 
 
 def test_a_missing_gguf_file_is_named(tmp_path: Path) -> None:
-    refuse_prune(tmp_path / "nowhere.gguf", tmp_path, CHECKPOINT, "nowhere.gguf does not exist")
+    assert_prune_refused(tmp_path / "nowhere.gguf", tmp_path, CHECKPOINT, "nowhere.gguf does not exist")
 
 
 def test_a_file_that_only_claims_to_be_gguf(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"not really")
-    refuse_prune(tmp_path / "model.gguf", tmp_path, CHECKPOINT, "is not a GGUF file")
+    assert_prune_refused(tmp_path / "model.gguf", tmp_path, CHECKPOINT, "is not a GGUF file")
 
 
 def test_a_truncated_gguf_file(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\x00\x00\x00\x05\x00\x00\x00")
-    refuse_prune(tmp_path / "model.gguf", tmp_path, CHECKPOINT, "model.gguf")
+    assert_prune_refused(tmp_path / "model.gguf", tmp_path, CHECKPOINT, "model.gguf")
 
 
 def test_a_file_instead_of_a_folder(model: Path, tmp_path: Path) -> None:
-    refuse_prune(model / "config.json", tmp_path, CHECKPOINT, "neither a model folder nor a .gguf file")
+    assert_prune_refused(model / "config.json", tmp_path, CHECKPOINT, "neither a model folder nor a .gguf file")
 
 
 def test_a_folder_without_config(model: Path, tmp_path: Path) -> None:
     (model / "config.json").unlink()
-    refuse_prune(model, tmp_path, CHECKPOINT, "has no config.json")
+    assert_prune_refused(model, tmp_path, CHECKPOINT, "has no config.json")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\udcff"])
 def test_a_config_that_is_not_a_json_object(model: Path, tmp_path: Path, text: str) -> None:
     (model / "config.json").write_bytes(text.encode(errors="surrogateescape"))
-    refuse_prune(model, tmp_path, CHECKPOINT, "config.json")
+    assert_prune_refused(model, tmp_path, CHECKPOINT, "config.json")
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_sizes_that_make_no_model(model: Path, tmp_path: Path, field: str, value
 def test_a_config_without_weights_where_weights_are_needed(model: Path, tmp_path: Path) -> None:
     for shard in model.glob("*.safetensors*"):
         shard.unlink()
-    refuse_prune(model, tmp_path, CHECKPOINT, "has no weights")
+    assert_prune_refused(model, tmp_path, CHECKPOINT, "has no weights")
     assert_refused(run_cli("eval", model), CHECKPOINT, "has no weights")
     assert_refused(run_cli("export", model, "--output", tmp_path / "out"), CHECKPOINT, "has no weights")
 
@@ -134,30 +134,30 @@ def test_a_config_without_weights_where_weights_are_needed(model: Path, tmp_path
 def test_a_truncated_shard(model: Path, tmp_path: Path) -> None:
     shard = sorted(model.glob("*.safetensors"))[0]
     shard.write_bytes(shard.read_bytes()[:-100])
-    refuse_prune(model, tmp_path, CHECKPOINT, shard.name)
+    assert_prune_refused(model, tmp_path, CHECKPOINT, shard.name)
     assert_refused(run_cli("inspect", model), CHECKPOINT, shard.name)
 
 
 def test_an_index_that_names_a_missing_shard(model: Path, tmp_path: Path) -> None:
     shard = sorted(model.glob("*.safetensors"))[-1]
     shard.unlink()
-    refuse_prune(model, tmp_path, CHECKPOINT, shard.name, "missing")
+    assert_prune_refused(model, tmp_path, CHECKPOINT, shard.name, "missing")
 
 
 def test_an_index_that_leaves_its_folder(model: Path, tmp_path: Path) -> None:
     index = model / "model.safetensors.index.json"
     edit_json(index, lambda document: document["weight_map"].update({"lm_head.weight": "../secret.safetensors"}))
-    refuse_prune(model, tmp_path, CHECKPOINT, "outside its folder")
+    assert_prune_refused(model, tmp_path, CHECKPOINT, "outside its folder")
 
 
 def test_shapes_that_contradict_the_config(model: Path, tmp_path: Path) -> None:
     edit_json(model / "config.json", lambda config: config.update(intermediate_size=52))
-    refuse_prune(model, tmp_path, CHECKPOINT, "[48, 64]", "[52, 64]")
+    assert_prune_refused(model, tmp_path, CHECKPOINT, "[48, 64]", "[52, 64]")
 
 
 def test_fewer_layers_on_disk_than_in_the_config(model: Path, tmp_path: Path) -> None:
     edit_json(model / "config.json", lambda config: config.update(num_hidden_layers=3))
-    refuse_prune(model, tmp_path, CHECKPOINT, "lacks", "layers.2.")
+    assert_prune_refused(model, tmp_path, CHECKPOINT, "lacks", "layers.2.")
 
 
 def test_a_pickle_that_would_run_code(model: Path, tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_a_pickle_that_would_run_code(model: Path, tmp_path: Path) -> None:
     for shard in model.glob("*.safetensors*"):
         shard.unlink()
     torch.save({"weight": Evil()}, model / "pytorch_model.bin")
-    refuse_prune(model, tmp_path, CHECKPOINT, "pytorch_model.bin")
+    assert_prune_refused(model, tmp_path, CHECKPOINT, "pytorch_model.bin")
 
 
 @pytest.mark.parametrize("model_type", ["vit", "t5", "whisper", "no-such-model"])
@@ -187,7 +187,7 @@ def test_code_from_the_checkpoint_runs_on_request_only(model: Path, tmp_path: Pa
 
     edit_json(model / "config.json", bring_code)
     (model / "configuration_home.py").write_text(f"import os; os.mkdir({str(tmp_path / 'owned')!r})")
-    refuse_prune(model, tmp_path, UNSUPPORTED, "--trust-remote-code")
+    assert_prune_refused(model, tmp_path, UNSUPPORTED, "--trust-remote-code")
 
 
 # --- the widths ----------------------------------------------------------------------------------------------------
@@ -208,18 +208,18 @@ def test_code_from_the_checkpoint_runs_on_request_only(model: Path, tmp_path: Pa
 def test_infeasible_widths_name_the_legal_ones(
     model: Path, tmp_path: Path, options: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
-    refuse_prune(model, tmp_path, PLAN, *words, options=options)
+    assert_prune_refused(model, tmp_path, PLAN, *words, options=options)
 
 
 @pytest.mark.parametrize("ratio", ["-0.1", "1", "1.5", "nan", "inf", "half"])
 @pytest.mark.parametrize("option", ["--pruning-ratio", "--head-pruning-ratio"])
 def test_a_ratio_that_is_no_fraction(model: Path, tmp_path: Path, option: str, ratio: str) -> None:
-    refuse_prune(model, tmp_path, USAGE, option, options=(option, ratio))
+    assert_prune_refused(model, tmp_path, USAGE, option, options=(option, ratio))
 
 
 @pytest.mark.parametrize("option", ["--hidden-size", "--intermediate-size", "--num-attention-heads", "--round-to"])
 def test_a_size_below_one(model: Path, tmp_path: Path, option: str) -> None:
-    refuse_prune(model, tmp_path, USAGE, option, options=(option, "0"))
+    assert_prune_refused(model, tmp_path, USAGE, option, options=(option, "0"))
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_wrong_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments:
 
 
 def test_a_size_that_is_no_size(model: Path, tmp_path: Path) -> None:
-    refuse_prune(model, tmp_path, PLAN, "5QB", options=("--pruning-ratio", "0.5", "--max-shard-size", "5QB"))
+    assert_prune_refused(model, tmp_path, PLAN, "5QB", options=("--pruning-ratio", "0.5", "--max-shard-size", "5QB"))
 
 
 # --- plans ---------------------------------------------------------------------------------------------------------
@@ -259,7 +259,9 @@ def test_a_plan_made_for_another_model(model: Path, make_tiny: Callable[..., Pat
         == 0
     )
     other = make_tiny("llama", intermediate_size=56)
-    refuse_prune(other, tmp_path, PLAN, "made for another model", options=("--plan", str(tmp_path / "plan.json")))
+    assert_prune_refused(
+        other, tmp_path, PLAN, "made for another model", options=("--plan", str(tmp_path / "plan.json"))
+    )
 
 
 @pytest.mark.parametrize(
@@ -289,7 +291,9 @@ def test_a_plan_that_contradicts_itself(
 
 def test_a_plan_that_cannot_be_saved(model: Path, tmp_path: Path) -> None:
     path = str(tmp_path / "no" / "plan.json")
-    refuse_prune(model, tmp_path, OUTPUT, "--save-plan", options=("--pruning-ratio", "0.5", "--save-plan", path))
+    assert_prune_refused(
+        model, tmp_path, OUTPUT, "--save-plan", options=("--pruning-ratio", "0.5", "--save-plan", path)
+    )
 
 
 # --- the output ----------------------------------------------------------------------------------------------------
@@ -309,13 +313,15 @@ def test_an_output_that_overlaps_the_input(model: Path, tmp_path: Path, command:
 def test_an_output_that_holds_something(model: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    refuse_prune(model, tmp_path, OUTPUT, "not empty")
-    refuse_prune(model, tmp_path, OUTPUT, "not a model folder", options=("--pruning-ratio", "0.5", "--overwrite"))
+    assert_prune_refused(model, tmp_path, OUTPUT, "not empty")
+    assert_prune_refused(
+        model, tmp_path, OUTPUT, "not a model folder", options=("--pruning-ratio", "0.5", "--overwrite")
+    )
 
 
 def test_an_output_that_is_a_file(model: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
-    refuse_prune(model, tmp_path, OUTPUT, "is not a folder")
+    assert_prune_refused(model, tmp_path, OUTPUT, "is not a folder")
 
 
 def test_overwrite_replaces_a_model_folder(model: Path, tmp_path: Path) -> None:
@@ -346,7 +352,7 @@ def test_an_output_on_a_read_only_folder(model: Path, tmp_path: Path) -> None:
 def test_an_unknown_dataset(model: Path, tmp_path: Path) -> None:
     assert_refused(run_cli("eval", model, "--dataset", "no/such-dataset"), CHECKPOINT, "no/such-dataset")
     options = ("--pruning-ratio", "0.5", "--eval", "--dataset", "no/such-dataset")
-    refuse_prune(model, tmp_path, CHECKPOINT, "no/such-dataset", options=options)
+    assert_prune_refused(model, tmp_path, CHECKPOINT, "no/such-dataset", options=options)
 
 
 def test_a_text_shorter_than_one_window(model: Path, tmp_path: Path) -> None:
@@ -354,7 +360,7 @@ def test_a_text_shorter_than_one_window(model: Path, tmp_path: Path) -> None:
     text.write_text("too short")
     assert_refused(run_cli("eval", model, "--dataset", text), CHECKPOINT, "9 tokens", "--max-seq-len")
     options = ("--pruning-ratio", "0.5", "--eval", "--dataset", str(text))
-    refuse_prune(model, tmp_path, CHECKPOINT, "9 tokens", options=options)
+    assert_prune_refused(model, tmp_path, CHECKPOINT, "9 tokens", options=options)
 
 
 @pytest.mark.parametrize(("name", "content"), [("a.txt", b"\xff\xfe\xff"), ("a.parquet", b"no"), ("a.docx", b"PK")])
