@@ -60,6 +60,7 @@ class Checkpoint:
     companions: Path  # where tokenizer, chat template and generation config lie
     dropped: tuple[str, ...] = ()  # stored tensors that the model does not use
     renamed: tuple[tuple[str, str], ...] = ()  # stored name and name today, where they differ
+    trust_remote_code: bool = False  # whether code that comes with it may run
 
     @cached_property
     def by_name(self) -> dict[str, TensorEntry]:

@@ -500,7 +500,7 @@ def export(
         raise typer.BadParameter("--compat is about config.json; give --format safetensors with it.")
     if not kv_cache and format_name is not FormatName.onnx:
         raise typer.BadParameter("--no-kv-cache is about onnx; give --format onnx with it.")
-    options = ExportOptions(dtype, parse_size(max_shard_size), converter, kv_cache, compat, trust_remote_code)
+    options = ExportOptions(dtype, parse_size(max_shard_size), converter, kv_cache, compat)
     reference = ModelReference(checkpoint, revision, trust_remote_code, dtype if dtype in {*DtypeName} else None)
     with output.progress_on_stderr() as listener:
         result = pipeline.export(reference, output_folder, format_name.value, options, overwrite, verify, listener)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from llmprune_cli.checkpoint import Checkpoint
 from llmprune_cli.corpus import Corpus, cut_windows, load_corpus
 from llmprune_cli.evaluation import RunningPerplexity, evaluate_perplexity, peak_memory_bytes
-from llmprune_cli.loading import ModelReference, load_model, load_tokenizer, pick_device
+from llmprune_cli.loading import load_model, load_tokenizer, pick_device
 from llmprune_cli.options import EvalOptions, Listener
 from llmprune_cli.results import SCHEMA_VERSION, EvalReport, EvalResult
 
@@ -28,9 +28,7 @@ class EvalText:
     windows: torch.Tensor  # token ids, [N, T]
 
 
-def prepare_text(
-    checkpoint: Checkpoint, reference: ModelReference, options: EvalOptions, listener: Listener
-) -> EvalText:
+def prepare_text(checkpoint: Checkpoint, options: EvalOptions, listener: Listener) -> EvalText:
     """Cut a corpus into the windows of one model.
 
     Raises:
@@ -38,24 +36,22 @@ def prepare_text(
     """
     pick_device(options.device)
     corpus = load_corpus(options.dataset, options.split)
-    tokenizer = load_tokenizer(checkpoint, reference.trust_remote_code)
+    tokenizer = load_tokenizer(checkpoint)
     window = _window_tokens(checkpoint, options, listener)
     vocabulary = checkpoint.config.get_text_config().vocab_size
     return EvalText(corpus, cut_windows(corpus, tokenizer, vocabulary, window, options.limit))
 
 
-def report_perplexity(
-    sides: list[tuple[ModelReference, Checkpoint, EvalText]], options: EvalOptions, listener: Listener
-) -> EvalReport:
+def report_perplexity(sides: list[tuple[Checkpoint, EvalText]], options: EvalOptions, listener: Listener) -> EvalReport:
     """Evaluate models one after the other, each on its own windows of the same text.
 
     Raises:
         CheckpointError: one cannot be loaded.
     """
     results = []
-    for reference, checkpoint, text in sides:
+    for checkpoint, text in sides:
         listener.stage(f"Evaluating {checkpoint.source}", len(text.windows))
-        model = load_model(checkpoint, options.device, options.dtype, reference.trust_remote_code)
+        model = load_model(checkpoint, options.device, options.dtype)
         final = evaluate_perplexity(
             model,
             text.windows,
@@ -64,7 +60,7 @@ def report_perplexity(
         )
         results.append(_eval_result(checkpoint, model, final, text.windows.shape[1]))
         del model
-    origin = sides[0][2].corpus.origin
+    origin = sides[0][1].corpus.origin
     return EvalReport(SCHEMA_VERSION, options.dataset, origin, options.split, tuple(results))
 
 

@@ -102,7 +102,8 @@ def open_checkpoint(reference: ModelReference, need_weights: bool) -> Iterator[C
             place = Path(temporary)
             entries = convert_bin(folder, place)
         if entries:
-            yield _resolved(Checkpoint(place, reference.name, revision, config, entries, True, folder))
+            stored = Checkpoint(place, reference.name, revision, config, entries, True, folder)
+            yield _resolved(replace(stored, trust_remote_code=reference.trust_remote_code))
         else:
             yield _described(folder, reference, revision, _text_part(config), has_weights)
 
@@ -277,7 +278,7 @@ def _described(
     return Checkpoint(folder, reference.name, revision, config, entries, has_weights, folder)
 
 
-def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer.
 
     Raises:
@@ -286,7 +287,7 @@ def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> P
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.companions, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.companions, trust_remote_code=checkpoint.trust_remote_code)
     except Exception as error:  # tokenizers of every kind raise every kind
         raise CheckpointError(f"{checkpoint.source} has no usable tokenizer, which this needs.") from error
     result: PreTrainedTokenizerBase = tokenizer
@@ -310,9 +311,7 @@ def pick_device(device: str) -> str:
     return device
 
 
-def load_model(
-    checkpoint: Checkpoint, device: str = "auto", dtype: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedModel:
+def load_model(checkpoint: Checkpoint, device: str = "auto", dtype: str | None = None) -> PreTrainedModel:
     """The full model for evaluation, spread by accelerate's device map.
 
     Raises:
@@ -329,7 +328,7 @@ def load_model(
             config=checkpoint.config,
             dtype=getattr(torch, dtype) if dtype else "auto",
             device_map="auto" if place == "auto" else {"": place},
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=checkpoint.trust_remote_code,
             key_mapping={f"^{re.escape(stored)}$": name for stored, name in checkpoint.renamed} or None,
             output_loading_info=True,
         )

@@ -109,8 +109,8 @@ def prune(
         target = target_of(plan) if plan is not None else first_target(subject, options)
         subject.require(target.widths)
         after = summarize(subject.predict(target), target.widths)
-        text = prepare_text(checkpoint, reference, evaluation, listener) if evaluation else None
-        options, calibration = _prepare_calibration(subject, reference, options, listener)
+        text = prepare_text(checkpoint, evaluation, listener) if evaluation else None
+        options, calibration = _prepare_calibration(subject, options, listener)
         if calibration is not None and text is not None:
             warn_of_shared_text(calibration.corpus, text.corpus, listener.warn)
         prove(subject.architecture, subject.trace, target.widths.changed_from(subject.widths), prune_twin)
@@ -145,7 +145,7 @@ def prune(
                 pruned = ModelReference(str(output), None, reference.trust_remote_code, reference.dtype)
                 name = str(options.output) if options.output else f"{checkpoint.source} (pruned)"
                 written = replace(stack.enter_context(open_checkpoint(pruned, need_weights=True)), source=name)
-                sides = [(reference, checkpoint, text), (pruned, written, text)]
+                sides = [(checkpoint, text), (written, text)]
                 report = report_perplexity(sides, evaluation, listener)
         result = PruneResult(
             schema_version=SCHEMA_VERSION,
@@ -172,7 +172,7 @@ def prune(
 
 
 def _prepare_calibration(
-    subject: Subject, reference: ModelReference, options: PruneOptions, listener: Listener
+    subject: Subject, options: PruneOptions, listener: Listener
 ) -> tuple[PruneOptions, CalibrationText | None]:
     """The text to calibrate on; where none can be had and nobody asked for any, options that do without."""
     if not (options.needs_text and options.needs_weights):
@@ -182,7 +182,7 @@ def _prepare_calibration(
     longest = getattr(checkpoint.config, "max_position_embeddings", None)
     vocabulary = checkpoint.config.get_text_config().vocab_size
     try:
-        tokenizer = load_tokenizer(checkpoint, reference.trust_remote_code)
+        tokenizer = load_tokenizer(checkpoint)
         calibration = prepare_calibration(
             options.calibration, tokenizer, vocabulary, longest, options.seed, listener.warn
         )
@@ -249,12 +249,12 @@ def evaluate(
     """Perplexity of one model, or of two side by side on the same text and with windows of the same length."""
     with ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(reference, need_weights=True))
-        text = prepare_text(checkpoint, reference, options, listener)
-        sides = [(reference, checkpoint, text)]
+        text = prepare_text(checkpoint, options, listener)
+        sides = [(checkpoint, text)]
         if compare is not None:
             other = stack.enter_context(open_checkpoint(compare, need_weights=True))
             alike = replace(options, max_seq_len=text.windows.shape[1])
-            sides.append((compare, other, prepare_text(other, compare, alike, listener)))
+            sides.append((other, prepare_text(other, alike, listener)))
         return report_perplexity(sides, options, listener)
 
 
@@ -297,7 +297,7 @@ def export(
             form.write(checkpoint, staging, as_asked, listener.advance)
             if not reason:
                 listener.stage("Verifying", len(PROMPTS))
-                verification = verify(checkpoint, form, staging, dtype, options.trust_remote_code, listener.advance)
+                verification = verify(checkpoint, form, staging, dtype, listener.advance)
             path = checkpoint.companions / MANIFEST_NAME
             manifest = read_json(path) if path.is_file() else None
             if manifest is not None:

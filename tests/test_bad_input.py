@@ -190,6 +190,37 @@ def test_code_from_the_checkpoint_runs_on_request_only(model: Path, tmp_path: Pa
     assert_prune_refused(model, tmp_path, UNSUPPORTED, "--trust-remote-code")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["eval", "--max-seq-len", "32", "--dataset"],
+        ["prune", "--intermediate-size", "24", "--calibration-seq-len", "32", "--output", "out", "--calibration"],
+        ["export", "--format", "torch-export", "--output", "out"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_tokenizers_own_code_runs_on_request_only(
+    command: list[str], model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (model / "tokenization_home.py").write_text(
+        "from pathlib import Path\nfrom transformers import PreTrainedTokenizerFast\n\n\n"
+        "class HomeTokenizer(PreTrainedTokenizerFast):\n    def __init__(self, *args, **options):\n"
+        f"        Path({str(tmp_path / 'ran')!r}).touch()\n        super().__init__(*args, **options)\n"
+    )
+    brought = {"AutoTokenizer": [None, "tokenization_home.HomeTokenizer"]}
+    edit_json(
+        model / "tokenizer_config.json", lambda config: config.update(tokenizer_class="HomeTokenizer", auto_map=brought)
+    )
+    words = [*command[1:], *([text_file] if command[-1].startswith("--") else [])]
+    run = run_cli(command[0], model, *words)
+    assert "Traceback" not in run.stderr and not (tmp_path / "ran").exists()
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    run = run_cli(command[0], model, "--trust-remote-code", *words)
+    assert run.code == 0, run.stderr
+    assert (tmp_path / "ran").exists()
+
+
 # --- the widths ----------------------------------------------------------------------------------------------------
 
 

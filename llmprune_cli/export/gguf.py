@@ -62,7 +62,7 @@ def write_gguf(checkpoint: Checkpoint, folder: Path, options: ExportOptions, pro
     family, _ = written_family(checkpoint.config)
     writer = GGUFWriter(path, family.architecture)
     try:
-        _describe(writer, checkpoint, family, kind, options)
+        _describe(writer, checkpoint, family, kind)
         layout = _declare(writer, checkpoint, family, kind)
         _write_header(writer)
         assert writer.fout is not None
@@ -71,12 +71,10 @@ def write_gguf(checkpoint: Checkpoint, folder: Path, options: ExportOptions, pro
         writer.close()
 
 
-def _describe(
-    writer: GGUFWriter, checkpoint: Checkpoint, family: GgufFamily, kind: str, options: ExportOptions
-) -> None:
+def _describe(writer: GGUFWriter, checkpoint: Checkpoint, family: GgufFamily, kind: str) -> None:
     from gguf import GGML_QUANT_VERSION, LlamaFileType
 
-    add_vocabulary(writer, checkpoint, options.trust_remote_code)
+    add_vocabulary(writer, checkpoint)
     add_metadata(writer, checkpoint.config, family)
     name = "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"
     writer.add_file_type(LlamaFileType[name])

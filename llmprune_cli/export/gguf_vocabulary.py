@@ -75,7 +75,7 @@ class Vocabulary:
     space_prefix: bool | None = None  # whether text gets a space in front; SentencePiece's
 
 
-def add_vocabulary(writer: GGUFWriter, checkpoint: Checkpoint, trust_remote_code: bool) -> None:
+def add_vocabulary(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
     """Add tokens, merges, special tokens and chat template.
 
     Raises:
@@ -84,7 +84,7 @@ def add_vocabulary(writer: GGUFWriter, checkpoint: Checkpoint, trust_remote_code
     """
     from gguf import SpecialVocab
 
-    tokenizer = load_tokenizer(checkpoint, trust_remote_code)
+    tokenizer = load_tokenizer(checkpoint)
     size = int(checkpoint.config.vocab_size)
     vocabulary = read_vocabulary(tokenizer, size)
     writer.add_tokenizer_model(vocabulary.model)

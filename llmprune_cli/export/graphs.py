@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.checkpoint import Checkpoint
 from llmprune_cli.errors import UnsupportedError
-from llmprune_cli.export.formats import ExportOptions, Fit
+from llmprune_cli.export.formats import Fit
 from llmprune_cli.loading import copy_companions, load_model
 
 if TYPE_CHECKING:
@@ -33,9 +33,9 @@ def fit_graph(config: PretrainedConfig) -> Fit:
     return Fit(loads=True)
 
 
-def load_traceable(checkpoint: Checkpoint, options: ExportOptions) -> PreTrainedModel:
+def load_traceable(checkpoint: Checkpoint, dtype: str | None) -> PreTrainedModel:
     """The whole model on the CPU, experts computed as one product that a graph can hold."""
-    model = load_model(checkpoint, "cpu", options.dtype, options.trust_remote_code)
+    model = load_model(checkpoint, "cpu", dtype)
     if hasattr(model.config.get_text_config(), "num_experts_per_tok"):
         model.set_experts_implementation("batched_mm")
     return model.requires_grad_(False)

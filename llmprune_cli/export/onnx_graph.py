@@ -47,7 +47,7 @@ def write_onnx(checkpoint: Checkpoint, folder: Path, options: ExportOptions, pro
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UnsupportedError(f"Writing ONNX needs more packages: pip install 'llmprune[onnx]' ({error}).") from error
-    model = load_traceable(checkpoint, options)
+    model = load_traceable(checkpoint, options.dtype)
     graph, example, names, sizes = _cached(model) if options.kv_cache else _plain(model)
     with traced_quietly(checkpoint):
         program: Any = torch.onnx.export(

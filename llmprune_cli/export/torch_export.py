@@ -27,7 +27,7 @@ def write_torch_export(
     """
     import torch
 
-    model = load_traceable(checkpoint, options)
+    model = load_traceable(checkpoint, options.dtype)
     sequences, _, tokens = EXAMPLE
     sizes = {"input_ids": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}}
     example = torch.zeros(sequences, tokens, dtype=torch.long)

@@ -63,12 +63,7 @@ def missing_memory(checkpoint: Checkpoint) -> str | None:
 
 
 def verify(
-    checkpoint: Checkpoint,
-    form: Format,
-    folder: Path,
-    dtype: str,
-    trust_remote_code: bool,
-    advance: Callable[[int], None],
+    checkpoint: Checkpoint, form: Format, folder: Path, dtype: str, advance: Callable[[int], None]
 ) -> Verification:
     """Let the runtime go on with some prompts, and ask transformers about each of its choices.
 
@@ -84,8 +79,8 @@ def verify(
     import torch
 
     assert form.runtime is not None
-    model = load_model(checkpoint, "cpu", "float32", trust_remote_code)
-    tokenizer = _tokenizer(checkpoint, trust_remote_code)
+    model = load_model(checkpoint, "cpu", "float32")
+    tokenizer = _tokenizer(checkpoint)
     longest = getattr(model.config, "max_position_embeddings", None) or 2**31
     prompts = [ids[: max(1, longest // 2)] for ids in _prompts(tokenizer, int(checkpoint.config.vocab_size))]
     divergences, differences, agreements, texts = [], [], [], []
@@ -104,7 +99,7 @@ def verify(
     kl, agreed = torch.cat(divergences), torch.cat(agreements)
     limits = form.limits[dtype]
     if kl.mean() > limits.kl and not limits.same_tokens:
-        rounded = load_model(checkpoint, "cpu", "bfloat16", trust_remote_code)
+        rounded = load_model(checkpoint, "cpu", "bfloat16")
         limits = replace(limits, kl=limits.kl * max(1.0, _rounding_cost(model, rounded, texts) / USUAL_COST))
     result = Verification(
         runtime=f"{form.package} {version(form.package)}",
@@ -187,9 +182,9 @@ def _compare_tokens(tokenizer: PreTrainedTokenizerBase, runtime: Tokenizes) -> N
             )
 
 
-def _tokenizer(checkpoint: Checkpoint, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
     try:
-        return load_tokenizer(checkpoint, trust_remote_code)
+        return load_tokenizer(checkpoint)
     except CheckpointError:
         return None
 
