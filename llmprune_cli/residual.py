@@ -172,11 +172,11 @@ def _norm(architecture: Architecture, module: str, call: Call, origins: dict[str
         UnsupportedError: it has no weights, or is no RMSNorm.
     """
     own, got, gave = call
-    weights: Any = own.weight
     stored = {memory: template for template, memories in origins.items() for memory in memories}
     weight = stored.get(f"{module}.weight")
     if weight is None:
         raise _unsupported(architecture, f"{module} has no weights, which would have to make up for its fewer channels")
+    weights: Any = own.weight
     normalized = got / got.square().mean(-1, keepdim=True).sqrt()
     for offset in (0.0, 1.0):
         expected = normalized * (weights + offset)

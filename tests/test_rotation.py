@@ -12,21 +12,25 @@ import pytest
 import torch
 
 import families
-from conftest import run_cli, save_tiny
+from conftest import BY_MAGNITUDE, run_cli, save_tiny
 from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.loading import ModelReference, open_checkpoint
+from llmprune_cli.plan import read_plan
 from llmprune_cli.residual import ResidualStream, find_residual_stream
 from llmprune_cli.rotation import principal_components, rotate, untie
 from llmprune_cli.subject import Subject, understand
+from llmprune_cli.surgery import widen
 from test_checkpoint_forms import rewrite
 from test_oracles import load_stock
 
 TURNED = ["llama", "llama-mha", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "granite", "mixtral", "qwen3_moe"]
+TURNED += ["qwen2_moe", "olmoe", "granitemoe", "gpt_oss", "deepseek_v3", "glm4_moe", "helium", "mamba", "falcon_h1"]
 REFUSED = {
     "gemma": "embeddings",
     "gemma2": "embeddings",
     "olmo2": "scales what enters",
     "gpt2": "subtracts the mean",
+    "olmo": "has no weights",
     "opt": "subtracts the mean",
 }
 TEXT = ("--calibration-tokens", "1200", "--calibration-seq-len", "40")
@@ -61,8 +65,7 @@ def test_a_rotated_model_computes_what_it_did(
     (tmp_path / "rotated").mkdir()
     rotated = rotate(subject, stream_of(subject), components, tmp_path / "rotated", lambda size_bytes: None)
     dense, turned = load_stock(folder), load_stock(tmp_path / "rotated")
-    name = "model.embed_tokens.weight"
-    assert not torch.allclose(dense.get_parameter(name), turned.get_parameter(name))
+    assert not torch.allclose(dense.get_input_embeddings().weight, turned.get_input_embeddings().weight)
     with torch.no_grad():
         torch.testing.assert_close(turned(tokens).logits, dense(tokens).logits, rtol=1e-3, atol=1e-4)
     assert rotated.widths == subject.widths
@@ -131,6 +134,21 @@ def test_components_without_energy_go_without_a_trace(
     with torch.no_grad():
         logits = load_stock(tmp_path / "dropped")(tokens).logits
     assert (logits - load_stock(source)(tokens).logits).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_a_wider_norm_gives_fewer_channels_what_they_had(offset: float, tiny_llama: Path, tmp_path: Path) -> None:
+    run = run_cli(
+        "prune", tiny_llama, *BY_MAGNITUDE, "--hidden-size", "40", "--dry-run", "--save-plan", tmp_path / "plan.json"
+    )
+    assert run.code == 0, run.stderr
+    plan = read_plan(tmp_path / "plan.json")
+    weight = torch.randn(64, dtype=torch.float64)
+    states = torch.randn(3, 64, dtype=torch.float64)
+    states[:, 40:] = 0
+    whole = torch.nn.functional.rms_norm(states, [64], weight + offset, eps=1e-20)[:, :40]
+    cut = torch.nn.functional.rms_norm(states[:, :40], [40], widen(weight[:40], offset, plan) + offset, eps=1e-20)
+    torch.testing.assert_close(cut, whole)
 
 
 @pytest.mark.parametrize(
