@@ -120,6 +120,9 @@ def test_a_state_that_is_no_cache_is_refused(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", "lfm2", **settings)
     run = export(folder, tmp_path / "graph", "onnx")
     assert run.code == 4 and "--no-kv-cache" in run.stderr and not (tmp_path / "graph").exists()
+    said = json.loads(run_cli("inspect", folder, "--json").stdout)["runtimes"]
+    assert "with --no-kv-cache" in next(fit["note"] for fit in said if fit["runtime"] == "ONNX Runtime")
+    verified(export(folder, tmp_path / "graph", "onnx", "--no-kv-cache"))
 
 
 @pytest.mark.parametrize("family", SCANNING)

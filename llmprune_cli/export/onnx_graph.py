@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.checkpoint import Checkpoint
 from llmprune_cli.errors import UnsupportedError, VerificationError
-from llmprune_cli.export.formats import FLOAT_LIMITS, Continuation, ExportOptions, Format
+from llmprune_cli.export.formats import FLOAT_LIMITS, Continuation, ExportOptions, Fit, Format
 from llmprune_cli.export.graphs import (
     EXAMPLE,
     example_past,
@@ -24,10 +24,18 @@ from llmprune_cli.export.graphs import (
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 FILE = "model.onnx"
 PAST, PRESENT = "past_key_values", "present"
+
+
+def fit_onnx(config: PretrainedConfig) -> Fit:
+    """Whether a graph holds a model, and if so, whether its cache as well."""
+    kinds = getattr(config, "layer_types", None) or ()
+    if all(kind.endswith("attention") for kind in kinds) or not fit_graph(config).loads:
+        return fit_graph(config)
+    return Fit(loads=True, note=f"with --no-kv-cache: {config.model_type} keeps more than keys and values")
 
 
 def write_onnx(checkpoint: Checkpoint, folder: Path, options: ExportOptions, progress: Callable[[int], None]) -> None:
@@ -164,7 +172,7 @@ ONNX = Format(
     runs_in="ONNX Runtime",
     dtypes=("float32", "float16"),
     write=write_onnx,
-    fit=fit_graph,
+    fit=fit_onnx,
     package="onnxruntime",
     extra="onnx",
     runtime=open_onnx,
