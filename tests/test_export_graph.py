@@ -20,6 +20,7 @@ from conftest import BY_MAGNITUDE, Run, run_cli, save_tiny, tiny_config
 from llmprune_cli.export import FORMATS
 from llmprune_cli.export.formats import Fit, Limits
 from llmprune_cli.export.graphs import SCANNING
+from llmprune_cli.export.verification import kl_limit
 from test_oracles import load_stock
 
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
@@ -105,6 +106,13 @@ def test_an_onnx_graph_without_a_cache_takes_token_ids_only(tmp_path: Path) -> N
 def test_half_precision_is_within_its_limit(form: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model")
     assert verified(export(folder, tmp_path / "graph", form, "--dtype", "f16"))["dtype"] == "float16"
+
+
+def test_rounding_may_cost_as_much_again_as_it_costs_in_transformers() -> None:
+    assert kl_limit(1e-3, 0.0) == kl_limit(1e-3, 5e-4) == 1e-3
+    assert kl_limit(1e-3, 1.5e-3) == 3e-3
+    assert kl_limit(1e-2, 5e-4) == 1e-2
+    assert kl_limit(1e-2, 2e-3) == 2e-2
 
 
 def test_a_graph_that_is_not_the_model_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

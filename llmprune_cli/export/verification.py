@@ -27,6 +27,7 @@ PROMPT_TOKENS = 24  # at most, of each prompt
 NEW_TOKENS = 64
 TIE = 1e-3  # nats: where the two likeliest tokens are this close, either is right
 USUAL_COST = 1e-3  # nats that bfloat16 costs a model in transformers, without raising what an export may cost
+ROUNDINGS = 2  # times that cost are fine: two ways to round differ from each other as much as from float32
 NEVER = -1e4  # logit of a token that the runtime does not speak of
 
 
@@ -100,7 +101,7 @@ def verify(
     limits = form.limits[dtype]
     if kl.mean() > limits.kl and not limits.same_tokens:
         rounded = load_model(checkpoint, "cpu", "bfloat16")
-        limits = replace(limits, kl=limits.kl * max(1.0, _rounding_cost(model, rounded, texts) / USUAL_COST))
+        limits = replace(limits, kl=kl_limit(limits.kl, _rounding_cost(model, rounded, texts)))
     result = Verification(
         runtime=f"{form.package} {version(form.package)}",
         prompts=len(prompts),
@@ -116,6 +117,16 @@ def verify(
 
 def _kl(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     return (expected.exp() * (expected - found)).sum(-1)
+
+
+def kl_limit(usual: float, cost: float) -> float:
+    """What an export may differ by from a model that transformers itself computes otherwise in bfloat16, nats.
+
+    Args:
+        usual: the limit for other models.
+        cost: see `_rounding_cost`.
+    """
+    return max(usual, usual * cost / USUAL_COST, ROUNDINGS * cost)
 
 
 def _rounding_cost(model: torch.nn.Module, rounded: torch.nn.Module, texts: list[torch.Tensor]) -> float:
