@@ -140,7 +140,7 @@ def _write_tensors(
 def _write_rows(file: IO[bytes], tensor: torch.Tensor, target: FileTensor) -> None:
     rows = tensor.reshape(-1, tensor.shape[-1])
     for some in rows.split(max(1, CHUNK // rows.shape[-1])):
-        encode(some, target).tofile(file)
+        file.write(encode(some, target).data)
 
 
 def encode(rows: torch.Tensor, target: FileTensor) -> numpy.ndarray:

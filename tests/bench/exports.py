@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,12 +17,14 @@ import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from prune_1b import (
     MODEL_1B,
     MODEL_TINY,
     Bound,
+    Measurement,
     make_checkpoint,
     measure,
     print_bounds,
@@ -43,6 +46,7 @@ FORMS = {  # bounds on KL per token, nats
 MAX_LOGIT_DIFFERENCE = 1e-3  # of a graph in float32
 MAX_ANONYMOUS_BYTES = 10**9
 MAX_STREAMING_FACTOR = 3  # times reading and writing once
+REPEATS = 3  # runs of which the median counts
 
 
 def llmprune(*arguments: str | Path) -> dict[str, Any]:
@@ -109,34 +113,36 @@ def compare_in_runtimes(whole: Path, work: Path) -> list[Bound]:
 
 def measure_gguf(work: Path, tokenizer: Path) -> list[Bound]:
     """Peak memory and time of writing 1.33B parameters as GGUF, beside reading and writing the same bytes."""
-    command = [sys.executable, "-m", "llmprune_cli", "export", "--format", "gguf", "--no-verify", "--overwrite"]
+    output = work / "gguf"
 
-    def export(source: Path, dtype: str) -> list[str]:
-        return [*command, str(source), "--dtype", dtype, "--output", str(work / "gguf")]
+    def export(source: Path, dtype: str) -> Measurement:
+        command = ["export", str(source), "--format", "gguf", "--dtype", dtype, "--no-verify", "--output", str(output)]
+        shutil.rmtree(output, ignore_errors=True)
+        os.sync()  # so that no run waits for what another has written
+        return measure([sys.executable, "-m", "llmprune_cli", *command])
 
     tiny = make_checkpoint(work / "tiny", {**MODEL_TINY, "vocabulary": MODEL_1B["vocabulary"]})
     source = make_checkpoint(work / "llama-1b", MODEL_1B)
     for folder in (tiny, source):
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(tokenizer / name, folder / name)
-    measure(export(tiny, "bf16"))  # the first run pulls the libraries from disk
-    fixed = measure(export(tiny, "bf16")).wall_seconds
+    export(tiny, "bf16")  # the first run pulls the libraries from disk
+    fixed = median(export(tiny, "bf16").wall_seconds for _ in range(REPEATS))
     rows = [["imports and vocabulary (tiny model)", f"{fixed:.2f}", ""]]
-    taken = {}
+    walls, peaks = {}, []
     for dtype in ("q8_0", "bf16"):
         say(f"Writing 1.33B parameters as GGUF in {dtype} …")
-        taken[dtype] = measure(export(source, dtype))
-        rows.append(
-            [f"llmprune export, {dtype}", f"{taken[dtype].wall_seconds:.2f}", f"{taken[dtype].peak_bytes / 1e6:,.0f}"]
-        )
-    read = seconds_to_read(shards_of(source), 3)
-    write = seconds_to_write([work / "gguf" / "model-bf16.gguf"], work / "copy", 3)
+        runs = [export(source, dtype) for _ in range(REPEATS)]
+        walls[dtype] = median(run.wall_seconds for run in runs)
+        peaks.append(max(run.peak_bytes for run in runs))
+        rows.append([f"llmprune export, {dtype}", f"{walls[dtype]:.2f}", f"{peaks[-1] / 1e6:,.0f}"])
+    read = seconds_to_read(shards_of(source), REPEATS)
+    write = seconds_to_write([output / "model-bf16.gguf"], work / "copy", REPEATS)
     rows += [["cat, read the input once", f"{read:.2f}", ""], ["cat and fsync, write the file", f"{write:.2f}", ""]]
     print_table("A random 1.33B Llama in bf16 as GGUF", ["", "wall s", "peak anonymous MB"], rows)
-    streaming = (taken["bf16"].wall_seconds - fixed) / (read + write)
-    peak = max(run.peak_bytes for run in taken.values())
+    streaming = (walls["bf16"] - fixed) / (read + write)
     return [
-        Bound("peak anonymous memory of a GGUF export, GB", peak / 1e9, MAX_ANONYMOUS_BYTES / 1e9),
+        Bound("peak anonymous memory of a GGUF export, GB", max(peaks) / 1e9, MAX_ANONYMOUS_BYTES / 1e9),
         Bound("(GGUF export − fixed) / (read + write)", streaming, MAX_STREAMING_FACTOR),
     ]
 
