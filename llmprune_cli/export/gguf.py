@@ -148,8 +148,9 @@ def encode(rows: torch.Tensor, target: FileTensor) -> numpy.ndarray:
     import torch
     from gguf import GGMLQuantizationType, quantize
 
+    rows = rows.contiguous()  # the weights of a Conv1D come transposed
     if target.kind == GGMLQuantizationType.BF16:
-        return rows.to(torch.bfloat16).contiguous().view(torch.int16).numpy()
+        return rows.to(torch.bfloat16).view(torch.int16).numpy()
     if target.kind == GGMLQuantizationType.F16:
         return rows.to(torch.float16).numpy()
     single = rows.to(torch.float32).numpy()
