@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("Interrupted: no model was written.", file=sys.stderr)
+        print("Interrupted: what was not finished is not kept.", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 

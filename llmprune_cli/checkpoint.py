@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +19,12 @@ if TYPE_CHECKING:
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+MANIFEST_NAME = "llmprune.json"
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 DTYPE_BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
+
+
+Stamp = tuple[int, int, int]  # inode, bytes, time of the last change in nanoseconds
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Checkpoint:
     dropped: tuple[str, ...] = ()  # stored tensors that the model does not use
     renamed: tuple[tuple[str, str], ...] = ()  # stored name and name today, where they differ
     trust_remote_code: bool = False  # whether code that comes with it may run
+    stamps: Mapping[str, Stamp] = field(default_factory=dict)  # of shards, before their headers were read
 
     @cached_property
     def by_name(self) -> dict[str, TensorEntry]:
@@ -90,11 +95,31 @@ class Checkpoint:
                 raise CheckpointError(f"{self.folder} holds no weights. Point MODEL at a folder with *.safetensors.")
             with open_shard(self.folder / shard) as handle:
                 for entry in entries:
-                    tensor = handle.get_tensor(entry.stored_name or entry.name)
-                    if tuple(tensor.shape) != entry.shape:
-                        raise CheckpointError(f"{self.folder / shard}: {entry.name} changed while it was being read.")
-                    yield entry, tensor
-                    del tensor
+                    self._check_unchanged(shard)  # a file that was cut short would end this process
+                    yield entry, handle.get_tensor(entry.stored_name or entry.name)
+                self._check_unchanged(shard)
+
+    def _check_unchanged(self, shard: str) -> None:
+        path, known = self.folder / shard, self.stamps.get(shard)
+        if known is None:
+            return
+        try:
+            now = stamp(path)
+        except OSError as error:
+            raise CheckpointError(f"{path} went missing while it was being read ({error.strerror}).") from error
+        if now != known:
+            raise CheckpointError(f"{path} changed while it was being read. Run again when nothing writes it.")
+
+
+def stamp(path: Path) -> Stamp:
+    """What tells whether a file was written to, or replaced."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def stamp_shards(folder: Path) -> dict[str, Stamp]:
+    """The stamps of all safetensors files in a folder."""
+    return {path.name: stamp(path) for path in folder.glob("*.safetensors") if path.is_file()}
 
 
 @contextmanager

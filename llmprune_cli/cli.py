@@ -239,6 +239,9 @@ def inspect(
     layers: Layers = None,
     drop_layers: DropLayers = None,
     round_to: RoundTo = 1,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Hold a folder that llmprune wrote against its checksums, and no more.")
+    ] = False,
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
@@ -264,6 +267,12 @@ def inspect(
         _dropped_layers(drop_layers, layers),
         round_to,
     )
+    if verify:
+        if not request.is_empty:
+            raise typer.BadParameter("--verify plans nothing; leave out the width options.")
+        verified = pipeline.verify_folder(Path(model))
+        (output.print_json if as_json else output.print_verify)(verified)
+        return
     result = pipeline.inspect(ModelReference(model, revision, trust_remote_code), request)
     (output.print_json if as_json else output.print_inspect)(result)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,7 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.architecture import build_skeleton, expected_index, on_disk, reconfigure
-from llmprune_cli.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, TensorEntry, open_shard, read_index, read_json
+from llmprune_cli.checkpoint import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    Checkpoint,
+    TensorEntry,
+    open_shard,
+    read_index,
+    read_json,
+    stamp_shards,
+)
 from llmprune_cli.conversion import (
     convert_bin,
     convert_gguf,
@@ -22,6 +30,7 @@ from llmprune_cli.conversion import (
 )
 from llmprune_cli.errors import CheckpointError, UnsupportedError
 from llmprune_cli.naming import Names, outer_model, resolve_names, usual_outer_model
+from llmprune_cli.staging import scratch_folder
 
 if TYPE_CHECKING:
     import torch
@@ -69,13 +78,13 @@ def open_checkpoint(reference: ModelReference, need_weights: bool) -> Iterator[C
         CheckpointError: nothing there, or something that contradicts itself.
         UnsupportedError: a model that transformers does not know.
     """
-    with tempfile.TemporaryDirectory(prefix="llmprune-model-") as temporary:
+    with scratch_folder() as temporary:
         path = Path(reference.name)
         if path.suffix == ".gguf" and not need_weights:
             yield _described(path.parent, reference, None, describe_gguf(path, reference.dtype), True)
             return
         if path.suffix == ".gguf":
-            folder, revision = Path(temporary), None
+            folder, revision = temporary, None
             convert_gguf(path, reference.dtype, folder)
         elif path.exists():
             folder, revision = path, None
@@ -94,16 +103,18 @@ def open_checkpoint(reference: ModelReference, need_weights: bool) -> Iterator[C
             return
         place = folder
         if quantization_of(config):
-            place = Path(temporary)
+            place = temporary
             dequantize(folder, config, reference.dtype, place, reference.trust_remote_code)
             config = read_config(place, reference.trust_remote_code)
+        stamps = stamp_shards(place)
         entries = () if small_files_only else read_index(place)
         if not entries and need_weights:
-            place = Path(temporary)
+            place = temporary
             entries = convert_bin(folder, place)
         if entries:
             stored = Checkpoint(place, reference.name, revision, config, entries, True, folder)
-            yield _resolved(replace(stored, trust_remote_code=reference.trust_remote_code))
+            trusted = reference.trust_remote_code
+            yield _resolved(replace(stored, trust_remote_code=trusted, stamps=stamps))
         else:
             yield _described(folder, reference, revision, _text_part(config), has_weights)
 

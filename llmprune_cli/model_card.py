@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from llmprune_cli import __version__
-from llmprune_cli.checkpoint import Checkpoint
+from llmprune_cli.checkpoint import MANIFEST_NAME, Checkpoint
 from llmprune_cli.errors import CheckpointError
 from llmprune_cli.export.runtimes import RuntimeFit
 
-CARD, MANIFEST_NAME = "README.md", "llmprune.json"
+CARD = "README.md"
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 LOADING = {

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         ModelSummary,
         PruneResult,
         TensorRow,
+        VerifyResult,
     )
 
 BAR_CELLS = 24  # of the longest bar
@@ -52,6 +53,7 @@ def print_json(result: Any) -> None:
     """Print a result dataclass as one JSON document; a number that JSON lacks becomes null."""
     json.dump(_plain(asdict(result)), sys.stdout, indent=2)
     sys.stdout.write("\n")
+    sys.stdout.flush()  # here, where a reader that went away is no bug of ours
 
 
 def _plain(value: Any) -> Any:
@@ -195,6 +197,16 @@ def print_eval(report: EvalReport) -> None:
     for label, values in rows.items():
         table.add_row(label, *values)
     _console().print(table)
+
+
+def print_verify(result: VerifyResult) -> None:
+    """What `inspect --verify` found."""
+    parameters = f", {result.parameters:,} parameters" if result.parameters is not None else ""
+    _console().print(
+        f"[bold]{result.folder}[/bold] is what was written: {result.files} files, {_size(result.size_bytes)}"
+        f"{parameters}.",
+        highlight=False,
+    )
 
 
 def print_export(result: ExportResult) -> None:

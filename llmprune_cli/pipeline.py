@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -11,7 +10,7 @@ from typing import Any
 
 from llmprune_cli.architecture import with_widths
 from llmprune_cli.calibration import CalibrationText, prepare_calibration, warn_of_shared_text
-from llmprune_cli.checkpoint import Checkpoint, read_json
+from llmprune_cli.checkpoint import MANIFEST_NAME, Checkpoint, read_json
 from llmprune_cli.dependency import hold_against_torch_pruning
 from llmprune_cli.errors import CheckpointError, UnsupportedError, VerificationError
 from llmprune_cli.eval_report import prepare_text, report_perplexity
@@ -19,8 +18,10 @@ from llmprune_cli.export import FORMATS
 from llmprune_cli.export.formats import ExportOptions, Fit
 from llmprune_cli.export.runtimes import runtime_fits
 from llmprune_cli.export.verification import PROMPTS, missing_memory, missing_runtime, verify
+from llmprune_cli.identity import versions
+from llmprune_cli.integrity import check_files, list_files
 from llmprune_cli.loading import ModelReference, load_tokenizer, open_checkpoint
-from llmprune_cli.model_card import MANIFEST_NAME, write_card
+from llmprune_cli.model_card import write_card
 from llmprune_cli.options import EvalOptions, Listener, PruneOptions
 from llmprune_cli.plan import Plan, WidthRequest, legal_values, resolve, save_plan
 from llmprune_cli.proof import prove
@@ -37,14 +38,16 @@ from llmprune_cli.results import (
     ExportResult,
     InspectResult,
     PruneResult,
+    VerifyResult,
     summarize,
 )
 from llmprune_cli.rotation import principal_components, rotate, untie
 from llmprune_cli.search import Candidate
 from llmprune_cli.selection import first_target, select, stored_plan, target_of
+from llmprune_cli.staging import check_folder, check_target, claimed, scratch_folder
 from llmprune_cli.subject import Subject, understand
-from llmprune_cli.workfolder import WorkFolder, run_key, work_folder
-from llmprune_cli.writer import check_folder, check_target, staged_folder, write_json
+from llmprune_cli.workfolder import WorkFolder, kept_work, run_key
+from llmprune_cli.writer import write_json
 
 # --- inspect -------------------------------------------------------------------------------------------------------
 
@@ -76,6 +79,16 @@ def inspect(reference: ModelReference, request: WidthRequest) -> InspectResult:
         )
 
 
+def verify_folder(folder: Path) -> VerifyResult:
+    """Hold a folder that `prune` or `export` wrote against the checksums in its manifest.
+
+    Raises:
+        CheckpointError, VerificationError: see `check_files`.
+    """
+    found = check_files(folder)
+    return VerifyResult(SCHEMA_VERSION, str(folder), found.files, found.size_bytes, found.parameters)
+
+
 # --- prune ---------------------------------------------------------------------------------------------------------
 
 
@@ -93,9 +106,12 @@ def prune(
         checkpoint = stack.enter_context(open_checkpoint(reference, options.needs_weights))
         source, output = _source_folder(reference, checkpoint), options.output
         if output is None and not options.dry_run and evaluation is not None:
-            output = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llmprune-")), "pruned")
-        if output is not None:
+            output = stack.enter_context(scratch_folder()) / "pruned"
+        kept, claim = stack.enter_context(ExitStack()), None
+        if output is not None and options.dry_run:
             check_target(output, options.overwrite, source)
+        elif output is not None:
+            claim = kept.enter_context(claimed(output, options.overwrite, source))
         for folder, option in ((options.statistics, "--statistics"), (options.offload_dir, "--offload-dir")):
             if folder is not None:
                 check_folder(folder, option)
@@ -116,13 +132,12 @@ def prune(
         prove(subject.architecture, subject.trace, target.widths.changed_from(subject.widths), prune_twin)
         hold_against_torch_pruning(subject.architecture, subject.trace)
         if stream is not None and calibration is not None:
-            turned = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llmprune-model-")))
+            turned = stack.enter_context(scratch_folder())
             subject = _rotate(subject, stream, calibration, options, turned, listener)
-        kept = stack.enter_context(ExitStack())
         work = None
-        if output is not None and calibration is not None and not options.dry_run:
+        if claim is not None and calibration is not None:
             key, may_go_on = run_key(subject, options, plan, calibration), options.output is not None
-            work = kept.enter_context(work_folder(output, key, options.resume, may_go_on, listener.warn))
+            work = kept.enter_context(kept_work(claim, key, options.resume, may_go_on, listener.warn))
         candidates: tuple[Candidate, ...] = ()
         if plan is None and options.needs_weights:
             plan, candidates = select(subject, target, options, calibration, work, listener)
@@ -136,9 +151,9 @@ def prune(
         if options.save_plan is not None and plan is not None:
             save_plan(plan, options.save_plan)
         card, report = None, None
-        if output is not None and plan is not None and not options.dry_run:
+        if claim is not None and plan is not None:
             manifest = make_manifest(reference, checkpoint, plan, options, before, after)
-            with staged_folder(output, options.overwrite, source, work.path if work else None) as staging:
+            with claim.staged() as staging:
                 card = _fill(staging, subject, plan, manifest, options, calibration, work, listener)
             kept.close()
             if evaluation is not None and text is not None:
@@ -223,14 +238,14 @@ def _fill(
 ) -> CalibrationResult | None:
     """Refit, write and judge."""
     repaired, repairs = repair(subject, plan, options, calibration, work, listener)
-    write_pruned(repaired, plan, staging, manifest, options.max_shard_bytes, listener)
+    checksums = write_pruned(repaired, plan, staging, manifest, options.max_shard_bytes, listener)
     card = None
     if calibration is not None:
         card = report_card(subject, staging, plan, options, calibration, repairs, listener)
         manifest = {**manifest, "calibration": asdict(card)}
-        write_json(staging / MANIFEST_NAME, manifest)
     config = with_widths(subject.architecture, plan.after, plan.layers)
     write_card(staging, subject.checkpoint, manifest, "safetensors", runtime_fits(config))
+    write_json(staging / MANIFEST_NAME, {**manifest, "files": list_files(staging, checksums)})
     return card
 
 
@@ -280,9 +295,10 @@ def export(
         VerificationError: it is not the same model there, or cannot be compared and has to be.
     """
     form = FORMATS[format_name]
-    with open_checkpoint(reference, need_weights=True) as checkpoint:
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(open_checkpoint(reference, need_weights=True))
         source = _source_folder(reference, checkpoint)
-        check_target(output, overwrite, source)
+        claim = stack.enter_context(claimed(output, overwrite, source))
         fit = Fit(loads=True, note=f"by {options.converter}") if options.converter else form.fit(checkpoint.config)
         if not fit.loads:
             raise UnsupportedError(f"{checkpoint.source} cannot be exported as {format_name}: {fit.note}")
@@ -290,19 +306,21 @@ def export(
         reason = "not asked for" if verified is False else missing_runtime(form) or missing_memory(checkpoint)
         if verified and reason:
             raise VerificationError(f"The export cannot be verified: {reason}. Leave out --verify to write it anyway.")
+        manifest = _source_manifest(checkpoint)
         verification = None
-        with staged_folder(output, overwrite, source) as staging:
+        with claim.staged() as staging:
             listener.stage("Exporting", checkpoint.size_bytes)
             as_asked = options if form.keeps_dtypes else replace(options, dtype=dtype)
-            form.write(checkpoint, staging, as_asked, listener.advance)
+            checksums = form.write(checkpoint, staging, as_asked, listener.advance)
             if not reason:
                 listener.stage("Verifying", len(PROMPTS))
                 verification = verify(checkpoint, form, staging, dtype, listener.advance)
-            path = checkpoint.companions / MANIFEST_NAME
-            manifest = read_json(path) if path.is_file() else None
-            if manifest is not None:
-                write_json(staging / MANIFEST_NAME, manifest)
-            write_card(staging, checkpoint, manifest, format_name, runtime_fits(checkpoint.config))
+            pruned = manifest if "widths" in manifest else None
+            write_card(staging, checkpoint, pruned, format_name, runtime_fits(checkpoint.config))
+            result = asdict(verification) if verification else None
+            exported = {"format": format_name, "dtype": dtype, "versions": versions(), "verification": result}
+            manifest = {**manifest, "export": exported, "files": list_files(staging, checksums)}
+            write_json(staging / MANIFEST_NAME, manifest)
         files = sorted(path for path in output.rglob("*") if path.is_file())
         return ExportResult(
             schema_version=SCHEMA_VERSION,
@@ -317,3 +335,11 @@ def export(
             verification=verification,
             unverified=reason or "",
         )
+
+
+def _source_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the source's manifest says of how it was made, or else where it is from."""
+    path = checkpoint.companions / MANIFEST_NAME
+    if path.is_file():
+        return read_json(path)
+    return {"schema_version": SCHEMA_VERSION, "source": checkpoint.source, "revision": checkpoint.revision}

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.architecture import NEURONS, Architecture, Widths, read_widths, with_widths
 from llmprune_cli.checkpoint import Checkpoint, read_json
-from llmprune_cli.errors import CheckpointError, OutputError, PlanError
+from llmprune_cli.errors import CheckpointError, PlanError
 from llmprune_cli.groups import Keep, Trace, kept_mask, new_name, renumbered
 from llmprune_cli.layers import can_keep_layers
 from llmprune_cli.names import Shape, split_name
+from llmprune_cli.staging import replace_file
 
 if TYPE_CHECKING:
     import torch
@@ -93,18 +94,12 @@ class Plan:
 
 
 def save_plan(plan: Plan, path: Path) -> None:
-    """Write a plan, by temporary file and rename.
+    """Write a plan.
 
     Raises:
         OutputError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.llmprune")
-    try:
-        temporary.write_text(json.dumps(plan.to_json()) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OutputError(f"The plan cannot be written to {path}: {reason}. Choose another --save-plan.") from error
+    replace_file(path, [(json.dumps(plan.to_json()) + "\n").encode()], "Choose another --save-plan.")
 
 
 def read_plan(path: Path) -> Plan:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from llmprune_cli.groups import Binding, Keep, Trace, kept_mask, new_name, renum
 from llmprune_cli.layers import can_keep_layers
 from llmprune_cli.names import split_name
 from llmprune_cli.plan import Target
+from llmprune_cli.staging import scratch_folder
 from llmprune_cli.twin import Twin, build_twin, proof_sizes
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ def prove(architecture: Architecture, traced: Trace, changed: tuple[str, ...], p
     target = half_of(twin.architecture, changed)
     if "num_experts" in changed:
         _keep_positive(twin)
-    with tempfile.TemporaryDirectory(prefix="llmprune-twin-") as name:
-        dense, pruned = Path(name, "dense"), Path(name, "pruned")
+    with scratch_folder() as folder:
+        dense, pruned = folder / "dense", folder / "pruned"
         twin.model.save_pretrained(dense)
         pruned.mkdir()
         keep = prune(dense, pruned, traced, twin.architecture, target)

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from llmprune_cli.architecture import Architecture, with_widths
-from llmprune_cli.checkpoint import Checkpoint, read_index
+from llmprune_cli.checkpoint import MANIFEST_NAME, Checkpoint, read_index
 from llmprune_cli.errors import VerificationError
 from llmprune_cli.groups import Keep, Trace
 from llmprune_cli.identity import versions
 from llmprune_cli.loading import ModelReference, copy_companions
-from llmprune_cli.model_card import MANIFEST_NAME
 from llmprune_cli.options import Listener, PruneOptions
 from llmprune_cli.plan import Plan, Target, WidthRequest
 from llmprune_cli.results import SCHEMA_VERSION, ModelSummary
@@ -29,8 +28,11 @@ def write_pruned(
     manifest: dict[str, Any],
     max_shard_bytes: int,
     listener: Listener,
-) -> None:
+) -> dict[str, str]:
     """Stream every tensor through the plan into a folder, with everything a stock loader needs beside it.
+
+    Returns:
+        The SHA-256 of each shard, by file name.
 
     Raises:
         VerificationError: what was written is not what the plan predicts.
@@ -39,13 +41,14 @@ def write_pruned(
     entries = pruned_entries(checkpoint, subject.trace, plan)
     listener.stage("Writing", checkpoint.size_bytes)
     tensors = pruned_tensors(checkpoint, subject.trace, plan, listener.advance, subject.folded_norms)
-    write_shards(folder, entries, tensors, max_shard_bytes)
+    checksums = write_shards(folder, entries, tensors, max_shard_bytes)
     with_widths(subject.architecture, plan.after, plan.layers).save_pretrained(folder)
     copy_companions(checkpoint, folder)
     write_json(folder / MANIFEST_NAME, manifest)
     written = {entry.name: entry.shape for entry in read_index(folder)}
     if written != {entry.name: entry.shape for entry in entries}:
         raise VerificationError("The written headers differ from the plan. Nothing was kept; please report this.")
+    return checksums
 
 
 def make_manifest(

@@ -21,10 +21,10 @@ from llmprune_cli.options import Listener, PruneOptions
 from llmprune_cli.plan import Plan
 from llmprune_cli.scoring import GROUPS, HEADS
 from llmprune_cli.sites import Site, Uses, find_sites
+from llmprune_cli.staging import fsync
 from llmprune_cli.statefiles import copy_states, new_states
 from llmprune_cli.subject import Subject
 from llmprune_cli.workfolder import WorkFolder
-from llmprune_cli.writer import fsync
 
 if TYPE_CHECKING:
     import torch

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.errors import OutputError, UnsupportedError
+from llmprune_cli.staging import replace_file
 
 if TYPE_CHECKING:
     from llmprune_cli.results import CalibrationResult, LayerResult, PruneResult
@@ -43,7 +45,7 @@ def check_chart_target(path: Path, output: Path | None) -> None:
 
 
 def draw_chart(result: PruneResult, card: CalibrationResult, path: Path) -> None:
-    """Draw the errors of the layers into a .png or .svg file, by temporary file and rename.
+    """Draw the errors of the layers into a .png or .svg file.
 
     Raises:
         OutputError: the file cannot be written.
@@ -59,20 +61,11 @@ def draw_chart(result: PruneResult, card: CalibrationResult, path: Path) -> None
         _draw_repairs(panels[0], refitted)
     _draw_stream(panels[-1], result, card)
     figure.suptitle(_title(result, card), fontsize=10)
-    temporary = path.with_name(f".{path.name}.llmprune")
-    plain: Any = {
-        "svg.hashsalt": "llmprune",
-        "svg.fonttype": "none",
-    }  # the same bytes every time, and text that is text
-    try:
-        with matplotlib.rc_context(plain):
-            kind = path.suffix[1:].lower()
-            figure.savefig(temporary, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        reason = error.strerror or str(error)
-        raise OutputError(f"The chart cannot be written to {path}: {reason}. The model was written.") from error
+    plain: Any = {"svg.hashsalt": "llmprune", "svg.fonttype": "none"}  # equal bytes every time, and text that is text
+    kind, drawn = path.suffix[1:].lower(), io.BytesIO()
+    with matplotlib.rc_context(plain):
+        figure.savefig(drawn, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    replace_file(path, [drawn.getbuffer()], "The model was written.")
 
 
 def _draw_repairs(axes: Any, rows: list[LayerResult]) -> None:

@@ -57,6 +57,17 @@ class InspectResult:
 
 
 @dataclass(frozen=True)
+class VerifyResult:
+    """What `inspect --verify` reports of a folder that is what its manifest says."""
+
+    schema_version: int
+    folder: str
+    files: int  # whose checksums were compared
+    size_bytes: int  # of these
+    parameters: int | None  # by the headers; None where the weights are not safetensors
+
+
+@dataclass(frozen=True)
 class EvalResult:
     """Perplexity of one model."""
 

@@ -119,7 +119,7 @@ def rotate(
 
     write_shards(folder, checkpoint.entries, stream_out(), SHARD_BYTES)
     checkpoint.config.save_pretrained(folder)
-    written = replace(checkpoint, folder=folder, entries=read_index(folder), dropped=(), renamed=())
+    written = replace(checkpoint, folder=folder, entries=read_index(folder), dropped=(), renamed=(), stamps={})
     return replace(understand(written), folded_norms={norm.weight: norm.offset for norm in stream.norms})
 
 

@@ -13,7 +13,7 @@ from llmprune_cli.activations import Activity
 from llmprune_cli.checkpoint import Checkpoint
 from llmprune_cli.identity import model_identity, text_identity, versions
 from llmprune_cli.scoring import Scores
-from llmprune_cli.writer import replace_file
+from llmprune_cli.staging import replace_file
 
 if TYPE_CHECKING:
     import torch

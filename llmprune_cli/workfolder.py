@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +19,14 @@ from llmprune_cli.identity import model_identity, text_identity, versions
 from llmprune_cli.options import PruneOptions
 from llmprune_cli.plan import Plan, Target, read_plan
 from llmprune_cli.search import Candidate
+from llmprune_cli.staging import Claim, empty, hidden_folder, replace_file
 from llmprune_cli.subject import Subject
-from llmprune_cli.writer import TEMPORARY, raw_bytes, replace_file
+from llmprune_cli.writer import raw_bytes
 
 if TYPE_CHECKING:
     import torch
 
-LOCK, RUN, JUDGED = "lock", "run.json", "judged.json"
+RUN, JUDGED = "run.json", "judged.json"
 CANDIDATES, PLAN, LAYER = "candidates.json", "plan.json", "layer.json"
 # Options that decide nothing of what the folder holds. Text, plan and device have entries of their own in the key.
 FREE_OPTIONS = {"calibration", "plan", "save_plan", "output", "overwrite", "dry_run", "max_shard_bytes"}
@@ -132,8 +132,8 @@ class WorkFolder:
                 )
             if begun["threads"] != run["threads"]:
                 warn(f"Begun with {begun['threads']} threads, now {run['threads']}: the last digits may differ.")
-            for path in self.path.glob(f".*{TEMPORARY}*"):
-                _remove(path)
+            for path in self.path.glob(hidden_folder(Path("*")).name):
+                shutil.rmtree(path)
             return
         if resume:
             warn(f"There is no work of an earlier run in {self.path}; starting at the beginning.")
@@ -143,62 +143,40 @@ class WorkFolder:
         self._write(RUN, run)
 
     def clear(self) -> None:
-        """Remove everything but the lock, and first that on which the rest depends."""
+        """Remove everything, and first that on which the rest depends."""
         (self.path / RUN).unlink(missing_ok=True)
-        for path in self.path.iterdir():
-            if path.name != LOCK:
-                _remove(path)
+        empty(self.path)
 
 
 @contextmanager
-def work_folder(
-    output: Path, key: dict[str, Any], resume: bool, keep: bool, warn: Callable[[str], None]
+def kept_work(
+    claim: Claim, key: dict[str, Any], resume: bool, keep: bool, warn: Callable[[str], None]
 ) -> Iterator[WorkFolder]:
-    """The work folder beside an output, for one process at a time.
+    """The work of a run, in the hidden folder of its target.
 
-    It vanishes when the block ends; after an error or an interruption it stays if it holds something of worth.
+    It vanishes when the target is written; after an error or an interruption it stays if it holds something of worth.
 
     Args:
         keep: whether the output is where the user may want to go on later.
 
     Raises:
         PlanError: see `WorkFolder.begin`.
-        OutputError: another run writes the same output, or the folder cannot be written.
+        OutputError: it cannot be written.
     """
-    target = Path(os.path.abspath(output))
-    work = WorkFolder(target.parent / f".{target.name}.llmprune-work")
-    with _locked(work.path, output):
-        work.begin(key, resume, warn)
-        try:
-            yield work
-        except BaseException:
-            if keep and work.is_worth_keeping:
-                warn(f"The work so far is kept in {work.path}: the same command with --resume goes on from there.")
-            else:
-                _discard(work)
-            raise
-        _discard(work)
-
-
-def _discard(work: WorkFolder) -> None:
-    work.clear()
-    shutil.rmtree(work.path, ignore_errors=True)
-
-
-@contextmanager
-def _locked(folder: Path, output: Path) -> Iterator[None]:
-    """A folder, made where it is missing, that no other process has."""
-    from filelock import FileLock, Timeout
-
+    work = WorkFolder(claim.folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK).acquire(timeout=0)
-    except Timeout:
-        raise OutputError(f"Another run is writing {output}. Wait for it, or choose another --output.") from None
+        work.begin(key, resume, warn)
     except OSError as error:
-        raise OutputError(f"Cannot write beside {output}: {error.strerror}. Choose another --output.") from error
-    with lock:
-        yield
+        raise OutputError(f"Cannot write beside {claim.target}: {error.strerror}. Choose another --output.") from error
+    try:
+        yield work
+    except BaseException:
+        if keep and work.is_worth_keeping:
+            warn(f"The work so far is kept in {work.path}: the same command with --resume goes on from there.")
+        else:
+            with suppress(OSError):
+                work.clear()
+        raise
 
 
 def run_key(subject: Subject, options: PruneOptions, plan: Plan | None, calibration: CalibrationText) -> dict[str, Any]:
@@ -232,10 +210,3 @@ def _differences(begun: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def _as_target(stored: dict[str, Any]) -> Target:
     layers, deviations, protected = (tuple(stored[name]) for name in ("layers", "deviations", "protected"))
     return Target(Widths(**stored["widths"]), layers, deviations, protected)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()

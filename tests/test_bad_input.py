@@ -321,7 +321,7 @@ def test_a_plan_that_contradicts_itself(
 
 
 def test_a_plan_that_cannot_be_saved(model: Path, tmp_path: Path) -> None:
-    path = str(tmp_path / "no" / "plan.json")
+    path = str(model / "config.json" / "plan.json")
     assert_prune_refused(
         model, tmp_path, OUTPUT, "--save-plan", options=("--pruning-ratio", "0.5", "--save-plan", path)
     )
@@ -374,7 +374,7 @@ def test_an_output_on_a_read_only_folder(model: Path, tmp_path: Path) -> None:
         target = tmp_path / "closed" / "out"
         target.parent.mkdir(mode=0o500)
     for command in (["prune", model, *BY_MAGNITUDE, "--pruning-ratio", "0.5"], ["export", model]):
-        assert_refused(run_cli(*command, "--output", target), OUTPUT, "not writable")
+        assert_refused(run_cli(*command, "--output", target), OUTPUT, "Cannot write")
 
 
 # --- the text ------------------------------------------------------------------------------------------------------
@@ -437,18 +437,18 @@ def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("interruption", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_prune_leaves_nothing(large_model: Path, tmp_path: Path, interruption: signal.Signals) -> None:
     command = [sys.executable, "-m", "llmprune_cli", "prune", large_model, *BY_MAGNITUDE, "--intermediate-size", "4090"]
-    child = subprocess.Popen(
-        [*map(str, command), "--importance", "random", "--output", str(tmp_path / "out")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
-    while not any(path.name.startswith(".out.") for path in tmp_path.iterdir()):
-        assert child.poll() is None and time.monotonic() < deadline, "no writing was seen"
-        time.sleep(0.005)
-    child.send_signal(interruption)
-    stdout, stderr = child.communicate(timeout=60)
+    command += ["--importance", "random", "--overwrite", "--output", tmp_path / "out"]
+    for _ in range(3):  # on a busy machine it may be written before the signal comes
+        child = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 120
+        while not (tmp_path / ".out.llmprune-work" / "new" / "model.safetensors").exists():
+            assert child.poll() is None and time.monotonic() < deadline, "no writing was seen"
+            time.sleep(0.005)
+        child.send_signal(interruption)
+        stdout, stderr = child.communicate(timeout=60)
+        if child.returncode:
+            break
+        shutil.rmtree(tmp_path / "out")
     assert child.returncode == INTERRUPTED, stderr
     assert stdout == "" and "Traceback" not in stderr
     assert not list(tmp_path.iterdir())

@@ -21,8 +21,9 @@ from conftest import BY_MAGNITUDE, Run, run_cli, save_tiny
 from llmprune_cli.errors import OutputError
 from llmprune_cli.loading import ModelReference, open_checkpoint
 from llmprune_cli.plan import Target
+from llmprune_cli.staging import claimed
 from llmprune_cli.subject import understand
-from llmprune_cli.workfolder import WorkFolder, work_folder
+from llmprune_cli.workfolder import WorkFolder
 from test_peer import written_tensors
 
 WORK = ".out.llmprune-work"
@@ -182,10 +183,10 @@ def test_resume_without_work_starts_at_the_beginning(tiny_llama: Path, calibrate
 
 def test_two_runs_do_not_share_an_output(tiny_llama: Path, calibrated: Arguments, tmp_path: Path) -> None:
     command = (tiny_llama, "--intermediate-size", "24", "--refit", "local", *calibrated, "--output", tmp_path / "out")
-    with work_folder(tmp_path / "out", {}, False, True, print):
+    with claimed(tmp_path / "out", overwrite=False):
         run = run_cli("prune", *command)
         assert run.code == OutputError.exit_code and "Another run" in run.stderr
-        assert (tmp_path / WORK / "run.json").exists()
+        assert (tmp_path / WORK).exists()
     prune(*command)
 
 

@@ -70,7 +70,7 @@ class Limits:
 FLOAT_LIMITS = {"float32": Limits(1e-5), **dict.fromkeys(("float16", "bfloat16"), Limits(1e-3, same_tokens=False))}
 SHORT_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # as other tools call them
 
-Write = Callable[[Checkpoint, Path, ExportOptions, Callable[[int], None]], None]
+Write = Callable[[Checkpoint, Path, ExportOptions, Callable[[int], None]], dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Format:
 
     runs_in: str  # the software that takes it, as users call it
     dtypes: tuple[str, ...]  # that `--dtype` takes
-    write: Write  # into a staging folder; progress is in bytes of the checkpoint
+    write: Write  # into a staging folder; progress is in bytes of the checkpoint; gives the SHA-256 of files it knows
     fit: Callable[[PretrainedConfig], Fit]  # known before anything is written
     package: str = ""  # that has to be importable to verify; none where nothing runs the result but transformers itself
     extra: str = ""  # of llmprune that installs it

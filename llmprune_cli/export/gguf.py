@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +20,8 @@ from llmprune_cli.export.gguf_tensors import FileTensor, Layout, lay_out
 from llmprune_cli.export.gguf_vocabulary import add_vocabulary
 from llmprune_cli.export.llamacpp import open_llamacpp
 from llmprune_cli.export.safetensors import write_safetensors
+from llmprune_cli.staging import scratch_folder
+from llmprune_cli.writer import check_finite
 
 if TYPE_CHECKING:
     import numpy
@@ -40,7 +41,9 @@ def fit_llamacpp(config: PretrainedConfig) -> Fit:
         return Fit(loads=False, note=str(error))
 
 
-def write_gguf(checkpoint: Checkpoint, folder: Path, options: ExportOptions, progress: Callable[[int], None]) -> None:
+def write_gguf(
+    checkpoint: Checkpoint, folder: Path, options: ExportOptions, progress: Callable[[int], None]
+) -> dict[str, str]:
     """Write weights, configuration, tokenizer and chat template as one file into a staging folder.
 
     Raises:
@@ -58,7 +61,7 @@ def write_gguf(checkpoint: Checkpoint, folder: Path, options: ExportOptions, pro
     path = folder / f"model-{kind}.gguf"
     if options.converter is not None:
         _convert(checkpoint, path, kind, options.converter, progress)
-        return
+        return {}
     family, _ = written_family(checkpoint.config)
     writer = GGUFWriter(path, family.architecture)
     try:
@@ -69,6 +72,7 @@ def write_gguf(checkpoint: Checkpoint, folder: Path, options: ExportOptions, pro
         _write_tensors(writer.fout[0], checkpoint, layout, rope_factors(checkpoint.config, family), progress)
     finally:
         writer.close()
+    return {}
 
 
 def _describe(writer: GGUFWriter, checkpoint: Checkpoint, family: GgufFamily, kind: str) -> None:
@@ -144,17 +148,22 @@ def _write_rows(file: IO[bytes], tensor: torch.Tensor, target: FileTensor) -> No
 
 
 def encode(rows: torch.Tensor, target: FileTensor) -> numpy.ndarray:
-    """Rows of a tensor as the bytes that llama.cpp reads."""
+    """Rows of a tensor as the bytes that llama.cpp reads.
+
+    Raises:
+        VerificationError: they hold NaN or infinity.
+    """
     import torch
     from gguf import GGMLQuantizationType, quantize
 
-    rows = rows.contiguous()  # the weights of a Conv1D come transposed
+    halves = {GGMLQuantizationType.BF16: torch.bfloat16, GGMLQuantizationType.F16: torch.float16}
+    plain = rows.contiguous().to(halves.get(target.kind, torch.float32))  # the weights of a Conv1D come transposed
+    check_finite(target.name, plain)
     if target.kind == GGMLQuantizationType.BF16:
-        return rows.to(torch.bfloat16).view(torch.int16).numpy()
-    if target.kind == GGMLQuantizationType.F16:
-        return rows.to(torch.float16).numpy()
-    single = rows.to(torch.float32).numpy()
-    return single if target.kind == GGMLQuantizationType.F32 else quantize(single, target.kind)
+        return plain.view(torch.int16).numpy()
+    if target.kind in (GGMLQuantizationType.F16, GGMLQuantizationType.F32):
+        return plain.numpy()
+    return quantize(plain.numpy(), target.kind)
 
 
 # --- llama.cpp's own converter -------------------------------------------------------------------------------------
@@ -181,9 +190,9 @@ def _complete_folder(checkpoint: Checkpoint) -> Iterator[Path]:
     if checkpoint.folder == checkpoint.companions and not checkpoint.renamed:
         yield checkpoint.folder
         return
-    with tempfile.TemporaryDirectory(prefix="llmprune-model-") as temporary:
-        write_safetensors(checkpoint, Path(temporary), ExportOptions(), lambda size_bytes: None)
-        yield Path(temporary)
+    with scratch_folder() as folder:
+        write_safetensors(checkpoint, folder, ExportOptions(), lambda size_bytes: None)
+        yield folder
 
 
 GGUF = Format(

@@ -13,6 +13,7 @@ from llmprune_cli.checkpoint import Checkpoint
 from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.export.formats import Fit
 from llmprune_cli.loading import copy_companions, load_model
+from llmprune_cli.writer import check_finite
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,6 +39,8 @@ def load_traceable(checkpoint: Checkpoint, dtype: str | None) -> PreTrainedModel
     model = load_model(checkpoint, "cpu", dtype)
     if hasattr(model.config.get_text_config(), "num_experts_per_tok"):
         model.set_experts_implementation("batched_mm")
+    for name, parameter in model.named_parameters():
+        check_finite(name, parameter)
     return model.requires_grad_(False)
 
 

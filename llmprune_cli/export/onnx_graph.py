@@ -38,7 +38,9 @@ def fit_onnx(config: PretrainedConfig) -> Fit:
     return Fit(loads=True, note=f"with --no-kv-cache: {config.model_type} keeps more than keys and values")
 
 
-def write_onnx(checkpoint: Checkpoint, folder: Path, options: ExportOptions, progress: Callable[[int], None]) -> None:
+def write_onnx(
+    checkpoint: Checkpoint, folder: Path, options: ExportOptions, progress: Callable[[int], None]
+) -> dict[str, str]:
     """Write the graph, its weights beside it in a file of their own.
 
     With a cache its inputs are `input_ids` [B, T], `attention_mask` [B, cached + T], `position_ids` [B, T] and
@@ -71,6 +73,7 @@ def write_onnx(checkpoint: Checkpoint, folder: Path, options: ExportOptions, pro
     program.save(str(folder / FILE), external_data=True)
     write_beside(checkpoint, model, folder)
     progress(checkpoint.size_bytes)
+    return {}
 
 
 Graph = tuple["torch.nn.Module", tuple[Any, ...], list[str], dict[str, Any]]  # module, example, inputs, dynamic axes

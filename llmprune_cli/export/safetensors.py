@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 
 def write_safetensors(
     checkpoint: Checkpoint, folder: Path, options: ExportOptions, progress: Callable[[int], None]
-) -> None:
-    """Write a checkpoint's tensors, configuration, tokenizer and generation config into a staging folder."""
+) -> dict[str, str]:
+    """Write a checkpoint's tensors, configuration, tokenizer and generation config into a staging folder.
+
+    Returns:
+        The SHA-256 of each shard, by file name.
+    """
     import torch
 
     dtype = options.dtype
@@ -32,7 +36,7 @@ def write_safetensors(
             progress(entry.size_bytes)
             yield cast(entry), tensor.to(getattr(torch, dtype)) if dtype and tensor.is_floating_point() else tensor
 
-    write_shards(folder, [cast(entry) for entry in checkpoint.entries], stream(), options.max_shard_bytes)
+    checksums = write_shards(folder, [cast(entry) for entry in checkpoint.entries], stream(), options.max_shard_bytes)
     config = type(checkpoint.config).from_dict(checkpoint.config.to_dict())
     if dtype:
         config.dtype = dtype
@@ -41,6 +45,7 @@ def write_safetensors(
         path = folder / "config.json"
         write_json(path, add_older_settings(read_json(path)))
     copy_companions(checkpoint, folder)
+    return checksums
 
 
 def add_older_settings(config: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ FILE = "model.pt2"
 
 def write_torch_export(
     checkpoint: Checkpoint, folder: Path, options: ExportOptions, progress: Callable[[int], None]
-) -> None:
+) -> dict[str, str]:
     """Write the graph from token ids [B, T] to logits [B, T, V], for any B and T, with the weights in it.
 
     Raises:
@@ -36,6 +36,7 @@ def write_torch_export(
         torch.export.save(program, folder / FILE)
     write_beside(checkpoint, model, folder)
     progress(checkpoint.size_bytes)
+    return {}
 
 
 class TorchProgram:

@@ -1,0 +1,92 @@
+"""What was written is read back, and can be verified later."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import BY_MAGNITUDE, run_cli
+
+CUT = (*BY_MAGNITUDE, "--intermediate-size", "24")
+
+
+@pytest.fixture
+def pruned(tiny_llama: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "pruned"
+    assert run_cli("prune", tiny_llama, *CUT, "--max-shard-size", "20KB", "--output", folder).code == 0
+    return folder
+
+
+def test_a_folder_that_was_written_verifies(pruned: Path, tmp_path: Path) -> None:
+    document = json.loads(run_cli("inspect", pruned, "--verify", "--json").stdout)
+    listed = json.loads((pruned / "llmprune.json").read_text())["files"]
+    others = {"llmprune.json", "README.md"}
+    assert {path.name for path in pruned.iterdir()} == {*listed, *others} and len(
+        list(pruned.glob("*.safetensors"))
+    ) > 1
+    assert document["files"] == len(listed) and document["parameters"] > 0
+    for form in ("safetensors", "gguf"):
+        assert run_cli("export", pruned, "--format", form, "--no-verify", "--output", tmp_path / form).code in (0, 4)
+    assert "is what was written" in run_cli("inspect", tmp_path / "safetensors", "--verify").stdout
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: flip(next(folder.glob("*-00002-of-*"))), "model-00002-of-"),
+        (lambda folder: flip(folder / "config.json"), "config.json has other contents"),
+        (lambda folder: os.truncate(folder / "tokenizer.json", 10), "tokenizer.json has 10 bytes"),
+        (lambda folder: (folder / "model.safetensors.index.json").unlink(), "index.json is missing"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "model.safetensors was not written with it"),
+    ],
+)
+def test_whatever_changed_since_is_named(pruned: Path, damage: Callable[[Path], None], words: str) -> None:
+    damage(pruned)
+    run = run_cli("inspect", pruned, "--verify")
+    assert run.code == 7 and words in run.stderr and run.stdout == ""
+
+
+def flip(path: Path) -> None:
+    """Change the last byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+
+
+def test_what_has_no_checksums_cannot_be_verified(tiny_llama: Path, pruned: Path) -> None:
+    run = run_cli("inspect", tiny_llama, "--verify")
+    assert run.code == 3 and "llmprune.json" in run.stderr
+    (pruned / "llmprune.json").write_text('{"files": 7}')
+    assert run_cli("inspect", pruned, "--verify").code == 3
+    (pruned / "llmprune.json").write_text('{"files": {"../x": {"size_bytes": 1}}}')
+    assert run_cli("inspect", pruned, "--verify").code == 7
+    assert run_cli("inspect", pruned, "--verify", "--pruning-ratio", "0.5").code == 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_none_are_not_written(make_tiny: Callable[..., Path], tmp_path: Path, value: float) -> None:
+    source, name = make_tiny(shard="10MB"), "model.layers.1.self_attn.o_proj.weight"
+    tensors = load_file(source / "model.safetensors")
+    tensors[name][3, 5] = value
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    for command in (["prune", source, *CUT], ["export", source]):
+        run = run_cli(*command, "--output", tmp_path / "out")
+        assert (
+            run.code == 7 and name in run.stderr and not list(tmp_path.glob(".*")) and not (tmp_path / "out").exists()
+        )
+
+
+def test_a_dtype_that_is_too_narrow_is_named(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    source, name = make_tiny(shard="10MB"), "model.embed_tokens.weight"
+    tensors = load_file(source / "model.safetensors")
+    tensors[name] = tensors[name].to(torch.float32)
+    tensors[name][0, 0] = 1e6
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    run = run_cli("export", source, "--dtype", "float16", "--output", tmp_path / "out")
+    assert run.code == 7 and f"{name} would be written with NaN or infinity as float16" in run.stderr
