@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from prune_1b import (
@@ -42,7 +42,7 @@ OTHERS = {
 }
 REPEATS = 5  # of runs that take seconds
 
-MAX_STREAMING_FACTOR = 2  # times reading the input twice, writing the output and reading it back
+MAX_FACTOR = 2  # times reading the input twice, writing the output and reading it back
 MAX_SPREAD = 1.25  # of the time per GB
 MAX_PLANNING_SECONDS = 10
 MAX_PLANNING_BYTES = 10**9
@@ -71,10 +71,8 @@ def memory_limit(size_bytes: int) -> Iterator[list[str]]:
 def empty_cache() -> None:
     """Write out and forget all files, where this process may."""
     os.sync()
-    try:
+    with suppress(OSError):
         Path("/proc/sys/vm/drop_caches").write_text("3")
-    except OSError:
-        pass
 
 
 def make_model(folder: Path, sizes: dict[str, int]) -> Path:
@@ -155,14 +153,11 @@ def compare_with_cat(work: Path, limited: list[str], fixed_seconds: float) -> tu
     gigabytes = sum(path.stat().st_size for path in shards_of(source)) / 1e9
     shutil.rmtree(source)
     shutil.rmtree(output)
+    factor = streaming / (read + write + back)
     return [
         Bound("parameters, difference", abs(parameters - PARAMETERS_8B), 0),
         Bound("peak anonymous memory, GB", ours.peak_bytes / 1e9, LIMIT_BYTES / 1e9),
-        Bound(
-            "(llmprune − fixed) / (2 × read + write + read back)",
-            streaming / (read + write + back),
-            MAX_STREAMING_FACTOR,
-        ),
+        Bound("(llmprune − fixed) / (read twice + write + read back)", factor, MAX_FACTOR),
     ], streaming / gigabytes
 
 
@@ -221,9 +216,7 @@ def main() -> None:
         memory_limit(LIMIT_BYTES) as limited,
     ):
         work = Path(name)
-        said = (
-            f"enforced at {LIMIT_BYTES:,} bytes by the system" if limited else "measured, as no cgroup can be made here"
-        )
+        said = f"held under {LIMIT_BYTES:,} bytes by a cgroup" if limited else "measured: no cgroup can be made here"
         print(f"Memory of every timed command: {said}.")
         say("Measuring the fixed cost …")
         fixed_seconds = fixed_cost(work, REPEATS)
