@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 OPTIPFAIR := $(VENV)/.optipfair
 CONSUMERS := $(VENV)/.consumers
 
-.PHONY: demo matrix test check lint fix bench bench-8b bench-exports bench-memory bench-quality check-consumers check-ranges clean
+.PHONY: demo matrix test check lint fix faults bench bench-8b bench-exports bench-memory bench-quality check-consumers check-ranges clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +47,9 @@ bench: $(INSTALLED)  ## compare with torch-pruning's own pruner on a 1.33B model
 
 bench-exports: $(INSTALLED)  ## a real model in every export format, and the cost of a large GGUF file
 	$(BIN)/python tests/bench/exports.py
+
+faults: $(INSTALLED)  ## kill runs, fill disks, lose files: nothing may be lost or half-written
+	$(BIN)/python tests/faults/campaign.py
 
 bench-8b: $(INSTALLED)  ## prune 16 GB under a limit of 2 GB, and what a gigabyte costs
 	$(BIN)/python tests/bench/large_models.py

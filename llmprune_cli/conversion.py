@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmprune_cli.checkpoint import TensorEntry, read_index
 from llmprune_cli.errors import CheckpointError, LlmpruneError, UnsupportedError
 from llmprune_cli.gguf_header import read_gguf_config
+from llmprune_cli.staging import scratch_space
 from llmprune_cli.writer import write_shards
 
 if TYPE_CHECKING:
@@ -155,7 +156,8 @@ def _save_plain(model: PreTrainedModel, info: dict[str, Any], source: Path, targ
     vars(model.config).pop("quantization_config", None)
     vars(model)["hf_quantizer"] = None  # its record of quantization would make saving fail
     vars(model)["_weight_conversions"] = None  # save as a model that was never quantized
-    model.save_pretrained(target)
+    with scratch_space():
+        model.save_pretrained(target)
 
 
 def _reason(error: Exception) -> str:
@@ -198,7 +200,8 @@ def convert_gguf(path: Path, dtype: str | None, target: Path) -> None:
         )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     _save_plain(loaded[0], loaded[1], path, target)
-    tokenizer.save_pretrained(target)
+    with scratch_space():
+        tokenizer.save_pretrained(target)
 
 
 @contextmanager
@@ -243,7 +246,8 @@ def convert_bin(folder: Path, target: Path) -> tuple[TensorEntry, ...]:
         if isinstance(tensor, torch.Tensor) and tensor.dtype in codes
     }
     entries = [TensorEntry(name, tuple(tensor.shape), codes[tensor.dtype], None) for name, tensor in tensors.items()]
-    write_shards(target, entries, ((entry, tensors[entry.name]) for entry in entries), CONVERTED_SHARD_BYTES)
+    with scratch_space():
+        write_shards(target, entries, ((entry, tensors[entry.name]) for entry in entries), CONVERTED_SHARD_BYTES)
     return read_index(target)
 
 

@@ -15,7 +15,7 @@ from llmprune_cli.groups import Binding, Keep, Trace, kept_mask, new_name, renum
 from llmprune_cli.layers import can_keep_layers
 from llmprune_cli.names import split_name
 from llmprune_cli.plan import Target
-from llmprune_cli.staging import scratch_folder
+from llmprune_cli.staging import scratch_folder, scratch_space
 from llmprune_cli.twin import Twin, build_twin, proof_sizes
 
 if TYPE_CHECKING:
@@ -54,10 +54,11 @@ def prove(architecture: Architecture, traced: Trace, changed: tuple[str, ...], p
         _keep_positive(twin)
     with scratch_folder() as folder:
         dense, pruned = folder / "dense", folder / "pruned"
-        twin.model.save_pretrained(dense)
-        pruned.mkdir()
-        keep = prune(dense, pruned, traced, twin.architecture, target)
-        _silence_removed(dense, traced, twin.architecture.widths, target.layers, keep)
+        with scratch_space():
+            twin.model.save_pretrained(dense)
+            pruned.mkdir()
+            keep = prune(dense, pruned, traced, twin.architecture, target)
+            _silence_removed(dense, traced, twin.architecture.widths, target.layers, keep)
         whole, part = (_load_stock(folder, architecture.config.model_type) for folder in (dense, pruned))
     kept = _Kept(traced, twin.architecture.widths, target.layers, keep)
     difference = _compare(whole, part, twin.tokens, kept)

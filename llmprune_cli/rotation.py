@@ -19,6 +19,7 @@ from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.layerwise import LayeredModel
 from llmprune_cli.names import split_name
 from llmprune_cli.residual import Norm, ResidualStream
+from llmprune_cli.staging import scratch_space
 from llmprune_cli.subject import Subject, understand
 from llmprune_cli.writer import write_shards
 
@@ -117,8 +118,9 @@ def rotate(
             yield entry, _rotated(tensor, template, numbers, stream, weights, components)
             progress(entry.size_bytes)
 
-    write_shards(folder, checkpoint.entries, stream_out(), SHARD_BYTES)
-    checkpoint.config.save_pretrained(folder)
+    with scratch_space():
+        write_shards(folder, checkpoint.entries, stream_out(), SHARD_BYTES)
+        checkpoint.config.save_pretrained(folder)
     written = replace(checkpoint, folder=folder, entries=read_index(folder), dropped=(), renamed=(), stamps={})
     return replace(understand(written), folded_norms={norm.weight: norm.offset for norm in stream.norms})
 

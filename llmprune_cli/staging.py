@@ -254,6 +254,25 @@ def scratch_folder() -> Iterator[Path]:
             empty(folder)
 
 
+@contextmanager
+def scratch_space() -> Iterator[None]:
+    """Where temporary files are written.
+
+    Raises:
+        OutputError: there is no room for them.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        place = tempfile.gettempdir()
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(
+            f"Temporary files cannot be written to {place}: {reason}. Make room, or name another folder in TMPDIR."
+        ) from error
+
+
 def _remove_unused(folder: Path) -> None:
     from filelock import Timeout
 

@@ -103,7 +103,7 @@ HOMES = {
     "rich": {"output"},
     "datasets": {"corpus"},
     "huggingface_hub": {"loading", "model_card"},
-    "safetensors": {"checkpoint", "proof", "reconstruction", "statistics_store"},
+    "safetensors": {"checkpoint", "proof", "reconstruction", "staging", "statistics_store"},
     "accelerate": {"layerwise"},
     "torch_pruning": {"dependency"},
     "gguf": {"gguf_header", "export.gguf", "export.gguf_metadata", "export.gguf_tensors", "export.gguf_vocabulary"},

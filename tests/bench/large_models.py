@@ -1,7 +1,7 @@
 """Models larger than memory: an 8B Llama pruned under a limit of 2 GB, what a gigabyte costs, and planning for 405B.
 
 `make bench-8b` runs it. Exit status 1 means that a bound was missed. Every command that is timed runs under the limit,
-`cat` too, and finds an empty page cache where this process may empty it.
+`cat` too, and reads its input from the disk.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from prune_1b import (
@@ -68,11 +68,12 @@ def memory_limit(size_bytes: int) -> Iterator[list[str]]:
     yield []
 
 
-def empty_cache() -> None:
-    """Write out and forget all files, where this process may."""
+def empty_cache(files: list[Path]) -> None:
+    """Have files read from the disk again."""
     os.sync()
-    with suppress(OSError):
-        Path("/proc/sys/vm/drop_caches").write_text("3")
+    for path in files:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def make_model(folder: Path, sizes: dict[str, int]) -> Path:
@@ -106,23 +107,23 @@ def save_config(folder: Path, kind: type, sizes: dict[str, int]):  # type: ignor
     return config
 
 
-def seconds_of(command: list[str], sink: Path = Path(os.devnull)) -> float:
-    """How long a command takes whose output goes to a file, until that is on disk."""
-    empty_cache()
+def seconds_to_copy(limited: list[str], files: list[Path], sink: Path = Path(os.devnull)) -> float:
+    """How long `cat` takes to read files and to write them to a file, until that is on disk."""
+    empty_cache(files)
     started = time.perf_counter()
     with sink.open("wb") as file:
-        subprocess.run(command, stdout=file, check=True)
+        subprocess.run([*limited, "cat", *files], stdout=file, check=True)
         if sink.is_file():
             os.fsync(file.fileno())
     return time.perf_counter() - started
 
 
-def median_run(command: list[str], repeats: int) -> Measurement:
+def prune(limited: list[str], source: Path, output: Path, repeats: int) -> Measurement:
     """The run of median wall time."""
     runs = []
     for _ in range(repeats):
-        empty_cache()
-        runs.append(measure(command))
+        empty_cache(shards_of(source))
+        runs.append(measure([*limited, *llmprune_command(source, output)]))
     return sorted(runs, key=lambda run: run.wall_seconds)[repeats // 2]
 
 
@@ -130,14 +131,12 @@ def compare_with_cat(work: Path, limited: list[str], fixed_seconds: float) -> tu
     """Prune the 8B model; the bounds, and the seconds that a GB of its input takes."""
     say("Writing a random 8B Llama of 16 GB …")
     source, output, copy = make_model(work / "llama-8b", LLAMA_8B), work / "pruned", work / "copy"
-    files = list(map(str, shards_of(source)))
     say("Reading it twice with cat …")
-    read = seconds_of([*limited, "cat", *files, *files])
+    read = seconds_to_copy(limited, [*shards_of(source), *shards_of(source)])
     say("Pruning it at ratio 0.5 …")
-    ours = median_run([*limited, *llmprune_command(source, output)], 1)
-    written = list(map(str, shards_of(output)))
-    write = seconds_of([*limited, "cat", *written], copy)
-    back = seconds_of([*limited, "cat", str(copy)])
+    ours = prune(limited, source, output, 1)
+    write = seconds_to_copy(limited, shards_of(output), copy)
+    back = seconds_to_copy(limited, [copy])
     copy.unlink()
     parameters = loaded_parameters(output)
     streaming = ours.wall_seconds - fixed_seconds
@@ -178,7 +177,7 @@ def compare_sizes(work: Path, limited: list[str], fixed_seconds: float, per_giga
         say(f"Pruning {name} …")
         source, output = make_model(work / name.replace(" ", ""), sizes), work / "pruned"
         gigabytes = sum(path.stat().st_size for path in shards_of(source)) / 1e9
-        taken = median_run([*limited, *llmprune_command(source, output)], REPEATS)
+        taken = prune(limited, source, output, REPEATS)
         rates[name] = (taken.wall_seconds - fixed_seconds) / gigabytes
         shutil.rmtree(source)
         shutil.rmtree(output)

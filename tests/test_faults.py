@@ -1,0 +1,29 @@
+"""A few faults of the campaign that `make faults` runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CAMPAIGN = Path(__file__).parent / "faults" / "campaign.py"
+PAIRS = [
+    ("prune, calibrated", "kill"),
+    ("prune, overwriting", "read-only"),
+    ("prune", "other shard"),
+    ("export", "small files"),
+]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forked")
+def test_a_few_faults_lose_nothing() -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(CAMPAIGN.parent)!r}); from campaign import run_campaign\n"
+        f"met, problems = run_campaign(0, 3, print, {PAIRS})\n"
+        f"assert met.total() == {len(PAIRS)} and not problems, problems"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
