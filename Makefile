@@ -60,7 +60,7 @@ bench-memory: $(INSTALLED)  ## peak memory and time of a calibrated prune, on 8B
 bench-quality: $(OPTIPFAIR)  ## compare what pruned models are still worth, with other methods at equal size
 	$(BIN)/python tests/bench/quality.py
 
-check-consumers: $(CONSUMERS)  ## run pruned folders through lm-evaluation-harness and peft
+check-consumers: $(CONSUMERS)  ## run pruned folders through lm-evaluation-harness, peft and mlx-lm
 	$(BIN)/python -m pytest tests/test_consumers.py
 
 check-ranges:  ## run the core suite on the lowest versions that pyproject.toml allows

@@ -1,4 +1,4 @@
-"""Stock software takes a pruned folder as it is: lm-evaluation-harness and peft."""
+"""Stock software takes a pruned folder as it is: lm-evaluation-harness, peft, mlx-lm, vLLM, transformers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -82,3 +83,39 @@ def test_peft_tunes_and_merges_a_pruned_folder(pruned: Path, tmp_path: Path) -> 
         model.merge_and_unload().save_pretrained(tmp_path / "merged")
         merged = load_stock(tmp_path / "merged")(input_ids=tokens).logits
     torch.testing.assert_close(merged, tuned, rtol=1e-3, atol=1e-3)
+
+
+def test_mlx_computes_the_same_with_older_settings(pruned: Path, tmp_path: Path) -> None:
+    """In float32, as both round bfloat16 in ways of their own."""
+    pytest.importorskip("mlx_lm", reason="mlx_lm is not installed; run make check-consumers")
+    run = run_cli("export", pruned, "--dtype", "float32", "--compat", "--output", tmp_path / "compat")
+    assert run.code == 0, run.stderr
+    code = (
+        "import sys, mlx.core as mx, mlx_lm, numpy\n"
+        "model, tokenizer = mlx_lm.load(sys.argv[1])\n"
+        "tokens = tokenizer.encode('The history of the city is one of trade and war.')\n"
+        "numpy.savez(sys.argv[2], tokens=tokens, logits=numpy.array(model(mx.array([tokens]))))"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "compat", tmp_path / "mlx.npz"], check=True)
+    found = numpy.load(tmp_path / "mlx.npz")
+    with torch.no_grad():
+        logits = load_stock(tmp_path / "compat")(torch.tensor(found["tokens"])[None]).logits
+    ours, theirs = logits.log_softmax(-1), torch.tensor(found["logits"]).log_softmax(-1)
+    assert (ours.exp() * (ours - theirs)).sum(-1).mean() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("runtime", "words"),
+    [("transformers", "AutoModelForCausalLM"), ("vllm", "import LLM"), ("mlx_lm", "mlx_lm.generate")],
+)
+def test_the_readmes_block_generates_text(runtime: str, pruned: Path, tmp_path: Path) -> None:
+    pytest.importorskip(runtime, reason=f"{runtime} is not installed; run make check-consumers")
+    if runtime == "vllm" and not torch.cuda.is_available():
+        pytest.skip("vLLM from PyPI needs a GPU")
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    script = next(block for block in readme.split("```") if block.startswith("sh\n") and BLOCKS[runtime] in block)[3:]
+    (tmp_path / "pruned").symlink_to(pruned)
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "400"}
+    done = subprocess.run(["bash", "-ec", script], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout) > 50
