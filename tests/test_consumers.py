@@ -104,10 +104,10 @@ def test_mlx_computes_the_same_with_older_settings(pruned: Path, tmp_path: Path)
     assert (ours.exp() * (ours - theirs)).sum(-1).mean() < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("runtime", "words"),
-    [("transformers", "AutoModelForCausalLM"), ("vllm", "import LLM"), ("mlx_lm", "mlx_lm.generate")],
-)
+BLOCKS = {"transformers": "AutoModelForCausalLM", "vllm": "import LLM", "mlx_lm": "mlx_lm.generate"}
+
+
+@pytest.mark.parametrize("runtime", BLOCKS)
 def test_the_readmes_block_generates_text(runtime: str, pruned: Path, tmp_path: Path) -> None:
     pytest.importorskip(runtime, reason=f"{runtime} is not installed; run make check-consumers")
     if runtime == "vllm" and not torch.cuda.is_available():
