@@ -64,6 +64,7 @@ class FormatName(enum.StrEnum):
     safetensors = "safetensors"
     gguf = "gguf"
     onnx = "onnx"
+    genai = "genai"
     torch_export = "torch-export"
 
 

@@ -25,6 +25,7 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```""",
     "gguf": "`llama-cli -m FILE`, and whatever else is built on llama.cpp.",
     "onnx": '`onnxruntime.InferenceSession("FILE")`: token ids and a key-value cache in, logits and the cache out.',
+    "genai": "`onnxruntime_genai.Model(FOLDER)`, where FOLDER is this folder.",
     "torch-export": '`torch.export.load("FILE").module()`: token ids in, logits out.',
 }
 FILES = {"gguf": "*.gguf", "onnx": "*.onnx", "torch-export": "*.pt2"}

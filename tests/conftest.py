@@ -30,6 +30,7 @@ WIKITEXT2 = Path(
     os.environ.get("LLMPRUNE_WIKITEXT2", Path(__file__).parents[2] / "shared" / "data" / "wikitext-2-raw-v1")
 )
 
+BYTE_LEVEL_VOCABULARY = 384  # of the models that `save_byte_level` gives a tokenizer
 BY_MAGNITUDE = ("--importance", "magnitude", "--refit", "none")  # as torch-pruning's example does, without any text
 BY_CHANCE = ("--importance", "random", "--refit", "none")
 
@@ -110,6 +111,28 @@ def save_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    fast.save_pretrained(folder)
+
+
+def save_byte_level(folder: Path, steps: object = None, whole_words: bool = False) -> None:
+    """A byte-level BPE tokenizer whose words are GPT-2's or those of the steps given."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from llmprune_cli.export.verification import PROMPTS
+
+    tokenizer = Tokenizer(models.BPE(ignore_merges=whole_words))
+    tokenizer.pre_tokenizer = steps or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=BYTE_LEVEL_VOCABULARY - 8,  # fewer tokens than embeddings, as padded models have
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*PROMPTS, Path(__file__).read_text(encoding="utf-8")], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     fast.save_pretrained(folder)

@@ -142,6 +142,7 @@ EXPORTED: dict[str, dict[str, Any]] = {
     "starcoder2": NO_WINDOW,
     "granite": {},
 }
+HEADS_OF_16 = {"hidden_size": 128}  # with the eight heads of `tiny_config`
 SIZES: dict[str, Any] = {"num_hidden_layers": 4, "pad_token_id": None}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from conftest import run_cli, tiny_config
-from families import EXPORTED, FAMILIES, SIZES, model_type
+from families import EXPORTED, FAMILIES, HEADS_OF_16, SIZES, model_type
 
 README = Path(__file__).parents[1] / "README.md"
 COLUMNS = {
@@ -66,16 +66,16 @@ def family_table() -> str:
 
 
 def format_table() -> str:
-    """Architecture by export format, whole and with half of the query heads."""
-    rows = [["architecture", "GGUF", "GGUF, fewer heads", "ONNX", "torch-export"]]
+    """Architecture by export format, whole and with half of the query heads; for genai with heads of 16."""
+    rows = [["architecture", "GGUF", "GGUF, fewer heads", "ONNX", "torch-export", "genai"]]
     for family, settings in EXPORTED.items():
         whole = inspect(family, settings)
         narrow = inspect(family, settings, "--head-pruning-ratio", "0.5")
         tied = narrow["after"]["widths"]["hidden_size"] != narrow["before"]["widths"]["hidden_size"]
         fewer = "heads fill it" if tied else takes(narrow, "llama.cpp")
-        rows.append(
-            [family, takes(whole, "llama.cpp"), fewer, takes(whole, "ONNX Runtime"), takes(whole, "torch.export")]
-        )
+        graphs = (takes(whole, "ONNX Runtime"), takes(whole, "torch.export"))
+        genai = takes(inspect(family, {**settings, **HEADS_OF_16}), "onnxruntime-genai")
+        rows.append([family, takes(whole, "llama.cpp"), fewer, *graphs, genai])
     return as_markdown(rows)
 
 

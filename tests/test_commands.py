@@ -71,6 +71,7 @@ ORDER = (
     "export.graphs",
     "export.torch_export",
     "export.onnx_graph",
+    "export.genai",
     "export",
     "export.runtimes",
     "model_card",

@@ -15,44 +15,19 @@ from typing import Any
 import pytest
 
 import families
-from conftest import BY_MAGNITUDE, Run, run_cli, save_tiny
+from conftest import BY_MAGNITUDE, BYTE_LEVEL_VOCABULARY, Run, run_cli, save_byte_level, save_tiny
 from test_real_model import converted, gguf  # noqa: F401 (fixtures)
 
 if importlib.util.find_spec("xllamacpp") is None or importlib.util.find_spec("gguf") is None:
     pytest.skip("pip install 'llmprune[gguf,llamacpp]'", allow_module_level=True)
 
-VOCABULARY = 384
-SIZES: dict[str, Any] = {**families.SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": 48}
-
-
-def save_byte_level(folder: Path, steps: object = None, whole_words: bool = False) -> None:
-    """A byte-level BPE tokenizer whose words are GPT-2's or those of the steps given."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    from llmprune_cli.export.verification import PROMPTS
-
-    tokenizer = Tokenizer(models.BPE(ignore_merges=whole_words))
-    tokenizer.pre_tokenizer = steps or pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - 8,  # fewer tokens than embeddings, as padded models have
-        special_tokens=["<unk>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([*PROMPTS, Path(__file__).read_text(encoding="utf-8")], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    fast.save_pretrained(folder)
+SIZES: dict[str, Any] = {**families.SIZES, "vocab_size": BYTE_LEVEL_VOCABULARY, "max_position_embeddings": 48}
 
 
 def tiny(folder: Path, family: str, **changes: object) -> Path:
     """A random checkpoint in which every unit matters, with a byte-level tokenizer."""
     settings = {**SIZES, **families.FAMILIES[family], "initializer_range": 0.15, **changes}
     save_tiny(folder, families.model_type(family), shard="1GB", **settings)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (folder / name).unlink()
     save_byte_level(folder)
     return folder
 

@@ -16,14 +16,19 @@ import pytest
 import torch
 
 import families
-from conftest import BY_MAGNITUDE, Run, run_cli, save_tiny, tiny_config
+from conftest import BY_MAGNITUDE, BYTE_LEVEL_VOCABULARY, Run, run_cli, save_byte_level, save_tiny, tiny_config
 from llmprune_cli.export import FORMATS
 from llmprune_cli.export.formats import Fit, Limits
+from llmprune_cli.export.genai import FAMILIES as GENAI_FAMILIES
+from llmprune_cli.export.genai import PACKAGE
 from llmprune_cli.export.graphs import SCANNING
 from llmprune_cli.export.verification import kl_limit
 from test_oracles import load_stock
 
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
+needs_genai = pytest.mark.skipif(
+    importlib.util.find_spec("onnxruntime_genai") is None, reason="pip install 'llmprune[genai]'"
+)
 needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="pip install 'llmprune[onnx]'")
 
 
@@ -35,11 +40,11 @@ def few_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def pruned(folder: Path, family: str) -> Path:
+def pruned(folder: Path, family: str, **changes: object) -> Path:
     """A random checkpoint with half of its query heads, which then do not fill the hidden size where they need not."""
     own = {**families.FAMILIES[family], **families.EXPORTED[family]}
     depth = {} if "layer_types" in own else {"num_hidden_layers": 2}  # tracing takes its time for every layer
-    settings = {**families.SIZES, **depth, **own, "initializer_range": 0.15}
+    settings = {**families.SIZES, **depth, **own, "initializer_range": 0.15, **changes}
     save_tiny(folder / "model", families.model_type(family), **settings)
     cut = ("--head-pruning-ratio", "0.5", "--intermediate-pruning-ratio", "0.25")
     run = run_cli("prune", folder / "model", *cut, *BY_MAGNITUDE, "--output", folder / "pruned")
@@ -159,11 +164,51 @@ def test_a_model_of_few_positions_is_verified_within_them(tmp_path: Path) -> Non
     assert verified(export(folder, tmp_path / "graph", "torch-export"))["verification"]["tokens"] == 3 * 8
 
 
-@pytest.mark.parametrize("form", ["torch-export", pytest.param("onnx", marks=needs_onnx)])
+@needs_genai
+@pytest.mark.parametrize("family", families.EXPORTED)
+def test_genai_generates_what_transformers_does_or_is_refused(family: str, tmp_path: Path) -> None:
+    folder = pruned(tmp_path, family, **families.HEADS_OF_16)
+    run = export(folder, tmp_path / "genai", "genai", "--dtype", "f32")
+    if family not in GENAI_FAMILIES:
+        assert run.code == 4 and "its builder" in run.stderr and not (tmp_path / "genai").exists()
+        return
+    document = verified(run)
+    assert document["verification"]["same_tokens"] == 1 and document["verification"]["runtime"].startswith(PACKAGE)
+    assert {"genai_config.json", "model.onnx", "tokenizer.json", "config.json"} <= {*document["files"]}
+
+
+@needs_genai
+@pytest.mark.parametrize(("dtype", "limit"), [("int8", 0.01), ("int4", 0.5)])
+def test_genai_quantizes_within_its_limits(dtype: str, limit: float, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", **families.HEADS_OF_16)
+    assert verified(export(folder, tmp_path / "genai", "genai", "--dtype", dtype))["verification"]["kl_limit"] >= limit
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("llama", {}, "head dim in multiples of 16, not 8"),
+        ("phi", families.HEADS_OF_16, "share of a head that turns in multiples of 16, not 8"),
+        ("opt", {}, "not known to be right for opt"),
+    ],
+)
+def test_genai_is_refused_from_the_configuration(
+    family: str, changes: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    settings = {**families.SIZES, **families.FAMILIES[family], **changes}
+    run = export(save_tiny(tmp_path / "model", family, **settings), tmp_path / "genai", "genai")
+    assert run.code == 4 and reason in run.stderr and not (tmp_path / "genai").exists()
+
+
+FORMS = ["torch-export", pytest.param("onnx", marks=needs_onnx), pytest.param("genai", marks=needs_genai)]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_the_readmes_block_generates_text(form: str, tmp_path: Path) -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     script = next(b for b in readme.split("```") if b.startswith("sh\n") and f"--format {form} " in b)[3:]
-    save_tiny(tmp_path / "pruned")
+    save_tiny(tmp_path / "pruned", vocab_size=BYTE_LEVEL_VOCABULARY, **families.HEADS_OF_16)
+    save_byte_level(tmp_path / "pruned")
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "400"}
     done = subprocess.run(["bash", "-ec", script], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -28,7 +28,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from test_export_gguf import VOCABULARY, save_byte_level
 
 import conftest
 
@@ -439,11 +438,9 @@ def make_inputs(root: Path) -> None:
     """A tiny checkpoint and a text, made in a process of their own, so that the forked ones start from a clean one."""
     process = os.fork()
     if process == 0:
-        sizes = {"num_hidden_layers": 3, "initializer_range": 0.15, "vocab_size": VOCABULARY}
+        sizes = {"num_hidden_layers": 3, "initializer_range": 0.15, "vocab_size": conftest.BYTE_LEVEL_VOCABULARY}
         conftest.save_tiny(root / "model", shard="40KB", **sizes)
-        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-            (root / "model" / name).unlink()
-        save_byte_level(root / "model")
+        conftest.save_byte_level(root / "model")
         lines = (f"{number} times {number + 7} is {number * (number + 7)}." for number in range(300))
         (root / "text.txt").write_text("\n".join(lines))
         os._exit(0)

@@ -1,0 +1,141 @@
+"""Export for onnxruntime-genai, by its own builder: a folder that it generates text from."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmprune_cli.architecture import read_widths
+from llmprune_cli.checkpoint import Checkpoint
+from llmprune_cli.errors import UnsupportedError, VerificationError
+from llmprune_cli.export.formats import Continuation, ExportOptions, Fit, Format, Limits
+from llmprune_cli.export.safetensors import write_safetensors
+from llmprune_cli.loading import load_tokenizer
+from llmprune_cli.staging import scratch_folder
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+PACKAGE = "onnxruntime_genai"
+PRECISIONS = {"float32": "fp32", "int8": "int8", "int4": "int4"}  # that the builder makes for the CPU
+FAMILIES = ("gemma", "gemma2", "gpt_oss", "granite", "lfm2", "llama", "mistral", "phi", "qwen2", "qwen3")
+# Families that the builder (0.18) takes, but not rightly.
+MISTAKEN = {
+    "gemma3": "its builder does not find the RoPE settings of Gemma 3",
+    "gemma3_text": "its builder does not find the RoPE settings of Gemma 3",
+    "granitemoehybrid": "its builder fails on layers without attention weights",
+    "olmo": "what its builder makes of it gives other results",
+    "phi3": "what its builder makes of it gives other results",
+    "smollm3": "its builder fails for want of position ids",
+}
+HEAD_MULTIPLE = 16  # of which its attention wants the head dim, and what of it RoPE turns
+
+
+def fit_genai(config: PretrainedConfig) -> Fit:
+    """Whether the builder knows the family, and the attention of ONNX Runtime its head dim."""
+    family = config.model_type
+    if family in MISTAKEN:
+        return Fit(loads=False, note=MISTAKEN[family])
+    if family not in FAMILIES:
+        return Fit(loads=False, note=f"its builder is not known to be right for {family}")
+    head_dim = read_widths(config).head_dim
+    turning = int(head_dim * (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1))
+    for size, what in ((head_dim, "a head dim"), (turning, "a share of a head that turns")):
+        if size % HEAD_MULTIPLE:
+            return Fit(loads=False, note=f"it wants {what} in multiples of {HEAD_MULTIPLE}, not {size}")
+    window = getattr(config, "sliding_window", None)
+    if family == "mistral" and window is not None and window < config.max_position_embeddings:
+        return Fit(loads=True, note=f"it is right within the sliding window of {window} tokens only")
+    return Fit(loads=True)
+
+
+def write_genai(
+    checkpoint: Checkpoint, folder: Path, options: ExportOptions, progress: Callable[[int], None]
+) -> dict[str, str]:
+    """Run the builder on a plain copy of the checkpoint, in a process of its own: it prints, and extends `sys.path`.
+
+    Raises:
+        CheckpointError: no tokenizer.
+        UnsupportedError: the builder is not installed, or fails.
+    """
+    load_tokenizer(checkpoint)
+    if find_spec(PACKAGE) is None:
+        raise UnsupportedError(
+            "The builder of --format genai is part of onnxruntime-genai, which is not installed: "
+            "pip install 'llmprune[genai]' brings it."
+        )
+    with scratch_folder() as scratch:
+        plain = scratch / "model"
+        plain.mkdir()
+        write_safetensors(checkpoint, plain, replace(options, dtype=None), lambda size: progress(size // 2))
+        command: list[str | Path] = [sys.executable, "-m", f"{PACKAGE}.models.builder", "--input", plain]
+        command += ["--output", folder, "--precision", PRECISIONS[str(options.dtype)], "--execution_provider", "cpu"]
+        command += ["--cache_dir", scratch / "cache", "--extra_options", "hf_token=false"]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        reason = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        raise UnsupportedError(f"{checkpoint.source}: the builder of onnxruntime-genai fails: {reason}")
+    progress(checkpoint.size_bytes - checkpoint.size_bytes // 2)
+    checkpoint.config.save_pretrained(folder)
+    return {}
+
+
+class GenaiModel:
+    """A folder that onnxruntime-genai has loaded."""
+
+    def __init__(self, model: Any) -> None:
+        """Run an `onnxruntime_genai.Model`."""
+        self.model = model
+
+    def continue_greedily(self, prompt: torch.Tensor, tokens: int) -> Continuation:
+        """Go on with a prompt, with its cache."""
+        import onnxruntime_genai as genai
+        import torch
+
+        settings = genai.GeneratorParams(self.model)
+        settings.set_search_options(max_length=len(prompt) + tokens, do_sample=False)
+        generator = genai.Generator(self.model, settings)
+        log_probs, new, chosen = [], prompt, []
+        for _ in range(tokens):
+            generator.append_tokens(new[None].to(torch.int32).numpy())
+            logits = torch.from_numpy(generator.get_logits()).float()
+            log_probs.append(logits.reshape(-1, logits.shape[-1])[-1].log_softmax(-1))
+            new = log_probs[-1].argmax()[None]
+            chosen.append(new)
+        return Continuation(torch.cat(chosen), torch.stack(log_probs))
+
+
+@contextmanager
+def open_genai(folder: Path) -> Iterator[GenaiModel]:
+    """Load a written folder.
+
+    Raises:
+        VerificationError: onnxruntime-genai does not load it.
+    """
+    import onnxruntime_genai as genai
+
+    try:
+        model = genai.Model(str(folder))
+    except Exception as error:  # its exceptions have no parent of their own
+        reason = str(error).strip().splitlines()[0]
+        raise VerificationError(f"onnxruntime-genai does not load the export: {reason}. Nothing was kept.") from error
+    yield GenaiModel(model)
+
+
+GENAI = Format(
+    runs_in="onnxruntime-genai",
+    dtypes=tuple(PRECISIONS),
+    write=write_genai,
+    fit=fit_genai,
+    package=PACKAGE,
+    extra="genai",
+    runtime=open_genai,
+    limits={"float32": Limits(1e-5), "int8": Limits(1e-2, same_tokens=False), "int4": Limits(0.5, same_tokens=False)},
+)
