@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import stat
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MANIFEST_NAME = "llmprune.json"
+READ = (".json", ".safetensors", ".bin", ".model", ".jinja", ".txt", ".tiktoken", ".py")  # suffixes of what is read
+MOST_JSON_BYTES = 32 * 2**20  # the index of 150,000 tensors has half of that
+MOST_CONTAINERS = 10**6  # lists and objects of a document, which take much more memory than their brackets
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 DTYPE_BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
 
@@ -141,14 +146,25 @@ def open_shard(path: Path) -> Iterator[Any]:
         yield opened
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, most_bytes: int | None = MOST_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in a file.
 
+    Args:
+        most_bytes: of a file of this kind; None for one that this program wrote for itself.
+
     Raises:
-        CheckpointError: the file is missing, not JSON, or not an object.
+        CheckpointError: the file is missing, too large, not JSON, or not an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path} is not a regular file.")
+        if most_bytes is not None and status.st_size > most_bytes:
+            raise CheckpointError(f"{path} has {status.st_size:,} bytes, and files of its kind at most {most_bytes:,}.")
+        text = path.read_text(encoding="utf-8")
+        if most_bytes is not None and text.count("[") + text.count("{") > MOST_CONTAINERS:
+            raise CheckpointError(f"{path} holds more than {MOST_CONTAINERS:,} lists and objects.")
+        value = json.loads(text)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist.") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -156,6 +172,23 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object.")
     return value
+
+
+def check_places(folder: Path) -> None:
+    """Refuse a model folder in which something is no file that should be one, or a link to elsewhere.
+
+    What is read or copied from a folder has to be in it. The links of the hub's cache lead to its own `blobs`.
+
+    Raises:
+        CheckpointError: see above.
+    """
+    root = folder.resolve()
+    places = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
+    for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
+        if path.suffix in READ and not path.is_file():
+            raise CheckpointError(f"{path} is not a regular file.")
+        if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in places):
+            raise CheckpointError(f"{path} is a link to somewhere else. Put the file itself into the folder.")
 
 
 def read_index(folder: Path) -> tuple[TensorEntry, ...]:
@@ -173,9 +206,9 @@ def read_index(folder: Path) -> tuple[TensorEntry, ...]:
         raise CheckpointError(f"{index_path} has no usable weight_map.")
     entries: list[TensorEntry] = []
     for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard:
+        if not shard or Path(shard).name != shard:
             raise CheckpointError(f"{index_path} names a shard outside its folder: {shard!r}.")
-        if not (folder / shard).exists():
+        if not is_there(folder / shard):
             raise CheckpointError(f"{index_path} names {shard}, which is missing. Download the checkpoint again.")
         entries += _read_header(folder / shard)
     stored = {entry.name: entry.shard for entry in entries}
@@ -185,8 +218,17 @@ def read_index(folder: Path) -> tuple[TensorEntry, ...]:
     return tuple(entries)
 
 
+def is_there(path: Path) -> bool:
+    """Whether a path exists; one that no file system can have does not."""
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long
+        return False
+
+
 def _read_header(path: Path) -> list[TensorEntry]:
     with open_shard(path) as handle:
+        _check_named_once(path)
         entries = []
         for name in handle.offset_keys():
             view = handle.get_slice(name)
@@ -195,3 +237,17 @@ def _read_header(path: Path) -> list[TensorEntry]:
                 raise CheckpointError(f"{path}: {name} is stored as {dtype}, which is unknown here. Convert it first.")
             entries.append(TensorEntry(name, tuple(view.get_shape()), dtype, path.name))
         return entries
+
+
+def _check_named_once(path: Path) -> None:
+    """Refuse a header that safetensors has accepted although it names a tensor twice: readers would differ.
+
+    Raises:
+        CheckpointError: see above.
+    """
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        names = [name for name, _ in json.loads(file.read(length), object_pairs_hook=list)]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise CheckpointError(f"{path} names {twice} twice. Download the checkpoint again.")

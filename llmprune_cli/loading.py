@@ -15,6 +15,8 @@ from llmprune_cli.checkpoint import (
     SINGLE_NAME,
     Checkpoint,
     TensorEntry,
+    check_places,
+    is_there,
     open_shard,
     read_index,
     read_json,
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+MOST_CONFIG_BYTES = 2 * 2**20
+MOST = {"layer": 2048, "expert": 8192}  # by how the names of settings end
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 FLOATS = ("F64", *DTYPES.values())
 WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
@@ -86,12 +90,13 @@ def open_checkpoint(reference: ModelReference, need_weights: bool) -> Iterator[C
         if path.suffix == ".gguf":
             folder, revision = temporary, None
             convert_gguf(path, reference.dtype, folder)
-        elif path.exists():
+        elif is_there(path):
             folder, revision = path, None
         else:
             folder, revision = _resolve_hub(reference, need_weights)
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is neither a model folder nor a .gguf file.")
+        check_places(folder)
         config = read_config(folder, reference.trust_remote_code)
         small_files_only = revision is not None and not need_weights
         has_weights = not small_files_only and _holds_weights(folder)
@@ -137,7 +142,8 @@ def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     path = folder / "config.json"
     if not path.exists():
         raise CheckpointError(f"{folder} has no config.json, so it is not a model folder. Check MODEL.")
-    raw = read_json(path)
+    raw = read_json(path, MOST_CONFIG_BYTES)
+    _check_counts(path, raw)
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f"{path} has no model_type, so the kind of model is unknown.")
@@ -151,6 +157,20 @@ def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
         reason = str(error).strip().splitlines() or [repr(error)]
         raise CheckpointError(f"{path} is refused by transformers: {reason[-1]}") from error
     return config
+
+
+def _check_counts(path: Path, settings: dict[str, Any]) -> None:
+    """Refuse numbers of layers and experts that no model has: each of them takes time before any tensor is looked at.
+
+    Raises:
+        CheckpointError: see above.
+    """
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            _check_counts(path, value)
+        for word, most in MOST.items():
+            if name.rstrip("s").endswith(word) and isinstance(value, int) and value > most:
+                raise CheckpointError(f"{path}: {name} is {value:,}, and models have at most {most:,}.")
 
 
 def _resolve_hub(reference: ModelReference, need_weights: bool) -> tuple[Path, str]:

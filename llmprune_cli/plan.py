@@ -102,13 +102,22 @@ def save_plan(plan: Plan, path: Path) -> None:
     replace_file(path, [(json.dumps(plan.to_json()) + "\n").encode()], "Choose another --save-plan.")
 
 
-def read_plan(path: Path) -> Plan:
+def most_plan_bytes(widths: Widths) -> int:
+    """How large a plan for a model may be: a number for each unit that can be chosen, and room for the rest."""
+    units = sum(value or 0 for value in asdict(widths).values())
+    return 2**20 + 12 * units * widths.num_hidden_layers * max(1, widths.num_experts or 1)
+
+
+def read_plan(path: Path, most_bytes: int | None = None) -> Plan:
     """The plan in a file, checked for consistency.
+
+    Args:
+        most_bytes: see `most_plan_bytes`; None for one of a run of its own.
 
     Raises:
         CheckpointError: not a plan, or one whose counts contradict its indices.
     """
-    document = read_json(path)
+    document = read_json(path, most_bytes)
     if document.pop("plan_version", None) != PLAN_VERSION:
         raise CheckpointError(f"{path} is not a plan of version {PLAN_VERSION}. Make one with --save-plan.")
     try:
@@ -134,6 +143,7 @@ def read_plan(path: Path) -> Plan:
             *(unit for choice in keep.values() for units in choice.values() for unit in units),
         ]
         consistent = all(type(n) is int for n in (*numbers, *asdict(before).values(), *asdict(after).values()))
+        consistent &= type(plan.importance) is type(plan.fingerprint) is str and type(plan.seed) is int
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a plan ({error!r}). Make one with --save-plan.") from error
     choices = {(width, instance): kept for width, choice in keep.items() for instance, kept in choice.items()}

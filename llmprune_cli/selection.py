@@ -17,7 +17,7 @@ from llmprune_cli.errors import PlanError
 from llmprune_cli.gradients import measure_gradients
 from llmprune_cli.names import split_name
 from llmprune_cli.options import Listener, PruneOptions
-from llmprune_cli.plan import Plan, Target, WidthRequest, choose, fingerprint, read_plan, resolve
+from llmprune_cli.plan import Plan, Target, WidthRequest, choose, fingerprint, most_plan_bytes, read_plan, resolve
 from llmprune_cli.reconstruction import Streams, refit
 from llmprune_cli.scoring import IMPORTANCES, Scores, instances
 from llmprune_cli.search import Budget, Candidate, least_target, search_widths
@@ -37,7 +37,7 @@ def stored_plan(subject: Subject, path: Path) -> Plan:
     Raises:
         PlanError: it was made for another model, or is not a plan.
     """
-    plan = read_plan(path)
+    plan = read_plan(path, most_plan_bytes(subject.widths))
     if plan.fingerprint != fingerprint(subject.checkpoint) or plan.before != subject.widths:
         raise PlanError(
             f"{path} was made for another model. Make a plan for {subject.checkpoint.source} with --save-plan."

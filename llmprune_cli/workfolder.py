@@ -59,13 +59,13 @@ class WorkFolder:
 
     def _judged(self) -> list[tuple[Target, float]]:
         path = self.path / JUDGED
-        return [(_as_target(known), kl) for known, kl in read_json(path)["judged"]] if path.exists() else []
+        return [(_as_target(known), kl) for known, kl in read_json(path, None)["judged"]] if path.exists() else []
 
     def choice(self) -> tuple[Plan, tuple[Candidate, ...]] | None:
         """The plan and the candidates that it was one of; None where nothing is chosen yet."""
         if not (self.path / PLAN).exists():
             return None
-        stored = read_json(self.path / CANDIDATES)["candidates"]
+        stored = read_json(self.path / CANDIDATES, None)["candidates"]
         candidates = tuple(Candidate(_as_target(c["target"]), c["parameters"], c["kl"]) for c in stored)
         return read_plan(self.path / PLAN), candidates
 
@@ -85,7 +85,7 @@ class WorkFolder:
         """
         if not (self.path / LAYER).exists():
             return None
-        done = read_json(self.path / LAYER)
+        done = read_json(self.path / LAYER, None)
         path = self._streams(done["number"])
         try:
             with path.open("rb") as file:
@@ -123,7 +123,7 @@ class WorkFolder:
 
         run = {"key": json.loads(json.dumps(key, default=str)), "threads": torch.get_num_threads()}
         if resume and (self.path / RUN).exists():
-            begun = read_json(self.path / RUN)
+            begun = read_json(self.path / RUN, None)
             different = _differences(begun["key"], run["key"])
             if different:
                 raise PlanError(
