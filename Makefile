@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OPTIPFAIR := $(VENV)/.optipfair
 CONSUMERS := $(VENV)/.consumers
+FUZZ := $(VENV)/.fuzz
+MINUTES ?= 10
 
-.PHONY: demo matrix test check lint fix faults bench bench-8b bench-exports bench-memory bench-quality check-consumers check-ranges clean
+.PHONY: demo matrix test check lint fix fuzz faults bench bench-8b bench-exports bench-memory bench-quality check-consumers check-ranges clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +22,10 @@ $(OPTIPFAIR): $(INSTALLED)
 
 $(CONSUMERS): $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[consumers]'
+	touch $@
+
+$(FUZZ): $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[fuzz]'
 	touch $@
 
 demo: $(INSTALLED)  ## inspect, prune, evaluate and reload a real model
@@ -47,6 +53,9 @@ bench: $(INSTALLED)  ## compare with torch-pruning's own pruner on a 1.33B model
 
 bench-exports: $(INSTALLED)  ## a real model in every export format, and the cost of a large GGUF file
 	$(BIN)/python tests/bench/exports.py
+
+fuzz: $(FUZZ)  ## feed the readers of other people's files with bytes that break readers
+	$(BIN)/python tests/fuzz/fuzz.py --minutes $(MINUTES)
 
 faults: $(INSTALLED)  ## kill runs, fill disks, lose files: nothing may be lost or half-written
 	$(BIN)/python tests/faults/campaign.py

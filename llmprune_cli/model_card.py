@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmprune_cli import __version__
-from llmprune_cli.checkpoint import MANIFEST_NAME, Checkpoint
+from llmprune_cli.checkpoint import MANIFEST_NAME, Checkpoint, is_there
 from llmprune_cli.errors import CheckpointError
 from llmprune_cli.export.runtimes import RuntimeFit
 
@@ -49,25 +49,28 @@ def write_card(
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
     try:
-        pruning = _pruning(manifest) if manifest else []
+        source, pruning = _source(checkpoint, manifest), _pruning(manifest) if manifest else []
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{checkpoint.companions / MANIFEST_NAME} is not a manifest of llmprune ({error!r}). Remove it."
         ) from error
     parts = [
-        f"---\n{_front_matter(checkpoint, manifest)}\n---",
-        f"# {_code(Path(_source(checkpoint, manifest)).name)}{', pruned' if manifest else ''}",
-        f"Written by llmprune {__version__} from {_code(_source(checkpoint, manifest))}.",
+        f"---\n{_front_matter(checkpoint, source, manifest is not None)}\n---",
+        f"# {_code(Path(source).name)}{', pruned' if manifest else ''}",
+        f"Written by llmprune {__version__} from {_code(source)}.",
         *pruning,
         "## Loading it",
         _loading(folder, form),
         *([_runtimes(fits)] if form == "safetensors" else ()),
     ]
-    (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8", errors="replace")
 
 
 def _source(checkpoint: Checkpoint, manifest: dict[str, Any] | None) -> str:
-    return str(manifest["source"]) if manifest else checkpoint.source
+    source = manifest["source"] if manifest else checkpoint.source
+    if not isinstance(source, str):
+        raise TypeError("source is no name")
+    return source
 
 
 def _code(text: str) -> str:
@@ -77,12 +80,11 @@ def _code(text: str) -> str:
     return f"{fence}{space}{' '.join(text.split())}{space}{fence}"
 
 
-def _front_matter(checkpoint: Checkpoint, manifest: dict[str, Any] | None) -> str:
+def _front_matter(checkpoint: Checkpoint, source: str, is_pruned: bool) -> str:
     from huggingface_hub import ModelCardData
 
     known = _known(checkpoint.companions / CARD)
-    source = _source(checkpoint, manifest)
-    is_hub_id = HUB_ID.fullmatch(source) is not None and not Path(source).exists()
+    is_hub_id = HUB_ID.fullmatch(source) is not None and not is_there(Path(source))
     data = ModelCardData(
         base_model=source if is_hub_id else known.get("base_model"),
         license=known.get("license"),
@@ -91,7 +93,7 @@ def _front_matter(checkpoint: Checkpoint, manifest: dict[str, Any] | None) -> st
         language=known.get("language"),
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["llmprune", *(["pruned"] if manifest else [])],
+        tags=["llmprune", *(["pruned"] if is_pruned else [])],
     )
     return str(data.to_yaml())
 

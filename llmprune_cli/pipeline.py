@@ -306,7 +306,7 @@ def export(
         reason = "not asked for" if verified is False else missing_runtime(form) or missing_memory(checkpoint)
         if verified and reason:
             raise VerificationError(f"The export cannot be verified: {reason}. Leave out --verify to write it anyway.")
-        manifest = _source_manifest(checkpoint)
+        manifest = source_manifest(checkpoint)
         verification = None
         with claim.staged() as staging:
             listener.stage("Exporting", checkpoint.size_bytes)
@@ -337,7 +337,7 @@ def export(
         )
 
 
-def _source_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
+def source_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the source's manifest says of how it was made, or else where it is from."""
     path = checkpoint.companions / MANIFEST_NAME
     if path.is_file():

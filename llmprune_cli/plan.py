@@ -149,10 +149,8 @@ def read_plan(path: Path, most_bytes: int | None = None) -> Plan:
     choices = {(width, instance): kept for width, choice in keep.items() for instance, kept in choice.items()}
     for (width, instance), kept in {**choices, ("num_hidden_layers", ""): layers}.items():
         whole, part = getattr(before, width, 0), getattr(after, width, 0)
-        inside = (
-            consistent and len(kept) == part and kept == tuple(sorted(set(kept))) and set(kept) <= set(range(whole))
-        )
-        if not inside:
+        inside = consistent and len(kept) == part and kept == tuple(sorted(set(kept)))
+        if not inside or (kept and not 0 <= kept[0] <= kept[-1] < whole):
             raise CheckpointError(f"{path}: the units kept of {width} {instance} do not match its widths.")
     if not set(protected) <= set(layers) or (protected and set(plan.changed) - {"num_hidden_layers"}):
         raise CheckpointError(f"{path}: layers that are protected would change.")

@@ -307,6 +307,13 @@ hostile("plan: a unit twice", chosen(lambda units: units.update({"0": [0] * 24})
 hostile("plan: a huge unit", chosen(lambda units: units.update({"0": [*range(23), 10**300]})), REPLAY)
 hostile("plan: a layer that is not there", chosen(lambda units: units.update({"7": units.pop("0")})), REPLAY, 3, 5)
 hostile("plan: huge widths", edit(PLAN, lambda plan: plan["before"].update(hidden_size=10**15)), REPLAY, 3, 5)
+hostile(
+    "plan: huge widths of what is chosen",
+    edit(PLAN, lambda plan: plan["before"].update(intermediate_size=10**15)),
+    REPLAY,
+    3,
+    5,
+)
 hostile("plan: words as widths", edit(PLAN, lambda plan: plan["before"].update(hidden_size="64")), REPLAY, 3, 5)
 hostile("plan: an unknown field", edit(PLAN, lambda plan: plan.update(evil=1)), REPLAY)
 hostile("plan: of another model", edit(PLAN, lambda plan: plan.update(fingerprint="0" * 64)), REPLAY, 3, 5)
