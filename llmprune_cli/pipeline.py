@@ -24,7 +24,7 @@ from llmprune_cli.loading import ModelReference, load_tokenizer, open_checkpoint
 from llmprune_cli.model_card import write_card
 from llmprune_cli.options import EvalOptions, Listener, PruneOptions
 from llmprune_cli.plan import Plan, WidthRequest, legal_values, resolve, save_plan
-from llmprune_cli.processes import Processes, join
+from llmprune_cli.processes import ALONE, Processes, join
 from llmprune_cli.proof import prove
 from llmprune_cli.pruned_folder import make_manifest, prune_twin, write_pruned
 from llmprune_cli.reconstruction import repair
@@ -134,6 +134,8 @@ def prune(
         text = prepare_text(checkpoint, evaluation, listener) if evaluation else None
         options, calibration = _prepare_calibration(subject, options, listener)
         processes.broadcast(calibration.without_corpus if calibration else None)
+        if calibration is None:
+            subject = replace(subject, processes=ALONE)  # the others have nothing to do
         if calibration is not None and text is not None:
             warn_of_shared_text(calibration.corpus, text.corpus, listener.warn)
         prove(subject.architecture, subject.trace, target.widths.changed_from(subject.widths), prune_twin)

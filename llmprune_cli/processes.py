@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # what a launcher says
 PATIENCE = timedelta(days=30)  # for the first process, which writes alone
 PART_BYTES = 2**26  # of hidden states that travel together
-SUCCESS, BUG = 0, 1
+GOING_ON, BUG, FINISHED = 0, 1, -1  # how a process stands; other numbers are exit codes of errors
 
 Value = TypeVar("Value")
 Name = TypeVar("Name")
@@ -163,11 +163,12 @@ class Processes:
     def _group_for(self, tensor: torch.Tensor) -> Any:
         return self._group if tensor.device.type == "cpu" else None  # None: torch's own, which is NCCL's for CUDA
 
-    def _meet(self, code: int = SUCCESS, message: str = "") -> None:
+    def _meet(self, code: int = GOING_ON, message: str = "") -> None:
         """Wait for all other processes.
 
         Args:
-            code, message: of an error for which this one ends.
+            code: how this one stands.
+            message: of the error for which it ends.
 
         Raises:
             PeerError: a process ended for an error; the message is that of the lowest rank.
@@ -181,8 +182,9 @@ class Processes:
         codes[self.rank] = code
         with _lost_peers():
             distributed.all_reduce(codes, group=self._group)
-            failed = codes.nonzero().flatten().tolist()
+            failed = (codes > 0).nonzero().flatten().tolist()
             if not failed:
+                assert len(codes.unique()) == 1, "some processes of this run have finished and others wait for them"
                 return
             told = [message]
             distributed.broadcast_object_list(told, src=failed[0], group=self._group)
@@ -267,7 +269,7 @@ def ended_together() -> Iterator[None]:
     except (KeyboardInterrupt, PeerError):
         raise
     except SystemExit as end:
-        _tell(end.code if isinstance(end.code, int) else int(end.code is not None), "It was used wrongly.")
+        _tell(end.code if isinstance(end.code, int) and end.code else FINISHED, "It was used wrongly.")
         raise
     except LlmpruneError as error:
         _tell(error.exit_code, str(error))
@@ -275,17 +277,17 @@ def ended_together() -> Iterator[None]:
     except BaseException:
         _tell(BUG, f"Process {_environment()['RANK']} failed: its traceback says where.")
         raise
-    _tell(SUCCESS, "")
+    _tell(FINISHED)
 
 
-def _tell(code: int, message: str) -> None:
+def _tell(code: int, message: str = "") -> None:
     """Tell the other processes how this one ends, where it has met them.
 
     Raises:
         PeerError: this one does not fail, but another does.
     """
     for processes in _met:
-        with suppress(*([PeerError] if code else [])):
+        with suppress(*([] if code == FINISHED else [PeerError])):
             processes._meet(code, message)
 
 
