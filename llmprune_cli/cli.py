@@ -404,7 +404,7 @@ def prune(
         importance=(importance or Importance.consensus).value,
         layer_importance=layer_importance.value if layer_importance else None,
         refit=(refit or Refit.residual).value,
-        left_open=frozenset(name for name, value in (("importance", importance), ("refit", refit)) if value is None),
+        left_open=tuple(name for name, value in (("importance", importance), ("refit", refit)) if value is None),
         calibration=CalibrationOptions(calibration, calibration_split, calibration_tokens, calibration_seq_len, device),
         rotate=rotate,
         seed=seed,

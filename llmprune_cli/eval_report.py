@@ -66,7 +66,7 @@ def report_perplexity(
                 lambda state, name=checkpoint.source: listener.perplexity(name, state),  # type: ignore[misc]
                 processes,
             )
-            peak = max(processes.gather(peak_memory_bytes(model.device.type)))
+            peak = max(processes.gather(peak_memory_bytes(model)))
             del model
         results.append(_eval_result(checkpoint, final, text.windows.shape[1], peak))
     origin = sides[0][1].corpus.origin

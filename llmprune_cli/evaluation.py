@@ -74,7 +74,9 @@ def window_nll(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
     import torch
     from torch.nn import functional
 
-    batch = batch.to(next(model.get_input_embeddings().parameters()).device)
+    place = next(model.get_input_embeddings().parameters()).device
+    if place.type != "meta":  # where an embedding lies on disk, accelerate moves what it is given
+        batch = batch.to(place)
     hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state[:, :-1]
     targets = batch[:, 1:]
     vocabulary = model.config.get_text_config().vocab_size
@@ -119,14 +121,14 @@ def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def peak_memory_bytes(device: str) -> int:
-    """Largest memory of this process so far: on CUDA what torch allocated there, elsewhere resident memory."""
+def peak_memory_bytes(model: PreTrainedModel) -> int:
+    """Largest memory of this process so far: with weights on CUDA what torch allocated there, else resident memory."""
     import resource
     import sys
 
     import torch
 
-    if device == "cuda" and torch.cuda.is_available():
+    if any(parameter.is_cuda for parameter in model.parameters()):
         return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)

@@ -1,4 +1,4 @@
-"""Run several commands in one of several processes, each of which takes seconds to start, and keep how each ended."""
+"""Run several commands one after the other, since processes take seconds to start, and keep how each ended."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fill_disk_after(layers: int) -> None:
 
 
 def run(command: dict[str, Any], rank: int) -> list[Any]:
-    """Exit code, stdout and stderr of a command: its arguments, and those of the second process where they differ."""
+    """Exit code, stdout and stderr of a command: `arguments`, or `second` ones for the second process."""
     fill_disk_after(command.get("layers_until_full", 0))
     arguments = command.get("second", command["arguments"]) if rank == 1 else command["arguments"]
     stdout, stderr = io.StringIO(), io.StringIO()
@@ -40,8 +40,6 @@ def run(command: dict[str, Any], rank: int) -> list[Any]:
             main(arguments)
         except SystemExit as end:
             code = end.code
-        except ZeroDivisionError as bug:
-            code = repr(bug)
     return [code or 0, stdout.getvalue(), stderr.getvalue()]
 
 
