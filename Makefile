@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 OPTIPFAIR := $(VENV)/.optipfair
 CONSUMERS := $(VENV)/.consumers
 
-.PHONY: demo matrix test check lint fix bench bench-exports bench-memory bench-quality check-consumers check-ranges clean
+.PHONY: demo matrix test check lint fix bench bench-exports bench-memory bench-processes bench-quality check-consumers check-ranges clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +50,9 @@ bench-exports: $(INSTALLED)  ## a real model in every export format, and the cos
 
 bench-memory: $(INSTALLED)  ## peak memory and time of a calibrated prune, on 8B layers and by depth
 	$(BIN)/python tests/bench/calibrated_memory.py
+
+bench-processes: $(INSTALLED)  ## two processes against one: perplexity, plan, tensors and wall time
+	$(BIN)/python tests/bench/processes.py
 
 bench-quality: $(OPTIPFAIR)  ## compare what pruned models are still worth, with other methods at equal size
 	$(BIN)/python tests/bench/quality.py

@@ -30,7 +30,7 @@ def ablate_layers(
         folder: for the files, L times the hidden states of all tokens in float32.
         progress: told how many models went through a layer, L·(L+1)/2 in all.
     """
-    windows = model.share(windows)
+    windows = model.share(windows, windows.shape[1])
     dense = model.embed(windows)
     without: list[torch.Tensor] = []
     for number in range(model.layers):

@@ -44,7 +44,7 @@ def measure_gradients(
     """
     import torch
 
-    processes, tokens, windows = model.processes, windows[:, 1:].numel(), model.share(windows)
+    processes, tokens, windows = model.processes, windows[:, 1:].numel(), model.share(windows, GRADIENT_TOKENS)
     with torch.inference_mode(False), torch.no_grad():
         stream = model.embed(windows)
         influence, inputs = [], []

@@ -224,9 +224,9 @@ class LayeredModel:
     device: str  # where the parts run
     processes: Processes = ALONE  # that share the windows of text
 
-    def share(self, windows: torch.Tensor) -> torch.Tensor:
-        """The windows [N, T] that this process runs, in whole batches where there are enough of them."""
-        return self.processes.share(windows, windows_together(windows))
+    def share(self, windows: torch.Tensor, tokens: int = BATCH_TOKENS) -> torch.Tensor:
+        """The windows [N, T] that this process runs, in batches of about so many tokens that stay whole."""
+        return self.processes.share(windows, windows_together(windows, tokens))
 
     @cached_property
     def skeleton(self) -> PreTrainedModel:

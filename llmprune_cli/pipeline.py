@@ -20,6 +20,7 @@ from llmprune_cli.export.runtimes import runtime_fits
 from llmprune_cli.export.verification import PROMPTS, missing_memory, missing_runtime, verify
 from llmprune_cli.identity import versions
 from llmprune_cli.integrity import check_files, list_files
+from llmprune_cli.layerwise import BATCH_TOKENS, windows_together
 from llmprune_cli.loading import ModelReference, load_tokenizer, open_checkpoint
 from llmprune_cli.model_card import write_card
 from llmprune_cli.options import EvalOptions, Listener, PruneOptions
@@ -136,6 +137,8 @@ def prune(
         processes.broadcast(calibration.without_corpus if calibration else None)
         if calibration is None:
             subject = replace(subject, processes=ALONE)  # the others have nothing to do
+        else:
+            _warn_of_idle_processes(calibration, processes, listener)
         if calibration is not None and text is not None:
             warn_of_shared_text(calibration.corpus, text.corpus, listener.warn)
         prove(subject.architecture, subject.trace, target.widths.changed_from(subject.widths), prune_twin)
@@ -248,6 +251,15 @@ def _prepare_calibration(
         listener.warn(f"{error} So units go by magnitude, and nothing is refitted: expect a model that is much worse.")
         return options.without_text, None
     return options, calibration
+
+
+def _warn_of_idle_processes(calibration: CalibrationText, processes: Processes, listener: Listener) -> None:
+    batches = -(-len(calibration.fitted) // windows_together(calibration.fitted))
+    if batches < processes.count:
+        listener.warn(
+            f"{batches} of {processes.count} processes have text to calibrate on, since batches of {BATCH_TOKENS:,} tokens "
+            "stay whole. More --calibration-tokens give the others work."
+        )
 
 
 def _rotate(
