@@ -257,8 +257,8 @@ def _warn_of_idle_processes(calibration: CalibrationText, processes: Processes, 
     batches = -(-len(calibration.fitted) // windows_together(calibration.fitted))
     if batches < processes.count:
         listener.warn(
-            f"{batches} of {processes.count} processes have text to calibrate on, since batches of {BATCH_TOKENS:,} tokens "
-            "stay whole. More --calibration-tokens give the others work."
+            f"{batches} of {processes.count} processes have text to calibrate on, since batches of {BATCH_TOKENS:,} "
+            "tokens stay whole. More --calibration-tokens give the others work."
         )
 
 

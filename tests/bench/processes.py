@@ -84,9 +84,9 @@ def main() -> int:
     print_table(f"SmolLM2-135M, {asked.tokens:,} tokens, one thread each", ["", "one process", "two"], rows)
     (one, _), (two, _) = results
     bounds = [
-        Bound("perplexity, relative change", abs(two / one - 1), MAX_PERPLEXITY_CHANGE),
+        Bound(f"perplexity, change / {MAX_PERPLEXITY_CHANGE:.0e}", abs(two / one - 1) / MAX_PERPLEXITY_CHANGE, 1.0),
         Bound("plans that differ", float(plans[0] != plans[1]), 0.0),
-        Bound("largest relative change of a tensor", change, MAX_TENSOR_CHANGE),
+        Bound(f"largest change of a tensor / {MAX_TENSOR_CHANGE:.0e}", change / MAX_TENSOR_CHANGE, 1.0),
     ]
     print_bounds(bounds)
     return 0 if all(bound.holds for bound in bounds) else 1
