@@ -8,7 +8,7 @@ CONSUMERS := $(VENV)/.consumers
 FUZZ := $(VENV)/.fuzz
 MINUTES ?= 10
 
-.PHONY: demo matrix test check lint fix fuzz faults bench bench-8b bench-exports bench-memory bench-quality check-consumers check-ranges clean
+.PHONY: demo matrix test check lint fix fuzz faults bench bench-8b bench-exports bench-memory bench-processes bench-quality check-consumers check-ranges clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -65,6 +65,9 @@ bench-8b: $(INSTALLED)  ## prune 16 GB under a limit of 2 GB, and what a gigabyt
 
 bench-memory: $(INSTALLED)  ## peak memory and time of a calibrated prune, on 8B layers and by depth
 	$(BIN)/python tests/bench/calibrated_memory.py
+
+bench-processes: $(INSTALLED)  ## two processes against one: perplexity, plan, tensors and wall time
+	$(BIN)/python tests/bench/processes.py
 
 bench-quality: $(OPTIPFAIR)  ## compare what pruned models are still worth, with other methods at equal size
 	$(BIN)/python tests/bench/quality.py

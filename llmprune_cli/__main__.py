@@ -19,15 +19,18 @@ def main(arguments: list[str] | None = None) -> None:
     """
     signal.signal(signal.SIGTERM, _interrupt)
     from llmprune_cli.cli import app
+    from llmprune_cli.processes import ended_together, only_first_speaks
 
-    try:
-        app(arguments, prog_name="llmprune")
-    except LlmpruneError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("Interrupted: what was not finished is not kept.", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    with only_first_speaks():
+        try:
+            with ended_together():
+                app(arguments, prog_name="llmprune")
+        except LlmpruneError as error:
+            print(f"Error: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            print("Interrupted: what was not finished is not kept.", file=sys.stderr)
+            sys.exit(INTERRUPTED)
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from llmprune_cli.divergence import predicted
 from llmprune_cli.layerwise import Ends, LayeredModel
+from llmprune_cli.processes import Processes
 from llmprune_cli.statefiles import copy_states
 
 if TYPE_CHECKING:
@@ -25,10 +26,11 @@ def ablate_layers(
     that every layer is loaded once; their hidden states are kept in files.
 
     Args:
-        windows: token ids, [N, T].
+        windows: token ids, [N, T], of which each process runs its share.
         folder: for the files, L times the hidden states of all tokens in float32.
         progress: told how many models went through a layer, L·(L+1)/2 in all.
     """
+    windows = model.share(windows, windows.shape[1])
     dense = model.embed(windows)
     without: list[torch.Tensor] = []
     for number in range(model.layers):
@@ -39,12 +41,12 @@ def ablate_layers(
         without.append(passed_by)
         progress(number + 1)
     ends, items = model.load_ends(exact=True), layer.returned_items(dense)
-    loss = mean_nll(ends, dense, items, windows)
-    return tuple(mean_nll(ends, states, items, windows) - loss for states in without)
+    loss = mean_nll(ends, dense, items, windows, model.processes)
+    return tuple(mean_nll(ends, states, items, windows, model.processes) - loss for states in without)
 
 
-def mean_nll(ends: Ends, states: torch.Tensor, items: int, windows: torch.Tensor) -> float:
-    """Mean negative log-likelihood of each token but the first of all windows [N, T], nats.
+def mean_nll(ends: Ends, states: torch.Tensor, items: int, windows: torch.Tensor, processes: Processes) -> float:
+    """Mean negative log-likelihood of each token but the first of the windows [N, T] of all processes, nats.
 
     Args:
         states: hidden states behind the last layer, [N, T, D].
@@ -56,4 +58,5 @@ def mean_nll(ends: Ends, states: torch.Tensor, items: int, windows: torch.Tensor
     for window, places, wanted in predicted(ends, windows):
         logits = ends.logits(states[window : window + 1, places], items)[0]
         total += float(functional.cross_entropy(logits, wanted, reduction="sum"))
-    return total / windows[:, 1:].numel()
+    total, tokens = processes.add_up(total, windows[:, 1:].numel())
+    return total / tokens

@@ -12,6 +12,7 @@ from llmprune_cli.architecture import NEURONS, Widths
 from llmprune_cli.groups import Reader, Trace, instance_of
 from llmprune_cli.layerwise import Layer, LayeredModel
 from llmprune_cli.names import split_name
+from llmprune_cli.processes import Processes
 from llmprune_cli.scoring import EXPERTS, GROUPS, HEADS, Scores
 from llmprune_cli.statefiles import new_states
 
@@ -52,7 +53,8 @@ def measure_activity(
 
     Args:
         importance: `activation` or `range`.
-        stream: hidden states before the first layer, float32 [N, T, D]; afterwards those behind the last one.
+        stream: hidden states before the first layer, float32 [N, T, D], of this process's share of the windows;
+            afterwards those behind the last one.
         progress: told after each layer.
         folder: of a second stream, see `new_states`.
     """
@@ -63,14 +65,15 @@ def measure_activity(
     channels = torch.zeros(widths.hidden_size, dtype=torch.float64)
     influence = []
     before = new_states(stream.shape, folder)
+    tokens = int(model.processes.add_up(stream[..., 0].numel())[0])
     for number in range(model.layers):
         layer = model.load_layer(number)
         inputs = _Inputs()
         before.copy_(stream)
         layer.advance(stream, inputs.watcher, inputs.collected)
-        influence.append(block_influence(before, stream))
+        inputs.share_with(model.processes)
+        influence.append(block_influence(before, stream, model.processes))
         ranges = unit_ranges(layer, trace, widths, number) if importance == "range" else {}
-        tokens = stream[..., 0].numel()
         reading = {(r.parameter.replace("{}", "0", 1), r.axis): r for r in trace.inputs if layer.has(r.parameter)}
         for (name, axis), reader in reading.items():
             weight = layer.model.get_parameter(name)
@@ -88,23 +91,25 @@ def measure_activity(
                 channels += share / share.mean().clamp_min(torch.finfo(share.dtype).tiny)
         if inputs.expert_norms:
             means = torch.zeros(widths.num_experts, dtype=torch.float64)
-            for expert, norms in inputs.expert_norms.items():
-                means[expert] = torch.cat(norms).double().mean()
+            for expert, (total, count) in inputs.expert_norms.items():
+                means[expert] = total / count
             scores[EXPERTS][str(number)] = means
         progress(1)
     scores["hidden_size"][""] = channels
     return Activity(dict(scores), tuple(influence))
 
 
-def block_influence(before: torch.Tensor, after: torch.Tensor) -> float:
-    """1 − E[cos(h_in, h_out)] over all tokens of a layer's input and output, [N, T, D].
+def block_influence(before: torch.Tensor, after: torch.Tensor, processes: Processes) -> float:
+    """1 − E[cos(h_in, h_out)] over all tokens, of all processes, of a layer's input and output, [N, T, D].
 
     ShortGPT, arXiv 2403.03853, equation 1.
     """
     import torch
 
     cosines = [torch.nn.functional.cosine_similarity(*pair, dim=-1) for pair in zip(before, after, strict=True)]
-    return 1 - float(torch.cat(cosines).mean(dtype=torch.float64))
+    every = torch.cat([before.new_empty(0), *cosines])
+    total, count = processes.add_up(float(every.sum(dtype=torch.float64)), len(every))
+    return 1 - total / count
 
 
 def unit_ranges(layer: Layer, trace: Trace, widths: Widths, number: int) -> dict[tuple[str, str], torch.Tensor]:
@@ -137,7 +142,8 @@ class _Inputs:
 
     def __init__(self) -> None:
         self.squares: dict[tuple[str, int, int | None], torch.Tensor] = {}
-        self.expert_norms: dict[int, list[torch.Tensor]] = defaultdict(list)
+        self.expert_norms: dict[int, torch.Tensor] = {}  # their sum and number, float64 [2]
+        self._norms: dict[int, list[torch.Tensor]] = defaultdict(list)
         self._expert: int | None = None
 
     def watcher(self, first: int, batch: torch.Tensor) -> Watcher:
@@ -152,8 +158,18 @@ class _Inputs:
 
     def collected(self, tokens: torch.Tensor, source: torch.Tensor) -> None:
         if self._expert is not None and source.is_floating_point():
-            self.expert_norms[self._expert].append(source.norm(dim=-1).cpu())
+            self._norms[self._expert].append(source.norm(dim=-1).cpu())
             self._expert = None
+
+    def share_with(self, processes: Processes) -> None:
+        """Add up what all processes have seen."""
+        import torch
+
+        for expert, norms in self._norms.items():
+            every = torch.cat(norms).double()
+            self.expert_norms[expert] = torch.stack([every.sum(), every.new_tensor(len(every))])
+        self.squares = processes.sum_by_name(self.squares)
+        self.expert_norms = processes.sum_by_name(self.expert_norms)
 
 
 def _column_norms(matrix: torch.Tensor, last: bool) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from llmprune_cli.corpus import PYTHON_DOCS, Corpus, cut_windows, load_corpus
@@ -36,6 +36,11 @@ class CalibrationText:
     corpus: Corpus
     fitted: torch.Tensor  # token ids, [N, T]
     held_out: torch.Tensor  # token ids, [M, T]; no statistic sees them
+
+    @property
+    def without_corpus(self) -> CalibrationText:
+        """The windows, without the text from which they were drawn."""
+        return replace(self, corpus=replace(self.corpus, text=""))
 
 
 def prepare_calibration(

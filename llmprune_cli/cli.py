@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmprune_cli import __version__
+from llmprune_cli.processes import is_first
 
 if TYPE_CHECKING:
     from llmprune_cli.search import Budget
+
+SHARED_COMMANDS = ("prune", "eval")  # in whose work all processes of a run take part
 
 app = typer.Typer(
     name="llmprune",
@@ -213,9 +216,12 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def main(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
 ) -> None:
     """Prune large language models into smaller dense checkpoints that stock software loads."""
+    if context.invoked_subcommand not in SHARED_COMMANDS and not is_first():
+        raise typer.Exit
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -399,7 +405,7 @@ def prune(
         importance=(importance or Importance.consensus).value,
         layer_importance=layer_importance.value if layer_importance else None,
         refit=(refit or Refit.residual).value,
-        left_open=frozenset(name for name, value in (("importance", importance), ("refit", refit)) if value is None),
+        left_open=tuple(name for name, value in (("importance", importance), ("refit", refit)) if value is None),
         calibration=CalibrationOptions(calibration, calibration_split, calibration_tokens, calibration_seq_len, device),
         rotate=rotate,
         seed=seed,
@@ -427,7 +433,8 @@ def prune(
     reference = ModelReference(model, revision, trust_remote_code, dtype_name)
     with output.progress_on_stderr() as listener:
         result = pipeline.prune(reference, options, evaluation if evaluate else None, listener)
-    (output.print_json if as_json else output.print_prune)(result)
+    if result is not None:
+        (output.print_json if as_json else output.print_prune)(result)
 
 
 @app.command("eval")

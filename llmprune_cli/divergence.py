@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from llmprune_cli.evaluation import LOGIT_ELEMENTS
 from llmprune_cli.layerwise import Ends
+from llmprune_cli.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     import torch
@@ -47,16 +48,16 @@ def predicted(ends: Ends, windows: torch.Tensor) -> Iterator[tuple[int, slice, t
             yield number, slice(first, first + len(wanted)), wanted.to(ends.device)
 
 
-def compare(dense: Side, pruned: Side, windows: torch.Tensor) -> Divergence:
+def compare(dense: Side, pruned: Side, windows: torch.Tensor, processes: Processes = ALONE) -> Divergence:
     """Mean KL(dense ‖ pruned) = E[Σ_v p(v) log(p(v)/q(v))] of the next token, and both perplexities, in float32.
 
     Args:
-        windows: token ids, [N, T].
+        windows: token ids, [N, T], the share of this process.
     """
     import torch
     from torch.nn import functional
 
-    losses, kl, tokens = torch.zeros(2, dtype=torch.float64), 0.0, windows[:, 1:].numel()
+    losses, kl = torch.zeros(2, dtype=torch.float64), 0.0
     for window, places, wanted in predicted(dense.ends, windows):
         logs = []
         for side in (dense, pruned):
@@ -65,5 +66,6 @@ def compare(dense: Side, pruned: Side, windows: torch.Tensor) -> Divergence:
         for index, log in enumerate(logs):
             losses[index] += float(functional.nll_loss(log, wanted, reduction="sum"))
         kl += float(functional.kl_div(logs[1], logs[0], reduction="sum", log_target=True))
-    before, after = (math.exp(min(loss / tokens, 700)) for loss in losses.tolist())
-    return Divergence(tokens, before, after, max(0.0, kl / tokens))  # rounding may leave less than nothing
+    kl, tokens, *sums = processes.add_up(kl, windows[:, 1:].numel(), *losses.tolist())
+    before, after = (math.exp(min(loss / tokens, 700)) for loss in sums)
+    return Divergence(int(tokens), before, after, max(0.0, kl / tokens))  # rounding may leave less than nothing

@@ -5,7 +5,8 @@ LlmpruneError
 ├── UnsupportedError     4   an architecture that the twin proof refuses
 ├── PlanError            5   widths that cannot be had
 ├── OutputError          6   a target that cannot be written
-└── VerificationError    7   a result that is not what the plan predicted
+├── VerificationError    7   a result that is not what the plan predicted
+└── PeerError            8   another process of the same run is gone; where that one said why, its code
 
 Usage errors exit 2 (Typer's own), Ctrl-C exits 130, and a bug keeps its traceback and exits 1.
 """
@@ -45,3 +46,14 @@ class VerificationError(LlmpruneError):
     """An output that differs from what the plan predicted."""
 
     exit_code = 7
+
+
+class PeerError(LlmpruneError):
+    """Another process of the same run that failed."""
+
+    exit_code = 8
+
+    def __init__(self, message: str, exit_code: int = exit_code) -> None:
+        """With the other's message and exit code, where it gave any."""
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 from llmprune_cli.checkpoint import Checkpoint
 from llmprune_cli.corpus import Corpus, cut_windows, load_corpus
 from llmprune_cli.evaluation import RunningPerplexity, evaluate_perplexity, peak_memory_bytes
-from llmprune_cli.loading import load_model, load_tokenizer, pick_device
+from llmprune_cli.loading import load_model, load_tokenizer, own_device, pick_device
 from llmprune_cli.options import EvalOptions, Listener
+from llmprune_cli.processes import ALONE, Processes
 from llmprune_cli.results import SCHEMA_VERSION, EvalReport, EvalResult
+from llmprune_cli.staging import scratch_folder
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
 
 LONG_WINDOW = 8192  # tokens; longer windows by default deserve a warning
 FALLBACK_WINDOW = 2048  # tokens, for models that state no maximum
@@ -42,24 +43,32 @@ def prepare_text(checkpoint: Checkpoint, options: EvalOptions, listener: Listene
     return EvalText(corpus, cut_windows(corpus, tokenizer, vocabulary, window, options.limit))
 
 
-def report_perplexity(sides: list[tuple[Checkpoint, EvalText]], options: EvalOptions, listener: Listener) -> EvalReport:
+def report_perplexity(
+    sides: list[tuple[Checkpoint, EvalText]], options: EvalOptions, listener: Listener, processes: Processes = ALONE
+) -> EvalReport:
     """Evaluate models one after the other, each on its own windows of the same text.
+
+    What does not fit into the memory of the devices lies in a folder while it is evaluated.
 
     Raises:
         CheckpointError: one cannot be loaded.
     """
     results = []
+    device = own_device(options.device, processes)
     for checkpoint, text in sides:
-        listener.stage(f"Evaluating {checkpoint.source}", len(text.windows))
-        model = load_model(checkpoint, options.device, options.dtype)
-        final = evaluate_perplexity(
-            model,
-            text.windows,
-            options.batch_size,
-            lambda state, name=checkpoint.source: listener.perplexity(name, state),  # type: ignore[misc]
-        )
-        results.append(_eval_result(checkpoint, model, final, text.windows.shape[1]))
-        del model
+        listener.stage(f"Evaluating {checkpoint.source}", len(processes.share(text.windows, options.batch_size)))
+        with scratch_folder() as folder:
+            model = load_model(checkpoint, device, options.dtype, folder)
+            final = evaluate_perplexity(
+                model,
+                text.windows,
+                options.batch_size,
+                lambda state, name=checkpoint.source: listener.perplexity(name, state),  # type: ignore[misc]
+                processes,
+            )
+            peak = max(processes.gather(peak_memory_bytes(model)))
+            del model
+        results.append(_eval_result(checkpoint, final, text.windows.shape[1], peak))
     origin = sides[0][1].corpus.origin
     return EvalReport(SCHEMA_VERSION, options.dataset, origin, options.split, tuple(results))
 
@@ -76,7 +85,7 @@ def _window_tokens(checkpoint: Checkpoint, options: EvalOptions, listener: Liste
     return options.max_seq_len
 
 
-def _eval_result(checkpoint: Checkpoint, model: PreTrainedModel, state: RunningPerplexity, window: int) -> EvalResult:
+def _eval_result(checkpoint: Checkpoint, state: RunningPerplexity, window: int, peak: int) -> EvalResult:
     return EvalResult(
         model=checkpoint.source,
         perplexity=state.perplexity,
@@ -86,7 +95,7 @@ def _eval_result(checkpoint: Checkpoint, model: PreTrainedModel, state: RunningP
         max_seq_len=window,
         seconds=state.seconds,
         tokens_per_second=state.tokens / max(state.seconds, 1e-9),
-        peak_memory_bytes=peak_memory_bytes(model.device.type),
+        peak_memory_bytes=peak,
         parameters=checkpoint.parameter_count,
         size_bytes=checkpoint.size_bytes,
     )

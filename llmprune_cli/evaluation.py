@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from llmprune_cli.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     import torch
@@ -32,25 +35,38 @@ class RunningPerplexity:
 
 
 def evaluate_perplexity(
-    model: PreTrainedModel, windows: torch.Tensor, batch_size: int, progress: Callable[[RunningPerplexity], None]
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    batch_size: int,
+    progress: Callable[[RunningPerplexity], None],
+    processes: Processes = ALONE,
 ) -> RunningPerplexity:
     """Exponent of the mean over windows of the mean negative log-likelihood of each window's tokens but the first.
 
     Args:
-        windows: token ids, [N, T].
+        windows: token ids, [N, T], of which each process runs its share.
+        progress: told where this process's share stands.
+
+    Returns:
+        Where all windows stand, and the seconds of the slowest process. What the windows add up to does not depend on
+        the number of processes: their sums are added in the same order.
     """
     import torch
 
-    started, total = time.perf_counter(), 0.0
-    state = RunningPerplexity(0, len(windows), 0, 0.0, math.nan)
+    share = processes.share(windows, batch_size)
+    started, sums, total = time.perf_counter(), [], 0.0
+    state = RunningPerplexity(0, len(share), 0, 0.0, math.nan)
     with torch.inference_mode():
-        for batch in windows.split(batch_size):
-            total += float(window_nll(model, batch).sum())
+        for batch in share.split(batch_size) if len(share) else ():
+            sums.append(float(window_nll(model, batch).sum()))
+            total += sums[-1]
             done = state.windows_done + len(batch)
             seconds = time.perf_counter() - started
-            state = RunningPerplexity(done, len(windows), state.tokens + batch.numel(), seconds, total / done)
+            state = RunningPerplexity(done, len(share), state.tokens + batch.numel(), seconds, total / done)
             progress(state)
-    return state
+    *_, total = itertools.accumulate(itertools.chain(*processes.gather(sums)), initial=0.0)
+    slowest = max(processes.gather(state.seconds))
+    return RunningPerplexity(len(windows), len(windows), windows.numel(), slowest, total / len(windows))
 
 
 def window_nll(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
@@ -58,7 +74,9 @@ def window_nll(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
     import torch
     from torch.nn import functional
 
-    batch = batch.to(next(model.get_input_embeddings().parameters()).device)
+    place = next(model.get_input_embeddings().parameters()).device
+    if place.type != "meta":  # where an embedding lies on disk, accelerate moves what it is given
+        batch = batch.to(place)
     hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state[:, :-1]
     targets = batch[:, 1:]
     vocabulary = model.config.get_text_config().vocab_size
@@ -103,14 +121,14 @@ def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def peak_memory_bytes(device: str) -> int:
-    """Largest memory of this process so far: on CUDA what torch allocated there, elsewhere resident memory."""
+def peak_memory_bytes(model: PreTrainedModel) -> int:
+    """Largest memory of this process so far: with weights on CUDA what torch allocated there, else resident memory."""
     import resource
     import sys
 
     import torch
 
-    if device == "cuda" and torch.cuda.is_available():
+    if any(parameter.is_cuda for parameter in model.parameters()):
         return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)

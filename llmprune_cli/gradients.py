@@ -12,6 +12,7 @@ from llmprune_cli.divergence import predicted
 from llmprune_cli.groups import Trace, instance_of
 from llmprune_cli.layerwise import Ends, Layer, LayeredModel, batches
 from llmprune_cli.names import split_name
+from llmprune_cli.processes import Processes
 from llmprune_cli.scoring import EXPERTS, GROUPS, HEADS, Scores
 from llmprune_cli.statefiles import copy_states
 
@@ -37,12 +38,13 @@ def measure_gradients(
     gradient for each token.
 
     Args:
-        windows: token ids, [N, T].
+        windows: token ids, [N, T], of which each process runs its share.
         folder: for the files, L times the hidden states of all tokens in float32.
         progress: told after each layer, on the way forth and on the way back.
     """
     import torch
 
+    processes, tokens, windows = model.processes, windows[:, 1:].numel(), model.share(windows, GRADIENT_TOKENS)
     with torch.inference_mode(False), torch.no_grad():
         stream = model.embed(windows)
         influence, inputs = [], []
@@ -50,25 +52,27 @@ def measure_gradients(
             layer = model.load_layer(number)
             inputs.append(copy_states(stream, folder))
             layer.advance(stream)
-            influence.append(block_influence(inputs[-1], stream))
+            influence.append(block_influence(inputs[-1], stream, processes))
             progress(1)
-        loss_gradient(model.load_ends(exact=True), stream, layer.returned_items(stream), windows)
+        loss_gradient(model.load_ends(exact=True), stream, layer.returned_items(stream), windows, tokens)
         scores: Scores = {}
         for number in reversed(range(model.layers)):
             layer = model.load_layer(number)
             pull_back(layer, inputs.pop(), stream)
+            _sum_gradients(layer, processes)
             add_saliences(scores, layer, trace, model.architecture.widths, number)
             progress(1)
     return Activity(scores, tuple(influence))
 
 
-def loss_gradient(ends: Ends, states: torch.Tensor, items: int, windows: torch.Tensor) -> None:
+def loss_gradient(ends: Ends, states: torch.Tensor, items: int, windows: torch.Tensor, tokens: int) -> None:
     """Replace the hidden states [N, T, D] behind the last layer by the gradient of the loss with respect to them.
 
-    The loss is the mean over all windows [N, T] of the negative log-likelihood of each token but the first.
+    The loss is the negative log-likelihood of each token of the windows [N, T] but the first.
 
     Args:
         items: see `Layer.returned_items`.
+        tokens: that are predicted in all processes, over whom the loss is a mean.
     """
     import torch
     from torch.nn import functional
@@ -79,7 +83,7 @@ def loss_gradient(ends: Ends, states: torch.Tensor, items: int, windows: torch.T
         given = part.clone().requires_grad_()
         with torch.enable_grad():
             loss = functional.cross_entropy(ends.logits(given, items)[0], wanted, reduction="sum")
-            loss = loss / windows[:, 1:].numel()
+            loss = loss / tokens
         part.copy_(torch.autograd.grad(loss, given)[0])
     states[:, -1] = 0
 
@@ -100,6 +104,18 @@ def pull_back(layer: Layer, states: torch.Tensor, gradient: torch.Tensor) -> Non
         output.backward(batch)
         assert given.grad is not None
         batch.copy_(given.grad)
+
+
+def _sum_gradients(layer: Layer, processes: Processes) -> None:
+    """Add up the gradients of a layer's weights over all processes; no token of some may have reached an expert."""
+    import torch
+
+    weights = dict(layer.model.named_parameters())
+    reached = {name for own in processes.gather([n for n, w in weights.items() if w.grad is not None]) for name in own}
+    for name, weight in weights.items():
+        if name in reached:
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            processes.sum_(weight.grad)
 
 
 def add_saliences(scores: Scores, layer: Layer, trace: Trace, widths: Widths, number: int) -> None:

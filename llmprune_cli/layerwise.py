@@ -15,6 +15,7 @@ from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.layers import layer_changes
 from llmprune_cli.names import split_name
 from llmprune_cli.naming import Rules
+from llmprune_cli.processes import ALONE, Processes
 from llmprune_cli.statefiles import new_states
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class Layer:
         import torch
 
         seen: list[Any] = []
-        token = hidden[:1, :1].to(self.device)
+        token = hidden.new_zeros(1, 1, hidden.shape[-1]).to(self.device)
         with _replacing_input(self.block, token), _catching_output(self.block, seen), suppress(Enough):
             self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
         return len(seen[0]) if isinstance(seen[0], tuple) else 0
@@ -113,9 +114,14 @@ class Layer:
 
 def batches(stream: torch.Tensor, tokens: int = BATCH_TOKENS) -> Iterator[tuple[int, torch.Tensor]]:
     """Hidden states [N, T, D] cut into batches of about so many tokens, each with its first window's number."""
-    size = max(1, tokens // stream.shape[1])
+    size = windows_together(stream, tokens)
     for first in range(0, len(stream), size):
         yield first, stream[first : first + size]
+
+
+def windows_together(windows: torch.Tensor, tokens: int = BATCH_TOKENS) -> int:
+    """How many windows, token ids or hidden states [N, T, ...], make a batch of about so many tokens."""
+    return max(1, tokens // windows.shape[1])
 
 
 @contextmanager
@@ -216,6 +222,11 @@ class LayeredModel:
     checkpoint: Checkpoint
     architecture: Architecture
     device: str  # where the parts run
+    processes: Processes = ALONE  # that share the windows of text
+
+    def share(self, windows: torch.Tensor, tokens: int = BATCH_TOKENS) -> torch.Tensor:
+        """The windows [N, T] that this process runs, in batches of about so many tokens that stay whole."""
+        return self.processes.share(windows, windows_together(windows, tokens))
 
     @cached_property
     def skeleton(self) -> PreTrainedModel:

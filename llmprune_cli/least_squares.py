@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from llmprune_cli.processes import Processes
+
 if TYPE_CHECKING:
     import torch
 
@@ -38,6 +40,11 @@ class Moments:
         if outputs is not None:
             self.cross += (outputs.T @ inputs).to(self.cross.device)
             self.total += float(outputs.cpu().double().square().sum())
+
+    def add_up(self, processes: Processes) -> None:
+        """Let it be of the tokens of all processes."""
+        processes.sum_(self.gram, self.cross)
+        (self.total,) = processes.add_up(self.total)
 
     def aim_at(self, matrix: torch.Tensor) -> None:
         """Let y be what this weight [O, U] makes of x, plus the y that were added."""

@@ -32,6 +32,7 @@ from llmprune_cli.conversion import (
 )
 from llmprune_cli.errors import CheckpointError, UnsupportedError
 from llmprune_cli.naming import Names, outer_model, resolve_names, usual_outer_model
+from llmprune_cli.processes import Processes
 from llmprune_cli.staging import scratch_folder
 
 if TYPE_CHECKING:
@@ -342,23 +343,42 @@ def pick_device(device: str) -> str:
     return device
 
 
-def load_model(checkpoint: Checkpoint, device: str = "auto", dtype: str | None = None) -> PreTrainedModel:
+def own_device(device: str, processes: Processes) -> str:
+    """Where one of several processes runs: on the GPU of its number, if there are any."""
+    import torch
+
+    several = processes.count > 1 and device in ("auto", "cuda") and torch.cuda.is_available()
+    return f"cuda:{processes.local_rank}" if several else device
+
+
+def load_model(
+    checkpoint: Checkpoint, device: str = "auto", dtype: str | None = None, offload_folder: Path | None = None
+) -> PreTrainedModel:
     """The full model for evaluation, spread by accelerate's device map.
+
+    Args:
+        offload_folder: for weights that fit neither into the devices' memory nor into the machine's, as long as the
+            model is used; those that are stored as they are used stay where they are. None refuses such models.
 
     Raises:
         CheckpointError: transformers cannot load it, or keys are missing or do not fit.
     """
+    import psutil
     import torch
     from transformers import AutoModelForCausalLM
 
     place = pick_device(device)
+    size_bytes = checkpoint.parameter_count * getattr(torch, dtype).itemsize if dtype else checkpoint.size_bytes
+    may_offload = offload_folder is not None and (device, place) == ("auto", "cpu")
+    is_too_large = may_offload and size_bytes > psutil.virtual_memory().available
     loaded: Any
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,
             config=checkpoint.config,
             dtype=getattr(torch, dtype) if dtype else "auto",
-            device_map="auto" if place == "auto" else {"": place},
+            device_map="auto" if place == "auto" or is_too_large else {"": place},
+            offload_folder=offload_folder,
             trust_remote_code=checkpoint.trust_remote_code,
             key_mapping={f"^{re.escape(stored)}$": name for stored, name in checkpoint.renamed} or None,
             output_loading_info=True,

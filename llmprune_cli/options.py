@@ -47,7 +47,7 @@ class PruneOptions:
     importance: str = "magnitude"
     layer_importance: str | None = None  # None: "influence" where text is measured anyway; else the deepest layers go
     refit: str = "none"
-    left_open: frozenset[str] = frozenset()  # of importance and refit, those that nobody asked for
+    left_open: tuple[str, ...] = ()  # of importance and refit, those that nobody asked for
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     rotate: bool = False  # whether the channels that stay are principal components of the residual stream
     seed: int = 0

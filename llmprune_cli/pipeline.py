@@ -20,10 +20,12 @@ from llmprune_cli.export.runtimes import runtime_fits
 from llmprune_cli.export.verification import PROMPTS, missing_memory, missing_runtime, verify
 from llmprune_cli.identity import versions
 from llmprune_cli.integrity import check_files, list_files
+from llmprune_cli.layerwise import BATCH_TOKENS, windows_together
 from llmprune_cli.loading import ModelReference, load_tokenizer, open_checkpoint
 from llmprune_cli.model_card import write_card
 from llmprune_cli.options import EvalOptions, Listener, PruneOptions
 from llmprune_cli.plan import Plan, WidthRequest, legal_values, resolve, save_plan
+from llmprune_cli.processes import ALONE, Processes, join
 from llmprune_cli.proof import prove
 from llmprune_cli.pruned_folder import make_manifest, prune_twin, write_pruned
 from llmprune_cli.reconstruction import repair
@@ -44,9 +46,10 @@ from llmprune_cli.results import (
 from llmprune_cli.rotation import principal_components, rotate, untie
 from llmprune_cli.search import Candidate
 from llmprune_cli.selection import first_target, select, stored_plan, target_of
+from llmprune_cli.sharedwork import SharedWork
 from llmprune_cli.staging import check_folder, check_target, claimed, scratch_folder
 from llmprune_cli.subject import Subject, understand
-from llmprune_cli.workfolder import WorkFolder, kept_work, run_key
+from llmprune_cli.workfolder import kept_work, run_key
 from llmprune_cli.writer import write_json
 
 # --- inspect -------------------------------------------------------------------------------------------------------
@@ -94,12 +97,16 @@ def verify_folder(folder: Path) -> VerifyResult:
 
 def prune(
     reference: ModelReference, options: PruneOptions, evaluation: EvalOptions | None, listener: Listener
-) -> PruneResult:
+) -> PruneResult | None:
     """Plan, and unless it is a dry run, write; then evaluate both models if asked.
 
-    Whatever can be refused is refused before any weight is read.
+    Whatever can be refused is refused before any weight is read. Of several processes the first one gives the result.
     """
-    started = time.perf_counter()
+    started, processes = time.perf_counter(), join(options.calibration.device)
+    if not processes.is_first:
+        writes = not options.dry_run and (options.output is not None or evaluation is not None)
+        _assist(reference, options, writes, processes, listener)
+        return None
     if options.report is not None:
         check_chart_target(options.report, options.output)
     with ExitStack() as stack:
@@ -115,7 +122,7 @@ def prune(
         for folder, option in ((options.statistics, "--statistics"), (options.offload_dir, "--offload-dir")):
             if folder is not None:
                 check_folder(folder, option)
-        subject = understand(checkpoint)
+        subject = understand(checkpoint, processes)
         before = summarize(checkpoint.entries, subject.widths)
         stream, untied = None, 0
         if options.rotate:
@@ -127,6 +134,11 @@ def prune(
         after = summarize(subject.predict(target), target.widths)
         text = prepare_text(checkpoint, evaluation, listener) if evaluation else None
         options, calibration = _prepare_calibration(subject, options, listener)
+        processes.broadcast(calibration.without_corpus if calibration else None)
+        if calibration is None:
+            subject = replace(subject, processes=ALONE)  # the others have nothing to do
+        else:
+            _warn_of_idle_processes(calibration, processes, listener)
         if calibration is not None and text is not None:
             warn_of_shared_text(calibration.corpus, text.corpus, listener.warn)
         prove(subject.architecture, subject.trace, target.widths.changed_from(subject.widths), prune_twin)
@@ -137,7 +149,8 @@ def prune(
         work = None
         if claim is not None and calibration is not None:
             key, may_go_on = run_key(subject, options, plan, calibration), options.output is not None
-            work = kept.enter_context(kept_work(claim, key, options.resume, may_go_on, listener.warn))
+            own = kept.enter_context(kept_work(claim, key, options.resume, may_go_on, listener.warn))
+            work = SharedWork(own, processes)
         candidates: tuple[Candidate, ...] = ()
         if plan is None and options.needs_weights:
             plan, candidates = select(subject, target, options, calibration, work, listener)
@@ -186,6 +199,35 @@ def prune(
     return result
 
 
+def _assist(
+    reference: ModelReference, options: PruneOptions, writes: bool, processes: Processes, listener: Listener
+) -> None:
+    """What every process but the first does of `prune`: run its share of the calibration text.
+
+    Args:
+        writes: whether a model is written.
+    """
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(open_checkpoint(reference, options.needs_weights))
+        subject = understand(checkpoint, processes)
+        if options.rotate:
+            subject, _ = untie(subject)
+            stream = find_residual_stream(subject.architecture, subject.trace)
+        plan = stored_plan(subject, options.plan) if options.plan else None
+        target = target_of(plan) if plan is not None else first_target(subject, options)
+        calibration: CalibrationText | None = processes.broadcast(None)
+        if calibration is None:
+            return
+        if options.offload_dir is not None:
+            check_folder(options.offload_dir, "--offload-dir")
+        if options.rotate:
+            subject = _rotate(subject, stream, calibration, options, stack.enter_context(scratch_folder()), listener)
+        work = SharedWork(None, processes) if writes else None
+        if plan is None:
+            plan, _ = select(subject, target, options, calibration, work, listener)
+        repair(subject, plan, options, calibration, work, listener)
+
+
 def _prepare_calibration(
     subject: Subject, options: PruneOptions, listener: Listener
 ) -> tuple[PruneOptions, CalibrationText | None]:
@@ -211,6 +253,15 @@ def _prepare_calibration(
     return options, calibration
 
 
+def _warn_of_idle_processes(calibration: CalibrationText, processes: Processes, listener: Listener) -> None:
+    batches = -(-len(calibration.fitted) // windows_together(calibration.fitted))
+    if batches < processes.count:
+        listener.warn(
+            f"{batches} of {processes.count} processes have text to calibrate on, since batches of {BATCH_TOKENS:,} "
+            "tokens stay whole. More --calibration-tokens give the others work."
+        )
+
+
 def _rotate(
     subject: Subject,
     stream: ResidualStream,
@@ -233,7 +284,7 @@ def _fill(
     manifest: dict[str, Any],
     options: PruneOptions,
     calibration: CalibrationText | None,
-    work: WorkFolder | None,
+    work: SharedWork | None,
     listener: Listener,
 ) -> CalibrationResult | None:
     """Refit, write and judge."""
@@ -263,6 +314,7 @@ def evaluate(
 ) -> EvalReport:
     """Perplexity of one model, or of two side by side on the same text and with windows of the same length."""
     with ExitStack() as stack:
+        processes = join(options.device)
         checkpoint = stack.enter_context(open_checkpoint(reference, need_weights=True))
         text = prepare_text(checkpoint, options, listener)
         sides = [(checkpoint, text)]
@@ -270,7 +322,7 @@ def evaluate(
             other = stack.enter_context(open_checkpoint(compare, need_weights=True))
             alike = replace(options, max_seq_len=text.windows.shape[1])
             sides.append((other, prepare_text(other, alike, listener)))
-        return report_perplexity(sides, options, listener)
+        return report_perplexity(sides, options, listener, processes)
 
 
 # --- export --------------------------------------------------------------------------------------------------------

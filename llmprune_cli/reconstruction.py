@@ -19,12 +19,13 @@ from llmprune_cli.loading import DTYPES
 from llmprune_cli.names import split_name
 from llmprune_cli.options import Listener, PruneOptions
 from llmprune_cli.plan import Plan
+from llmprune_cli.processes import ALONE, Processes
 from llmprune_cli.scoring import GROUPS, HEADS
+from llmprune_cli.sharedwork import SharedWork
 from llmprune_cli.sites import Site, Uses, find_sites
 from llmprune_cli.staging import fsync
 from llmprune_cli.statefiles import copy_states, new_states
 from llmprune_cli.subject import Subject
-from llmprune_cli.workfolder import WorkFolder
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +39,7 @@ UNPICKED = -1e30  # router logit of an expert that goes
 
 @dataclass(frozen=True)
 class Streams:
-    """Hidden states of the dense and of the pruned model, float32 [N, T, D]."""
+    """Hidden states of the dense and of the pruned model, float32 [N, T, D], for this process's share of windows."""
 
     dense: torch.Tensor
     pruned: torch.Tensor
@@ -64,7 +65,7 @@ def refit(
     method: str,
     folder: Path | None,
     progress: Callable[[int], None],
-    work: WorkFolder | None = None,
+    work: SharedWork | None = None,
 ) -> tuple[Checkpoint, tuple[LayerRepair, ...]]:
     """Solve the readers of every layer anew, each layer seeing the pruned and refitted layers before it.
 
@@ -94,14 +95,15 @@ def refit(
             layer_refit = _LayerRefit(layer, model, trace, plan, number, streams)
             own = "none" if number in plan.protected else method
             reports.append(layer_refit.run(own))
-            if own != "none" and folder is not None:
+            if own != "none" and folder is not None and model.processes.is_first:
                 layer_refit.store(folder)
         else:
             layer.advance(streams.dense)
         if work is not None:
             work.save_layer(number, [asdict(report) for report in reports], both)
         progress(1)
-    return _with_stored(model.checkpoint, plan.layers, folder), tuple(reports)
+    stored = folder if model.processes.is_first else None
+    return _with_stored(model.checkpoint, plan.layers, stored), tuple(reports)
 
 
 def _with_stored(checkpoint: Checkpoint, layers: Sequence[int], folder: Path | None) -> Checkpoint:
@@ -127,7 +129,7 @@ def repair(
     plan: Plan,
     options: PruneOptions,
     calibration: CalibrationText | None,
-    work: WorkFolder | None,
+    work: SharedWork | None,
     listener: Listener,
 ) -> tuple[Subject, tuple[LayerRepair, ...]]:
     """The subject with weights that make up for what the plan removes, and a report on each layer that stays.
@@ -144,7 +146,7 @@ def repair(
     model = subject.layered(options.layer_device)
     listener.stage(f"Refitting ({options.refit})", subject.widths.num_hidden_layers)
     with torch.inference_mode():
-        start = model.embed(calibration.fitted, options.offload_dir)
+        start = model.embed(model.share(calibration.fitted), options.offload_dir)
         streams = Streams(start, copy_states(start, options.offload_dir), len(start), options.offload_dir)
         checkpoint, repairs = refit(
             model, subject.trace, plan, streams, options.refit, work.path, listener.advance, work
@@ -182,7 +184,7 @@ class _LayerRefit:
             self.number,
             sum(error.removal for error in errors) / total,
             sum(error.refit for error in errors) / total,
-            relative_distance(self.streams.pruned, self.streams.dense),
+            relative_distance(self.streams.pruned, self.streams.dense, self.whole.processes),
         )
 
     def store(self, folder: Path) -> None:
@@ -247,14 +249,19 @@ class _LayerRefit:
             matrix.copy_(only(matrix, kept))
 
     def _solve(self, site: Site, moments: dict[int | None, Moments]) -> list[_Errors]:
-        """Solve a reader anew, round it as the checkpoint will, and say how well it does."""
+        """Solve a reader anew, round it as the checkpoint will, and say how well it does.
+
+        The first process does; the others are given the weights.
+        """
         errors = []
         dtype = self._stored_dtype(site)
         for expert, own in moments.items():
             matrix, kept = self._matrix(site, expert), self._kept(site, expert)
-            removal = own.error(only(matrix, kept))
-            matrix.copy_(solve_reader(own, matrix, kept, DAMPING).to(dtype))
-            errors.append(_Errors(removal, own.error(matrix), own.total))
+            if self.whole.processes.is_first:
+                removal = own.error(only(matrix, kept))
+                matrix.copy_(solve_reader(own, matrix, kept, DAMPING).to(dtype))
+                errors.append(_Errors(removal, own.error(matrix), own.total))
+            self.whole.processes.copy_from_first_(matrix)
         return errors
 
     def _stored_dtype(self, site: Site) -> torch.dtype:
@@ -299,6 +306,7 @@ class _LayerRefit:
             for expert, inputs, aims in site.entry.corrections(uses, missing.flatten(0, 1).to(self.layer.device)):
                 moments[expert].add(inputs, aims)
         for expert, own in moments.items():
+            own.add_up(self.whole.processes)
             own.aim_at(self._matrix(site, expert))
         return moments
 
@@ -331,12 +339,13 @@ class _Errors:
     total: float  # ‖y‖²
 
 
-def relative_distance(stream: torch.Tensor, other: torch.Tensor) -> float:
-    """‖a − b‖²/‖b‖²."""
+def relative_distance(stream: torch.Tensor, other: torch.Tensor, processes: Processes = ALONE) -> float:
+    """‖a − b‖²/‖b‖² over the windows of all processes."""
     import torch
 
     gaps = sum(float((a - b).square().sum(dtype=torch.float64)) for a, b in zip(stream, other, strict=True))
-    return gaps / sum(float(b.square().sum(dtype=torch.float64)) for b in other)
+    gaps, whole = processes.add_up(gaps, sum(float(b.square().sum(dtype=torch.float64)) for b in other))
+    return gaps / whole
 
 
 def torch_dtype(code: str) -> torch.dtype:

@@ -39,7 +39,7 @@ def principal_components(
     weighs the same, as it does to the norms that read them.
 
     Args:
-        windows: token ids, [N, T].
+        windows: token ids, [N, T], of which each process runs its share.
         folder: of the hidden states, see `new_states`.
         progress: told after each layer.
     """
@@ -54,13 +54,15 @@ def principal_components(
             moment.add_((unit.T @ unit).double().cpu())
 
     with torch.inference_mode():
-        stream = model.embed(windows, folder)
+        stream = model.embed(model.share(windows), folder)
         add(stream)
         for number in range(model.layers):
             model.load_layer(number).advance(stream)
             add(stream)
             progress(1)
+        model.processes.sum_(moment)
         vectors = torch.linalg.eigh(moment).eigenvectors.flip(1)
+        model.processes.copy_from_first_(vectors)
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     components: torch.Tensor = (vectors * largest.sign()).clone()  # an eigenvector has no sign of its own
     return components
@@ -83,7 +85,7 @@ def untie(subject: Subject) -> tuple[Subject, int]:
         raise UnsupportedError(f"{config.model_type} cannot be rotated: its embeddings cannot be untied.")
     embedding = checkpoint.by_name[_embedding(subject)]
     head = replace(embedding, name=added[0], stored_name=embedding.stored_name or embedding.name)
-    apart = understand(replace(checkpoint, config=config, entries=(*checkpoint.entries, head)))
+    apart = understand(replace(checkpoint, config=config, entries=(*checkpoint.entries, head)), subject.processes)
     return apart, head.numel
 
 
@@ -122,7 +124,8 @@ def rotate(
         write_shards(folder, checkpoint.entries, stream_out(), SHARD_BYTES)
         checkpoint.config.save_pretrained(folder)
     written = replace(checkpoint, folder=folder, entries=read_index(folder), dropped=(), renamed=(), stamps={})
-    return replace(understand(written), folded_norms={norm.weight: norm.offset for norm in stream.norms})
+    folded = {norm.weight: norm.offset for norm in stream.norms}
+    return replace(understand(written, subject.processes), folded_norms=folded)
 
 
 def _rotated(

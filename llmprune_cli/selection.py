@@ -21,9 +21,9 @@ from llmprune_cli.plan import Plan, Target, WidthRequest, choose, fingerprint, m
 from llmprune_cli.reconstruction import Streams, refit
 from llmprune_cli.scoring import IMPORTANCES, Scores, instances
 from llmprune_cli.search import Budget, Candidate, least_target, search_widths
+from llmprune_cli.sharedwork import SharedWork
 from llmprune_cli.statistics_store import StatisticsStore, statistics_key
 from llmprune_cli.subject import Subject
-from llmprune_cli.workfolder import WorkFolder
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +66,7 @@ def select(
     target: Target,
     options: PruneOptions,
     calibration: CalibrationText | None,
-    work: WorkFolder | None,
+    work: SharedWork | None,
     listener: Listener,
 ) -> tuple[Plan, tuple[Candidate, ...]]:
     """Choose the units that stay, with a budget the widths as well; and the candidates among these, best first.
@@ -92,14 +92,24 @@ def make_plan(
     options: PruneOptions,
     calibration: CalibrationText | None,
     listener: Listener,
-    work: WorkFolder | None = None,
+    work: SharedWork | None = None,
 ) -> Plan:
     """Score all units on the unpruned model and choose those that stay."""
     activity = _measure(subject, options, calibration, work, listener)
     if calibration is not None and options.ranks_layers:
         layer_scores = _score_layers(subject, options, calibration, activity, listener)
         target = _without_least_layers(subject, target, options.request, layer_scores)
-    return _plan_of(subject, target, options, _score_units(subject, target, options, activity, listener))
+    plan = None
+    if subject.processes.is_first:
+        plan = _plan_of(subject, target, options, _score_units(subject, target, options, activity, listener))
+    return _of_first(subject, plan)
+
+
+def _of_first(subject: Subject, plan: Plan | None) -> Plan:
+    """The plan of the first process, whatever machines the others are."""
+    chosen = subject.processes.broadcast(plan)
+    assert chosen is not None
+    return chosen
 
 
 def _plan_of(subject: Subject, target: Target, options: PruneOptions, scores: Scores) -> Plan:
@@ -133,7 +143,7 @@ def search_plan(
     budget: Budget,
     options: PruneOptions,
     calibration: CalibrationText,
-    work: WorkFolder | None,
+    work: SharedWork | None,
     listener: Listener,
 ) -> tuple[Plan, tuple[Candidate, ...]]:
     """The plan that diverges least from the dense model among those that fit a budget, and the candidates it beat.
@@ -149,13 +159,14 @@ def search_plan(
     scores = _score_units(subject, every, options, activity, listener)
     layer_scores = _score_layers(subject, options, calibration, activity, listener)
     model = subject.layered(options.layer_device)
-    fitted, judged = calibration.fitted[:SEARCH_WINDOWS], calibration.held_out[: SEARCH_WINDOWS // 2]
+    fitted = model.share(calibration.fitted[:SEARCH_WINDOWS])
+    judged = model.share(calibration.held_out[: SEARCH_WINDOWS // 2])
 
     def judge(target: Target) -> float:
         known = work.judged(target) if work is not None else None
         if known is not None:
             return known
-        plan = _plan_of(subject, target, options, scores)
+        plan = _of_first(subject, _plan_of(subject, target, options, scores))
         listener.stage(f"Trying {_in_words(target)}", subject.widths.num_hidden_layers)
         with torch.inference_mode():
             start = model.embed(torch.cat([fitted, judged]))
@@ -164,13 +175,13 @@ def search_plan(
             ends = model.load_ends(exact=True)
             items = model.load_layer(0).returned_items(start)
             dense, pruned = (Side(ends, states[len(fitted) :], items) for states in (streams.dense, streams.pruned))
-            kl = compare(dense, pruned, judged).kl
+            kl = compare(dense, pruned, judged, model.processes).kl
         if work is not None:
             work.save_judged(target, kl)
         return kl
 
     candidates = search_widths(subject, budget, layer_scores, judge, keep_layers)
-    return _plan_of(subject, candidates[0].target, options, scores), candidates
+    return _of_first(subject, _plan_of(subject, candidates[0].target, options, scores)), candidates
 
 
 def _in_words(target: Target) -> str:
@@ -224,21 +235,30 @@ def _measure(
     subject: Subject,
     options: PruneOptions,
     calibration: CalibrationText | None,
-    work: WorkFolder | None,
+    work: SharedWork | None,
     listener: Listener,
 ) -> Activity | None:
     if calibration is None or not options.needs_activity:
         return None
     remembered = options.statistics or (work.statistics if work is not None else None)
+    processes = subject.processes
 
     def measured(kind: str, windows: torch.Tensor) -> Activity:
         def measure() -> Activity:
+            processes.broadcast(None)  # it is not known yet
             return _measure_once(subject, kind, windows, options, listener)
 
-        if remembered is None:
-            return measure()
-        key = statistics_key(subject.checkpoint, windows, options.layer_device)
-        return StatisticsStore(remembered, key, listener.warn).recall(kind, measure)
+        if processes.is_first:
+            key = statistics_key(subject.checkpoint, windows, options.layer_device)
+            store = StatisticsStore(remembered, key, listener.warn) if remembered is not None else None
+            return processes.broadcast(store.recall(kind, measure) if store is not None else measure())
+        nothing: Activity | None = None
+        found = processes.broadcast(nothing)
+        if found is None:
+            _measure_once(subject, kind, windows, options, listener)
+            found = processes.broadcast(nothing)
+        assert found is not None
+        return found
 
     if options.importance == "consensus":
         some = spread_windows(calibration.fitted, GRADIENT_SHARE_TOKENS)
@@ -257,7 +277,7 @@ def _measure_once(
         return measure_gradients(model, subject.trace, windows, _states_folder(options), listener.advance)
     listener.stage("Measuring activity", model.layers)
     with torch.inference_mode():
-        stream = model.embed(windows, folder)
+        stream = model.embed(model.share(windows), folder)
         return measure_activity(model, subject.trace, stream, kind, listener.advance, folder)
 
 

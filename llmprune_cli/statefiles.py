@@ -27,7 +27,7 @@ def new_states(shape: Sequence[int], folder: Path | None) -> torch.Tensor:
     """
     import torch
 
-    if folder is None:
+    if folder is None or not math.prod(shape):
         return torch.empty(*shape)
     size_bytes = 4 * math.prod(shape)
     try:

@@ -12,6 +12,7 @@ from llmprune_cli.groups import Trace
 from llmprune_cli.layerwise import LayeredModel
 from llmprune_cli.names import split_name
 from llmprune_cli.plan import Target, predicted_tensors
+from llmprune_cli.processes import ALONE, Processes
 from llmprune_cli.twin import settle_head_dim, trace
 
 
@@ -22,6 +23,7 @@ class Subject:
     checkpoint: Checkpoint
     architecture: Architecture
     trace: Trace
+    processes: Processes = ALONE  # that share the text on which the model is run
     folded_norms: Mapping[str, float] = field(default_factory=dict)  # see `surgery.pruned_tensors`
 
     @property
@@ -31,7 +33,7 @@ class Subject:
 
     def layered(self, device: str) -> LayeredModel:
         """The same model, to be run one layer at a time on a device."""
-        return LayeredModel(self.checkpoint, self.architecture, device)
+        return LayeredModel(self.checkpoint, self.architecture, device, self.processes)
 
     def require(self, widths: Widths) -> None:
         """Make sure that this family can be pruned to these widths.
@@ -64,8 +66,11 @@ class Subject:
         return tuple(TensorEntry(name, shape, dtypes[split_name(name)[0]], None) for name, shape in after.items())
 
 
-def understand(checkpoint: Checkpoint) -> Subject:
+def understand(checkpoint: Checkpoint, processes: Processes = ALONE) -> Subject:
     """Trace a checkpoint's architecture and hold the trace against its shapes.
+
+    Args:
+        processes: that share the text on which the model is run.
 
     Raises:
         UnsupportedError: no twin can be built, or the shapes follow other rules.
@@ -74,4 +79,4 @@ def understand(checkpoint: Checkpoint) -> Subject:
     architecture = settle_head_dim(discover(checkpoint.config, shapes))
     traced = trace(architecture)
     traced.check(shapes, architecture.widths)
-    return Subject(checkpoint, architecture, traced)
+    return Subject(checkpoint, architecture, traced, processes)

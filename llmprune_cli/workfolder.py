@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -74,7 +74,7 @@ class WorkFolder:
         self._write(CANDIDATES, {"candidates": [asdict(candidate) for candidate in candidates]})
         self._write(PLAN, plan.to_json())
 
-    def last_layer(self, streams: Sequence[torch.Tensor]) -> tuple[int, list[dict[str, Any]]] | None:
+    def last_layer(self, streams: Iterable[torch.Tensor]) -> tuple[int, list[dict[str, Any]]] | None:
         """The number of the last layer that was refitted, and the reports so far; None where there is none.
 
         Args:
@@ -96,7 +96,7 @@ class WorkFolder:
             raise CheckpointError(f"{path} is cut short. Leave out --resume to start over.")
         return done["number"], done["reports"]
 
-    def save_layer(self, number: int, reports: Sequence[dict[str, Any]], streams: Sequence[torch.Tensor]) -> None:
+    def save_layer(self, number: int, reports: Sequence[dict[str, Any]], streams: Iterable[torch.Tensor]) -> None:
         """Keep that a layer is refitted, whose weights are here already, with the hidden states behind it."""
         replace_file(self._streams(number), map(raw_bytes, streams))
         self._write(LAYER, {"number": number, "reports": reports})

@@ -27,6 +27,7 @@ PACKAGE = Path(llmprune_cli.__file__).parent
 # Each module may import those before it.
 ORDER = (
     "errors",
+    "processes",
     "names",
     "families",
     "layers",
@@ -84,6 +85,7 @@ ORDER = (
     "ablation",
     "options",
     "workfolder",
+    "sharedwork",
     "least_squares",
     "sites",
     "reconstruction",
@@ -105,7 +107,7 @@ HOMES = {
     "datasets": {"corpus"},
     "huggingface_hub": {"loading", "model_card"},
     "safetensors": {"checkpoint", "proof", "reconstruction", "staging", "statistics_store"},
-    "accelerate": {"layerwise"},
+    "accelerate": {"layerwise", "processes"},
     "torch_pruning": {"dependency"},
     "gguf": {"gguf_header", "export.gguf", "export.gguf_metadata", "export.gguf_tensors", "export.gguf_vocabulary"},
     "xllamacpp": {"export.llamacpp_server"},

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from conftest import BY_MAGNITUDE, run_cli
-from llmprune_cli import evaluation
+from llmprune_cli import eval_report, evaluation
+from llmprune_cli.loading import load_model
 
 WINDOW = 32
 
@@ -107,6 +108,30 @@ def test_long_windows_by_default_are_warned_about(make_tiny: Callable[..., Path]
     (tmp_path / "long.txt").write_text("word " * 1700)
     run = run_cli("eval", folder, "--dataset", tmp_path / "long.txt", "--json")
     assert run.code == 0 and "--max-seq-len" in run.stderr and json.loads(run.stdout)["results"][0]["windows"] == 1
+
+
+@pytest.mark.parametrize(("family", "stays"), [("llama", True), ("mixtral", False)])
+def test_what_exceeds_the_memory_lies_on_disk(
+    make_tiny: Callable[..., Path], text_file: Path, monkeypatch: pytest.MonkeyPatch, family: str, stays: bool
+) -> None:
+    """Weights that are stored as they are used are read where they are; the others go into a folder that vanishes."""
+    import psutil
+
+    folder = make_tiny(family, num_hidden_layers=4, **({} if stays else {"num_local_experts": 3}))
+    options = ("--dataset", text_file, "--max-seq-len", str(WINDOW), "--limit", "6", "--batch-size", "3")
+    expected = evaluated(folder, *options)["results"][0]["perplexity"]
+    size, whole, seen = sum(path.stat().st_size for path in folder.glob("*.safetensors")), psutil.virtual_memory(), []
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: whole._replace(available=size // 2))
+
+    def load_and_look(*args: Any) -> Any:
+        model = load_model(*args)
+        seen.append(({*model.hf_device_map.values()}, args[-1], list(args[-1].glob("*experts*"))))
+        return model
+
+    monkeypatch.setattr(eval_report, "load_model", load_and_look)
+    assert evaluated(folder, *options)["results"][0]["perplexity"] == pytest.approx(expected, rel=1e-6)
+    ((places, offload, resaved),) = seen
+    assert places == {"cpu", "disk"} and (not resaved) == stays and not offload.exists()
 
 
 def test_prune_with_eval_is_the_examples_whole_run(tiny_llama: Path, tmp_path: Path, text_file: Path) -> None:
