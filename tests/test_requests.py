@@ -52,7 +52,7 @@ def is_legal(family: str, width: str, size: int, widths: dict[str, int]) -> bool
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "phi3-partial"])
-@settings(max_examples=4, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_request_is_met_exactly_or_refused_with_the_legal_values(family: str, data: st.DataObject) -> None:
     kind = model_type(family)
