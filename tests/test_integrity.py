@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import BY_MAGNITUDE, run_cli
+from conftest import BY_MAGNITUDE, run_cli, save_tiny
 
 CUT = (*BY_MAGNITUDE, "--intermediate-size", "24")
 
@@ -90,3 +90,25 @@ def test_a_dtype_that_is_too_narrow_is_named(make_tiny: Callable[..., Path], tmp
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     run = run_cli("export", source, "--dtype", "float16", "--output", tmp_path / "out")
     assert run.code == 7 and f"{name} would be written with NaN or infinity as float16" in run.stderr
+
+
+def test_the_same_command_writes_the_same_bytes_with_any_number_of_threads(tmp_path: Path) -> None:
+    """Tensors large enough for torch to share them among threads."""
+    sizes = {"hidden_size": 512, "intermediate_size": 768, "num_local_experts": 4, "num_experts_per_tok": 2}
+    source = save_tiny(tmp_path / "model", "mixtral", dtype="bfloat16", shard="1GB", **sizes)
+    written = []
+    threads = torch.get_num_threads()
+    for number in (1, 2, 5):
+        torch.set_num_threads(number)
+        try:
+            out, plan = tmp_path / f"out-{number}", tmp_path / f"plan-{number}"
+            run = run_cli(
+                "prune", source, *BY_MAGNITUDE, "--pruning-ratio", "0.25", "--experts", "3", "--save-plan", plan,
+                "--output", out,
+            )  # fmt: skip
+            assert run.code == 0, run.stderr
+        finally:
+            torch.set_num_threads(threads)
+        files = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        written.append({**files, "plan": plan.read_bytes()})
+    assert written[0] == written[1] == written[2]
