@@ -6,6 +6,7 @@ how far the last one came, and clears away what is of no more use.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -42,6 +43,8 @@ def locked_folder(folder: Path, wait_s: float = 0.0) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
+    if folder.is_symlink():  # what is left in it would be removed, wherever it leads
+        raise OSError(errno.ELOOP, "its hidden folder is a link", str(folder))
     missing = [parent for parent in folder.parents if not parent.exists()]
     lock, deadline = FileLock(folder / LOCK), time.monotonic() + wait_s
     try:
@@ -242,13 +245,13 @@ def replace_file(path: Path, parts: Iterable[Any], advice: str = "Make room, or 
 def scratch_folder() -> Iterator[Path]:
     """A folder on the system's temporary disk, which vanishes when the block ends; those of dead runs vanish now."""
     place = Path(tempfile.gettempdir())
-    for stale in place.glob(f"{SCRATCH}*"):
-        if (stale / LOCK).exists():
-            _remove_unused(stale)
     folder = place / f"{SCRATCH}{uuid.uuid4().hex[:12]}"
     with locked_folder(folder):
         try:
             folder.chmod(stat.S_IRWXU)
+            for other in place.glob(f"{SCRATCH}*"):
+                if other != folder and (other / LOCK).exists() and other.lstat().st_uid == folder.stat().st_uid:
+                    _remove_unused(other)
             yield folder
         finally:
             empty(folder)

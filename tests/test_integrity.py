@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import BY_MAGNITUDE, run_cli, save_tiny
+from llmprune_cli.staging import locked_folder, scratch_folder
 
 CUT = (*BY_MAGNITUDE, "--intermediate-size", "24")
 
@@ -112,3 +114,49 @@ def test_the_same_command_writes_the_same_bytes_with_any_number_of_threads(tmp_p
         files = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
         written.append({**files, "plan": plan.read_bytes()})
     assert written[0] == written[1] == written[2]
+
+
+# --- the folders in which it is made -------------------------------------------------------------------------------
+
+
+def test_a_hidden_folder_that_is_a_link_is_not_followed(tiny_llama: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "precious").write_text("mine")
+    (tmp_path / ".out.llmprune-work").symlink_to(elsewhere)
+    run = run_cli("prune", tiny_llama, *CUT, "--output", tmp_path / "out")
+    assert run.code == 6 and "hidden folder is a link" in run.stderr and not (tmp_path / "out").exists()
+    assert [path.name for path in elsewhere.iterdir()] == ["precious"]
+
+
+def test_scratch_of_dead_runs_goes_and_that_of_others_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("llmprune-dead", "llmprune-running", "llmprune-of-something-else", "elsewhere"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+    for name in ("llmprune-dead", "elsewhere"):
+        (tmp_path / name / "lock").touch()
+    (tmp_path / "llmprune-link").symlink_to(tmp_path / "elsewhere")
+    with locked_folder(tmp_path / "llmprune-running"), scratch_folder() as scratch:
+        found = {path.name for path in tmp_path.iterdir()} - {scratch.name}
+        assert found == {"llmprune-running", "llmprune-of-something-else", "llmprune-link", "elsewhere"}
+        assert (tmp_path / "elsewhere" / "deep").is_dir() and (tmp_path / "llmprune-running" / "deep").is_dir()
+    assert not scratch.exists()
+
+
+@pytest.mark.parametrize("moment", ["before", "between", "after"])
+def test_a_run_that_died_while_replacing_is_finished_or_undone(moment: str, tiny_llama: Path, tmp_path: Path) -> None:
+    """`done` says that all was written; `old` is what stood at the target."""
+    target, hidden = tmp_path / "out", tmp_path / ".out.llmprune-work"
+    for folder, text in ((target, "old model"), (hidden / "new", "new model")):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(text)
+    (hidden / "done").touch()
+    if moment != "before":
+        target.rename(hidden / "old")
+    if moment == "after":
+        (hidden / "new").rename(target)
+    run = run_cli("prune", tiny_llama, *CUT, "--output", target)
+    assert run.code == 6 and "is not empty" in run.stderr and not hidden.exists()
+    assert (target / "config.json").read_text() == ("new model" if moment == "after" else "old model")
+    assert run_cli("prune", tiny_llama, *CUT, "--overwrite", "--output", target).code == 0
+    assert run_cli("inspect", target, "--verify").code == 0 and [path.name for path in tmp_path.iterdir()] == ["out"]
