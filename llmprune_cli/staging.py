@@ -250,8 +250,8 @@ def scratch_folder() -> Iterator[Path]:
         try:
             folder.chmod(stat.S_IRWXU)
             for other in place.glob(f"{SCRATCH}*"):
-                if other != folder and (other / LOCK).exists() and other.lstat().st_uid == folder.stat().st_uid:
-                    _remove_unused(other)
+                if other != folder:
+                    _remove_unused(other, owner=folder.stat().st_uid)
             yield folder
         finally:
             empty(folder)
@@ -276,11 +276,13 @@ def scratch_space() -> Iterator[None]:
         ) from error
 
 
-def _remove_unused(folder: Path) -> None:
+def _remove_unused(folder: Path, owner: int) -> None:
     from filelock import Timeout
 
-    with suppress(OSError, Timeout), locked_folder(folder):
-        empty(folder)
+    with suppress(OSError, Timeout):
+        if (folder / LOCK).exists() and folder.lstat().st_uid == owner:
+            with locked_folder(folder):
+                empty(folder)
 
 
 def check_folder(folder: Path, option: str) -> None:
