@@ -116,6 +116,18 @@ def test_the_same_command_writes_the_same_bytes_with_any_number_of_threads(tmp_p
     assert written[0] == written[1] == written[2]
 
 
+def test_no_secret_of_the_environment_is_written(
+    tiny_llama: Path, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "hf_" + "s3cret" * 5
+    monkeypatch.setenv("HF_TOKEN", secret)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+    text = ("--calibration", text_file, "--calibration-tokens", "200", "--calibration-seq-len", "40")
+    run = run_cli("prune", tiny_llama, "--intermediate-size", "24", *text, "--json", "--output", tmp_path / "out")
+    assert run.code == 0 and secret not in run.stdout + run.stderr
+    assert not any(secret.encode() in path.read_bytes() for path in (tmp_path / "out").iterdir())
+
+
 # --- the folders in which it is made -------------------------------------------------------------------------------
 
 
