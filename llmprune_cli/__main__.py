@@ -38,4 +38,10 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as end:
+        from llmprune_cli.processes import leave
+
+        leave(end.code)
+        raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
@@ -288,6 +289,17 @@ def _tell(code: int, message: str = "") -> None:
     for processes in _met:
         with suppress(*([] if code == FINISHED else [PeerError])):
             processes._meet(code, message)
+
+
+def leave(code: str | int | None) -> None:
+    """End a process that has met others, all of whom are done; any other one goes on.
+
+    Python would take torch's threads apart first, and now and then gloo aborts the process while it does.
+    """
+    if _met:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 @contextmanager

@@ -279,7 +279,7 @@ def test_matrices_are_quantized_where_their_rows_divide(dtype: str, byte_level_l
     from test_peer import written_tensors
 
     document = verified(export(byte_level_llama, tmp_path / "gguf", "--dtype", dtype))
-    assert document["files"] == ["README.md", f"model-{dtype}.gguf"]
+    assert document["files"] == ["README.md", "llmprune.json", f"model-{dtype}.gguf"]
     found = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "gguf" / f"model-{dtype}.gguf").tensors}
     kinds = {name: tensor.tensor_type.name.lower() for name, tensor in found.items()}
     assert kinds["output.weight"] == kinds["blk.3.attn_q.weight"] == dtype
@@ -335,7 +335,8 @@ def test_wrong_usages(byte_level_llama: Path, tmp_path: Path) -> None:
     assert export(byte_level_llama, target, "--dtype", "f16").code == 0
     assert export(byte_level_llama, target).code == 6
     assert export(byte_level_llama, target, "--overwrite").code == 0
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["README.md", "gguf", "model-f32.gguf"]
+    names = sorted(path.name for path in tmp_path.rglob("*"))
+    assert names == ["README.md", "gguf", "llmprune.json", "model-f32.gguf"]
     (target / "mine.gguf").write_text("kept")
     run = export(byte_level_llama, target, "--overwrite")
     assert run.code == 6 and "not a model folder" in run.stderr and (target / "mine.gguf").exists()

@@ -169,7 +169,12 @@ def kill(scene: Scene, command: str, event: int, chance: random.Random) -> Fault
 def interrupt(scene: Scene, command: str, event: int, chance: random.Random) -> Fault:
     """Ctrl-C, or what a scheduler sends."""
     number = chance.choice((signal.SIGINT, signal.SIGTERM))
-    return Fault(at_event(event, scene.root, lambda: os.kill(os.getpid(), number)), {130})
+
+    def prepare() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what it runs behind
+        at_event(event, scene.root, lambda: os.kill(os.getpid(), number))()
+
+    return Fault(prepare, {130})
 
 
 def full_disk(scene: Scene, command: str, event: int, chance: random.Random) -> Fault:
