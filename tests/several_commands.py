@@ -12,6 +12,7 @@ from typing import Any
 
 from llmprune_cli.__main__ import main
 from llmprune_cli.errors import OutputError
+from llmprune_cli.processes import leave
 from llmprune_cli.workfolder import WorkFolder
 
 
@@ -48,3 +49,4 @@ if __name__ == "__main__":
     commands, results, own = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), int(os.environ["RANK"])
     ended = [run(command, own) for command in commands]
     (results / f"{own}.json").write_text(json.dumps(ended))
+    leave(0)

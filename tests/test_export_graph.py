@@ -153,7 +153,7 @@ def test_what_scans_in_steps_is_refused_before_it_is_traced(family: str, tmp_pat
 def test_a_graph_of_steps_indeed_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     form = FORMATS["torch-export"]
     monkeypatch.setitem(FORMATS, "torch-export", replace(form, fit=lambda config: Fit(loads=True)))
-    settings = {**families.SIZES, **families.FAMILIES["mamba2"]}
+    settings = {**families.SIZES, **families.FAMILIES["mamba2"], "num_hidden_layers": 1}
     folder = save_tiny(tmp_path / "model", "mamba2", **settings)
     run = export(folder, tmp_path / "graph", "torch-export")
     assert run.code == 7 and "does not run" in run.stderr and not (tmp_path / "graph").exists()
