@@ -49,7 +49,7 @@ def fit_genai(config: PretrainedConfig) -> Fit:
     turning = int(head_dim * (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1))
     for size, what in ((head_dim, "a head dim"), (turning, "a share of a head that turns")):
         if size % HEAD_MULTIPLE:
-            return Fit(loads=False, note=f"it wants {what} in multiples of {HEAD_MULTIPLE}, not {size}")
+            return Fit(loads=False, note=f"onnxruntime-genai wants {what} in multiples of {HEAD_MULTIPLE}, not {size}")
     window = getattr(config, "sliding_window", None)
     if family == "mistral" and window is not None and window < config.max_position_embeddings:
         return Fit(loads=True, note=f"it is right within the sliding window of {window} tokens only")
