@@ -163,6 +163,7 @@ def search_plan(
     judged = model.share(calibration.held_out[: SEARCH_WINDOWS // 2])
 
     def judge(target: Target) -> float:
+        """How far a candidate diverges, as remembered or after a short refit."""
         known = work.judged(target) if work is not None else None
         if known is not None:
             return known
@@ -244,14 +245,18 @@ def _measure(
     processes = subject.processes
 
     def measured(kind: str, windows: torch.Tensor) -> Activity:
+        """What the first process remembers of these windows, or what all processes measure together."""
+
         def measure() -> Activity:
             processes.broadcast(None)  # it is not known yet
             return _measure_once(subject, kind, windows, options, listener)
 
-        if processes.is_first:
+        if processes.is_first and remembered is None:
+            return processes.broadcast(measure())
+        if processes.is_first and remembered is not None:
             key = statistics_key(subject.checkpoint, windows, options.layer_device)
-            store = StatisticsStore(remembered, key, listener.warn) if remembered is not None else None
-            return processes.broadcast(store.recall(kind, measure) if store is not None else measure())
+            store = StatisticsStore(remembered, key, listener.warn)
+            return processes.broadcast(store.recall(kind, measure))
         nothing: Activity | None = None
         found = processes.broadcast(nothing)
         if found is None:
