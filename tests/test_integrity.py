@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import BY_MAGNITUDE, run_cli, save_tiny
+from llmprune_cli import integrity
+from llmprune_cli.errors import CheckpointError
+from llmprune_cli.loading import ModelReference, open_checkpoint
 from llmprune_cli.staging import locked_folder, scratch_folder
 
 CUT = (*BY_MAGNITUDE, "--intermediate-size", "24")
@@ -128,6 +132,44 @@ def test_no_secret_of_the_environment_is_written(
     assert not any(secret.encode() in path.read_bytes() for path in (tmp_path / "out").iterdir())
 
 
+# --- what changes meanwhile ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["rewritten", "longer", "cut short", "replaced", "gone"])
+def test_a_shard_that_changes_while_it_is_read_is_noticed(
+    change: str, make_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = make_tiny(shard="10MB")
+    shard = source / "model.safetensors"
+    with open_checkpoint(ModelReference(str(source)), need_weights=True) as checkpoint:
+        read = checkpoint.tensors()
+        next(read)
+        if change == "rewritten":
+            flip(shard)
+        elif change == "longer":
+            os.truncate(shard, shard.stat().st_size + 1)
+        elif change == "cut short":
+            os.truncate(shard, shard.stat().st_size // 2)
+        elif change == "replaced":
+            shutil.copy2(shard, tmp_path / "copy")
+            (tmp_path / "copy").replace(shard)
+        else:
+            shard.unlink()
+        with pytest.raises(CheckpointError, match="while it was being read"):
+            list(read)
+
+
+def test_what_reads_back_otherwise_is_not_kept(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if a disk had lost a bit of the first shard between the writing and the reading."""
+    shard = "model-00001-of-"
+    monkeypatch.setattr(integrity, "_leave_cache", lambda path: flip(path) if path.name.startswith(shard) else None)
+    for command in (["prune", tiny_llama, *CUT], ["export", tiny_llama]):
+        run = run_cli(*command, "--max-shard-size", "40KB", "--output", tmp_path / "out")
+        assert run.code == 7 and "reads back as something else" in run.stderr and not list(tmp_path.iterdir())
+
+
 # --- the folders in which it is made -------------------------------------------------------------------------------
 
 
@@ -148,8 +190,15 @@ def test_scratch_of_dead_runs_goes_and_that_of_others_stays(tmp_path: Path, monk
     for name in ("llmprune-dead", "elsewhere"):
         (tmp_path / name / "lock").touch()
     (tmp_path / "llmprune-link").symlink_to(tmp_path / "elsewhere")
+    others = set()
+    if os.geteuid() == 0:  # nobody else can make a folder that is somebody's
+        others = {"llmprune-foreign"}
+        (tmp_path / "llmprune-foreign").mkdir()
+        (tmp_path / "llmprune-foreign" / "lock").touch()
+        os.chown(tmp_path / "llmprune-foreign", 12345, 12345)
     with locked_folder(tmp_path / "llmprune-running"), scratch_folder() as scratch:
-        found = {path.name for path in tmp_path.iterdir()} - {scratch.name}
+        found = {path.name for path in tmp_path.iterdir()} - {scratch.name} - others
+        assert all((tmp_path / name).is_dir() for name in others)
         assert found == {"llmprune-running", "llmprune-of-something-else", "llmprune-link", "elsewhere"}
         assert (tmp_path / "elsewhere" / "deep").is_dir() and (tmp_path / "llmprune-running" / "deep").is_dir()
     assert not scratch.exists()
