@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import operator
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,7 +66,7 @@ def evaluate_perplexity(
             seconds = time.perf_counter() - started
             state = RunningPerplexity(done, len(share), state.tokens + batch.numel(), seconds, total / done)
             progress(state)
-    *_, total = itertools.accumulate(itertools.chain(*processes.gather(sums)), initial=0.0)
+    total = functools.reduce(operator.add, itertools.chain(*processes.gather(sums)), 0.0)  # `sum` would round otherwise
     slowest = max(processes.gather(state.seconds))
     return RunningPerplexity(len(windows), len(windows), windows.numel(), slowest, total / len(windows))
 

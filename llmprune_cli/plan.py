@@ -104,8 +104,8 @@ def save_plan(plan: Plan, path: Path) -> None:
 
 def most_plan_bytes(widths: Widths) -> int:
     """How large a plan for a model may be: a number for each unit that can be chosen, and room for the rest."""
-    units = sum(value or 0 for value in asdict(widths).values())
-    return 2**20 + 12 * units * widths.num_hidden_layers * max(1, widths.num_experts or 1)
+    units: int = sum(asdict(widths).values())
+    return 2**20 + 12 * units * widths.num_hidden_layers * max(1, widths.num_experts)
 
 
 def read_plan(path: Path, most_bytes: int | None = None) -> Plan:

@@ -381,6 +381,7 @@ def _advance_dense(layer: Layer, found: Sequence[Site], streams: Streams) -> dic
     }
 
     def watcher_of(first: int, batch: torch.Tensor) -> Watcher:
+        """What follows the residual stream of a batch through the layer, and keeps it where it is a goal."""
         stream, rows = _StreamWithin(batch.clone(), known), max(0, fitted - first)
 
         def watch(seen: Product) -> None:

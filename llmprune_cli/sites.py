@@ -167,6 +167,7 @@ def _respond(
     shares = torch.zeros(probe.shape[1])
 
     def watch(seen: Product) -> torch.Tensor | None:
+        """Keep what a reader is given, and put noise or zeros in the place of what it makes."""
         if seen.parameter not in readers or seen.axis != readers[seen.parameter].axis:
             return None
         inputs.setdefault(seen.parameter, []).append(seen.values.flatten().cpu())

@@ -54,6 +54,7 @@ def without_cache(model: PreTrainedModel) -> torch.nn.Module:
             self.model = model
 
         def forward(self, input_ids: torch.Tensor) -> Any:
+            """Logits."""
             return self.model(input_ids=input_ids, use_cache=False).logits
 
     return WithoutCache().eval()
@@ -74,6 +75,7 @@ def with_cache(model: PreTrainedModel) -> torch.nn.Module:
         def forward(
             self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, past: Past
         ) -> tuple[Any, Past]:
+            """Logits, and the cache with the new tokens in it."""
             cache = DynamicCache()
             for layer, (keys, values) in enumerate(past):
                 cache.update(keys, values, layer)

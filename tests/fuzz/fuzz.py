@@ -47,7 +47,7 @@ def fuzz(name: str, seconds: int, findings: Path) -> None:
         if holds_document:
             (corpus / "document").write_bytes(DOCUMENT + bytes(range(40)))
 
-        def test_one_input(data: bytes) -> None:
+        def try_input(data: bytes) -> None:
             if holds_document and data.startswith(DOCUMENT):
                 data = changed_document(chosen.seeds[0], atheris.FuzzedDataProvider(data[1:]))
             error = attempt(chosen, folder, data)
@@ -59,7 +59,7 @@ def fuzz(name: str, seconds: int, findings: Path) -> None:
                 (findings / kind[:150]).write_text(f"{data!r}\n{trace}")
 
         limits = [f"-max_total_time={seconds}", "-max_len=8192", "-timeout=20", "-rss_limit_mb=4096", "-verbosity=1"]
-        atheris.Setup([sys.argv[0], *limits, f"-artifact_prefix={findings}/", str(corpus)], test_one_input)
+        atheris.Setup([sys.argv[0], *limits, f"-artifact_prefix={findings}/", str(corpus)], try_input)
         atheris.Fuzz()
 
 
