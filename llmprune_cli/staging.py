@@ -243,15 +243,21 @@ def replace_file(path: Path, parts: Iterable[Any], advice: str = "Make room, or 
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A folder on the system's temporary disk, which vanishes when the block ends; those of dead runs vanish now."""
-    place = Path(tempfile.gettempdir())
-    folder = place / f"{SCRATCH}{uuid.uuid4().hex[:12]}"
-    with locked_folder(folder):
-        try:
+    """A folder on the system's temporary disk, which vanishes when the block ends; those of dead runs vanish now.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    with ExitStack() as stack:
+        with scratch_space():
+            place = Path(tempfile.gettempdir())
+            folder = place / f"{SCRATCH}{uuid.uuid4().hex[:12]}"
+            stack.enter_context(locked_folder(folder))
             folder.chmod(stat.S_IRWXU)
-            for other in place.glob(f"{SCRATCH}*"):
-                if other != folder:
-                    _remove_unused(other, owner=folder.stat().st_uid)
+        for other in place.glob(f"{SCRATCH}*"):
+            if other != folder:
+                _remove_unused(other, owner=folder.stat().st_uid)
+        try:
             yield folder
         finally:
             with suppress(OSError):  # the next run does it; what ended this one is worth more
@@ -270,10 +276,9 @@ def scratch_space() -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        place = tempfile.gettempdir()
         reason = getattr(error, "strerror", None) or error
         raise OutputError(
-            f"Temporary files cannot be written to {place}: {reason}. Make room, or name another folder in TMPDIR."
+            f"Temporary files cannot be written: {reason}. Make room on their disk, or name another folder in TMPDIR."
         ) from error
 
 

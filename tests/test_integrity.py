@@ -204,6 +204,15 @@ def test_scratch_of_dead_runs_goes_and_that_of_others_stays(tmp_path: Path, monk
     assert not scratch.exists()
 
 
+def test_a_temporary_disk_that_takes_nothing_is_named(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "no-folder").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no-folder"))
+    run = run_cli("prune", tiny_llama, *CUT, "--output", tmp_path / "out")
+    assert run.code == 6 and "TMPDIR" in run.stderr and [path.name for path in tmp_path.iterdir()] == ["no-folder"]
+
+
 @pytest.mark.parametrize("moment", ["before", "between", "after"])
 def test_a_run_that_died_while_replacing_is_finished_or_undone(moment: str, tiny_llama: Path, tmp_path: Path) -> None:
     """`done` says that all was written; `old` is what stood at the target."""
