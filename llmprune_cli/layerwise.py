@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.architecture import Architecture, build_skeleton, on_disk, reconfigure
 from llmprune_cli.checkpoint import Checkpoint
-from llmprune_cli.errors import UnsupportedError
+from llmprune_cli.errors import CheckpointError, UnsupportedError
 from llmprune_cli.layers import layer_changes
 from llmprune_cli.names import split_name
 from llmprune_cli.naming import Rules
@@ -40,6 +40,7 @@ class Layer:
     model: PreTrainedModel
     block: nn.Module
     prefix: str  # of the names of its parameters in `model`
+    number: int  # in the model that it is from
 
     @property
     def device(self) -> torch.device:
@@ -90,11 +91,19 @@ class Layer:
 
         Args:
             watcher_of: from the number of a batch's first window and its hidden states to a watcher.
+
+        Raises:
+            CheckpointError: its result is NaN or too large for sums of squares in float32.
         """
         for first, batch in batches(stream):
             output = self.run(batch, watcher_of(first, batch) if watcher_of else None, collected)
             if output is None:
                 raise AssertionError("a watcher had enough of a layer that has to run to its end")
+            if not output.norm().isfinite():
+                raise CheckpointError(
+                    f"Layer {self.number} turns the calibration text into NaN or into numbers that float32 cannot hold: "
+                    "its weights are damaged. Download the checkpoint again."
+                )
             batch.copy_(output)
 
     def returned_items(self, hidden: torch.Tensor) -> int:
@@ -201,6 +210,9 @@ class Ends:
 
         Args:
             items: see `Layer.returned_items`.
+
+        Raises:
+            CheckpointError: some are NaN or infinite.
         """
         import torch
 
@@ -212,7 +224,13 @@ class Ends:
             logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
         finally:
             self.block.forward = forward
-        return logits.float()
+        logits = logits.float()
+        if not logits.sum().isfinite():
+            raise CheckpointError(
+                "The final norm or the output projection makes NaN or infinity of text: its weights are damaged. "
+                "Download the checkpoint again."
+            )
+        return logits
 
 
 @dataclass(frozen=True)
@@ -277,7 +295,7 @@ class LayeredModel:
             )
         block = model.get_submodule(prefix[:-1])
         _number_as(block, self.skeleton.get_submodule(f"{prefix[:-2]}{number}"))
-        return Layer(model.eval().to(self.device), block, prefix)
+        return Layer(model.eval().to(self.device), block, prefix, number)
 
     def load_ends(self, exact: bool = False) -> Ends:
         """Embeddings, final norm and output projection, without any layer.

@@ -54,6 +54,11 @@ class Moments:
             self.total += float(((own + 2 * self.cross[rows]) * wide).sum())
             self.cross[rows] += own
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether no product was NaN or too large for float32."""
+        return bool(self.gram.sum().isfinite() and self.cross.sum().isfinite())
+
     def error(self, matrix: torch.Tensor) -> float:
         """‖Y − WX‖² of a weight [O, U]."""
         change = 0.0

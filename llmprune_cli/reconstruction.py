@@ -11,7 +11,7 @@ from llmprune_cli.activations import reader_instance
 from llmprune_cli.architecture import Widths
 from llmprune_cli.calibration import CalibrationText
 from llmprune_cli.checkpoint import Checkpoint, TensorEntry, open_shard
-from llmprune_cli.errors import OutputError
+from llmprune_cli.errors import CheckpointError, OutputError
 from llmprune_cli.groups import Reader, Trace
 from llmprune_cli.layerwise import Enough, Layer, LayeredModel, batches
 from llmprune_cli.least_squares import Moments, only, solve_reader
@@ -252,12 +252,21 @@ class _LayerRefit:
         """Solve a reader anew, round it as the checkpoint will, and say how well it does.
 
         The first process does; the others are given the weights.
+
+        Raises:
+            CheckpointError: float32 cannot hold what it reads.
         """
         errors = []
         dtype = self._stored_dtype(site)
         for expert, own in moments.items():
             matrix, kept = self._matrix(site, expert), self._kept(site, expert)
             if self.whole.processes.is_first:
+                if not own.is_finite:
+                    template, numbers = split_name(site.name)
+                    raise CheckpointError(
+                        f"What {template.format(self.number, *numbers[1:])} reads is too large for float32: weights of "
+                        "that layer are damaged. Download the checkpoint again."
+                    )
                 removal = own.error(only(matrix, kept))
                 matrix.copy_(solve_reader(own, matrix, kept, DAMPING).to(dtype))
                 errors.append(_Errors(removal, own.error(matrix), own.total))

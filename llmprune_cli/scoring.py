@@ -31,7 +31,7 @@ HEADS, GROUPS, EXPERTS = "num_attention_heads", "num_key_value_heads", "num_expe
 def score_magnitude(checkpoint: Checkpoint, trace: Trace, widths: Widths, seed: int, progress: Progress) -> Scores:
     """Group magnitude as torch-pruning computes it (`GroupMagnitudeImportance(p=2, group_reduction="mean")`).
 
-    The score of an element is the sum of squared weights, in the checkpoint's dtype, over its row in each tensor that
+    The score of an element is the sum of squared weights, in the checkpoint's dtype (float32 where float16 overflows), over its row in each tensor that
     writes it and its column in each that reads it; the terms are added in float32, divided by their number and by the
     mean over the elements. A unit's score is the mean over its elements (DepGraph, arXiv 2301.12900, section 3.3).
 
@@ -61,7 +61,7 @@ def score_magnitude(checkpoint: Checkpoint, trace: Trace, widths: Widths, seed: 
     scores: Scores = defaultdict(dict)
     for (width, instance), total in totals.items():
         total /= max(1, terms[width, instance])
-        total /= total.mean()
+        total /= total.mean().clamp_min(torch.finfo(total.dtype).tiny)  # where all weights are zero, scores are too
         count = getattr(widths, width)
         by_unit = total.view(count, -1).mean(1) if width in (HEADS, GROUPS) else total.view(-1, count).mean(0)
         scores[width][instance] = by_unit
@@ -111,10 +111,14 @@ def squared_sums(tensor: torch.Tensor, axes: set[int], scratch: torch.Tensor) ->
         return {}
     if tensor.nbytes <= scratch.numel():
         squares = _squares(tensor, scratch)
-        return {axis: _sums_along(squares, axis) for axis in axes}
-    slabs = math.ceil(tensor.nbytes / scratch.numel())
-    parts = {axis: torch.tensor_split(tensor, slabs + 1, dim=axis) for axis in axes}
-    return {axis: torch.cat([_sums_along(_squares(p, scratch), axis) for p in parts[axis]]) for axis in axes}
+        sums = {axis: _sums_along(squares, axis) for axis in axes}
+    else:
+        slabs = math.ceil(tensor.nbytes / scratch.numel())
+        parts = {axis: torch.tensor_split(tensor, slabs + 1, dim=axis) for axis in axes}
+        sums = {axis: torch.cat([_sums_along(_squares(p, scratch), axis) for p in parts[axis]]) for axis in axes}
+    if tensor.dtype == torch.float16 and not all(own.isfinite().all() for own in sums.values()):
+        return squared_sums(tensor.float(), axes, scratch)
+    return sums
 
 
 def whole_sum(tensor: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:

@@ -173,6 +173,60 @@ def test_a_pickle_that_would_run_code(model: Path, tmp_path: Path) -> None:
     assert_prune_refused(model, tmp_path, CHECKPOINT, "pytorch_model.bin")
 
 
+CALIBRATED = ("--calibration-tokens", "240", "--calibration-seq-len", "40", "--intermediate-size", "24")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("model.embed_tokens.weight", 3e37, "Layer 0 turns the calibration text into NaN"),
+        ("model.layers.1.self_attn.v_proj.weight", float("inf"), "Layer 1"),
+        ("model.layers.1.mlp.down_proj.weight", float("nan"), "Layer 1"),
+        ("model.layers.1.mlp.down_proj.weight", 3e37, "Layer 1"),
+        ("model.norm.weight", float("inf"), "The final norm or the output projection"),
+        ("lm_head.weight", float("nan"), "The final norm or the output projection"),
+    ],
+)
+def test_weights_that_are_no_numbers(
+    model: Path, text_file: Path, tmp_path: Path, name: str, value: float, said: str
+) -> None:
+    damage(model, name, value)
+    run = run_cli("prune", model, *CALIBRATED, "--calibration", text_file, "--output", tmp_path / "out")
+    assert_refused(run, CHECKPOINT, said, "damaged")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("importance", ["range", "activation", "taylor"])
+@pytest.mark.parametrize("refit", ["none", "local", "residual"])
+def test_no_way_to_calibrate_swallows_infinity(
+    model: Path, text_file: Path, tmp_path: Path, importance: str, refit: str
+) -> None:
+    damage(model, "model.layers.1.mlp.gate_proj.weight", 1e38)
+    ways = ("--importance", importance, "--refit", refit, "--calibration", text_file)
+    run = run_cli("prune", model, *CALIBRATED, *ways, "--output", tmp_path / "out")
+    assert_refused(run, CHECKPOINT, "damaged")
+
+
+def test_scores_that_are_no_numbers_choose_nothing(model: Path, tmp_path: Path) -> None:
+    damage(model, "model.layers.1.mlp.gate_proj.weight", float("nan"))
+    assert_prune_refused(model, tmp_path, CHECKPOINT, "The scores by hidden_size are NaN", "damaged")
+    cut = ("--intermediate-size", "24")
+    assert_prune_refused(model, tmp_path, CHECKPOINT, "intermediate_size of layer 1", "damaged", options=cut)
+
+
+def damage(model: Path, name: str, value: float) -> None:
+    """Put a value into one row of a vector, or into one column of a matrix."""
+    from safetensors.torch import load_file, save_file
+
+    for shard in model.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if name in tensors:
+            tensors[name][..., 0] = value
+            save_file(tensors, shard, metadata={"format": "pt"})
+            return
+    raise AssertionError(name)
+
+
 @pytest.mark.parametrize("model_type", ["vit", "t5", "whisper", "no-such-model"])
 def test_an_architecture_that_is_no_causal_lm(tmp_path: Path, model_type: str) -> None:
     (tmp_path / "model").mkdir()

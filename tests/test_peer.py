@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conftest import BY_MAGNITUDE, run_cli
 
@@ -84,6 +85,19 @@ def test_prune_writes_what_torch_pruning_leaves(
     for name, tensor in written.items():
         assert tensor.dtype == expected[name].dtype, name
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_squares_that_float16_cannot_hold_are_scored_in_float32(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Weights that are times 2,048, whose squares are beyond 65,504, rank as they did."""
+    folder, plans = make_tiny(dtype="float32", shard="10MB"), []
+    tensors = {name: tensor.half() for name, tensor in load_file(folder / "model.safetensors").items()}
+    for number, factor, dtype in ((0, 1, torch.float32), (1, 2048, torch.float16)):
+        saved = {name: (factor * tensor).to(dtype) for name, tensor in tensors.items()}
+        save_file(saved, folder / "model.safetensors", {"format": "pt"})
+        plan, request = tmp_path / f"{number}.json", ("--pruning-ratio", "0.5")
+        assert run_cli("prune", folder, *BY_MAGNITUDE, *request, "--dry-run", "--save-plan", plan).code == 0
+        plans.append(json.loads(plan.read_text())["keep"])
+    assert plans[0] == plans[1]
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(8, 2), (9, 3), (14, 2), (28, 4)])
