@@ -101,8 +101,8 @@ class Layer:
                 raise AssertionError("a watcher had enough of a layer that has to run to its end")
             if not output.norm().isfinite():
                 raise CheckpointError(
-                    f"Layer {self.number} turns the calibration text into NaN or into numbers that float32 cannot hold: "
-                    "its weights are damaged. Download the checkpoint again."
+                    f"Layer {self.number} turns the calibration text into NaN or into numbers that float32 cannot "
+                    "hold: its weights are damaged. Download the checkpoint again."
                 )
             batch.copy_(output)
 

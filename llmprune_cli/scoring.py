@@ -31,9 +31,10 @@ HEADS, GROUPS, EXPERTS = "num_attention_heads", "num_key_value_heads", "num_expe
 def score_magnitude(checkpoint: Checkpoint, trace: Trace, widths: Widths, seed: int, progress: Progress) -> Scores:
     """Group magnitude as torch-pruning computes it (`GroupMagnitudeImportance(p=2, group_reduction="mean")`).
 
-    The score of an element is the sum of squared weights, in the checkpoint's dtype (float32 where float16 overflows), over its row in each tensor that
-    writes it and its column in each that reads it; the terms are added in float32, divided by their number and by the
-    mean over the elements. A unit's score is the mean over its elements (DepGraph, arXiv 2301.12900, section 3.3).
+    The score of an element is the sum of squared weights, in the checkpoint's dtype (float32 where float16 overflows),
+    over its row in each tensor that writes it and its column in each that reads it; the terms are added in float32,
+    divided by their number and by the mean over the elements. A unit's score is the mean over its elements (DepGraph,
+    arXiv 2301.12900, section 3.3).
 
     A query head's terms are its own query rows and output columns. A KV group's are its key and value rows and the rows
     and columns of all its query heads. An expert's are all its weights and its row in the router.
