@@ -243,11 +243,14 @@ def _check_named_once(path: Path) -> None:
     """Refuse a header that safetensors has accepted although it names a tensor twice: readers would differ.
 
     Raises:
-        CheckpointError: see above.
+        CheckpointError: see above, or the file went missing or changed since.
     """
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        names = [name for name, _ in json.loads(file.read(length), object_pairs_hook=list)]
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            names = [name for name, _ in json.loads(file.read(length), object_pairs_hook=list)]
+    except (OSError, ValueError, struct.error) as error:
+        raise CheckpointError(f"{path} went missing or changed while it was being read ({error}).") from error
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise CheckpointError(f"{path} names {twice} twice. Download the checkpoint again.")

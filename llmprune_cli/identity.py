@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmprune_cli import __version__
-from llmprune_cli.checkpoint import Checkpoint
+from llmprune_cli.checkpoint import Checkpoint, stamp
+from llmprune_cli.errors import CheckpointError
 from llmprune_cli.plan import fingerprint
 
 if TYPE_CHECKING:
@@ -51,8 +52,11 @@ def weights_identity(checkpoint: Checkpoint) -> str:
 def _files(path: Path) -> list[tuple[str, int, int]]:
     """Names, sizes and dates of a folder's weight files, or of one file; none for a hub id."""
     files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
-    found = [(file.name, file.stat()) for file in files if file.suffix in WEIGHT_FILES]
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
+    try:
+        found = [(file.name, stamp(file)) for file in files if file.suffix in WEIGHT_FILES]
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} went missing while it was being read ({error.strerror}).") from error
+    return [(name, size, changed) for name, (_, size, changed) in found]
 
 
 def text_identity(*windows: torch.Tensor) -> str:

@@ -84,45 +84,55 @@ def open_checkpoint(reference: ModelReference, need_weights: bool) -> Iterator[C
         UnsupportedError: a model that transformers does not know.
     """
     with scratch_folder() as temporary:
-        path = Path(reference.name)
-        if path.suffix == ".gguf" and not need_weights:
-            yield _described(path.parent, reference, None, describe_gguf(path, reference.dtype), True)
-            return
-        if path.suffix == ".gguf":
-            folder, revision = temporary, None
-            convert_gguf(path, reference.dtype, folder)
-        elif is_there(path):
-            folder, revision = path, None
-        else:
-            folder, revision = _resolve_hub(reference, need_weights)
-        if not folder.is_dir():
-            raise CheckpointError(f"{folder} is neither a model folder nor a .gguf file.")
-        check_places(folder)
-        config = read_config(folder, reference.trust_remote_code)
-        small_files_only = revision is not None and not need_weights
-        has_weights = not small_files_only and _holds_weights(folder)
-        if need_weights and not has_weights:
-            raise CheckpointError(f"{folder} has no weights (*.safetensors or pytorch_model*.bin), which this needs.")
-        if quantization_of(config) and not need_weights:
-            plain = _text_part(describe_dequantized(config, reference.dtype))
-            yield _described(folder, reference, revision, plain, has_weights)
-            return
-        place = folder
-        if quantization_of(config):
-            place = temporary
-            dequantize(folder, config, reference.dtype, place, reference.trust_remote_code)
-            config = read_config(place, reference.trust_remote_code)
-        stamps = stamp_shards(place)
-        entries = () if small_files_only else read_index(place)
-        if not entries and need_weights:
-            place = temporary
-            entries = convert_bin(folder, place)
-        if entries:
-            stored = Checkpoint(place, reference.name, revision, config, entries, True, folder)
-            trusted = reference.trust_remote_code
-            yield _resolved(replace(stored, trust_remote_code=trusted, stamps=stamps))
-        else:
-            yield _described(folder, reference, revision, _text_part(config), has_weights)
+        try:
+            checkpoint = _opened(reference, need_weights, temporary)
+        except OSError as error:
+            place = error.filename or reference.name
+            raise CheckpointError(f"{place} cannot be read: {error.strerror or error}.") from error
+        yield checkpoint
+
+
+def _opened(reference: ModelReference, need_weights: bool, temporary: Path) -> Checkpoint:
+    """See `open_checkpoint`; an empty folder takes what has to be converted."""
+    path = Path(reference.name)
+    if path.suffix == ".gguf" and not need_weights:
+        return _described(path.parent, reference, None, describe_gguf(path, reference.dtype), True)
+    if path.suffix == ".gguf":
+        folder, revision = temporary, None
+        convert_gguf(path, reference.dtype, folder)
+    elif is_there(path):
+        folder, revision = path, None
+    else:
+        folder, revision = _resolve_hub(reference, need_weights)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is neither a model folder nor a .gguf file.")
+    check_places(folder)
+    config = read_config(folder, reference.trust_remote_code)
+    small_files_only = revision is not None and not need_weights
+    has_weights = not small_files_only and _holds_weights(folder)
+    if need_weights and not has_weights:
+        raise CheckpointError(f"{folder} has no weights (*.safetensors or pytorch_model*.bin), which this needs.")
+    if quantization_of(config) and not need_weights:
+        plain = _text_part(describe_dequantized(config, reference.dtype))
+        return _described(folder, reference, revision, plain, has_weights)
+    place = folder
+    if quantization_of(config):
+        place = temporary
+        dequantize(folder, config, reference.dtype, place, reference.trust_remote_code)
+        config = read_config(place, reference.trust_remote_code)
+    stamps = stamp_shards(place)
+    entries = () if small_files_only else read_index(place)
+    if not entries and need_weights:
+        place = temporary
+        entries = convert_bin(folder, place)
+    if not entries:
+        return _described(folder, reference, revision, _text_part(config), has_weights)
+    trusted = reference.trust_remote_code
+    return _resolved(
+        Checkpoint(
+            place, reference.name, revision, config, entries, True, folder, trust_remote_code=trusted, stamps=stamps
+        )
+    )
 
 
 def _holds_weights(folder: Path) -> bool:
@@ -395,13 +405,28 @@ def load_model(
 
 
 def copy_companions(checkpoint: Checkpoint, target: Path) -> None:
-    """Copy tokenizer, chat template and generation config as they are."""
-    import shutil
+    """Copy tokenizer, chat templates and generation config as they are.
 
+    Raises:
+        CheckpointError: one of them cannot be read.
+    """
     for name in COMPANIONS:
         source = checkpoint.companions / name
         if source.is_file():
-            shutil.copyfile(source, target / name)
-    templates: Any = checkpoint.companions / "additional_chat_templates"
-    if templates.is_dir():
-        shutil.copytree(templates, target / templates.name)
+            copy_small(source, target / name)
+    for source in sorted(checkpoint.companions.glob("additional_chat_templates/*.jinja")):
+        (target / source.parent.name).mkdir(exist_ok=True)
+        copy_small(source, target / source.parent.name / source.name)
+
+
+def copy_small(source: Path, target: Path) -> None:
+    """Copy a file that fits into memory.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        content = source.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{source} cannot be read: {error.strerror}.") from error
+    target.write_bytes(content)

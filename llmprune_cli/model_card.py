@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from llmprune_cli import __version__
 from llmprune_cli.checkpoint import MANIFEST_NAME, Checkpoint, is_there
 from llmprune_cli.errors import CheckpointError
 from llmprune_cli.export.runtimes import RuntimeFit
+from llmprune_cli.loading import copy_small
 
 CARD = "README.md"
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
@@ -37,7 +37,7 @@ def write_card(
     """Write a model card into a staging folder, and copy the licence of the source.
 
     Raises:
-        CheckpointError: the manifest is not one.
+        CheckpointError: the manifest is not one, or a licence cannot be read.
 
     Args:
         manifest: how the model was pruned; None where it was not.
@@ -47,7 +47,7 @@ def write_card(
     for pattern in LICENCES:
         for path in checkpoint.companions.glob(pattern):
             if path.is_file():
-                shutil.copyfile(path, folder / path.name)
+                copy_small(path, folder / path.name)
     try:
         source, pruning = _source(checkpoint, manifest), _pruning(manifest) if manifest else []
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -157,6 +158,33 @@ def test_a_shard_that_changes_while_it_is_read_is_noticed(
             shard.unlink()
         with pytest.raises(CheckpointError, match="while it was being read"):
             list(read)
+
+
+@pytest.mark.parametrize(
+    ("reader", "name"),
+    [
+        ("checkpoint._check_named_once", "model-00002"),
+        ("checkpoint.stamp", "model-00003"),
+        ("identity.stamp", "model-00001"),
+        ("loading.copy_small", "tokenizer.json"),
+    ],
+)
+def test_a_file_that_vanishes_before_it_is_opened_is_named(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str, name: str
+) -> None:
+    source = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    module, function = reader.split(".")
+    original = getattr(importlib.import_module(f"llmprune_cli.{module}"), function)
+
+    def remove_first(path: Path, *rest: Path) -> object:
+        if path.name.startswith(name):
+            path.unlink(missing_ok=True)
+        return original(path, *rest)
+
+    monkeypatch.setattr(f"llmprune_cli.{reader}", remove_first)
+    text = ("--calibration", text_file, "--calibration-tokens", "240", "--calibration-seq-len", "40")
+    run = run_cli("prune", source, "--intermediate-size", "24", *text, "--output", tmp_path / "out")
+    assert run.code == 3 and name in run.stderr and not (tmp_path / "out").exists(), run.stderr
 
 
 def test_what_reads_back_otherwise_is_not_kept(
