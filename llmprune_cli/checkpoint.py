@@ -6,7 +6,7 @@ import json
 import math
 import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -105,15 +105,8 @@ class Checkpoint:
                 self._check_unchanged(shard)
 
     def _check_unchanged(self, shard: str) -> None:
-        path, known = self.folder / shard, self.stamps.get(shard)
-        if known is None:
-            return
-        try:
-            now = stamp(path)
-        except OSError as error:
-            raise CheckpointError(f"{path} went missing while it was being read ({error.strerror}).") from error
-        if now != known:
-            raise CheckpointError(f"{path} changed while it was being read. Run again when nothing writes it.")
+        if shard in self.stamps:
+            check_unchanged(self.folder / shard, self.stamps[shard])
 
 
 def stamp(path: Path) -> Stamp:
@@ -125,6 +118,33 @@ def stamp(path: Path) -> Stamp:
 def stamp_shards(folder: Path) -> dict[str, Stamp]:
     """The stamps of all safetensors files in a folder."""
     return {path.name: stamp(path) for path in folder.glob("*.safetensors") if path.is_file()}
+
+
+def check_unchanged(path: Path, known: Stamp) -> None:
+    """Hold a file against an earlier stamp.
+
+    Raises:
+        CheckpointError: it went missing or changed since.
+    """
+    try:
+        now = stamp(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} went missing while it was being read ({error.strerror}).") from error
+    if now != known:
+        raise CheckpointError(f"{path} changed while it was being read. Run again when nothing writes it.")
+
+
+@contextmanager
+def unchanged(paths: Iterable[Path]) -> Iterator[None]:
+    """Watch files while a block reads them; what is missing before is for the block to complain about.
+
+    Raises:
+        CheckpointError: one of them went missing or changed meanwhile.
+    """
+    known = {path: stamp(path) for path in paths if is_there(path)}
+    yield
+    for path, own in known.items():
+        check_unchanged(path, own)
 
 
 @contextmanager

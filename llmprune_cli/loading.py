@@ -21,6 +21,7 @@ from llmprune_cli.checkpoint import (
     read_index,
     read_json,
     stamp_shards,
+    unchanged,
 )
 from llmprune_cli.conversion import (
     convert_bin,
@@ -99,7 +100,8 @@ def _opened(reference: ModelReference, need_weights: bool, temporary: Path) -> C
         return _described(path.parent, reference, None, describe_gguf(path, reference.dtype), True)
     if path.suffix == ".gguf":
         folder, revision = temporary, None
-        convert_gguf(path, reference.dtype, folder)
+        with unchanged([path]):
+            convert_gguf(path, reference.dtype, folder)
     elif is_there(path):
         folder, revision = path, None
     else:
@@ -118,13 +120,15 @@ def _opened(reference: ModelReference, need_weights: bool, temporary: Path) -> C
     place = folder
     if quantization_of(config):
         place = temporary
-        dequantize(folder, config, reference.dtype, place, reference.trust_remote_code)
+        with unchanged(folder.glob("*.safetensors")):
+            dequantize(folder, config, reference.dtype, place, reference.trust_remote_code)
         config = read_config(place, reference.trust_remote_code)
     stamps = stamp_shards(place)
     entries = () if small_files_only else read_index(place)
     if not entries and need_weights:
         place = temporary
-        entries = convert_bin(folder, place)
+        with unchanged(folder.glob("pytorch_model*.bin")):
+            entries = convert_bin(folder, place)
     if not entries:
         return _described(folder, reference, revision, _text_part(config), has_weights)
     trusted = reference.trust_remote_code

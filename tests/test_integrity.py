@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import BY_MAGNITUDE, run_cli, save_tiny
-from llmprune_cli import integrity
+from llmprune_cli import integrity, loading
 from llmprune_cli.errors import CheckpointError
 from llmprune_cli.loading import ModelReference, open_checkpoint
 from llmprune_cli.staging import locked_folder, scratch_folder
+from test_checkpoint_forms import gguf_pair
 
 CUT = (*BY_MAGNITUDE, "--intermediate-size", "24")
 
@@ -185,6 +186,30 @@ def test_a_file_that_vanishes_before_it_is_opened_is_named(
     text = ("--calibration", text_file, "--calibration-tokens", "240", "--calibration-seq-len", "40")
     run = run_cli("prune", source, "--intermediate-size", "24", *text, "--output", tmp_path / "out")
     assert run.code == 3 and name in run.stderr and not (tmp_path / "out").exists(), run.stderr
+
+
+@pytest.mark.parametrize("form", ["bin", "gguf"])
+def test_a_file_that_changes_while_it_is_converted_is_noticed(
+    form: str, make_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if form == "bin":
+        source = make_tiny(shard="10MB")
+        converted = source / "pytorch_model.bin"
+        torch.save(load_file(source / "model.safetensors"), converted)
+        (source / "model.safetensors").unlink()
+    else:
+        source = converted = gguf_pair(tmp_path, "llama")[1]
+    original = getattr(loading, f"convert_{form}")
+
+    def convert(*rest: object) -> object:
+        result = original(*rest)
+        flip(converted)
+        return result
+
+    monkeypatch.setattr(loading, f"convert_{form}", convert)
+    run = run_cli("export", source, "--output", tmp_path / "out")
+    assert run.code == 3 and f"{converted} changed while it was being read" in run.stderr.replace("\n", " ")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_reads_back_otherwise_is_not_kept(
