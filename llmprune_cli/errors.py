@@ -6,7 +6,8 @@ LlmpruneError
 ├── PlanError            5   widths that cannot be had
 ├── OutputError          6   a target that cannot be written
 ├── VerificationError    7   a result that is not what the plan predicted
-└── PeerError            8   another process of the same run is gone; where that one said why, its code
+├── PeerError            8   another process of the same run is gone; where that one said why, its code
+└── ResourceError        9   memory that ran out
 
 Usage errors exit 2 (Typer's own), Ctrl-C exits 130, and a bug keeps its traceback and exits 1.
 """
@@ -57,3 +58,9 @@ class PeerError(LlmpruneError):
         """With the other's message and exit code, where it gave any."""
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class ResourceError(LlmpruneError):
+    """Memory that ran out."""
+
+    exit_code = 9

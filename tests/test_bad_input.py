@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from conftest import BY_MAGNITUDE, Run, run_cli
+from llmprune_cli.errors import CheckpointError
 
-USAGE, CHECKPOINT, UNSUPPORTED, PLAN, OUTPUT, INTERRUPTED = 2, 3, 4, 5, 6, 130
+USAGE, CHECKPOINT, UNSUPPORTED, PLAN, OUTPUT, MEMORY, INTERRUPTED = 2, 3, 4, 5, 6, 9, 130
 
 
 def state_of(folder: Path) -> dict[str, str]:
@@ -488,7 +489,7 @@ def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
-@pytest.mark.parametrize("interruption", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("interruption", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_prune_leaves_nothing(large_model: Path, tmp_path: Path, interruption: signal.Signals) -> None:
     command = [sys.executable, "-m", "llmprune_cli", "prune", large_model, *BY_MAGNITUDE, "--intermediate-size", "4090"]
     command += ["--importance", "random", "--output", tmp_path / "out"]
@@ -508,3 +509,22 @@ def test_an_interrupted_prune_leaves_nothing(large_model: Path, tmp_path: Path, 
     assert child.returncode == INTERRUPTED, stderr
     assert stdout == "" and "Traceback" not in stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", ["torch.empty(2**50, dtype=torch.uint8)", "numpy.empty(2**50)", "cuda", "refused"])
+def test_memory_that_runs_out(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, error: str) -> None:
+    import numpy
+    import torch
+
+    from llmprune_cli import pipeline
+
+    def exhaust(*_: object) -> None:
+        shortage = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16.00 GiB.")
+        if error == "cuda":
+            raise shortage
+        if error == "refused":
+            raise CheckpointError("It cannot be loaded.") from shortage
+        eval(error, {"torch": torch, "numpy": numpy})
+
+    monkeypatch.setattr(pipeline, "inspect", exhaust)
+    assert_refused(run_cli("inspect", tiny_llama), MEMORY, "Memory ran out: ", "--max-seq-len")

@@ -164,7 +164,7 @@ def kill(scene: Scene, command: str, event: int, chance: random.Random) -> Fault
 
 def interrupt(scene: Scene, command: str, event: int, chance: random.Random) -> Fault:
     """Ctrl-C, or what a scheduler sends."""
-    number = chance.choice((signal.SIGINT, signal.SIGTERM))
+    number = chance.choice((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
 
     def prepare() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what it runs behind
