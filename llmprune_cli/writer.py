@@ -17,6 +17,7 @@ from llmprune_cli.errors import PlanError, VerificationError
 if TYPE_CHECKING:
     import torch
 
+PADDED = 8  # bytes that the length of a header is a multiple of
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -34,15 +35,16 @@ def parse_size(text: str) -> int:
 
 
 def layout_shards(entries: Sequence[TensorEntry], max_shard_bytes: int) -> list[list[TensorEntry]]:
-    """Split tensors, in order, into shards of at most `max_shard_bytes` (a larger tensor gets a shard of its own)."""
+    """Split tensors, in order, into files of at most `max_shard_bytes`; a larger tensor gets a file of its own."""
     shards: list[list[TensorEntry]] = [[]]
-    filled = 0
+    empty = filled = len(_encode_header([])) + PADDED
     for entry in entries:
-        if shards[-1] and filled + entry.size_bytes > max_shard_bytes:
+        size = entry.size_bytes + len(_as_json({entry.name: _described(entry, max_shard_bytes, max_shard_bytes)}))
+        if shards[-1] and filled + size > max_shard_bytes:
             shards.append([])
-            filled = 0
+            filled = empty
         shards[-1].append(entry)
-        filled += entry.size_bytes
+        filled += size
     return shards
 
 
@@ -113,16 +115,24 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
 
 
 def _encode_header(entries: Sequence[TensorEntry]) -> bytes:
-    """The header of the safetensors format: a little-endian u64 length, then JSON padded to 8 bytes with spaces."""
+    """The header of the safetensors format: a little-endian u64 length, then JSON padded with spaces."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in entries:
         end = offset + entry.size_bytes
-        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, end]}
+        header[entry.name] = _described(entry, offset, end)
         offset = end
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    encoded = _as_json(header)
+    encoded += b" " * (-len(encoded) % PADDED)
     return struct.pack("<Q", len(encoded)) + encoded
+
+
+def _described(entry: TensorEntry, first: int, end: int) -> dict[str, Any]:
+    return {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [first, end]}
+
+
+def _as_json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
 
 
 def raw_bytes(tensor: torch.Tensor) -> Any:
