@@ -45,8 +45,9 @@ def _memory_explained() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError, LlmpruneError) as error:
-        shortage = next((cause for cause in (error, error.__cause__) if _is_shortage(cause)), None)
-        if shortage is None:
+        cause = error.__cause__
+        shortage = cause if isinstance(cause, RuntimeError) and _is_shortage(cause) else error
+        if not _is_shortage(shortage):
             raise
         reason = (str(shortage).strip().splitlines() or ["no more is to be had"])[0]
         raise ResourceError(
@@ -55,7 +56,7 @@ def _memory_explained() -> Iterator[None]:
         ) from error
 
 
-def _is_shortage(error: BaseException | None) -> bool:
+def _is_shortage(error: BaseException) -> bool:
     is_of_device = type(error).__name__ == "OutOfMemoryError"  # torch's, which is slow to import
     return isinstance(error, MemoryError) or is_of_device or any(words in str(error) for words in NO_MEMORY)
 

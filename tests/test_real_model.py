@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from conftest import BY_MAGNITUDE, WIKITEXT2, run_cli
 from test_eval import plain_perplexity
@@ -28,10 +30,14 @@ def gguf() -> Path:
 
 @pytest.fixture(scope="session")
 def converted(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model as a bf16 safetensors folder, by `llmprune export`."""
-    folder = tmp_path_factory.mktemp("smollm2") / "bf16"
-    run = run_cli("export", gguf, "--output", folder)
-    assert run.code == 0, run.stderr
+    """The same model as a bf16 safetensors folder, by `llmprune export`; made once for all processes of a test run."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    folder = shared / "smollm2-bf16"
+    with FileLock(shared / "smollm2-bf16.lock"):
+        if not folder.exists():
+            run = run_cli("export", gguf, "--output", folder)
+            assert run.code == 0, run.stderr
     return folder
 
 
@@ -95,9 +101,9 @@ def test_eval_agrees_with_a_plain_loop(converted: Path, gguf: Path) -> None:
     from datasets import load_dataset
 
     text = "\n\n".join(load_dataset(str(WIKITEXT2), split="test")["text"])
-    options = ["--dataset", str(WIKITEXT2), "--max-seq-len", "512", "--limit"]
+    options = ["--dataset", str(WIKITEXT2), "--max-seq-len", "256", "--limit"]
     found = document("eval", converted, *options, "2")["results"][0]
-    assert (found["windows"], found["tokens"], found["parameters"]) == (2, 2 * 512, PARAMETERS)
-    assert found["perplexity"] == pytest.approx(plain_perplexity(converted, text, 512, 2), rel=1e-3)
+    assert (found["windows"], found["tokens"], found["parameters"]) == (2, 2 * 256, PARAMETERS)
+    assert found["perplexity"] == pytest.approx(plain_perplexity(converted, text, 256, 2), rel=1e-3)
     first = document("eval", gguf, *options, "1")["results"][0]
-    assert first["perplexity"] == pytest.approx(plain_perplexity(converted, text, 512, 1), rel=1e-3)
+    assert first["perplexity"] == pytest.approx(plain_perplexity(converted, text, 256, 1), rel=1e-3)
