@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from types import FrameType
 from llmprune_cli.errors import LlmpruneError, ResourceError
 
 INTERRUPTED = 130
-NO_MEMORY = ("can't allocate memory", "not enough memory")  # how torch says so on the CPU, on Linux and on Windows
+NO_MEMORY = ("out of memory", "not enough memory", "n't allocate memory", "cannot allocate memory")  # as they say it
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -20,10 +21,9 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: what follows the program's name; None takes them from `sys.argv`.
     """
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks
-            signal.signal(number, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup asks for
+        signal.signal(signal.SIGHUP, _hang_up)
     from llmprune_cli.cli import app
     from llmprune_cli.processes import ended_together, only_first_speaks
 
@@ -44,24 +44,35 @@ def _memory_explained() -> Iterator[None]:
     """Say that memory ran out, also where that was taken for an error of another kind."""
     try:
         yield
-    except (MemoryError, RuntimeError, LlmpruneError) as error:
-        cause = error.__cause__
-        shortage = cause if isinstance(cause, RuntimeError) and _is_shortage(cause) else error
-        if not _is_shortage(shortage):
+    except (MemoryError, RuntimeError, OSError, LlmpruneError) as error:
+        shortage = error if isinstance(error, MemoryError) else _shortage(error)
+        if shortage is None:
             raise
         reason = (str(shortage).strip().splitlines() or ["no more is to be had"])[0]
         raise ResourceError(
-            f"Memory ran out: {reason}. Take a smaller --max-seq-len or --calibration-tokens, keep hidden states in "
-            "--offload-dir, or use another --device."
+            f"Memory ran out: {reason}. `eval` needs less with a smaller --max-seq-len or --batch-size, `prune` with "
+            "fewer --calibration-tokens or with --offload-dir; --device names another one."
         ) from error
 
 
-def _is_shortage(error: BaseException) -> bool:
-    is_of_device = type(error).__name__ == "OutOfMemoryError"  # torch's, which is slow to import
-    return isinstance(error, MemoryError) or is_of_device or any(words in str(error) for words in NO_MEMORY)
+def _shortage(error: BaseException | None) -> BaseException | None:
+    """What torch or the system said, in an error or its causes; a MemoryError there comes of lengths in bad files."""
+    while error is not None:
+        if isinstance(error, RuntimeError | OSError) and any(words in str(error).lower() for words in NO_MEMORY):
+            return error
+        error = error.__cause__
+    return None
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _hang_up(_signal: int, _frame: FrameType | None) -> None:
+    """End as after Ctrl-C, without a terminal to write to."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
     raise KeyboardInterrupt
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmprune_cli.divergence import predicted
-from llmprune_cli.layerwise import Ends, LayeredModel
+from llmprune_cli.layerwise import Ends, LayeredModel, check_states
 from llmprune_cli.processes import Processes
 from llmprune_cli.statefiles import copy_states
 
@@ -38,6 +38,7 @@ def ablate_layers(
         passed_by = copy_states(dense, folder)
         for stream in (dense, *without):
             layer.advance(stream)
+        check_states(dense, f"Layer {number}")
         without.append(passed_by)
         progress(number + 1)
     ends, items = model.load_ends(exact=True), layer.returned_items(dense)

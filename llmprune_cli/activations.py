@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from llmprune_cli.architecture import NEURONS, Widths
 from llmprune_cli.groups import Reader, Trace, instance_of
-from llmprune_cli.layerwise import Layer, LayeredModel
+from llmprune_cli.layerwise import Layer, LayeredModel, check_states
 from llmprune_cli.names import split_name
 from llmprune_cli.processes import Processes
 from llmprune_cli.scoring import EXPERTS, GROUPS, HEADS, Scores
@@ -71,6 +71,7 @@ def measure_activity(
         inputs = _Inputs()
         before.copy_(stream)
         layer.advance(stream, inputs.watcher, inputs.collected)
+        check_states(stream, f"Layer {number}")
         inputs.share_with(model.processes)
         influence.append(block_influence(before, stream, model.processes))
         ranges = unit_ranges(layer, trace, widths, number) if importance == "range" else {}

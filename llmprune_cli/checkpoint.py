@@ -23,9 +23,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MANIFEST_NAME = "llmprune.json"
 READ = (".json", ".safetensors", ".bin", ".model", ".jinja", ".txt", ".tiktoken", ".py")  # suffixes of what is read
-WEIGHTS = (".safetensors", ".bin")
 MOST_JSON_BYTES = 32 * 2**20  # the index of 150,000 tensors has half of that
-MOST_SMALL_BYTES = 2**28  # of what lies beside the weights: the largest tokenizers have 35 MB
 MOST_CONTAINERS = 10**6  # lists and objects of a document, which take much more memory than their brackets
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 DTYPE_BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
@@ -197,7 +195,7 @@ def read_json(path: Path, most_bytes: int | None = MOST_JSON_BYTES) -> dict[str,
 
 
 def check_places(folder: Path) -> None:
-    """Refuse a model folder in which something is no file that should be one, absurdly large, or a link to elsewhere.
+    """Refuse a model folder in which something is no file that should be one, or a link to elsewhere.
 
     What is read or copied from a folder has to be in it. The links of the hub's cache lead to its own `blobs`.
 
@@ -209,9 +207,6 @@ def check_places(folder: Path) -> None:
     for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
         if path.suffix in READ and not path.is_file():
             raise CheckpointError(f"{path} is not a regular file.")
-        size = path.stat().st_size if path.suffix in READ and path.suffix not in WEIGHTS else 0
-        if size > MOST_SMALL_BYTES:
-            raise CheckpointError(f"{path} has {size:,} bytes, and files of its kind at most {MOST_SMALL_BYTES:,}.")
         if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in places):
             raise CheckpointError(f"{path} is a link to somewhere else. Put the file itself into the folder.")
 

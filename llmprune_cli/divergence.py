@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from llmprune_cli.errors import CheckpointError
 from llmprune_cli.evaluation import LOGIT_ELEMENTS
 from llmprune_cli.layerwise import Ends
 from llmprune_cli.processes import ALONE, Processes
@@ -53,6 +54,9 @@ def compare(dense: Side, pruned: Side, windows: torch.Tensor, processes: Process
 
     Args:
         windows: token ids, [N, T], the share of this process.
+
+    Raises:
+        CheckpointError: see `check_loss`.
     """
     import torch
     from torch.nn import functional
@@ -67,5 +71,20 @@ def compare(dense: Side, pruned: Side, windows: torch.Tensor, processes: Process
             losses[index] += float(functional.nll_loss(log, wanted, reduction="sum"))
         kl += float(functional.kl_div(logs[1], logs[0], reduction="sum", log_target=True))
     kl, tokens, *sums = processes.add_up(kl, windows[:, 1:].numel(), *losses.tolist())
+    check_loss(sums[0])
     before, after = (math.exp(min(loss / tokens, 700)) for loss in sums)
-    return Divergence(int(tokens), before, after, max(0.0, kl / tokens))  # rounding may leave less than nothing
+    kl = math.inf if math.isnan(kl) else max(0.0, kl / tokens)  # rounding may leave less than nothing
+    return Divergence(int(tokens), before, after, kl)
+
+
+def check_loss(loss: float) -> None:
+    """Hold that the unpruned model, whose hidden states are numbers, predicts something.
+
+    Raises:
+        CheckpointError: its loss is NaN or infinite.
+    """
+    if not math.isfinite(loss):
+        raise CheckpointError(
+            "The final norm or the output projection makes NaN or infinity of text: its weights are damaged. Download "
+            "the checkpoint again."
+        )

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from llmprune_cli.activations import Activity, block_influence
 from llmprune_cli.architecture import NEURONS, on_disk
-from llmprune_cli.divergence import predicted
+from llmprune_cli.divergence import check_loss, predicted
 from llmprune_cli.groups import Trace, instance_of
-from llmprune_cli.layerwise import Ends, Layer, LayeredModel, batches
+from llmprune_cli.layerwise import Ends, Layer, LayeredModel, batches, check_states
 from llmprune_cli.names import split_name
 from llmprune_cli.processes import Processes
 from llmprune_cli.scoring import EXPERTS, GROUPS, HEADS, Scores
@@ -52,6 +52,7 @@ def measure_gradients(
             layer = model.load_layer(number)
             inputs.append(copy_states(stream, folder))
             layer.advance(stream)
+            check_states(stream, f"Layer {number}")
             influence.append(block_influence(inputs[-1], stream, processes))
             progress(1)
         loss_gradient(model.load_ends(exact=True), stream, layer.returned_items(stream), windows, tokens)
@@ -84,6 +85,7 @@ def loss_gradient(ends: Ends, states: torch.Tensor, items: int, windows: torch.T
         with torch.enable_grad():
             loss = functional.cross_entropy(ends.logits(given, items)[0], wanted, reduction="sum")
             loss = loss / tokens
+        check_loss(float(loss))
         part.copy_(torch.autograd.grad(loss, given)[0])
     states[:, -1] = 0
 

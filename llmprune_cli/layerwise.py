@@ -40,7 +40,6 @@ class Layer:
     model: PreTrainedModel
     block: nn.Module
     prefix: str  # of the names of its parameters in `model`
-    number: int  # in the model that it is from
 
     @property
     def device(self) -> torch.device:
@@ -91,19 +90,11 @@ class Layer:
 
         Args:
             watcher_of: from the number of a batch's first window and its hidden states to a watcher.
-
-        Raises:
-            CheckpointError: its result is NaN or too large for sums of squares in float32.
         """
         for first, batch in batches(stream):
             output = self.run(batch, watcher_of(first, batch) if watcher_of else None, collected)
             if output is None:
                 raise AssertionError("a watcher had enough of a layer that has to run to its end")
-            if not output.norm().isfinite():
-                raise CheckpointError(
-                    f"Layer {self.number} turns the calibration text into NaN or into numbers that float32 cannot "
-                    "hold: its weights are damaged. Download the checkpoint again."
-                )
             batch.copy_(output)
 
     def returned_items(self, hidden: torch.Tensor) -> int:
@@ -131,6 +122,22 @@ def batches(stream: torch.Tensor, tokens: int = BATCH_TOKENS) -> Iterator[tuple[
 def windows_together(windows: torch.Tensor, tokens: int = BATCH_TOKENS) -> int:
     """How many windows, token ids or hidden states [N, T, ...], make a batch of about so many tokens."""
     return max(1, tokens // windows.shape[1])
+
+
+def check_states(stream: torch.Tensor, origin: str) -> None:
+    """Hold that the unpruned model's hidden states [N, T, D] are numbers.
+
+    Args:
+        origin: what made them.
+
+    Raises:
+        CheckpointError: some are NaN, or too large for sums of squares in float32.
+    """
+    if not all(window.norm().isfinite() for window in stream):
+        raise CheckpointError(
+            f"{origin} turns text into NaN or into numbers that float32 cannot hold: its weights are damaged. Download "
+            "the checkpoint again."
+        )
 
 
 @contextmanager
@@ -210,9 +217,6 @@ class Ends:
 
         Args:
             items: see `Layer.returned_items`.
-
-        Raises:
-            CheckpointError: some are NaN or infinite.
         """
         import torch
 
@@ -224,13 +228,7 @@ class Ends:
             logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
         finally:
             self.block.forward = forward
-        logits = logits.float()
-        if not logits.sum().isfinite():
-            raise CheckpointError(
-                "The final norm or the output projection makes NaN or infinity of text: its weights are damaged. "
-                "Download the checkpoint again."
-            )
-        return logits
+        return logits.float()
 
 
 @dataclass(frozen=True)
@@ -295,7 +293,7 @@ class LayeredModel:
             )
         block = model.get_submodule(prefix[:-1])
         _number_as(block, self.skeleton.get_submodule(f"{prefix[:-2]}{number}"))
-        return Layer(model.eval().to(self.device), block, prefix, number)
+        return Layer(model.eval().to(self.device), block, prefix)
 
     def load_ends(self, exact: bool = False) -> Ends:
         """Embeddings, final norm and output projection, without any layer.
@@ -343,11 +341,15 @@ class LayeredModel:
 
         Args:
             folder: see `new_states`.
+
+        Raises:
+            CheckpointError: see `check_states`.
         """
         ends = self.load_ends()
         stream = new_states((*windows.shape, self.architecture.widths.hidden_size), folder)
         for number, window in enumerate(windows):
             stream[number] = ends.embed(window[None])[0]
+        check_states(stream, "The embedding")
         return stream
 
     def walk(

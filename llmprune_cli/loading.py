@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 MOST_CONFIG_BYTES = 2 * 2**20
+MOST_COMPANION_BYTES = 2**28  # the largest tokenizers have 35 MB
 MOST = {"layer": 2048, "expert": 8192}  # by how the names of settings end
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 FLOATS = ("F64", *DTYPES.values())
@@ -120,7 +121,7 @@ def _opened(reference: ModelReference, need_weights: bool, temporary: Path) -> C
     place = folder
     if quantization_of(config):
         place = temporary
-        with unchanged(folder.glob("*.safetensors")):
+        with unchanged([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
             dequantize(folder, config, reference.dtype, place, reference.trust_remote_code)
         config = read_config(place, reference.trust_remote_code)
     stamps = stamp_shards(place)
@@ -328,10 +329,12 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or one of absurd size.
     """
     from transformers import AutoTokenizer
 
+    for name in COMPANIONS:
+        _check_size(checkpoint.companions / name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.companions, trust_remote_code=checkpoint.trust_remote_code)
     except Exception as error:  # tokenizers of every kind raise every kind
@@ -423,12 +426,20 @@ def copy_companions(checkpoint: Checkpoint, target: Path) -> None:
         copy_small(source, target / source.parent.name / source.name)
 
 
+def _check_size(path: Path) -> None:
+    size = path.stat().st_size if is_there(path) else 0
+    if size > MOST_COMPANION_BYTES:
+        most = f"{MOST_COMPANION_BYTES:,}"
+        raise CheckpointError(f"{path} has {size:,} bytes, and files of its kind at most {most}. Download it again.")
+
+
 def copy_small(source: Path, target: Path) -> None:
     """Copy a file that fits into memory.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: it cannot be read, or has absurd size.
     """
+    _check_size(source)
     try:
         content = source.read_bytes()
     except OSError as error:

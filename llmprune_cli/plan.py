@@ -506,21 +506,10 @@ def choose(scores: Scores, architecture: Architecture, after: Widths) -> Keep:
 
     Under grouped-query attention KV groups are chosen first, then query heads within every group that stays. Experts
     are chosen evenly within the groups that a router ranks.
-
-    Raises:
-        CheckpointError: scores are NaN or infinite.
     """
     keep: Keep = {}
     before = architecture.widths
     changed = after.changed_from(before)
-    for width in changed:
-        for instance, score in scores.get(width, {}).items():
-            if not score.isfinite().all():
-                place = f" of layer {instance}" if instance else ""
-                raise CheckpointError(
-                    f"The scores by {width}{place} are NaN or infinite: weights that count there are damaged. Download "
-                    "the checkpoint again."
-                )
     for width in ("hidden_size", *NEURONS):
         if width in changed:
             keep[width] = {i: _best(score, getattr(after, width)) for i, score in scores.get(width, {}).items()}

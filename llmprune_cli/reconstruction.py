@@ -13,7 +13,7 @@ from llmprune_cli.calibration import CalibrationText
 from llmprune_cli.checkpoint import Checkpoint, TensorEntry, open_shard
 from llmprune_cli.errors import CheckpointError, OutputError
 from llmprune_cli.groups import Reader, Trace
-from llmprune_cli.layerwise import Enough, Layer, LayeredModel, batches
+from llmprune_cli.layerwise import Enough, Layer, LayeredModel, batches, check_states
 from llmprune_cli.least_squares import Moments, only, solve_reader
 from llmprune_cli.loading import DTYPES
 from llmprune_cli.names import split_name
@@ -26,6 +26,7 @@ from llmprune_cli.sites import Site, Uses, find_sites
 from llmprune_cli.staging import fsync
 from llmprune_cli.statefiles import copy_states, new_states
 from llmprune_cli.subject import Subject
+from llmprune_cli.writer import check_finite
 
 if TYPE_CHECKING:
     import torch
@@ -99,6 +100,7 @@ def refit(
                 layer_refit.store(folder)
         else:
             layer.advance(streams.dense)
+            check_states(streams.dense, f"Layer {number}")
         if work is not None:
             work.save_layer(number, [asdict(report) for report in reports], both)
         progress(1)
@@ -169,6 +171,7 @@ class _LayerRefit:
         """Refit all readers, in the order in which they run, and take both streams through the layer."""
         found = find_sites(self.layer, self.trace, self.streams.dense.shape[-1])
         goals = _advance_dense(self.layer, found if method == "residual" else [], self.streams)
+        check_states(self.streams.dense, f"Layer {self.number}")
         self._silence_biases()
         errors: list[_Errors] = []
         for position, site in enumerate(found):
@@ -255,20 +258,24 @@ class _LayerRefit:
 
         Raises:
             CheckpointError: float32 cannot hold what it reads.
+            VerificationError: the dtype on disk cannot hold what is solved.
         """
         errors = []
         dtype = self._stored_dtype(site)
+        template, numbers = split_name(site.name)
+        name = template.format(self.number, *numbers[1:])
         for expert, own in moments.items():
             matrix, kept = self._matrix(site, expert), self._kept(site, expert)
             if self.whole.processes.is_first:
                 if not own.is_finite:
-                    template, numbers = split_name(site.name)
                     raise CheckpointError(
-                        f"What {template.format(self.number, *numbers[1:])} reads is too large for float32: weights of "
-                        "that layer are damaged. Download the checkpoint again."
+                        f"What {name} reads is too large for float32: weights of that layer are damaged. Download the "
+                        "checkpoint again."
                     )
                 removal = own.error(only(matrix, kept))
-                matrix.copy_(solve_reader(own, matrix, kept, DAMPING).to(dtype))
+                solved = solve_reader(own, matrix, kept, DAMPING).to(dtype)
+                check_finite(name, solved)
+                matrix.copy_(solved)
                 errors.append(_Errors(removal, own.error(matrix), own.total))
             self.whole.processes.copy_from_first_(matrix)
         return errors

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from llmprune_cli.architecture import expected_index, reconfigure
 from llmprune_cli.checkpoint import TensorEntry, read_index
 from llmprune_cli.errors import UnsupportedError
-from llmprune_cli.layerwise import LayeredModel
+from llmprune_cli.layerwise import LayeredModel, check_states
 from llmprune_cli.names import split_name
 from llmprune_cli.residual import Norm, ResidualStream
 from llmprune_cli.staging import scratch_space
@@ -58,6 +58,7 @@ def principal_components(
         add(stream)
         for number in range(model.layers):
             model.load_layer(number).advance(stream)
+            check_states(stream, f"Layer {number}")
             add(stream)
             progress(1)
         model.processes.sum_(moment)

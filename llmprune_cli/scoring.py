@@ -6,6 +6,7 @@ An importance is one function with the signature of `Importance`; adding it to `
 from __future__ import annotations
 
 import math
+import re
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from llmprune_cli.architecture import Widths
 from llmprune_cli.checkpoint import Checkpoint
+from llmprune_cli.errors import CheckpointError
 from llmprune_cli.groups import Binding, Trace, instance_of
 from llmprune_cli.names import split_name
 
@@ -87,6 +89,22 @@ def score_random(checkpoint: Checkpoint, trace: Trace, widths: Widths, seed: int
 IMPORTANCES: dict[str, Importance] = {"magnitude": score_magnitude, "random": score_random}
 
 
+def check_scores(scores: Scores) -> None:
+    """Hold that units can be ranked.
+
+    Raises:
+        CheckpointError: scores are NaN or infinite.
+    """
+    for width, by_instance in scores.items():
+        for instance, score in by_instance.items():
+            if not score.isfinite().all():
+                place = f" of layer {re.split('[.#]', instance)[0]}" if instance else ""
+                raise CheckpointError(
+                    f"The scores by {width}{place} are NaN or infinite: weights that count there are damaged. Download "
+                    "the checkpoint again."
+                )
+
+
 def instances(checkpoint: Checkpoint, trace: Trace) -> Iterator[tuple[str, str]]:
     """Every (width, instance) for which units have to be chosen, each once, in the order of the checkpoint."""
     seen: dict[tuple[str, str], None] = {}
@@ -108,18 +126,26 @@ def squared_sums(tensor: torch.Tensor, axes: set[int], scratch: torch.Tensor) ->
     """
     import torch
 
+    sums = _squared_sums(tensor, axes, scratch, tensor.dtype)
+    if tensor.dtype == torch.float16 and not all(own.isfinite().all() for own in sums.values()):
+        sums = _squared_sums(tensor, axes, scratch, torch.float32)  # squares, or their sums, were beyond 65,504
+    return sums
+
+
+def _squared_sums(
+    tensor: torch.Tensor, axes: set[int], scratch: torch.Tensor, dtype: torch.dtype
+) -> dict[int, torch.Tensor]:
+    import torch
+
+    size = tensor.numel() * dtype.itemsize
     if not axes:
         return {}
-    if tensor.nbytes <= scratch.numel():
-        squares = _squares(tensor, scratch)
-        sums = {axis: _sums_along(squares, axis) for axis in axes}
-    else:
-        slabs = math.ceil(tensor.nbytes / scratch.numel())
-        parts = {axis: torch.tensor_split(tensor, slabs + 1, dim=axis) for axis in axes}
-        sums = {axis: torch.cat([_sums_along(_squares(p, scratch), axis) for p in parts[axis]]) for axis in axes}
-    if tensor.dtype == torch.float16 and not all(own.isfinite().all() for own in sums.values()):
-        return squared_sums(tensor.float(), axes, scratch)
-    return sums
+    if size <= scratch.numel():
+        squares = _squares(tensor.to(dtype), scratch)
+        return {axis: _sums_along(squares, axis) for axis in axes}
+    slabs = math.ceil(size / scratch.numel())
+    parts = {axis: torch.tensor_split(tensor, slabs + 1, dim=axis) for axis in axes}
+    return {axis: torch.cat([_sums_along(_squares(p.to(dtype), scratch), axis) for p in parts[axis]]) for axis in axes}
 
 
 def whole_sum(tensor: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from llmprune_cli.names import split_name
 from llmprune_cli.options import Listener, PruneOptions
 from llmprune_cli.plan import Plan, Target, WidthRequest, choose, fingerprint, most_plan_bytes, read_plan, resolve
 from llmprune_cli.reconstruction import Streams, refit
-from llmprune_cli.scoring import IMPORTANCES, Scores, instances
+from llmprune_cli.scoring import IMPORTANCES, Scores, check_scores, instances
 from llmprune_cli.search import Budget, Candidate, least_target, search_widths
 from llmprune_cli.sharedwork import SharedWork
 from llmprune_cli.statistics_store import StatisticsStore, statistics_key
@@ -221,7 +221,9 @@ def _score_weights(subject: Subject, target: Target, importance: str, seed: int,
     checkpoint = replace(subject.checkpoint, entries=tuple(entries))
     listener.stage("Scoring", checkpoint.size_bytes)
     score = IMPORTANCES[importance]
-    return score(checkpoint, subject.trace.limited_to(scored), subject.widths, seed, listener.advance)
+    scores = score(checkpoint, subject.trace.limited_to(scored), subject.widths, seed, listener.advance)
+    check_scores(scores)
+    return scores
 
 
 def _score_units(
@@ -279,11 +281,14 @@ def _measure_once(
     model, folder = subject.layered(options.layer_device), options.offload_dir
     if kind == "taylor":
         listener.stage("Measuring gradients", 2 * model.layers)
-        return measure_gradients(model, subject.trace, windows, _states_folder(options), listener.advance)
-    listener.stage("Measuring activity", model.layers)
-    with torch.inference_mode():
-        stream = model.embed(model.share(windows), folder)
-        return measure_activity(model, subject.trace, stream, kind, listener.advance, folder)
+        activity = measure_gradients(model, subject.trace, windows, _states_folder(options), listener.advance)
+    else:
+        listener.stage("Measuring activity", model.layers)
+        with torch.inference_mode():
+            stream = model.embed(model.share(windows), folder)
+            activity = measure_activity(model, subject.trace, stream, kind, listener.advance, folder)
+    check_scores(activity.scores)
+    return activity
 
 
 def _states_folder(options: PruneOptions) -> Path:

@@ -252,7 +252,7 @@ def scratch_folder() -> Iterator[Path]:
         with scratch_space():
             place = Path(tempfile.gettempdir())
             folder = place / f"{SCRATCH}{uuid.uuid4().hex[:12]}"
-            stack.enter_context(locked_folder(folder))
+            stack.enter_context(locked_folder(folder, PATIENCE_S))  # others may be clearing it away just now
             folder.chmod(stat.S_IRWXU)
         for other in place.glob(f"{SCRATCH}*"):
             if other != folder:

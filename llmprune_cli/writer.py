@@ -37,12 +37,14 @@ def parse_size(text: str) -> int:
 def layout_shards(entries: Sequence[TensorEntry], max_shard_bytes: int) -> list[list[TensorEntry]]:
     """Split tensors, in order, into files of at most `max_shard_bytes`; a larger tensor gets a file of its own."""
     shards: list[list[TensorEntry]] = [[]]
-    empty = filled = len(_encode_header([])) + PADDED
+    header_bytes = len(_encode_header([])) + PADDED
+    filled = header_bytes
     for entry in entries:
+        # no offset has more digits than the limit; the braces make up for the comma
         size = entry.size_bytes + len(_as_json({entry.name: _described(entry, max_shard_bytes, max_shard_bytes)}))
         if shards[-1] and filled + size > max_shard_bytes:
             shards.append([])
-            filled = empty
+            filled = header_bytes
         shards[-1].append(entry)
         filled += size
     return shards

@@ -472,6 +472,7 @@ hostile("tokenizer: missing", lambda folder: (folder / TOKENIZER).unlink(), EVAL
 hostile("tokenizer: a pipe", replaced(TOKENIZER, os.mkfifo), EVAL)
 hostile("tokenizer: a terabyte", sparse(TOKENIZER, 10**12), EVAL)
 hostile("tokenizer: a terabyte to copy", sparse(TOKENIZER, 10**12))
+hostile("licence: a terabyte", sparse("LICENSE", 10**12))
 hostile(
     "tokenizer: code of its own",
     edit(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -19,7 +21,7 @@ import pytest
 from conftest import BY_MAGNITUDE, Run, run_cli
 from llmprune_cli.errors import CheckpointError
 
-USAGE, CHECKPOINT, UNSUPPORTED, PLAN, OUTPUT, MEMORY, INTERRUPTED = 2, 3, 4, 5, 6, 9, 130
+USAGE, CHECKPOINT, UNSUPPORTED, PLAN, OUTPUT, VERIFICATION, MEMORY, INTERRUPTED = 2, 3, 4, 5, 6, 7, 9, 130
 
 
 def state_of(folder: Path) -> dict[str, str]:
@@ -180,7 +182,7 @@ CALIBRATED = ("--calibration-tokens", "240", "--calibration-seq-len", "40", "--i
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("model.embed_tokens.weight", 3e37, "Layer 0 turns the calibration text into NaN"),
+        ("model.embed_tokens.weight", 3e37, "The embedding turns text into NaN"),
         ("model.layers.1.self_attn.v_proj.weight", float("inf"), "Layer 1"),
         ("model.layers.1.mlp.down_proj.weight", float("nan"), "Layer 1"),
         ("model.layers.1.mlp.down_proj.weight", 3e37, "Layer 1"),
@@ -197,15 +199,46 @@ def test_weights_that_are_no_numbers(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("importance", ["range", "activation", "taylor"])
-@pytest.mark.parametrize("refit", ["none", "local", "residual"])
-def test_no_way_to_calibrate_swallows_infinity(
-    model: Path, text_file: Path, tmp_path: Path, importance: str, refit: str
-) -> None:
-    damage(model, "model.layers.1.mlp.gate_proj.weight", 1e38)
-    ways = ("--importance", importance, "--refit", refit, "--calibration", text_file)
+def with_a_neuron_beyond_float32(model: Path) -> None:
+    """Weights that are numbers, as is what their layer makes of text; but in between the squares are too large."""
+    damage(model, "model.layers.1.mlp.up_proj.weight", 1e23, last_axis=False)
+    damage(model, "model.layers.1.mlp.down_proj.weight", 1e-24)
+
+
+@pytest.mark.parametrize("importance", ["range", "activation", "taylor", "consensus", "random"])
+def test_no_importance_swallows_infinity(model: Path, text_file: Path, tmp_path: Path, importance: str) -> None:
+    with_a_neuron_beyond_float32(model)
+    ways = ("--importance", importance, "--calibration", text_file)
     run = run_cli("prune", model, *CALIBRATED, *ways, "--output", tmp_path / "out")
     assert_refused(run, CHECKPOINT, "damaged")
+
+
+@pytest.mark.parametrize("refit", ["local", "residual"])
+def test_no_refit_swallows_infinity(model: Path, text_file: Path, tmp_path: Path, refit: str) -> None:
+    with_a_neuron_beyond_float32(model)
+    ways = ("--importance", "random", "--refit", refit, "--calibration", text_file)
+    run = run_cli("prune", model, *CALIBRATED, *ways, "--output", tmp_path / "out")
+    assert_refused(run, CHECKPOINT, "model.layers.1.mlp.down_proj.weight reads is too large for float32")
+
+
+@pytest.mark.parametrize("refit", ["local", "residual"])
+def test_solved_weights_that_their_dtype_cannot_hold(
+    make_tiny: Callable[..., Path], text_file: Path, tmp_path: Path, refit: str
+) -> None:
+    """Neurons twice, so that one of each pair has to do the work of both, with weights beyond 65,504."""
+    from safetensors.torch import load_file, save_file
+
+    model = make_tiny(dtype="float16", shard="10MB")
+    tensors = load_file(model / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "up_proj" in name or "gate_proj" in name:
+            tensor[24:] = tensor[:24]
+        elif "down_proj" in name:
+            tensor.copy_(tensor.sign() * 6e4)[:, 24:] = tensor[:, :24].sign() * 6e4
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    ways = ("--importance", "range", "--refit", refit, "--calibration", text_file)
+    run = run_cli("prune", model, *CALIBRATED, *ways, "--output", tmp_path / "out")
+    assert_refused(run, VERIFICATION, "model.layers.0.mlp.down_proj.weight would be written", "as float16")
 
 
 def test_scores_that_are_no_numbers_choose_nothing(model: Path, tmp_path: Path) -> None:
@@ -215,14 +248,14 @@ def test_scores_that_are_no_numbers_choose_nothing(model: Path, tmp_path: Path) 
     assert_prune_refused(model, tmp_path, CHECKPOINT, "intermediate_size of layer 1", "damaged", options=cut)
 
 
-def damage(model: Path, name: str, value: float) -> None:
-    """Put a value into one row of a vector, or into one column of a matrix."""
+def damage(model: Path, name: str, value: float, last_axis: bool = True) -> None:
+    """Put a value into one element of a vector, or into one column or row of a matrix."""
     from safetensors.torch import load_file, save_file
 
     for shard in model.glob("*.safetensors"):
         tensors = load_file(shard)
         if name in tensors:
-            tensors[name][..., 0] = value
+            tensors[name][(..., 0) if last_axis else 0] = value
             save_file(tensors, shard, metadata={"format": "pt"})
             return
     raise AssertionError(name)
@@ -489,8 +522,8 @@ def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
-@pytest.mark.parametrize("interruption", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_an_interrupted_prune_leaves_nothing(large_model: Path, tmp_path: Path, interruption: signal.Signals) -> None:
+@pytest.mark.parametrize("interruption", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_an_interrupted_prune_leaves_nothing(large_model: Path, tmp_path: Path, interruption: str) -> None:
     command = [sys.executable, "-m", "llmprune_cli", "prune", large_model, *BY_MAGNITUDE, "--intermediate-size", "4090"]
     command += ["--importance", "random", "--output", tmp_path / "out"]
     child = subprocess.Popen(
@@ -504,14 +537,46 @@ def test_an_interrupted_prune_leaves_nothing(large_model: Path, tmp_path: Path, 
     while not (tmp_path / ".out.llmprune-work" / "new" / "model.safetensors").exists():
         assert child.poll() is None and time.monotonic() < deadline, "no writing was seen"
         time.sleep(0.005)
-    child.send_signal(interruption)
+    child.send_signal(getattr(signal, interruption))
     stdout, stderr = child.communicate(timeout=60)
     assert child.returncode == INTERRUPTED, stderr
     assert stdout == "" and "Traceback" not in stderr
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("error", ["torch.empty(2**50, dtype=torch.uint8)", "numpy.empty(2**50)", "cuda", "refused"])
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such terminals")
+def test_a_terminal_that_goes_away(large_model: Path, tmp_path: Path) -> None:
+    import fcntl
+    import pty
+    import termios
+
+    command = [sys.executable, "-m", "llmprune_cli", "prune", large_model, *BY_MAGNITUDE, "--intermediate-size", "4090"]
+    command += ["--importance", "random", "--output", tmp_path / "out"]
+    terminal, its_end = pty.openpty()
+    child = subprocess.Popen(
+        list(map(str, command)),
+        stdin=its_end,
+        stdout=its_end,
+        stderr=its_end,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(its_end)
+    os.set_blocking(terminal, False)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / ".out.llmprune-work" / "new" / "model.safetensors").exists():
+        assert child.poll() is None and time.monotonic() < deadline, "no writing was seen"
+        with contextlib.suppress(BlockingIOError):
+            os.read(terminal, 4096)
+        time.sleep(0.005)
+    os.close(terminal)
+    assert child.wait(timeout=60) == INTERRUPTED
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "error", ["torch.empty(2**50, dtype=torch.uint8)", "numpy.empty(2**50)", "cuda", "mapped", "refused"]
+)
 def test_memory_that_runs_out(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, error: str) -> None:
     import numpy
     import torch
@@ -522,9 +587,11 @@ def test_memory_that_runs_out(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch,
         shortage = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16.00 GiB.")
         if error == "cuda":
             raise shortage
+        if error == "mapped":
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         if error == "refused":
             raise CheckpointError("It cannot be loaded.") from shortage
         eval(error, {"torch": torch, "numpy": numpy})
 
     monkeypatch.setattr(pipeline, "inspect", exhaust)
-    assert_refused(run_cli("inspect", tiny_llama), MEMORY, "Memory ran out: ", "--max-seq-len")
+    assert_refused(run_cli("inspect", tiny_llama), MEMORY, "Memory ran out: ", "--calibration-tokens")

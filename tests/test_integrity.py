@@ -19,7 +19,7 @@ from llmprune_cli import integrity, loading
 from llmprune_cli.errors import CheckpointError
 from llmprune_cli.loading import ModelReference, open_checkpoint
 from llmprune_cli.staging import locked_folder, scratch_folder
-from test_checkpoint_forms import gguf_pair
+from test_checkpoint_forms import FP8, edit_config, gguf_pair, quantize_fp8, rewrite
 
 CUT = (*BY_MAGNITUDE, "--intermediate-size", "24")
 
@@ -188,25 +188,29 @@ def test_a_file_that_vanishes_before_it_is_opened_is_named(
     assert run.code == 3 and name in run.stderr and not (tmp_path / "out").exists(), run.stderr
 
 
-@pytest.mark.parametrize("form", ["bin", "gguf"])
+@pytest.mark.parametrize("converter", ["convert_bin", "convert_gguf", "dequantize"])
 def test_a_file_that_changes_while_it_is_converted_is_noticed(
-    form: str, make_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    converter: str, make_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if form == "bin":
+    if converter == "convert_bin":
         source = make_tiny(shard="10MB")
         converted = source / "pytorch_model.bin"
         torch.save(load_file(source / "model.safetensors"), converted)
         (source / "model.safetensors").unlink()
-    else:
+    elif converter == "convert_gguf":
         source = converted = gguf_pair(tmp_path, "llama")[1]
-    original = getattr(loading, f"convert_{form}")
+    else:
+        source = rewrite(make_tiny(), tmp_path / "form", lambda tensors: quantize_fp8(tensors, (8, 16)))
+        edit_config(source, quantization_config=FP8, dtype="bfloat16")
+        converted = source / "model.safetensors"
+    original = getattr(loading, converter)
 
     def convert(*rest: object) -> object:
         result = original(*rest)
         flip(converted)
         return result
 
-    monkeypatch.setattr(loading, f"convert_{form}", convert)
+    monkeypatch.setattr(loading, converter, convert)
     run = run_cli("export", source, "--output", tmp_path / "out")
     assert run.code == 3 and f"{converted} changed while it was being read" in run.stderr.replace("\n", " ")
     assert not (tmp_path / "out").exists()
@@ -255,6 +259,30 @@ def test_scratch_of_dead_runs_goes_and_that_of_others_stays(tmp_path: Path, monk
         assert found == {"llmprune-running", "llmprune-of-something-else", "llmprune-link", "elsewhere"}
         assert (tmp_path / "elsewhere" / "deep").is_dir() and (tmp_path / "llmprune-running" / "deep").is_dir()
     assert not scratch.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here")
+def test_runs_that_begin_together_leave_each_other_their_scratch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each clears away what it finds, which may be what another has just begun to make."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    children = []
+    for _ in range(4):
+        child = os.fork()
+        if child == 0:
+            try:
+                for _ in range(100):
+                    with scratch_folder() as folder:
+                        (folder / "kept").touch()
+                        assert (folder / "kept").exists()
+                os._exit(0)
+            except BaseException as error:
+                os.write(2, f"{error!r}\n".encode())
+                os._exit(1)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_temporary_disk_that_takes_nothing_is_named(

@@ -231,7 +231,8 @@ def lost_shard(scene: Scene, command: str, event: int, chance: random.Random) ->
 
 def other_shard(scene: Scene, command: str, event: int, chance: random.Random) -> Fault:
     """A shard of the input that is written to: the same size, longer, or cut short."""
-    shard, how, other_bytes = chance.choice(shards_of(scene.source)), chance.randrange(3), chance.randbytes(64)
+    shard, how = chance.choice(shards_of(scene.source)), chance.randrange(3)
+    other_bytes = bytes(byte & 0x3F for byte in chance.randbytes(64))  # numbers between 0 and 2 in any dtype
 
     def change() -> None:
         with shard.open("r+b") as file:
