@@ -290,6 +290,7 @@ def _fill(
     """Refit, write and judge."""
     repaired, repairs = repair(subject, plan, options, calibration, work, listener)
     checksums = write_pruned(repaired, plan, staging, manifest, options.max_shard_bytes, listener)
+    _warn_of_large_shards(staging, options.max_shard_bytes, listener)
     card = None
     if calibration is not None:
         card = report_card(subject, staging, plan, options, calibration, repairs, listener)
@@ -328,6 +329,12 @@ def evaluate(
 # --- export --------------------------------------------------------------------------------------------------------
 
 
+def _warn_of_large_shards(folder: Path, most_bytes: int, listener: Listener) -> None:
+    large = sum(path.stat().st_size > most_bytes for path in folder.glob("*.safetensors"))
+    if large:
+        listener.warn(f"Shards larger than --max-shard-size: {large}. Each holds one tensor, which cannot be split.")
+
+
 def export(
     reference: ModelReference,
     output: Path,
@@ -364,6 +371,7 @@ def export(
             listener.stage("Exporting", checkpoint.size_bytes)
             as_asked = options if form.keeps_dtypes else replace(options, dtype=dtype)
             checksums = form.write(checkpoint, staging, as_asked, listener.advance)
+            _warn_of_large_shards(staging, options.max_shard_bytes, listener)
             if not reason:
                 listener.stage("Verifying", len(PROMPTS))
                 verification = verify(checkpoint, form, staging, dtype, listener.advance)

@@ -242,6 +242,10 @@ def test_export_changes_dtype_and_shards_and_nothing_else(tiny_llama: Path, tmp_
     assert all(torch.equal(before[name].bfloat16(), after[name]) for name in before)
     shards = list((tmp_path / "half").glob("model-*.safetensors"))
     assert len(shards) > 2 and max(shard.stat().st_size for shard in shards) <= 25_000
+    assert "larger than" not in run.stderr
+    small = run_cli("export", tiny_llama, "--output", tmp_path / "small", "--max-shard-size", "10KB")
+    large = [shard for shard in (tmp_path / "small").glob("*.safetensors") if shard.stat().st_size > 10_000]
+    assert large and f"Shards larger than --max-shard-size: {len(large)}." in small.stderr
     model = load_stock(tmp_path / "half")
     assert model.config.dtype == torch.bfloat16
     assert run_cli("export", tiny_llama, "--output", tmp_path / "same").code == 0
