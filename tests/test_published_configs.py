@@ -11,7 +11,7 @@ from conftest import run_cli
 from published_configs import CONFIGS, PARAMETERS
 
 PRUNING_RATIOS = (0.1, 0.25, 0.5)
-TIME_LIMIT = 10.0  # seconds for each dry run, whatever the model's size
+TIME_LIMIT = 10.0  # seconds of CPU time for each dry run, whatever the model's size and whatever else the machine does
 
 # Configuration field → the width that it holds, written out for every family so as not to lean on the tool's own table.
 HEADS = {"num_attention_heads": "num_attention_heads", "num_key_value_heads": "num_key_value_heads"}
@@ -116,9 +116,9 @@ def test_dry_run_counts_what_the_published_model_would_become(tmp_path: Path, mo
     config = CONFIGS[model]
     (tmp_path / "config.json").write_text(json.dumps(config))
     for pruning_ratio in PRUNING_RATIOS:
-        started = time.perf_counter()
+        started = time.process_time()
         run = run_cli("prune", tmp_path, "--pruning-ratio", str(pruning_ratio), "--dry-run", "--json")
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         assert run.code == 0, run.stderr
         result = json.loads(run.stdout)
         assert result["before"]["parameters"] == PARAMETERS[model]
