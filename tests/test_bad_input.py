@@ -176,7 +176,9 @@ def test_a_pickle_that_would_run_code(model: Path, tmp_path: Path) -> None:
     assert_prune_refused(model, tmp_path, CHECKPOINT, "pytorch_model.bin")
 
 
-CALIBRATED = ("--calibration-tokens", "240", "--calibration-seq-len", "40", "--intermediate-size", "24")
+TOKENS = ("--calibration-tokens", "240", "--calibration-seq-len", "40")
+NEURONS = ("--intermediate-size", "24")
+CALIBRATED = (*TOKENS, *NEURONS)
 
 
 @pytest.mark.parametrize(
@@ -241,6 +243,39 @@ def test_solved_weights_that_their_dtype_cannot_hold(
     assert_refused(run, VERIFICATION, "model.layers.0.mlp.down_proj.weight would be written", "as float16")
 
 
+@pytest.mark.parametrize(
+    "ways",
+    [
+        ("--importance", "range", *NEURONS),
+        ("--importance", "taylor", *NEURONS),
+        ("--importance", "random", "--refit", "local", *NEURONS),
+        ("--importance", "random", "--refit", "none", "--layers", "1", "--layer-importance", "loss"),
+        ("--rotate", "--hidden-size", "32", "--refit", "none"),
+    ],
+    ids=["activity", "gradients", "refit", "leaving out layers", "rotation"],
+)
+def test_every_sweep_over_layers_stops_at_the_damaged_one(
+    model: Path, text_file: Path, tmp_path: Path, ways: tuple[str, ...]
+) -> None:
+    damage(model, "model.layers.1.mlp.down_proj.weight", float("nan"))
+    run = run_cli("prune", model, *TOKENS, *ways, "--calibration", text_file, "--output", tmp_path / "out")
+    assert_refused(run, CHECKPOINT, "Layer 1 turns text into NaN", "damaged")
+
+
+def test_a_search_stops_at_a_damaged_output_projection(model: Path, text_file: Path, tmp_path: Path) -> None:
+    damage(model, "lm_head.weight", float("nan"))
+    ways = ("--target-params", "80%", "--importance", "range", "--calibration", text_file)
+    run = run_cli("prune", model, *TOKENS, *ways, "--output", tmp_path / "out")
+    assert_refused(run, CHECKPOINT, "The final norm or the output projection", "damaged")
+
+
+def test_weights_that_are_all_zero_are_no_damage(model: Path, tmp_path: Path) -> None:
+    for projection in ("gate_proj", "up_proj", "down_proj"):
+        damage(model, f"model.layers.1.mlp.{projection}.weight", 0.0, everywhere=True)
+    run = run_cli("prune", model, *BY_MAGNITUDE, *NEURONS, "--output", tmp_path / "out")
+    assert run.code == 0, run.stderr
+
+
 def test_scores_that_are_no_numbers_choose_nothing(model: Path, tmp_path: Path) -> None:
     damage(model, "model.layers.1.mlp.gate_proj.weight", float("nan"))
     assert_prune_refused(model, tmp_path, CHECKPOINT, "The scores by hidden_size are NaN", "damaged")
@@ -248,14 +283,14 @@ def test_scores_that_are_no_numbers_choose_nothing(model: Path, tmp_path: Path) 
     assert_prune_refused(model, tmp_path, CHECKPOINT, "intermediate_size of layer 1", "damaged", options=cut)
 
 
-def damage(model: Path, name: str, value: float, last_axis: bool = True) -> None:
-    """Put a value into one element of a vector, or into one column or row of a matrix."""
+def damage(model: Path, name: str, value: float, last_axis: bool = True, everywhere: bool = False) -> None:
+    """Put a value into one element of a vector, into one column or row of a matrix, or everywhere."""
     from safetensors.torch import load_file, save_file
 
     for shard in model.glob("*.safetensors"):
         tensors = load_file(shard)
         if name in tensors:
-            tensors[name][(..., 0) if last_axis else 0] = value
+            tensors[name][... if everywhere else (..., 0) if last_axis else 0] = value
             save_file(tensors, shard, metadata={"format": "pt"})
             return
     raise AssertionError(name)

@@ -175,7 +175,8 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("form", FORMS)
 def test_llama_cpp_is_told_of(form: str, tmp_path: Path) -> None:
     family, settings = FORMS[form]
-    verified(export(tiny(tmp_path / "model", family, **settings), tmp_path / "gguf", "--dtype", "f32"))
+    run = export(tiny(tmp_path / "model", family, **settings), tmp_path / "gguf", "--dtype", "f32")
+    assert verified(run)["verification"]["same_tokens"] == 1
 
 
 # --- tokenizers ----------------------------------------------------------------------------------------------------
