@@ -207,12 +207,12 @@ def with_a_neuron_beyond_float32(model: Path) -> None:
     damage(model, "model.layers.1.mlp.down_proj.weight", 1e-24)
 
 
-@pytest.mark.parametrize("importance", ["range", "activation", "taylor", "consensus", "random"])
+@pytest.mark.parametrize("importance", ["range", "activation", "consensus"])
 def test_no_importance_swallows_infinity(model: Path, text_file: Path, tmp_path: Path, importance: str) -> None:
     with_a_neuron_beyond_float32(model)
-    ways = ("--importance", importance, "--calibration", text_file)
+    ways = ("--importance", importance, "--refit", "none", "--calibration", text_file)
     run = run_cli("prune", model, *CALIBRATED, *ways, "--output", tmp_path / "out")
-    assert_refused(run, CHECKPOINT, "damaged")
+    assert_refused(run, CHECKPOINT, "The scores by", "damaged")
 
 
 @pytest.mark.parametrize("refit", ["local", "residual"])
