@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup asks for
         signal.signal(signal.SIGHUP, _hang_up)
-    from llmprune_cli.cli import app
+    from llmprune_cli.cli.app import app
     from llmprune_cli.processes import ended_together, only_first_speaks
 
     with only_first_speaks():

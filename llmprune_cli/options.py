@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llmprune_cli.activations import CALIBRATED
-from llmprune_cli.calibration import CalibrationOptions
-from llmprune_cli.evaluation import RunningPerplexity
-from llmprune_cli.loading import pick_device
-from llmprune_cli.plan import WidthRequest
-from llmprune_cli.search import Budget
+from llmprune_cli.choose.activity import CALIBRATED
+from llmprune_cli.choose.search import Budget
+from llmprune_cli.plan.target import WidthRequest
+from llmprune_cli.run.calibration import CalibrationOptions
+from llmprune_cli.run.perplexity import RunningPerplexity
+from llmprune_cli.source.opening import pick_device
 
 
 @dataclass(frozen=True)

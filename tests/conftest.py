@@ -17,8 +17,8 @@ import pytest
 if TYPE_CHECKING:
     import torch
 
-    from llmprune_cli.layerwise import LayeredModel
-    from llmprune_cli.subject import Subject
+    from llmprune_cli.coupling.subject import Subject
+    from llmprune_cli.run.layered_model import LayeredModel
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -182,8 +182,8 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opened]:
     import torch
 
     import families
-    from llmprune_cli.loading import ModelReference, load_model, open_checkpoint
-    from llmprune_cli.subject import understand
+    from llmprune_cli.coupling.subject import understand
+    from llmprune_cli.source.opening import ModelReference, load_model, open_checkpoint
     from test_checkpoint_forms import rewrite
 
     family = request.param

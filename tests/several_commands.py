@@ -12,8 +12,8 @@ from typing import Any
 
 from llmprune_cli.__main__ import main
 from llmprune_cli.errors import OutputError
+from llmprune_cli.journal.workfolder import WorkFolder
 from llmprune_cli.processes import leave
-from llmprune_cli.workfolder import WorkFolder
 
 
 def fill_disk_after(layers: int) -> None:

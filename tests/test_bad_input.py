@@ -539,7 +539,7 @@ def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
-    from llmprune_cli.architecture import expected_index
+    from llmprune_cli.family.architecture import expected_index
 
     folder = tmp_path_factory.mktemp("large") / "model"
     config = LlamaConfig(
@@ -616,7 +616,7 @@ def test_memory_that_runs_out(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch,
     import numpy
     import torch
 
-    from llmprune_cli import pipeline
+    from llmprune_cli.commands import pipeline
 
     def exhaust(*_: object) -> None:
         shortage = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16.00 GiB.")

@@ -11,21 +11,21 @@ import torch
 
 import families
 from conftest import BY_MAGNITUDE, Opened, run_cli, save_tiny
-from llmprune_cli.activations import measure_activity
-from llmprune_cli.architecture import NEURONS
-from llmprune_cli.calibration import CalibrationOptions, prepare_calibration
-from llmprune_cli.checkpoint import Checkpoint
-from llmprune_cli.least_squares import Moments, solve_reader
-from llmprune_cli.loading import ModelReference, load_model, load_tokenizer, open_checkpoint
+from llmprune_cli.apply.pruned_folder import write_pruned
+from llmprune_cli.choose.activity import measure_activity
+from llmprune_cli.choose.magnitude import HEADS
+from llmprune_cli.choose.selection import make_plan
+from llmprune_cli.coupling.products import Product
+from llmprune_cli.coupling.subject import Subject, understand
+from llmprune_cli.family.architecture import NEURONS
+from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.options import Listener, PruneOptions
-from llmprune_cli.plan import Plan, WidthRequest, resolve
-from llmprune_cli.products import Product
-from llmprune_cli.pruned_folder import write_pruned
-from llmprune_cli.reconstruction import Streams, refit
-from llmprune_cli.scoring import HEADS
-from llmprune_cli.selection import make_plan
-from llmprune_cli.sites import Entry, Uses, find_sites
-from llmprune_cli.subject import Subject, understand
+from llmprune_cli.plan.target import Plan, WidthRequest, resolve
+from llmprune_cli.repair.least_squares import Moments, solve_reader
+from llmprune_cli.repair.refit import Streams, refit
+from llmprune_cli.repair.sites import Entry, Uses, find_sites
+from llmprune_cli.run.calibration import CalibrationOptions, prepare_calibration
+from llmprune_cli.source.opening import ModelReference, load_model, load_tokenizer, open_checkpoint
 
 CALIBRATED = ("--calibration-tokens", "600", "--calibration-seq-len", "40")
 

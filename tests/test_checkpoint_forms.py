@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from conftest import BY_MAGNITUDE, Run, run_cli, save_tiny
-from llmprune_cli.loading import ModelReference, open_checkpoint
+from llmprune_cli.source.opening import ModelReference, open_checkpoint
 from test_oracles import load_stock
 from test_peer import written_tensors
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
@@ -11,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,96 +23,6 @@ from test_oracles import load_stock
 from test_peer import written_tensors
 
 PACKAGE = Path(llmprune_cli.__file__).parent
-# Each module may import those before it.
-ORDER = (
-    "errors",
-    "processes",
-    "names",
-    "families",
-    "layers",
-    "architecture",
-    "checkpoint",
-    "staging",
-    "integrity",
-    "writer",
-    "groups",
-    "products",
-    "twin",
-    "dependency",
-    "scoring",
-    "plan",
-    "identity",
-    "proof",
-    "surgery",
-    "naming",
-    "statefiles",
-    "layerwise",
-    "throughput",
-    "subject",
-    "residual",
-    "rotation",
-    "search",
-    "activations",
-    "consensus",
-    "statistics_store",
-    "gguf_header",
-    "conversion",
-    "loading",
-    "export.formats",
-    "export.verification",
-    "export.safetensors",
-    "export.gguf_families",
-    "export.gguf_metadata",
-    "export.gguf_tensors",
-    "export.gguf_vocabulary",
-    "export.llamacpp",
-    "export.llamacpp_server",
-    "export.gguf",
-    "export.graphs",
-    "export.torch_export",
-    "export.onnx_graph",
-    "export.genai",
-    "export",
-    "export.runtimes",
-    "model_card",
-    "corpus",
-    "calibration",
-    "evaluation",
-    "divergence",
-    "statefiles",
-    "gradients",
-    "ablation",
-    "options",
-    "workfolder",
-    "sharedwork",
-    "least_squares",
-    "sites",
-    "reconstruction",
-    "results",
-    "repair_chart",
-    "selection",
-    "report_card",
-    "eval_report",
-    "pruned_folder",
-    "pipeline",
-    "output",
-    "cli",
-    "__main__",
-)
-# The only modules that may name a library.
-HOMES = {
-    "typer": {"cli"},
-    "rich": {"output"},
-    "datasets": {"corpus"},
-    "huggingface_hub": {"loading", "model_card"},
-    "safetensors": {"checkpoint", "proof", "reconstruction", "staging", "statistics_store"},
-    "accelerate": {"layerwise", "processes"},
-    "torch_pruning": {"dependency"},
-    "gguf": {"gguf_header", "export.gguf", "export.gguf_metadata", "export.gguf_tensors", "export.gguf_vocabulary"},
-    "xllamacpp": {"export.llamacpp_server"},
-    "matplotlib": {"repair_chart"},
-    "filelock": {"staging"},
-}
 
 
 # --- help ----------------------------------------------------------------------------------------------------------
@@ -264,53 +173,6 @@ def test_export_keeps_the_manifest_of_a_pruned_model(tiny_llama: Path, tmp_path:
 
 
 # --- structure -----------------------------------------------------------------------------------------------------
-
-
-def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """Every module that a file names in an import, and whether that happens at the top."""
-    tree = ast.parse(path.read_text())
-    top = {id(node) for node in tree.body}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module, id(node) in top
-        elif isinstance(node, ast.Import):
-            yield from ((alias.name, id(node) in top) for alias in node.names)
-
-
-def modules() -> dict[str, Path]:
-    found = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
-        if name != "__init__":
-            found[name] = path
-    return found
-
-
-def test_imports_point_one_way() -> None:
-    assert set(modules()) == set(ORDER)
-    for name, path in modules().items():
-        for imported, _ in imports(path):
-            if imported.startswith("llmprune_cli."):
-                target = imported.removeprefix("llmprune_cli.")
-                assert ORDER.index(target) < ORDER.index(name), f"{name} imports {target}"
-
-
-def test_libraries_have_homes_and_heavy_ones_load_late() -> None:
-    """`products` derives a class of torch's, so it is itself imported late."""
-    for name, path in modules().items():
-        for imported, at_top in imports(path):
-            library = imported.split(".")[0]
-            assert name in HOMES.get(library, {name}), f"{name} imports {library}"
-            heavy = library in (
-                "torch",
-                "transformers",
-                "datasets",
-                "safetensors",
-                "huggingface_hub",
-                "accelerate",
-                "matplotlib",
-            )
-            assert not (heavy and at_top) or name == "products", f"{name} imports {library} at the top"
 
 
 @pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from conftest import run_cli
-from llmprune_cli.activations import Activity
-from llmprune_cli.calibration import spread_windows
-from llmprune_cli.consensus import agree
+from llmprune_cli.choose.activity import Activity
+from llmprune_cli.choose.consensus import agree
+from llmprune_cli.run.calibration import spread_windows
 
 
 def activity(**scores: dict[str, torch.Tensor]) -> Activity:

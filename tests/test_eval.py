@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from conftest import BY_MAGNITUDE, run_cli
-from llmprune_cli import eval_report, evaluation
-from llmprune_cli.loading import load_model
+from llmprune_cli.report import eval_report
+from llmprune_cli.run import perplexity as evaluation
+from llmprune_cli.source.opening import load_model
 
 WINDOW = 32
 

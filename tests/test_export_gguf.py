@@ -133,7 +133,7 @@ def test_llama_cpp_runs_every_architecture_pruned_or_it_is_refused(family: str, 
 def test_llama_cpp_indeed_loads_no_such_widths(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
-    from llmprune_cli.export.gguf_families import FAMILIES
+    from llmprune_cli.export.gguf.families import FAMILIES
 
     folder = tiny(tmp_path / "model", family, **ARCHITECTURES[family][0])
     assert (
@@ -219,7 +219,7 @@ def test_llama_cpp_tokenizes_as_the_tokenizer_does(name: str, byte_level_llama: 
     from gguf import GGUFReader
     from transformers import AutoTokenizer
 
-    from llmprune_cli.export.llamacpp import open_llamacpp
+    from llmprune_cli.export.gguf.llamacpp import open_llamacpp
 
     folder = Path(shutil.copytree(byte_level_llama, tmp_path / "model"))
     TOKENIZERS[name](folder)
@@ -254,7 +254,7 @@ def test_a_tokenizer_without_a_name_is_refused_with_the_way_out(byte_level_llama
 def test_other_tokens_fail_the_verification(
     byte_level_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmprune_cli.export import gguf_vocabulary
+    from llmprune_cli.export.gguf import vocabulary as gguf_vocabulary
 
     folder = Path(shutil.copytree(byte_level_llama, tmp_path / "model"))
     save_byte_level(folder, words(r"\p{N}"))

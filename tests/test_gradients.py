@@ -12,15 +12,15 @@ from test_calibration import CALIBRATED
 from torch.nn.functional import cross_entropy
 
 from conftest import Opened, run_cli, save_tiny
-from llmprune_cli.ablation import ablate_layers
-from llmprune_cli.activations import Activity
-from llmprune_cli.calibration import CalibrationOptions, prepare_calibration
+from llmprune_cli.choose.ablation import ablate_layers
+from llmprune_cli.choose.activity import Activity
+from llmprune_cli.choose.gradients import measure_gradients
+from llmprune_cli.choose.magnitude import EXPERTS, GROUPS, HEADS
+from llmprune_cli.coupling.subject import understand
 from llmprune_cli.errors import OutputError
-from llmprune_cli.gradients import measure_gradients
-from llmprune_cli.loading import ModelReference, load_tokenizer, open_checkpoint
-from llmprune_cli.scoring import EXPERTS, GROUPS, HEADS
-from llmprune_cli.statefiles import copy_states
-from llmprune_cli.subject import understand
+from llmprune_cli.run.calibration import CalibrationOptions, prepare_calibration
+from llmprune_cli.run.states import copy_states
+from llmprune_cli.source.opening import ModelReference, load_tokenizer, open_checkpoint
 from test_checkpoint_forms import rewrite
 
 

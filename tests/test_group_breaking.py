@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from conftest import tiny_config
 from families import FAMILIES, SIZES, model_type
-from llmprune_cli.architecture import Architecture, Widths, discover, expected_index
-from llmprune_cli.dependency import hold_against_torch_pruning
+from llmprune_cli.apply.proof import half_of, prove
+from llmprune_cli.apply.pruned_folder import prune_twin
+from llmprune_cli.apply.second_opinion import hold_against_torch_pruning
+from llmprune_cli.coupling.trace import Binding, Trace
+from llmprune_cli.coupling.twin import build_twin, proof_sizes, settle_head_dim, trace
 from llmprune_cli.errors import LlmpruneError, UnsupportedError
-from llmprune_cli.groups import Binding, Trace
-from llmprune_cli.proof import half_of, prove
-from llmprune_cli.pruned_folder import prune_twin
-from llmprune_cli.twin import build_twin, proof_sizes, settle_head_dim, trace
+from llmprune_cli.family.architecture import Architecture, Widths, discover, expected_index
 
 BINDINGS_BROKEN = 2  # of each width, drawn anew for every family
 

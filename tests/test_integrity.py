@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import BY_MAGNITUDE, run_cli, save_tiny
-from llmprune_cli import integrity, loading
 from llmprune_cli.errors import CheckpointError
-from llmprune_cli.loading import ModelReference, open_checkpoint
-from llmprune_cli.staging import locked_folder, scratch_folder
+from llmprune_cli.folder import integrity
+from llmprune_cli.folder.staging import locked_folder, scratch_folder
+from llmprune_cli.source import opening as loading
+from llmprune_cli.source.opening import ModelReference, open_checkpoint
 from test_checkpoint_forms import FP8, edit_config, gguf_pair, quantize_fp8, rewrite
 
 CUT = (*BY_MAGNITUDE, "--intermediate-size", "24")
@@ -164,17 +165,17 @@ def test_a_shard_that_changes_while_it_is_read_is_noticed(
 @pytest.mark.parametrize(
     ("reader", "name"),
     [
-        ("checkpoint._check_named_once", "model-00002"),
-        ("checkpoint.stamp", "model-00003"),
-        ("identity.stamp", "model-00001"),
-        ("loading.copy_small", "tokenizer.json"),
+        ("folder.checkpoint._check_named_once", "model-00002"),
+        ("folder.checkpoint.stamp", "model-00003"),
+        ("journal.identity.stamp", "model-00001"),
+        ("source.opening.copy_small", "tokenizer.json"),
     ],
 )
 def test_a_file_that_vanishes_before_it_is_opened_is_named(
     tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str, name: str
 ) -> None:
     source = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
-    module, function = reader.split(".")
+    module, function = reader.rsplit(".", 1)
     original = getattr(importlib.import_module(f"llmprune_cli.{module}"), function)
 
     def remove_first(path: Path, *rest: Path) -> object:

@@ -18,12 +18,12 @@ import pytest
 import torch
 
 from conftest import BY_MAGNITUDE, Run, run_cli, save_tiny
+from llmprune_cli.coupling.subject import understand
 from llmprune_cli.errors import OutputError
-from llmprune_cli.loading import ModelReference, open_checkpoint
-from llmprune_cli.plan import Target
-from llmprune_cli.staging import claimed
-from llmprune_cli.subject import understand
-from llmprune_cli.workfolder import WorkFolder
+from llmprune_cli.folder.staging import claimed
+from llmprune_cli.journal.workfolder import WorkFolder
+from llmprune_cli.plan.target import Target
+from llmprune_cli.source.opening import ModelReference, open_checkpoint
 from test_peer import written_tensors
 
 WORK = ".out.llmprune-work"

@@ -13,13 +13,13 @@ import torch
 
 import families
 from conftest import BY_MAGNITUDE, run_cli, save_tiny
+from llmprune_cli.apply.surgery import widen
+from llmprune_cli.coupling.subject import Subject, understand
 from llmprune_cli.errors import UnsupportedError
-from llmprune_cli.loading import ModelReference, open_checkpoint
-from llmprune_cli.plan import read_plan
-from llmprune_cli.residual import ResidualStream, find_residual_stream
-from llmprune_cli.rotation import principal_components, rotate, untie
-from llmprune_cli.subject import Subject, understand
-from llmprune_cli.surgery import widen
+from llmprune_cli.plan.target import read_plan
+from llmprune_cli.repair.residual_stream import ResidualStream, find_residual_stream
+from llmprune_cli.repair.rotation import principal_components, rotate, untie
+from llmprune_cli.source.opening import ModelReference, open_checkpoint
 from test_checkpoint_forms import rewrite
 from test_oracles import load_stock
 

@@ -9,18 +9,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune_cli.architecture import NEURONS, Architecture, Widths, expected_index
+import torch
+from torch import nn
+
+from llmprune_cli.coupling.trace import Binding, Keep, Trace, kept_mask, new_name, renumbered
+from llmprune_cli.coupling.twin import Twin, build_twin, proof_sizes
 from llmprune_cli.errors import UnsupportedError
-from llmprune_cli.groups import Binding, Keep, Trace, kept_mask, new_name, renumbered
-from llmprune_cli.layers import can_keep_layers
-from llmprune_cli.names import split_name
-from llmprune_cli.plan import Target
-from llmprune_cli.staging import scratch_folder, scratch_space
-from llmprune_cli.twin import Twin, build_twin, proof_sizes
+from llmprune_cli.family.architecture import NEURONS, Architecture, Widths, expected_index
+from llmprune_cli.family.layers import can_keep_layers
+from llmprune_cli.folder.names import split_name
+from llmprune_cli.folder.staging import scratch_folder, scratch_space
+from llmprune_cli.plan.target import Target
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
     from transformers import PreTrainedModel
 
 TOLERANCE = 1e-4  # relative; RoPE, softmax and norms run in float32 inside a float64 model
@@ -113,14 +114,11 @@ def half_of(architecture: Architecture, changed: tuple[str, ...]) -> Target:
 
 def _keep_positive(twin: Twin) -> None:
     """Move the embeddings up, so that the sum over a token's channels stays positive, which `_silence_removed` uses."""
-    import torch
-
     with torch.no_grad():
         next(twin.model.get_input_embeddings().parameters()).add_(3.0)
 
 
 def _load_stock(folder: Path, family: str) -> PreTrainedModel:
-    import torch
     from transformers import AutoModelForCausalLM
 
     loaded: Any
@@ -179,8 +177,6 @@ def _compare(dense: PreTrainedModel, pruned: PreTrainedModel, tokens: torch.Tens
 
     The removed channels' embeddings are zero as well, for families that read the residual stream without a norm.
     """
-    import torch
-
     with torch.no_grad(), _norms_of_kept(dense, pruned, kept):
         if channels := kept.keep.get("hidden_size", {}).get(""):
             embedding = next(dense.get_input_embeddings().parameters())
@@ -206,8 +202,6 @@ def _normed(traced: Trace, name: str, module: nn.Module) -> Binding | None:
 @contextmanager
 def _norms_of_kept(model: PreTrainedModel, pruned: PreTrainedModel, kept: _Kept) -> Iterator[None]:
     """Let every norm of pruned elements see the kept ones only: the pruned norm with the dense one's weights."""
-    import torch
-
     small_modules, hooks = dict(pruned.named_modules()), []
     for name, module in model.named_modules():
         numbers = split_name(name)[1]

@@ -6,19 +6,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llmprune_cli.architecture import Architecture, with_widths
-from llmprune_cli.checkpoint import MANIFEST_NAME, Checkpoint, read_index
+from llmprune_cli.apply.surgery import pruned_entries, pruned_tensors
+from llmprune_cli.choose.selection import make_plan
+from llmprune_cli.coupling.subject import Subject
+from llmprune_cli.coupling.trace import Keep, Trace
 from llmprune_cli.errors import VerificationError
-from llmprune_cli.groups import Keep, Trace
-from llmprune_cli.identity import versions
-from llmprune_cli.loading import ModelReference, copy_companions
+from llmprune_cli.family.architecture import Architecture, with_widths
+from llmprune_cli.folder.checkpoint import MANIFEST_NAME, Checkpoint, read_index
+from llmprune_cli.folder.shards import write_json, write_shards
+from llmprune_cli.journal.identity import versions
 from llmprune_cli.options import Listener, PruneOptions
-from llmprune_cli.plan import Plan, Target, WidthRequest
-from llmprune_cli.results import SCHEMA_VERSION, ModelSummary
-from llmprune_cli.selection import make_plan
-from llmprune_cli.subject import Subject
-from llmprune_cli.surgery import pruned_entries, pruned_tensors
-from llmprune_cli.writer import write_json, write_shards
+from llmprune_cli.plan.target import Plan, Target, WidthRequest
+from llmprune_cli.report.results import SCHEMA_VERSION, ModelSummary
+from llmprune_cli.source.opening import ModelReference, copy_companions
 
 
 def write_pruned(

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Container, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llmprune_cli.architecture import NEURONS, Architecture, expected_index
+from torch import nn
+
+from llmprune_cli.coupling.trace import Trace
+from llmprune_cli.coupling.twin import Twin, build_twin, trace_sizes
 from llmprune_cli.errors import UnsupportedError
-from llmprune_cli.groups import Trace
-from llmprune_cli.names import split_name
-from llmprune_cli.twin import Twin, build_twin, trace_sizes
-
-if TYPE_CHECKING:
-    from torch import nn
+from llmprune_cli.family.architecture import NEURONS, Architecture, expected_index
+from llmprune_cli.folder.names import split_name
 
 Place = tuple[str, int]  # (tensor name, axis)
 
@@ -47,7 +46,6 @@ def hold_against_torch_pruning(architecture: Architecture, traced: Trace) -> int
 def _groups(twin: Twin, traced: Trace) -> Iterator[tuple[str, int, dict[Place, tuple[int, ...]]]]:
     """Width, unit and torch-pruning's indices on linear layers, for a unit of every MLP and a channel."""
     import torch_pruning as tp
-    from torch import nn
 
     twin.model.config.use_cache = False
     try:
@@ -84,8 +82,6 @@ def _size(twin: Twin, place: Place) -> int:
 
 
 def _linear_places(group: Any, names: dict[nn.Module, str], stored: Container[str]) -> dict[Place, tuple[int, ...]]:
-    from torch import nn
-
     found: dict[Place, set[int]] = {}
     for dependency, indices in group:
         module = dependency.target.module
@@ -99,8 +95,6 @@ def _ours(
     twin: Twin, traced: Trace, width: str, unit: int, group: dict[Place, tuple[int, ...]]
 ) -> dict[Place, tuple[int, ...]]:
     """The indices that the trace couples, on the linear layers with the numbers of the group's."""
-    from torch import nn
-
     numbers = {split_name(name)[1] for name, _ in group}
     found = {}
     for name, module in twin.model.named_modules():

@@ -7,17 +7,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache, lru_cache
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
-from llmprune_cli.checkpoint import Checkpoint, TensorEntry
+import torch
+
+from llmprune_cli.coupling.trace import Trace, kept_mask, new_name, renumbered
 from llmprune_cli.errors import PlanError
-from llmprune_cli.families import FAMILIES, Family
-from llmprune_cli.groups import Trace, kept_mask, new_name, renumbered
-from llmprune_cli.names import split_name
-from llmprune_cli.plan import Plan, Target, predicted_tensors
-
-if TYPE_CHECKING:
-    import torch
+from llmprune_cli.family.exceptions import FAMILIES, Family
+from llmprune_cli.folder.checkpoint import Checkpoint, TensorEntry
+from llmprune_cli.folder.names import split_name
+from llmprune_cli.plan.target import Plan, Target, predicted_tensors
 
 
 def remaining(checkpoint: Checkpoint, trace: Trace, plan: Plan) -> tuple[Checkpoint, dict[str, str]]:
@@ -127,8 +125,6 @@ def widen(norm: torch.Tensor, offset: float, plan: Plan) -> torch.Tensor:
 
 def take(tensor: torch.Tensor, axis: int, index: torch.Tensor) -> torch.Tensor:
     """`index_select`, bit for bit, through NumPy, which is several times as fast along the inner axis."""
-    import torch
-
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     taken = tensor.view(bits).numpy().take(index.numpy(), axis=axis)
     return torch.from_numpy(taken).view(tensor.dtype)

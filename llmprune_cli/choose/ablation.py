@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from llmprune_cli.divergence import predicted
-from llmprune_cli.layerwise import Ends, LayeredModel, check_states
+import torch
+from torch.nn import functional
+
 from llmprune_cli.processes import Processes
-from llmprune_cli.statefiles import copy_states
-
-if TYPE_CHECKING:
-    import torch
+from llmprune_cli.run.divergence import predicted
+from llmprune_cli.run.layered_model import Ends, LayeredModel, check_states
+from llmprune_cli.run.states import copy_states
 
 ABLATION_TOKENS = 2048  # of calibration text, at most: the cost grows with the square of the number of layers
 
@@ -53,8 +52,6 @@ def mean_nll(ends: Ends, states: torch.Tensor, items: int, windows: torch.Tensor
         states: hidden states behind the last layer, [N, T, D].
         items: see `Layer.returned_items`.
     """
-    from torch.nn import functional
-
     total = 0.0
     for window, places, wanted in predicted(ends, windows):
         logits = ends.logits(states[window : window + 1, places], items)[0]

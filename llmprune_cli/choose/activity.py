@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmprune_cli.architecture import NEURONS, Widths
-from llmprune_cli.groups import Reader, Trace, instance_of
-from llmprune_cli.layerwise import Layer, LayeredModel, check_states
-from llmprune_cli.names import split_name
+import torch
+
+from llmprune_cli.choose.magnitude import EXPERTS, GROUPS, HEADS, Scores
+from llmprune_cli.coupling.trace import Reader, Trace, instance_of
+from llmprune_cli.family.architecture import NEURONS, Widths
+from llmprune_cli.folder.names import split_name
 from llmprune_cli.processes import Processes
-from llmprune_cli.scoring import EXPERTS, GROUPS, HEADS, Scores
-from llmprune_cli.statefiles import new_states
+from llmprune_cli.run.layered_model import Layer, LayeredModel, check_states
+from llmprune_cli.run.states import new_states
 
 if TYPE_CHECKING:
-    import torch
-
-    from llmprune_cli.products import Product, Watcher
+    from llmprune_cli.coupling.products import Product, Watcher
 
 
 CALIBRATED = ("activation", "range", "taylor", "consensus")  # the importances that are measured on text
@@ -58,8 +58,6 @@ def measure_activity(
         progress: told after each layer.
         folder: of a second stream, see `new_states`.
     """
-    import torch
-
     widths = model.architecture.widths
     scores: Scores = defaultdict(dict)
     channels = torch.zeros(widths.hidden_size, dtype=torch.float64)
@@ -105,8 +103,6 @@ def block_influence(before: torch.Tensor, after: torch.Tensor, processes: Proces
 
     ShortGPT, arXiv 2403.03853, equation 1.
     """
-    import torch
-
     cosines = [torch.nn.functional.cosine_similarity(*pair, dim=-1) for pair in zip(before, after, strict=True)]
     every = torch.cat([before.new_empty(0), *cosines])
     total, count = processes.add_up(float(every.sum(dtype=torch.float64)), len(every))
@@ -119,8 +115,6 @@ def unit_ranges(layer: Layer, trace: Trace, widths: Widths, number: int) -> dict
     One term for each tensor that carries the neurons (one for each half of a fused gate|up), divided by its largest;
     float64 [units].
     """
-    import torch
-
     found: dict[tuple[str, str], torch.Tensor] = {}
     for name, tensor in layer.stored().items():
         template, numbers = split_name(name)
@@ -164,8 +158,6 @@ class _Inputs:
 
     def share_with(self, processes: Processes) -> None:
         """Add up what all processes have seen."""
-        import torch
-
         for expert, norms in self._norms.items():
             every = torch.cat(norms).double()
             self.expert_norms[expert] = torch.stack([every.sum(), every.new_tensor(len(every))])

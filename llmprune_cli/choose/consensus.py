@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import torch
 
-from llmprune_cli.activations import Activity
-from llmprune_cli.scoring import Scores
-
-if TYPE_CHECKING:
-    import torch
+from llmprune_cli.choose.activity import Activity
+from llmprune_cli.choose.magnitude import Scores
 
 FIRST_COUNTS = 2
 GRADIENT_SHARE_TOKENS = 8192  # of calibration text, at most: the inputs of all layers are kept on disk for the way back

@@ -6,20 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmprune_cli.activations import Activity, block_influence
-from llmprune_cli.architecture import NEURONS, on_disk
-from llmprune_cli.divergence import check_loss, predicted
-from llmprune_cli.groups import Trace, instance_of
-from llmprune_cli.layerwise import Ends, Layer, LayeredModel, batches, check_states
-from llmprune_cli.names import split_name
+import torch
+from torch.nn import functional
+
+from llmprune_cli.choose.activity import Activity, block_influence
+from llmprune_cli.choose.magnitude import EXPERTS, GROUPS, HEADS, Scores
+from llmprune_cli.coupling.trace import Trace, instance_of
+from llmprune_cli.family.architecture import NEURONS, on_disk
+from llmprune_cli.folder.names import split_name
 from llmprune_cli.processes import Processes
-from llmprune_cli.scoring import EXPERTS, GROUPS, HEADS, Scores
-from llmprune_cli.statefiles import copy_states
+from llmprune_cli.run.divergence import check_loss, predicted
+from llmprune_cli.run.layered_model import Ends, Layer, LayeredModel, batches, check_states
+from llmprune_cli.run.states import copy_states
 
 if TYPE_CHECKING:
-    import torch
-
-    from llmprune_cli.architecture import Widths
+    from llmprune_cli.family.architecture import Widths
 
 GRADIENT_TOKENS = 1024  # that run through a layer together while its intermediate results are kept for the way back
 
@@ -42,8 +43,6 @@ def measure_gradients(
         folder: for the files, L times the hidden states of all tokens in float32.
         progress: told after each layer, on the way forth and on the way back.
     """
-    import torch
-
     processes, tokens, windows = model.processes, windows[:, 1:].numel(), model.share(windows, GRADIENT_TOKENS)
     with torch.inference_mode(False), torch.no_grad():
         stream = model.embed(windows)
@@ -75,9 +74,6 @@ def loss_gradient(ends: Ends, states: torch.Tensor, items: int, windows: torch.T
         items: see `Layer.returned_items`.
         tokens: that are predicted in all processes, over whom the loss is a mean.
     """
-    import torch
-    from torch.nn import functional
-
     ends.model.requires_grad_(False)
     for window, places, wanted in predicted(ends, windows):
         part = states[window : window + 1, places]
@@ -96,8 +92,6 @@ def pull_back(layer: Layer, states: torch.Tensor, gradient: torch.Tensor) -> Non
     Args:
         states: the layer's input, [N, T, D].
     """
-    import torch
-
     for first, batch in batches(gradient, GRADIENT_TOKENS):
         given = states[first : first + len(batch)].clone().requires_grad_()
         with torch.enable_grad():
@@ -110,8 +104,6 @@ def pull_back(layer: Layer, states: torch.Tensor, gradient: torch.Tensor) -> Non
 
 def _sum_gradients(layer: Layer, processes: Processes) -> None:
     """Add up the gradients of a layer's weights over all processes; no token of some may have reached an expert."""
-    import torch
-
     weights = dict(layer.model.named_parameters())
     reached = {name for own in processes.gather([n for n, w in weights.items() if w.grad is not None]) for name in own}
     for name, weight in weights.items():
@@ -122,8 +114,6 @@ def _sum_gradients(layer: Layer, processes: Processes) -> None:
 
 def add_saliences(scores: Scores, layer: Layer, trace: Trace, widths: Widths, number: int) -> None:
     """Add |g·w| of a layer's weights to the scores of the units that they go with, float64 [units]."""
-    import torch
-
     weights = dict(layer.model.named_parameters())
     products = {n: w.new_zeros(w.shape) if w.grad is None else w.grad.mul_(w).abs_() for n, w in weights.items()}
     stored = layer.stored()

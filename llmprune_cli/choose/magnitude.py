@@ -11,16 +11,14 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from llmprune_cli.architecture import Widths
-from llmprune_cli.checkpoint import Checkpoint
+import torch
+
+from llmprune_cli.coupling.trace import Binding, Trace, instance_of
 from llmprune_cli.errors import CheckpointError
-from llmprune_cli.groups import Binding, Trace, instance_of
-from llmprune_cli.names import split_name
-
-if TYPE_CHECKING:
-    import torch
+from llmprune_cli.family.architecture import Widths
+from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.folder.names import split_name
 
 Scores = dict[str, dict[str, "torch.Tensor"]]  # width → instance → score of each unit, float32 [units]
 Progress = Callable[[int], None]  # told the bytes that were just read
@@ -41,8 +39,6 @@ def score_magnitude(checkpoint: Checkpoint, trace: Trace, widths: Widths, seed: 
     A query head's terms are its own query rows and output columns. A KV group's are its key and value rows and the rows
     and columns of all its query heads. An expert's are all its weights and its row in the router.
     """
-    import torch
-
     terms_of = {template: _terms(trace, template, widths) for template in trace.scored}
     totals: dict[tuple[str, str], torch.Tensor] = {}
     terms: dict[tuple[str, str], int] = defaultdict(int)
@@ -76,8 +72,6 @@ def score_random(checkpoint: Checkpoint, trace: Trace, widths: Widths, seed: int
 
     Each choice of units draws from its own stream, so that one width's scores do not depend on the others.
     """
-    import torch
-
     scores: Scores = defaultdict(dict)
     for width, instance in instances(checkpoint, trace):
         stream = zlib.crc32(f"{width}/{instance}/{seed}".encode())
@@ -124,8 +118,6 @@ def squared_sums(tensor: torch.Tensor, axes: set[int], scratch: torch.Tensor) ->
         scratch: bytes for the squares, which fresh memory would cost more than the squaring; a tensor that does not fit
             is squared slab by slab, each axis on its own.
     """
-    import torch
-
     sums = _squared_sums(tensor, axes, scratch, tensor.dtype)
     if tensor.dtype == torch.float16 and not all(own.isfinite().all() for own in sums.values()):
         sums = _squared_sums(tensor, axes, scratch, torch.float32)  # squares, or their sums, were beyond 65,504
@@ -135,8 +127,6 @@ def squared_sums(tensor: torch.Tensor, axes: set[int], scratch: torch.Tensor) ->
 def _squared_sums(
     tensor: torch.Tensor, axes: set[int], scratch: torch.Tensor, dtype: torch.dtype
 ) -> dict[int, torch.Tensor]:
-    import torch
-
     size = tensor.numel() * dtype.itemsize
     if not axes:
         return {}
@@ -154,8 +144,6 @@ def whole_sum(tensor: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
 
 
 def _squares(tensor: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
-    import torch
-
     if tensor.nbytes > scratch.numel():
         return tensor.square()  # one unit alone is larger than a slab
     return torch.square(tensor, out=scratch[: tensor.nbytes].view(tensor.dtype).view(tensor.shape))

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from llmprune_cli.architecture import NEURONS
-from llmprune_cli.checkpoint import DTYPE_BYTES
+from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.errors import PlanError
-from llmprune_cli.names import split_name
-from llmprune_cli.plan import Target, WidthRequest, legal_experts, predicted_tensors, protected_layers, resolve
-from llmprune_cli.subject import Subject
+from llmprune_cli.family.architecture import NEURONS
+from llmprune_cli.folder.checkpoint import DTYPE_BYTES
+from llmprune_cli.folder.names import split_name
+from llmprune_cli.plan.target import Target, WidthRequest, legal_experts, predicted_tensors, protected_layers, resolve
 
 ROUND_TO = 64  # neurons that stay, at most: what kernels like
 DEPTHS = (0.0, 0.07, 0.14, 0.21, 0.3, 0.4, 0.5)  # shares of the layers whose removal is considered

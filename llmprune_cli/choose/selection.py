@@ -6,27 +6,34 @@ import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from llmprune_cli.ablation import ABLATION_TOKENS, ablate_layers
-from llmprune_cli.activations import CALIBRATED, Activity, measure_activity
-from llmprune_cli.calibration import CalibrationText, spread_windows
-from llmprune_cli.consensus import GRADIENT_SHARE_TOKENS, agree
-from llmprune_cli.divergence import Side, compare
+import torch
+
+from llmprune_cli.choose.ablation import ABLATION_TOKENS, ablate_layers
+from llmprune_cli.choose.activity import CALIBRATED, Activity, measure_activity
+from llmprune_cli.choose.consensus import GRADIENT_SHARE_TOKENS, agree
+from llmprune_cli.choose.gradients import measure_gradients
+from llmprune_cli.choose.magnitude import IMPORTANCES, Scores, check_scores, instances
+from llmprune_cli.choose.search import Budget, Candidate, least_target, search_widths
+from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.errors import PlanError
-from llmprune_cli.gradients import measure_gradients
-from llmprune_cli.names import split_name
+from llmprune_cli.folder.names import split_name
+from llmprune_cli.journal.sharedwork import SharedWork
+from llmprune_cli.journal.statistics_store import StatisticsStore, statistics_key
 from llmprune_cli.options import Listener, PruneOptions
-from llmprune_cli.plan import Plan, Target, WidthRequest, choose, fingerprint, most_plan_bytes, read_plan, resolve
-from llmprune_cli.reconstruction import Streams, refit
-from llmprune_cli.scoring import IMPORTANCES, Scores, check_scores, instances
-from llmprune_cli.search import Budget, Candidate, least_target, search_widths
-from llmprune_cli.sharedwork import SharedWork
-from llmprune_cli.statistics_store import StatisticsStore, statistics_key
-from llmprune_cli.subject import Subject
-
-if TYPE_CHECKING:
-    import torch
+from llmprune_cli.plan.target import (
+    Plan,
+    Target,
+    WidthRequest,
+    choose,
+    fingerprint,
+    most_plan_bytes,
+    read_plan,
+    resolve,
+)
+from llmprune_cli.repair.refit import Streams, refit
+from llmprune_cli.run.calibration import CalibrationText, spread_windows
+from llmprune_cli.run.divergence import Side, compare
 
 SEARCH_WINDOWS = 8  # of calibration text on which a candidate is refitted; half as many are held out to judge it
 
@@ -113,8 +120,6 @@ def _of_first(subject: Subject, plan: Plan | None) -> Plan:
 
 
 def _plan_of(subject: Subject, target: Target, options: PruneOptions, scores: Scores) -> Plan:
-    import torch
-
     before = subject.widths
     stays = {str(layer) for layer in target.layers}
     scores = {
@@ -150,8 +155,6 @@ def search_plan(
 
     Activity is measured once; each candidate is refitted on a part of the text and judged on what is held out.
     """
-    import torch
-
     activity = _measure(subject, options, calibration, work, listener)
     keep_layers = options.request.keep_layers
     least = least_target(subject, keep_layers)
@@ -276,8 +279,6 @@ def _measure(
 def _measure_once(
     subject: Subject, kind: str, windows: torch.Tensor, options: PruneOptions, listener: Listener
 ) -> Activity:
-    import torch
-
     model, folder = subject.layered(options.layer_device), options.offload_dir
     if kind == "taylor":
         listener.stage("Measuring gradients", 2 * model.layers)
@@ -304,8 +305,6 @@ def _score_layers(
     listener: Listener,
 ) -> tuple[float, ...]:
     """A score for each layer; those with the least go first."""
-    import torch
-
     if activity is not None and options.layer_importance != "loss":
         return activity.influence
     model = subject.layered(options.layer_device)

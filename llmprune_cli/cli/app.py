@@ -13,7 +13,7 @@ from llmprune_cli import __version__
 from llmprune_cli.processes import is_first
 
 if TYPE_CHECKING:
-    from llmprune_cli.search import Budget
+    from llmprune_cli.choose.search import Budget
 
 SHARED_COMMANDS = ("prune", "eval")  # in whose work all processes of a run take part
 
@@ -108,8 +108,8 @@ def _budget(parameters: str | None, size: str | None) -> Budget | None:
         return None
     if parameters is not None and size is not None:
         raise typer.BadParameter("--target-params and --target-size say the same thing; give one of them.")
-    from llmprune_cli.search import Budget, parse_parameters
-    from llmprune_cli.writer import parse_size
+    from llmprune_cli.choose.search import Budget, parse_parameters
+    from llmprune_cli.folder.shards import parse_size
 
     if size is not None:
         return Budget(parse_size(size), "bytes")
@@ -253,9 +253,10 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show modules, widths and totals from headers and configuration; with a width option, after pruning too."""
-    from llmprune_cli import output, pipeline
-    from llmprune_cli.loading import ModelReference
-    from llmprune_cli.plan import WidthRequest
+    from llmprune_cli.cli import output
+    from llmprune_cli.commands import pipeline
+    from llmprune_cli.plan.target import WidthRequest
+    from llmprune_cli.source.opening import ModelReference
 
     request = WidthRequest(
         pruning_ratio,
@@ -392,12 +393,13 @@ def prune(
         )
     if dry_run and evaluate:
         raise typer.BadParameter("--dry-run makes no model to evaluate; leave out --eval.")
-    from llmprune_cli import output, pipeline
-    from llmprune_cli.calibration import CalibrationOptions
-    from llmprune_cli.loading import ModelReference
+    from llmprune_cli.cli import output
+    from llmprune_cli.commands import pipeline
+    from llmprune_cli.folder.shards import parse_size
     from llmprune_cli.options import EvalOptions, PruneOptions
-    from llmprune_cli.plan import WidthRequest
-    from llmprune_cli.writer import parse_size
+    from llmprune_cli.plan.target import WidthRequest
+    from llmprune_cli.run.calibration import CalibrationOptions
+    from llmprune_cli.source.opening import ModelReference
 
     options = PruneOptions(
         request=WidthRequest(*request_values, round_to, kept),
@@ -453,9 +455,10 @@ def evaluate_command(
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity: mean over windows of the mean negative log-likelihood, exponentiated."""
-    from llmprune_cli import output, pipeline
-    from llmprune_cli.loading import ModelReference
+    from llmprune_cli.cli import output
+    from llmprune_cli.commands import pipeline
     from llmprune_cli.options import EvalOptions
+    from llmprune_cli.source.opening import ModelReference
 
     dtype_name = dtype.value if dtype else None
     options = EvalOptions(dataset, split, max_seq_len, limit, batch_size, device, dtype_name)
@@ -499,11 +502,12 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint in another format, dtype or shard size, and prove it in the runtime that reads it."""
-    from llmprune_cli import output, pipeline
+    from llmprune_cli.cli import output
+    from llmprune_cli.commands import pipeline
     from llmprune_cli.export import FORMATS
     from llmprune_cli.export.formats import SHORT_DTYPES, ExportOptions
-    from llmprune_cli.loading import ModelReference
-    from llmprune_cli.writer import parse_size
+    from llmprune_cli.folder.shards import parse_size
+    from llmprune_cli.source.opening import ModelReference
 
     dtype = SHORT_DTYPES.get(dtype, dtype) if dtype else None
     known = FORMATS[format_name].dtypes

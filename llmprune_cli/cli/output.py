@@ -16,11 +16,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from llmprune_cli.architecture import Widths
-    from llmprune_cli.evaluation import RunningPerplexity
-    from llmprune_cli.export.runtimes import RuntimeFit
+    from llmprune_cli.family.architecture import Widths
     from llmprune_cli.options import Listener
-    from llmprune_cli.results import (
+    from llmprune_cli.report.results import (
         CalibrationResult,
         CandidateResult,
         EvalReport,
@@ -32,6 +30,8 @@ if TYPE_CHECKING:
         TensorRow,
         VerifyResult,
     )
+    from llmprune_cli.report.runtimes import RuntimeFit
+    from llmprune_cli.run.perplexity import RunningPerplexity
 
 BAR_CELLS = 24  # of the longest bar
 EIGHTHS = " ▏▎▍▌▋▊▉"

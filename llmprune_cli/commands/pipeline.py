@@ -8,31 +8,35 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from llmprune_cli.architecture import with_widths
-from llmprune_cli.calibration import CalibrationText, prepare_calibration, warn_of_shared_text
-from llmprune_cli.checkpoint import MANIFEST_NAME, Checkpoint, read_json
-from llmprune_cli.dependency import hold_against_torch_pruning
+from llmprune_cli.apply.proof import prove
+from llmprune_cli.apply.pruned_folder import make_manifest, prune_twin, write_pruned
+from llmprune_cli.apply.second_opinion import hold_against_torch_pruning
+from llmprune_cli.choose.search import Candidate
+from llmprune_cli.choose.selection import first_target, select, stored_plan, target_of
+from llmprune_cli.coupling.subject import Subject, understand
 from llmprune_cli.errors import CheckpointError, UnsupportedError, VerificationError
-from llmprune_cli.eval_report import prepare_text, report_perplexity
 from llmprune_cli.export import FORMATS
 from llmprune_cli.export.formats import ExportOptions, Fit
-from llmprune_cli.export.runtimes import runtime_fits
 from llmprune_cli.export.verification import PROMPTS, missing_memory, missing_runtime, verify
-from llmprune_cli.identity import versions
-from llmprune_cli.integrity import check_files, list_files
-from llmprune_cli.layerwise import BATCH_TOKENS, windows_together
-from llmprune_cli.loading import ModelReference, load_tokenizer, open_checkpoint
-from llmprune_cli.model_card import write_card
+from llmprune_cli.family.architecture import with_widths
+from llmprune_cli.folder.checkpoint import MANIFEST_NAME, Checkpoint, read_json
+from llmprune_cli.folder.integrity import check_files, list_files
+from llmprune_cli.folder.shards import write_json
+from llmprune_cli.folder.staging import check_folder, check_target, claimed, scratch_folder
+from llmprune_cli.journal.identity import versions
+from llmprune_cli.journal.sharedwork import SharedWork
+from llmprune_cli.journal.workfolder import kept_work, run_key
 from llmprune_cli.options import EvalOptions, Listener, PruneOptions
-from llmprune_cli.plan import Plan, WidthRequest, legal_values, resolve, save_plan
+from llmprune_cli.plan.target import Plan, WidthRequest, legal_values, resolve, save_plan
 from llmprune_cli.processes import ALONE, Processes, join
-from llmprune_cli.proof import prove
-from llmprune_cli.pruned_folder import make_manifest, prune_twin, write_pruned
-from llmprune_cli.reconstruction import repair
-from llmprune_cli.repair_chart import check_chart_target, draw_chart
-from llmprune_cli.report_card import report_card
-from llmprune_cli.residual import ResidualStream, find_residual_stream
-from llmprune_cli.results import (
+from llmprune_cli.repair.refit import repair
+from llmprune_cli.repair.residual_stream import ResidualStream, find_residual_stream
+from llmprune_cli.repair.rotation import principal_components, rotate, untie
+from llmprune_cli.report.chart import check_chart_target, draw_chart
+from llmprune_cli.report.eval_report import prepare_text, report_perplexity
+from llmprune_cli.report.model_card import write_card
+from llmprune_cli.report.report_card import report_card
+from llmprune_cli.report.results import (
     SCHEMA_VERSION,
     CalibrationResult,
     CandidateResult,
@@ -43,14 +47,10 @@ from llmprune_cli.results import (
     VerifyResult,
     summarize,
 )
-from llmprune_cli.rotation import principal_components, rotate, untie
-from llmprune_cli.search import Candidate
-from llmprune_cli.selection import first_target, select, stored_plan, target_of
-from llmprune_cli.sharedwork import SharedWork
-from llmprune_cli.staging import check_folder, check_target, claimed, scratch_folder
-from llmprune_cli.subject import Subject, understand
-from llmprune_cli.workfolder import kept_work, run_key
-from llmprune_cli.writer import write_json
+from llmprune_cli.report.runtimes import runtime_fits
+from llmprune_cli.run.calibration import CalibrationText, prepare_calibration, warn_of_shared_text
+from llmprune_cli.run.layered_model import BATCH_TOKENS, windows_together
+from llmprune_cli.source.opening import ModelReference, load_tokenizer, open_checkpoint
 
 # --- inspect -------------------------------------------------------------------------------------------------------
 

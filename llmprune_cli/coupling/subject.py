@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from llmprune_cli.architecture import Architecture, Widths, discover, expected_index, with_widths
-from llmprune_cli.checkpoint import Checkpoint, TensorEntry
+from llmprune_cli.coupling.trace import Trace
+from llmprune_cli.coupling.twin import settle_head_dim, trace
 from llmprune_cli.errors import UnsupportedError
-from llmprune_cli.groups import Trace
-from llmprune_cli.layerwise import LayeredModel
-from llmprune_cli.names import split_name
-from llmprune_cli.plan import Target, predicted_tensors
+from llmprune_cli.family.architecture import Architecture, Widths, discover, expected_index, with_widths
+from llmprune_cli.folder.checkpoint import Checkpoint, TensorEntry
+from llmprune_cli.folder.names import split_name
+from llmprune_cli.plan.target import Target, predicted_tensors
 from llmprune_cli.processes import ALONE, Processes
-from llmprune_cli.twin import settle_head_dim, trace
+from llmprune_cli.run.layered_model import LayeredModel
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
-from llmprune_cli.architecture import Widths
+import torch
+
 from llmprune_cli.errors import UnsupportedError
-from llmprune_cli.names import Shape, split_name
-
-if TYPE_CHECKING:
-    import torch
+from llmprune_cli.family.architecture import Widths
+from llmprune_cli.folder.names import Shape, split_name
 
 Keep = dict[str, dict[str, tuple[int, ...]]]  # width → instance → sorted indices of the units that stay
 GLOBAL_WIDTHS = ("hidden_size",)  # one choice for the whole residual stream; all else is chosen per layer
@@ -42,8 +40,6 @@ class Binding:
 
     def units(self, widths: Widths) -> torch.Tensor:
         """The unit at each index of the axis, -1 where this width has no say; shape [axis size]."""
-        import torch
-
         if self.heads:
             return torch.tensor(self.heads).repeat_interleave(widths.head_dim)
         units = torch.arange(getattr(widths, self.width))
@@ -55,8 +51,6 @@ class Binding:
         A gate|up projection holds element 0 of every neuron in its first half and element 1 in its second; a query
         projection holds elements 0 … P-1 of every head.
         """
-        import torch
-
         units = self.units(widths)
         order = torch.argsort(units, stable=True)
         ordered = units[order]
@@ -146,8 +140,6 @@ def kept_mask(
     trace: Trace, template: str, axis: int, numbers: tuple[int, ...], keep: Keep, before: Widths
 ) -> torch.Tensor:
     """Which indices of an axis stay in the tensor with this template and these numbers; bool [axis size]."""
-    import torch
-
     bindings = [binding for binding in trace.on(template) if binding.axis == axis]
     mask = torch.ones(len(bindings[0].units(before)), dtype=torch.bool)
     for binding in bindings:

@@ -8,7 +8,13 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from llmprune_cli.architecture import (
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from llmprune_cli.coupling.trace import GLOBAL_WIDTHS, Binding, Reader, Trace
+from llmprune_cli.errors import LlmpruneError, UnsupportedError
+from llmprune_cli.family.architecture import (
     HEADS,
     NEURONS,
     Architecture,
@@ -20,13 +26,10 @@ from llmprune_cli.architecture import (
     rotary_changes,
     rotary_fraction,
 )
-from llmprune_cli.errors import LlmpruneError, UnsupportedError
-from llmprune_cli.groups import GLOBAL_WIDTHS, Binding, Reader, Trace
-from llmprune_cli.layers import layer_changes, sample_layers
-from llmprune_cli.names import split_name
+from llmprune_cli.family.layers import layer_changes, sample_layers
+from llmprune_cli.folder.names import split_name
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 TOKENS = 24  # length of the twin's input
@@ -94,7 +97,6 @@ def build_twin(architecture: Architecture, sizes: TwinSizes) -> Twin:
     Raises:
         UnsupportedError: transformers cannot build it.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
     real = architecture.widths
@@ -198,8 +200,6 @@ def settle_head_dim(architecture: Architecture) -> Architecture:
 
 
 def _run(twin: Twin) -> None:
-    import torch
-
     try:
         with torch.no_grad():
             twin.model(input_ids=twin.tokens, use_cache=False)
@@ -400,8 +400,6 @@ def _bind_whole_heads(twin: Twin, bound: _Followers) -> list[Binding]:
 
 def _reading(twin: Twin, bound: _Followers, reader: Place, bindings: list[Binding]) -> list[Binding]:
     """Those bindings whose axis on disk is the reader's."""
-    import torch
-
     units = torch.arange(bound.memory[reader])
     marked = _reader_on_disk(twin, bound, _template_place(reader), units)
     places = {(split_name(name)[0], axis) for name, axis in marked}
@@ -543,7 +541,7 @@ def _inputs(twin: Twin, readers: Sequence[Place], width: str, component: int = 0
 
 def _summed_axes(twin: Twin) -> set[Place]:
     """The axes of parameter templates that products sum over."""
-    from llmprune_cli.products import Products
+    from llmprune_cli.coupling.products import Products
 
     found: set[Place] = set()
     with Products(twin.model.named_parameters(), lambda seen: found.add((split_name(seen.parameter)[0], seen.axis))):
@@ -558,8 +556,6 @@ def _template_place(place: Place) -> Place:
 @contextmanager
 def _zeroed(twin: Twin, readers: Sequence[Place], indices: Any) -> Iterator[None]:
     """Zero the same slices of some parameter templates' axes in every layer, for the time being."""
-    import torch
-
     axes = dict(readers)
     index = torch.as_tensor(list(indices), dtype=torch.long)
     named = [(split_name(name)[0], parameter) for name, parameter in twin.model.named_parameters()]
@@ -578,8 +574,6 @@ def _zeroed(twin: Twin, readers: Sequence[Place], indices: Any) -> Iterator[None
 
 def _dead(twin: Twin, bound: _Followers) -> dict[Place, torch.Tensor]:
     """For each bound axis on disk, the indices whose gradient vanishes altogether."""
-    import torch
-
     model = twin.model
     model.zero_grad()
     with _fixed_norms():
@@ -596,8 +590,6 @@ def _dead(twin: Twin, bound: _Followers) -> dict[Place, torch.Tensor]:
 
 def _fixed_norms() -> AbstractContextManager[None]:
     """Hold the statistics of RMSNorms fixed, so that a norm over all heads does not make each feel every other."""
-    import torch
-    from torch.overrides import TorchFunctionMode
 
     class Mode(TorchFunctionMode):
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -616,8 +608,6 @@ def _labels(
     twin: Twin, bound: _Followers, readers: Sequence[Place], width: str, count: int
 ) -> dict[Place, torch.Tensor]:
     """The unit of `width` at each index of each bound axis, -1 where no single unit is responsible."""
-    import torch
-
     places = [_template_place(reader) for reader in readers]
     size = bound.memory[readers[0]]
     units = torch.arange(size) // (size // count) if width in HEADS else torch.arange(size) % count
@@ -640,8 +630,6 @@ def _labels(
 
 def _reader_on_disk(twin: Twin, bound: _Followers, reader: Place, units: torch.Tensor) -> dict[Place, torch.Tensor]:
     """Where the reader's own axis lies on disk: write its unit numbers into it and see where they come out."""
-    import torch
-
     template, axis = reader
     marked = {}
     for name, parameter in twin.model.named_parameters():
@@ -778,9 +766,6 @@ def _scored(twin: Twin) -> frozenset[str]:
 
     Biases, RMSNorm and embeddings do not count; an embedding that is tied to the output projection does, as the latter.
     """
-    import torch
-    from torch import nn
-
     kinds: dict[int, bool] = {}
     for module in twin.model.modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llmprune_cli.export.formats import Format
 from llmprune_cli.export.genai import GENAI
-from llmprune_cli.export.gguf import GGUF
+from llmprune_cli.export.gguf.writing import GGUF
 from llmprune_cli.export.onnx_graph import ONNX
 from llmprune_cli.export.safetensors import SAFETENSORS
 from llmprune_cli.export.torch_export import TORCH_EXPORT

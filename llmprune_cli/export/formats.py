@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from llmprune_cli.checkpoint import Checkpoint
-from llmprune_cli.loading import DTYPES
+import torch
+
+from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.source.opening import DTYPES
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig
 
 

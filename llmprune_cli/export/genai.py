@@ -11,16 +11,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune_cli.architecture import read_widths
-from llmprune_cli.checkpoint import Checkpoint
+import torch
+
 from llmprune_cli.errors import UnsupportedError, VerificationError
 from llmprune_cli.export.formats import Continuation, ExportOptions, Fit, Format, Limits
 from llmprune_cli.export.safetensors import write_safetensors
-from llmprune_cli.loading import load_tokenizer
-from llmprune_cli.staging import scratch_folder
+from llmprune_cli.family.architecture import read_widths
+from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.folder.staging import scratch_folder
+from llmprune_cli.source.opening import load_tokenizer
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig
 
 PACKAGE = "onnxruntime_genai"
@@ -97,7 +98,6 @@ class GenaiModel:
     def continue_greedily(self, prompt: torch.Tensor, tokens: int) -> Continuation:
         """Go on with a prompt, with its cache."""
         import onnxruntime_genai as genai
-        import torch
 
         settings = genai.GeneratorParams(self.model)
         settings.set_search_options(max_length=len(prompt) + tokens, do_sample=False)

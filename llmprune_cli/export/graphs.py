@@ -9,16 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from llmprune_cli.checkpoint import Checkpoint
+import torch
+
 from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.export.formats import Fit
-from llmprune_cli.loading import copy_companions, load_model
-from llmprune_cli.writer import check_finite
+from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.folder.shards import check_finite
+from llmprune_cli.source.opening import copy_companions, load_model
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 EXAMPLE = (2, 3, 4)  # sequences, tokens of the cache, new tokens; no two alike, none 1, so that all stay dynamic
@@ -46,7 +47,6 @@ def load_traceable(checkpoint: Checkpoint, dtype: str | None) -> PreTrainedModel
 
 def without_cache(model: PreTrainedModel) -> torch.nn.Module:
     """Token ids [B, T] → logits [B, T, V]."""
-    import torch
 
     class WithoutCache(torch.nn.Module):
         def __init__(self) -> None:
@@ -62,7 +62,6 @@ def without_cache(model: PreTrainedModel) -> torch.nn.Module:
 
 def with_cache(model: PreTrainedModel) -> torch.nn.Module:
     """Token ids [B, T], mask [B, cached + T], positions [B, T] and a cache → logits [B, T, V] and the longer cache."""
-    import torch
     from transformers import DynamicCache
 
     extra = {"position_ids"} & {*inspect.signature(model.forward).parameters}
@@ -94,8 +93,6 @@ def example_past(model: PreTrainedModel) -> Past:
     Raises:
         UnsupportedError: the model keeps another kind of state than keys and values.
     """
-    import torch
-
     sequences, cached, _ = EXAMPLE
     with torch.no_grad():
         output: Any = model(input_ids=torch.zeros(sequences, cached, dtype=torch.long), use_cache=True)
@@ -115,8 +112,6 @@ def traced_quietly(checkpoint: Checkpoint) -> Iterator[None]:
     Raises:
         UnsupportedError: the model has no graph.
     """
-    import torch
-
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

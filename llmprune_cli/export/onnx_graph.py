@@ -8,7 +8,8 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune_cli.checkpoint import Checkpoint
+import torch
+
 from llmprune_cli.errors import UnsupportedError, VerificationError
 from llmprune_cli.export.formats import FLOAT_LIMITS, Continuation, ExportOptions, Fit, Format
 from llmprune_cli.export.graphs import (
@@ -21,9 +22,9 @@ from llmprune_cli.export.graphs import (
     without_cache,
     write_beside,
 )
+from llmprune_cli.folder.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 FILE = "model.onnx"
@@ -50,8 +51,6 @@ def write_onnx(
     Raises:
         UnsupportedError: the model has no such graph, or a package is missing.
     """
-    import torch
-
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -80,8 +79,6 @@ Graph = tuple["torch.nn.Module", tuple[Any, ...], list[str], dict[str, Any]]  # 
 
 
 def _plain(model: PreTrainedModel) -> Graph:
-    import torch
-
     sequences, _, tokens = EXAMPLE
     free = torch.export.Dim.DYNAMIC
     example = (torch.zeros(sequences, tokens, dtype=torch.long),)
@@ -89,8 +86,6 @@ def _plain(model: PreTrainedModel) -> Graph:
 
 
 def _cached(model: PreTrainedModel) -> Graph:
-    import torch
-
     sequences, cached, tokens = EXAMPLE
     free, past = torch.export.Dim.DYNAMIC, example_past(model)
     ids = torch.zeros(sequences, tokens, dtype=torch.long)
@@ -119,7 +114,6 @@ class OnnxModel:
     def run(self, ids: torch.Tensor, past: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
         """Logits [B, T, V] of token ids [B, T] behind a cache, and the longer cache."""
         import numpy
-        import torch
 
         cached = next(iter(past.values())).shape[2] if past else 0
         positions = numpy.arange(cached, cached + ids.shape[1])[None].repeat(len(ids), 0)
@@ -141,8 +135,6 @@ class OnnxModel:
 
     def continue_greedily(self, prompt: torch.Tensor, tokens: int) -> Continuation:
         """Go on with a prompt, with the cache where there is one."""
-        import torch
-
         past, ids = self.empty_past(), prompt
         log_probs: list[torch.Tensor] = []
         for _ in range(tokens):

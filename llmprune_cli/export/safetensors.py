@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llmprune_cli.checkpoint import Checkpoint, TensorEntry, read_json
+import torch
+
 from llmprune_cli.export.formats import ExportOptions, Fit, Format
-from llmprune_cli.loading import DTYPES, FLOATS, copy_companions
-from llmprune_cli.writer import write_json, write_shards
-
-if TYPE_CHECKING:
-    import torch
+from llmprune_cli.folder.checkpoint import Checkpoint, TensorEntry, read_json
+from llmprune_cli.folder.shards import write_json, write_shards
+from llmprune_cli.source.opening import DTYPES, FLOATS, copy_companions
 
 
 def write_safetensors(
@@ -24,8 +23,6 @@ def write_safetensors(
     Returns:
         The SHA-256 of each shard, by file name.
     """
-    import torch
-
     dtype = options.dtype
 
     def cast(entry: TensorEntry) -> TensorEntry:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from llmprune_cli.checkpoint import Checkpoint
+import torch
+
 from llmprune_cli.export.formats import FLOAT_LIMITS, Continuation, ExportOptions, Format
 from llmprune_cli.export.graphs import EXAMPLE, fit_graph, load_traceable, traced_quietly, without_cache, write_beside
-
-if TYPE_CHECKING:
-    import torch
+from llmprune_cli.folder.checkpoint import Checkpoint
 
 FILE = "model.pt2"
 
@@ -25,8 +23,6 @@ def write_torch_export(
     Raises:
         UnsupportedError: the model has no graph.
     """
-    import torch
-
     model = load_traceable(checkpoint, options.dtype)
     sequences, _, tokens = EXAMPLE
     sizes = {"input_ids": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}}
@@ -48,8 +44,6 @@ class TorchProgram:
 
     def continue_greedily(self, prompt: torch.Tensor, tokens: int) -> Continuation:
         """Go on with a prompt, all of it anew for each token."""
-        import torch
-
         ids, log_probs = prompt, []
         for _ in range(tokens):
             log_probs.append(self.graph(ids[None])[0, -1].float().log_softmax(-1))
@@ -60,8 +54,6 @@ class TorchProgram:
 @contextmanager
 def open_torch_program(folder: Path) -> Iterator[TorchProgram]:
     """Load the graph in a folder."""
-    import torch
-
     yield TorchProgram(torch.export.load(folder / FILE).module())
 
 

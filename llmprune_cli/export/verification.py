@@ -9,13 +9,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmprune_cli.checkpoint import Checkpoint
+import torch
+
 from llmprune_cli.errors import CheckpointError, VerificationError
 from llmprune_cli.export.formats import Format, Limits, Runtime, Tokenizes
-from llmprune_cli.loading import load_model, load_tokenizer
+from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.source.opening import load_model, load_tokenizer
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
 PROMPTS = (
@@ -77,8 +78,6 @@ def verify(
         VerificationError: the runtime does not load or run it, or is further from transformers than the format's
             limits.
     """
-    import torch
-
     assert form.runtime is not None
     model = load_model(checkpoint, "cpu", "float32")
     tokenizer = _tokenizer(checkpoint)
@@ -134,8 +133,6 @@ def _rounding_cost(model: torch.nn.Module, rounded: torch.nn.Module, texts: list
 
     Pruning without any repair can leave a model so sure of what it says that all rounding turns it around.
     """
-    import torch
-
     costs = []
     with torch.inference_mode():
         for text in texts:
@@ -164,8 +161,6 @@ def _both(
 
     Where the runtime speaks of the likeliest tokens only, both are those of a token that is one of them.
     """
-    import torch
-
     try:
         made = runtime.continue_greedily(prompt, tokens)
     except (RuntimeError, ValueError, AssertionError) as error:  # as runtimes say that they cannot go on
@@ -202,8 +197,6 @@ def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
 
 def _prompts(tokenizer: PreTrainedTokenizerBase | None, vocabulary: int) -> list[torch.Tensor]:
     """Token ids of some text; at random where a checkpoint has no tokenizer."""
-    import torch
-
     if tokenizer is None:
         seeded = torch.Generator().manual_seed(0)
         return [torch.randint(vocabulary, (PROMPT_TOKENS,), generator=seeded) for _ in PROMPTS]

@@ -8,10 +8,12 @@ import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from llmprune_cli.errors import CheckpointError, LlmpruneError, UnsupportedError
-from llmprune_cli.families import FAMILIES, Family
-from llmprune_cli.layers import find_layer_kinds, layer_changes, sample_layers
-from llmprune_cli.names import Shape
+from llmprune_cli.family.exceptions import FAMILIES, Family
+from llmprune_cli.family.layers import find_layer_kinds, layer_changes, sample_layers
+from llmprune_cli.folder.names import Shape
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -264,7 +266,6 @@ def build_skeleton(config: PretrainedConfig) -> PreTrainedModel:
         UnsupportedError: transformers has no causal LM for this configuration.
         CheckpointError: the configuration's sizes contradict each other.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
     try:

@@ -13,10 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from llmprune_cli.errors import CheckpointError
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig
 
 INDEX_NAME = "model.safetensors.index.json"

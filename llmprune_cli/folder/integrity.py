@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmprune_cli.checkpoint import MANIFEST_NAME, read_index, read_json
 from llmprune_cli.errors import CheckpointError, VerificationError
-from llmprune_cli.staging import fsync, is_listed
+from llmprune_cli.folder.checkpoint import MANIFEST_NAME, read_index, read_json
+from llmprune_cli.folder.staging import fsync, is_listed
 
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".gguf", ".onnx", ".data", ".pt2")
 SHOWN = 5  # differences that a message names

@@ -9,13 +9,12 @@ import struct
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
-from llmprune_cli.checkpoint import INDEX_NAME, SINGLE_NAME, TensorEntry
+import torch
+
 from llmprune_cli.errors import PlanError, VerificationError
-
-if TYPE_CHECKING:
-    import torch
+from llmprune_cli.folder.checkpoint import INDEX_NAME, SINGLE_NAME, TensorEntry
 
 PADDED = 8  # bytes that the length of a header is a multiple of
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -139,8 +138,6 @@ def _as_json(value: dict[str, Any]) -> bytes:
 
 def raw_bytes(tensor: torch.Tensor) -> Any:
     """The tensor's bytes as a buffer, where it is contiguous the very memory of the tensor."""
-    import torch
-
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 

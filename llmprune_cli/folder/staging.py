@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmprune_cli.checkpoint import MANIFEST_NAME, read_json
 from llmprune_cli.errors import CheckpointError, OutputError
+from llmprune_cli.folder.checkpoint import MANIFEST_NAME, read_json
 
 LOCK, NEW, OLD, DONE = "lock", "new", "old", "done"
 UNLISTED = (MANIFEST_NAME, "README.md", "LICENSE", "LICENCE", "NOTICE")  # how names begin that no manifest lists

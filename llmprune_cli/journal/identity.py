@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from llmprune_cli import __version__
-from llmprune_cli.checkpoint import Checkpoint, stamp
 from llmprune_cli.errors import CheckpointError
-from llmprune_cli.plan import fingerprint
-
-if TYPE_CHECKING:
-    import torch
+from llmprune_cli.folder.checkpoint import Checkpoint, stamp
+from llmprune_cli.plan.target import fingerprint
 
 PACKAGES = ("torch", "transformers", "safetensors")
 WEIGHT_FILES = (".safetensors", ".bin", ".gguf")
@@ -37,8 +35,6 @@ def weights_identity(checkpoint: Checkpoint) -> str:
     The sample tells refined models of equal shapes apart, also where dates are lost; the dates tell a small change that
     no sample meets.
     """
-    import torch
-
     digest = hashlib.sha256(repr([checkpoint.revision, *_files(Path(checkpoint.source))]).encode())
     for entry, tensor in checkpoint.tensors():
         raw = tensor.reshape(-1).view(torch.uint8)

@@ -6,15 +6,14 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llmprune_cli.plan import Plan, Target
+import torch
+
+from llmprune_cli.choose.search import Candidate
+from llmprune_cli.journal.workfolder import LAYER, WorkFolder
+from llmprune_cli.plan.target import Plan, Target
 from llmprune_cli.processes import ALONE, Processes
-from llmprune_cli.search import Candidate
-from llmprune_cli.workfolder import LAYER, WorkFolder
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)

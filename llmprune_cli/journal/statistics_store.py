@@ -7,16 +7,15 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llmprune_cli.activations import Activity
-from llmprune_cli.checkpoint import Checkpoint
-from llmprune_cli.identity import model_identity, text_identity, versions
-from llmprune_cli.scoring import Scores
-from llmprune_cli.staging import replace_file
+import torch
 
-if TYPE_CHECKING:
-    import torch
+from llmprune_cli.choose.activity import Activity
+from llmprune_cli.choose.magnitude import Scores
+from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.folder.staging import replace_file
+from llmprune_cli.journal.identity import model_identity, text_identity, versions
 
 HEADER = "llmprune"  # name of the JSON in a file's header that says what it holds
 LAYERS = "layers"  # name of the tensor with one number for each layer; scores are named `width/instance`
@@ -86,7 +85,6 @@ def _read(path: Path, key: str) -> Activity:
 
 
 def _write(path: Path, key: str, activity: Activity) -> None:
-    import torch
     from safetensors.torch import save
 
     named = ((f"{width}/{instance}", own) for width, by in activity.scores.items() for instance, own in by.items())

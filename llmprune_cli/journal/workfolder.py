@@ -9,22 +9,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llmprune_cli.architecture import Widths
-from llmprune_cli.calibration import CalibrationText
-from llmprune_cli.checkpoint import read_json
+import torch
+
+from llmprune_cli.choose.search import Candidate
+from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.errors import CheckpointError, OutputError, PlanError
-from llmprune_cli.identity import model_identity, text_identity, versions
+from llmprune_cli.family.architecture import Widths
+from llmprune_cli.folder.checkpoint import read_json
+from llmprune_cli.folder.shards import raw_bytes
+from llmprune_cli.folder.staging import Claim, empty, hidden_folder, replace_file
+from llmprune_cli.journal.identity import model_identity, text_identity, versions
 from llmprune_cli.options import PruneOptions
-from llmprune_cli.plan import Plan, Target, read_plan
-from llmprune_cli.search import Candidate
-from llmprune_cli.staging import Claim, empty, hidden_folder, replace_file
-from llmprune_cli.subject import Subject
-from llmprune_cli.writer import raw_bytes
-
-if TYPE_CHECKING:
-    import torch
+from llmprune_cli.plan.target import Plan, Target, read_plan
+from llmprune_cli.run.calibration import CalibrationText
 
 RUN, JUDGED = "run.json", "judged.json"
 CANDIDATES, PLAN, LAYER = "candidates.json", "plan.json", "layer.json"
@@ -119,8 +118,6 @@ class WorkFolder:
         Raises:
             PlanError: it is that of another run.
         """
-        import torch
-
         run = {"key": json.loads(json.dumps(key, default=str)), "threads": torch.get_num_threads()}
         if resume and (self.path / RUN).exists():
             begun = read_json(self.path / RUN, None)

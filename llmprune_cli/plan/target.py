@@ -9,18 +9,18 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune_cli.architecture import NEURONS, Architecture, Widths, read_widths, with_widths
-from llmprune_cli.checkpoint import Checkpoint, read_json
+import torch
+
+from llmprune_cli.coupling.trace import Keep, Trace, kept_mask, new_name, renumbered
 from llmprune_cli.errors import CheckpointError, PlanError
-from llmprune_cli.groups import Keep, Trace, kept_mask, new_name, renumbered
-from llmprune_cli.layers import can_keep_layers
-from llmprune_cli.names import Shape, split_name
-from llmprune_cli.staging import replace_file
+from llmprune_cli.family.architecture import NEURONS, Architecture, Widths, read_widths, with_widths
+from llmprune_cli.family.layers import can_keep_layers
+from llmprune_cli.folder.checkpoint import Checkpoint, read_json
+from llmprune_cli.folder.names import Shape, split_name
+from llmprune_cli.folder.staging import replace_file
 
 if TYPE_CHECKING:
-    import torch
-
-    from llmprune_cli.scoring import Scores
+    from llmprune_cli.choose.magnitude import Scores
 
 PLAN_VERSION = 3
 
@@ -541,8 +541,6 @@ def _best_evenly(score: torch.Tensor, groups: int, count: int) -> tuple[int, ...
 
 
 def _best(score: torch.Tensor, count: int) -> tuple[int, ...]:
-    import torch
-
     removed = torch.topk(score, len(score) - count, largest=False).indices
     mask = torch.ones(len(score), dtype=torch.bool)
     mask[removed] = False

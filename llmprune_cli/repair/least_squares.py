@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
 
 from llmprune_cli.processes import Processes
-
-if TYPE_CHECKING:
-    import torch
 
 PRODUCT_ELEMENTS = 2**25  # of XᵀX that are formed at a time: 128 MiB in float32
 
@@ -25,8 +23,6 @@ class Moments:
     @classmethod
     def zero(cls, outputs: int, inputs: int, device: torch.device | str = "cpu") -> Moments:
         """Of no tokens, on a device that has float64."""
-        import torch
-
         place = torch.device("cpu" if torch.device(device).type == "mps" else device)
         gram, cross = (torch.zeros(n, inputs, dtype=torch.float64, device=place) for n in (inputs, outputs))
         return cls(gram, cross)
@@ -79,8 +75,6 @@ class Moments:
 
     def solve(self, matrix: torch.Tensor, kept: torch.Tensor, factor: torch.Tensor, strength: float) -> torch.Tensor:
         """See `solve_reader`; all outputs are solved with L, [k, k], where LLᵀ is the kept part of XᵀX + μI."""
-        import torch
-
         result = torch.zeros_like(matrix)
         places = kept.to(matrix.device)
         for rows in self._slabs():
@@ -93,8 +87,6 @@ class Moments:
 
 def only(matrix: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """The weight with zeros for the inputs that go."""
-    import torch
-
     result = torch.zeros_like(matrix)
     result[:, kept] = matrix[:, kept]
     return result
@@ -116,8 +108,6 @@ def solve_reader(moments: Moments, matrix: torch.Tensor, kept: torch.Tensor, dam
     Returns:
         [O, U], zero for the inputs that go.
     """
-    import torch
-
     kept = kept.to(moments.gram.device)
     inputs = moments.gram[kept[:, None], kept]
     strength = damping * float(inputs.diagonal().mean())

@@ -7,31 +7,31 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmprune_cli.activations import reader_instance
-from llmprune_cli.architecture import Widths
-from llmprune_cli.calibration import CalibrationText
-from llmprune_cli.checkpoint import Checkpoint, TensorEntry, open_shard
+import torch
+
+from llmprune_cli.choose.activity import reader_instance
+from llmprune_cli.choose.magnitude import GROUPS, HEADS
+from llmprune_cli.coupling.subject import Subject
+from llmprune_cli.coupling.trace import Reader, Trace
 from llmprune_cli.errors import CheckpointError, OutputError
-from llmprune_cli.groups import Reader, Trace
-from llmprune_cli.layerwise import Enough, Layer, LayeredModel, batches, check_states
-from llmprune_cli.least_squares import Moments, only, solve_reader
-from llmprune_cli.loading import DTYPES
-from llmprune_cli.names import split_name
+from llmprune_cli.family.architecture import Widths
+from llmprune_cli.folder.checkpoint import Checkpoint, TensorEntry, open_shard
+from llmprune_cli.folder.names import split_name
+from llmprune_cli.folder.shards import check_finite
+from llmprune_cli.folder.staging import fsync
+from llmprune_cli.journal.sharedwork import SharedWork
 from llmprune_cli.options import Listener, PruneOptions
-from llmprune_cli.plan import Plan
+from llmprune_cli.plan.target import Plan
 from llmprune_cli.processes import ALONE, Processes
-from llmprune_cli.scoring import GROUPS, HEADS
-from llmprune_cli.sharedwork import SharedWork
-from llmprune_cli.sites import Site, Uses, find_sites
-from llmprune_cli.staging import fsync
-from llmprune_cli.statefiles import copy_states, new_states
-from llmprune_cli.subject import Subject
-from llmprune_cli.writer import check_finite
+from llmprune_cli.repair.least_squares import Moments, only, solve_reader
+from llmprune_cli.repair.sites import Site, Uses, find_sites
+from llmprune_cli.run.calibration import CalibrationText
+from llmprune_cli.run.layered_model import Enough, Layer, LayeredModel, batches, check_states
+from llmprune_cli.run.states import copy_states, new_states
+from llmprune_cli.source.opening import DTYPES
 
 if TYPE_CHECKING:
-    import torch
-
-    from llmprune_cli.products import Product, Watcher
+    from llmprune_cli.coupling.products import Product, Watcher
 
 DAMPING = 0.5  # of every refit, relative to the mean diagonal of the Gram matrix
 GRAM_BYTES = 2**30  # of the Gram matrices of experts that are gathered in one pass
@@ -139,8 +139,6 @@ def repair(
     Args:
         work: where these weights lie; None where there is no calibration text.
     """
-    import torch
-
     if options.refit == "none" or calibration is None or work is None:
         return subject, ()
     if "hidden_size" in plan.changed:
@@ -336,8 +334,6 @@ class _LayerRefit:
 
     def _silence(self, seen: Product) -> torch.Tensor | None:
         """A watcher under which no token picks an expert that goes."""
-        import torch
-
         chosen = self.plan.keep.get("num_experts", {}).get(str(self.number))
         if chosen is None or seen.parameter not in {name.replace("{}", "0", 1) for name in self.trace.routers}:
             return None
@@ -357,8 +353,6 @@ class _Errors:
 
 def relative_distance(stream: torch.Tensor, other: torch.Tensor, processes: Processes = ALONE) -> float:
     """‖a − b‖²/‖b‖² over the windows of all processes."""
-    import torch
-
     gaps = sum(float((a - b).square().sum(dtype=torch.float64)) for a, b in zip(stream, other, strict=True))
     gaps, whole = processes.add_up(gaps, sum(float(b.square().sum(dtype=torch.float64)) for b in other))
     return gaps / whole
@@ -366,8 +360,6 @@ def relative_distance(stream: torch.Tensor, other: torch.Tensor, processes: Proc
 
 def torch_dtype(code: str) -> torch.dtype:
     """safetensors' name of a dtype to torch's."""
-    import torch
-
     names = {"F64": "float64", **{short: name for name, short in DTYPES.items()}}
     dtype: torch.dtype = getattr(torch, names[code])
     return dtype
@@ -415,8 +407,6 @@ def kept_inputs(
     widths: Widths, trace: Trace, plan: Plan, reader: Reader, number: int, expert: int | None, size: int
 ) -> torch.Tensor:
     """Which of a reader's inputs a plan keeps, sorted indices."""
-    import torch
-
     units = plan.keep.get(reader.width, {}).get(reader_instance(trace, reader, number, expert))
     if units is None:
         return torch.arange(size)

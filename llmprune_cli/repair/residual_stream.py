@@ -7,19 +7,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llmprune_cli.architecture import Architecture, on_disk
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+
+from llmprune_cli.coupling.trace import Trace
+from llmprune_cli.coupling.twin import Place, build_twin, trace_sizes
 from llmprune_cli.errors import UnsupportedError
-from llmprune_cli.families import FAMILIES, Family
-from llmprune_cli.groups import Trace
-from llmprune_cli.names import split_name
-from llmprune_cli.twin import Place, build_twin, trace_sizes
+from llmprune_cli.family.architecture import Architecture, on_disk
+from llmprune_cli.family.exceptions import FAMILIES, Family
+from llmprune_cli.folder.names import split_name
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
     from transformers import PreTrainedModel
 
-    from llmprune_cli.products import Product
+    from llmprune_cli.coupling.products import Product
 
 EXACT = 1e-3  # how closely, relative to its size, a value in float32 has to be what it is taken for
 OTHERWISE = "Leave --rotate out: channels can still be dropped."
@@ -95,8 +97,6 @@ def _unsupported(architecture: Architecture, reason: str) -> UnsupportedError:
 
 def _origins(model: PreTrainedModel, templates: dict[str, int]) -> dict[str, frozenset[str]]:
     """For templates on disk, the parameters in memory that their tensors are made of; {} for numbers in both."""
-    import torch
-
     names = [name for name, _ in model.named_parameters()]
     marked = {name: torch.full_like(model.get_parameter(name), number).detach() for number, name in enumerate(names)}
     found: dict[str, frozenset[str]] = {}
@@ -115,9 +115,7 @@ def _watch(
     model: PreTrainedModel, tokens: torch.Tensor, channels: set[str]
 ) -> tuple[dict[Place, set[str]], dict[str, Call]]:
     """Run a model: which norms feed each weight, and one call of each norm."""
-    import torch
-
-    from llmprune_cli.products import Products
+    from llmprune_cli.coupling.products import Products
 
     calls: dict[str, list[Call]] = {}
     inputs: dict[Place, set[str]] = {}
@@ -157,8 +155,6 @@ def _recording(model: PreTrainedModel, channels: set[str], calls: dict[str, list
 
 def _are_rows_of(values: torch.Tensor, output: torch.Tensor) -> bool:
     """Whether every row of values [n, D] is a row of an output [T, D], times some factor."""
-    from torch.nn.functional import normalize
-
     if values.shape[-1] != output.shape[-1]:
         return False
     cosines = normalize(values.float(), dim=-1) @ normalize(output.float(), dim=-1).T

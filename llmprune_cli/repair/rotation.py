@@ -11,20 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from llmprune_cli.architecture import expected_index, reconfigure
-from llmprune_cli.checkpoint import TensorEntry, read_index
+import torch
+
+from llmprune_cli.coupling.subject import Subject, understand
 from llmprune_cli.errors import UnsupportedError
-from llmprune_cli.layerwise import LayeredModel, check_states
-from llmprune_cli.names import split_name
-from llmprune_cli.residual import Norm, ResidualStream
-from llmprune_cli.staging import scratch_space
-from llmprune_cli.subject import Subject, understand
-from llmprune_cli.writer import write_shards
-
-if TYPE_CHECKING:
-    import torch
+from llmprune_cli.family.architecture import expected_index, reconfigure
+from llmprune_cli.folder.checkpoint import TensorEntry, read_index
+from llmprune_cli.folder.names import split_name
+from llmprune_cli.folder.shards import write_shards
+from llmprune_cli.folder.staging import scratch_space
+from llmprune_cli.repair.residual_stream import Norm, ResidualStream
+from llmprune_cli.run.layered_model import LayeredModel, check_states
 
 NormWeights = dict[Norm, dict[tuple[int, ...], "torch.Tensor"]]  # by the numbers in their names, [D]
 SHARD_BYTES = 5 * 10**9
@@ -43,8 +41,6 @@ def principal_components(
         folder: of the hidden states, see `new_states`.
         progress: told after each layer.
     """
-    import torch
-
     size = model.architecture.widths.hidden_size
     moment = torch.zeros(size, size, dtype=torch.float64)
 

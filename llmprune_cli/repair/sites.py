@@ -6,13 +6,13 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from llmprune_cli.groups import Reader, Trace
-from llmprune_cli.layerwise import Layer
+import torch
+
+from llmprune_cli.coupling.trace import Reader, Trace
+from llmprune_cli.run.layered_model import Layer
 
 if TYPE_CHECKING:
-    import torch
-
-    from llmprune_cli.products import Product
+    from llmprune_cli.coupling.products import Product
 
 PROBE_TOKENS = 8  # that show how a reader's result enters the residual stream
 TOLERANCE = 1e-3  # of that measurement, relative to its largest number
@@ -49,8 +49,6 @@ class Entry:
         Args:
             missing: in the residual stream, [n, D].
         """
-        import torch
-
         factor = self.factor.to(missing.device)
         squared = factor.square()
         floor = FACTOR_FLOOR * float(squared.mean()) if self.way == "normed" else 0.0
@@ -130,8 +128,6 @@ def find_sites(layer: Layer, trace: Trace, hidden_size: int) -> list[Site]:
     Measured on a few random hidden states: with the results of all readers but one set to zero, that one is replaced by
     noise, and the output of the layer has to change as one of the ways to enter says.
     """
-    import torch
-
     readers = {r.parameter.replace("{}", "0", 1): r for r in trace.inputs if layer.has(r.parameter)}
     generator = torch.Generator().manual_seed(0)
     probe, noise = (torch.randn(1, PROBE_TOKENS, hidden_size, generator=generator) for _ in range(2))
@@ -161,8 +157,6 @@ def _respond(
     layer: Layer, readers: dict[str, Reader], probe: torch.Tensor, noise: torch.Tensor, changed: str | None
 ) -> _Response:
     """The response where one reader makes noise [1, T, D], its first row where it is experts, and the others zero."""
-    import torch
-
     inputs: dict[str, list[torch.Tensor]] = {}
     shares = torch.zeros(probe.shape[1])
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.errors import OutputError, UnsupportedError
-from llmprune_cli.staging import replace_file
+from llmprune_cli.folder.staging import replace_file
 
 if TYPE_CHECKING:
-    from llmprune_cli.results import CalibrationResult, LayerResult, PruneResult
+    from llmprune_cli.report.results import CalibrationResult, LayerResult, PruneResult
 
 INCHES = (8.0, 24.0)  # least and largest width
 INCHES_PER_LAYER = 0.22

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from llmprune_cli.checkpoint import Checkpoint
-from llmprune_cli.corpus import Corpus, cut_windows, load_corpus
-from llmprune_cli.evaluation import RunningPerplexity, evaluate_perplexity, peak_memory_bytes
-from llmprune_cli.loading import load_model, load_tokenizer, own_device, pick_device
+import torch
+
+from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.folder.staging import scratch_folder
 from llmprune_cli.options import EvalOptions, Listener
 from llmprune_cli.processes import ALONE, Processes
-from llmprune_cli.results import SCHEMA_VERSION, EvalReport, EvalResult
-from llmprune_cli.staging import scratch_folder
-
-if TYPE_CHECKING:
-    import torch
+from llmprune_cli.report.results import SCHEMA_VERSION, EvalReport, EvalResult
+from llmprune_cli.run.corpus import Corpus, cut_windows, load_corpus
+from llmprune_cli.run.perplexity import RunningPerplexity, evaluate_perplexity, peak_memory_bytes
+from llmprune_cli.source.opening import load_model, load_tokenizer, own_device, pick_device
 
 LONG_WINDOW = 8192  # tokens; longer windows by default deserve a warning
 FALLBACK_WINDOW = 2048  # tokens, for models that state no maximum

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from llmprune_cli import __version__
-from llmprune_cli.checkpoint import MANIFEST_NAME, Checkpoint, is_there
 from llmprune_cli.errors import CheckpointError
-from llmprune_cli.export.runtimes import RuntimeFit
-from llmprune_cli.loading import copy_small
+from llmprune_cli.folder.checkpoint import MANIFEST_NAME, Checkpoint, is_there
+from llmprune_cli.report.runtimes import RuntimeFit
+from llmprune_cli.source.opening import copy_small
 
 CARD = "README.md"
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")

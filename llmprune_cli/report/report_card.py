@@ -5,23 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from llmprune_cli.architecture import read_widths
-from llmprune_cli.calibration import CalibrationText
-from llmprune_cli.divergence import Divergence, Side, compare, tokens_at_a_time
-from llmprune_cli.layerwise import LayeredModel
-from llmprune_cli.loading import ModelReference, open_checkpoint
+import torch
+
+from llmprune_cli.choose.selection import SEARCH_WINDOWS
+from llmprune_cli.coupling.subject import Subject
+from llmprune_cli.family.architecture import read_widths
 from llmprune_cli.options import Listener, PruneOptions
-from llmprune_cli.plan import Plan
-from llmprune_cli.reconstruction import LayerRepair, relative_distance
-from llmprune_cli.results import CalibrationResult, LayerResult
-from llmprune_cli.selection import SEARCH_WINDOWS
-from llmprune_cli.subject import Subject
-from llmprune_cli.throughput import Clock
-
-if TYPE_CHECKING:
-    import torch
+from llmprune_cli.plan.target import Plan
+from llmprune_cli.repair.refit import LayerRepair, relative_distance
+from llmprune_cli.report.results import CalibrationResult, LayerResult
+from llmprune_cli.run.calibration import CalibrationText
+from llmprune_cli.run.divergence import Divergence, Side, compare, tokens_at_a_time
+from llmprune_cli.run.layered_model import LayeredModel
+from llmprune_cli.run.throughput import Clock
+from llmprune_cli.source.opening import ModelReference, open_checkpoint
 
 
 def report_card(
@@ -34,8 +32,6 @@ def report_card(
     listener: Listener,
 ) -> CalibrationResult:
     """What a pruned checkpoint does on text that neither fitted it nor, where there is enough, chose it."""
-    import torch
-
     chosen_on = SEARCH_WINDOWS // 2 if options.budget else 0
     windows = calibration.held_out[chosen_on:] if len(calibration.held_out) > chosen_on else calibration.held_out
     reference, device = ModelReference(str(folder)), options.layer_device

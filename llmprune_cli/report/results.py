@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmprune_cli.architecture import Widths
-from llmprune_cli.checkpoint import TensorEntry
-from llmprune_cli.export.runtimes import RuntimeFit
 from llmprune_cli.export.verification import Verification
-from llmprune_cli.names import Shape, split_name
+from llmprune_cli.family.architecture import Widths
+from llmprune_cli.folder.checkpoint import TensorEntry
+from llmprune_cli.folder.names import Shape, split_name
+from llmprune_cli.report.runtimes import RuntimeFit
 
 SCHEMA_VERSION = 1
 

@@ -6,13 +6,14 @@ import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from llmprune_cli.corpus import PYTHON_DOCS, Corpus, cut_windows, load_corpus
+import torch
+
 from llmprune_cli.errors import CheckpointError
+from llmprune_cli.run.corpus import PYTHON_DOCS, Corpus, cut_windows, load_corpus
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import torch
     from transformers import PreTrainedTokenizerBase
 
 HELD_OUT_SHARE = 8  # one window in so many is held out, one at least
@@ -60,8 +61,6 @@ def prepare_calibration(
     Raises:
         CheckpointError: no such text, less than two windows of it, or a tokenizer of another model.
     """
-    import torch
-
     corpus = _load(options, warn)
     length = min(options.seq_len, longest or options.seq_len)
     windows = cut_windows(corpus, tokenizer, vocabulary, length, None)
@@ -82,8 +81,6 @@ def prepare_calibration(
 
 def spread_windows(windows: torch.Tensor, tokens: int) -> torch.Tensor:
     """So many of the windows [N, T] that they have at most as many tokens (one at least), from all over them."""
-    import torch
-
     count = min(len(windows), max(1, tokens // windows.shape[1]))
     return windows[torch.linspace(0, len(windows) - 1, count).long()]
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from llmprune_cli.errors import CheckpointError
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
 PYTHON_DOCS = "python-docs"  # English that every CPython carries
@@ -108,8 +109,6 @@ def cut_windows(
     Raises:
         CheckpointError: the text is shorter than one window, or the tokenizer is that of another model.
     """
-    import torch
-
     tokens = torch.tensor(tokenizer(corpus.text, verbose=False)["input_ids"], dtype=torch.long)
     windows = len(tokens) // window_tokens
     if windows == 0:

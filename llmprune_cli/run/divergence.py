@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
 
 from llmprune_cli.errors import CheckpointError
-from llmprune_cli.evaluation import LOGIT_ELEMENTS
-from llmprune_cli.layerwise import Ends
 from llmprune_cli.processes import ALONE, Processes
-
-if TYPE_CHECKING:
-    import torch
+from llmprune_cli.run.layered_model import Ends
+from llmprune_cli.run.perplexity import LOGIT_ELEMENTS
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,6 @@ def compare(dense: Side, pruned: Side, windows: torch.Tensor, processes: Process
     Raises:
         CheckpointError: see `check_loss`.
     """
-    import torch
-    from torch.nn import functional
-
     losses, kl = torch.zeros(2, dtype=torch.float64), 0.0
     for window, places, wanted in predicted(dense.ends, windows):
         logs = []

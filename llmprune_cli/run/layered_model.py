@@ -9,21 +9,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune_cli.architecture import Architecture, build_skeleton, on_disk, reconfigure
-from llmprune_cli.checkpoint import Checkpoint
+import torch
+from torch import nn
+
 from llmprune_cli.errors import CheckpointError, UnsupportedError
-from llmprune_cli.layers import layer_changes
-from llmprune_cli.names import split_name
-from llmprune_cli.naming import Rules
+from llmprune_cli.family.architecture import Architecture, build_skeleton, on_disk, reconfigure
+from llmprune_cli.family.layers import layer_changes
+from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.folder.names import split_name
 from llmprune_cli.processes import ALONE, Processes
-from llmprune_cli.statefiles import new_states
+from llmprune_cli.run.states import new_states
+from llmprune_cli.source.stored_names import Rules
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from llmprune_cli.products import Collector, Watcher
+    from llmprune_cli.coupling.products import Collector, Watcher
 
 BATCH_TOKENS = 4096  # that run through a layer together
 VOCABULARY = 8  # of a one-layer model, whose embedding is never used
@@ -64,9 +65,7 @@ class Layer:
         Args:
             watcher, collected: see `Products`; parameters have their names in `model`.
         """
-        import torch
-
-        from llmprune_cli.products import Products
+        from llmprune_cli.coupling.products import Products
 
         seen: list[Any] = []
         names = [(f"{self.prefix}{name}", parameter) for name, parameter in self.block.named_parameters()]
@@ -99,8 +98,6 @@ class Layer:
 
     def returned_items(self, hidden: torch.Tensor) -> int:
         """How many items this family's layers return, hidden states first; 0 where these come alone."""
-        import torch
-
         seen: list[Any] = []
         token = hidden.new_zeros(1, 1, hidden.shape[-1]).to(self.device)
         with _replacing_input(self.block, token), _catching_output(self.block, seen), suppress(Enough):
@@ -218,8 +215,6 @@ class Ends:
         Args:
             items: see `Layer.returned_items`.
         """
-        import torch
-
         forward = self.block.forward
         given = hidden.to(self.device, self.model.get_output_embeddings().weight.dtype)
         self.block.forward = lambda *args, **kwargs: (given, *[None] * (items - 1)) if items else given
@@ -260,8 +255,6 @@ class LayeredModel:
         Raises:
             UnsupportedError: no model of this layer alone can be built.
         """
-        import torch
-
         config = self.architecture.config
         entries = tuple(entry for entry in self.checkpoint.entries if split_name(entry.name)[1][:1] == (number,))
         state = {}
@@ -305,7 +298,6 @@ class LayeredModel:
         Raises:
             UnsupportedError: a part that the checkpoint does not have under the name that transformers gives it.
         """
-        import torch
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
 

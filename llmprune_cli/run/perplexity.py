@@ -11,10 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch.nn import functional
+
 from llmprune_cli.processes import ALONE, Processes
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 LOGIT_ELEMENTS = 2**24  # logits formed at a time: 64 MiB in float32
@@ -53,8 +55,6 @@ def evaluate_perplexity(
         Where all windows stand, and the seconds of the slowest process. What the windows add up to does not depend on
         the number of processes: their sums are added in the same order.
     """
-    import torch
-
     share = processes.share(windows, batch_size)
     started, sums, total = time.perf_counter(), [], 0.0
     state = RunningPerplexity(0, len(share), 0, 0.0, math.nan)
@@ -73,9 +73,6 @@ def evaluate_perplexity(
 
 def window_nll(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
     """Mean negative log-likelihood of each window, [B]; logits are formed for a chunk of positions at a time."""
-    import torch
-    from torch.nn import functional
-
     place = next(model.get_input_embeddings().parameters()).device
     if place.type != "meta":  # where an embedding lies on disk, accelerate moves what it is given
         batch = batch.to(place)
@@ -110,8 +107,6 @@ def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 
     For this one call the base model's forward hands out the given hidden states.
     """
-    import torch
-
     base = model.base_model
     original = base.forward
     base.forward = lambda *args, **options: _Given(hidden)
@@ -127,8 +122,6 @@ def peak_memory_bytes(model: PreTrainedModel) -> int:
     """Largest memory of this process so far: with weights on CUDA what torch allocated there, else resident memory."""
     import resource
     import sys
-
-    import torch
 
     if any(parameter.is_cuda for parameter in model.parameters()):
         return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))

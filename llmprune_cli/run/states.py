@@ -7,12 +7,10 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from llmprune_cli.errors import OutputError
-
-if TYPE_CHECKING:
-    import torch
 
 
 def new_states(shape: Sequence[int], folder: Path | None) -> torch.Tensor:
@@ -25,8 +23,6 @@ def new_states(shape: Sequence[int], folder: Path | None) -> torch.Tensor:
     Raises:
         OutputError: the folder has no room for them.
     """
-    import torch
-
     if folder is None or not math.prod(shape):
         return torch.empty(*shape)
     size_bytes = 4 * math.prod(shape)

@@ -7,13 +7,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llmprune_cli.layerwise import Ends, Layer
+import torch
+from torch import nn
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
+from llmprune_cli.run.layered_model import Ends, Layer
 
 END_PASSES = 5  # of the ends, that are timed
 
@@ -42,8 +41,6 @@ class Clock:
         Args:
             items: see `Layer.returned_items`.
         """
-        import torch
-
         with _timing(ends.model, torch.device(ends.device)) as passes:
             for _ in range(1 + END_PASSES):
                 ends.logits(states, items)
@@ -80,8 +77,6 @@ def _timing(module: nn.Module, device: torch.device) -> Iterator[list[float]]:
 
 def _wait(device: torch.device) -> None:
     """Let the device finish what it was given."""
-    import torch
-
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -7,14 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune_cli.checkpoint import TensorEntry, read_index
+import torch
+
 from llmprune_cli.errors import CheckpointError, LlmpruneError, UnsupportedError
-from llmprune_cli.gguf_header import read_gguf_config
-from llmprune_cli.staging import scratch_space
-from llmprune_cli.writer import write_shards
+from llmprune_cli.folder.checkpoint import TensorEntry, read_index
+from llmprune_cli.folder.shards import write_shards
+from llmprune_cli.folder.staging import scratch_space
+from llmprune_cli.source.gguf_header import read_gguf_config
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 DEQUANTIZED_DTYPE = "bfloat16"  # unless --dtype says otherwise
@@ -53,7 +54,6 @@ def dequantize(
         UnsupportedError: transformers cannot dequantize this method, here or at all.
         CheckpointError: weights that are missing or unreadable.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
     record = quantization_of(config)
@@ -187,7 +187,6 @@ def convert_gguf(path: Path, dtype: str | None, target: Path) -> None:
         CheckpointError: missing or unreadable.
         UnsupportedError: something that transformers cannot read from GGUF, or reads wrongly.
     """
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with _reading_gguf(path):
@@ -234,8 +233,6 @@ def convert_bin(folder: Path, target: Path) -> tuple[TensorEntry, ...]:
     Raises:
         CheckpointError: a file that holds more than plain tensors, or less than its bytes should.
     """
-    import torch
-
     floats = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
     codes = {**floats, torch.bool: "BOOL", torch.uint8: "U8", torch.int64: "I64"}
     states = [_load_bin(path) for path in sorted(folder.glob("pytorch_model*.bin"))]
@@ -254,8 +251,6 @@ def convert_bin(folder: Path, target: Path) -> tuple[TensorEntry, ...]:
 def _load_bin(path: Path) -> dict[str, Any]:
     """The memory-mapped tensors of one `.bin` file."""
     import pickle
-
-    import torch
 
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

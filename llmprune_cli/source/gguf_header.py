@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune_cli.architecture import expected_index, read_widths
 from llmprune_cli.errors import UnsupportedError
+from llmprune_cli.family.architecture import expected_index, read_widths
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -9,8 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune_cli.architecture import build_skeleton, expected_index, on_disk, reconfigure
-from llmprune_cli.checkpoint import (
+import torch
+
+from llmprune_cli.errors import CheckpointError, UnsupportedError
+from llmprune_cli.family.architecture import build_skeleton, expected_index, on_disk, reconfigure
+from llmprune_cli.folder.checkpoint import (
     INDEX_NAME,
     SINGLE_NAME,
     Checkpoint,
@@ -23,7 +26,9 @@ from llmprune_cli.checkpoint import (
     stamp_shards,
     unchanged,
 )
-from llmprune_cli.conversion import (
+from llmprune_cli.folder.staging import scratch_folder
+from llmprune_cli.processes import Processes
+from llmprune_cli.source.conversion import (
     convert_bin,
     convert_gguf,
     dequantize,
@@ -31,13 +36,9 @@ from llmprune_cli.conversion import (
     describe_gguf,
     quantization_of,
 )
-from llmprune_cli.errors import CheckpointError, UnsupportedError
-from llmprune_cli.naming import Names, outer_model, resolve_names, usual_outer_model
-from llmprune_cli.processes import Processes
-from llmprune_cli.staging import scratch_folder
+from llmprune_cli.source.stored_names import Names, outer_model, resolve_names, usual_outer_model
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 MOST_CONFIG_BYTES = 2 * 2**20
@@ -303,8 +304,6 @@ def _check_stored(folder: Path, entry: TensorEntry, expected: torch.Tensor) -> N
 
 
 def _are_equal(checkpoint: Checkpoint, *stored: str) -> bool:
-    import torch
-
     one, other = (_read(checkpoint, checkpoint.by_name[name]) for name in stored)
     return torch.equal(one, other)
 
@@ -349,8 +348,6 @@ def pick_device(device: str) -> str:
     Raises:
         CheckpointError: the device is not on this machine.
     """
-    import torch
-
     if device == "auto":
         return "auto" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, number = device.partition(":")
@@ -362,8 +359,6 @@ def pick_device(device: str) -> str:
 
 def own_device(device: str, processes: Processes) -> str:
     """Where one of several processes runs: on the GPU of its number, if there are any."""
-    import torch
-
     several = processes.count > 1 and device in ("auto", "cuda") and torch.cuda.is_available()
     return f"cuda:{processes.local_rank}" if several else device
 
@@ -381,7 +376,6 @@ def load_model(
         CheckpointError: transformers cannot load it, or keys are missing or do not fit.
     """
     import psutil
-    import torch
     from transformers import AutoModelForCausalLM
 
     place = pick_device(device)

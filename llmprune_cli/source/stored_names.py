@@ -7,9 +7,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llmprune_cli.architecture import build_skeleton
+import torch
+
 from llmprune_cli.errors import CheckpointError, UnsupportedError
-from llmprune_cli.names import split_name
+from llmprune_cli.family.architecture import build_skeleton
+from llmprune_cli.folder.names import split_name
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -143,7 +145,6 @@ def outer_model(config: PretrainedConfig) -> PreTrainedModel:
     Raises:
         UnsupportedError, CheckpointError: see `build_skeleton`.
     """
-    import torch
     from transformers import AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 

@@ -81,9 +81,9 @@ def make_model(folder: Path, sizes: dict[str, int]) -> Path:
     import torch
     from transformers import LlamaConfig
 
-    from llmprune_cli.architecture import expected_index
-    from llmprune_cli.checkpoint import TensorEntry
-    from llmprune_cli.writer import write_shards
+    from llmprune_cli.family.architecture import expected_index
+    from llmprune_cli.folder.checkpoint import TensorEntry
+    from llmprune_cli.folder.shards import write_shards
 
     folder.mkdir()
     config = save_config(folder, LlamaConfig, sizes)

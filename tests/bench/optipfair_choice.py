@@ -8,7 +8,7 @@ import optipfair
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmprune_cli.calibration import CalibrationOptions, prepare_calibration
+from llmprune_cli.run.calibration import CalibrationOptions, prepare_calibration
 
 
 def main(folder: str, output: str, neurons: int, corpus: str, tokens: int, seq_len: int) -> None:

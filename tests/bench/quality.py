@@ -140,7 +140,7 @@ def prepare(work: Path) -> Bench:
     """Dequantize the model, once, and cut the texts to measure on."""
     from transformers import AutoTokenizer
 
-    from llmprune_cli.corpus import cut_windows, load_corpus
+    from llmprune_cli.run.corpus import cut_windows, load_corpus
 
     model = work.resolve() / "model"
     if not model.is_dir():

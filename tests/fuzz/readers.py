@@ -32,32 +32,32 @@ class Reader:
 
 def read_headers(folder: Path) -> None:
     """The header of a shard."""
-    from llmprune_cli.checkpoint import read_index
+    from llmprune_cli.folder.checkpoint import read_index
 
     read_index(folder / "alone")
 
 
 def read_whole_index(folder: Path) -> None:
     """An index, beside the shards that it should name."""
-    from llmprune_cli.checkpoint import read_index
+    from llmprune_cli.folder.checkpoint import read_index
 
     read_index(folder)
 
 
 def read_stored_plan(folder: Path) -> None:
     """A plan."""
-    from llmprune_cli.plan import read_plan
+    from llmprune_cli.plan.target import read_plan
 
     read_plan(folder / "plan.json", 2**20)
 
 
 def read_manifest(folder: Path) -> None:
     """A manifest: to verify a folder, and to go on in another and in a model card."""
-    from llmprune_cli.checkpoint import Checkpoint
+    from llmprune_cli.commands.pipeline import source_manifest
     from llmprune_cli.errors import LlmpruneError
-    from llmprune_cli.integrity import check_files
-    from llmprune_cli.model_card import write_card
-    from llmprune_cli.pipeline import source_manifest
+    from llmprune_cli.folder.checkpoint import Checkpoint
+    from llmprune_cli.folder.integrity import check_files
+    from llmprune_cli.report.model_card import write_card
 
     with suppress(LlmpruneError):
         check_files(folder)
@@ -69,8 +69,8 @@ def read_manifest(folder: Path) -> None:
 
 def read_configuration(folder: Path) -> None:
     """A configuration, up to the names and shapes of the tensors that it asks for."""
-    from llmprune_cli.architecture import expected_index, read_widths
-    from llmprune_cli.loading import read_config
+    from llmprune_cli.family.architecture import expected_index, read_widths
+    from llmprune_cli.source.opening import read_config
 
     config = read_config(folder, trust_remote_code=False)
     expected_index(config)
@@ -79,7 +79,7 @@ def read_configuration(folder: Path) -> None:
 
 def read_gguf(folder: Path) -> None:
     """The header of a GGUF file."""
-    from llmprune_cli.conversion import describe_gguf
+    from llmprune_cli.source.conversion import describe_gguf
 
     describe_gguf(folder / "model.gguf", None)
 

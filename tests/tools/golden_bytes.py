@@ -114,11 +114,10 @@ def digests(path: Path, name: str) -> dict[str, str]:
 
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
-            found = {key: file.get_tensor(key) for key in file.keys()}
-        return {
-            key: hashlib.sha256(f"{t.dtype}{tuple(t.shape)}".encode() + t.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
-            for key, t in found.items()
-        }
+            found = {key: file.get_tensor(key) for key in file.offset_keys()}
+        kinds = {key: f"{tensor.dtype}{tuple(tensor.shape)}".encode() for key, tensor in found.items()}
+        plain = {key: tensor.contiguous().flatten().view(torch.uint8).numpy() for key, tensor in found.items()}
+        return {key: hashlib.sha256(kinds[key] + plain[key].tobytes()).hexdigest() for key in found}
     if path.suffix == ".pt2":  # a zip archive, whose entries have dates
         with zipfile.ZipFile(path) as archive:
             entries = {Path(*Path(e).parts[1:]).as_posix(): archive.read(e) for e in archive.namelist()}

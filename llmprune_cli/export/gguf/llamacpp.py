@@ -10,15 +10,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 from urllib.error import HTTPError, URLError
 from urllib.request import ProxyHandler, Request, build_opener
 
+import torch
+
 from llmprune_cli.errors import VerificationError
 from llmprune_cli.export.formats import Continuation
-
-if TYPE_CHECKING:
-    import torch
 
 PATIENCE = 600  # seconds for an answer
 CONTEXT = 256  # tokens; llama.cpp rounds up to multiples of it
@@ -54,8 +53,6 @@ class LlamaCpp:
 
     def continue_greedily(self, prompt: torch.Tensor, tokens: int) -> Continuation:
         """Go on with a prompt; behind the first place only the likeliest tokens have log-probabilities."""
-        import torch
-
         ids, log_probs = prompt.tolist(), torch.full((tokens, self.vocabulary), -torch.inf)
         for place in range(tokens):
             likeliest = self._likeliest(ids, self.vocabulary if place == 0 else min(LIKELIEST, self.vocabulary))
@@ -80,10 +77,8 @@ def open_llamacpp(folder: Path) -> Iterator[LlamaCpp]:
     Raises:
         VerificationError: llama.cpp does not load it.
     """
-    import torch
-
     path = next(folder.glob("*.gguf"))
-    module = "llmprune_cli.export.llamacpp_server"
+    module = "llmprune_cli.export.gguf.llamacpp_server"
     command = [sys.executable, "-m", module, str(path), str(CONTEXT), str(torch.get_num_threads())]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)

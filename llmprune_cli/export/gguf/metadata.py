@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from llmprune_cli.export.gguf_families import GgufFamily, context_length, experts_of, heads_of, rope_of, sliding_layers
+import torch
+
+from llmprune_cli.export.gguf.families import GgufFamily, context_length, experts_of, heads_of, rope_of, sliding_layers
 
 if TYPE_CHECKING:
-    import torch
     from gguf import GGUFWriter
     from transformers import PretrainedConfig
 
@@ -82,8 +83,6 @@ def _add_rope(writer: GGUFWriter, config: PretrainedConfig, family: GgufFamily, 
 
 def rope_factors(config: PretrainedConfig, family: GgufFamily) -> dict[str, torch.Tensor]:
     """What each frequency is divided by, as tensors of the file; none where a kind of scaling needs none."""
-    import torch
-
     rope: dict[str, Any] = rope_of(config)
     kind = rope.get("rope_type", "default")
     if not family.rope or kind not in ("llama3", "longrope"):

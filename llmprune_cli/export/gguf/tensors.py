@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llmprune_cli.checkpoint import TensorEntry
+import torch
+
 from llmprune_cli.errors import UnsupportedError
-from llmprune_cli.export.gguf_families import GgufFamily, Heads, experts_of, heads_of
+from llmprune_cli.export.gguf.families import GgufFamily, Heads, experts_of, heads_of
+from llmprune_cli.folder.checkpoint import TensorEntry
 
 if TYPE_CHECKING:
-    import torch
     from gguf import GGMLQuantizationType, TensorNameMap
     from transformers import PretrainedConfig
 
@@ -62,7 +63,6 @@ def lay_out(
     Raises:
         UnsupportedError: a tensor that llama.cpp has no name for.
     """
-    import torch
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     architecture = next(key for key, name in MODEL_ARCH_NAMES.items() if name == family.architecture)
@@ -162,8 +162,6 @@ def gather(tensor: torch.Tensor, heads: Heads) -> torch.Tensor:
     Args:
         tensor: projection [(H + 2K)·P, D] or its bias.
     """
-    import torch
-
     groups = tensor.reshape(heads.key, -1, heads.size, *tensor.shape[1:])
     rows = groups[:, :-2], groups[:, -2], groups[:, -1]
     return torch.cat([part.reshape(-1, *tensor.shape[1:]) for part in rows])

@@ -11,21 +11,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from llmprune_cli.checkpoint import Checkpoint
+import torch
+
 from llmprune_cli.errors import CheckpointError, UnsupportedError
 from llmprune_cli.export.formats import FLOAT_LIMITS, SHORT_DTYPES, ExportOptions, Fit, Format, Limits
-from llmprune_cli.export.gguf_families import GgufFamily, written_family
-from llmprune_cli.export.gguf_metadata import add_metadata, rope_factors
-from llmprune_cli.export.gguf_tensors import FileTensor, Layout, lay_out
-from llmprune_cli.export.gguf_vocabulary import add_vocabulary
-from llmprune_cli.export.llamacpp import open_llamacpp
+from llmprune_cli.export.gguf.families import GgufFamily, written_family
+from llmprune_cli.export.gguf.llamacpp import open_llamacpp
+from llmprune_cli.export.gguf.metadata import add_metadata, rope_factors
+from llmprune_cli.export.gguf.tensors import FileTensor, Layout, lay_out
+from llmprune_cli.export.gguf.vocabulary import add_vocabulary
 from llmprune_cli.export.safetensors import write_safetensors
-from llmprune_cli.staging import scratch_folder
-from llmprune_cli.writer import check_finite
+from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.folder.shards import check_finite
+from llmprune_cli.folder.staging import scratch_folder
 
 if TYPE_CHECKING:
     import numpy
-    import torch
     from gguf import GGUFWriter
     from transformers import PretrainedConfig
 
@@ -153,7 +154,6 @@ def encode(rows: torch.Tensor, target: FileTensor) -> numpy.ndarray:
     Raises:
         VerificationError: they hold NaN or infinity.
     """
-    import torch
     from gguf import GGMLQuantizationType, quantize
 
     halves = {GGMLQuantizationType.BF16: torch.bfloat16, GGMLQuantizationType.F16: torch.float16}

@@ -1,0 +1,1 @@
+"""What a small twin says: which indices of which tensors belong together."""

@@ -1,0 +1,1 @@
+"""What a configuration says: widths, their fields, per-layer lists, exceptions."""

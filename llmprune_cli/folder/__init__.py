@@ -1,0 +1,1 @@
+"""A model folder on disk, both ways: headers, index, shards, staging, manifest."""

@@ -1,0 +1,1 @@
+"""What a run remembers, for `--resume` and for `--statistics`."""

@@ -1,0 +1,1 @@
+"""Which widths and which units stay, and the document that says so."""

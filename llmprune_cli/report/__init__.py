@@ -1,0 +1,1 @@
+"""What commands report: results, report card, chart, model card, runtimes."""
