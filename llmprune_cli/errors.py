@@ -1,6 +1,7 @@
 """The error tree: what a user can mend, and the exit code that says so.
 
 LlmpruneError
+├── UsageError           2   options that are malformed or contradict each other
 ├── CheckpointError      3   a checkpoint, text or plan file that is unreadable or contradicts itself
 ├── UnsupportedError     4   an architecture that the twin proof refuses
 ├── PlanError            5   widths that cannot be had
@@ -9,7 +10,7 @@ LlmpruneError
 ├── PeerError            8   another process of the same run is gone; where that one said why, its code
 └── ResourceError        9   memory that ran out
 
-Usage errors exit 2 (Typer's own), Ctrl-C exits 130, and a bug keeps its traceback and exits 1.
+What Typer itself refuses exits 2 as well, Ctrl-C exits 130, and a bug keeps its traceback and exits 1.
 """
 
 
@@ -17,6 +18,12 @@ class LlmpruneError(Exception):
     """An error whose message says what is wrong, where, and what to do next."""
 
     exit_code = 1
+
+
+class UsageError(LlmpruneError):
+    """Options that are malformed, or that contradict each other."""
+
+    exit_code = 2
 
 
 class CheckpointError(LlmpruneError):

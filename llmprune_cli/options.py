@@ -1,104 +1,347 @@
-"""What a run was asked for, and where it reports to."""
+"""What a command is asked for, as values: a command line, a file and Python give the same ones.
+
+The annotation of a field says how it is offered. `name` is what it is called everywhere: `--layers`, `layers: 27`,
+`layers=27`; by default the field's own name.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from llmprune_cli.choose.activity import CALIBRATED
-from llmprune_cli.choose.search import Budget
-from llmprune_cli.plan.target import WidthRequest
-from llmprune_cli.run.calibration import CalibrationOptions
-from llmprune_cli.run.perplexity import RunningPerplexity
-from llmprune_cli.source.opening import pick_device
+from llmprune_cli.errors import UsageError
+from llmprune_cli.sizes import Budget, parse_parameters, parse_size
 
-
-@dataclass(frozen=True)
-class Listener:
-    """Where a run reports to."""
-
-    stage: Callable[[str, int], None]  # a stage begins: its name, and its length in bytes or windows
-    advance: Callable[[int], None]  # more of it is done
-    warn: Callable[[str], None]
-    perplexity: Callable[[str, RunningPerplexity], None]  # model, where its evaluation stands
+DEFAULT_IMPORTANCE, DEFAULT_REFIT = "consensus", "residual"
+SIZE, GOES, TEXT, METHOD = "Size", "What goes", "Calibration", "Method"
+EVALUATION, OUTPUT, MACHINE = "Evaluation", "Output", "Machine"
+PANELS = (SIZE, GOES, TEXT, METHOD, EVALUATION, OUTPUT, MACHINE)  # in their order
 
 
 @dataclass(frozen=True)
-class EvalOptions:
-    """How to evaluate."""
+class Option:
+    """How a field is offered."""
 
-    dataset: str = "wikitext2"
-    split: str = "test"
-    max_seq_len: int | None = None  # None: the model's maximum
-    limit: int | None = None  # windows
-    batch_size: int = 1
-    device: str = "auto"
-    dtype: str | None = None
+    help: str
+    panel: str  # of `--help`
+    name: str = ""  # what it is called, where that is not the field's name
+    least: int | None = None
+    left_out: str = ""  # what happens where it is not given, in words; else its default is shown
+    is_common: bool = False  # shown first
+    check: Callable[[Any], None] | None = None  # raises UsageError
+    parse: Callable[[str], Any] | None = None  # from one text to several values
+
+
+def check_ratio(value: float) -> None:
+    """A pruning ratio.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if not 0 <= value < 1:
+        raise UsageError("a pruning ratio is a fraction from 0 up to, but not including, 1.")
+
+
+def check_device(value: str) -> None:
+    """The name of a device, wherever it is.
+
+    Raises:
+        UsageError: it is none.
+    """
+    kind, colon, number = value.partition(":")
+    if value not in ("auto", "cpu", "cuda", "mps") and not (kind == "cuda" and colon and number.isdecimal()):
+        raise UsageError("use auto, cpu, cuda, cuda:N or mps.")
+
+
+def check_chart(value: Path) -> None:
+    """The file of a chart.
+
+    Raises:
+        UsageError: it is of no kind that can be drawn.
+    """
+    if value.suffix.lower() not in (".png", ".svg"):
+        raise UsageError(f"a chart is a .png or an .svg file, not {value.name!r}.")
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Numbers of layers such as `3,7,-1`.
+
+    Raises:
+        UsageError: none of these.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"give layer numbers such as 3,7,-1, not {text!r}.") from None
+
+
+def check_config(value: Path) -> None:
+    """The file of a recipe.
+
+    Raises:
+        UsageError: it is of no kind that can be written.
+    """
+    if value.suffix.lower() not in (".yaml", ".yml", ".json"):
+        raise UsageError(f"a recipe is a .yaml or a .json file, not {value.name!r}.")
+
+
+def parse_batch(text: str) -> int | None:
+    """A number of windows, or `auto`, which is None.
+
+    Raises:
+        UsageError: neither.
+    """
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"give a number of windows from 1, or auto, not {text!r}.")
+    return int(text)
+
+
+def _ratio(what: str, is_common: bool = False) -> Option:
+    return Option(f"Fraction to remove of the {what}.", GOES, check=check_ratio, is_common=is_common)
+
+
+def _size(what: str) -> Option:
+    return Option(f"Exact {what} to keep.", GOES, least=1)
 
 
 @dataclass(frozen=True)
-class PruneOptions:
-    """What to prune and where to."""
+class ModelReference:
+    """Which model, and how it is loaded."""
 
-    request: WidthRequest
-    budget: Budget | None = None
-    importance: str = "magnitude"
-    layer_importance: str | None = None  # None: "influence" where text is measured anyway; else the deepest layers go
-    refit: str = "none"
-    left_open: tuple[str, ...] = ()  # of importance and refit, those that nobody asked for
-    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
-    rotate: bool = False  # whether the channels that stay are principal components of the residual stream
-    seed: int = 0
-    plan: Path | None = None
-    save_plan: Path | None = None
-    report: Path | None = None  # chart of the report card
-    output: Path | None = None
-    overwrite: bool = False
-    dry_run: bool = False
-    max_shard_bytes: int = 5 * 10**9
-    statistics: Path | None = None  # folder that remembers what was measured on text
-    resume: bool = False
-    offload_dir: Path | None = None  # folder for the hidden states of calibration text; None keeps them in memory
+    name: str  # folder, .gguf file or hub id
+    revision: Annotated[str | None, Option("Branch, tag or commit of a hub id.", MACHINE)] = None
+    trust_remote_code: Annotated[bool, Option("Run code that comes with the checkpoint.", MACHINE)] = False
+    dtype: Annotated[
+        str | None, Option("Dtype to load in, and to dequantize to.", MACHINE, left_out="as stored; else bfloat16")
+    ] = None
+    device: Annotated[str, Option("auto, cpu, cuda, cuda:N or mps.", MACHINE, check=check_device)] = "auto"
 
-    @property
-    def needs_text(self) -> bool:
-        """Whether anything is measured on calibration text."""
-        measured = self.importance in CALIBRATED or self.ranks_layers
-        return self.refit != "none" or self.rotate or (measured and not self.plan)
 
-    @property
-    def without_text(self) -> PruneOptions:
-        """The same, but what was left open measures nothing on text."""
-        reads_nothing = {"importance": "magnitude", "refit": "none"}
-        changes: dict[str, Any] = {name: reads_nothing[name] for name in self.left_open}
-        return replace(self, **changes)
+@dataclass(frozen=True)
+class WidthRequest:
+    """The widths that the user asked for; an exact size beats a ratio, a width's own ratio beats `pruning_ratio`."""
 
-    @property
-    def ranks_layers(self) -> bool:
-        """Whether layers go by what they do on text."""
-        if self.budget is not None:
-            return True
-        by_text = self.layer_importance is not None or self.importance in CALIBRATED
-        return self.request.num_hidden_layers is not None and by_text
+    pruning_ratio: Annotated[float | None, _ratio("hidden size, heads and MLP, together")] = None
+    hidden_pruning_ratio: Annotated[float | None, _ratio("hidden channels")] = None
+    head_pruning_ratio: Annotated[float | None, _ratio("query heads, evenly in every KV group")] = None
+    kv_group_pruning_ratio: Annotated[float | None, _ratio("KV groups, with their query heads")] = None
+    intermediate_pruning_ratio: Annotated[float | None, _ratio("MLP neurons of every kind", is_common=True)] = None
+    hidden_size: Annotated[int | None, _size("hidden size")] = None
+    num_attention_heads: Annotated[int | None, _size("number of query heads")] = None
+    num_key_value_heads: Annotated[int | None, _size("number of KV groups")] = None
+    intermediate_size: Annotated[int | None, _size("intermediate size")] = None
+    moe_intermediate_size: Annotated[int | None, _size("intermediate size of every routed expert")] = None
+    shared_expert_intermediate_size: Annotated[int | None, _size("intermediate size of the shared expert")] = None
+    num_experts: Annotated[int | None, Option("Exact number of experts to keep.", GOES, "experts", least=1)] = None
+    num_hidden_layers: Annotated[
+        int | None, Option("Number of layers to keep.", GOES, "layers", least=1, is_common=True)
+    ] = None
+    drop_layers: Annotated[
+        tuple[int, ...] | None, Option("Layers to drop, such as 3,7,-2.", GOES, parse=parse_layers)
+    ] = None
+    round_to: Annotated[
+        int, Option("Round kept channels and neurons that come from a ratio down to a multiple.", GOES, least=1)
+    ] = 1
+    keep_layers: Annotated[
+        tuple[int, ...],
+        Option(
+            "Layers that stay as they are, such as 0,1,-1; beside them only whole layers can go.",
+            GOES,
+            parse=parse_layers,
+        ),
+    ] = ()
 
-    @property
-    def needs_activity(self) -> bool:
-        """Whether units, or layers by their influence, are ranked by what they do on text."""
-        return self.importance in CALIBRATED or (self.ranks_layers and self.layer_importance != "loss")
-
-    @property
-    def needs_weights(self) -> bool:
-        """Whether headers and configuration are not enough."""
-        return not self.dry_run or self.save_plan is not None or self.budget is not None
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself."""
+        if self.drop_layers is not None and self.num_hidden_layers is not None:
+            raise UsageError("--layers says how many stay and --drop-layers which go; give one of them.")
 
     @property
-    def layer_device(self) -> str:
-        """Where one layer at a time runs.
+    def is_empty(self) -> bool:
+        """Whether no width was asked for."""
+        conditions = ("round_to", "keep_layers")
+        return all(getattr(self, field.name) is None for field in fields(self) if field.name not in conditions)
+
+    @property
+    def asks_for_heads(self) -> bool:
+        """Whether query heads or KV groups were asked for by name."""
+        sizes = (self.num_attention_heads, self.num_key_value_heads)
+        return any(value is not None for value in (*sizes, self.head_pruning_ratio, self.kv_group_pruning_ratio))
+
+    @property
+    def asks_for_channels(self) -> bool:
+        """Whether the hidden size was asked for."""
+        return any(value is not None for value in (self.pruning_ratio, self.hidden_pruning_ratio, self.hidden_size))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What decides the weights that are written, beside the model and the text."""
+
+    widths: WidthRequest = field(default_factory=WidthRequest)
+    target_params: Annotated[
+        str | None, Option("Choose widths that leave at most so many, such as 6B or 80%.", SIZE, is_common=True)
+    ] = None
+    target_size: Annotated[str | None, Option("The same as a size of the weights, such as 4GiB.", SIZE)] = None
+    importance: Annotated[
+        str | None, Option("How units are ranked.", METHOD, left_out="consensus; magnitude where there is no text")
+    ] = None
+    layer_importance: Annotated[
+        str | None,
+        Option("How layers are ranked, with --layers or a target.", METHOD, left_out="influence where text is read"),
+    ] = None
+    refit: Annotated[
+        str | None,
+        Option("How what reads removed units is repaired.", METHOD, left_out="residual; none where there is no text"),
+    ] = None
+    rotate: Annotated[bool, Option("Keep principal components of the residual stream instead of channels.", METHOD)] = (
+        False
+    )
+    seed: Annotated[
+        int, Option("Seed of random importance and of the windows that are drawn from the text.", METHOD)
+    ] = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself."""
+        if self.budget is not None and not self.widths.is_empty:
+            raise UsageError("a target chooses the widths; leave out the width options and --plan.")
+        if self.layer_importance is not None and self.budget is None and self.widths.num_hidden_layers is None:
+            raise UsageError("--layer-importance says which layers go; give --layers N or a target with it.")
+        if self.rotate and not self.widths.asks_for_channels:
+            raise UsageError(ROTATES)
+
+    @property
+    def budget(self) -> Budget | None:
+        """The size that the model must not exceed.
 
         Raises:
-            CheckpointError: the device is not on this machine.
+            UsageError: two of them, or one that cannot be read.
         """
-        place = pick_device(self.calibration.device)
-        return "cuda" if place == "auto" else place
+        if self.target_params is not None and self.target_size is not None:
+            raise UsageError("--target-params and --target-size say the same thing; give one of them.")
+        if self.target_size is not None:
+            try:
+                return Budget(parse_size(self.target_size), "bytes")
+            except UsageError as error:
+                raise UsageError(f"--target-size: {error}") from None
+        try:
+            return None if self.target_params is None else parse_parameters(self.target_params)
+        except UsageError as error:
+            raise UsageError(f"--target-params: {error}") from None
+
+    @property
+    def settled(self) -> Choice:
+        """The same with the defaults in the place of what was left open."""
+        return replace(self, importance=self.importance or DEFAULT_IMPORTANCE, refit=self.refit or DEFAULT_REFIT)
+
+    @property
+    def without_text(self) -> Choice:
+        """The same, but what was left open measures nothing on text."""
+        return replace(self, importance=self.importance or "magnitude", refit=self.refit or "none")
+
+
+ROTATES = "--rotate is about the hidden size: give one, and leave out targets, --plan, --save-plan and --resume."
+
+
+@dataclass(frozen=True)
+class Text:
+    """What to calibrate on."""
+
+    calibration: Annotated[
+        str | None,
+        Option("Text to calibrate on, as --dataset.", TEXT, left_out="wikitext2, or python-docs", is_common=True),
+    ] = None
+    calibration_split: Annotated[str, Option("Split of that dataset.", TEXT)] = "validation"
+    calibration_tokens: Annotated[int, Option("Tokens to fit on.", TEXT, least=2)] = 32768
+    calibration_seq_len: Annotated[int, Option("Tokens in a window.", TEXT, least=2)] = 512
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What is written, and where to."""
+
+    output: Annotated[Path | None, Option("Folder to write.", OUTPUT, is_common=True)] = None
+    overwrite: Annotated[bool, Option("Replace the model folder that --output names.", OUTPUT)] = False
+    dry_run: Annotated[bool, Option("Show what would be done, and write no model.", OUTPUT)] = False
+    max_shard_size: Annotated[str, Option("Largest shard, such as 500MB or 5GB.", OUTPUT, check=parse_size)] = "5GB"
+    plan: Annotated[Path | None, Option("Replay a saved plan instead of choosing.", OUTPUT)] = None
+    save_plan: Annotated[Path | None, Option("Save the plan as JSON.", OUTPUT)] = None
+    save_config: Annotated[
+        Path | None,
+        Option("Save what was asked for as a file for --config, .yaml or .json.", OUTPUT, check=check_config),
+    ] = None
+    report: Annotated[
+        Path | None, Option("Draw the errors of all layers into a .png or .svg file.", OUTPUT, check=check_chart)
+    ] = None
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """What is kept for later runs, and where large intermediate results lie."""
+
+    statistics: Annotated[
+        Path | None,
+        Option("Folder that remembers what was measured, for another target of the same model and text.", TEXT),
+    ] = None
+    resume: Annotated[bool, Option("Go on after the last finished layer of a run that was cut short.", TEXT)] = False
+    offload_dir: Annotated[
+        Path | None, Option("Folder for the hidden states of all calibration text.", TEXT, left_out="in memory")
+    ] = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What to evaluate on."""
+
+    dataset: Annotated[
+        str, Option("wikitext2, python-docs, a text, Parquet or JSON Lines file, or a hub dataset.", EVALUATION)
+    ] = "wikitext2"
+    split: Annotated[str, Option("Split of the dataset.", EVALUATION)] = "test"
+    max_seq_len: Annotated[
+        int | None, Option("Tokens in a window.", EVALUATION, least=2, left_out="the model's maximum")
+    ] = None
+    limit: Annotated[int | None, Option("Evaluate the first N windows only.", EVALUATION, least=1)] = None
+    batch_size: Annotated[
+        int | None,
+        Option(
+            "Windows evaluated at a time; auto: as many as fit on a GPU, one on the CPU.",
+            EVALUATION,
+            left_out="auto",
+            parse=parse_batch,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What an export writes."""
+
+    format: Annotated[str, Option("What to write.", OUTPUT, is_common=True)] = "safetensors"
+    dtype: Annotated[
+        str | None,
+        Option(
+            "Dtype to write; for gguf also q8_0 and the like, for genai int4 and int8.",
+            OUTPUT,
+            left_out="as stored",
+            is_common=True,
+        ),
+    ] = None
+    verify: Annotated[
+        bool | None,
+        Option(
+            "Compare with transformers in the runtime of the format.",
+            EVALUATION,
+            left_out="where it is installed",
+            is_common=True,
+        ),
+    ] = None
+    converter: Annotated[Path | None, Option("llama.cpp's convert_hf_to_gguf.py, to write gguf with.", METHOD)] = None
+    compat: Annotated[
+        bool, Option("Write config.json for readers of older ones too (rope_theta, torch_dtype).", METHOD)
+    ] = False
+    kv_cache: Annotated[bool, Option("Whether an onnx graph has a key-value cache.", METHOD)] = True
+    max_shard_size: Annotated[str, Option("Largest shard, such as 500MB or 5GB.", OUTPUT, check=parse_size)] = "5GB"

@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from llmprune_cli.apply.surgery import pruned_entries, pruned_tensors
-from llmprune_cli.choose.selection import make_plan
+from llmprune_cli.choose.selection import make_random_plan
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.coupling.trace import Keep, Trace
 from llmprune_cli.errors import VerificationError
 from llmprune_cli.family.architecture import Architecture, with_widths
 from llmprune_cli.folder.checkpoint import MANIFEST_NAME, Checkpoint, read_index
 from llmprune_cli.folder.shards import write_json, write_shards
-from llmprune_cli.journal.identity import versions
-from llmprune_cli.options import Listener, PruneOptions
-from llmprune_cli.plan.target import Plan, Target, WidthRequest
+from llmprune_cli.journal.keys import versions
+from llmprune_cli.plan.target import Plan, Target
+from llmprune_cli.progress import QUIET, Listener
 from llmprune_cli.report.results import SCHEMA_VERSION, ModelSummary
-from llmprune_cli.source.opening import ModelReference, copy_companions
+from llmprune_cli.source.opening import copy_companions
 
 
 def write_pruned(
@@ -52,31 +52,27 @@ def write_pruned(
 
 
 def make_manifest(
-    reference: ModelReference,
     checkpoint: Checkpoint,
     plan: Plan,
-    options: PruneOptions,
     before: ModelSummary,
     after: ModelSummary,
+    options: dict[str, Any],
+    recipe: dict[str, Any],
 ) -> dict[str, Any]:
-    """What the folder's `llmprune.json` says about how it was made."""
+    """What the folder's `llmprune.json` says about how it was made.
+
+    Args:
+        options: that were asked for.
+        recipe: what repeats the run, see `recipe_of`.
+    """
     return {
         "schema_version": SCHEMA_VERSION,
         "source": checkpoint.source,
         "revision": checkpoint.revision,
         "source_fingerprint": plan.fingerprint,
         "versions": versions(),
-        "options": {
-            **asdict(options.request),
-            "target": asdict(options.budget) if options.budget else None,
-            "importance": plan.importance,
-            "layer_importance": options.layer_importance,
-            "refit": options.refit,
-            "rotate": options.rotate,
-            "seed": plan.seed,
-            "plan": str(options.plan) if options.plan else None,
-            "dtype": reference.dtype,
-        },
+        "options": options,
+        "recipe": recipe,
         "widths": {"before": asdict(before.widths), "after": asdict(after.widths)},
         "layers": list(plan.layers),
         "protected_layers": list(plan.protected),
@@ -90,9 +86,8 @@ def make_manifest(
 
 def prune_twin(source: Path, target: Path, traced: Trace, architecture: Architecture, cut: Target) -> Keep:
     """Prune a saved twin as a user's model is pruned, at random."""
-    quiet = Listener(lambda *_: None, lambda *_: None, lambda *_: None, lambda *_: None)
     checkpoint = Checkpoint(source, "twin", None, architecture.config, read_index(source), True, source)
     subject = Subject(checkpoint, architecture, traced)
-    plan = make_plan(subject, cut, PruneOptions(WidthRequest(), importance="random"), None, quiet)
-    write_pruned(subject, plan, target, {}, 2**62, quiet)
+    plan = make_random_plan(subject, cut, QUIET)
+    write_pruned(subject, plan, target, {}, 2**62, QUIET)
     return plan.keep

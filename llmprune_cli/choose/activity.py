@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from llmprune_cli.choose.magnitude import EXPERTS, GROUPS, HEADS, Scores
+from llmprune_cli.choose.measuring import Activity, Measuring
 from llmprune_cli.coupling.trace import Reader, Trace, instance_of
 from llmprune_cli.family.architecture import NEURONS, Widths
 from llmprune_cli.folder.names import split_name
@@ -22,20 +22,26 @@ if TYPE_CHECKING:
     from llmprune_cli.coupling.products import Product, Watcher
 
 
-CALIBRATED = ("activation", "range", "taylor", "consensus")  # the importances that are measured on text
+def measure_activation(measuring: Measuring) -> Activity:
+    """Units by their activation: see `measure_activity`."""
+    return measuring.remembered("activation", lambda: _walk(measuring, "activation"))
 
 
-@dataclass(frozen=True)
-class Activity:
-    """What the dense model does on calibration text."""
+def measure_range(measuring: Measuring) -> Activity:
+    """Units by activation norm times weight range: see `measure_activity`."""
+    return measuring.remembered("range", lambda: _walk(measuring, "range"))
 
-    scores: Scores  # of every width, see `measure_activity` and `measure_gradients`
-    influence: tuple[float, ...]  # of each layer, see `block_influence`
+
+def _walk(measuring: Measuring, importance: str) -> Activity:
+    model, folder, listener = measuring.bench.model, measuring.bench.offload_dir, measuring.bench.listener
+    listener.stage("Measuring activity", model.layers)
+    with torch.inference_mode():
+        stream = model.embed(model.share(measuring.windows), folder)
+        return measure_activity(model, stream, importance, listener.advance, folder)
 
 
 def measure_activity(
     model: LayeredModel,
-    trace: Trace,
     stream: torch.Tensor,
     importance: str,
     progress: Callable[[int], None],
@@ -58,7 +64,7 @@ def measure_activity(
         progress: told after each layer.
         folder: of a second stream, see `new_states`.
     """
-    widths = model.architecture.widths
+    widths, trace = model.architecture.widths, model.trace
     scores: Scores = defaultdict(dict)
     channels = torch.zeros(widths.hidden_size, dtype=torch.float64)
     influence = []

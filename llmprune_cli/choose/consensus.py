@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from llmprune_cli.choose.activity import Activity
+from llmprune_cli.choose.activity import measure_range
+from llmprune_cli.choose.gradients import measure_taylor
 from llmprune_cli.choose.magnitude import Scores
+from llmprune_cli.choose.measuring import Activity, Measuring
+from llmprune_cli.run.calibration import spread_windows
 
 FIRST_COUNTS = 2
 GRADIENT_SHARE_TOKENS = 8192  # of calibration text, at most: the inputs of all layers are kept on disk for the way back
+
+
+def measure_consensus(measuring: Measuring) -> Activity:
+    """Units by the sum of their ranks by range and by the gradient of the loss: see `agree`."""
+    some = spread_windows(measuring.windows, GRADIENT_SHARE_TOKENS)
+    return agree(measure_range(measuring), measure_taylor(measuring.on(some)))
 
 
 def agree(first: Activity, second: Activity) -> Activity:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from llmprune_cli.choose.activity import Activity, block_influence
+from llmprune_cli.choose.activity import block_influence
 from llmprune_cli.choose.magnitude import EXPERTS, GROUPS, HEADS, Scores
+from llmprune_cli.choose.measuring import Activity, Measuring
 from llmprune_cli.coupling.trace import Trace, instance_of
 from llmprune_cli.family.architecture import NEURONS, on_disk
 from llmprune_cli.folder.names import split_name
@@ -25,8 +26,19 @@ if TYPE_CHECKING:
 GRADIENT_TOKENS = 1024  # that run through a layer together while its intermediate results are kept for the way back
 
 
+def measure_taylor(measuring: Measuring) -> Activity:
+    """Units by what their removal costs in loss, to first order: see `measure_gradients`."""
+    model, listener = measuring.bench.model, measuring.bench.listener
+
+    def measure() -> Activity:
+        listener.stage("Measuring gradients", 2 * model.layers)
+        return measure_gradients(model, measuring.windows, measuring.bench.all_layers_dir, listener.advance)
+
+    return measuring.remembered("taylor", measure)
+
+
 def measure_gradients(
-    model: LayeredModel, trace: Trace, windows: torch.Tensor, folder: Path, progress: Callable[[int], None]
+    model: LayeredModel, windows: torch.Tensor, folder: Path, progress: Callable[[int], None]
 ) -> Activity:
     """Score every unit by what its removal costs in loss, to first order.
 
@@ -60,7 +72,7 @@ def measure_gradients(
             layer = model.load_layer(number)
             pull_back(layer, inputs.pop(), stream)
             _sum_gradients(layer, processes)
-            add_saliences(scores, layer, trace, model.architecture.widths, number)
+            add_saliences(scores, layer, model.trace, model.architecture.widths, number)
             progress(1)
     return Activity(scores, tuple(influence))
 

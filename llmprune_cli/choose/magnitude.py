@@ -1,7 +1,4 @@
-"""Importance of units from weights alone, read tensor by tensor.
-
-An importance is one function with the signature of `Importance`; adding it to `IMPORTANCES` makes it an option.
-"""
+"""Importance of units from weights alone, read tensor by tensor."""
 
 from __future__ import annotations
 
@@ -22,7 +19,6 @@ from llmprune_cli.folder.names import split_name
 
 Scores = dict[str, dict[str, "torch.Tensor"]]  # width → instance → score of each unit, float32 [units]
 Progress = Callable[[int], None]  # told the bytes that were just read
-Importance = Callable[[Checkpoint, Trace, Widths, int, Progress], Scores]
 
 SLAB_BYTES = 64 * 2**20  # squares of a larger tensor are formed slab by slab, so that memory stays bounded
 HEADS, GROUPS, EXPERTS = "num_attention_heads", "num_key_value_heads", "num_experts"
@@ -78,9 +74,6 @@ def score_random(checkpoint: Checkpoint, trace: Trace, widths: Widths, seed: int
         scores[width][instance] = torch.rand(getattr(widths, width), generator=torch.Generator().manual_seed(stream))
     progress(checkpoint.size_bytes)
     return dict(scores)
-
-
-IMPORTANCES: dict[str, Importance] = {"magnitude": score_magnitude, "random": score_random}
 
 
 def check_scores(scores: Scores) -> None:

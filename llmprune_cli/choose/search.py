@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,46 +14,14 @@ from llmprune_cli.errors import PlanError
 from llmprune_cli.family.architecture import NEURONS
 from llmprune_cli.folder.checkpoint import DTYPE_BYTES
 from llmprune_cli.folder.names import split_name
-from llmprune_cli.plan.target import Target, WidthRequest, legal_experts, predicted_tensors, protected_layers, resolve
+from llmprune_cli.options import WidthRequest
+from llmprune_cli.plan.target import Target, legal_experts, predicted_tensors, protected_layers, resolve
+from llmprune_cli.sizes import Budget
 
 ROUND_TO = 64  # neurons that stay, at most: what kernels like
 DEPTHS = (0.0, 0.07, 0.14, 0.21, 0.3, 0.4, 0.5)  # shares of the layers whose removal is considered
 EXPERT_SHARES = (0.875, 0.75, 0.5)  # of the experts that are considered to stay
 LEAST_NEURONS = Fraction(3, 20)  # a smaller share of an MLP is not considered
-UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The size that a model must not exceed."""
-
-    amount: float
-    kind: str  # "parameters", "bytes" or "share" of the parameters
-
-    def limit(self, parameters: int, size_bytes: int) -> float:
-        """The limit as a number of parameters, or of bytes, for a model of this size."""
-        return self.amount * parameters if self.kind == "share" else self.amount
-
-    def __str__(self) -> str:
-        share = f"{100 * self.amount:g}% of the parameters"
-        return share if self.kind == "share" else f"{self.amount:,.0f} {self.kind}"
-
-
-def parse_parameters(text: str) -> Budget:
-    """`6B`, `350M`, `1500000` or `80%`.
-
-    Raises:
-        ValueError: none of these, or not positive.
-    """
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMBT%]?)\s*", text, re.IGNORECASE)
-    if not found or not float(found[1]):
-        raise ValueError(f"{text!r} is not a number of parameters such as 6B, 350M or 80%.")
-    amount, unit = float(found[1]), found[2].upper()
-    if unit != "%":
-        return Budget(amount * UNITS.get(unit, 1), "parameters")
-    if amount > 100:
-        raise ValueError(f"{text!r} is more than the whole model.")
-    return Budget(amount / 100, "share")
 
 
 @dataclass(frozen=True)

@@ -3,39 +3,38 @@
 from __future__ import annotations
 
 import re
-import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 
 import torch
 
-from llmprune_cli.choose.ablation import ABLATION_TOKENS, ablate_layers
-from llmprune_cli.choose.activity import CALIBRATED, Activity, measure_activity
-from llmprune_cli.choose.consensus import GRADIENT_SHARE_TOKENS, agree
-from llmprune_cli.choose.gradients import measure_gradients
-from llmprune_cli.choose.magnitude import IMPORTANCES, Scores, check_scores, instances
-from llmprune_cli.choose.search import Budget, Candidate, least_target, search_widths
+from llmprune_cli.choose import IMPORTANCES, LAYER_IMPORTANCES, needs_activity, ranks_layers, reads_text
+from llmprune_cli.choose.magnitude import Scores, check_scores, instances
+from llmprune_cli.choose.measuring import Activity, Measuring
+from llmprune_cli.choose.search import Candidate, least_target, search_widths
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.errors import PlanError
 from llmprune_cli.folder.names import split_name
-from llmprune_cli.journal.sharedwork import SharedWork
-from llmprune_cli.journal.statistics_store import StatisticsStore, statistics_key
-from llmprune_cli.options import Listener, PruneOptions
-from llmprune_cli.plan.target import (
-    Plan,
-    Target,
-    WidthRequest,
-    choose,
-    fingerprint,
-    most_plan_bytes,
-    read_plan,
-    resolve,
-)
-from llmprune_cli.repair.refit import Streams, refit
-from llmprune_cli.run.calibration import CalibrationText, spread_windows
+from llmprune_cli.journal.forms import Json
+from llmprune_cli.options import Choice
+from llmprune_cli.plan.target import Plan, Target, choose, fingerprint, most_plan_bytes, read_plan, resolve
+from llmprune_cli.progress import Listener
+from llmprune_cli.repair.layer_refit import Streams
+from llmprune_cli.repair.refit import refit
+from llmprune_cli.run.calibration import CalibrationText
 from llmprune_cli.run.divergence import Side, compare
+from llmprune_cli.run.workbench import Workbench
 
 SEARCH_WINDOWS = 8  # of calibration text on which a candidate is refitted; half as many are held out to judge it
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was chosen, and what it was chosen from."""
+
+    plan: Plan
+    candidates: tuple[Candidate, ...] = ()  # best first; empty where the widths were given
 
 
 def stored_plan(subject: Subject, path: Path) -> Plan:
@@ -57,59 +56,52 @@ def target_of(plan: Plan) -> Target:
     return Target(plan.after, plan.layers, plan.deviations, plan.protected)
 
 
-def first_target(subject: Subject, options: PruneOptions) -> Target:
+def first_target(subject: Subject, choice: Choice) -> Target:
     """The widths asked for; with a budget, the least that the search reaches.
 
     Raises:
         PlanError: no legal widths come of the request.
     """
-    if options.budget is not None:
-        return least_target(subject, options.request.keep_layers)
-    return resolve(subject.architecture, subject.trace.refused, options.request)
+    if choice.budget is not None:
+        return least_target(subject, choice.widths.keep_layers)
+    return resolve(subject.architecture, subject.trace.refused, choice.widths)
 
 
-def select(
-    subject: Subject,
-    target: Target,
-    options: PruneOptions,
-    calibration: CalibrationText | None,
-    work: SharedWork | None,
-    listener: Listener,
-) -> tuple[Plan, tuple[Candidate, ...]]:
-    """Choose the units that stay, with a budget the widths as well; and the candidates among these, best first.
+def select(bench: Workbench, target: Target, choice: Choice) -> Selection:
+    """Choose the units that stay, with a budget the widths as well.
+
+    All processes of a run come to the same selection; what was chosen before this run was cut short is not chosen anew.
 
     Args:
-        work: that remembers what was chosen.
+        target: of `first_target`.
     """
-    chosen = work.choice() if work is not None else None
-    if chosen is not None:
-        return chosen
-    if options.budget is not None and calibration is not None:
-        chosen = search_plan(subject, options.budget, options, calibration, work, listener)
-    else:
-        chosen = make_plan(subject, target, options, calibration, listener, work), ()
-    if work is not None:
-        work.save_choice(*chosen)
-    return chosen
+
+    def make() -> Selection:
+        if choice.budget is not None and bench.text is not None:
+            return search_plan(bench, bench.text, choice)
+        return Selection(make_plan(bench, target, choice))
+
+    return bench.journal.recall("choice", Json(Selection), make)
 
 
-def make_plan(
-    subject: Subject,
-    target: Target,
-    options: PruneOptions,
-    calibration: CalibrationText | None,
-    listener: Listener,
-    work: SharedWork | None = None,
-) -> Plan:
+def make_plan(bench: Workbench, target: Target, choice: Choice) -> Plan:
     """Score all units on the unpruned model and choose those that stay."""
-    activity = _measure(subject, options, calibration, work, listener)
-    if calibration is not None and options.ranks_layers:
-        layer_scores = _score_layers(subject, options, calibration, activity, listener)
-        target = _without_least_layers(subject, target, options.request, layer_scores)
+    measuring = Measuring(bench, bench.text.fitted) if bench.text is not None else None
+    activity = _measure(measuring, choice)
+    subject = bench.model.subject
+    if measuring is not None and ranks_layers(choice):
+        target = _without_least_layers(subject, target, choice, _score_layers(measuring, choice, activity))
     plan = None
     if subject.processes.is_first:
-        plan = _plan_of(subject, target, options, _score_units(subject, target, options, activity, listener))
+        scores = _score_units(subject, target, choice, activity, bench.listener)
+        plan = _plan_of(subject, target, choice, scores)
     return _of_first(subject, plan)
+
+
+def make_random_plan(subject: Subject, target: Target, listener: Listener) -> Plan:
+    """Choose the units that stay by chance, from headers alone."""
+    choice = Choice(importance="random", refit="none")
+    return _plan_of(subject, target, choice, _score_units(subject, target, choice, None, listener))
 
 
 def _of_first(subject: Subject, plan: Plan | None) -> Plan:
@@ -119,14 +111,14 @@ def _of_first(subject: Subject, plan: Plan | None) -> Plan:
     return chosen
 
 
-def _plan_of(subject: Subject, target: Target, options: PruneOptions, scores: Scores) -> Plan:
+def _plan_of(subject: Subject, target: Target, choice: Choice, scores: Scores) -> Plan:
     before = subject.widths
     stays = {str(layer) for layer in target.layers}
     scores = {
         width: {name: own for name, own in by.items() if not name or re.split("[.#]", name)[0] in stays}
         for width, by in scores.items()
     }
-    if options.rotate:  # channels are principal components, those with most energy first
+    if choice.rotate:  # channels are principal components, those with most energy first
         scores["hidden_size"] = {"": torch.arange(before.hidden_size, 0, -1)}
     keep = choose(scores, subject.architecture, target.widths)
     mark = fingerprint(subject.checkpoint)
@@ -134,8 +126,8 @@ def _plan_of(subject: Subject, target: Target, options: PruneOptions, scores: Sc
         fingerprint=mark,
         before=before,
         after=target.widths,
-        importance=options.importance,
-        seed=options.seed,
+        importance=choice.settled.importance or "",
+        seed=choice.seed,
         deviations=target.deviations,
         layers=target.layers,
         protected=target.protected,
@@ -143,49 +135,49 @@ def _plan_of(subject: Subject, target: Target, options: PruneOptions, scores: Sc
     )
 
 
-def search_plan(
-    subject: Subject,
-    budget: Budget,
-    options: PruneOptions,
-    calibration: CalibrationText,
-    work: SharedWork | None,
-    listener: Listener,
-) -> tuple[Plan, tuple[Candidate, ...]]:
+def search_plan(bench: Workbench, text: CalibrationText, choice: Choice) -> Selection:
     """The plan that diverges least from the dense model among those that fit a budget, and the candidates it beat.
 
     Activity is measured once; each candidate is refitted on a part of the text and judged on what is held out.
     """
-    activity = _measure(subject, options, calibration, work, listener)
-    keep_layers = options.request.keep_layers
+    assert choice.budget is not None
+    subject, keep_layers = bench.model.subject, choice.widths.keep_layers
+    measuring = Measuring(bench, text.fitted)
+    activity = _measure(measuring, choice)
     least = least_target(subject, keep_layers)
     every = replace(least, layers=tuple(range(subject.widths.num_hidden_layers)))
-    scores = _score_units(subject, every, options, activity, listener)
-    layer_scores = _score_layers(subject, options, calibration, activity, listener)
-    model = subject.layered(options.layer_device)
-    fitted = model.share(calibration.fitted[:SEARCH_WINDOWS])
-    judged = model.share(calibration.held_out[: SEARCH_WINDOWS // 2])
+    scores = _score_units(subject, every, choice, activity, bench.listener)
+    layer_scores = _score_layers(measuring, choice, activity)
 
     def judge(target: Target) -> float:
         """How far a candidate diverges, as remembered or after a short refit."""
-        known = work.judged(target) if work is not None else None
-        if known is not None:
-            return known
-        plan = _of_first(subject, _plan_of(subject, target, options, scores))
-        listener.stage(f"Trying {_in_words(target)}", subject.widths.num_hidden_layers)
-        with torch.inference_mode():
-            start = model.embed(torch.cat([fitted, judged]))
-            streams = Streams(start, start.clone(), len(fitted))
-            refit(model, subject.trace, plan, streams, options.refit, None, listener.advance)
-            ends = model.load_ends(exact=True)
-            items = model.load_layer(0).returned_items(start)
-            dense, pruned = (Side(ends, states[len(fitted) :], items) for states in (streams.dense, streams.pruned))
-            kl = compare(dense, pruned, judged, model.processes).kl
-        if work is not None:
-            work.save_judged(target, kl)
-        return kl
+        mark = sha256(repr(target).encode()).hexdigest()[:16]
 
-    candidates = search_widths(subject, budget, layer_scores, judge, keep_layers)
-    return _of_first(subject, _plan_of(subject, candidates[0].target, options, scores)), candidates
+        def refit_and_compare() -> float:
+            plan = _of_first(subject, _plan_of(subject, target, choice, scores))
+            return _diverge(bench, text, plan, choice.settled.refit or "")
+
+        return bench.journal.recall(f"judged-{mark}", Json(float), refit_and_compare)
+
+    candidates = search_widths(subject, choice.budget, layer_scores, judge, keep_layers)
+    best = _of_first(subject, _plan_of(subject, candidates[0].target, choice, scores))
+    return Selection(best, candidates)
+
+
+def _diverge(bench: Workbench, text: CalibrationText, plan: Plan, method: str) -> float:
+    """How far the model diverges on held-out text when a plan is followed and some text refitted, nats per token."""
+    model = bench.model
+    fitted = model.share(text.fitted[:SEARCH_WINDOWS])
+    judged = model.share(text.held_out[: SEARCH_WINDOWS // 2])
+    bench.listener.stage(f"Trying {_in_words(target_of(plan))}", model.layers)
+    with torch.inference_mode():
+        start = model.embed(torch.cat([fitted, judged]))
+        streams = Streams(start, start.clone(), len(fitted))
+        refit(model, plan, streams, method, bench.listener.advance)
+        ends = model.load_ends(exact=True)
+        items = model.load_layer(0).returned_items(start)
+        dense, pruned = (Side(ends, states[len(fitted) :], items) for states in (streams.dense, streams.pruned))
+        return compare(dense, pruned, judged, model.processes).kl
 
 
 def _in_words(target: Target) -> str:
@@ -223,109 +215,45 @@ def _score_weights(subject: Subject, target: Target, importance: str, seed: int,
     entries = [e for e, layer in zip(subject.checkpoint.entries, stays, strict=True) if {*layer} <= {*target.layers}]
     checkpoint = replace(subject.checkpoint, entries=tuple(entries))
     listener.stage("Scoring", checkpoint.size_bytes)
-    score = IMPORTANCES[importance]
-    scores = score(checkpoint, subject.trace.limited_to(scored), subject.widths, seed, listener.advance)
+    score = IMPORTANCES[importance].load()
+    scores: Scores = score(checkpoint, subject.trace.limited_to(scored), subject.widths, seed, listener.advance)
     check_scores(scores)
     return scores
 
 
 def _score_units(
-    subject: Subject, target: Target, options: PruneOptions, activity: Activity | None, listener: Listener
+    subject: Subject, target: Target, choice: Choice, activity: Activity | None, listener: Listener
 ) -> Scores:
-    if activity is not None and options.importance in CALIBRATED:
+    if activity is not None and reads_text(choice):
         return _completed(subject, target, activity.scores, listener)
-    return _score_weights(subject, target, options.importance, options.seed, listener)
+    return _score_weights(subject, target, choice.settled.importance or "", choice.seed, listener)
 
 
-def _measure(
-    subject: Subject,
-    options: PruneOptions,
-    calibration: CalibrationText | None,
-    work: SharedWork | None,
-    listener: Listener,
-) -> Activity | None:
-    if calibration is None or not options.needs_activity:
+def _measure(measuring: Measuring | None, choice: Choice) -> Activity | None:
+    if measuring is None or not needs_activity(choice):
         return None
-    remembered = options.statistics or (work.statistics if work is not None else None)
-    processes = subject.processes
-
-    def measured(kind: str, windows: torch.Tensor) -> Activity:
-        """What the first process remembers of these windows, or what all processes measure together."""
-
-        def measure() -> Activity:
-            processes.broadcast(None)  # it is not known yet
-            return _measure_once(subject, kind, windows, options, listener)
-
-        if processes.is_first and remembered is None:
-            return processes.broadcast(measure())
-        if processes.is_first and remembered is not None:
-            key = statistics_key(subject.checkpoint, windows, options.layer_device)
-            store = StatisticsStore(remembered, key, listener.warn)
-            return processes.broadcast(store.recall(kind, measure))
-        nothing: Activity | None = None
-        found = processes.broadcast(nothing)
-        if found is None:
-            _measure_once(subject, kind, windows, options, listener)
-            found = processes.broadcast(nothing)
-        assert found is not None
-        return found
-
-    if options.importance == "consensus":
-        some = spread_windows(calibration.fitted, GRADIENT_SHARE_TOKENS)
-        return agree(measured("range", calibration.fitted), measured("taylor", some))
-    return measured(options.importance, calibration.fitted)
-
-
-def _measure_once(
-    subject: Subject, kind: str, windows: torch.Tensor, options: PruneOptions, listener: Listener
-) -> Activity:
-    model, folder = subject.layered(options.layer_device), options.offload_dir
-    if kind == "taylor":
-        listener.stage("Measuring gradients", 2 * model.layers)
-        activity = measure_gradients(model, subject.trace, windows, _states_folder(options), listener.advance)
-    else:
-        listener.stage("Measuring activity", model.layers)
-        with torch.inference_mode():
-            stream = model.embed(model.share(windows), folder)
-            activity = measure_activity(model, subject.trace, stream, kind, listener.advance, folder)
-    check_scores(activity.scores)
+    importance = choice.settled.importance if reads_text(choice) else "range"
+    activity: Activity = IMPORTANCES[importance or ""].load()(measuring)
     return activity
 
 
-def _states_folder(options: PruneOptions) -> Path:
-    """Where the hidden states of all layers lie, which are too many for memory."""
-    return options.offload_dir or Path(tempfile.gettempdir())
-
-
-def _score_layers(
-    subject: Subject,
-    options: PruneOptions,
-    calibration: CalibrationText,
-    activity: Activity | None,
-    listener: Listener,
-) -> tuple[float, ...]:
+def _score_layers(measuring: Measuring, choice: Choice, activity: Activity | None) -> tuple[float, ...]:
     """A score for each layer; those with the least go first."""
-    if activity is not None and options.layer_importance != "loss":
-        return activity.influence
-    model = subject.layered(options.layer_device)
-    windows = spread_windows(calibration.fitted, ABLATION_TOKENS)
-    listener.stage("Leaving out each layer", model.layers * (model.layers + 1) // 2)
-    with torch.inference_mode():
-        return ablate_layers(model, windows, _states_folder(options), listener.advance)
+    name = choice.layer_importance or ("influence" if activity is not None else "loss")
+    scores: tuple[float, ...] = LAYER_IMPORTANCES[name].load()(measuring, activity)
+    return scores
 
 
-def _without_least_layers(
-    subject: Subject, target: Target, request: WidthRequest, layer_scores: tuple[float, ...]
-) -> Target:
+def _without_least_layers(subject: Subject, target: Target, choice: Choice, layer_scores: tuple[float, ...]) -> Target:
     """The target with as many layers, but without those of the least scores; protected ones stay."""
-    count = request.num_hidden_layers
+    count = choice.widths.num_hidden_layers
     if count is None or count == subject.widths.num_hidden_layers:
         return target
     free = [layer for layer in range(len(layer_scores)) if layer not in target.protected]
     order = sorted(free, key=layer_scores.__getitem__)
     dropped = tuple(sorted(order[: subject.widths.num_hidden_layers - count]))
-    chosen = replace(request, num_hidden_layers=None, drop_layers=dropped)
+    request = replace(choice.widths, num_hidden_layers=None, drop_layers=dropped)
     try:
-        return resolve(subject.architecture, subject.trace.refused, chosen)
+        return resolve(subject.architecture, subject.trace.refused, request)
     except PlanError:  # these layers cannot go together; those of the target can
         return target

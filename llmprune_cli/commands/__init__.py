@@ -1,1 +1,1 @@
-"""One function for each command, without printing."""
+"""One function for each command: it does the work and returns what came of it, without printing."""

@@ -1,18 +1,25 @@
-"""Exports: one module per format, each a `Format` named in `FORMATS`."""
+"""Exports: one module a format, and one line here, from which it gets into `--help` and the docs."""
 
 from __future__ import annotations
 
-from llmprune_cli.export.formats import Format
-from llmprune_cli.export.genai import GENAI
-from llmprune_cli.export.gguf.writing import GGUF
-from llmprune_cli.export.onnx_graph import ONNX
-from llmprune_cli.export.safetensors import SAFETENSORS
-from llmprune_cli.export.torch_export import TORCH_EXPORT
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-FORMATS: dict[str, Format] = {
-    "safetensors": SAFETENSORS,
-    "gguf": GGUF,
-    "onnx": ONNX,
-    "genai": GENAI,
-    "torch-export": TORCH_EXPORT,
+if TYPE_CHECKING:
+    from llmprune_cli.export.formats import Format
+
+# `module:name` of each `Format`, loaded when it is wanted.
+FORMATS = {
+    "safetensors": "safetensors:SAFETENSORS",
+    "gguf": "gguf.writing:GGUF",
+    "onnx": "onnx_graph:ONNX",
+    "genai": "genai:GENAI",
+    "torch-export": "torch_export:TORCH_EXPORT",
 }
+
+
+def load_format(name: str) -> Format:
+    """A format by name."""
+    module, _, constant = FORMATS[name].partition(":")
+    form: Format = getattr(import_module(f"{__name__}.{module}"), constant)
+    return form

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import struct
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,24 +12,10 @@ from typing import IO, Any
 
 import torch
 
-from llmprune_cli.errors import PlanError, VerificationError
+from llmprune_cli.errors import VerificationError
 from llmprune_cli.folder.checkpoint import INDEX_NAME, SINGLE_NAME, TensorEntry
 
 PADDED = 8  # bytes that the length of a header is a multiple of
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as `5GB` or `4GiB`.
-
-    Raises:
-        PlanError: the text is not a positive size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)?\s*", text, re.IGNORECASE)
-    size = int(float(match[1]) * UNITS[(match[2] or "").upper()]) if match else 0
-    if size <= 0:
-        raise PlanError(f"{text!r} is not a size. Write it like 500MB, 5GB or 4GiB.")
-    return size
 
 
 def layout_shards(entries: Sequence[TensorEntry], max_shard_bytes: int) -> list[list[TensorEntry]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,45 +18,12 @@ from llmprune_cli.family.layers import can_keep_layers
 from llmprune_cli.folder.checkpoint import Checkpoint, read_json
 from llmprune_cli.folder.names import Shape, split_name
 from llmprune_cli.folder.staging import replace_file
+from llmprune_cli.options import WidthRequest
 
 if TYPE_CHECKING:
     from llmprune_cli.choose.magnitude import Scores
 
 PLAN_VERSION = 3
-
-
-@dataclass(frozen=True)
-class WidthRequest:
-    """The widths that the user asked for; an exact size beats a ratio, a width's own ratio beats `pruning_ratio`."""
-
-    pruning_ratio: float | None = None  # fraction removed of hidden channels, query heads and neurons
-    hidden_pruning_ratio: float | None = None
-    head_pruning_ratio: float | None = None
-    kv_group_pruning_ratio: float | None = None
-    intermediate_pruning_ratio: float | None = None  # of every kind of neuron
-    hidden_size: int | None = None
-    num_attention_heads: int | None = None
-    num_key_value_heads: int | None = None
-    intermediate_size: int | None = None
-    moe_intermediate_size: int | None = None
-    shared_expert_intermediate_size: int | None = None
-    num_experts: int | None = None
-    num_hidden_layers: int | None = None  # the deepest go, but for the last
-    drop_layers: tuple[int, ...] | None = None  # these go
-    round_to: int = 1  # kept channels and neurons that come from a ratio are rounded down to a multiple of this
-    keep_layers: tuple[int, ...] = ()  # these stay as they are, whatever else happens; -1 is the last
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether no width was asked for."""
-        conditions = ("round_to", "keep_layers")
-        return all(getattr(self, field.name) is None for field in fields(self) if field.name not in conditions)
-
-    @property
-    def asks_for_heads(self) -> bool:
-        """Whether query heads or KV groups were asked for by name."""
-        sizes = (self.num_attention_heads, self.num_key_value_heads)
-        return any(value is not None for value in (*sizes, self.head_pruning_ratio, self.kv_group_pruning_ratio))
 
 
 @dataclass(frozen=True)
@@ -87,6 +54,14 @@ class Plan:
     def changed(self) -> tuple[str, ...]:
         """Names of the widths that shrink."""
         return self.after.changed_from(self.before)
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        save_plan(self, path)
 
     def to_json(self) -> dict[str, Any]:
         """A document for `read_plan`."""

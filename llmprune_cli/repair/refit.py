@@ -2,72 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 
 import torch
 
-from llmprune_cli.choose.activity import reader_instance
-from llmprune_cli.choose.magnitude import GROUPS, HEADS
 from llmprune_cli.coupling.subject import Subject
-from llmprune_cli.coupling.trace import Reader, Trace
-from llmprune_cli.errors import CheckpointError, OutputError
-from llmprune_cli.family.architecture import Widths
 from llmprune_cli.folder.checkpoint import Checkpoint, TensorEntry, open_shard
-from llmprune_cli.folder.names import split_name
-from llmprune_cli.folder.shards import check_finite
-from llmprune_cli.folder.staging import fsync
-from llmprune_cli.journal.sharedwork import SharedWork
-from llmprune_cli.options import Listener, PruneOptions
+from llmprune_cli.journal.journal import Journal
 from llmprune_cli.plan.target import Plan
-from llmprune_cli.processes import ALONE, Processes
-from llmprune_cli.repair.least_squares import Moments, only, solve_reader
-from llmprune_cli.repair.sites import Site, Uses, find_sites
-from llmprune_cli.run.calibration import CalibrationText
-from llmprune_cli.run.layered_model import Enough, Layer, LayeredModel, batches, check_states
-from llmprune_cli.run.states import copy_states, new_states
-from llmprune_cli.source.opening import DTYPES
-
-if TYPE_CHECKING:
-    from llmprune_cli.coupling.products import Product, Watcher
-
-DAMPING = 0.5  # of every refit, relative to the mean diagonal of the Gram matrix
-GRAM_BYTES = 2**30  # of the Gram matrices of experts that are gathered in one pass
-UNPICKED = -1e30  # router logit of an expert that goes
+from llmprune_cli.repair.layer_refit import LayerRefit, LayerRepair, Streams, layer_file
+from llmprune_cli.run.layered_model import LayeredModel, check_states
+from llmprune_cli.run.states import copy_states
+from llmprune_cli.run.workbench import Workbench
 
 
-@dataclass(frozen=True)
-class Streams:
-    """Hidden states of the dense and of the pruned model, float32 [N, T, D], for this process's share of windows."""
+def repair(bench: Workbench, plan: Plan, method: str) -> tuple[Subject, tuple[LayerRepair, ...]]:
+    """The subject with weights that make up for what the plan removes, and a report on each layer that stays.
 
-    dense: torch.Tensor
-    pruned: torch.Tensor
-    fitted: int  # windows that are fitted; those behind them only pass through
-    folder: Path | None = None  # of more of their kind, see `new_states`
-
-
-@dataclass(frozen=True)
-class LayerRepair:
-    """How well a layer was repaired."""
-
-    layer: int
-    removal_error: float  # ‖y − Wx‖²/‖y‖² over its refitted readers, with removed inputs left out
-    refit_error: float  # the same after the refit
-    stream_error: float  # ‖ĥ − h‖²/‖h‖² of the residual stream behind the layer, pruned against dense
+    Args:
+        method: see `refit`. The new weights lie where the journal is.
+    """
+    model, text, subject = bench.model, bench.text, bench.model.subject
+    if method == "none" or text is None:
+        return subject, ()
+    if "hidden_size" in plan.changed:
+        bench.listener.warn("The channels that go are cut after the refit, which does not make up for them.")
+    bench.listener.stage(f"Refitting ({method})", model.layers)
+    with torch.inference_mode():
+        start = model.embed(model.share(text.fitted), bench.offload_dir)
+        streams = Streams(start, copy_states(start, bench.offload_dir), len(start), bench.offload_dir)
+        repairs = refit(model, plan, streams, method, bench.listener.advance, bench.journal)
+    checkpoint = _with_new_weights(model.checkpoint, plan.layers, bench.journal)
+    return replace(subject, checkpoint=checkpoint), repairs
 
 
 def refit(
     model: LayeredModel,
-    trace: Trace,
     plan: Plan,
     streams: Streams,
     method: str,
-    folder: Path | None,
     progress: Callable[[int], None],
-    work: SharedWork | None = None,
-) -> tuple[Checkpoint, tuple[LayerRepair, ...]]:
+    journal: Journal | None = None,
+) -> tuple[LayerRepair, ...]:
     """Solve the readers of every layer anew, each layer seeing the pruned and refitted layers before it.
 
     `none`: nothing is solved; the streams show what removal alone does.
@@ -79,38 +56,38 @@ def refit(
 
     Args:
         streams: before the first layer; afterwards behind the last one.
-        folder: where the new weights go, one file for each layer; None keeps no weights.
         progress: told after each layer.
-        work: that remembers finished layers; the first that is not comes first.
+        journal: that keeps the new weights, one file for each layer, and remembers finished layers: the first that is
+            not comes first. None keeps nothing.
 
     Returns:
-        The checkpoint with the new weights in the old ones' place, at full size, and a report on each layer that stays.
+        A report on each layer that stays.
     """
     both = (streams.dense, streams.pruned)
-    done = work.last_layer(both) if work is not None else None
+    done = journal.last_layer(both) if journal is not None else None
     first, reports = (done[0] + 1, [LayerRepair(**report) for report in done[1]]) if done else (0, [])
     progress(first)
     for number in range(first, model.layers):
         layer = model.load_layer(number)
         if number in plan.layers:
-            layer_refit = _LayerRefit(layer, model, trace, plan, number, streams)
+            layer_refit = LayerRefit(layer, model, plan, number, streams)
             own = "none" if number in plan.protected else method
             reports.append(layer_refit.run(own))
-            if own != "none" and folder is not None and model.processes.is_first:
-                layer_refit.store(folder)
+            if own != "none" and journal is not None and journal.folder is not None:
+                layer_refit.store(journal.folder)
         else:
             layer.advance(streams.dense)
             check_states(streams.dense, f"Layer {number}")
-        if work is not None:
-            work.save_layer(number, [asdict(report) for report in reports], both)
+        if journal is not None:
+            journal.save_layer(number, [asdict(report) for report in reports], both)
         progress(1)
-    stored = folder if model.processes.is_first else None
-    return _with_stored(model.checkpoint, plan.layers, stored), tuple(reports)
+    return tuple(reports)
 
 
-def _with_stored(checkpoint: Checkpoint, layers: Sequence[int], folder: Path | None) -> Checkpoint:
-    """The checkpoint with the weights in a folder, one file for each layer, in the place of its own."""
+def _with_new_weights(checkpoint: Checkpoint, layers: Sequence[int], journal: Journal) -> Checkpoint:
+    """The checkpoint with the weights that a journal keeps, one file for each layer, in the place of its own."""
     found: dict[str, TensorEntry] = {}
+    folder = journal.folder
     for path in (folder / layer_file(number) for number in layers) if folder is not None else ():
         if not path.exists():
             continue  # a layer without readers
@@ -119,300 +96,3 @@ def _with_stored(checkpoint: Checkpoint, layers: Sequence[int], folder: Path | N
         shard = str(path.absolute())
         found |= {name: replace(checkpoint.by_name[name], shard=shard, stored_name=None) for name in names}
     return replace(checkpoint, entries=tuple(found.get(entry.name, entry) for entry in checkpoint.entries))
-
-
-def layer_file(number: int) -> str:
-    """The name of the file that holds the new weights of a layer."""
-    return f"layer-{number:05d}.safetensors"
-
-
-def repair(
-    subject: Subject,
-    plan: Plan,
-    options: PruneOptions,
-    calibration: CalibrationText | None,
-    work: SharedWork | None,
-    listener: Listener,
-) -> tuple[Subject, tuple[LayerRepair, ...]]:
-    """The subject with weights that make up for what the plan removes, and a report on each layer that stays.
-
-    Args:
-        work: where these weights lie; None where there is no calibration text.
-    """
-    if options.refit == "none" or calibration is None or work is None:
-        return subject, ()
-    if "hidden_size" in plan.changed:
-        listener.warn("The channels that go are cut after the refit, which does not make up for them.")
-    model = subject.layered(options.layer_device)
-    listener.stage(f"Refitting ({options.refit})", subject.widths.num_hidden_layers)
-    with torch.inference_mode():
-        start = model.embed(model.share(calibration.fitted), options.offload_dir)
-        streams = Streams(start, copy_states(start, options.offload_dir), len(start), options.offload_dir)
-        checkpoint, repairs = refit(
-            model, subject.trace, plan, streams, options.refit, work.path, listener.advance, work
-        )
-    return replace(subject, checkpoint=checkpoint), repairs
-
-
-@dataclass(frozen=True)
-class _LayerRefit:
-    """The refit of one layer."""
-
-    layer: Layer
-    whole: LayeredModel
-    trace: Trace
-    plan: Plan
-    number: int
-    streams: Streams
-
-    def run(self, method: str) -> LayerRepair:
-        """Refit all readers, in the order in which they run, and take both streams through the layer."""
-        found = find_sites(self.layer, self.trace, self.streams.dense.shape[-1])
-        goals = _advance_dense(self.layer, found if method == "residual" else [], self.streams)
-        check_states(self.streams.dense, f"Layer {self.number}")
-        self._silence_biases()
-        errors: list[_Errors] = []
-        for position, site in enumerate(found):
-            if method == "none":
-                self._drop_inputs(site)
-            else:
-                goal = goals.pop(site.name, None)
-                for experts in self._chunks(site, with_all=goal is not None):
-                    errors += self._solve(site, self._moments(site, experts, found[:position], goal))
-        self.layer.advance(self.streams.pruned, lambda first, batch: self._silence)
-        total = sum(error.total for error in errors) or 1.0
-        return LayerRepair(
-            self.number,
-            sum(error.removal for error in errors) / total,
-            sum(error.refit for error in errors) / total,
-            relative_distance(self.streams.pruned, self.streams.dense, self.whole.processes),
-        )
-
-    def store(self, folder: Path) -> None:
-        """Write the readers as they are on disk."""
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        tensors = {}
-        for name, tensor in self.layer.stored().items():
-            real = self._real_name(name)
-            if real is not None:
-                tensors[real] = tensor.to("cpu", torch_dtype(self.whole.checkpoint.by_name[real].dtype)).contiguous()
-        if not tensors:
-            return
-        path = folder / layer_file(self.number)
-        try:
-            save_file(tensors, path)
-            fsync(path)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(f"{path} cannot be written: {error}. Make room, or choose another --output.") from error
-
-    def _real_name(self, name: str) -> str | None:
-        """The name in the checkpoint of a tensor of a reader; None for any other tensor."""
-        template, numbers = split_name(name)
-        if template not in {binding.template for binding in self.trace.readers}:
-            return None
-        return template.format(self.number, *numbers[1:])
-
-    def _matrix(self, site: Site, expert: int | None) -> torch.Tensor:
-        """A view of the reader's weight, [outputs, inputs]."""
-        weight = self.layer.model.get_parameter(site.name).detach()
-        last = site.reader.axis == weight.ndim - 1
-        matrix = weight if expert is None else weight[expert]
-        return matrix if last else matrix.T
-
-    def _kept(self, site: Site, expert: int | None) -> torch.Tensor:
-        size = self._matrix(site, expert).shape[1]
-        return kept_inputs(
-            self.whole.architecture.widths, self.trace, self.plan, site.reader, self.number, expert, size
-        )
-
-    def _experts(self, site: Site) -> Sequence[int | None]:
-        weight = self.layer.model.get_parameter(site.name)
-        if weight.ndim == 2:
-            return (None,)
-        chosen = self.plan.keep.get("num_experts", {}).get(str(self.number))
-        return range(len(weight)) if chosen is None else chosen
-
-    def _chunks(self, site: Site, with_all: bool) -> Iterator[Sequence[int | None]]:
-        """The experts that lose inputs, or all of them, as many at a time as their Gram matrices may take memory."""
-        losing = [
-            e for e in self._experts(site) if with_all or len(self._kept(site, e)) < self._matrix(site, e).shape[1]
-        ]
-        size = self._matrix(site, self._experts(site)[0]).shape[1]
-        each = max(1, GRAM_BYTES // (8 * size * size))
-        for first in range(0, len(losing), each):
-            yield losing[first : first + each]
-
-    def _drop_inputs(self, site: Site) -> None:
-        for expert in self._experts(site):
-            matrix, kept = self._matrix(site, expert), self._kept(site, expert)
-            matrix.copy_(only(matrix, kept))
-
-    def _solve(self, site: Site, moments: dict[int | None, Moments]) -> list[_Errors]:
-        """Solve a reader anew, round it as the checkpoint will, and say how well it does.
-
-        The first process does; the others are given the weights.
-
-        Raises:
-            CheckpointError: float32 cannot hold what it reads.
-            VerificationError: the dtype on disk cannot hold what is solved.
-        """
-        errors = []
-        dtype = self._stored_dtype(site)
-        template, numbers = split_name(site.name)
-        name = template.format(self.number, *numbers[1:])
-        for expert, own in moments.items():
-            matrix, kept = self._matrix(site, expert), self._kept(site, expert)
-            if self.whole.processes.is_first:
-                if not own.is_finite:
-                    raise CheckpointError(
-                        f"What {name} reads is too large for float32: weights of that layer are damaged. Download the "
-                        "checkpoint again."
-                    )
-                removal = own.error(only(matrix, kept))
-                solved = solve_reader(own, matrix, kept, DAMPING).to(dtype)
-                check_finite(name, solved)
-                matrix.copy_(solved)
-                errors.append(_Errors(removal, own.error(matrix), own.total))
-            self.whole.processes.copy_from_first_(matrix)
-        return errors
-
-    def _stored_dtype(self, site: Site) -> torch.dtype:
-        """The dtype on disk of the tensors that a reader is made of."""
-        reader = site.reader
-        widths = (HEADS, GROUPS) if reader.width == HEADS else (reader.width,)
-        own = (b for b in self.trace.readers if b.width in widths and b.component == reader.component)
-        templates = {binding.template for binding in own}
-        for entry in self.whole.checkpoint.entries:
-            template, numbers = split_name(entry.name)
-            if template in templates and numbers[0] == self.number:
-                return torch_dtype(entry.dtype)
-        raise AssertionError(f"{site.name} is not on disk")
-
-    def _moments(
-        self, site: Site, experts: Sequence[int | None], earlier: Sequence[Site], goal: torch.Tensor | None
-    ) -> dict[int | None, Moments]:
-        """Moments of readers that have to make from the kept inputs what they make from all, and what is missing.
-
-        Args:
-            earlier: readers that run before this one.
-            goal: the dense stream behind the reader [fitted, T, D]; None where nothing is made up for.
-        """
-        sizes = self._matrix(site, experts[0]).shape
-        moments = {expert: Moments.zero(sizes[0], sizes[1], self.layer.device) for expert in experts}
-        is_enough = None in moments and (goal is None or not site.ends_layer)
-        for first, batch in batches(self.streams.pruned[: self.streams.fitted]):
-            stream, uses = _StreamWithin(batch.clone(), (*earlier, site)), Uses(site.name, moments)
-
-            def watch(seen: Product, stream: _StreamWithin = stream, uses: Uses = uses) -> torch.Tensor | None:
-                stream.watch(seen)
-                if uses.watch(seen) and is_enough:
-                    raise Enough
-                return self._silence(seen)
-
-            output = self.layer.run(batch, watch, uses.collect)
-            if goal is None or site.entry is None:
-                for seen in uses.products:
-                    moments[seen.expert].add(seen.values.reshape(-1, sizes[1]), None)
-                continue
-            missing = goal[first : first + len(batch)] - (stream.states if output is None else output)
-            for expert, inputs, aims in site.entry.corrections(uses, missing.flatten(0, 1).to(self.layer.device)):
-                moments[expert].add(inputs, aims)
-        for expert, own in moments.items():
-            own.add_up(self.whole.processes)
-            own.aim_at(self._matrix(site, expert))
-        return moments
-
-    def _silence_biases(self) -> None:
-        """Keep the router from picking an expert that goes by a bias that it adds behind its scores."""
-        chosen = self.plan.keep.get("num_experts", {}).get(str(self.number))
-        for buffer in self.layer.block.buffers():
-            if chosen is not None and buffer.shape == (self.whole.architecture.widths.num_experts,):
-                kept = buffer[list(chosen)].clone()
-                buffer.fill_(UNPICKED)[list(chosen)] = kept
-
-    def _silence(self, seen: Product) -> torch.Tensor | None:
-        """A watcher under which no token picks an expert that goes."""
-        chosen = self.plan.keep.get("num_experts", {}).get(str(self.number))
-        if chosen is None or seen.parameter not in {name.replace("{}", "0", 1) for name in self.trace.routers}:
-            return None
-        gone = torch.ones(seen.result.shape[-1], dtype=torch.bool, device=seen.result.device)
-        gone[list(chosen)] = False
-        return seen.result.masked_fill(gone, UNPICKED)
-
-
-@dataclass(frozen=True)
-class _Errors:
-    """Squared errors of one reader."""
-
-    removal: float
-    refit: float
-    total: float  # ‖y‖²
-
-
-def relative_distance(stream: torch.Tensor, other: torch.Tensor, processes: Processes = ALONE) -> float:
-    """‖a − b‖²/‖b‖² over the windows of all processes."""
-    gaps = sum(float((a - b).square().sum(dtype=torch.float64)) for a, b in zip(stream, other, strict=True))
-    gaps, whole = processes.add_up(gaps, sum(float(b.square().sum(dtype=torch.float64)) for b in other))
-    return gaps / whole
-
-
-def torch_dtype(code: str) -> torch.dtype:
-    """safetensors' name of a dtype to torch's."""
-    names = {"F64": "float64", **{short: name for name, short in DTYPES.items()}}
-    dtype: torch.dtype = getattr(torch, names[code])
-    return dtype
-
-
-class _StreamWithin:
-    """Hidden states [B, T, D] behind the readers that have run so far, but for experts and what is no reader."""
-
-    def __init__(self, states: torch.Tensor, sites: Sequence[Site]) -> None:
-        self.states = states
-        self._entries = {site.name: site.entry for site in sites if site.entry and site.entry.way != "shared"}
-
-    def watch(self, seen: Product) -> None:
-        if seen.parameter in self._entries:
-            added = self._entries[seen.parameter].contribution(seen.result)
-            self.states.add_(added.to(self.states.device).view(self.states.shape))
-
-
-def _advance_dense(layer: Layer, found: Sequence[Site], streams: Streams) -> dict[str, torch.Tensor]:
-    """The dense stream through the layer; what it is behind each reader whose entry is known, [fitted, T, D]."""
-    fitted, dense = streams.fitted, streams.dense
-    known = [site for site in found if site.entry is not None]
-    within = {site.name for site in known if not site.ends_layer}
-    goals = {
-        site.name: new_states(dense[:fitted].shape, streams.folder) if site.name in within else dense[:fitted]
-        for site in known
-    }
-
-    def watcher_of(first: int, batch: torch.Tensor) -> Watcher:
-        """What follows the residual stream of a batch through the layer, and keeps it where it is a goal."""
-        stream, rows = _StreamWithin(batch.clone(), known), max(0, fitted - first)
-
-        def watch(seen: Product) -> None:
-            stream.watch(seen)
-            if seen.parameter in within:
-                goals[seen.parameter][first : first + len(batch)] = stream.states[:rows]
-
-        return watch
-
-    layer.advance(streams.dense, watcher_of)
-    return goals
-
-
-def kept_inputs(
-    widths: Widths, trace: Trace, plan: Plan, reader: Reader, number: int, expert: int | None, size: int
-) -> torch.Tensor:
-    """Which of a reader's inputs a plan keeps, sorted indices."""
-    units = plan.keep.get(reader.width, {}).get(reader_instance(trace, reader, number, expert))
-    if units is None:
-        return torch.arange(size)
-    stays = torch.zeros(getattr(widths, reader.width), dtype=torch.bool)
-    stays[list(units)] = True
-    times = size // len(stays)
-    along = stays.repeat_interleave(times) if reader.width == HEADS else stays.repeat(times)
-    indices: torch.Tensor = along.nonzero().flatten()
-    return indices

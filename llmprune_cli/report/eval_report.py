@@ -8,8 +8,9 @@ import torch
 
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.staging import scratch_folder
-from llmprune_cli.options import EvalOptions, Listener
+from llmprune_cli.options import Evaluation, ModelReference
 from llmprune_cli.processes import ALONE, Processes
+from llmprune_cli.progress import Listener
 from llmprune_cli.report.results import SCHEMA_VERSION, EvalReport, EvalResult
 from llmprune_cli.run.corpus import Corpus, cut_windows, load_corpus
 from llmprune_cli.run.perplexity import RunningPerplexity, evaluate_perplexity, peak_memory_bytes
@@ -27,13 +28,13 @@ class EvalText:
     windows: torch.Tensor  # token ids, [N, T]
 
 
-def prepare_text(checkpoint: Checkpoint, options: EvalOptions, listener: Listener) -> EvalText:
+def prepare_text(checkpoint: Checkpoint, device: str, options: Evaluation, listener: Listener) -> EvalText:
     """Cut a corpus into the windows of one model.
 
     Raises:
         CheckpointError: no such device, text or tokenizer.
     """
-    pick_device(options.device)
+    pick_device(device)
     corpus = load_corpus(options.dataset, options.split)
     tokenizer = load_tokenizer(checkpoint)
     window = _window_tokens(checkpoint, options, listener)
@@ -42,28 +43,29 @@ def prepare_text(checkpoint: Checkpoint, options: EvalOptions, listener: Listene
 
 
 def report_perplexity(
-    sides: list[tuple[Checkpoint, EvalText]], options: EvalOptions, listener: Listener, processes: Processes = ALONE
+    sides: list[tuple[Checkpoint, EvalText]],
+    reference: ModelReference,
+    options: Evaluation,
+    listener: Listener,
+    processes: Processes = ALONE,
 ) -> EvalReport:
     """Evaluate models one after the other, each on its own windows of the same text.
 
     What does not fit into the memory of the devices lies in a folder while it is evaluated.
 
+    Args:
+        reference: that says how they are loaded, and where they run.
+
     Raises:
         CheckpointError: one cannot be loaded.
     """
     results = []
-    device = own_device(options.device, processes)
+    device, batch = own_device(reference.device, processes), options.batch_size or 1
     for checkpoint, text in sides:
-        listener.stage(f"Evaluating {checkpoint.source}", len(processes.share(text.windows, options.batch_size)))
+        listener.stage(f"Evaluating {checkpoint.source}", len(processes.share(text.windows, batch)))
         with scratch_folder() as folder:
-            model = load_model(checkpoint, device, options.dtype, folder)
-            final = evaluate_perplexity(
-                model,
-                text.windows,
-                options.batch_size,
-                lambda state, name=checkpoint.source: listener.perplexity(name, state),  # type: ignore[misc]
-                processes,
-            )
+            model = load_model(checkpoint, device, reference.dtype, folder)
+            final = evaluate_perplexity(model, text.windows, batch, lambda state: _tell(listener, state), processes)
             peak = max(processes.gather(peak_memory_bytes(model)))
             del model
         results.append(_eval_result(checkpoint, final, text.windows.shape[1], peak))
@@ -71,7 +73,14 @@ def report_perplexity(
     return EvalReport(SCHEMA_VERSION, options.dataset, origin, options.split, tuple(results))
 
 
-def _window_tokens(checkpoint: Checkpoint, options: EvalOptions, listener: Listener) -> int:
+def _tell(listener: Listener, state: RunningPerplexity) -> None:
+    shown = f"{state.perplexity:,.2f}" if state.perplexity < 1e9 else f"{state.perplexity:.3g}"
+    listener.stand_at(
+        state.windows_done, f"perplexity {shown}, {state.tokens / max(state.seconds, 1e-9):,.0f} tokens/s"
+    )
+
+
+def _window_tokens(checkpoint: Checkpoint, options: Evaluation, listener: Listener) -> int:
     longest = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
     if options.max_seq_len is None:
         window = longest or FALLBACK_WINDOW

@@ -9,36 +9,37 @@ from pathlib import Path
 import torch
 
 from llmprune_cli.choose.selection import SEARCH_WINDOWS
-from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.family.architecture import read_widths
-from llmprune_cli.options import Listener, PruneOptions
+from llmprune_cli.options import Choice, ModelReference
 from llmprune_cli.plan.target import Plan
-from llmprune_cli.repair.refit import LayerRepair, relative_distance
+from llmprune_cli.processes import ALONE
+from llmprune_cli.repair.layer_refit import LayerRepair, relative_distance
 from llmprune_cli.report.results import CalibrationResult, LayerResult
-from llmprune_cli.run.calibration import CalibrationText
 from llmprune_cli.run.divergence import Divergence, Side, compare, tokens_at_a_time
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.throughput import Clock
-from llmprune_cli.source.opening import ModelReference, open_checkpoint
+from llmprune_cli.run.workbench import Workbench
+from llmprune_cli.source.opening import open_checkpoint
 
 
 def report_card(
-    subject: Subject,
-    folder: Path,
-    plan: Plan,
-    options: PruneOptions,
-    calibration: CalibrationText,
-    repairs: tuple[LayerRepair, ...],
-    listener: Listener,
+    bench: Workbench, folder: Path, plan: Plan, choice: Choice, split: str, repairs: tuple[LayerRepair, ...]
 ) -> CalibrationResult:
-    """What a pruned checkpoint does on text that neither fitted it nor, where there is enough, chose it."""
-    chosen_on = SEARCH_WINDOWS // 2 if options.budget else 0
-    windows = calibration.held_out[chosen_on:] if len(calibration.held_out) > chosen_on else calibration.held_out
-    reference, device = ModelReference(str(folder)), options.layer_device
-    with open_checkpoint(reference, need_weights=True) as checkpoint, torch.inference_mode():
-        pruned = replace(subject.architecture, config=checkpoint.config, widths=read_widths(checkpoint.config))
-        listener.stage("Judging on held-out text", subject.widths.num_hidden_layers)
-        models = subject.layered(device), LayeredModel(checkpoint, pruned, device)
+    """What a pruned checkpoint does on text that neither fitted it nor, where there is enough, chose it.
+
+    Args:
+        split: of the dataset that the text is from.
+    """
+    dense, text, listener = bench.model, bench.text, bench.listener
+    assert text is not None
+    chosen_on = SEARCH_WINDOWS // 2 if choice.budget else 0
+    windows = text.held_out[chosen_on:] if len(text.held_out) > chosen_on else text.held_out
+    with open_checkpoint(ModelReference(str(folder)), need_weights=True) as checkpoint, torch.inference_mode():
+        architecture = dense.architecture
+        pruned = replace(architecture, config=checkpoint.config, widths=read_widths(checkpoint.config))
+        subject = replace(dense.subject, checkpoint=checkpoint, architecture=pruned, processes=ALONE)
+        listener.stage("Judging on held-out text", dense.layers)
+        models = dense, LayeredModel(subject, dense.device)
         found = _run_side_by_side(*models, plan, windows, listener.advance)
     refitted = {row.layer: row for row in repairs if row.layer not in plan.protected}
     layers = []
@@ -48,12 +49,12 @@ def report_card(
         layers.append(LayerResult(number, removal, refit, stream_error))
     before, after = found.clocks
     return CalibrationResult(
-        dataset=calibration.corpus.name,
-        origin=calibration.corpus.origin,
-        split=options.calibration.split,
-        tokens=calibration.fitted.numel(),
-        seq_len=calibration.fitted.shape[1],
-        seed=options.seed,
+        dataset=text.corpus.name,
+        origin=text.corpus.origin,
+        split=split,
+        tokens=text.fitted.numel(),
+        seq_len=text.fitted.shape[1],
+        seed=choice.seed,
         held_out_tokens=found.divergence.tokens,
         perplexity_before=found.divergence.perplexity_before,
         perplexity_after=found.divergence.perplexity_after,
@@ -61,7 +62,7 @@ def report_card(
         layers=tuple(layers),
         prefill_tokens_per_second_before=before.tokens_per_second,
         prefill_tokens_per_second_after=after.tokens_per_second,
-        device=device,
+        device=dense.device,
     )
 
 

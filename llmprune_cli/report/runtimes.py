@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llmprune_cli.export import FORMATS
+from llmprune_cli.export import FORMATS, load_format
 from llmprune_cli.export.formats import Fit
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ class RuntimeFit:
 
 def runtime_fits(config: PretrainedConfig) -> tuple[RuntimeFit, ...]:
     """The runtimes of all export formats, and others where they are known to stumble over this model."""
-    found = {form.runs_in: form.fit(config) for form in FORMATS.values()}
+    forms = [load_format(name) for name in FORMATS]
+    found = {form.runs_in: form.fit(config) for form in forms}
     others = {"CTranslate2": _fit_ctranslate2(config), "mlx-lm": _fit_mlx(config)}
     found |= {name: fit for name, fit in others.items() if fit.note}
     return tuple(RuntimeFit(name, fit.loads, fit.note) for name, fit in found.items())

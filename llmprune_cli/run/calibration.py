@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmprune_cli.errors import CheckpointError
+from llmprune_cli.options import Text
 from llmprune_cli.run.corpus import PYTHON_DOCS, Corpus, cut_windows, load_corpus
 
 if TYPE_CHECKING:
@@ -17,17 +18,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HELD_OUT_SHARE = 8  # one window in so many is held out, one at least
-
-
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """What to calibrate on."""
-
-    dataset: str | None = None  # None: WikiText-2, or the text that Python brings where that is out of reach
-    split: str = "validation"
-    tokens: int = 32768  # to fit on
-    seq_len: int = 512  # tokens in a window
-    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -45,7 +35,7 @@ class CalibrationText:
 
 
 def prepare_calibration(
-    options: CalibrationOptions,
+    options: Text,
     tokenizer: PreTrainedTokenizerBase,
     vocabulary: int,
     longest: int | None,
@@ -62,18 +52,20 @@ def prepare_calibration(
         CheckpointError: no such text, less than two windows of it, or a tokenizer of another model.
     """
     corpus = _load(options, warn)
-    length = min(options.seq_len, longest or options.seq_len)
+    length = min(options.calibration_seq_len, longest or options.calibration_seq_len)
     windows = cut_windows(corpus, tokenizer, vocabulary, length, None)
     if len(windows) < 2:
         raise CheckpointError(
             f"{corpus.origin} gives one window of {length} tokens; calibration needs two. Give more text or a smaller "
             "--calibration-seq-len."
         )
-    wanted = max(1, options.tokens // length)
+    wanted = max(1, options.calibration_tokens // length)
     held_out = max(1, min(wanted // HELD_OUT_SHARE, len(windows) // 2))
     fitted = min(wanted, len(windows) - held_out)
     if fitted < wanted:
-        warn(f"{corpus.origin} has {fitted * length:,} tokens to calibrate on instead of {options.tokens:,}.")
+        warn(
+            f"{corpus.origin} has {fitted * length:,} tokens to calibrate on instead of {options.calibration_tokens:,}."
+        )
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     drawn, judged = order[:fitted].sort().values, order[fitted : fitted + held_out].sort().values
     return CalibrationText(corpus, windows[drawn], windows[judged])
@@ -95,13 +87,13 @@ def warn_of_shared_text(calibration: Corpus, evaluated: Corpus, warn: Callable[[
         )
 
 
-def _load(options: CalibrationOptions, warn: Callable[[str], None]) -> Corpus:
-    if options.dataset is not None:
-        return load_corpus(options.dataset, options.split)
+def _load(options: Text, warn: Callable[[str], None]) -> Corpus:
+    if options.calibration is not None:
+        return load_corpus(options.calibration, options.calibration_split)
     try:
-        return load_corpus("wikitext2", options.split)
+        return load_corpus("wikitext2", options.calibration_split)
     except CheckpointError:
-        if options.split != CalibrationOptions.split or "LLMPRUNE_WIKITEXT2" in os.environ:
+        if options.calibration_split != Text.calibration_split or "LLMPRUNE_WIKITEXT2" in os.environ:
             raise
         warn("WikiText-2 is out of reach; calibrating on Python's own documentation. --calibration names better text.")
-        return load_corpus(PYTHON_DOCS, options.split)
+        return load_corpus(PYTHON_DOCS, options.calibration_split)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from llmprune_cli.folder.checkpoint import (
     unchanged,
 )
 from llmprune_cli.folder.staging import scratch_folder
+from llmprune_cli.options import ModelReference
 from llmprune_cli.processes import Processes
 from llmprune_cli.source.conversion import (
     convert_bin,
@@ -63,16 +64,6 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
-
-
-@dataclass(frozen=True)
-class ModelReference:
-    """What the user said about a model."""
-
-    name: str  # folder, .gguf file or hub id
-    revision: str | None = None  # of a hub id
-    trust_remote_code: bool = False
-    dtype: str | None = None  # for loading, and what GGUF and quantized weights become; None keeps plain ones
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Importance of layers by what leaving each of them out does to the calibration loss."""
+"""Importance of layers: by how far they turn the residual stream, or by what the loss is without them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,28 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
+from llmprune_cli.choose.measuring import Activity, Measuring
 from llmprune_cli.processes import Processes
+from llmprune_cli.run.calibration import spread_windows
 from llmprune_cli.run.divergence import predicted
 from llmprune_cli.run.layered_model import Ends, LayeredModel, check_states
 from llmprune_cli.run.states import copy_states
 
 ABLATION_TOKENS = 2048  # of calibration text, at most: the cost grows with the square of the number of layers
+
+
+def score_influence(measuring: Measuring, activity: Activity) -> tuple[float, ...]:
+    """By how far each layer turns the residual stream, see `block_influence`; measured with the units already."""
+    return activity.influence
+
+
+def score_loss(measuring: Measuring, activity: Activity | None) -> tuple[float, ...]:
+    """By how much the loss grows without each layer: see `ablate_layers`."""
+    bench = measuring.bench
+    windows = spread_windows(measuring.windows, ABLATION_TOKENS)
+    bench.listener.stage("Leaving out each layer", bench.model.layers * (bench.model.layers + 1) // 2)
+    with torch.inference_mode():
+        return ablate_layers(bench.model, windows, bench.all_layers_dir, bench.listener.advance)
 
 
 def ablate_layers(

@@ -1,17 +1,23 @@
-"""What a measurement depends on, in a form that can be compared: weights, text, versions."""
+"""What a result depends on, in a form that can be compared: weights, text, options, versions."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from llmprune_cli import __version__
+from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.errors import CheckpointError
 from llmprune_cli.folder.checkpoint import Checkpoint, stamp
-from llmprune_cli.plan.target import fingerprint
+from llmprune_cli.options import Choice
+from llmprune_cli.plan.target import Plan, fingerprint
 
 PACKAGES = ("torch", "transformers", "safetensors")
 WEIGHT_FILES = (".safetensors", ".bin", ".gguf")
@@ -22,6 +28,53 @@ SAMPLE_BYTES = 512
 def versions() -> dict[str, str]:
     """Versions of what computes the result."""
     return {"llmprune": __version__, **{name: version(name) for name in PACKAGES}}
+
+
+def run_key(
+    subject: Subject, choice: Choice, plan: Plan | None, windows: Sequence[torch.Tensor], device: str
+) -> dict[str, Any]:
+    """Everything that decides what a run writes.
+
+    Args:
+        plan: that is replayed, if one is.
+        windows: of calibration text, token ids, [N, T] each.
+    """
+    chosen = asdict(choice)
+    return {
+        **model_identity(subject.checkpoint),
+        "calibration text": text_identity(*windows),
+        "plan": hashlib.sha256(json.dumps(plan.to_json()).encode()).hexdigest() if plan else None,
+        "device": device,
+        "versions": versions(),
+        **chosen.pop("widths"),
+        **chosen,
+    }
+
+
+def statistics_key(checkpoint: Checkpoint, kind: str, windows: torch.Tensor, device: str) -> dict[str, Any]:
+    """Everything that decides what is measured on token ids [N, T].
+
+    Args:
+        kind: what is measured.
+    """
+    return {
+        "kind": kind,
+        **model_identity(checkpoint),
+        "text": text_identity(windows),
+        "device": device,
+        "versions": versions(),
+    }
+
+
+def differences(begun: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two keys, in words."""
+    found = []
+    for name in begun.keys() | now.keys():
+        old, new = begun.get(name), now.get(name)
+        if old != new:
+            hashed = any(isinstance(value, str) and len(value) == 64 for value in (old, new))
+            found.append(f"{name} differs" if hashed else f"{name} was {old} and is {new}")
+    return sorted(found)
 
 
 def model_identity(checkpoint: Checkpoint) -> dict[str, str]:

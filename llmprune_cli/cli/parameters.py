@@ -1,0 +1,168 @@
+"""Typer's parameters, made from the values that a command takes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, is_dataclass
+from functools import wraps
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import typer
+
+from llmprune_cli.commands.requests import NamedOption, make, options_of, refuse_unknown
+from llmprune_cli.errors import UsageError
+from llmprune_cli.options import OUTPUT, PANELS, ModelReference
+
+COMMON = "Options that most people need"
+METAVARS: dict[Any, str] = {int: "N", float: "R", str: "TEXT", Path: "PATH"}
+MODEL = typer.Argument(help="Model folder, hub id, or .gguf file.", metavar="MODEL")
+SWITCHES = {"verify", "kv_cache"}  # options that can be switched off as well
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel=OUTPUT)]
+
+
+def takes(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of the values that it takes, and `--config`.
+
+    A parameter of the command that is a value object becomes all of that object's options; a `ModelReference` becomes
+    the argument MODEL, too. What contradicts itself is refused as wrong usage.
+
+    Args:
+        left_out: names of options that this command does not have.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(command, include_extras=True)
+        values = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+        options = {own.name: own for kind in values.values() for own in options_of(kind) if own.name not in left_out}
+
+        @wraps(command)
+        def run(config: Path | None, **given: Any) -> None:
+            try:
+                objects = {name: _make(kind, given) for name, kind in values.items()}
+                rest = {name: given[name] for name in hints if name in given and name not in values}
+                command(**objects, **rest)
+            except UsageError as error:
+                raise typer.BadParameter(str(error)) from error
+
+        own_parameters = inspect.signature(command).parameters.values()
+        others = [_parameter(p.name, hints[p.name], p.default) for p in own_parameters if p.name not in values]
+        parameters = [*_ordered(options, others, values)]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
+
+
+def _ordered(
+    options: dict[str, NamedOption], others: list[inspect.Parameter], values: dict[str, Any]
+) -> Iterator[inspect.Parameter]:
+    """The model, what most people need, and the rest by panels."""
+    if ModelReference in values.values():
+        yield _parameter("model", Annotated[str, MODEL], inspect.Parameter.empty)
+    by_panel = sorted(options.values(), key=lambda own: PANELS.index(own.option.panel))
+    yield from (_of(own) for own in by_panel if own.option.is_common)
+    yield from (other for other in others if _panel(other) == COMMON)
+    for panel in PANELS:
+        yield from (_of(own) for own in by_panel if own.option.panel == panel and not own.option.is_common)
+        yield from (other for other in others if _panel(other) == panel)
+        if panel == OUTPUT:
+            yield _parameter("config", Annotated[Path | None, CONFIG], None)
+
+
+def _panel(other: inspect.Parameter) -> str:
+    return next((a.rich_help_panel for a in get_args(other.annotation) if hasattr(a, "rich_help_panel")), OUTPUT)
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _of(own: NamedOption) -> inspect.Parameter:
+    option, kind = own.option, own.kind
+    flag = own.name.replace("_", "-")
+    names = [f"--{flag}", f"--no-{flag}"] if own.name in SWITCHES else [f"--{flag}"]
+    is_optional = isinstance(kind, UnionType)
+    plain = next(part for part in get_args(kind) if part is not type(None)) if is_optional else kind
+    default = None if own.default is MISSING else own.default
+    if option.parse is not None:
+        plain, default = str, None
+    if own.choices:
+        plain = Literal[own.choices]
+    declared = typer.Option(
+        *names,
+        help=f"{option.help.rstrip('.')}: {', '.join(own.choices)}." if own.choices else option.help,
+        metavar="NAME" if own.choices else METAVARS.get(plain),
+        rich_help_panel=COMMON if option.is_common else option.panel,
+        min=option.least,
+        callback=_callback(own),
+        show_default=option.left_out or default not in (None, False),
+    )
+    return _parameter(own.name, Annotated[plain | None if default is None else plain, declared], default)
+
+
+def _callback(own: NamedOption) -> Callable[[Any], Any] | None:
+    check, parse = own.option.check, own.option.parse
+    if check is None and parse is None:
+        return None
+
+    def checked(value: Any) -> Any:
+        if value is None:
+            return None
+        try:
+            if check is not None:
+                check(value)
+            return parse(value) if parse is not None and isinstance(value, str) else value
+        except UsageError as error:
+            raise typer.BadParameter(str(error)) from error
+
+    return checked
+
+
+def _make(kind: Any, given: dict[str, Any]) -> Any:
+    """A value of the options that were given; those that were not have their defaults."""
+    named = {own.name: given[own.name] for own in options_of(kind) if given.get(own.name) is not None}
+    if kind is ModelReference:
+        return ModelReference(given["model"], **named)
+    return make(kind, named)
+
+
+# --- recipes --------------------------------------------------------------------------------------------------------
+
+
+def _read_config(context: typer.Context, value: Path | None) -> Path | None:
+    """Let a recipe say what the command line does not."""
+    if value is None or context.resilient_parsing:
+        return value
+    from llmprune_cli.commands.recipe import read_recipe
+
+    known = {parameter.name: parameter for parameter in context.command.params}
+    try:
+        recipe = read_recipe(value, context.info_name or "")
+        recipe = {NAMES.get(name, name): given for name, given in recipe.items()}
+        refuse_unknown(recipe, [str(name) for name in known if name != "config"], str(value))
+    except UsageError as error:
+        raise typer.BadParameter(str(error)) from error
+    context.default_map = {**(context.default_map or {}), **{name: _as_text(given) for name, given in recipe.items()}}
+    return value
+
+
+NAMES = {"eval": "evaluate", "json": "as_json"}  # options whose parameter is called otherwise
+
+
+def _as_text(value: Any) -> Any:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+
+CONFIG = typer.Option(
+    "--config",
+    help="File with options by name (.yaml, .toml or .json), or a folder that prune wrote; flags beat it.",
+    metavar="PATH",
+    rich_help_panel=OUTPUT,
+    is_eager=True,
+    callback=_read_config,
+)

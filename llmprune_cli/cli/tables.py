@@ -1,0 +1,118 @@
+"""Parts of tables that several commands show, and JSON on stdout."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from llmprune_cli.report.results import ModelSummary, TensorRow
+    from llmprune_cli.report.runtimes import RuntimeFit
+
+WIDTH_LABELS = {
+    "hidden_size": "hidden size",
+    "num_attention_heads": "query heads",
+    "num_key_value_heads": "KV groups",
+    "head_dim": "head dim",
+    "intermediate_size": "intermediate size",
+    "moe_intermediate_size": "expert intermediate size",
+    "shared_expert_intermediate_size": "shared expert intermediate size",
+    "num_experts": "experts",
+    "num_hidden_layers": "layers",
+}
+
+
+def print_json(result: Any) -> None:
+    """Print a result as one JSON document; a number that JSON lacks becomes null."""
+    from llmprune_cli.report.documents import to_json
+
+    sys.stdout.write(to_json(result) + "\n")
+    sys.stdout.flush()  # here, where a reader that went away is no bug of ours
+
+
+def new_console() -> Console:
+    """A console on stdout, as wide as the terminal."""
+    return Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 120)
+
+
+def modules_table(before: ModelSummary, after: ModelSummary | None) -> Table:
+    """Tensors, folded over layers."""
+    table = Table(title="Modules")
+    table.add_column("tensor", overflow="fold")
+    table.add_column("layers", justify="right")
+    table.add_column("dtype")
+    table.add_column("before" if after else "shape", justify="right")
+    if after:
+        table.add_column("after", justify="right")
+    table.add_column("parameters", justify="right")
+    table.add_column("share", justify="right")
+    total = (after or before).parameters
+    for old, new in _paired(before.tensors, after.tensors if after else before.tensors):
+        layers = f"{old.layers}: {old.count} ×" if old.layers else ""
+        shapes = [_shape(old)] + ([_shape(new) if new else "gone"] if after else [])
+        parameters = new.parameters if new else 0
+        share = f"{100 * parameters / total:.1f}%"
+        table.add_row(old.template, layers, old.dtype, *shapes, f"{parameters:,}", share)
+    return table
+
+
+def _paired(before: Sequence[TensorRow], after: Sequence[TensorRow]) -> Iterator[tuple[TensorRow, TensorRow | None]]:
+    """Rows of the same tensors before and after; None where all their layers went."""
+    for template in dict.fromkeys(row.template for row in before):
+        old, new = ([row for row in rows if row.template == template] for rows in (before, after))
+        yield from zip_longest(old, new[: len(old)])
+
+
+def _shape(row: TensorRow) -> str:
+    return " × ".join(map(str, row.shape))
+
+
+def totals_table(before: ModelSummary, after: ModelSummary | None) -> Table:
+    """Parameters, bytes, and the cache of a token."""
+    table = Table("total", title="Totals")
+    table.add_column("before" if after else "", justify="right")
+    if after:
+        table.add_column("after", justify="right")
+        table.add_column("removed", justify="right")
+    rows: dict[str, tuple[str, Callable[[float], str]]] = {
+        "parameters": ("parameters", lambda count: f"{count:,}"),
+        "size": ("size_bytes", size_text),
+        "KV cache per token": ("kv_cache_bytes_per_token", size_text),
+    }
+    for label, (name, show) in rows.items():
+        old, new = getattr(before, name), getattr(after, name, 0)
+        table.add_row(label, show(old), *([show(new), f"{100 * (1 - new / old) if old else 0:.1f}%"] if after else []))
+    return table
+
+
+def print_deviations(console: Console, deviations: tuple[str, ...]) -> None:
+    """Where the widths differ from what was asked for."""
+    for deviation in deviations:
+        console.print(f"Note: {deviation}", highlight=False, style="yellow")
+
+
+def print_runtimes(console: Console, runtimes: tuple[RuntimeFit, ...]) -> None:
+    """Which stock software loads the model."""
+    table = Table("runtime", "takes it", "", title="Where it runs")
+    for fit in runtimes:
+        table.add_row(fit.runtime, "yes" if fit.loads else "no", fit.note)
+    console.print(table)
+
+
+def size_text(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    return f"{count:.2f} TiB"
+
+
+def number_text(value: float) -> str:
+    """A perplexity for people."""
+    return f"{value:,.2f}" if value < 1e9 else f"{value:.3g}"

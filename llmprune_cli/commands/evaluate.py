@@ -1,0 +1,33 @@
+"""`eval`: perplexity of one model, or of two side by side."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+
+from llmprune_cli.options import Evaluation, ModelReference
+from llmprune_cli.processes import join
+from llmprune_cli.progress import Listener
+from llmprune_cli.report.eval_report import prepare_text, report_perplexity
+from llmprune_cli.report.results import EvalReport
+from llmprune_cli.source.opening import open_checkpoint
+
+
+def evaluate(
+    reference: ModelReference, compare: ModelReference | None, evaluation: Evaluation, listener: Listener
+) -> EvalReport:
+    """Perplexity of one model, or of two side by side on the same text and with windows of the same length.
+
+    Raises:
+        LlmpruneError: a model or the text cannot be read.
+    """
+    with ExitStack() as stack:
+        processes = join(reference.device)
+        checkpoint = stack.enter_context(open_checkpoint(reference, need_weights=True))
+        text = prepare_text(checkpoint, reference.device, evaluation, listener)
+        sides = [(checkpoint, text)]
+        if compare is not None:
+            other = stack.enter_context(open_checkpoint(compare, need_weights=True))
+            alike = replace(evaluation, max_seq_len=text.windows.shape[1])
+            sides.append((other, prepare_text(other, reference.device, alike, listener)))
+        return report_perplexity(sides, reference, evaluation, listener, processes)

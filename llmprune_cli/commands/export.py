@@ -1,0 +1,125 @@
+"""`export`: a checkpoint in another format, held against transformers in the runtime that reads it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from llmprune_cli.commands.prune import source_folder, warn_of_large_shards
+from llmprune_cli.errors import UnsupportedError, UsageError, VerificationError
+from llmprune_cli.export import load_format
+from llmprune_cli.export.formats import SHORT_DTYPES, ExportOptions, Fit, Format
+from llmprune_cli.export.verification import PROMPTS, missing_memory, missing_runtime, verify
+from llmprune_cli.folder.checkpoint import MANIFEST_NAME, Checkpoint, read_json
+from llmprune_cli.folder.integrity import list_files
+from llmprune_cli.folder.shards import write_json
+from llmprune_cli.folder.staging import claimed
+from llmprune_cli.journal.keys import versions
+from llmprune_cli.options import Conversion, ModelReference
+from llmprune_cli.progress import Listener
+from llmprune_cli.report.model_card import write_card
+from llmprune_cli.report.results import SCHEMA_VERSION, ExportResult
+from llmprune_cli.report.runtimes import runtime_fits
+from llmprune_cli.sizes import parse_size
+from llmprune_cli.source.opening import open_checkpoint
+
+
+def export(
+    reference: ModelReference, output: Path, overwrite: bool, conversion: Conversion, listener: Listener
+) -> ExportResult:
+    """Write a checkpoint in another format, and hold it against transformers in the runtime that reads it.
+
+    Raises:
+        UsageError: options that the format does not have.
+        UnsupportedError: no runtime of this format takes the model.
+        VerificationError: it is not the same model there, or cannot be compared and has to be.
+    """
+    form = load_format(conversion.format)
+    asked = _options(form, output, conversion)
+    with open_checkpoint(reference, need_weights=True) as checkpoint:
+        with claimed(output, overwrite, source_folder(reference, checkpoint)) as claim:
+            fit = Fit(loads=True, note=f"by {asked.converter}") if asked.converter else form.fit(checkpoint.config)
+            if not fit.loads:
+                raise UnsupportedError(f"{checkpoint.source} cannot be exported as {conversion.format}: {fit.note}")
+            dtype, reason = asked.dtype or form.dtype_for(checkpoint), _why_not_verified(form, checkpoint, conversion)
+            manifest, verification = source_manifest(checkpoint), None
+            with claim.staged() as staging:
+                listener.stage("Exporting", checkpoint.size_bytes)
+                options = asked if form.keeps_dtypes else replace(asked, dtype=dtype)
+                checksums = form.write(checkpoint, staging, options, listener.advance)
+                warn_of_large_shards(staging, asked.max_shard_bytes, listener)
+                if not reason:
+                    listener.stage("Verifying", len(PROMPTS))
+                    verification = verify(checkpoint, form, staging, dtype, listener.advance)
+                pruned = manifest if "widths" in manifest else None
+                write_card(staging, checkpoint, pruned, conversion.format, runtime_fits(checkpoint.config))
+                result = asdict(verification) if verification else None
+                exported = {
+                    "format": conversion.format,
+                    "dtype": dtype,
+                    "versions": versions(),
+                    "verification": result,
+                }
+                manifest = {**manifest, "export": exported, "files": list_files(staging, checksums)}
+                write_json(staging / MANIFEST_NAME, manifest)
+        files = sorted(path for path in output.rglob("*") if path.is_file())
+        return ExportResult(
+            schema_version=SCHEMA_VERSION,
+            model=checkpoint.source,
+            output=str(output),
+            format=conversion.format,
+            dtype=dtype,
+            parameters=checkpoint.parameter_count,
+            size_bytes=sum(path.stat().st_size for path in files),
+            files=tuple(str(path.relative_to(output)) for path in files),
+            note=fit.note,
+            verification=verification,
+            unverified=reason or "",
+        )
+
+
+def _options(form: Format, output: Path, conversion: Conversion) -> ExportOptions:
+    """What the format is told.
+
+    Raises:
+        UsageError: options that it does not have.
+    """
+    name, dtype = conversion.format, conversion.dtype
+    dtype = SHORT_DTYPES.get(dtype, dtype) if dtype else None
+    if dtype is not None and dtype not in form.dtypes:
+        raise UsageError(f"--format {name} has no --dtype {dtype}; it has {', '.join(form.dtypes)}.")
+    if output.suffix in (".gguf", ".onnx", ".pt2", ".safetensors"):
+        raise UsageError(f"--output names a folder, and {output} looks like a file.")
+    if conversion.converter is not None and name != "gguf":
+        raise UsageError("--converter writes gguf; give --format gguf with it.")
+    if conversion.converter is not None and not conversion.converter.is_file():
+        raise UsageError(f"--converter: {conversion.converter} is not a file.")
+    if conversion.compat and name != "safetensors":
+        raise UsageError("--compat is about config.json; give --format safetensors with it.")
+    if not conversion.kv_cache and name != "onnx":
+        raise UsageError("--no-kv-cache is about onnx; give --format onnx with it.")
+    most = parse_size(conversion.max_shard_size)
+    return ExportOptions(dtype, most, conversion.converter, conversion.kv_cache, conversion.compat)
+
+
+def _why_not_verified(form: Format, checkpoint: Checkpoint, conversion: Conversion) -> str | None:
+    """Why nothing is compared; None where it is.
+
+    Raises:
+        VerificationError: it has to be.
+    """
+    if conversion.verify is False:
+        return "not asked for"
+    reason = missing_runtime(form) or missing_memory(checkpoint)
+    if conversion.verify and reason:
+        raise VerificationError(f"The export cannot be verified: {reason}. Leave out --verify to write it anyway.")
+    return reason
+
+
+def source_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the source's manifest says of how it was made, or else where it is from."""
+    path = checkpoint.companions / MANIFEST_NAME
+    if path.is_file():
+        return read_json(path)
+    return {"schema_version": SCHEMA_VERSION, "source": checkpoint.source, "revision": checkpoint.revision}

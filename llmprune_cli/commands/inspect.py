@@ -1,0 +1,56 @@
+"""`inspect`: what a model is, and what a request would make of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llmprune_cli.coupling.subject import understand
+from llmprune_cli.family.architecture import with_widths
+from llmprune_cli.folder.integrity import check_files
+from llmprune_cli.options import ModelReference, WidthRequest
+from llmprune_cli.plan.predict import predict
+from llmprune_cli.plan.target import legal_values, resolve
+from llmprune_cli.report.results import SCHEMA_VERSION, InspectResult, VerifyResult, summarize
+from llmprune_cli.report.runtimes import runtime_fits
+from llmprune_cli.source.opening import open_checkpoint
+
+
+def inspect(reference: ModelReference, request: WidthRequest) -> InspectResult:
+    """Describe a model from headers and configuration, and what a request would make of it.
+
+    Raises:
+        LlmpruneError: it cannot be read, or cannot be pruned so.
+    """
+    with open_checkpoint(reference, need_weights=False) as checkpoint:
+        subject = understand(checkpoint)
+        target = None if request.is_empty else resolve(subject.architecture, subject.trace.refused, request)
+        after, config = None, checkpoint.config
+        if target is not None:
+            subject.require(target.widths)
+            after = summarize(predict(subject, target), target.widths)
+            config = with_widths(subject.architecture, target.widths, target.layers)
+        return InspectResult(
+            schema_version=SCHEMA_VERSION,
+            model=checkpoint.source,
+            revision=checkpoint.revision,
+            model_type=checkpoint.config.model_type,
+            has_weights=checkpoint.has_weights,
+            tied_embeddings=bool(getattr(checkpoint.config, "tie_word_embeddings", False)),
+            prunable=legal_values(subject.architecture, subject.trace),
+            dropped=checkpoint.dropped,
+            renamed=checkpoint.renamed,
+            before=summarize(checkpoint.entries, subject.widths),
+            after=after,
+            deviations=target.deviations if target else (),
+            runtimes=runtime_fits(config),
+        )
+
+
+def verify_folder(folder: Path) -> VerifyResult:
+    """Hold a folder that `prune` or `export` wrote against the checksums in its manifest.
+
+    Raises:
+        CheckpointError, VerificationError: see `check_files`.
+    """
+    found = check_files(folder)
+    return VerifyResult(SCHEMA_VERSION, str(folder), found.files, found.size_bytes, found.parameters)

@@ -1,0 +1,433 @@
+"""`prune`: plan, choose, repair, write and judge; every process of a run takes the same steps.
+
+What only one may do, such as writing, the first process does, while the others wait for what it says.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llmprune_cli.apply.proof import prove
+from llmprune_cli.apply.pruned_folder import make_manifest, prune_twin, write_pruned
+from llmprune_cli.apply.second_opinion import hold_against_torch_pruning
+from llmprune_cli.choose import needs_text
+from llmprune_cli.choose.search import Candidate
+from llmprune_cli.choose.selection import Selection, first_target, select, stored_plan, target_of
+from llmprune_cli.commands.recipe import recipe_of, save_recipe
+from llmprune_cli.commands.requests import PruneRequest
+from llmprune_cli.coupling.subject import Subject, understand
+from llmprune_cli.errors import CheckpointError, UnsupportedError
+from llmprune_cli.family.architecture import with_widths
+from llmprune_cli.folder.checkpoint import MANIFEST_NAME, Checkpoint
+from llmprune_cli.folder.integrity import list_files
+from llmprune_cli.folder.shards import write_json
+from llmprune_cli.folder.staging import Claim, check_folder, check_target, claimed, scratch_folder
+from llmprune_cli.journal.journal import Journal, kept_folder
+from llmprune_cli.journal.keys import run_key
+from llmprune_cli.options import Choice, ModelReference
+from llmprune_cli.plan.predict import predict
+from llmprune_cli.plan.target import Plan, Target
+from llmprune_cli.processes import ALONE, Processes, join
+from llmprune_cli.progress import Listener
+from llmprune_cli.repair.layer_refit import LayerRepair
+from llmprune_cli.repair.refit import repair
+from llmprune_cli.repair.residual_stream import ResidualStream, find_residual_stream
+from llmprune_cli.repair.rotation import principal_components, rotate, untie
+from llmprune_cli.report.chart import check_chart_target, draw_chart
+from llmprune_cli.report.eval_report import EvalText, prepare_text, report_perplexity
+from llmprune_cli.report.model_card import write_card
+from llmprune_cli.report.report_card import report_card
+from llmprune_cli.report.results import (
+    SCHEMA_VERSION,
+    CalibrationResult,
+    CandidateResult,
+    EvalReport,
+    ModelSummary,
+    PruneResult,
+    summarize,
+)
+from llmprune_cli.report.runtimes import runtime_fits
+from llmprune_cli.run.calibration import CalibrationText, prepare_calibration, warn_of_shared_text
+from llmprune_cli.run.layered_model import BATCH_TOKENS, LayeredModel, windows_together
+from llmprune_cli.run.workbench import Workbench
+from llmprune_cli.sizes import parse_size
+from llmprune_cli.source.opening import load_tokenizer, open_checkpoint, pick_device
+
+
+def prune(request: PruneRequest, listener: Listener) -> PruneResult | None:
+    """Plan, and unless it is a dry run, write; then evaluate both models if asked.
+
+    Whatever can be refused is refused before any weight is read. Of several processes the first one gives the result.
+
+    Raises:
+        LlmpruneError: see there.
+    """
+    started, processes, delivery = time.perf_counter(), join(request.model.device), request.delivery
+    if processes.is_first and delivery.report is not None:
+        check_chart_target(delivery.report, delivery.output)
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(open_checkpoint(request.model, request.needs_weights))
+        output = delivery.output
+        if processes.is_first and output is None and request.writes:
+            output = stack.enter_context(scratch_folder()) / "pruned"
+        with _claimed(request, checkpoint, output, processes) as claim:
+            outcome = _run(request, checkpoint, claim, processes, listener)
+        if outcome is None:
+            return None
+        evaluated = _evaluate(request, checkpoint, output, outcome, listener)
+        result = _report(request, checkpoint, outcome, evaluated, time.perf_counter() - started)
+    if delivery.report is not None and outcome.card is not None:
+        draw_chart(result, outcome.card, delivery.report)
+    return result
+
+
+@contextmanager
+def _claimed(
+    request: PruneRequest, checkpoint: Checkpoint, output: Path | None, processes: Processes
+) -> Iterator[Claim | None]:
+    """The right to write the output, and proof that the user's folders can be written, in the first process.
+
+    Raises:
+        OutputError: one of them cannot be written.
+    """
+    overwrite, source = request.delivery.overwrite, source_folder(request.model, checkpoint)
+    folders = ((request.scratch.statistics, "--statistics"), (request.scratch.offload_dir, "--offload-dir"))
+    with ExitStack() as stack:
+        claim = None
+        if processes.is_first and output is not None and not request.writes:
+            check_target(output, overwrite, source)
+        elif processes.is_first and output is not None:
+            claim = stack.enter_context(claimed(output, overwrite, source))
+        for folder, option in folders:
+            if folder is not None and (processes.is_first or option == "--offload-dir"):
+                check_folder(folder, option)
+        yield claim
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a run came to, in its first process."""
+
+    subject: Subject
+    choice: Choice
+    target: Target
+    before: ModelSummary
+    after: ModelSummary
+    plan: Plan | None  # None for a dry run of widths alone
+    candidates: tuple[Candidate, ...]
+    card: CalibrationResult | None
+    evaluated: EvalText | None  # what it is to be evaluated on
+
+
+def _run(
+    request: PruneRequest, checkpoint: Checkpoint, claim: Claim | None, processes: Processes, listener: Listener
+) -> _Outcome | None:
+    """All steps up to the written folder; None in processes that do not report."""
+    decided = _decide(request, understand(checkpoint, processes))
+    subject, target = decided.subject, decided.target
+    evaluation = request.evaluation
+    evaluated = None
+    if processes.is_first and evaluation is not None:
+        evaluated = prepare_text(checkpoint, request.model.device, evaluation, listener)
+    choice, text = _settle(request, subject, processes, listener)
+    if text is None and not processes.is_first:
+        return None
+    if text is None:
+        subject = replace(subject, processes=ALONE)  # the others have nothing to do
+    elif processes.is_first and evaluated is not None:
+        warn_of_shared_text(text.corpus, evaluated.corpus, listener.warn)
+    if processes.is_first:
+        prove(subject.architecture, subject.trace, target.widths.changed_from(subject.widths), prune_twin)
+        hold_against_torch_pruning(subject.architecture, subject.trace)
+    with ExitStack() as stack:
+        device = layer_device(request.model.device)
+        bench = Workbench(LayeredModel(subject, device), text, listener, Journal(subject.processes))
+        bench = replace(bench, offload_dir=request.scratch.offload_dir)
+        if decided.stream is not None and text is not None:
+            turned = stack.enter_context(scratch_folder())
+            bench = replace(bench, model=LayeredModel(_rotate(bench, text, decided.stream, turned), device))
+        journal = stack.enter_context(_journal(request, choice, claim, decided.plan, bench))
+        bench = replace(bench, journal=journal)
+        return _choose_and_write(request, choice, claim, decided, bench, evaluated)
+
+
+def _choose_and_write(
+    request: PruneRequest,
+    choice: Choice,
+    claim: Claim | None,
+    decided: _Decided,
+    bench: Workbench,
+    evaluated: EvalText | None,
+) -> _Outcome | None:
+    subject, selection, target = bench.model.subject, None, decided.target
+    if decided.plan is not None:
+        selection = Selection(decided.plan)
+    elif request.needs_weights:
+        selection = select(bench, decided.target, choice)
+        target = target_of(selection.plan)
+    target = _tell(request, choice, selection, decided, target, bench)
+    repairs: tuple[LayerRepair, ...] = ()
+    repaired = subject
+    if selection is not None and request.writes:
+        repaired, repairs = repair(bench, selection.plan, choice.refit or "")
+    if not subject.processes.is_first:
+        return None
+    after = summarize(predict(subject, target), target.widths)
+    outcome = _Outcome(
+        subject=subject,
+        choice=choice,
+        target=target,
+        before=decided.before,
+        after=after,
+        plan=selection.plan if selection else None,
+        candidates=selection.candidates if selection else (),
+        card=None,
+        evaluated=evaluated,
+    )
+    if claim is None or selection is None:
+        return outcome
+    with claim.staged() as staging:
+        return replace(outcome, card=_fill(staging, request, outcome, selection.plan, repaired, repairs, bench))
+
+
+# --- steps ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """What follows from headers and options alone."""
+
+    subject: Subject
+    plan: Plan | None  # that is replayed
+    target: Target  # with a budget, the least that the search reaches
+    before: ModelSummary
+    stream: ResidualStream | None  # that is to be rotated
+    untied: int  # parameters that this adds
+
+
+def _decide(request: PruneRequest, subject: Subject) -> _Decided:
+    """The widths, and whether this family can have them.
+
+    Raises:
+        PlanError, UnsupportedError: it cannot.
+    """
+    before, stream, untied = summarize(subject.checkpoint.entries, subject.widths), None, 0
+    if request.choice.rotate:
+        subject, untied = untie(subject)
+        stream = find_residual_stream(subject.architecture, subject.trace)
+    plan = stored_plan(subject, request.delivery.plan) if request.delivery.plan else None
+    target = target_of(plan) if plan is not None else first_target(subject, request.choice)
+    subject.require(target.widths)
+    predict(subject, target)
+    return _Decided(subject, plan, target, before, stream, untied)
+
+
+def _settle(
+    request: PruneRequest, subject: Subject, processes: Processes, listener: Listener
+) -> tuple[Choice, CalibrationText | None]:
+    """The method and the text to calibrate on, prepared by the first process.
+
+    Where no text can be had and nobody asked for any, it is a method that does without.
+    """
+    settled = request.choice.settled
+    if not (request.needs_text and request.needs_weights):
+        return settled, None
+    choice, text = settled, None
+    if processes.is_first:
+        try:
+            text = _prepare_text(request, subject, listener)
+        except (CheckpointError, UnsupportedError) as error:
+            choice = request.choice.without_text
+            if needs_text(choice, request.delivery.plan is not None) or request.text.calibration is not None:
+                raise
+            listener.warn(
+                f"{error} So units go by magnitude, and nothing is refitted: expect a model that is much worse."
+            )
+    told = processes.broadcast((choice, text.without_corpus if text else None))
+    if text is not None and processes.is_first:
+        _warn_of_idle_processes(text, processes, listener)
+    return (choice, text) if processes.is_first else told
+
+
+def _prepare_text(request: PruneRequest, subject: Subject, listener: Listener) -> CalibrationText:
+    checkpoint, choice = subject.checkpoint, request.choice
+    device = layer_device(request.model.device)
+    longest = getattr(checkpoint.config, "max_position_embeddings", None)
+    vocabulary = checkpoint.config.get_text_config().vocab_size
+    tokenizer = load_tokenizer(checkpoint)
+    text = prepare_calibration(request.text, tokenizer, vocabulary, longest, choice.seed, listener.warn)
+    if choice.importance is None or choice.refit is None:
+        LayeredModel(subject, device).load_layer(0)  # where that fails, there is a way without
+    return text
+
+
+def _warn_of_idle_processes(text: CalibrationText, processes: Processes, listener: Listener) -> None:
+    batches = -(-len(text.fitted) // windows_together(text.fitted))
+    if batches < processes.count:
+        listener.warn(
+            f"{batches} of {processes.count} processes have text to calibrate on, since batches of {BATCH_TOKENS:,} "
+            "tokens stay whole. More --calibration-tokens give the others work."
+        )
+
+
+def _rotate(bench: Workbench, text: CalibrationText, stream: ResidualStream, folder: Path) -> Subject:
+    model, listener = bench.model, bench.listener
+    listener.stage("Finding principal components", model.layers)
+    components = principal_components(model, text.fitted, bench.offload_dir, listener.advance)
+    listener.stage("Rotating", model.checkpoint.size_bytes)
+    return rotate(model.subject, stream, components, folder, listener.advance)
+
+
+@contextmanager
+def _journal(
+    request: PruneRequest, choice: Choice, claim: Claim | None, plan: Plan | None, bench: Workbench
+) -> Iterator[Journal]:
+    """What the run remembers: in the first process a folder beside its output, and that of the user."""
+    journal, text = bench.journal, bench.text
+    with ExitStack() as stack:
+        if journal.processes.is_first:
+            journal = replace(journal, statistics=request.scratch.statistics)
+        if claim is not None and text is not None:
+            windows = (text.fitted, text.held_out)
+            key = run_key(bench.model.subject, choice, plan, windows, bench.model.device)
+            may_go_on = request.delivery.output is not None
+            own = stack.enter_context(kept_folder(claim, key, request.scratch.resume, may_go_on))
+            journal = replace(journal, folder=own)
+        yield journal
+
+
+def _tell(
+    request: PruneRequest,
+    choice: Choice,
+    selection: Selection | None,
+    decided: _Decided,
+    target: Target,
+    bench: Workbench,
+) -> Target:
+    """Say where the widths differ from what was asked for, and keep what the user wants to keep of the decision."""
+    if decided.untied:
+        text = f"The output projection is the embedding no longer, which adds {decided.untied:,} parameters."
+        target = replace(target, deviations=(*target.deviations, text))
+    if not bench.model.processes.is_first:
+        return target
+    for deviation in target.deviations:
+        bench.listener.warn(deviation)
+    if request.delivery.save_plan is not None and selection is not None:
+        selection.plan.save(request.delivery.save_plan)
+    if request.delivery.save_config is not None:
+        save_recipe(recipe_of(request, choice, bench.text), request.delivery.save_config)
+    return target
+
+
+def _fill(
+    staging: Path,
+    request: PruneRequest,
+    outcome: _Outcome,
+    plan: Plan,
+    repaired: Subject,
+    repairs: tuple[LayerRepair, ...],
+    bench: Workbench,
+) -> CalibrationResult | None:
+    """Write the folder and judge it."""
+    subject, listener = outcome.subject, bench.listener
+    most = parse_size(request.delivery.max_shard_size)
+    recipe = recipe_of(request, outcome.choice, bench.text)
+    manifest = make_manifest(
+        subject.checkpoint, plan, outcome.before, outcome.after, _options(request, outcome), recipe
+    )
+    checksums = write_pruned(repaired, plan, staging, manifest, most, listener)
+    warn_of_large_shards(staging, most, listener)
+    card = None
+    if bench.text is not None:
+        card = report_card(bench, staging, plan, outcome.choice, request.text.calibration_split, repairs)
+        manifest = {**manifest, "calibration": asdict(card)}
+    config = with_widths(subject.architecture, plan.after, plan.layers)
+    write_card(staging, subject.checkpoint, manifest, "safetensors", runtime_fits(config))
+    write_json(staging / MANIFEST_NAME, {**manifest, "files": list_files(staging, checksums)})
+    return card
+
+
+def _options(request: PruneRequest, outcome: _Outcome) -> dict[str, Any]:
+    """What was asked for, as manifests say it."""
+    choice, plan, stored = outcome.choice, outcome.plan, request.delivery.plan
+    assert plan is not None
+    return {
+        **asdict(choice.widths),
+        "target": asdict(choice.budget) if choice.budget else None,
+        "importance": plan.importance,
+        "layer_importance": choice.layer_importance,
+        "refit": choice.refit,
+        "rotate": choice.rotate,
+        "seed": plan.seed,
+        "plan": str(stored) if stored else None,
+        "dtype": request.model.dtype,
+    }
+
+
+def _evaluate(
+    request: PruneRequest, checkpoint: Checkpoint, output: Path | None, outcome: _Outcome, listener: Listener
+) -> EvalReport | None:
+    """Perplexity before and after."""
+    if request.evaluation is None or outcome.evaluated is None:
+        return None
+    pruned = replace(request.model, name=str(output), revision=None)
+    name = str(request.delivery.output) if request.delivery.output else f"{checkpoint.source} (pruned)"
+    with open_checkpoint(pruned, need_weights=True) as opened:
+        sides = [(checkpoint, outcome.evaluated), (replace(opened, source=name), outcome.evaluated)]
+        return report_perplexity(sides, request.model, request.evaluation, listener)
+
+
+def _report(
+    request: PruneRequest, checkpoint: Checkpoint, outcome: _Outcome, evaluated: EvalReport | None, seconds: float
+) -> PruneResult:
+    choice, plan, target, delivery = outcome.choice, outcome.plan, outcome.target, request.delivery
+    config = with_widths(outcome.subject.architecture, target.widths, target.layers)
+    return PruneResult(
+        schema_version=SCHEMA_VERSION,
+        model=checkpoint.source,
+        revision=checkpoint.revision,
+        output=None if delivery.dry_run or delivery.output is None else str(delivery.output),
+        target=str(choice.budget) if choice.budget else None,
+        protected_layers=target.protected,
+        importance=plan.importance if plan else choice.importance or "",
+        refit=choice.refit or "",
+        seed=plan.seed if plan else choice.seed,
+        before=outcome.before,
+        after=outcome.after,
+        deviations=target.deviations,
+        runtimes=runtime_fits(config),
+        candidates=tuple(
+            CandidateResult(c.target.widths, c.target.layers, c.parameters, c.kl) for c in outcome.candidates
+        ),
+        seconds=seconds,
+        calibration=outcome.card,
+        evaluation=evaluated,
+    )
+
+
+def layer_device(device: str) -> str:
+    """Where one layer at a time runs.
+
+    Raises:
+        CheckpointError: the device is not on this machine.
+    """
+    place = pick_device(device)
+    return "cuda" if place == "auto" else place
+
+
+def source_folder(reference: ModelReference, checkpoint: Checkpoint) -> Path | None:
+    """The user's own folder or file that must stay untouched."""
+    path = Path(reference.name)
+    return path if path.exists() else checkpoint.folder
+
+
+def warn_of_large_shards(folder: Path, most_bytes: int, listener: Listener) -> None:
+    """Warn where a tensor alone is larger than a shard may be."""
+    large = sum(path.stat().st_size > most_bytes for path in folder.glob("*.safetensors"))
+    if large:
+        listener.warn(f"Shards larger than --max-shard-size: {large}. Each holds one tensor, which cannot be split.")

@@ -1,0 +1,112 @@
+"""Recipes: the options of a run in a file, which `--config` reads and `prune --save-config` writes."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmprune_cli.commands.requests import PruneRequest, options_of, refuse_unknown
+from llmprune_cli.errors import CheckpointError, UsageError
+from llmprune_cli.folder.checkpoint import MANIFEST_NAME, read_json
+from llmprune_cli.folder.staging import replace_file
+from llmprune_cli.options import Choice, Delivery, ModelReference, Text
+from llmprune_cli.run.calibration import CalibrationText
+
+MOST_BYTES = 2**20
+COMMAND, MODEL = "command", "model"
+# What a recipe does not hold: where results go, how far a run is, and whom the user trusts.
+ELSEWHERE = {"output", "overwrite", "dry_run", "save_plan", "save_config", "report", "trust_remote_code"}
+
+
+def recipe_of(request: PruneRequest, choice: Choice, text: CalibrationText | None) -> dict[str, Any]:
+    """Everything that decides what `prune` writes, by the names of its options; defaults are left out.
+
+    Args:
+        choice: with the method that is used.
+        text: that is used; its name is kept, also where the user left it open.
+    """
+    calibration = request.text
+    if text is not None:
+        calibration = replace(calibration, calibration=text.corpus.name)
+    parts = (request.model, choice, calibration, request.delivery)
+    found: dict[str, Any] = {COMMAND: "prune", MODEL: request.model.name}
+    for part in parts:
+        for name, value in _given(part).items():
+            if name not in ELSEWHERE:
+                found[name] = value
+    return found
+
+
+def _given(part: ModelReference | Choice | Text | Delivery) -> dict[str, Any]:
+    """The options of a value that are not at their defaults, ready for JSON."""
+    found = {}
+    for own in options_of(type(part)):
+        holder = part.widths if isinstance(part, Choice) and not hasattr(part, own.attribute) else part
+        value = getattr(holder, own.attribute)
+        if value != own.default:
+            found[own.name] = (
+                list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+            )
+    return found
+
+
+def save_recipe(recipe: dict[str, Any], path: Path) -> None:
+    """Write a recipe as YAML or JSON.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    if path.suffix.lower() == ".json":
+        text = json.dumps(recipe, indent=2) + "\n"
+    else:
+        text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+    replace_file(path, [text.encode()], "Choose another --save-config.")
+
+
+def read_recipe(path: Path, command: str) -> dict[str, Any]:
+    """The options in a recipe, a manifest or a folder with one, by name.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        UsageError: it is not a recipe, or one of another command.
+    """
+    document = _read(path / MANIFEST_NAME if path.is_dir() else path)
+    if "schema_version" in document:
+        document = _of_manifest(path, document)
+    made_for = document.pop(COMMAND, command)
+    if made_for != command:
+        raise UsageError(f"{path} is a recipe of `{made_for}`, not of `{command}`.")
+    return {str(name).replace("-", "_"): value for name, value in document.items() if value is not None}
+
+
+def _of_manifest(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The recipe in a manifest, which comes with models of other people: it may say what to make, and no more."""
+    recipe = manifest.get("recipe")
+    if not isinstance(recipe, dict):
+        raise UsageError(f"{path} was written without a recipe, so that it cannot be repeated.")
+    known = {own.name for kind in (ModelReference, Choice, Text, Delivery) for own in options_of(kind)} - ELSEWHERE
+    refuse_unknown(recipe.keys() - {COMMAND, MODEL}, known, f"The recipe in {path}")
+    return dict(recipe)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path.suffix.lower() == ".json":
+        return read_json(path)
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, and recipes at most {MOST_BYTES:,}.")
+        text = path.read_text(encoding="utf-8")
+        document = tomllib.loads(text) if path.suffix.lower() == ".toml" else yaml.safe_load(text)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path} is not a readable recipe ({reason}).") from error
+    if not isinstance(document, dict):
+        raise UsageError(f"{path} is not a recipe: it has to name options, such as `layers: 27`.")
+    return document

@@ -1,0 +1,58 @@
+"""Where a run reports to: how far it is, and what the user should know."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+LOGGER = logging.getLogger("llmprune_cli")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is."""
+
+    stage: str  # what is being done, for people to read
+    done: int
+    total: int  # bytes, layers or windows
+    note: str = ""  # what came of it so far
+
+
+Told = Callable[[Progress], None]
+
+
+class Listener:
+    """Tells how far a run is, and warns."""
+
+    def __init__(self, told: Told | None = None, warn: Callable[[str], None] = LOGGER.warning) -> None:
+        """Report to a function, and warnings to the log.
+
+        Args:
+            told: of the beginning of each stage, where nothing is done yet, and of every step; None tells nobody.
+            warn: told what the user should know.
+        """
+        self.warn = warn
+        self._told = told
+        self._now = Progress("", 0, 0)
+
+    def stage(self, name: str, total: int) -> None:
+        """A stage begins."""
+        self._tell(Progress(name, 0, total))
+
+    def advance(self, amount: int) -> None:
+        """More of it is done."""
+        if amount:
+            self._tell(replace(self._now, done=self._now.done + amount))
+
+    def stand_at(self, done: int, note: str) -> None:
+        """So much of it is done in all, with this result so far."""
+        self._tell(replace(self._now, done=done, note=note))
+
+    def _tell(self, now: Progress) -> None:
+        self._now = now
+        if self._told is not None:
+            self._told(now)
+
+
+QUIET = Listener(warn=lambda _: None)

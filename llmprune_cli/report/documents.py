@@ -1,0 +1,35 @@
+"""Results as JSON documents, and the schemas that describe these."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from llmprune_cli.plan.target import Plan
+from llmprune_cli.report.results import EvalReport, ExportResult, InspectResult, PruneResult, VerifyResult
+
+# Every document that is printed or written, by the name of its schema.
+DOCUMENTS: dict[str, type] = {
+    "inspect": InspectResult,
+    "inspect-verify": VerifyResult,
+    "prune": PruneResult,
+    "eval": EvalReport,
+    "export": ExportResult,
+    "plan": Plan,
+}
+
+
+def adapter_of(kind: Any) -> TypeAdapter[Any]:
+    """What reads and writes values of a type."""
+    return TypeAdapter(kind)
+
+
+def to_json(result: Any) -> str:
+    """A result as indented JSON; a number that JSON lacks becomes null."""
+    return adapter_of(type(result)).dump_json(result, indent=2).decode()
+
+
+def schema_of(name: str) -> dict[str, Any]:
+    """The JSON schema of a document, as it is written."""
+    return adapter_of(DOCUMENTS[name]).json_schema(mode="serialization")
