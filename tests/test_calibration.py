@@ -20,7 +20,8 @@ from llmprune_cli.coupling.subject import Subject, understand
 from llmprune_cli.family.architecture import NEURONS
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.options import Listener, PruneOptions
-from llmprune_cli.plan.target import Plan, WidthRequest, resolve
+from llmprune_cli.plan.document import Plan
+from llmprune_cli.plan.target import WidthRequest, resolve
 from llmprune_cli.repair.least_squares import Moments, solve_reader
 from llmprune_cli.repair.refit import Streams, refit
 from llmprune_cli.repair.sites import Entry, Uses, find_sites

@@ -16,7 +16,7 @@ from conftest import BY_MAGNITUDE, run_cli, save_tiny
 from llmprune_cli.apply.surgery import widen
 from llmprune_cli.coupling.subject import Subject, understand
 from llmprune_cli.errors import UnsupportedError
-from llmprune_cli.plan.target import read_plan
+from llmprune_cli.plan.document import read_plan
 from llmprune_cli.repair.residual_stream import ResidualStream, find_residual_stream
 from llmprune_cli.repair.rotation import principal_components, rotate, untie
 from llmprune_cli.source.opening import ModelReference, open_checkpoint

@@ -16,7 +16,8 @@ from llmprune_cli.folder.checkpoint import MANIFEST_NAME, Checkpoint, read_index
 from llmprune_cli.folder.shards import write_json, write_shards
 from llmprune_cli.journal.identity import versions
 from llmprune_cli.options import Listener, PruneOptions
-from llmprune_cli.plan.target import Plan, Target, WidthRequest
+from llmprune_cli.plan.document import Plan
+from llmprune_cli.plan.target import Target, WidthRequest
 from llmprune_cli.report.results import SCHEMA_VERSION, ModelSummary
 from llmprune_cli.source.opening import ModelReference, copy_companions
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from llmprune_cli.choose.activity import Activity
-from llmprune_cli.choose.magnitude import Scores
+from llmprune_cli.plan.units import Scores
 
 FIRST_COUNTS = 2
 GRADIENT_SHARE_TOKENS = 8192  # of calibration text, at most: the inputs of all layers are kept on disk for the way back

@@ -15,7 +15,9 @@ from llmprune_cli.errors import PlanError
 from llmprune_cli.family.architecture import NEURONS
 from llmprune_cli.folder.checkpoint import DTYPE_BYTES
 from llmprune_cli.folder.names import split_name
-from llmprune_cli.plan.target import Target, WidthRequest, legal_experts, predicted_tensors, protected_layers, resolve
+from llmprune_cli.plan.legal import legal_experts
+from llmprune_cli.plan.predict import predicted_tensors
+from llmprune_cli.plan.target import Target, WidthRequest, protected_layers, resolve
 
 ROUND_TO = 64  # neurons that stay, at most: what kernels like
 DEPTHS = (0.0, 0.07, 0.14, 0.21, 0.3, 0.4, 0.5)  # shares of the layers whose removal is considered

@@ -13,7 +13,7 @@ from llmprune_cli.choose.ablation import ABLATION_TOKENS, ablate_layers
 from llmprune_cli.choose.activity import CALIBRATED, Activity, measure_activity
 from llmprune_cli.choose.consensus import GRADIENT_SHARE_TOKENS, agree
 from llmprune_cli.choose.gradients import measure_gradients
-from llmprune_cli.choose.magnitude import IMPORTANCES, Scores, check_scores, instances
+from llmprune_cli.choose.magnitude import IMPORTANCES, check_scores, instances
 from llmprune_cli.choose.search import Budget, Candidate, least_target, search_widths
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.errors import PlanError
@@ -21,16 +21,9 @@ from llmprune_cli.folder.names import split_name
 from llmprune_cli.journal.sharedwork import SharedWork
 from llmprune_cli.journal.statistics_store import StatisticsStore, statistics_key
 from llmprune_cli.options import Listener, PruneOptions
-from llmprune_cli.plan.target import (
-    Plan,
-    Target,
-    WidthRequest,
-    choose,
-    fingerprint,
-    most_plan_bytes,
-    read_plan,
-    resolve,
-)
+from llmprune_cli.plan.document import Plan, fingerprint, most_plan_bytes, read_plan
+from llmprune_cli.plan.target import Target, WidthRequest, resolve
+from llmprune_cli.plan.units import Scores, choose
 from llmprune_cli.repair.refit import Streams, refit
 from llmprune_cli.run.calibration import CalibrationText, spread_windows
 from llmprune_cli.run.divergence import Side, compare

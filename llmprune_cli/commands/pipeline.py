@@ -27,7 +27,10 @@ from llmprune_cli.journal.identity import versions
 from llmprune_cli.journal.sharedwork import SharedWork
 from llmprune_cli.journal.workfolder import kept_work, run_key
 from llmprune_cli.options import EvalOptions, Listener, PruneOptions
-from llmprune_cli.plan.target import Plan, WidthRequest, legal_values, resolve, save_plan
+from llmprune_cli.plan.document import Plan, save_plan
+from llmprune_cli.plan.legal import legal_values
+from llmprune_cli.plan.predict import predict
+from llmprune_cli.plan.target import WidthRequest, resolve
 from llmprune_cli.processes import ALONE, Processes, join
 from llmprune_cli.repair.refit import repair
 from llmprune_cli.repair.residual_stream import ResidualStream, find_residual_stream
@@ -63,7 +66,7 @@ def inspect(reference: ModelReference, request: WidthRequest) -> InspectResult:
         after, config = None, checkpoint.config
         if target is not None:
             subject.require(target.widths)
-            after = summarize(subject.predict(target), target.widths)
+            after = summarize(predict(subject, target), target.widths)
             config = with_widths(subject.architecture, target.widths, target.layers)
         return InspectResult(
             schema_version=SCHEMA_VERSION,
@@ -131,7 +134,7 @@ def prune(
         plan = stored_plan(subject, options.plan) if options.plan else None
         target = target_of(plan) if plan is not None else first_target(subject, options)
         subject.require(target.widths)
-        after = summarize(subject.predict(target), target.widths)
+        after = summarize(predict(subject, target), target.widths)
         text = prepare_text(checkpoint, evaluation, listener) if evaluation else None
         options, calibration = _prepare_calibration(subject, options, listener)
         processes.broadcast(calibration.without_corpus if calibration else None)
@@ -155,7 +158,7 @@ def prune(
         if plan is None and options.needs_weights:
             plan, candidates = select(subject, target, options, calibration, work, listener)
             target = target_of(plan)
-            after = summarize(subject.predict(target), target.widths)
+            after = summarize(predict(subject, target), target.widths)
         if untied:
             text_untied = f"The output projection is the embedding no longer, which adds {untied:,} parameters."
             target = replace(target, deviations=(*target.deviations, text_untied))

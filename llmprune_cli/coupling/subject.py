@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 from llmprune_cli.coupling.trace import Trace
 from llmprune_cli.coupling.twin import settle_head_dim, trace
 from llmprune_cli.errors import UnsupportedError
-from llmprune_cli.family.architecture import Architecture, Widths, discover, expected_index, with_widths
-from llmprune_cli.folder.checkpoint import Checkpoint, TensorEntry
-from llmprune_cli.folder.names import split_name
-from llmprune_cli.plan.target import Target, predicted_tensors
+from llmprune_cli.family.architecture import Architecture, Widths, discover
+from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.processes import ALONE, Processes
 from llmprune_cli.run.layered_model import LayeredModel
 
@@ -45,25 +43,6 @@ class Subject:
             if width in self.trace.refused:
                 family = self.architecture.config.model_type
                 raise UnsupportedError(f"{family} cannot be pruned in {width}: {self.trace.refused[width]}.")
-
-    def predict(self, target: Target) -> tuple[TensorEntry, ...]:
-        """The tensors after pruning, and the Counting oracle: shapes by plan must equal shapes by configuration.
-
-        Raises:
-            UnsupportedError: they differ.
-        """
-        stored = self.checkpoint.entries
-        after = predicted_tensors({entry.name: entry.shape for entry in stored}, self.trace, self.widths, target)
-        expected = expected_index(with_widths(self.architecture, target.widths, target.layers))
-        wrong = [name for name in after if after[name] != expected.get(name)] + sorted(expected.keys() - after.keys())
-        if wrong:
-            raise UnsupportedError(
-                f"{wrong[0]} would become {after.get(wrong[0])}, but a config.json with these widths makes it "
-                f"{expected.get(wrong[0])}, by a rule of {self.architecture.config.model_type} that is not known here. "
-                "Prune other widths, or drop other layers."
-            )
-        dtypes = {split_name(entry.name)[0]: entry.dtype for entry in stored}
-        return tuple(TensorEntry(name, shape, dtypes[split_name(name)[0]], None) for name, shape in after.items())
 
 
 def understand(checkpoint: Checkpoint, processes: Processes = ALONE) -> Subject:

@@ -11,7 +11,7 @@ import torch
 from llmprune_cli import __version__
 from llmprune_cli.errors import CheckpointError
 from llmprune_cli.folder.checkpoint import Checkpoint, stamp
-from llmprune_cli.plan.target import fingerprint
+from llmprune_cli.plan.document import fingerprint
 
 PACKAGES = ("torch", "transformers", "safetensors")
 WEIGHT_FILES = (".safetensors", ".bin", ".gguf")

@@ -12,7 +12,8 @@ import torch
 
 from llmprune_cli.choose.search import Candidate
 from llmprune_cli.journal.workfolder import LAYER, WorkFolder
-from llmprune_cli.plan.target import Plan, Target
+from llmprune_cli.plan.document import Plan
+from llmprune_cli.plan.target import Target
 from llmprune_cli.processes import ALONE, Processes
 
 

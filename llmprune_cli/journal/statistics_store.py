@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from llmprune_cli.choose.activity import Activity
-from llmprune_cli.choose.magnitude import Scores
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.staging import replace_file
 from llmprune_cli.journal.identity import model_identity, text_identity, versions
+from llmprune_cli.plan.units import Scores
 
 HEADER = "llmprune"  # name of the JSON in a file's header that says what it holds
 LAYERS = "layers"  # name of the tensor with one number for each layer; scores are named `width/instance`

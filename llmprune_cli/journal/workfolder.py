@@ -22,7 +22,8 @@ from llmprune_cli.folder.shards import raw_bytes
 from llmprune_cli.folder.staging import Claim, empty, hidden_folder, replace_file
 from llmprune_cli.journal.identity import model_identity, text_identity, versions
 from llmprune_cli.options import PruneOptions
-from llmprune_cli.plan.target import Plan, Target, read_plan
+from llmprune_cli.plan.document import Plan, read_plan
+from llmprune_cli.plan.target import Target
 from llmprune_cli.run.calibration import CalibrationText
 
 RUN, JUDGED = "run.json", "judged.json"

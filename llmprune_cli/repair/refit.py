@@ -21,7 +21,7 @@ from llmprune_cli.folder.shards import check_finite
 from llmprune_cli.folder.staging import fsync
 from llmprune_cli.journal.sharedwork import SharedWork
 from llmprune_cli.options import Listener, PruneOptions
-from llmprune_cli.plan.target import Plan
+from llmprune_cli.plan.document import Plan
 from llmprune_cli.processes import ALONE, Processes
 from llmprune_cli.repair.least_squares import Moments, only, solve_reader
 from llmprune_cli.repair.sites import Site, Uses, find_sites

@@ -12,7 +12,7 @@ from llmprune_cli.choose.selection import SEARCH_WINDOWS
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.family.architecture import read_widths
 from llmprune_cli.options import Listener, PruneOptions
-from llmprune_cli.plan.target import Plan
+from llmprune_cli.plan.document import Plan
 from llmprune_cli.repair.refit import LayerRepair, relative_distance
 from llmprune_cli.report.results import CalibrationResult, LayerResult
 from llmprune_cli.run.calibration import CalibrationText

@@ -46,7 +46,7 @@ def read_whole_index(folder: Path) -> None:
 
 def read_stored_plan(folder: Path) -> None:
     """A plan."""
-    from llmprune_cli.plan.target import read_plan
+    from llmprune_cli.plan.document import read_plan
 
     read_plan(folder / "plan.json", 2**20)
 
