@@ -26,6 +26,7 @@ from llmprune_cli.repair.least_squares import Moments, solve_reader
 from llmprune_cli.repair.refit import Streams, refit
 from llmprune_cli.repair.sites import Entry, Uses, find_sites
 from llmprune_cli.run.calibration import CalibrationOptions, prepare_calibration
+from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.source.opening import ModelReference, load_model, load_tokenizer, open_checkpoint
 
 CALIBRATED = ("--calibration-tokens", "600", "--calibration-seq-len", "40")
@@ -47,7 +48,7 @@ def test_a_layer_alone_keeps_the_scale_of_its_number(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", "gpt2", num_hidden_layers=3, scale_attn_by_inverse_layer_idx=True)
     tokens = torch.randint(3, 90, (2, 24), generator=torch.Generator().manual_seed(1))
     with open_checkpoint(ModelReference(str(folder)), need_weights=True) as checkpoint:
-        layered, model = understand(checkpoint).layered("cpu"), load_model(checkpoint, "cpu", "float32")
+        layered, model = LayeredModel(understand(checkpoint), "cpu"), load_model(checkpoint, "cpu", "float32")
         with torch.inference_mode():
             *_, (states, _) = layered.walk(tokens)
             expected = model(tokens, use_cache=False).logits
@@ -72,7 +73,7 @@ def refitted(opened: Opened, method: str, folder: Path) -> tuple[Checkpoint, Pla
     with torch.inference_mode():
         start = opened.layered.embed(opened.tokens)
         streams = Streams(start, start.clone(), len(start))
-        checkpoint, reports = refit(opened.layered, subject.trace, plan, streams, method, folder, lambda n: None)
+        checkpoint, reports = refit(opened.layered, plan, streams, method, folder, lambda n: None)
     return checkpoint, plan, streams, reports[-1].stream_error
 
 
@@ -95,7 +96,7 @@ def test_a_refit_of_what_lost_nothing_changes_nothing(opened: Opened, tmp_path: 
     with torch.inference_mode():
         start = opened.layered.embed(opened.tokens)
         streams = Streams(start, start.clone(), 4)
-        checkpoint, reports = refit(opened.layered, subject.trace, plan, streams, "residual", tmp_path, lambda n: None)
+        checkpoint, reports = refit(opened.layered, plan, streams, "residual", tmp_path, lambda n: None)
     before = {entry.name: tensor.clone() for entry, tensor in subject.checkpoint.tensors()}
     for entry, tensor in checkpoint.tensors():
         torch.testing.assert_close(tensor, before[entry.name], rtol=1e-3, atol=1e-4)
@@ -146,14 +147,14 @@ def assert_repaired(subject: Subject, refit: str, text: Path, out: Path) -> None
 
 @pytest.mark.parametrize("opened", ["llama", "gpt2"], indirect=True)
 def test_activity_is_what_its_formulas_say(opened: Opened) -> None:
-    subject, model = opened.subject, opened.model
+    model = opened.model
     seen: dict[str, torch.Tensor] = {}
     base = "model.layers.1.mlp.down_proj" if "llama" in type(model).__name__.lower() else "transformer.h.1.mlp.c_proj"
     model.get_submodule(base).register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
     with torch.inference_mode():
         hidden = model(opened.tokens, use_cache=False, output_hidden_states=True).hidden_states
         start = opened.layered.embed(opened.tokens)
-        activity = measure_activity(opened.layered, subject.trace, start, "activation", lambda n: None)
+        activity = measure_activity(opened.layered, start, "activation", lambda n: None)
         weight = model.get_submodule(base).weight.double()
         matrix = weight if "llama" in base or "model." in base else weight.T
         expected = matrix.square().sum(0) * seen["x"].double().square().flatten(0, 1).mean(0)
@@ -213,7 +214,7 @@ def test_it_is_known_how_readers_enter_the_residual_stream(
     subject = opened.subject
     with torch.inference_mode():
         layer = opened.layered.load_layer(0 if "deepseek" not in subject.architecture.config.model_type else 1)
-        found = find_sites(layer, subject.trace, subject.widths.hidden_size)
+        found = find_sites(opened.layered, layer)
     assert [site.entry and site.entry.way for site in found] == ways
     expected = opened.model.get_parameter(factor) if isinstance(factor, str) else torch.tensor(float(factor))
     last = found[-1].entry
@@ -346,9 +347,9 @@ def test_layers_go_by_block_influence(tiny_llama: Path, tmp_path: Path, text_fil
             CalibrationOptions(str(text_file), tokens=600, seq_len=40), load_tokenizer(checkpoint), 96, 64, 0, print
         )
         with torch.inference_mode():
-            layered = subject.layered("cpu")
+            layered = LayeredModel(subject, "cpu")
             start = layered.embed(text.fitted)
-            activity = measure_activity(layered, subject.trace, start, "activation", lambda n: None)
+            activity = measure_activity(layered, start, "activation", lambda n: None)
     least = sorted(range(5), key=activity.influence.__getitem__)[:2]
     assert json.loads(plan.read_text())["layers"] == [layer for layer in range(5) if layer not in least]
 

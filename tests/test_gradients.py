@@ -19,6 +19,7 @@ from llmprune_cli.choose.magnitude import EXPERTS, GROUPS, HEADS
 from llmprune_cli.coupling.subject import understand
 from llmprune_cli.errors import OutputError
 from llmprune_cli.run.calibration import CalibrationOptions, prepare_calibration
+from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.states import copy_states
 from llmprune_cli.source.opening import ModelReference, load_tokenizer, open_checkpoint
 from test_checkpoint_forms import rewrite
@@ -33,7 +34,7 @@ def taylor(opened: Opened, folder: Path) -> tuple[Activity, dict[str, torch.Tens
     """The scores, and |g·w| of every parameter of the stock model by plain autograd."""
     states = folder / "states"
     states.mkdir()
-    activity = measure_gradients(opened.layered, opened.subject.trace, opened.tokens, states, lambda n: None)
+    activity = measure_gradients(opened.layered, opened.tokens, states, lambda n: None)
     assert not [*states.iterdir()]
     stock_loss(opened.model, opened.tokens).backward()
     named = opened.model.named_parameters()
@@ -125,7 +126,7 @@ def test_layers_go_by_their_influence_or_by_the_loss_without_them(tmp_path: Path
     with open_checkpoint(ModelReference(str(source)), need_weights=True) as checkpoint:
         options = CalibrationOptions(str(text_file), tokens=600, seq_len=40)
         windows = prepare_calibration(options, load_tokenizer(checkpoint), 96, 64, 0, print).fitted
-        layered = understand(checkpoint).layered("cpu")
+        layered = LayeredModel(understand(checkpoint), "cpu")
         with torch.inference_mode():
             scores = ablate_layers(layered, windows, tmp_path, lambda n: None)
     by_loss = [layer for layer in range(4) if scores[layer] > min(scores)]

@@ -36,7 +36,6 @@ class Activity:
 
 def measure_activity(
     model: LayeredModel,
-    trace: Trace,
     stream: torch.Tensor,
     importance: str,
     progress: Callable[[int], None],
@@ -59,7 +58,7 @@ def measure_activity(
         progress: told after each layer.
         folder: of a second stream, see `new_states`.
     """
-    widths = model.architecture.widths
+    trace, widths = model.trace, model.widths
     scores: Scores = defaultdict(dict)
     channels = torch.zeros(widths.hidden_size, dtype=torch.float64)
     influence = []
@@ -73,7 +72,7 @@ def measure_activity(
         check_states(stream, f"Layer {number}")
         inputs.share_with(model.processes)
         influence.append(block_influence(before, stream, model.processes))
-        ranges = unit_ranges(layer, trace, widths, number) if importance == "range" else {}
+        ranges = unit_ranges(model, layer, number) if importance == "range" else {}
         reading = {(r.parameter.replace("{}", "0", 1), r.axis): r for r in trace.inputs if layer.has(r.parameter)}
         for (name, axis), reader in reading.items():
             weight = layer.model.get_parameter(name)
@@ -110,12 +109,13 @@ def block_influence(before: torch.Tensor, after: torch.Tensor, processes: Proces
     return 1 - total / count
 
 
-def unit_ranges(layer: Layer, trace: Trace, widths: Widths, number: int) -> dict[tuple[str, str], torch.Tensor]:
+def unit_ranges(model: LayeredModel, layer: Layer, number: int) -> dict[tuple[str, str], torch.Tensor]:
     """For each width of neurons and each choice of them: the sum of `max + |min|` over a neuron's weights.
 
     One term for each tensor that carries the neurons (one for each half of a fused gate|up), divided by its largest;
     float64 [units].
     """
+    trace, widths = model.trace, model.widths
     found: dict[tuple[str, str], torch.Tensor] = {}
     for name, tensor in layer.stored().items():
         template, numbers = split_name(name)

@@ -27,6 +27,7 @@ from llmprune_cli.plan.units import Scores, choose
 from llmprune_cli.repair.refit import Streams, refit
 from llmprune_cli.run.calibration import CalibrationText, spread_windows
 from llmprune_cli.run.divergence import Side, compare
+from llmprune_cli.run.layered_model import LayeredModel
 
 SEARCH_WINDOWS = 8  # of calibration text on which a candidate is refitted; half as many are held out to judge it
 
@@ -154,7 +155,7 @@ def search_plan(
     every = replace(least, layers=tuple(range(subject.widths.num_hidden_layers)))
     scores = _score_units(subject, every, options, activity, listener)
     layer_scores = _score_layers(subject, options, calibration, activity, listener)
-    model = subject.layered(options.layer_device)
+    model = LayeredModel(subject, options.layer_device)
     fitted = model.share(calibration.fitted[:SEARCH_WINDOWS])
     judged = model.share(calibration.held_out[: SEARCH_WINDOWS // 2])
 
@@ -168,7 +169,7 @@ def search_plan(
         with torch.inference_mode():
             start = model.embed(torch.cat([fitted, judged]))
             streams = Streams(start, start.clone(), len(fitted))
-            refit(model, subject.trace, plan, streams, options.refit, None, listener.advance)
+            refit(model, plan, streams, options.refit, None, listener.advance)
             ends = model.load_ends(exact=True)
             items = model.load_layer(0).returned_items(start)
             dense, pruned = (Side(ends, states[len(fitted) :], items) for states in (streams.dense, streams.pruned))
@@ -272,15 +273,15 @@ def _measure(
 def _measure_once(
     subject: Subject, kind: str, windows: torch.Tensor, options: PruneOptions, listener: Listener
 ) -> Activity:
-    model, folder = subject.layered(options.layer_device), options.offload_dir
+    model, folder = LayeredModel(subject, options.layer_device), options.offload_dir
     if kind == "taylor":
         listener.stage("Measuring gradients", 2 * model.layers)
-        activity = measure_gradients(model, subject.trace, windows, _states_folder(options), listener.advance)
+        activity = measure_gradients(model, windows, _states_folder(options), listener.advance)
     else:
         listener.stage("Measuring activity", model.layers)
         with torch.inference_mode():
             stream = model.embed(model.share(windows), folder)
-            activity = measure_activity(model, subject.trace, stream, kind, listener.advance, folder)
+            activity = measure_activity(model, stream, kind, listener.advance, folder)
     check_scores(activity.scores)
     return activity
 
@@ -300,7 +301,7 @@ def _score_layers(
     """A score for each layer; those with the least go first."""
     if activity is not None and options.layer_importance != "loss":
         return activity.influence
-    model = subject.layered(options.layer_device)
+    model = LayeredModel(subject, options.layer_device)
     windows = spread_windows(calibration.fitted, ABLATION_TOKENS)
     listener.stage("Leaving out each layer", model.layers * (model.layers + 1) // 2)
     with torch.inference_mode():

@@ -52,7 +52,7 @@ from llmprune_cli.report.results import (
 )
 from llmprune_cli.report.runtimes import runtime_fits
 from llmprune_cli.run.calibration import CalibrationText, prepare_calibration, warn_of_shared_text
-from llmprune_cli.run.layered_model import BATCH_TOKENS, windows_together
+from llmprune_cli.run.layered_model import BATCH_TOKENS, LayeredModel, windows_together
 from llmprune_cli.source.opening import ModelReference, load_tokenizer, open_checkpoint
 
 # --- inspect -------------------------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ def _prepare_calibration(
             options.calibration, tokenizer, vocabulary, longest, options.seed, listener.warn
         )
         if options.left_open:
-            subject.layered(device).load_layer(0)
+            LayeredModel(subject, device).load_layer(0)
     except (CheckpointError, UnsupportedError) as error:
         if options.without_text.needs_text or options.calibration.dataset is not None:
             raise
@@ -273,7 +273,7 @@ def _rotate(
     folder: Path,
     listener: Listener,
 ) -> Subject:
-    model = subject.layered(options.layer_device)
+    model = LayeredModel(subject, options.layer_device)
     listener.stage("Finding principal components", model.layers)
     components = principal_components(model, calibration.fitted, options.offload_dir, listener.advance)
     listener.stage("Rotating", subject.checkpoint.size_bytes)

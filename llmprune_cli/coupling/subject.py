@@ -12,7 +12,6 @@ from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.family.architecture import Architecture, Widths, discover
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.processes import ALONE, Processes
-from llmprune_cli.run.layered_model import LayeredModel
 
 
 @dataclass(frozen=True)
@@ -29,10 +28,6 @@ class Subject:
     def widths(self) -> Widths:
         """The widths before pruning."""
         return self.architecture.widths
-
-    def layered(self, device: str) -> LayeredModel:
-        """The same model, to be run one layer at a time on a device."""
-        return LayeredModel(self.checkpoint, self.architecture, device, self.processes)
 
     def require(self, widths: Widths) -> None:
         """Make sure that this family can be pruned to these widths.

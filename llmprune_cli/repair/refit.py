@@ -12,9 +12,8 @@ import torch
 from llmprune_cli.choose.activity import reader_instance
 from llmprune_cli.choose.magnitude import GROUPS, HEADS
 from llmprune_cli.coupling.subject import Subject
-from llmprune_cli.coupling.trace import Reader, Trace
+from llmprune_cli.coupling.trace import Reader
 from llmprune_cli.errors import CheckpointError, OutputError
-from llmprune_cli.family.architecture import Widths
 from llmprune_cli.folder.checkpoint import Checkpoint, TensorEntry, open_shard
 from llmprune_cli.folder.names import split_name
 from llmprune_cli.folder.shards import check_finite
@@ -60,7 +59,6 @@ class LayerRepair:
 
 def refit(
     model: LayeredModel,
-    trace: Trace,
     plan: Plan,
     streams: Streams,
     method: str,
@@ -93,7 +91,7 @@ def refit(
     for number in range(first, model.layers):
         layer = model.load_layer(number)
         if number in plan.layers:
-            layer_refit = _LayerRefit(layer, model, trace, plan, number, streams)
+            layer_refit = _LayerRefit(layer, model, plan, number, streams)
             own = "none" if number in plan.protected else method
             reports.append(layer_refit.run(own))
             if own != "none" and folder is not None and model.processes.is_first:
@@ -143,14 +141,12 @@ def repair(
         return subject, ()
     if "hidden_size" in plan.changed:
         listener.warn("The channels that go are cut after the refit, which does not make up for them.")
-    model = subject.layered(options.layer_device)
+    model = LayeredModel(subject, options.layer_device)
     listener.stage(f"Refitting ({options.refit})", subject.widths.num_hidden_layers)
     with torch.inference_mode():
         start = model.embed(model.share(calibration.fitted), options.offload_dir)
         streams = Streams(start, copy_states(start, options.offload_dir), len(start), options.offload_dir)
-        checkpoint, repairs = refit(
-            model, subject.trace, plan, streams, options.refit, work.path, listener.advance, work
-        )
+        checkpoint, repairs = refit(model, plan, streams, options.refit, work.path, listener.advance, work)
     return replace(subject, checkpoint=checkpoint), repairs
 
 
@@ -160,14 +156,13 @@ class _LayerRefit:
 
     layer: Layer
     whole: LayeredModel
-    trace: Trace
     plan: Plan
     number: int
     streams: Streams
 
     def run(self, method: str) -> LayerRepair:
         """Refit all readers, in the order in which they run, and take both streams through the layer."""
-        found = find_sites(self.layer, self.trace, self.streams.dense.shape[-1])
+        found = find_sites(self.whole, self.layer)
         goals = _advance_dense(self.layer, found if method == "residual" else [], self.streams)
         check_states(self.streams.dense, f"Layer {self.number}")
         self._silence_biases()
@@ -210,7 +205,7 @@ class _LayerRefit:
     def _real_name(self, name: str) -> str | None:
         """The name in the checkpoint of a tensor of a reader; None for any other tensor."""
         template, numbers = split_name(name)
-        if template not in {binding.template for binding in self.trace.readers}:
+        if template not in {binding.template for binding in self.whole.trace.readers}:
             return None
         return template.format(self.number, *numbers[1:])
 
@@ -223,9 +218,7 @@ class _LayerRefit:
 
     def _kept(self, site: Site, expert: int | None) -> torch.Tensor:
         size = self._matrix(site, expert).shape[1]
-        return kept_inputs(
-            self.whole.architecture.widths, self.trace, self.plan, site.reader, self.number, expert, size
-        )
+        return kept_inputs(self.whole, self.plan, site.reader, self.number, expert, size)
 
     def _experts(self, site: Site) -> Sequence[int | None]:
         weight = self.layer.model.get_parameter(site.name)
@@ -282,7 +275,7 @@ class _LayerRefit:
         """The dtype on disk of the tensors that a reader is made of."""
         reader = site.reader
         widths = (HEADS, GROUPS) if reader.width == HEADS else (reader.width,)
-        own = (b for b in self.trace.readers if b.width in widths and b.component == reader.component)
+        own = (b for b in self.whole.trace.readers if b.width in widths and b.component == reader.component)
         templates = {binding.template for binding in own}
         for entry in self.whole.checkpoint.entries:
             template, numbers = split_name(entry.name)
@@ -328,14 +321,14 @@ class _LayerRefit:
         """Keep the router from picking an expert that goes by a bias that it adds behind its scores."""
         chosen = self.plan.keep.get("num_experts", {}).get(str(self.number))
         for buffer in self.layer.block.buffers():
-            if chosen is not None and buffer.shape == (self.whole.architecture.widths.num_experts,):
+            if chosen is not None and buffer.shape == (self.whole.widths.num_experts,):
                 kept = buffer[list(chosen)].clone()
                 buffer.fill_(UNPICKED)[list(chosen)] = kept
 
     def _silence(self, seen: Product) -> torch.Tensor | None:
         """A watcher under which no token picks an expert that goes."""
         chosen = self.plan.keep.get("num_experts", {}).get(str(self.number))
-        if chosen is None or seen.parameter not in {name.replace("{}", "0", 1) for name in self.trace.routers}:
+        if chosen is None or seen.parameter not in {name.replace("{}", "0", 1) for name in self.whole.trace.routers}:
             return None
         gone = torch.ones(seen.result.shape[-1], dtype=torch.bool, device=seen.result.device)
         gone[list(chosen)] = False
@@ -404,13 +397,13 @@ def _advance_dense(layer: Layer, found: Sequence[Site], streams: Streams) -> dic
 
 
 def kept_inputs(
-    widths: Widths, trace: Trace, plan: Plan, reader: Reader, number: int, expert: int | None, size: int
+    model: LayeredModel, plan: Plan, reader: Reader, number: int, expert: int | None, size: int
 ) -> torch.Tensor:
     """Which of a reader's inputs a plan keeps, sorted indices."""
-    units = plan.keep.get(reader.width, {}).get(reader_instance(trace, reader, number, expert))
+    units = plan.keep.get(reader.width, {}).get(reader_instance(model.trace, reader, number, expert))
     if units is None:
         return torch.arange(size)
-    stays = torch.zeros(getattr(widths, reader.width), dtype=torch.bool)
+    stays = torch.zeros(getattr(model.widths, reader.width), dtype=torch.bool)
     stays[list(units)] = True
     times = size // len(stays)
     along = stays.repeat_interleave(times) if reader.width == HEADS else stays.repeat(times)

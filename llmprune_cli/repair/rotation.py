@@ -41,7 +41,7 @@ def principal_components(
         folder: of the hidden states, see `new_states`.
         progress: told after each layer.
     """
-    size = model.architecture.widths.hidden_size
+    size = model.widths.hidden_size
     moment = torch.zeros(size, size, dtype=torch.float64)
 
     def add(stream: torch.Tensor) -> None:

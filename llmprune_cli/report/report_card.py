@@ -38,7 +38,7 @@ def report_card(
     with open_checkpoint(reference, need_weights=True) as checkpoint, torch.inference_mode():
         pruned = replace(subject.architecture, config=checkpoint.config, widths=read_widths(checkpoint.config))
         listener.stage("Judging on held-out text", subject.widths.num_hidden_layers)
-        models = subject.layered(device), LayeredModel(checkpoint, pruned, device)
+        models = LayeredModel(subject, device), LayeredModel(Subject(checkpoint, pruned, subject.trace), device)
         found = _run_side_by_side(*models, plan, windows, listener.advance)
     refitted = {row.layer: row for row in repairs if row.layer not in plan.protected}
     layers = []

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from llmprune_cli.coupling.subject import Subject
+from llmprune_cli.coupling.trace import Trace
 from llmprune_cli.errors import CheckpointError, UnsupportedError
-from llmprune_cli.family.architecture import Architecture, build_skeleton, on_disk, reconfigure
+from llmprune_cli.family.architecture import Architecture, Widths, build_skeleton, on_disk, reconfigure
 from llmprune_cli.family.layers import layer_changes
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.names import split_name
-from llmprune_cli.processes import ALONE, Processes
+from llmprune_cli.processes import Processes
 from llmprune_cli.run.states import new_states
 from llmprune_cli.source.stored_names import Rules
 
@@ -230,10 +232,33 @@ class Ends:
 class LayeredModel:
     """A checkpoint that is run in parts: one decoder layer at a time, and what comes before and after them."""
 
-    checkpoint: Checkpoint
-    architecture: Architecture
+    subject: Subject
     device: str  # where the parts run
-    processes: Processes = ALONE  # that share the windows of text
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Where the weights are."""
+        return self.subject.checkpoint
+
+    @property
+    def architecture(self) -> Architecture:
+        """What the configuration says."""
+        return self.subject.architecture
+
+    @property
+    def widths(self) -> Widths:
+        """The sizes that every layer shares."""
+        return self.subject.widths
+
+    @property
+    def trace(self) -> Trace:
+        """Which units the axes of its tensors are made of."""
+        return self.subject.trace
+
+    @property
+    def processes(self) -> Processes:
+        """Those that share the windows of text."""
+        return self.subject.processes
 
     def share(self, windows: torch.Tensor, tokens: int = BATCH_TOKENS) -> torch.Tensor:
         """The windows [N, T] that this process runs, in batches of about so many tokens that stay whole."""
@@ -247,7 +272,7 @@ class LayeredModel:
     @property
     def layers(self) -> int:
         """How many decoder layers there are."""
-        return self.architecture.widths.num_hidden_layers
+        return self.widths.num_hidden_layers
 
     def load_layer(self, number: int) -> Layer:
         """One decoder layer in float32.
@@ -338,7 +363,7 @@ class LayeredModel:
             CheckpointError: see `check_states`.
         """
         ends = self.load_ends()
-        stream = new_states((*windows.shape, self.architecture.widths.hidden_size), folder)
+        stream = new_states((*windows.shape, self.widths.hidden_size), folder)
         for number, window in enumerate(windows):
             stream[number] = ends.embed(window[None])[0]
         check_states(stream, "The embedding")
