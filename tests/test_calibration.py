@@ -13,11 +13,10 @@ import families
 from conftest import BY_MAGNITUDE, Opened, run_cli, save_tiny
 from llmprune_cli.apply.pruned_folder import write_pruned
 from llmprune_cli.choose.activity import measure_activity
-from llmprune_cli.choose.magnitude import HEADS
 from llmprune_cli.choose.selection import make_plan
 from llmprune_cli.coupling.products import Product
 from llmprune_cli.coupling.subject import Subject, understand
-from llmprune_cli.family.architecture import NEURONS
+from llmprune_cli.family.widths import NEURONS, Width
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.options import Listener, PruneOptions
 from llmprune_cli.plan.document import Plan
@@ -130,7 +129,9 @@ def assert_repaired(subject: Subject, refit: str, text: Path, out: Path) -> None
     neurons = [width for width in NEURONS if getattr(widths, width)]
     options = ["--round-to", "8"]
     options += ["--intermediate-pruning-ratio", "0.4"] if not refused.keys() & {*neurons} else ["--layers", "3"]
-    options += ["--kv-group-pruning-ratio", "0.5"] if widths.num_key_value_heads > 1 and HEADS not in refused else []
+    options += (
+        ["--kv-group-pruning-ratio", "0.5"] if widths.num_key_value_heads > 1 and Width.HEADS not in refused else []
+    )
     options += ["--experts", "4"] if widths.num_experts and "num_experts" not in refused else []
     run = run_cli(
         *("prune", subject.checkpoint.folder, *options, "--output", out, "--json"),

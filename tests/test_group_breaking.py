@@ -22,7 +22,9 @@ from llmprune_cli.coupling.trace import Binding, Trace
 from llmprune_cli.coupling.tracing import trace
 from llmprune_cli.coupling.twin import build_twin, proof_sizes, settle_head_dim
 from llmprune_cli.errors import LlmpruneError, UnsupportedError
-from llmprune_cli.family.architecture import Architecture, Widths, discover, expected_index
+from llmprune_cli.family.architecture import Architecture, discover
+from llmprune_cli.family.skeleton import expected_index
+from llmprune_cli.family.widths import Widths
 
 BINDINGS_BROKEN = 2  # of each width, drawn anew for every family
 

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llmprune_cli.choose.magnitude import EXPERTS, GROUPS, HEADS
-from llmprune_cli.coupling.trace import Reader, Trace, instance_of
-from llmprune_cli.family.architecture import NEURONS, Widths
+from llmprune_cli.coupling.trace import Reader, instance_of, reader_instance
+from llmprune_cli.family.widths import NEURONS, Width, Widths
 from llmprune_cli.folder.names import split_name
 from llmprune_cli.plan.units import Scores
 from llmprune_cli.processes import Processes
@@ -92,7 +91,7 @@ def measure_activity(
             means = torch.zeros(widths.num_experts, dtype=torch.float64)
             for expert, (total, count) in inputs.expert_norms.items():
                 means[expert] = total / count
-            scores[EXPERTS][str(number)] = means
+            scores[Width.EXPERTS][str(number)] = means
         progress(1)
     scores["hidden_size"][""] = channels
     return Activity(dict(scores), tuple(influence))
@@ -188,11 +187,11 @@ def _add_units(
         squares: sum of squares of each input; None for an expert that no token reached, whose own units are then ranked
             by the factor alone.
     """
-    if reader.width == HEADS:
+    if reader.width == Width.HEADS:
         if squares is not None:
             by_head = (factor * squares / tokens).view(widths.num_attention_heads, -1).sum(1)
-            scores[HEADS][instance] = by_head
-            scores[GROUPS][instance] = by_head.view(widths.num_key_value_heads, -1).sum(1)
+            scores[Width.HEADS][instance] = by_head
+            scores[Width.GROUPS][instance] = by_head.view(widths.num_key_value_heads, -1).sum(1)
         return
     own, count = scores[reader.width], getattr(widths, reader.width)
     if squares is None:
@@ -202,13 +201,3 @@ def _add_units(
         squares = squares.view(-1, count).sum(0)
     share = (factor * squares / tokens).view(-1, count).sum(0)
     own[instance] = own[instance] + share if instance in own else share
-
-
-def reader_instance(trace: Trace, reader: Reader, number: int, expert: int | None) -> str:
-    """Which choice of units a reader follows, see `instance_of`; experts stacked on disk share one."""
-    if reader.width == HEADS:
-        return str(number)
-    same = (b for b in trace.readers if b.width == reader.width and b.component == reader.component)
-    binding = next(same)
-    numbers = (number,) if expert is None else (number, expert)
-    return instance_of(binding, numbers[: binding.template.count("{}")])

@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional
 
 from llmprune_cli.choose.activity import Activity, block_influence
-from llmprune_cli.choose.magnitude import EXPERTS, GROUPS, HEADS
 from llmprune_cli.coupling.trace import instance_of
-from llmprune_cli.family.architecture import NEURONS, on_disk
+from llmprune_cli.family.skeleton import on_disk
+from llmprune_cli.family.widths import NEURONS, Width
 from llmprune_cli.folder.names import split_name
 from llmprune_cli.plan.units import Scores
 from llmprune_cli.processes import Processes
@@ -133,7 +133,7 @@ def add_saliences(scores: Scores, model: LayeredModel, layer: Layer, number: int
             units, values = units[own], along.reshape(len(along), -1).sum(1, dtype=torch.float64).cpu()[own]
             instance = instance_of(binding, numbers)
             add(binding.width, instance, units, values)
-            if binding.width == HEADS:
-                add(GROUPS, instance, units // widths.heads_per_group, values)
+            if binding.width == Width.HEADS:
+                add(Width.GROUPS, instance, units // widths.heads_per_group, values)
         if template in trace.expert_templates:
-            add(EXPERTS, str(number), torch.tensor(numbers[1:2]), salience.sum(dtype=torch.float64).cpu()[None])
+            add(Width.EXPERTS, str(number), torch.tensor(numbers[1:2]), salience.sum(dtype=torch.float64).cpu()[None])

@@ -12,7 +12,7 @@ from typing import Any
 
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.errors import PlanError
-from llmprune_cli.family.architecture import NEURONS
+from llmprune_cli.family.widths import NEURONS
 from llmprune_cli.folder.checkpoint import DTYPE_BYTES
 from llmprune_cli.folder.names import split_name
 from llmprune_cli.plan.legal import legal_experts

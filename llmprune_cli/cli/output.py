@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from llmprune_cli.family.architecture import Widths
+    from llmprune_cli.family.widths import Widths
     from llmprune_cli.options import Listener
     from llmprune_cli.report.results import (
         CalibrationResult,

@@ -12,7 +12,8 @@ from llmprune_cli.coupling.step import Followers, Place, changed_axes, followers
 from llmprune_cli.coupling.trace import Binding
 from llmprune_cli.coupling.twin import Twin
 from llmprune_cli.errors import LlmpruneError
-from llmprune_cli.family.architecture import Widths, field_changes, reconfigure
+from llmprune_cli.family.architecture import reconfigure
+from llmprune_cli.family.widths import Widths, field_changes
 from llmprune_cli.folder.names import split_name
 
 

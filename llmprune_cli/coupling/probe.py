@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 from llmprune_cli.coupling.products import Products
 from llmprune_cli.coupling.step import Followers, Place, shapes_of, template_place
 from llmprune_cli.coupling.twin import Twin, run_twin
-from llmprune_cli.family.architecture import HEADS, Widths, on_disk
+from llmprune_cli.family.skeleton import on_disk
+from llmprune_cli.family.widths import HEAD_COUNTS, Widths
 from llmprune_cli.folder.names import split_name
 
 
@@ -88,7 +89,7 @@ def label_units(
     """The unit of `width` at each index of each bound axis, -1 where no single unit is responsible."""
     places = [template_place(reader) for reader in readers]
     size = bound.memory[readers[0]]
-    units = torch.arange(size) // (size // count) if width in HEADS else torch.arange(size) % count
+    units = torch.arange(size) // (size // count) if width in HEAD_COUNTS else torch.arange(size) % count
     labels = {place: torch.zeros(size, dtype=torch.long) for place, size in bound.disk.items()}
     valid = {place: torch.ones(size, dtype=torch.bool) for place, size in bound.disk.items()}
     for bit in range(max(1, (count - 1).bit_length())):

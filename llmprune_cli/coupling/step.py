@@ -9,7 +9,9 @@ from transformers import PretrainedConfig
 
 from llmprune_cli.coupling.twin import Twin, writes_head_dim
 from llmprune_cli.errors import LlmpruneError
-from llmprune_cli.family.architecture import build_skeleton, field_changes, on_disk, reconfigure, rotary_changes
+from llmprune_cli.family.architecture import reconfigure, rotary_changes
+from llmprune_cli.family.skeleton import build_skeleton, on_disk
+from llmprune_cli.family.widths import field_changes
 from llmprune_cli.folder.names import split_name
 
 Place = tuple[str, int]  # (tensor name or template, axis)

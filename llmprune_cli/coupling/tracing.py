@@ -21,7 +21,9 @@ from llmprune_cli.coupling.probe import find_reader, label_units, read_units, re
 from llmprune_cli.coupling.step import Followers, Place, followers_of, own_rule, template_place, within_layers
 from llmprune_cli.coupling.trace import GLOBAL_WIDTHS, Binding, Reader, Trace
 from llmprune_cli.coupling.twin import Twin, build_twin, trace_sizes
-from llmprune_cli.family.architecture import HEADS, NEURONS, Architecture, Widths, on_disk, rotary_fraction
+from llmprune_cli.family.architecture import Architecture, rotary_fraction
+from llmprune_cli.family.skeleton import on_disk
+from llmprune_cli.family.widths import HEAD_COUNTS, NEURONS, Widths
 from llmprune_cli.folder.names import split_name
 
 ROTARY = "rotary frequencies follow the head dim, so that fewer elements would turn at other speeds"
@@ -178,7 +180,7 @@ def _reading(twin: Twin, bound: Followers, reader: Place, bindings: list[Binding
 
 
 def _head_spaces(widths: Widths) -> dict[str, int]:
-    return {name: getattr(widths, name) for name in HEADS if getattr(widths, name)}
+    return {name: getattr(widths, name) for name in HEAD_COUNTS if getattr(widths, name)}
 
 
 def _why_head_dim_stays(architecture: Architecture) -> str:

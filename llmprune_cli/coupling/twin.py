@@ -9,16 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from llmprune_cli.errors import UnsupportedError
-from llmprune_cli.family.architecture import (
-    HEADS,
-    NEURONS,
-    Architecture,
-    field_changes,
-    reconfigure,
-    rotary_changes,
-    rotary_fraction,
-)
+from llmprune_cli.family.architecture import Architecture, reconfigure, rotary_changes, rotary_fraction
 from llmprune_cli.family.layers import layer_changes, sample_layers
+from llmprune_cli.family.widths import HEAD_COUNTS, NEURONS, field_changes
 
 TOKENS = 24  # length of the twin's input
 WINDOW = 6  # of sliding attention, so that it matters within the input
@@ -97,7 +90,7 @@ def build_twin(architecture: Architecture, sizes: TwinSizes) -> Twin:
     )
     changes: dict[str, Any] = {}
     for width in ("hidden_size", "num_attention_heads", "num_key_value_heads", *NEURONS, "num_experts"):
-        if getattr(real, width) and (width not in HEADS or architecture.own_heads):
+        if getattr(real, width) and (width not in HEAD_COUNTS or architecture.own_heads):
             changes.update(field_changes(config, width, getattr(widths, width)))
     changes.update(
         vocab_size=VOCABULARY,

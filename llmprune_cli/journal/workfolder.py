@@ -16,7 +16,7 @@ import torch
 from llmprune_cli.choose.search import Candidate
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.errors import CheckpointError, OutputError, PlanError
-from llmprune_cli.family.architecture import Widths
+from llmprune_cli.family.widths import Widths
 from llmprune_cli.folder.checkpoint import read_json
 from llmprune_cli.folder.shards import raw_bytes
 from llmprune_cli.folder.staging import Claim, empty, hidden_folder, replace_file

@@ -10,7 +10,7 @@ from typing import Any
 
 from llmprune_cli.coupling.trace import Keep
 from llmprune_cli.errors import CheckpointError
-from llmprune_cli.family.architecture import Widths
+from llmprune_cli.family.widths import Widths
 from llmprune_cli.folder.checkpoint import Checkpoint, read_json
 from llmprune_cli.folder.staging import replace_file
 

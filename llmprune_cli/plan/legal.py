@@ -6,7 +6,8 @@ import math
 
 from llmprune_cli.coupling.trace import Trace
 from llmprune_cli.errors import PlanError
-from llmprune_cli.family.architecture import NEURONS, Architecture
+from llmprune_cli.family.architecture import Architecture
+from llmprune_cli.family.widths import NEURONS
 
 
 def legal_values(architecture: Architecture, trace: Trace) -> dict[str, str]:

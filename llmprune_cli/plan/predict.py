@@ -7,7 +7,9 @@ from typing import Any
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.coupling.trace import Keep, Trace, kept_mask, new_name, renumbered
 from llmprune_cli.errors import UnsupportedError
-from llmprune_cli.family.architecture import NEURONS, Widths, expected_index, with_widths
+from llmprune_cli.family.architecture import with_widths
+from llmprune_cli.family.skeleton import expected_index
+from llmprune_cli.family.widths import NEURONS, Widths
 from llmprune_cli.folder.checkpoint import TensorEntry
 from llmprune_cli.folder.names import Shape, split_name
 from llmprune_cli.plan.target import Target

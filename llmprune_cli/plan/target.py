@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from llmprune_cli.errors import PlanError
-from llmprune_cli.family.architecture import NEURONS, Architecture, Widths, read_widths, with_widths
+from llmprune_cli.family.architecture import Architecture, with_widths
 from llmprune_cli.family.layers import can_keep_layers
+from llmprune_cli.family.widths import NEURONS, Widths, read_widths
 from llmprune_cli.plan.legal import legal_experts, listed, near, stepped, within
 
 

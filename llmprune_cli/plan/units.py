@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from llmprune_cli.coupling.trace import Keep
-from llmprune_cli.family.architecture import NEURONS, Architecture, Widths
+from llmprune_cli.family.architecture import Architecture
+from llmprune_cli.family.widths import NEURONS, Widths
 
 Scores = dict[str, dict[str, torch.Tensor]]  # width → instance → score of each unit, float32 [units]
 

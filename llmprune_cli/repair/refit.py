@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llmprune_cli.choose.activity import reader_instance
-from llmprune_cli.choose.magnitude import GROUPS, HEADS
 from llmprune_cli.coupling.subject import Subject
-from llmprune_cli.coupling.trace import Reader
+from llmprune_cli.coupling.trace import Reader, reader_instance
 from llmprune_cli.errors import CheckpointError, OutputError
+from llmprune_cli.family.widths import HEAD_COUNTS, Width
 from llmprune_cli.folder.checkpoint import Checkpoint, TensorEntry, open_shard
 from llmprune_cli.folder.names import split_name
 from llmprune_cli.folder.shards import check_finite
@@ -274,7 +273,7 @@ class _LayerRefit:
     def _stored_dtype(self, site: Site) -> torch.dtype:
         """The dtype on disk of the tensors that a reader is made of."""
         reader = site.reader
-        widths = (HEADS, GROUPS) if reader.width == HEADS else (reader.width,)
+        widths = HEAD_COUNTS if reader.width == Width.HEADS else (reader.width,)
         own = (b for b in self.whole.trace.readers if b.width in widths and b.component == reader.component)
         templates = {binding.template for binding in own}
         for entry in self.whole.checkpoint.entries:
@@ -406,6 +405,6 @@ def kept_inputs(
     stays = torch.zeros(getattr(model.widths, reader.width), dtype=torch.bool)
     stays[list(units)] = True
     times = size // len(stays)
-    along = stays.repeat_interleave(times) if reader.width == HEADS else stays.repeat(times)
+    along = stays.repeat_interleave(times) if reader.width == Width.HEADS else stays.repeat(times)
     indices: torch.Tensor = along.nonzero().flatten()
     return indices

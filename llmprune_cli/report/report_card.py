@@ -10,7 +10,7 @@ import torch
 
 from llmprune_cli.choose.selection import SEARCH_WINDOWS
 from llmprune_cli.coupling.subject import Subject
-from llmprune_cli.family.architecture import read_widths
+from llmprune_cli.family.widths import read_widths
 from llmprune_cli.options import Listener, PruneOptions
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.repair.refit import LayerRepair, relative_distance

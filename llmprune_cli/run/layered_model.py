@@ -15,8 +15,10 @@ from torch import nn
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.coupling.trace import Trace
 from llmprune_cli.errors import CheckpointError, UnsupportedError
-from llmprune_cli.family.architecture import Architecture, Widths, build_skeleton, on_disk, reconfigure
+from llmprune_cli.family.architecture import Architecture, reconfigure
 from llmprune_cli.family.layers import layer_changes
+from llmprune_cli.family.skeleton import build_skeleton, on_disk
+from llmprune_cli.family.widths import Widths
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.names import split_name
 from llmprune_cli.processes import Processes
