@@ -241,7 +241,7 @@ def _step(largest: int) -> int:
 
 def _neurons(subject: Subject, share: Fraction) -> dict[str, Any]:
     """Sizes that leave this share of every kind of neuron, rounded down to what kernels like."""
-    found = {}
+    found: dict[str, Any] = {}
     for width in NEURONS:
         whole = getattr(subject.widths, width)
         if whole and width not in subject.trace.refused:
