@@ -173,7 +173,9 @@ class Opened:
     @property
     def layered(self) -> LayeredModel:
         """The same, to be run one layer at a time."""
-        return self.subject.layered("cpu")
+        from llmprune_cli.run.layered_model import LayeredModel
+
+        return LayeredModel(self.subject, "cpu")
 
 
 @pytest.fixture

@@ -539,7 +539,7 @@ def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
-    from llmprune_cli.family.architecture import expected_index
+    from llmprune_cli.family.skeleton import expected_index
 
     folder = tmp_path_factory.mktemp("large") / "model"
     config = LlamaConfig(

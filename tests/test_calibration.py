@@ -13,18 +13,19 @@ import families
 from conftest import BY_MAGNITUDE, Opened, run_cli, save_tiny
 from llmprune_cli.apply.pruned_folder import write_pruned
 from llmprune_cli.choose.activity import measure_activity
-from llmprune_cli.choose.magnitude import HEADS
 from llmprune_cli.choose.selection import make_plan
 from llmprune_cli.coupling.products import Product
 from llmprune_cli.coupling.subject import Subject, understand
-from llmprune_cli.family.architecture import NEURONS
+from llmprune_cli.family.widths import NEURONS, Width
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.options import Listener, PruneOptions
-from llmprune_cli.plan.target import Plan, WidthRequest, resolve
+from llmprune_cli.plan.document import Plan
+from llmprune_cli.plan.target import WidthRequest, resolve
 from llmprune_cli.repair.least_squares import Moments, solve_reader
 from llmprune_cli.repair.refit import Streams, refit
 from llmprune_cli.repair.sites import Entry, Uses, find_sites
 from llmprune_cli.run.calibration import CalibrationOptions, prepare_calibration
+from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.source.opening import ModelReference, load_model, load_tokenizer, open_checkpoint
 
 CALIBRATED = ("--calibration-tokens", "600", "--calibration-seq-len", "40")
@@ -46,7 +47,7 @@ def test_a_layer_alone_keeps_the_scale_of_its_number(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", "gpt2", num_hidden_layers=3, scale_attn_by_inverse_layer_idx=True)
     tokens = torch.randint(3, 90, (2, 24), generator=torch.Generator().manual_seed(1))
     with open_checkpoint(ModelReference(str(folder)), need_weights=True) as checkpoint:
-        layered, model = understand(checkpoint).layered("cpu"), load_model(checkpoint, "cpu", "float32")
+        layered, model = LayeredModel(understand(checkpoint), "cpu"), load_model(checkpoint, "cpu", "float32")
         with torch.inference_mode():
             *_, (states, _) = layered.walk(tokens)
             expected = model(tokens, use_cache=False).logits
@@ -71,7 +72,7 @@ def refitted(opened: Opened, method: str, folder: Path) -> tuple[Checkpoint, Pla
     with torch.inference_mode():
         start = opened.layered.embed(opened.tokens)
         streams = Streams(start, start.clone(), len(start))
-        checkpoint, reports = refit(opened.layered, subject.trace, plan, streams, method, folder, lambda n: None)
+        checkpoint, reports = refit(opened.layered, plan, streams, method, folder, lambda n: None)
     return checkpoint, plan, streams, reports[-1].stream_error
 
 
@@ -94,7 +95,7 @@ def test_a_refit_of_what_lost_nothing_changes_nothing(opened: Opened, tmp_path: 
     with torch.inference_mode():
         start = opened.layered.embed(opened.tokens)
         streams = Streams(start, start.clone(), 4)
-        checkpoint, reports = refit(opened.layered, subject.trace, plan, streams, "residual", tmp_path, lambda n: None)
+        checkpoint, reports = refit(opened.layered, plan, streams, "residual", tmp_path, lambda n: None)
     before = {entry.name: tensor.clone() for entry, tensor in subject.checkpoint.tensors()}
     for entry, tensor in checkpoint.tensors():
         torch.testing.assert_close(tensor, before[entry.name], rtol=1e-3, atol=1e-4)
@@ -128,7 +129,9 @@ def assert_repaired(subject: Subject, refit: str, text: Path, out: Path) -> None
     neurons = [width for width in NEURONS if getattr(widths, width)]
     options = ["--round-to", "8"]
     options += ["--intermediate-pruning-ratio", "0.4"] if not refused.keys() & {*neurons} else ["--layers", "3"]
-    options += ["--kv-group-pruning-ratio", "0.5"] if widths.num_key_value_heads > 1 and HEADS not in refused else []
+    options += (
+        ["--kv-group-pruning-ratio", "0.5"] if widths.num_key_value_heads > 1 and Width.HEADS not in refused else []
+    )
     options += ["--experts", "4"] if widths.num_experts and "num_experts" not in refused else []
     run = run_cli(
         *("prune", subject.checkpoint.folder, *options, "--output", out, "--json"),
@@ -145,14 +148,14 @@ def assert_repaired(subject: Subject, refit: str, text: Path, out: Path) -> None
 
 @pytest.mark.parametrize("opened", ["llama", "gpt2"], indirect=True)
 def test_activity_is_what_its_formulas_say(opened: Opened) -> None:
-    subject, model = opened.subject, opened.model
+    model = opened.model
     seen: dict[str, torch.Tensor] = {}
     base = "model.layers.1.mlp.down_proj" if "llama" in type(model).__name__.lower() else "transformer.h.1.mlp.c_proj"
     model.get_submodule(base).register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
     with torch.inference_mode():
         hidden = model(opened.tokens, use_cache=False, output_hidden_states=True).hidden_states
         start = opened.layered.embed(opened.tokens)
-        activity = measure_activity(opened.layered, subject.trace, start, "activation", lambda n: None)
+        activity = measure_activity(opened.layered, start, "activation", lambda n: None)
         weight = model.get_submodule(base).weight.double()
         matrix = weight if "llama" in base or "model." in base else weight.T
         expected = matrix.square().sum(0) * seen["x"].double().square().flatten(0, 1).mean(0)
@@ -212,7 +215,7 @@ def test_it_is_known_how_readers_enter_the_residual_stream(
     subject = opened.subject
     with torch.inference_mode():
         layer = opened.layered.load_layer(0 if "deepseek" not in subject.architecture.config.model_type else 1)
-        found = find_sites(layer, subject.trace, subject.widths.hidden_size)
+        found = find_sites(opened.layered, layer)
     assert [site.entry and site.entry.way for site in found] == ways
     expected = opened.model.get_parameter(factor) if isinstance(factor, str) else torch.tensor(float(factor))
     last = found[-1].entry
@@ -345,9 +348,9 @@ def test_layers_go_by_block_influence(tiny_llama: Path, tmp_path: Path, text_fil
             CalibrationOptions(str(text_file), tokens=600, seq_len=40), load_tokenizer(checkpoint), 96, 64, 0, print
         )
         with torch.inference_mode():
-            layered = subject.layered("cpu")
+            layered = LayeredModel(subject, "cpu")
             start = layered.embed(text.fitted)
-            activity = measure_activity(layered, subject.trace, start, "activation", lambda n: None)
+            activity = measure_activity(layered, start, "activation", lambda n: None)
     least = sorted(range(5), key=activity.influence.__getitem__)[:2]
     assert json.loads(plan.read_text())["layers"] == [layer for layer in range(5) if layer not in least]
 

@@ -15,10 +15,11 @@ from conftest import Opened, run_cli, save_tiny
 from llmprune_cli.choose.ablation import ablate_layers
 from llmprune_cli.choose.activity import Activity
 from llmprune_cli.choose.gradients import measure_gradients
-from llmprune_cli.choose.magnitude import EXPERTS, GROUPS, HEADS
 from llmprune_cli.coupling.subject import understand
 from llmprune_cli.errors import OutputError
+from llmprune_cli.family.widths import Width
 from llmprune_cli.run.calibration import CalibrationOptions, prepare_calibration
+from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.states import copy_states
 from llmprune_cli.source.opening import ModelReference, load_tokenizer, open_checkpoint
 from test_checkpoint_forms import rewrite
@@ -33,7 +34,7 @@ def taylor(opened: Opened, folder: Path) -> tuple[Activity, dict[str, torch.Tens
     """The scores, and |g·w| of every parameter of the stock model by plain autograd."""
     states = folder / "states"
     states.mkdir()
-    activity = measure_gradients(opened.layered, opened.subject.trace, opened.tokens, states, lambda n: None)
+    activity = measure_gradients(opened.layered, opened.tokens, states, lambda n: None)
     assert not [*states.iterdir()]
     stock_loss(opened.model, opened.tokens).backward()
     named = opened.model.named_parameters()
@@ -53,8 +54,10 @@ def test_taylor_scores_are_those_of_plain_autograd(opened: Opened, tmp_path: Pat
     assert_equal(activity.scores["intermediate_size"]["1"], neurons)
     rows = {n: own[f"self_attn.{n}_proj.weight"].sum(1) + own[f"self_attn.{n}_proj.bias"] for n in "qkv"}
     heads = (rows["q"] + own["self_attn.o_proj.weight"].sum(0)).view(8, -1).sum(1)
-    assert_equal(activity.scores[HEADS]["1"], heads)
-    assert_equal(activity.scores[GROUPS]["1"], (rows["k"] + rows["v"]).view(2, -1).sum(1) + heads.view(2, 4).sum(1))
+    assert_equal(activity.scores[Width.HEADS]["1"], heads)
+    assert_equal(
+        activity.scores[Width.GROUPS]["1"], (rows["k"] + rows["v"]).view(2, -1).sum(1) + heads.view(2, 4).sum(1)
+    )
     channels = torch.zeros(64, dtype=torch.float64)
     for name, product in found.items():
         writes = any(word in name for word in ("o_proj", "down_proj", "norm"))
@@ -70,7 +73,7 @@ def test_taylor_knows_fused_and_transposed_weights(opened: Opened, tmp_path: Pat
     neurons = own["mlp.c_fc.weight"].sum(0) + own["mlp.c_fc.bias"] + own["mlp.c_proj.weight"].sum(1)
     assert_equal(activity.scores["intermediate_size"]["2"], neurons)
     fused = (own["attn.c_attn.weight"].sum(0) + own["attn.c_attn.bias"]).view(3, 8, -1).sum((0, 2))
-    assert_equal(activity.scores[HEADS]["2"], fused + own["attn.c_proj.weight"].sum(1).view(8, -1).sum(1))
+    assert_equal(activity.scores[Width.HEADS]["2"], fused + own["attn.c_proj.weight"].sum(1).view(8, -1).sum(1))
 
 
 @pytest.mark.parametrize("opened", ["mixtral"], indirect=True)
@@ -78,7 +81,7 @@ def test_taylor_scores_experts_and_their_neurons(opened: Opened, tmp_path: Path)
     activity, found = taylor(opened, tmp_path)
     up, down = (found[f"model.layers.3.mlp.experts.{name}_proj"] for name in ("gate_up", "down"))
     router = found["model.layers.3.mlp.gate.weight"]
-    assert_equal(activity.scores[EXPERTS]["3"], up.sum((1, 2)) + down.sum((1, 2)) + router.sum(1))
+    assert_equal(activity.scores[Width.EXPERTS]["3"], up.sum((1, 2)) + down.sum((1, 2)) + router.sum(1))
     neurons = up.sum(2).view(6, 2, -1).sum(1) + down.sum(1)
     for expert in range(6):
         assert_equal(activity.scores["intermediate_size"][f"3.{expert}"], neurons[expert])
@@ -125,7 +128,7 @@ def test_layers_go_by_their_influence_or_by_the_loss_without_them(tmp_path: Path
     with open_checkpoint(ModelReference(str(source)), need_weights=True) as checkpoint:
         options = CalibrationOptions(str(text_file), tokens=600, seq_len=40)
         windows = prepare_calibration(options, load_tokenizer(checkpoint), 96, 64, 0, print).fitted
-        layered = understand(checkpoint).layered("cpu")
+        layered = LayeredModel(understand(checkpoint), "cpu")
         with torch.inference_mode():
             scores = ablate_layers(layered, windows, tmp_path, lambda n: None)
     by_loss = [layer for layer in range(4) if scores[layer] > min(scores)]

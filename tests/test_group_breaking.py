@@ -19,9 +19,12 @@ from llmprune_cli.apply.proof import half_of, prove
 from llmprune_cli.apply.pruned_folder import prune_twin
 from llmprune_cli.apply.second_opinion import hold_against_torch_pruning
 from llmprune_cli.coupling.trace import Binding, Trace
-from llmprune_cli.coupling.twin import build_twin, proof_sizes, settle_head_dim, trace
+from llmprune_cli.coupling.tracing import trace
+from llmprune_cli.coupling.twin import build_twin, proof_sizes, settle_head_dim
 from llmprune_cli.errors import LlmpruneError, UnsupportedError
-from llmprune_cli.family.architecture import Architecture, Widths, discover, expected_index
+from llmprune_cli.family.architecture import Architecture, discover
+from llmprune_cli.family.skeleton import expected_index
+from llmprune_cli.family.widths import Widths
 
 BINDINGS_BROKEN = 2  # of each width, drawn anew for every family
 

@@ -16,9 +16,10 @@ from conftest import BY_MAGNITUDE, run_cli, save_tiny
 from llmprune_cli.apply.surgery import widen
 from llmprune_cli.coupling.subject import Subject, understand
 from llmprune_cli.errors import UnsupportedError
-from llmprune_cli.plan.target import read_plan
+from llmprune_cli.plan.document import read_plan
 from llmprune_cli.repair.residual_stream import ResidualStream, find_residual_stream
 from llmprune_cli.repair.rotation import principal_components, rotate, untie
+from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.source.opening import ModelReference, open_checkpoint
 from test_checkpoint_forms import rewrite
 from test_oracles import load_stock
@@ -60,7 +61,7 @@ def test_a_rotated_model_computes_what_it_did(
 ) -> None:
     folder, subject, added = opened
     assert added in (0, 96 * subject.widths.hidden_size)
-    components = principal_components(subject.layered("cpu"), tokens, None, lambda layers: None)
+    components = principal_components(LayeredModel(subject, "cpu"), tokens, None, lambda layers: None)
     torch.testing.assert_close(components.T @ components, torch.eye(len(components), dtype=torch.float64))
     (tmp_path / "rotated").mkdir()
     rotated = rotate(subject, stream_of(subject), components, tmp_path / "rotated", lambda size_bytes: None)
@@ -84,7 +85,7 @@ def test_components_are_those_of_the_normalized_hidden_states(
     opened: tuple[Path, Subject, int], tokens: torch.Tensor
 ) -> None:
     folder, subject, _ = opened
-    found = principal_components(subject.layered("cpu"), tokens, None, lambda layers: None).numpy()
+    found = principal_components(LayeredModel(subject, "cpu"), tokens, None, lambda layers: None).numpy()
     model = load_stock(folder)
     states: list[Any] = []
     hooks = [layer.register_forward_pre_hook(lambda _, args: states.append(args[0])) for layer in model.model.layers]

@@ -15,8 +15,10 @@ from torch import nn
 from llmprune_cli.coupling.trace import Binding, Keep, Trace, kept_mask, new_name, renumbered
 from llmprune_cli.coupling.twin import Twin, build_twin, proof_sizes
 from llmprune_cli.errors import UnsupportedError
-from llmprune_cli.family.architecture import NEURONS, Architecture, Widths, expected_index
+from llmprune_cli.family.architecture import Architecture
 from llmprune_cli.family.layers import can_keep_layers
+from llmprune_cli.family.skeleton import expected_index
+from llmprune_cli.family.widths import NEURONS, Widths
 from llmprune_cli.folder.names import split_name
 from llmprune_cli.folder.staging import scratch_folder, scratch_space
 from llmprune_cli.plan.target import Target

@@ -15,7 +15,8 @@ from llmprune_cli.family.architecture import Architecture, with_widths
 from llmprune_cli.folder.checkpoint import MANIFEST_NAME, Checkpoint, read_index
 from llmprune_cli.folder.shards import write_json, write_shards
 from llmprune_cli.journal.keys import versions
-from llmprune_cli.plan.target import Plan, Target
+from llmprune_cli.plan.document import Plan
+from llmprune_cli.plan.target import Target
 from llmprune_cli.progress import QUIET, Listener
 from llmprune_cli.report.results import SCHEMA_VERSION, ModelSummary
 from llmprune_cli.source.opening import copy_companions

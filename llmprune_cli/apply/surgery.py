@@ -15,7 +15,9 @@ from llmprune_cli.errors import PlanError
 from llmprune_cli.family.exceptions import FAMILIES, Family
 from llmprune_cli.folder.checkpoint import Checkpoint, TensorEntry
 from llmprune_cli.folder.names import split_name
-from llmprune_cli.plan.target import Plan, Target, predicted_tensors
+from llmprune_cli.plan.document import Plan
+from llmprune_cli.plan.predict import predicted_tensors
+from llmprune_cli.plan.target import Target
 
 
 def remaining(checkpoint: Checkpoint, trace: Trace, plan: Plan) -> tuple[Checkpoint, dict[str, str]]:

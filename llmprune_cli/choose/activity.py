@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llmprune_cli.choose.magnitude import EXPERTS, GROUPS, HEADS, Scores
 from llmprune_cli.choose.measuring import Activity, Measuring
-from llmprune_cli.coupling.trace import Reader, Trace, instance_of
-from llmprune_cli.family.architecture import NEURONS, Widths
+from llmprune_cli.coupling.trace import Reader, instance_of, reader_instance
+from llmprune_cli.family.widths import NEURONS, Width, Widths
 from llmprune_cli.folder.names import split_name
+from llmprune_cli.plan.units import Scores
 from llmprune_cli.processes import Processes
 from llmprune_cli.run.layered_model import Layer, LayeredModel, check_states
 from llmprune_cli.run.states import new_states
@@ -64,7 +64,7 @@ def measure_activity(
         progress: told after each layer.
         folder: of a second stream, see `new_states`.
     """
-    widths, trace = model.architecture.widths, model.trace
+    trace, widths = model.trace, model.widths
     scores: Scores = defaultdict(dict)
     channels = torch.zeros(widths.hidden_size, dtype=torch.float64)
     influence = []
@@ -78,7 +78,7 @@ def measure_activity(
         check_states(stream, f"Layer {number}")
         inputs.share_with(model.processes)
         influence.append(block_influence(before, stream, model.processes))
-        ranges = unit_ranges(layer, trace, widths, number) if importance == "range" else {}
+        ranges = unit_ranges(model, layer, number) if importance == "range" else {}
         reading = {(r.parameter.replace("{}", "0", 1), r.axis): r for r in trace.inputs if layer.has(r.parameter)}
         for (name, axis), reader in reading.items():
             weight = layer.model.get_parameter(name)
@@ -98,7 +98,7 @@ def measure_activity(
             means = torch.zeros(widths.num_experts, dtype=torch.float64)
             for expert, (total, count) in inputs.expert_norms.items():
                 means[expert] = total / count
-            scores[EXPERTS][str(number)] = means
+            scores[Width.EXPERTS][str(number)] = means
         progress(1)
     scores["hidden_size"][""] = channels
     return Activity(dict(scores), tuple(influence))
@@ -115,12 +115,13 @@ def block_influence(before: torch.Tensor, after: torch.Tensor, processes: Proces
     return 1 - total / count
 
 
-def unit_ranges(layer: Layer, trace: Trace, widths: Widths, number: int) -> dict[tuple[str, str], torch.Tensor]:
+def unit_ranges(model: LayeredModel, layer: Layer, number: int) -> dict[tuple[str, str], torch.Tensor]:
     """For each width of neurons and each choice of them: the sum of `max + |min|` over a neuron's weights.
 
     One term for each tensor that carries the neurons (one for each half of a fused gate|up), divided by its largest;
     float64 [units].
     """
+    trace, widths = model.trace, model.widths
     found: dict[tuple[str, str], torch.Tensor] = {}
     for name, tensor in layer.stored().items():
         template, numbers = split_name(name)
@@ -193,11 +194,11 @@ def _add_units(
         squares: sum of squares of each input; None for an expert that no token reached, whose own units are then ranked
             by the factor alone.
     """
-    if reader.width == HEADS:
+    if reader.width == Width.HEADS:
         if squares is not None:
             by_head = (factor * squares / tokens).view(widths.num_attention_heads, -1).sum(1)
-            scores[HEADS][instance] = by_head
-            scores[GROUPS][instance] = by_head.view(widths.num_key_value_heads, -1).sum(1)
+            scores[Width.HEADS][instance] = by_head
+            scores[Width.GROUPS][instance] = by_head.view(widths.num_key_value_heads, -1).sum(1)
         return
     own, count = scores[reader.width], getattr(widths, reader.width)
     if squares is None:
@@ -207,13 +208,3 @@ def _add_units(
         squares = squares.view(-1, count).sum(0)
     share = (factor * squares / tokens).view(-1, count).sum(0)
     own[instance] = own[instance] + share if instance in own else share
-
-
-def reader_instance(trace: Trace, reader: Reader, number: int, expert: int | None) -> str:
-    """Which choice of units a reader follows, see `instance_of`; experts stacked on disk share one."""
-    if reader.width == HEADS:
-        return str(number)
-    same = (b for b in trace.readers if b.width == reader.width and b.component == reader.component)
-    binding = next(same)
-    numbers = (number,) if expert is None else (number, expert)
-    return instance_of(binding, numbers[: binding.template.count("{}")])

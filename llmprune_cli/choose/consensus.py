@@ -6,8 +6,8 @@ import torch
 
 from llmprune_cli.choose.activity import measure_range
 from llmprune_cli.choose.gradients import measure_taylor
-from llmprune_cli.choose.magnitude import Scores
 from llmprune_cli.choose.measuring import Activity, Measuring
+from llmprune_cli.plan.units import Scores
 from llmprune_cli.run.calibration import spread_windows
 
 FIRST_COUNTS = 2

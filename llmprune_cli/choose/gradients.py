@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 
 from llmprune_cli.choose.activity import block_influence
-from llmprune_cli.choose.magnitude import EXPERTS, GROUPS, HEADS, Scores
 from llmprune_cli.choose.measuring import Activity, Measuring
-from llmprune_cli.coupling.trace import Trace, instance_of
-from llmprune_cli.family.architecture import NEURONS, on_disk
+from llmprune_cli.coupling.trace import instance_of
+from llmprune_cli.family.skeleton import on_disk
+from llmprune_cli.family.widths import NEURONS, Width
 from llmprune_cli.folder.names import split_name
+from llmprune_cli.plan.units import Scores
 from llmprune_cli.processes import Processes
 from llmprune_cli.run.divergence import check_loss, predicted
 from llmprune_cli.run.layered_model import Ends, Layer, LayeredModel, batches, check_states
 from llmprune_cli.run.states import copy_states
-
-if TYPE_CHECKING:
-    from llmprune_cli.family.architecture import Widths
 
 GRADIENT_TOKENS = 1024  # that run through a layer together while its intermediate results are kept for the way back
 
@@ -72,7 +69,7 @@ def measure_gradients(
             layer = model.load_layer(number)
             pull_back(layer, inputs.pop(), stream)
             _sum_gradients(layer, processes)
-            add_saliences(scores, layer, model.trace, model.architecture.widths, number)
+            add_saliences(scores, model, layer, number)
             progress(1)
     return Activity(scores, tuple(influence))
 
@@ -124,8 +121,9 @@ def _sum_gradients(layer: Layer, processes: Processes) -> None:
             processes.sum_(weight.grad)
 
 
-def add_saliences(scores: Scores, layer: Layer, trace: Trace, widths: Widths, number: int) -> None:
+def add_saliences(scores: Scores, model: LayeredModel, layer: Layer, number: int) -> None:
     """Add |g·w| of a layer's weights to the scores of the units that they go with, float64 [units]."""
+    trace, widths = model.trace, model.widths
     weights = dict(layer.model.named_parameters())
     products = {n: w.new_zeros(w.shape) if w.grad is None else w.grad.mul_(w).abs_() for n, w in weights.items()}
     stored = layer.stored()
@@ -147,7 +145,7 @@ def add_saliences(scores: Scores, layer: Layer, trace: Trace, widths: Widths, nu
             units, values = units[own], along.reshape(len(along), -1).sum(1, dtype=torch.float64).cpu()[own]
             instance = instance_of(binding, numbers)
             add(binding.width, instance, units, values)
-            if binding.width == HEADS:
-                add(GROUPS, instance, units // widths.heads_per_group, values)
+            if binding.width == Width.HEADS:
+                add(Width.GROUPS, instance, units // widths.heads_per_group, values)
         if template in trace.expert_templates:
-            add(EXPERTS, str(number), torch.tensor(numbers[1:2]), salience.sum(dtype=torch.float64).cpu()[None])
+            add(Width.EXPERTS, str(number), torch.tensor(numbers[1:2]), salience.sum(dtype=torch.float64).cpu()[None])

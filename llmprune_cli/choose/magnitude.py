@@ -13,15 +13,14 @@ import torch
 
 from llmprune_cli.coupling.trace import Binding, Trace, instance_of
 from llmprune_cli.errors import CheckpointError
-from llmprune_cli.family.architecture import Widths
+from llmprune_cli.family.widths import HEAD_COUNTS, Width, Widths
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.names import split_name
+from llmprune_cli.plan.units import Scores
 
-Scores = dict[str, dict[str, "torch.Tensor"]]  # width → instance → score of each unit, float32 [units]
 Progress = Callable[[int], None]  # told the bytes that were just read
 
 SLAB_BYTES = 64 * 2**20  # squares of a larger tensor are formed slab by slab, so that memory stays bounded
-HEADS, GROUPS, EXPERTS = "num_attention_heads", "num_key_value_heads", "num_experts"
 
 
 def score_magnitude(checkpoint: Checkpoint, trace: Trace, widths: Widths, seed: int, progress: Progress) -> Scores:
@@ -50,7 +49,7 @@ def score_magnitude(checkpoint: Checkpoint, trace: Trace, widths: Widths, seed: 
             totals[key].index_add_(0, term.target, sums[term.axis][term.source])
             terms[key] += 1
         if template in trace.expert_templates and template in trace.scored:
-            key = EXPERTS, str(numbers[0])
+            key = Width.EXPERTS, str(numbers[0])
             totals.setdefault(key, torch.zeros(widths.num_experts))[numbers[1]] += whole_sum(tensor, scratch)
         progress(entry.size_bytes)
     scores: Scores = defaultdict(dict)
@@ -58,7 +57,7 @@ def score_magnitude(checkpoint: Checkpoint, trace: Trace, widths: Widths, seed: 
         total /= max(1, terms[width, instance])
         total /= total.mean().clamp_min(torch.finfo(total.dtype).tiny)  # where all weights are zero, scores are too
         count = getattr(widths, width)
-        by_unit = total.view(count, -1).mean(1) if width in (HEADS, GROUPS) else total.view(-1, count).mean(0)
+        by_unit = total.view(count, -1).mean(1) if width in HEAD_COUNTS else total.view(-1, count).mean(0)
         scores[width][instance] = by_unit
     return dict(scores)
 
@@ -99,7 +98,7 @@ def instances(checkpoint: Checkpoint, trace: Trace) -> Iterator[tuple[str, str]]
         template, numbers = split_name(entry.name)
         for binding in trace.on(template):
             instance = instance_of(binding, numbers)
-            widths = (HEADS, GROUPS) if binding.width == HEADS else (binding.width,)
+            widths = HEAD_COUNTS if binding.width == Width.HEADS else (binding.width,)
             seen.update({(width, instance): None for width in widths})
     yield from seen
 
@@ -170,7 +169,7 @@ def _terms(trace: Trace, template: str, widths: Widths) -> tuple[_Term, ...]:
         source = (units >= 0).nonzero().flatten()
         units, elements = units[source], elements[source]
         count = getattr(widths, binding.width)
-        if binding.width not in (HEADS, GROUPS):
+        if binding.width not in HEAD_COUNTS:
             alike = (b for b in trace.of(binding.width) if b.component == binding.component)
             copies = max(other.copies for other in alike if other.template in trace.scored)
             target = (copies - binding.copies + elements) * count + units
@@ -179,8 +178,8 @@ def _terms(trace: Trace, template: str, widths: Widths) -> tuple[_Term, ...]:
         within = elements % widths.head_dim
         target = units * widths.head_dim + within
         found.append(_Term(binding, binding.width, binding.axis, source, target, count * widths.head_dim))
-        if binding.width == HEADS:
+        if binding.width == Width.HEADS:
             target = units // widths.heads_per_group * widths.head_dim + within
             size = widths.num_key_value_heads * widths.head_dim
-            found.append(_Term(binding, GROUPS, binding.axis, source, target, size))
+            found.append(_Term(binding, Width.GROUPS, binding.axis, source, target, size))
     return tuple(found)

@@ -11,11 +11,13 @@ from typing import Any
 
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.errors import PlanError
-from llmprune_cli.family.architecture import NEURONS
+from llmprune_cli.family.widths import NEURONS
 from llmprune_cli.folder.checkpoint import DTYPE_BYTES
 from llmprune_cli.folder.names import split_name
 from llmprune_cli.options import WidthRequest
-from llmprune_cli.plan.target import Target, legal_experts, predicted_tensors, protected_layers, resolve
+from llmprune_cli.plan.legal import legal_experts
+from llmprune_cli.plan.predict import predicted_tensors
+from llmprune_cli.plan.target import Target, protected_layers, resolve
 from llmprune_cli.sizes import Budget
 
 ROUND_TO = 64  # neurons that stay, at most: what kernels like
@@ -206,7 +208,7 @@ def _step(largest: int) -> int:
 
 def _neurons(subject: Subject, share: Fraction) -> dict[str, Any]:
     """Sizes that leave this share of every kind of neuron, rounded down to what kernels like."""
-    found = {}
+    found: dict[str, Any] = {}
     for width in NEURONS:
         whole = getattr(subject.widths, width)
         if whole and width not in subject.trace.refused:

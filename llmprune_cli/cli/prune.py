@@ -26,7 +26,7 @@ from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.options import Choice, Delivery, Evaluation, ModelReference, Scratch, Text
 
 if TYPE_CHECKING:
-    from llmprune_cli.family.architecture import Widths
+    from llmprune_cli.family.widths import Widths
     from llmprune_cli.report.results import CalibrationResult, CandidateResult, LayerResult, PruneResult
 
 BAR_CELLS = 24  # of the longest bar

@@ -8,8 +8,9 @@ from llmprune_cli.coupling.subject import understand
 from llmprune_cli.family.architecture import with_widths
 from llmprune_cli.folder.integrity import check_files
 from llmprune_cli.options import ModelReference, WidthRequest
+from llmprune_cli.plan.legal import legal_values
 from llmprune_cli.plan.predict import predict
-from llmprune_cli.plan.target import legal_values, resolve
+from llmprune_cli.plan.target import resolve
 from llmprune_cli.report.results import SCHEMA_VERSION, InspectResult, VerifyResult, summarize
 from llmprune_cli.report.runtimes import runtime_fits
 from llmprune_cli.source.opening import open_checkpoint

@@ -30,8 +30,9 @@ from llmprune_cli.folder.staging import Claim, check_folder, check_target, claim
 from llmprune_cli.journal.journal import Journal, kept_folder
 from llmprune_cli.journal.keys import run_key
 from llmprune_cli.options import Choice, ModelReference
+from llmprune_cli.plan.document import Plan
 from llmprune_cli.plan.predict import predict
-from llmprune_cli.plan.target import Plan, Target
+from llmprune_cli.plan.target import Target
 from llmprune_cli.processes import ALONE, Processes, join
 from llmprune_cli.progress import Listener
 from llmprune_cli.repair.layer_refit import LayerRepair

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from llmprune_cli.coupling.trace import Trace
-from llmprune_cli.coupling.twin import settle_head_dim, trace
+from llmprune_cli.coupling.tracing import trace
+from llmprune_cli.coupling.twin import settle_head_dim
 from llmprune_cli.errors import UnsupportedError
-from llmprune_cli.family.architecture import Architecture, Widths, discover
+from llmprune_cli.family.architecture import Architecture, discover
+from llmprune_cli.family.widths import Widths
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.processes import ALONE, Processes
 

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from llmprune_cli.errors import UnsupportedError
-from llmprune_cli.family.architecture import Widths
+from llmprune_cli.family.widths import Width, Widths
 from llmprune_cli.folder.names import Shape, split_name
 
 Keep = dict[str, dict[str, tuple[int, ...]]]  # width → instance → sorted indices of the units that stay
@@ -134,6 +134,16 @@ def instance_of(binding: Binding, numbers: tuple[int, ...]) -> str:
         return ""
     own = numbers[:1] if binding.width == "num_experts" else numbers
     return ".".join(map(str, own)) + (f"#{binding.component}" if binding.component else "")
+
+
+def reader_instance(trace: Trace, reader: Reader, number: int, expert: int | None) -> str:
+    """Which choice of units a reader follows, see `instance_of`; experts stacked on disk share one."""
+    if reader.width == Width.HEADS:
+        return str(number)
+    same = (b for b in trace.readers if b.width == reader.width and b.component == reader.component)
+    binding = next(same)
+    numbers = (number,) if expert is None else (number, expert)
+    return instance_of(binding, numbers[: binding.template.count("{}")])
 
 
 def kept_mask(

@@ -16,7 +16,7 @@ import torch
 from llmprune_cli.errors import UnsupportedError, VerificationError
 from llmprune_cli.export.formats import Continuation, ExportOptions, Fit, Format, Limits
 from llmprune_cli.export.safetensors import write_safetensors
-from llmprune_cli.family.architecture import read_widths
+from llmprune_cli.family.widths import read_widths
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.staging import scratch_folder
 from llmprune_cli.source.opening import load_tokenizer

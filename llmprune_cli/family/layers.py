@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PretrainedConfig
 
 from llmprune_cli.folder.names import Shape, split_name
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 # Fields that name layers by number, and fields that count the first layers which differ from the rest.
 NUMBERED = ("mlp_only_layers", "full_attn_idxs", "attn_layer_indices", "cross_attention_layers", "global_attn_layers")

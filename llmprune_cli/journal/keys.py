@@ -17,7 +17,7 @@ from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.errors import CheckpointError
 from llmprune_cli.folder.checkpoint import Checkpoint, stamp
 from llmprune_cli.options import Choice
-from llmprune_cli.plan.target import Plan, fingerprint
+from llmprune_cli.plan.document import Plan, fingerprint
 
 PACKAGES = ("torch", "transformers", "safetensors")
 WEIGHT_FILES = (".safetensors", ".bin", ".gguf")

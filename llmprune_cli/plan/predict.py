@@ -1,13 +1,18 @@
-"""What a target makes of a model's tensors, held against what its configuration makes of them."""
+"""What a model's tensors will be, before any is read."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from llmprune_cli.coupling.subject import Subject
+from llmprune_cli.coupling.trace import Keep, Trace, kept_mask, new_name, renumbered
 from llmprune_cli.errors import UnsupportedError
-from llmprune_cli.family.architecture import expected_index, with_widths
+from llmprune_cli.family.architecture import with_widths
+from llmprune_cli.family.skeleton import expected_index
+from llmprune_cli.family.widths import NEURONS, Widths
 from llmprune_cli.folder.checkpoint import TensorEntry
-from llmprune_cli.folder.names import split_name
-from llmprune_cli.plan.target import Target, predicted_tensors
+from llmprune_cli.folder.names import Shape, split_name
+from llmprune_cli.plan.target import Target
 
 
 def predict(subject: Subject, target: Target) -> tuple[TensorEntry, ...]:
@@ -16,15 +21,58 @@ def predict(subject: Subject, target: Target) -> tuple[TensorEntry, ...]:
     Raises:
         UnsupportedError: they differ.
     """
-    stored = subject.checkpoint.entries
-    after = predicted_tensors({entry.name: entry.shape for entry in stored}, subject.trace, subject.widths, target)
-    expected = expected_index(with_widths(subject.architecture, target.widths, target.layers))
+    architecture, stored = subject.architecture, subject.checkpoint.entries
+    shapes = {entry.name: entry.shape for entry in stored}
+    after = predicted_tensors(shapes, subject.trace, subject.widths, target)
+    expected = expected_index(with_widths(architecture, target.widths, target.layers))
     wrong = [name for name in after if after[name] != expected.get(name)] + sorted(expected.keys() - after.keys())
     if wrong:
         raise UnsupportedError(
             f"{wrong[0]} would become {after.get(wrong[0])}, but a config.json with these widths makes it "
-            f"{expected.get(wrong[0])}, by a rule of {subject.architecture.config.model_type} that is not known here. "
+            f"{expected.get(wrong[0])}, by a rule of {architecture.config.model_type} that is not known here. "
             "Prune other widths, or drop other layers."
         )
     dtypes = {split_name(entry.name)[0]: entry.dtype for entry in stored}
     return tuple(TensorEntry(name, shape, dtypes[split_name(name)[0]], None) for name, shape in after.items())
+
+
+def predicted_tensors(shapes: dict[str, Shape], trace: Trace, before: Widths, target: Target) -> dict[str, Shape]:
+    """Names and shapes after pruning, from the target alone: as if the first units stayed everywhere."""
+    after = target.widths
+    heads = tuple(
+        group * before.heads_per_group + head
+        for group in range(after.num_key_value_heads)
+        for head in range(after.heads_per_group)
+    )
+    chosen = {
+        width: tuple(range(getattr(after, width)))
+        for width in ("hidden_size", "num_key_value_heads", "num_experts", *NEURONS)
+    }
+    chosen["num_attention_heads"] = heads
+    keep: Keep = {width: _Everywhere(units) for width, units in chosen.items()}
+    counts: dict[str, dict[int, int]] = {}
+    result = {}
+    layers, first_experts = renumbered(target.layers), renumbered(chosen["num_experts"])
+    experts = {str(layer): first_experts for layer in target.layers}
+    for name, shape in shapes.items():
+        new = new_name(name, trace, layers, experts)
+        if new is None:
+            continue
+        template, numbers = split_name(name)
+        if template not in counts:
+            axes = {binding.axis for binding in trace.on(template)}
+            counts[template] = {
+                axis: int(kept_mask(trace, template, axis, numbers, keep, before).sum()) for axis in axes
+            }
+        result[new] = tuple(counts[template].get(axis, size) for axis, size in enumerate(shape))
+    return result
+
+
+class _Everywhere(dict[str, tuple[int, ...]]):
+    """The same units for every instance."""
+
+    def __init__(self, units: tuple[int, ...]) -> None:
+        self._units = units
+
+    def get(self, instance: str, default: Any = None) -> Any:
+        return self._units

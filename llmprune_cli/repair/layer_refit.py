@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llmprune_cli.choose.activity import reader_instance
-from llmprune_cli.choose.magnitude import GROUPS, HEADS
-from llmprune_cli.coupling.trace import Reader, Trace
+from llmprune_cli.coupling.trace import Reader, reader_instance
 from llmprune_cli.errors import CheckpointError, OutputError
-from llmprune_cli.family.architecture import Widths
+from llmprune_cli.family.widths import HEAD_COUNTS, Width
 from llmprune_cli.folder.names import split_name
 from llmprune_cli.folder.shards import check_finite
 from llmprune_cli.folder.staging import fsync
-from llmprune_cli.plan.target import Plan
+from llmprune_cli.plan.document import Plan
 from llmprune_cli.processes import ALONE, Processes
 from llmprune_cli.repair.least_squares import Moments, only, solve_reader
 from llmprune_cli.repair.sites import Site, Uses, find_sites
@@ -63,14 +61,9 @@ class LayerRefit:
     number: int
     streams: Streams
 
-    @property
-    def trace(self) -> Trace:
-        """What the twin says about the architecture."""
-        return self.whole.trace
-
     def run(self, method: str) -> LayerRepair:
         """Refit all readers, in the order in which they run, and take both streams through the layer."""
-        found = find_sites(self.layer, self.trace, self.streams.dense.shape[-1])
+        found = find_sites(self.whole, self.layer)
         goals = _advance_dense(self.layer, found if method == "residual" else [], self.streams)
         check_states(self.streams.dense, f"Layer {self.number}")
         self._silence_biases()
@@ -113,7 +106,7 @@ class LayerRefit:
     def _real_name(self, name: str) -> str | None:
         """The name in the checkpoint of a tensor of a reader; None for any other tensor."""
         template, numbers = split_name(name)
-        if template not in {binding.template for binding in self.trace.readers}:
+        if template not in {binding.template for binding in self.whole.trace.readers}:
             return None
         return template.format(self.number, *numbers[1:])
 
@@ -126,9 +119,7 @@ class LayerRefit:
 
     def _kept(self, site: Site, expert: int | None) -> torch.Tensor:
         size = self._matrix(site, expert).shape[1]
-        return kept_inputs(
-            self.whole.architecture.widths, self.trace, self.plan, site.reader, self.number, expert, size
-        )
+        return kept_inputs(self.whole, self.plan, site.reader, self.number, expert, size)
 
     def _experts(self, site: Site) -> Sequence[int | None]:
         weight = self.layer.model.get_parameter(site.name)
@@ -184,8 +175,8 @@ class LayerRefit:
     def _stored_dtype(self, site: Site) -> torch.dtype:
         """The dtype on disk of the tensors that a reader is made of."""
         reader = site.reader
-        widths = (HEADS, GROUPS) if reader.width == HEADS else (reader.width,)
-        own = (b for b in self.trace.readers if b.width in widths and b.component == reader.component)
+        widths = HEAD_COUNTS if reader.width == Width.HEADS else (reader.width,)
+        own = (b for b in self.whole.trace.readers if b.width in widths and b.component == reader.component)
         templates = {binding.template for binding in own}
         for entry in self.whole.checkpoint.entries:
             template, numbers = split_name(entry.name)
@@ -231,14 +222,14 @@ class LayerRefit:
         """Keep the router from picking an expert that goes by a bias that it adds behind its scores."""
         chosen = self.plan.keep.get("num_experts", {}).get(str(self.number))
         for buffer in self.layer.block.buffers():
-            if chosen is not None and buffer.shape == (self.whole.architecture.widths.num_experts,):
+            if chosen is not None and buffer.shape == (self.whole.widths.num_experts,):
                 kept = buffer[list(chosen)].clone()
                 buffer.fill_(UNPICKED)[list(chosen)] = kept
 
     def _silence(self, seen: Product) -> torch.Tensor | None:
         """A watcher under which no token picks an expert that goes."""
         chosen = self.plan.keep.get("num_experts", {}).get(str(self.number))
-        if chosen is None or seen.parameter not in {name.replace("{}", "0", 1) for name in self.trace.routers}:
+        if chosen is None or seen.parameter not in {name.replace("{}", "0", 1) for name in self.whole.trace.routers}:
             return None
         gone = torch.ones(seen.result.shape[-1], dtype=torch.bool, device=seen.result.device)
         gone[list(chosen)] = False
@@ -312,15 +303,15 @@ def _advance_dense(layer: Layer, found: Sequence[Site], streams: Streams) -> dic
 
 
 def kept_inputs(
-    widths: Widths, trace: Trace, plan: Plan, reader: Reader, number: int, expert: int | None, size: int
+    model: LayeredModel, plan: Plan, reader: Reader, number: int, expert: int | None, size: int
 ) -> torch.Tensor:
     """Which of a reader's inputs a plan keeps, sorted indices."""
-    units = plan.keep.get(reader.width, {}).get(reader_instance(trace, reader, number, expert))
+    units = plan.keep.get(reader.width, {}).get(reader_instance(model.trace, reader, number, expert))
     if units is None:
         return torch.arange(size)
-    stays = torch.zeros(getattr(widths, reader.width), dtype=torch.bool)
+    stays = torch.zeros(getattr(model.widths, reader.width), dtype=torch.bool)
     stays[list(units)] = True
     times = size // len(stays)
-    along = stays.repeat_interleave(times) if reader.width == HEADS else stays.repeat(times)
+    along = stays.repeat_interleave(times) if reader.width == Width.HEADS else stays.repeat(times)
     indices: torch.Tensor = along.nonzero().flatten()
     return indices

@@ -10,7 +10,7 @@ import torch
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.folder.checkpoint import Checkpoint, TensorEntry, open_shard
 from llmprune_cli.journal.journal import Journal
-from llmprune_cli.plan.target import Plan
+from llmprune_cli.plan.document import Plan
 from llmprune_cli.repair.layer_refit import LayerRefit, LayerRepair, Streams, layer_file
 from llmprune_cli.run.layered_model import LayeredModel, check_states
 from llmprune_cli.run.states import copy_states

@@ -11,11 +11,13 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
+from llmprune_cli.coupling.step import Place
 from llmprune_cli.coupling.trace import Trace
-from llmprune_cli.coupling.twin import Place, build_twin, trace_sizes
+from llmprune_cli.coupling.twin import build_twin, trace_sizes
 from llmprune_cli.errors import UnsupportedError
-from llmprune_cli.family.architecture import Architecture, on_disk
+from llmprune_cli.family.architecture import Architecture
 from llmprune_cli.family.exceptions import FAMILIES, Family
+from llmprune_cli.family.skeleton import on_disk
 from llmprune_cli.folder.names import split_name
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ import torch
 
 from llmprune_cli.coupling.subject import Subject, understand
 from llmprune_cli.errors import UnsupportedError
-from llmprune_cli.family.architecture import expected_index, reconfigure
+from llmprune_cli.family.architecture import reconfigure
+from llmprune_cli.family.skeleton import expected_index
 from llmprune_cli.folder.checkpoint import TensorEntry, read_index
 from llmprune_cli.folder.names import split_name
 from llmprune_cli.folder.shards import write_shards
@@ -41,7 +42,7 @@ def principal_components(
         folder: of the hidden states, see `new_states`.
         progress: told after each layer.
     """
-    size = model.architecture.widths.hidden_size
+    size = model.widths.hidden_size
     moment = torch.zeros(size, size, dtype=torch.float64)
 
     def add(stream: torch.Tensor) -> None:

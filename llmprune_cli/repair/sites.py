@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from llmprune_cli.coupling.trace import Reader, Trace
-from llmprune_cli.run.layered_model import Layer
+from llmprune_cli.coupling.trace import Reader
+from llmprune_cli.run.layered_model import Layer, LayeredModel
 
 if TYPE_CHECKING:
     from llmprune_cli.coupling.products import Product
@@ -122,15 +122,15 @@ def _inverse_rms(result: torch.Tensor) -> torch.Tensor:
     return (result.square().mean(-1, keepdim=True) + NORM_EPSILON).rsqrt()
 
 
-def find_sites(layer: Layer, trace: Trace, hidden_size: int) -> list[Site]:
+def find_sites(model: LayeredModel, layer: Layer) -> list[Site]:
     """The readers that a layer has, in the order in which they run, and how each enters the residual stream.
 
     Measured on a few random hidden states: with the results of all readers but one set to zero, that one is replaced by
     noise, and the output of the layer has to change as one of the ways to enter says.
     """
-    readers = {r.parameter.replace("{}", "0", 1): r for r in trace.inputs if layer.has(r.parameter)}
+    readers = {r.parameter.replace("{}", "0", 1): r for r in model.trace.inputs if layer.has(r.parameter)}
     generator = torch.Generator().manual_seed(0)
-    probe, noise = (torch.randn(1, PROBE_TOKENS, hidden_size, generator=generator) for _ in range(2))
+    probe, noise = (torch.randn(1, PROBE_TOKENS, model.widths.hidden_size, generator=generator) for _ in range(2))
     noise *= torch.linspace(0.5, 2, PROBE_TOKENS)[:, None]  # tells a norm from a factor
     quiet = _respond(layer, readers, probe, noise, None)
     found = []

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from llmprune_cli.plan.target import Plan
+from llmprune_cli.plan.document import Plan
 from llmprune_cli.report.results import EvalReport, ExportResult, InspectResult, PruneResult, VerifyResult
 
 # Every document that is printed or written, by the name of its schema.

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from llmprune_cli.choose.selection import SEARCH_WINDOWS
-from llmprune_cli.family.architecture import read_widths
+from llmprune_cli.family.widths import read_widths
 from llmprune_cli.options import Choice, ModelReference
-from llmprune_cli.plan.target import Plan
+from llmprune_cli.plan.document import Plan
 from llmprune_cli.processes import ALONE
 from llmprune_cli.repair.layer_refit import LayerRepair, relative_distance
 from llmprune_cli.report.results import CalibrationResult, LayerResult

@@ -15,8 +15,10 @@ from torch import nn
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.coupling.trace import Trace
 from llmprune_cli.errors import CheckpointError, UnsupportedError
-from llmprune_cli.family.architecture import Architecture, build_skeleton, on_disk, reconfigure
+from llmprune_cli.family.architecture import Architecture, reconfigure
 from llmprune_cli.family.layers import layer_changes
+from llmprune_cli.family.skeleton import build_skeleton, on_disk
+from llmprune_cli.family.widths import Widths
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.names import split_name
 from llmprune_cli.processes import Processes
@@ -237,22 +239,27 @@ class LayeredModel:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """The checkpoint that is run."""
+        """Where the weights are."""
         return self.subject.checkpoint
 
     @property
     def architecture(self) -> Architecture:
-        """Its architecture."""
+        """What the configuration says."""
         return self.subject.architecture
 
     @property
+    def widths(self) -> Widths:
+        """The sizes that every layer shares."""
+        return self.subject.widths
+
+    @property
     def trace(self) -> Trace:
-        """What the twin says about the architecture."""
+        """Which units the axes of its tensors are made of."""
         return self.subject.trace
 
     @property
     def processes(self) -> Processes:
-        """The processes that share the windows of text."""
+        """Those that share the windows of text."""
         return self.subject.processes
 
     def share(self, windows: torch.Tensor, tokens: int = BATCH_TOKENS) -> torch.Tensor:
@@ -267,7 +274,7 @@ class LayeredModel:
     @property
     def layers(self) -> int:
         """How many decoder layers there are."""
-        return self.architecture.widths.num_hidden_layers
+        return self.widths.num_hidden_layers
 
     def load_layer(self, number: int) -> Layer:
         """One decoder layer in float32.
@@ -358,7 +365,7 @@ class LayeredModel:
             CheckpointError: see `check_states`.
         """
         ends = self.load_ends()
-        stream = new_states((*windows.shape, self.architecture.widths.hidden_size), folder)
+        stream = new_states((*windows.shape, self.widths.hidden_size), folder)
         for number, window in enumerate(windows):
             stream[number] = ends.embed(window[None])[0]
         check_states(stream, "The embedding")

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.errors import UnsupportedError
-from llmprune_cli.family.architecture import expected_index, read_widths
+from llmprune_cli.family.skeleton import expected_index
+from llmprune_cli.family.widths import read_widths
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

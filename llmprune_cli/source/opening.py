@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmprune_cli.errors import CheckpointError, UnsupportedError
-from llmprune_cli.family.architecture import build_skeleton, expected_index, on_disk, reconfigure
+from llmprune_cli.family.architecture import reconfigure
+from llmprune_cli.family.skeleton import build_skeleton, expected_index, on_disk
 from llmprune_cli.folder.checkpoint import (
     INDEX_NAME,
     SINGLE_NAME,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmprune_cli.errors import CheckpointError, UnsupportedError
-from llmprune_cli.family.architecture import build_skeleton
+from llmprune_cli.family.skeleton import build_skeleton
 from llmprune_cli.folder.names import split_name
 
 if TYPE_CHECKING:

@@ -81,7 +81,7 @@ def make_model(folder: Path, sizes: dict[str, int]) -> Path:
     import torch
     from transformers import LlamaConfig
 
-    from llmprune_cli.family.architecture import expected_index
+    from llmprune_cli.family.skeleton import expected_index
     from llmprune_cli.folder.checkpoint import TensorEntry
     from llmprune_cli.folder.shards import write_shards
 

@@ -46,7 +46,7 @@ def read_whole_index(folder: Path) -> None:
 
 def read_stored_plan(folder: Path) -> None:
     """A plan."""
-    from llmprune_cli.plan.target import read_plan
+    from llmprune_cli.plan.document import read_plan
 
     read_plan(folder / "plan.json", 2**20)
 
@@ -69,7 +69,8 @@ def read_manifest(folder: Path) -> None:
 
 def read_configuration(folder: Path) -> None:
     """A configuration, up to the names and shapes of the tensors that it asks for."""
-    from llmprune_cli.family.architecture import expected_index, read_widths
+    from llmprune_cli.family.skeleton import expected_index
+    from llmprune_cli.family.widths import read_widths
     from llmprune_cli.source.opening import read_config
 
     config = read_config(folder, trust_remote_code=False)

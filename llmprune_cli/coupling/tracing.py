@@ -1,0 +1,209 @@
+"""Find the coupled axes of an architecture, and the unit at each of their indices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from llmprune_cli.coupling.bind import (
+    bind,
+    bind_channels,
+    bind_experts,
+    bind_whole_heads,
+    leave_channels_out,
+    output_axis_of,
+    with_biases,
+)
+from llmprune_cli.coupling.probe import find_reader, label_units, read_units, reader_on_disk, summed_axes
+from llmprune_cli.coupling.step import Followers, Place, followers_of, own_rule, template_place, within_layers
+from llmprune_cli.coupling.trace import GLOBAL_WIDTHS, Binding, Reader, Trace
+from llmprune_cli.coupling.twin import Twin, build_twin, trace_sizes
+from llmprune_cli.family.architecture import Architecture, rotary_fraction
+from llmprune_cli.family.skeleton import on_disk
+from llmprune_cli.family.widths import HEAD_COUNTS, NEURONS, Widths
+from llmprune_cli.folder.names import split_name
+
+ROTARY = "rotary frequencies follow the head dim, so that fewer elements would turn at other speeds"
+PARTLY_ROTARY = "the share of a head that turns, its speeds and the scale of attention follow the head dim"
+UNROTATED = "the scale of attention follows the head dim, so that fewer elements would be weighed differently"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found out about one kind of unit."""
+
+    bindings: tuple[Binding, ...] = ()
+    readers: tuple[Binding, ...] = ()  # those bindings whose axis is that of a reader
+    inputs: tuple[Reader, ...] = ()  # weights that can make up for units that go
+    refused: dict[str, str] = field(default_factory=dict)  # width → why it cannot be pruned
+
+
+def trace(architecture: Architecture) -> Trace:
+    """Find the coupled axes of an architecture and the unit at each of their indices.
+
+    Which axes: those whose size follows a width when the width takes one step. Which indices: zeroing what reads a unit
+    makes the gradient of exactly that unit's rows vanish. Units are told apart by a binary code, with two passes for
+    each bit, so that a row which several units need is never taken for one unit's own.
+
+    Raises:
+        UnsupportedError: no twin can be built.
+    """
+    twin = build_twin(architecture, trace_sizes(architecture.config))
+    widths = twin.architecture.widths
+    hidden = followers_of(twin, "hidden_size", 1 if architecture.own_heads else widths.num_attention_heads)
+    experts = bind_experts(twin)
+    parts = [_trace_neurons(twin, width) for width in NEURONS if getattr(widths, width)]
+    parts.append(_trace_heads(twin, hidden))
+    parts.append(Findings(experts.bindings, refused={"num_experts": experts.reason} if experts.reason else {}))
+    taken = {(binding.template, binding.axis) for part in parts for binding in part.bindings}
+    parts.append(_trace_channels(twin, hidden, taken))
+    refused = {width: reason for part in parts for width, reason in part.refused.items()}
+    return Trace(
+        bindings=tuple(binding for part in parts for binding in part.bindings),
+        inputs=tuple(reader for part in parts for reader in part.inputs),
+        readers=tuple(binding for part in parts for binding in part.readers),
+        scored=_scored(twin),
+        expert_templates=experts.templates,
+        routers=experts.routers,
+        refused={**refused, "head_dim": _why_head_dim_stays(architecture)},
+    )
+
+
+def _trace_neurons(twin: Twin, width: str) -> Findings:
+    """What follows a width of neurons."""
+    bound = followers_of(twin, width, 1)
+    if bound is None:
+        return Findings(refused={width: own_rule(twin, width)})
+    if not bound.disk:
+        return Findings(refused={width: f"no tensor axis of {twin.architecture.config.model_type} follows it"})
+    return _trace_units(twin, bound, width)
+
+
+def _trace_units(twin: Twin, bound: Followers, width: str) -> Findings:
+    """What follows a width, one MLP of a layer after the other.
+
+    Several MLPs may share the width: one reader after the other is found, until every axis has one. Of the axes that
+    follow the hidden size only those within a layer are bound here, such as the channels of a convolution: what reads
+    those silences matrices, which nothing does to the channels of the residual stream.
+    """
+    widths, output_axis = twin.architecture.widths, output_axis_of(twin.model)
+    found: list[Binding] = []
+    readers: list[Binding] = []
+    inputs: list[Reader] = []
+    remaining, component = dict(bound.disk), int(width in GLOBAL_WIDTHS)
+    while remaining:
+        rest = replace(bound, disk=remaining)
+        unit_readers, labels = read_units(twin, rest, width)
+        if not unit_readers and width in GLOBAL_WIDTHS:
+            break
+        if not unit_readers:
+            unread = split_name(next(iter(remaining))[0])[0]
+            return Findings(refused={width: f"nothing that reads the units of {unread} was found"})
+        explained = {place: size for place, size in remaining.items() if bool((labels[place] >= 0).any())}
+        explained = with_biases(explained, remaining, output_axis)
+        part = replace(bound, disk=explained)
+        bindings, reason = bind(part, {width: labels}, widths, False, output_axis, component)
+        if reason or not explained:
+            return Findings(refused={width: reason or "no axis carries its units"})
+        found += bindings
+        readers += [binding for reader in unit_readers for binding in _reading(twin, part, reader, bindings)]
+        inputs += _inputs(twin, unit_readers, width, component)
+        remaining = {place: size for place, size in remaining.items() if place not in explained}
+        component += 1
+    return Findings(tuple(found), tuple(readers), tuple(inputs))
+
+
+def _trace_heads(twin: Twin, hidden: Followers | None) -> Findings:
+    """What follows query heads and KV groups.
+
+    Args:
+        hidden: what follows the hidden size, which stands in for the head dim where the two move together.
+    """
+    architecture = twin.architecture
+    widths, spaces = architecture.widths, _head_spaces(architecture.widths)
+    bound = followers_of(twin, "head_dim", 2) if architecture.explicit_head_dim else None
+    bound = bound or (hidden if architecture.hidden_follows_heads else None)
+    if bound is None or not bound.disk:
+        family = architecture.config.model_type
+        reason = f"the heads of {family} have sizes of their own (latent attention), which stay whole"
+        return Findings(refused=dict.fromkeys(spaces, reason))
+    reader = find_reader(twin, bound, widths, spaces)
+    if reader is None:
+        return Findings(refused=dict.fromkeys(spaces, "nothing that reads its heads was found"))
+    labels = {name: label_units(twin, bound, [reader], name, count) for name, count in spaces.items()}
+    loose = architecture.hidden_follows_heads
+    if loose and widths.num_key_value_heads == 1:
+        leave_channels_out(labels, widths)
+    bindings, reason = bind(bound, labels, widths, loose, output_axis_of(twin.model))
+    inputs = tuple(_inputs(twin, [reader], "num_attention_heads"))
+    if reason:
+        return Findings(inputs=inputs, refused=dict.fromkeys(spaces, reason))
+    whole = bind_whole_heads(twin, bound)
+    return Findings((*bindings, *whole), tuple(_reading(twin, bound, reader, bindings)), inputs)
+
+
+def _trace_channels(twin: Twin, hidden: Followers | None, taken: set[Place]) -> Findings:
+    """What follows the hidden size.
+
+    Args:
+        hidden: the axes whose size does.
+        taken: axes that other units are bound to.
+    """
+    width = "hidden_size"
+    if hidden is None:
+        return Findings(refused={width: own_rule(twin, width)})
+    if not hidden.disk:
+        return Findings(refused={width: f"no tensor axis of {twin.architecture.config.model_type} follows it"})
+    inner = _trace_units(twin, within_layers(hidden, taken), width)
+    taken = taken | {(binding.template, binding.axis) for binding in inner.bindings}
+    bindings, reason = bind_channels(hidden, taken, twin.architecture.widths)
+    if inner.refused or reason:
+        return Findings(refused=inner.refused or {width: reason})
+    return Findings((*inner.bindings, *bindings), inner.readers)
+
+
+def _inputs(twin: Twin, readers: Sequence[Place], width: str, component: int = 0) -> list[Reader]:
+    """The weights that can make up for units: what several weights read, none of them can make up for alone."""
+    places = [template_place(place) for place in readers]
+    return [Reader(*place, width, component) for place in places if len(places) == 1 and place in summed_axes(twin)]
+
+
+def _reading(twin: Twin, bound: Followers, reader: Place, bindings: list[Binding]) -> list[Binding]:
+    """Those bindings whose axis on disk is the reader's."""
+    units = torch.arange(bound.memory[reader])
+    marked = reader_on_disk(twin, bound, template_place(reader), units)
+    places = {(split_name(name)[0], axis) for name, axis in marked}
+    return [binding for binding in bindings if (binding.template, binding.axis) in places]
+
+
+def _head_spaces(widths: Widths) -> dict[str, int]:
+    return {name: getattr(widths, name) for name in HEAD_COUNTS if getattr(widths, name)}
+
+
+def _why_head_dim_stays(architecture: Architecture) -> str:
+    if architecture.hidden_follows_heads:
+        return "it follows the hidden size"
+    if not getattr(architecture.config, "rope_parameters", None):
+        return UNROTATED
+    return ROTARY if rotary_fraction(architecture.config) == 1 else PARTLY_ROTARY
+
+
+def _scored(twin: Twin) -> frozenset[str]:
+    """Templates of the tensors that count in importance: weights of linear maps and of LayerNorm, as in torch-pruning.
+
+    Biases, RMSNorm and embeddings do not count; an embedding that is tied to the output projection does, as the latter.
+    """
+    kinds: dict[int, bool] = {}
+    for module in twin.model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            counts = parameter.ndim >= 2 or (isinstance(module, nn.LayerNorm) and name == "weight")
+            counts = counts and not isinstance(module, nn.Embedding) and not name.endswith("bias")
+            kinds[id(parameter)] = kinds.get(id(parameter), False) or counts
+    marked = {
+        name: torch.full_like(parameter, float(kinds[id(parameter)])).detach()
+        for name, parameter in twin.model.named_parameters()
+    }
+    return frozenset(split_name(name)[0] for name, mark in on_disk(twin.model, marked).items() if mark.flatten()[0] > 0)

@@ -1,0 +1,65 @@
+"""What transformers makes of a configuration, without memory: names and shapes, as in memory and as on disk."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from llmprune_cli.errors import CheckpointError, UnsupportedError
+from llmprune_cli.folder.names import Shape
+
+
+def build_skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """The model on the `meta` device: every module and shape, no memory.
+
+    Raises:
+        UnsupportedError: transformers has no causal LM for this configuration.
+        CheckpointError: the configuration's sizes contradict each other.
+    """
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about empty tensors: sizes are checked elsewhere
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=_is_remote(config))
+    except ValueError as error:
+        if "Unrecognized configuration class" in str(error):
+            raise UnsupportedError(f"{config.model_type} is not a causal language model in transformers.") from None
+        raise CheckpointError(f"config.json does not describe a model: {error}") from error
+    except Exception as error:  # every model class raises its own kind
+        raise CheckpointError(f"config.json does not describe a model: {error}") from error
+    return model
+
+
+def _is_remote(config: PretrainedConfig) -> bool:
+    """Whether the configuration's own class came with the checkpoint; loading it was allowed only on request."""
+    return type(config).__module__.startswith("transformers_modules")
+
+
+def expected_index(config: PretrainedConfig) -> dict[str, Shape]:
+    """Names and shapes of the tensors that transformers saves for a configuration; a tied tensor appears once.
+
+    Raises:
+        UnsupportedError, CheckpointError: see `build_skeleton`.
+    """
+    model = build_skeleton(config)
+    return {name: tuple(tensor.shape) for name, tensor in on_disk(model, model.state_dict()).items()}
+
+
+def on_disk(model: PreTrainedModel, state: dict[str, Any]) -> dict[str, Any]:
+    """Rename and regroup tensors named as in memory into those that `save_pretrained` writes.
+
+    Works on anything shaped like the parameters: weights, gradients, shapes on `meta`.
+    """
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_save", None) or ()]
+    kept = {
+        name: tensor
+        for name, tensor in state.items()
+        if name not in tied and not any(pattern.search(name) for pattern in ignored)
+    }
+    converted: dict[str, Any] = revert_weight_conversion(model, kept)
+    return converted

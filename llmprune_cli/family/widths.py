@@ -1,0 +1,118 @@
+"""The widths of a model: their names, and the fields by which configurations say them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from llmprune_cli.errors import CheckpointError, UnsupportedError
+
+
+class Width(StrEnum):
+    """The names of widths: the fields of `Widths`, and what plans and options call them."""
+
+    HIDDEN = "hidden_size"
+    HEADS = "num_attention_heads"
+    GROUPS = "num_key_value_heads"
+    HEAD_DIM = "head_dim"
+    NEURONS = "intermediate_size"
+    EXPERT_NEURONS = "moe_intermediate_size"
+    SHARED_NEURONS = "shared_expert_intermediate_size"
+    EXPERTS = "num_experts"
+    LAYERS = "num_hidden_layers"
+
+
+# The names that configurations give to each width, most usual first; one that keeps several changes them together.
+FIELDS: dict[str, tuple[str, ...]] = {
+    Width.HIDDEN: ("hidden_size", "word_embed_proj_dim"),
+    Width.HEADS: ("num_attention_heads",),
+    Width.GROUPS: ("num_key_value_heads", "num_kv_heads"),
+    Width.HEAD_DIM: ("head_dim",),
+    Width.NEURONS: ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"),
+    Width.EXPERT_NEURONS: ("moe_intermediate_size",),
+    Width.SHARED_NEURONS: ("shared_expert_intermediate_size", "shared_intermediate_size"),
+    Width.EXPERTS: ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+    Width.LAYERS: ("num_hidden_layers",),
+}
+HEAD_COUNTS = (Width.HEADS, Width.GROUPS)
+NEURONS = (Width.NEURONS, Width.EXPERT_NEURONS, Width.SHARED_NEURONS)
+OPTIONAL = (Width.EXPERT_NEURONS, Width.SHARED_NEURONS, Width.EXPERTS)
+
+
+@dataclass(frozen=True)
+class Widths:
+    """The sizes that every layer shares."""
+
+    hidden_size: int  # D, channels of the residual stream
+    num_attention_heads: int  # H, query heads; 0 where no layer has attention, as the next two
+    num_key_value_heads: int  # K, KV groups
+    head_dim: int  # P
+    intermediate_size: int  # F, neurons of the MLP; of every expert where the family has no width of its own for them
+    num_hidden_layers: int  # L
+    moe_intermediate_size: int = 0  # neurons of a routed expert; 0 where the model has no such width
+    shared_expert_intermediate_size: int = 0  # neurons of the expert that every token passes
+    num_experts: int = 0  # E, routed experts
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one KV head; 1 where there are none."""
+        return self.num_attention_heads // self.num_key_value_heads if self.num_key_value_heads else 1
+
+    def changed_from(self, before: Widths) -> tuple[str, ...]:
+        """Names of the widths that differ."""
+        return tuple(f.name for f in fields(self) if getattr(self, f.name) != getattr(before, f.name))
+
+    def to_json(self) -> dict[str, int]:
+        """Plain dictionary."""
+        return asdict(self)
+
+
+def read_widths(config: PretrainedConfig) -> Widths:
+    """The widths of a configuration.
+
+    Raises:
+        UnsupportedError: a width is missing, or not the same for every layer.
+        CheckpointError: a width is not a positive number.
+    """
+    found = {width: _read(config, width) for width in FIELDS}
+    headless = found["num_attention_heads"] is None
+    if headless:  # a state-space model; what it calls heads is not attention's
+        found.update(num_attention_heads=0, num_key_value_heads=0, head_dim=0)
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        found["num_key_value_heads"] = 1  # Falcon's first layout, whatever num_kv_heads says
+    if found["num_key_value_heads"] is None:
+        found["num_key_value_heads"] = found["num_attention_heads"]
+    for width in ("hidden_size", "num_hidden_layers"):
+        if found[width] is None:
+            raise UnsupportedError(f"{config.model_type} has no {width}, so its layers cannot be pruned evenly.")
+    if found["head_dim"] is None:
+        found["head_dim"] = found["hidden_size"] // max(found["num_attention_heads"], 1)
+    if found["intermediate_size"] is None:
+        found["intermediate_size"] = 4 * found["hidden_size"]
+    for width in OPTIONAL:
+        found[width] = found[width] or 0
+    may_be_none = (*OPTIONAL, *HEAD_COUNTS, "head_dim") if headless else OPTIONAL
+    for width, value in found.items():
+        if isinstance(value, list | tuple):
+            raise UnsupportedError(f"{config.model_type} gives every layer its own {width}, which is not supported.")
+        if not isinstance(value, int) or isinstance(value, bool) or value < (width not in may_be_none):
+            raise CheckpointError(f"config.json has {width} = {value!r}; it must be a positive whole number.")
+    if not headless and found["num_attention_heads"] % found["num_key_value_heads"]:
+        heads, groups = found["num_attention_heads"], found["num_key_value_heads"]
+        raise CheckpointError(f"config.json has {heads} query heads for {groups} KV heads, which do not divide them.")
+    return Widths(**found)
+
+
+def _read(config: PretrainedConfig, width: str) -> Any:
+    return next((getattr(config, name) for name in FIELDS[width] if hasattr(config, name)), None)
+
+
+def field_changes(config: PretrainedConfig, width: str, size: int) -> dict[str, int]:
+    """The fields to set so that a configuration has a width of this size."""
+    present = [name for name in FIELDS[width] if hasattr(config, name)]
+    return {name: size for name in present if getattr(config, name) == getattr(config, present[0])} or {
+        str(width): size
+    }

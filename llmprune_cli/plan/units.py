@@ -1,0 +1,57 @@
+"""Which units stay: the best of each choice by its scores."""
+
+from __future__ import annotations
+
+import torch
+
+from llmprune_cli.coupling.trace import Keep
+from llmprune_cli.family.architecture import Architecture
+from llmprune_cli.family.widths import NEURONS, Widths
+
+Scores = dict[str, dict[str, torch.Tensor]]  # width → instance → score of each unit, float32 [units]
+
+
+def choose(scores: Scores, architecture: Architecture, after: Widths) -> Keep:
+    """The units that stay, each width ranked on its own: `torch.topk(…, largest=False)` names those to remove.
+
+    Under grouped-query attention KV groups are chosen first, then query heads within every group that stays. Experts
+    are chosen evenly within the groups that a router ranks.
+    """
+    keep: Keep = {}
+    before = architecture.widths
+    changed = after.changed_from(before)
+    for width in ("hidden_size", *NEURONS):
+        if width in changed:
+            keep[width] = {i: _best(score, getattr(after, width)) for i, score in scores.get(width, {}).items()}
+    if "num_experts" in changed:
+        groups = architecture.expert_groups
+        by_layer = scores.get("num_experts", {})
+        keep["num_experts"] = {i: _best_evenly(score, groups, after.num_experts) for i, score in by_layer.items()}
+    if "num_attention_heads" not in changed:
+        return keep
+    width = "num_attention_heads"
+    keep[width], keep["num_key_value_heads"] = {}, {}
+    for instance, by_head in scores[width].items():
+        per_group = by_head.view(before.num_key_value_heads, -1)
+        by_group = scores["num_key_value_heads"][instance] if before.heads_per_group > 1 else by_head
+        groups_kept = _best(by_group, after.num_key_value_heads)
+        heads = [
+            group * before.heads_per_group + head
+            for group in groups_kept
+            for head in _best(per_group[group], after.heads_per_group)
+        ]
+        keep[width][instance], keep["num_key_value_heads"][instance] = tuple(heads), groups_kept
+    return keep
+
+
+def _best_evenly(score: torch.Tensor, groups: int, count: int) -> tuple[int, ...]:
+    size = len(score) // groups
+    chosen = [_best(part, count // groups) for part in score.view(groups, size)]
+    return tuple(group * size + unit for group, units in enumerate(chosen) for unit in units)
+
+
+def _best(score: torch.Tensor, count: int) -> tuple[int, ...]:
+    removed = torch.topk(score, len(score) - count, largest=False).indices
+    mask = torch.ones(len(score), dtype=torch.bool)
+    mask[removed] = False
+    return tuple(mask.nonzero().flatten().tolist())
