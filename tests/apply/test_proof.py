@@ -13,8 +13,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conftest import tiny_config
-from families import FAMILIES, SIZES, model_type
 from llmprune_cli.apply.proof import half_of, prove
 from llmprune_cli.apply.pruned_folder import prune_twin
 from llmprune_cli.apply.second_opinion import hold_against_torch_pruning
@@ -22,6 +20,8 @@ from llmprune_cli.coupling.trace import Binding, Trace
 from llmprune_cli.coupling.twin import build_twin, proof_sizes, settle_head_dim, trace
 from llmprune_cli.errors import LlmpruneError, UnsupportedError
 from llmprune_cli.family.architecture import Architecture, Widths, discover, expected_index
+from support.families import FAMILIES, SIZES, model_type
+from support.tiny import tiny_config
 
 BINDINGS_BROKEN = 2  # of each width, drawn anew for every family
 

@@ -9,10 +9,9 @@ import numpy
 import pytest
 import torch
 
-from conftest import run_cli
 from llmprune_cli.choose.activity import Activity
 from llmprune_cli.choose.consensus import agree
-from llmprune_cli.run.calibration import spread_windows
+from support.cli import run_cli
 
 
 def activity(**scores: dict[str, torch.Tensor]) -> Activity:
@@ -43,12 +42,6 @@ def test_what_only_one_has_measured_goes_by_that_one() -> None:
         "num_attention_heads 1": [1, 0],
         "num_attention_heads 0": [0, 1],
     }
-
-
-def test_gradients_see_text_from_all_over() -> None:
-    windows = torch.arange(64).view(32, 2)
-    assert spread_windows(windows, 9)[:, 0].tolist() == [0, 20, 40, 62]
-    assert spread_windows(windows, 1).shape == (1, 2) and len(spread_windows(windows, 1000)) == 32
 
 
 @pytest.mark.parametrize("importance", ["range", "taylor"])

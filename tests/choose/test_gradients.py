@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from test_calibration import CALIBRATED
-from torch.nn.functional import cross_entropy
 
-from conftest import Opened, run_cli, save_tiny
-from llmprune_cli.choose.ablation import ablate_layers
 from llmprune_cli.choose.activity import Activity
 from llmprune_cli.choose.gradients import measure_gradients
 from llmprune_cli.choose.magnitude import EXPERTS, GROUPS, HEADS
-from llmprune_cli.coupling.subject import understand
-from llmprune_cli.errors import OutputError
-from llmprune_cli.run.calibration import CalibrationOptions, prepare_calibration
-from llmprune_cli.run.states import copy_states
-from llmprune_cli.source.opening import ModelReference, load_tokenizer, open_checkpoint
-from test_checkpoint_forms import rewrite
-
-
-def stock_loss(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    logits = model(tokens, use_cache=False).logits
-    return cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+from support.opened import Opened
+from support.stock import stock_loss
 
 
 def taylor(opened: Opened, folder: Path) -> tuple[Activity, dict[str, torch.Tensor]]:
@@ -97,58 +82,3 @@ def test_neurons_of_an_expert_that_no_token_reaches_are_ranked_by_weight(
     squares = squares + experts.down_proj.double().square().sum(1)
     for expert in unreached.nonzero().flatten().tolist():
         assert_equal(activity.scores["moe_intermediate_size"][f"3.{expert}"], squares[expert].detach())
-
-
-@pytest.mark.parametrize("opened", ["llama", "gemma3_text", "granite", "jamba"], indirect=True)
-def test_the_loss_of_a_layer_is_that_of_the_model_without_it(opened: Opened, tmp_path: Path) -> None:
-    with torch.inference_mode():
-        scores = ablate_layers(opened.layered, opened.tokens, tmp_path, lambda n: None)
-        whole = float(stock_loss(opened.model, opened.tokens))
-        for number, layer in enumerate(opened.model.model.layers):
-            forward = layer.forward
-            layer.forward = lambda hidden, *args, **kwargs: hidden
-            assert scores[number] == pytest.approx(float(stock_loss(opened.model, opened.tokens)) - whole, abs=1e-5)
-            layer.forward = forward
-    assert len({round(score, 3) for score in scores}) > 1
-
-
-def test_layers_go_by_their_influence_or_by_the_loss_without_them(tmp_path: Path, text_file: Path) -> None:
-    """A layer that writes nothing has no influence; among random ones there are some whose absence is a gain."""
-
-    def silence(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        silent = ("layers.1.self_attn.o_proj", "layers.1.mlp.down_proj")
-        return {
-            name: 0 * tensor if any(word in name for word in silent) else tensor for name, tensor in tensors.items()
-        }
-
-    source = rewrite(save_tiny(tmp_path / "saved", num_hidden_layers=4), tmp_path / "model", silence)
-    with open_checkpoint(ModelReference(str(source)), need_weights=True) as checkpoint:
-        options = CalibrationOptions(str(text_file), tokens=600, seq_len=40)
-        windows = prepare_calibration(options, load_tokenizer(checkpoint), 96, 64, 0, print).fitted
-        layered = understand(checkpoint).layered("cpu")
-        with torch.inference_mode():
-            scores = ablate_layers(layered, windows, tmp_path, lambda n: None)
-    by_loss = [layer for layer in range(4) if scores[layer] > min(scores)]
-    assert len(by_loss) == 3 and 1 in by_loss
-    for importance, by, kept in (("taylor", "influence", [0, 2, 3]), ("magnitude", "loss", by_loss)):
-        run = run_cli(
-            *("prune", source, "--layers", "3", "--intermediate-size", "24", "--importance", importance),
-            *("--layer-importance", by, "--calibration", text_file, *CALIBRATED, "--output", tmp_path / by),
-        )
-        assert run.code == 0, run.stderr
-        manifest = json.loads((tmp_path / by / "llmprune.json").read_text())
-        assert manifest["layers"] == kept
-        assert manifest["options"]["layer_importance"] == by and manifest["options"]["importance"] == importance
-
-
-def test_hidden_states_that_cannot_be_kept_are_a_users_error(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="--offload-dir"):
-        copy_states(torch.zeros(1, 2, 3), tmp_path / "absent")
-
-
-def test_what_is_written_into_kept_states_stays(tmp_path: Path) -> None:
-    states = torch.randn(2, 3, 4)
-    kept = copy_states(states[:, ::2], tmp_path)
-    assert torch.equal(kept, states[:, ::2])
-    kept[1] = 7
-    assert torch.equal(kept[1], torch.full((2, 4), 7.0)) and (states != 7).all()

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from conftest import BY_MAGNITUDE, Run, run_cli, save_tiny
-from llmprune_cli.processes import Processes
-from test_peer import written_tensors
+from support import TESTS
+from support.cli import BY_MAGNITUDE, Run, run_cli
+from support.stock import written_tensors
+from support.tiny import save_tiny
 
 ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
 ACCELERATE += ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-DRIVER = Path(__file__).with_name("several_commands.py")
+DRIVER = TESTS / "support" / "several_commands.py"
 WINDOWS = ("--max-seq-len", "32", "--dataset", "corpus.txt")
 CALIBRATED = (
     "--calibration",
@@ -102,9 +102,6 @@ def largest_difference(one: Path, two: Path) -> float:
     return max(float((a[name].double() - b[name].double()).norm() / a[name].double().norm()) for name in a)
 
 
-# --- eval ----------------------------------------------------------------------------------------------------------
-
-
 def test_accelerate_launch_evaluates_as_one_process_does(alone: Path) -> None:
     run = launch(*ACCELERATE, "-m", "llmprune_cli", *at_work("eval", "two"), cwd=alone)
     assert run.code == 0, run.stderr
@@ -119,17 +116,6 @@ def test_a_process_may_have_no_window(alone: Path, both: dict[str, list[Run]]) -
     found = json.loads(both["one window"][0].stdout)["results"][0]
     expected = json.loads(run_cli(*at_work("one window", "one")).stdout)["results"][0]
     assert found["perplexity"] == expected["perplexity"] and found["windows"] == 1
-
-
-@pytest.mark.parametrize(("windows", "together", "count"), [(15, 8, 2), (64, 8, 3), (1, 1, 4), (5, 2, 2), (9, 4, 2)])
-def test_shares_are_all_windows_once_in_whole_batches(windows: int, together: int, count: int) -> None:
-    every = torch.arange(windows)
-    shares = [Processes(rank, count).share(every, together) for rank in range(count)]
-    assert torch.equal(torch.cat(shares), every) and len(shares[0]) == max(map(len, shares)) > 0
-    assert all(len(share) % together == 0 for share in shares if len(share) and share[-1] < windows - 1)
-
-
-# --- prune ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["default", "experts", "rotate", "magnitude"])
@@ -158,9 +144,6 @@ def test_work_goes_on_in_as_many_processes_or_others(alone: Path, both: dict[str
     for side in ("one", "two"):
         assert largest_difference(alone / "two" / "default", alone / side / "resumed") < 1e-6
         assert not list((alone / side).glob(".resumed*"))
-
-
-# --- one voice, one end --------------------------------------------------------------------------------------------
 
 
 def test_only_the_first_process_speaks(both: dict[str, list[Run]]) -> None:

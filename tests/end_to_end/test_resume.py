@@ -10,21 +10,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from conftest import BY_MAGNITUDE, Run, run_cli, save_tiny
-from llmprune_cli.coupling.subject import understand
 from llmprune_cli.errors import OutputError
 from llmprune_cli.folder.staging import claimed
 from llmprune_cli.journal.workfolder import WorkFolder
-from llmprune_cli.plan.target import Target
-from llmprune_cli.source.opening import ModelReference, open_checkpoint
-from test_peer import written_tensors
+from support.cli import BY_MAGNITUDE, Run, run_cli
+from support.stock import written_tensors
+from support.tiny import save_tiny
 
 WORK = ".out.llmprune-work"
 MEASURING = "Measuring activity"
@@ -88,9 +85,6 @@ def interrupt_after(patched: pytest.MonkeyPatch, method: str, times: int) -> Non
             raise KeyboardInterrupt
 
     patched.setattr(WorkFolder, method, save_and_stop)
-
-
-# --- resume --------------------------------------------------------------------------------------------------------
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(
@@ -203,9 +197,6 @@ def test_options_that_would_do_nothing_are_refused(tiny_llama: Path, options: li
     assert run_cli("prune", tiny_llama, *options).code == 2
 
 
-# --- statistics ----------------------------------------------------------------------------------------------------
-
-
 def test_statistics_are_measured_once_for_several_targets(
     deep_llama: Path, calibrated: Arguments, tmp_path: Path
 ) -> None:
@@ -252,9 +243,6 @@ def test_a_folder_that_cannot_be_one_is_refused(
         assert run.code == 6 and option in run.stderr and not list(tmp_path.iterdir())
 
 
-# --- hidden states in files ----------------------------------------------------------------------------------------
-
-
 def test_hidden_states_in_files_give_the_same_bytes(
     tiny_llama: Path, calibrated: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,11 +257,3 @@ def test_hidden_states_in_files_give_the_same_bytes(
     assert mapped == [15 * 40 * 64] * 6
     assert written(tmp_path / "a") == written(tmp_path / "b")
     assert not list((tmp_path / "states").iterdir())
-
-
-def test_a_candidate_is_remembered_with_its_protected_layers(tiny_llama: Path, tmp_path: Path) -> None:
-    with open_checkpoint(ModelReference(str(tiny_llama)), need_weights=False) as checkpoint:
-        target = Target(understand(checkpoint).widths, (0,), ("moved",), (0,))
-    work = WorkFolder(tmp_path)
-    work.save_judged(target, 0.5)
-    assert work.judged(target) == 0.5 and work.judged(replace(target, protected=())) is None

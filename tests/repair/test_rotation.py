@@ -11,17 +11,16 @@ import numpy
 import pytest
 import torch
 
-import families
-from conftest import BY_MAGNITUDE, run_cli, save_tiny
-from llmprune_cli.apply.surgery import widen
 from llmprune_cli.coupling.subject import Subject, understand
 from llmprune_cli.errors import UnsupportedError
-from llmprune_cli.plan.target import read_plan
 from llmprune_cli.repair.residual_stream import ResidualStream, find_residual_stream
 from llmprune_cli.repair.rotation import principal_components, rotate, untie
 from llmprune_cli.source.opening import ModelReference, open_checkpoint
-from test_checkpoint_forms import rewrite
-from test_oracles import load_stock
+from support import families
+from support.checkpoints import rewrite
+from support.cli import run_cli
+from support.stock import load_stock
+from support.tiny import save_tiny
 
 TURNED = ["llama", "llama-mha", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "granite", "mixtral", "qwen3_moe"]
 TURNED += ["qwen2_moe", "olmoe", "granitemoe", "gpt_oss", "deepseek_v3", "glm4_moe", "helium", "mamba", "falcon_h1"]
@@ -134,21 +133,6 @@ def test_components_without_energy_go_without_a_trace(
     with torch.no_grad():
         logits = load_stock(tmp_path / "dropped")(tokens).logits
     assert (logits - load_stock(source)(tokens).logits).abs().max() > 0.1
-
-
-@pytest.mark.parametrize("offset", [0.0, 1.0])
-def test_a_wider_norm_gives_fewer_channels_what_they_had(offset: float, tiny_llama: Path, tmp_path: Path) -> None:
-    run = run_cli(
-        "prune", tiny_llama, *BY_MAGNITUDE, "--hidden-size", "40", "--dry-run", "--save-plan", tmp_path / "plan.json"
-    )
-    assert run.code == 0, run.stderr
-    plan = read_plan(tmp_path / "plan.json")
-    weight = torch.randn(64, dtype=torch.float64)
-    states = torch.randn(3, 64, dtype=torch.float64)
-    states[:, 40:] = 0
-    whole = torch.nn.functional.rms_norm(states, [64], weight + offset, eps=1e-20)[:, :40]
-    cut = torch.nn.functional.rms_norm(states[:, :40], [40], widen(weight[:40], offset, plan) + offset, eps=1e-20)
-    torch.testing.assert_close(cut, whole)
 
 
 @pytest.mark.parametrize(

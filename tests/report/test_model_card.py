@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from conftest import BY_MAGNITUDE, run_cli
+from support.cli import BY_MAGNITUDE, run_cli
 
 TEXT = ("--calibration-tokens", "600", "--calibration-seq-len", "40")
 

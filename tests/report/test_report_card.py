@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_calibration import CALIBRATED
 
-from conftest import BY_MAGNITUDE, run_cli, save_tiny
-from test_peer import written_tensors
+from support.cli import BY_MAGNITUDE, CALIBRATED, run_cli
+from support.stock import written_tensors
+from support.tiny import save_tiny
 
 
 @pytest.fixture(scope="module")

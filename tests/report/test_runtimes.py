@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from conftest import run_cli
+from support.cli import run_cli
 
 HEADS = ("--num-attention-heads", "4")  # of 8: query heads × head dim is then half of the hidden size
 

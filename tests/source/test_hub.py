@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import BY_MAGNITUDE, run_process
+from support.cli import BY_MAGNITUDE, run_process
 
 REPOSITORY, COMMIT = "tests/tiny-llama", "0123456789abcdef0123456789abcdef01234567"
 

@@ -1,7 +1,8 @@
 """Inputs that somebody made to break a reader: how each is made, the command that meets it, and its exit code.
 
-Run as a program, it tries all of them in forked processes, which have imported everything already, and prints a line of
-JSON for each: its name, the exit code, the seconds, the memory that was taken in bytes, and what was printed.
+`python -m support.hostile_inputs`, run from `tests/`, tries all of them in forked processes, which have imported
+everything already, and prints a line of JSON for each: its name, the exit code, the seconds, the memory that was taken
+in bytes, and what was printed.
 """
 
 from __future__ import annotations
@@ -24,15 +25,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import conftest
+from support.cli import BY_MAGNITUDE, run_cli
+from support.tiny import BYTE_LEVEL_VOCABULARY, save_byte_level, save_tiny
 
 SECONDS = 10  # after which a run is killed: five times what is allowed
 HUGE, DEEP = 2**60, 100_000
-PRUNE = ("prune", "MODEL", *conftest.BY_MAGNITUDE, "--pruning-ratio", "0.5", "--output", "OUT")
+PRUNE = ("prune", "MODEL", *BY_MAGNITUDE, "--pruning-ratio", "0.5", "--output", "OUT")
 EVAL = ("eval", "MODEL", "--dataset", "TEXT", "--max-seq-len", "32", "--limit", "1", "--device", "cpu")
 EXPORT = ("export", "MODEL", "--output", "OUT")
 VERIFY = ("inspect", "MODEL", "--verify")
-REPLAY = ("prune", "MODEL", *conftest.BY_MAGNITUDE, "--plan", "PLAN", "--output", "OUT")
+REPLAY = ("prune", "MODEL", *BY_MAGNITUDE, "--plan", "PLAN", "--output", "OUT")
 
 
 @dataclass(frozen=True)
@@ -509,12 +511,12 @@ for name in (
 
 def make_model(folder: Path) -> None:
     """A good model, a plan for it and a text."""
-    sizes = {"vocab_size": conftest.BYTE_LEVEL_VOCABULARY, "num_hidden_layers": 2}
-    conftest.save_tiny(folder / "model", shard="1GB", **sizes)
-    conftest.save_byte_level(folder / "model")
+    sizes = {"vocab_size": BYTE_LEVEL_VOCABULARY, "num_hidden_layers": 2}
+    save_tiny(folder / "model", shard="1GB", **sizes)
+    save_byte_level(folder / "model")
     (folder / "text.txt").write_text("It is only a text.\n" * 50)
     plan = ["--intermediate-size", "24", "--save-plan", folder / "model" / PLAN, "--dry-run"]
-    run = conftest.run_cli("prune", folder / "model", *conftest.BY_MAGNITUDE, *plan)
+    run = run_cli("prune", folder / "model", *BY_MAGNITUDE, *plan)
     assert run.code == 0, run.stderr
 
 
@@ -547,7 +549,7 @@ def run_in_child(arguments: list[str], writer: int) -> None:
     started, before = time.perf_counter(), usage.ru_maxrss
     code, printed = 1, ""
     try:
-        run = conftest.run_cli(*arguments)
+        run = run_cli(*arguments)
         code, printed = run.code, run.stdout + run.stderr
     except BaseException:
         printed = traceback.format_exc()

@@ -11,10 +11,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from conftest import run_cli, tiny_config
-from families import EXPORTED, FAMILIES, HEADS_OF_16, SIZES, model_type
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-README = Path(__file__).parents[1] / "README.md"
+from support import ROOT
+from support.cli import run_cli
+from support.families import EXPORTED, FAMILIES, HEADS_OF_16, SIZES, model_type
+from support.tiny import tiny_config
+
+README = ROOT / "README.md"
 COLUMNS = {
     "hidden_size": "hidden size",
     "num_attention_heads": "query heads",

@@ -7,18 +7,19 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-from hostile_inputs import INPUTS
+
+from support import TESTS
+from support.hostile_inputs import INPUTS
 
 MOST_SECONDS, MOST_BYTES = 2, 500 * 10**6
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forked")
 def test_hostile_inputs_are_refused(record_property: Callable[[str, object], None]) -> None:
-    script = Path(__file__).with_name("hostile_inputs.py")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    command = [sys.executable, "-m", "support.hostile_inputs"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS)
     assert done.returncode == 0, done.stderr
     *results, marked = map(json.loads, done.stdout.splitlines())
     assert marked == {"name": "ran code", "code": 0}, "code from an input ran"

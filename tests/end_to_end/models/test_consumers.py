@@ -12,11 +12,10 @@ import numpy
 import pytest
 import torch
 
-from conftest import BY_MAGNITUDE, run_cli
-from test_oracles import load_stock
-from test_real_model import converted, gguf
+from support import ROOT
+from support.cli import BY_MAGNITUDE, run_cli
+from support.stock import load_stock
 
-__all__ = ["converted", "gguf"]  # fixtures
 CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Germany": "Berlin"}
 TASK = """
 task: capitals
@@ -32,16 +31,16 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 
 
 @pytest.fixture(scope="module")
-def pruned(converted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pruned(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 without a KV group in each layer (so that heads × head dim is not the hidden size) and fewer neurons."""
     folder = tmp_path_factory.mktemp("consumers") / "pruned"
     widths = ("--num-key-value-heads", "2", "--intermediate-size", "1472")
-    run = run_cli("prune", converted, *widths, *BY_MAGNITUDE, "--output", folder)
+    run = run_cli("prune", smollm2, *widths, *BY_MAGNITUDE, "--output", folder)
     assert run.code == 0, run.stderr
     return folder
 
 
-@pytest.mark.parametrize("which", ["converted", "pruned"])
+@pytest.mark.parametrize("which", ["smollm2", "pruned"])
 def test_lm_eval_scores_a_folder(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="lm_eval is not installed; run make check-consumers")
     folder: Path = request.getfixturevalue(which)
@@ -112,7 +111,7 @@ def test_the_readmes_block_generates_text(runtime: str, pruned: Path, tmp_path: 
     pytest.importorskip(runtime, reason=f"{runtime} is not installed; run make check-consumers")
     if runtime == "vllm" and not torch.cuda.is_available():
         pytest.skip("vLLM from PyPI needs a GPU")
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     script = next(block for block in readme.split("```") if block.startswith("sh\n") and BLOCKS[runtime] in block)[3:]
     (tmp_path / "pruned").symlink_to(pruned)
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "400"}

@@ -1,5 +1,7 @@
 """A dry run on published configurations of every size: legal widths, the right count, and within seconds."""
 
+from __future__ import annotations
+
 import json
 import time
 from pathlib import Path
@@ -7,12 +9,11 @@ from typing import Any
 
 import pytest
 
-from conftest import run_cli
-from published_configs import CONFIGS, PARAMETERS
+from support.cli import run_cli
+from support.published_configs import CONFIGS, PARAMETERS
 
 PRUNING_RATIOS = (0.1, 0.25, 0.5)
 TIME_LIMIT = 10.0  # seconds of CPU time for each dry run, whatever the model's size and whatever else the machine does
-
 # Configuration field → the width that it holds, written out for every family so as not to lean on the tool's own table.
 HEADS = {"num_attention_heads": "num_attention_heads", "num_key_value_heads": "num_key_value_heads"}
 HIDDEN_AND_HEADS = {"hidden_size": "hidden_size", "head_dim": "head_dim", **HEADS}

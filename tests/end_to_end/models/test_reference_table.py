@@ -1,11 +1,13 @@
 """The widths and parameter counts that the reference example printed, from configurations alone."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 
 import pytest
 
-from conftest import run_cli
+from support.cli import run_cli
 
 LLAMA3 = {
     "model_type": "llama",

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conftest import BY_MAGNITUDE, run_cli, save_tiny
-from families import FAMILIES, SIZES, model_type
-from test_oracles import load_stock
+from support.cli import BY_MAGNITUDE, run_cli
+from support.families import FAMILIES, SIZES, model_type
+from support.stock import load_stock
+from support.tiny import save_tiny
 
 PLAN = 5
 HIDDEN_IS_HEADS = ("gpt2", "gpt_neox", "opt", "falcon", "stablelm", "olmoe", "biogpt", "helium")

@@ -11,11 +11,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from prune_1b import Bound, Measurement, measure, print_bounds, print_table, say
-
-from conftest import save_tokenizer
+from support.tiny import save_tokenizer
+from tools.bench.prune_1b import Bound, Measurement, measure, print_bounds, print_table, say
 
 # Two layers of Llama-3.1-8B, and a smaller shape for depths.
 SLICE_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}

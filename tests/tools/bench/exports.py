@@ -20,7 +20,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from prune_1b import (
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tools.bench.prune_1b import (
     MODEL_1B,
     MODEL_TINY,
     Bound,

@@ -17,7 +17,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from prune_1b import (
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tools.bench.prune_1b import (
     Bound,
     Measurement,
     count_parameters,

@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from exports import make_whole
-from prune_1b import Bound, print_bounds, print_table, say
+from tools.bench.exports import make_whole
+from tools.bench.prune_1b import Bound, print_bounds, print_table, say
 
 ONE = (sys.executable, "-m", "llmprune_cli")
 TWO = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")

@@ -18,8 +18,10 @@ from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 
-from quality_runs import MODEL, OUTPUT, ROOT, STAGE, STATISTICS, Bench, Outcome, Row, run_command, run_row
-from quality_verdicts import (
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tools.bench.quality_runs import MODEL, OUTPUT, ROOT, STAGE, STATISTICS, Bench, Outcome, Row, run_command, run_row
+from tools.bench.quality_verdicts import (
     AXES,
     DENSE,
     OPTIPFAIR,

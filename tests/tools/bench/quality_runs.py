@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PROGRAMS = {"llmprune": ["-m", "llmprune_cli"], "optipfair": [str(Path(__file__).with_name("optipfair_choice.py"))]}
 CODE = (*sorted((ROOT / "llmprune_cli").rglob("*.py")), Path(__file__), Path(PROGRAMS["optipfair"][0]))
 MODEL, STAGE, OUTPUT, STATISTICS = "MODEL", "STAGE", "OUTPUT", "STATISTICS"  # stand for folders in a row's commands

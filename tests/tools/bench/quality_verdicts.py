@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from quality_runs import Outcome
+from tools.bench.quality_runs import Outcome
 
 WIKITEXT2, PYTHON_DOCS = "wikitext2", "python-docs"
 DENSE, QUARTER = "dense", "25% of MLP neurons, ours"

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from quality import axis_row, count_parameters, optipfair_row, rival_rows, width_options
-from quality_runs import Bench, Outcome, Row, run_row
-from quality_verdicts import DENSE, OURS, PYTHON_DOCS, QUARTER, ROWS, TARGETS, WIKITEXT2, judge
+from tools.bench.quality import axis_row, count_parameters, optipfair_row, rival_rows, width_options
+from tools.bench.quality_runs import Bench, Outcome, Row, run_row
+from tools.bench.quality_verdicts import DENSE, OURS, PYTHON_DOCS, QUARTER, ROWS, TARGETS, WIKITEXT2, judge
 
 SMOLLM2 = {
     "hidden_size": 576,

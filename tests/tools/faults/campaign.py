@@ -26,10 +26,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-
-import conftest
+from support.cli import BY_MAGNITUDE
+from support.tiny import BYTE_LEVEL_VOCABULARY, save_byte_level, save_tiny
 
 WATCHED = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.scandir", "os.listdir")
 WORK = ".out.llmprune-work"
@@ -40,11 +40,11 @@ NEUTRAL = ("llmprune.json", "README.md")  # hold speeds, which differ from run t
 
 # --- commands ------------------------------------------------------------------------------------------------------
 
-BY_MAGNITUDE = [*conftest.BY_MAGNITUDE, "--pruning-ratio", "0.5", "--max-shard-size", "20KB"]
+HALF = [*BY_MAGNITUDE, "--pruning-ratio", "0.5", "--max-shard-size", "20KB"]
 CALIBRATED = ["--intermediate-size", "24", "--calibration-tokens", "240", "--calibration-seq-len", "40"]
 COMMANDS = {
-    "prune": ["prune", "SOURCE", *BY_MAGNITUDE],
-    "prune, overwriting": ["prune", "SOURCE", *BY_MAGNITUDE, "--overwrite"],
+    "prune": ["prune", "SOURCE", *HALF],
+    "prune, overwriting": ["prune", "SOURCE", *HALF, "--overwrite"],
     "prune, calibrated": ["prune", "SOURCE", *CALIBRATED, "--calibration", "TEXT", "--max-shard-size", "20KB"],
     "export": ["export", "SOURCE", "--dtype", "float16", "--max-shard-size", "20KB"],
     "export, overwriting": ["export", "SOURCE", "--dtype", "bfloat16", "--overwrite"],
@@ -450,9 +450,9 @@ def make_inputs(root: Path) -> None:
     """A tiny checkpoint and a text, made in a process of their own, so that the forked ones start from a clean one."""
     process = os.fork()
     if process == 0:
-        sizes = {"num_hidden_layers": 3, "initializer_range": 0.15, "vocab_size": conftest.BYTE_LEVEL_VOCABULARY}
-        conftest.save_tiny(root / "model", shard="40KB", **sizes)
-        conftest.save_byte_level(root / "model")
+        sizes = {"num_hidden_layers": 3, "initializer_range": 0.15, "vocab_size": BYTE_LEVEL_VOCABULARY}
+        save_tiny(root / "model", shard="40KB", **sizes)
+        save_byte_level(root / "model")
         lines = (f"{number} times {number + 7} is {number * (number + 7)}." for number in range(300))
         (root / "text.txt").write_text("\n".join(lines))
         os._exit(0)

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 DOCUMENT = b"\1"  # begins an input that says how to change a good document; any other is the file itself
 
@@ -28,13 +28,13 @@ def fuzz(name: str, seconds: int, findings: Path) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["llmprune_cli"]):
-        import llmprune_cli.architecture
-        import llmprune_cli.integrity
-        import llmprune_cli.loading
-        import llmprune_cli.model_card
-        import llmprune_cli.pipeline
-        import llmprune_cli.plan  # noqa: F401
-    from readers import attempt, model_folder, reader
+        import llmprune_cli.commands.pipeline
+        import llmprune_cli.family.architecture
+        import llmprune_cli.folder.integrity
+        import llmprune_cli.plan.target
+        import llmprune_cli.report.model_card
+        import llmprune_cli.source.opening  # noqa: F401
+    from tools.fuzz.readers import attempt, model_folder, reader
 
     with model_folder() as folder:
         chosen = reader(name, folder)
@@ -65,7 +65,7 @@ def fuzz(name: str, seconds: int, findings: Path) -> None:
 
 def changed_document(good: bytes, provider: Any) -> bytes:
     """A good JSON document with other values at up to three places."""
-    from readers import mutated
+    from tools.fuzz.readers import mutated
 
     document = json.loads(good)
     for _ in range(provider.ConsumeIntInRange(1, 3)):
@@ -88,7 +88,7 @@ def run(name: str, seconds: int, findings: Path) -> int:
 
 def main() -> None:
     """Fuzz all readers and print what came of it."""
-    from readers import READS
+    from tools.fuzz.readers import READS
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10, help="for each reader (default: 10)")

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import conftest
+from support.cli import BY_MAGNITUDE, run_cli
+from support.tiny import BYTE_LEVEL_VOCABULARY, save_byte_level, save_tiny
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,13 @@ def model_folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
         folder = Path(name)
         source, pruned = folder / "source", folder / "model"
-        sizes = {"vocab_size": conftest.BYTE_LEVEL_VOCABULARY, "num_hidden_layers": 1, "hidden_size": 32}
-        conftest.save_tiny(source, shard="100MB", **sizes)
-        conftest.save_byte_level(source)
+        sizes = {"vocab_size": BYTE_LEVEL_VOCABULARY, "num_hidden_layers": 1, "hidden_size": 32}
+        save_tiny(source, shard="100MB", **sizes)
+        save_byte_level(source)
         plan = ("--intermediate-size", "24", "--save-plan", folder / "plan.json", "--max-shard-size", "60KB")
-        run = conftest.run_cli("prune", source, *conftest.BY_MAGNITUDE, *plan, "--output", pruned)
+        run = run_cli("prune", source, *BY_MAGNITUDE, *plan, "--output", pruned)
         assert run.code == 0, run.stderr
-        run = conftest.run_cli("export", source, "--format", "gguf", "--no-verify", "--output", folder / "gguf")
+        run = run_cli("export", source, "--format", "gguf", "--no-verify", "--output", folder / "gguf")
         assert run.code == 0, run.stderr
         (folder / "plan.json").rename(pruned / "plan.json")
         next((folder / "gguf").glob("*.gguf")).rename(pruned / "model.gguf")
