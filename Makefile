@@ -29,10 +29,10 @@ $(FUZZ): $(INSTALLED)
 	touch $@
 
 demo: $(INSTALLED)  ## inspect, prune, evaluate and reload a real model
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/demo/demo.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/tools/demo/demo.py
 
 matrix: $(INSTALLED)  ## write the support matrix into the README
-	$(BIN)/python tests/support_matrix.py
+	$(BIN)/python tests/tools/support_matrix.py
 
 test: $(INSTALLED)  ## run all tests
 	$(BIN)/python -m pytest -n auto --dist worksteal
@@ -49,31 +49,31 @@ fix: $(INSTALLED)  ## repair what can be repaired automatically
 	$(BIN)/ruff format .
 
 bench: $(INSTALLED)  ## compare with torch-pruning's own pruner on a 1.33B model
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/bench/prune_1b.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/tools/bench/prune_1b.py
 
 bench-exports: $(INSTALLED)  ## a real model in every export format, and the cost of a large GGUF file
-	$(BIN)/python tests/bench/exports.py
+	$(BIN)/python tests/tools/bench/exports.py
 
 fuzz: $(FUZZ)  ## feed the readers of other people's files with bytes that break readers
-	$(BIN)/python tests/fuzz/fuzz.py --minutes $(MINUTES)
+	$(BIN)/python tests/tools/fuzz/fuzz.py --minutes $(MINUTES)
 
 faults: $(INSTALLED)  ## kill runs, fill disks, lose files: nothing may be lost or half-written
-	$(BIN)/python tests/faults/campaign.py
+	$(BIN)/python tests/tools/faults/campaign.py
 
 bench-8b: $(INSTALLED)  ## prune 16 GB under a limit of 2 GB, and what a gigabyte costs
-	$(BIN)/python tests/bench/large_models.py
+	$(BIN)/python tests/tools/bench/large_models.py
 
 bench-memory: $(INSTALLED)  ## peak memory and time of a calibrated prune, on 8B layers and by depth
-	$(BIN)/python tests/bench/calibrated_memory.py
+	$(BIN)/python tests/tools/bench/calibrated_memory.py
 
 bench-processes: $(INSTALLED)  ## two processes against one: perplexity, plan, tensors and wall time
-	$(BIN)/python tests/bench/processes.py
+	$(BIN)/python tests/tools/bench/processes.py
 
 bench-quality: $(OPTIPFAIR)  ## compare what pruned models are still worth, with other methods at equal size
-	$(BIN)/python tests/bench/quality.py
+	$(BIN)/python tests/tools/bench/quality.py
 
 check-consumers: $(CONSUMERS)  ## run pruned folders through lm-evaluation-harness, peft and mlx-lm
-	$(BIN)/python -m pytest tests/test_consumers.py
+	$(BIN)/python -m pytest tests/end_to_end/models/test_consumers.py
 
 check-ranges:  ## run the core suite on the lowest versions that pyproject.toml allows
 	$(PYTHON) -m venv --clear $(VENV)-lowest

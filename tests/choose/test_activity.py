@@ -1,0 +1,55 @@
+"""Importance from activations is what its formulas say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmprune_cli.choose.activity import measure_activity
+from llmprune_cli.coupling.subject import understand
+from llmprune_cli.options import ModelReference
+from llmprune_cli.run.calibration import CalibrationOptions, prepare_calibration
+from llmprune_cli.source.opening import load_tokenizer, open_checkpoint
+from support.cli import CALIBRATED, run_cli
+from support.opened import Opened
+from support.tiny import save_tiny
+
+
+@pytest.mark.parametrize("opened", ["llama", "gpt2"], indirect=True)
+def test_activity_is_what_its_formulas_say(opened: Opened) -> None:
+    subject, model = opened.subject, opened.model
+    seen: dict[str, torch.Tensor] = {}
+    base = "model.layers.1.mlp.down_proj" if "llama" in type(model).__name__.lower() else "transformer.h.1.mlp.c_proj"
+    model.get_submodule(base).register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
+    with torch.inference_mode():
+        hidden = model(opened.tokens, use_cache=False, output_hidden_states=True).hidden_states
+        start = opened.layered.embed(opened.tokens)
+        activity = measure_activity(opened.layered, subject.trace, start, "activation", lambda n: None)
+        weight = model.get_submodule(base).weight.double()
+        matrix = weight if "llama" in base or "model." in base else weight.T
+        expected = matrix.square().sum(0) * seen["x"].double().square().flatten(0, 1).mean(0)
+        torch.testing.assert_close(activity.scores["intermediate_size"]["1"], expected, rtol=1e-5, atol=0)
+        cosine = torch.nn.functional.cosine_similarity(hidden[1], hidden[2], dim=-1).double().mean()
+        assert activity.influence[1] == pytest.approx(1 - float(cosine), abs=1e-6)
+
+
+def test_layers_go_by_block_influence(tiny_llama: Path, tmp_path: Path, text_file: Path) -> None:
+    source = save_tiny(tmp_path / "model", num_hidden_layers=5)
+    plan = tmp_path / "plan.json"
+    options = ("--importance", "activation", "--calibration", text_file, *CALIBRATED)
+    run = run_cli("prune", source, "--layers", "3", "--save-plan", plan, "--output", tmp_path / "out", *options)
+    assert run.code == 0, run.stderr
+    with open_checkpoint(ModelReference(str(source)), need_weights=True) as checkpoint:
+        subject = understand(checkpoint)
+        text = prepare_calibration(
+            CalibrationOptions(str(text_file), tokens=600, seq_len=40), load_tokenizer(checkpoint), 96, 64, 0, print
+        )
+        with torch.inference_mode():
+            layered = subject.layered("cpu")
+            start = layered.embed(text.fitted)
+            activity = measure_activity(layered, subject.trace, start, "activation", lambda n: None)
+    least = sorted(range(5), key=activity.influence.__getitem__)[:2]
+    assert json.loads(plan.read_text())["layers"] == [layer for layer in range(5) if layer not in least]

@@ -1,0 +1,31 @@
+"""Help that is quick, and the version."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+
+import llmprune_cli
+from support.cli import run_cli
+
+
+def test_help_is_quick_and_leaves_torch_alone() -> None:
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "llmprune_cli", "--help"], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - started)
+        assert done.returncode == 0 and all(name in done.stdout for name in ("inspect", "prune", "eval", "export"))
+    assert statistics.median(seconds) < 0.5
+    code = (
+        "import sys\nfrom llmprune_cli.__main__ import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules), 'heavy imports'"
+    )
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_version() -> None:
+    assert run_cli("--version").stdout == f"llmprune {llmprune_cli.__version__}\n"

@@ -1,0 +1,176 @@
+"""Models that are missing, cut short or contradict themselves: one clear message, nothing written, nothing changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.cli import BY_MAGNITUDE, run_cli
+from support.refusals import CHECKPOINT, UNSUPPORTED, assert_prune_refused, assert_refused, edit_json, state_of
+
+
+@pytest.mark.parametrize("command", ["inspect", "prune", "eval", "export"])
+def test_a_missing_path_is_named_by_every_command(tmp_path: Path, command: str) -> None:
+    options = {
+        "inspect": [],
+        "prune": ["--pruning-ratio", "0.5", "--output", tmp_path / "out"],
+        "eval": [],
+        "export": ["--output", tmp_path / "out"],
+    }[command]
+    assert_refused(run_cli(command, tmp_path / "nowhere", *options), CHECKPOINT, "nowhere", "does not exist")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_gguf_file_is_named(tmp_path: Path) -> None:
+    assert_prune_refused(tmp_path / "nowhere.gguf", tmp_path, CHECKPOINT, "nowhere.gguf does not exist")
+
+
+def test_a_file_that_only_claims_to_be_gguf(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"not really")
+    assert_prune_refused(tmp_path / "model.gguf", tmp_path, CHECKPOINT, "is not a GGUF file")
+
+
+def test_a_truncated_gguf_file(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\x00\x00\x00\x05\x00\x00\x00")
+    assert_prune_refused(tmp_path / "model.gguf", tmp_path, CHECKPOINT, "model.gguf")
+
+
+def test_a_file_instead_of_a_folder(model: Path, tmp_path: Path) -> None:
+    assert_prune_refused(model / "config.json", tmp_path, CHECKPOINT, "neither a model folder nor a .gguf file")
+
+
+def test_a_folder_without_config(model: Path, tmp_path: Path) -> None:
+    (model / "config.json").unlink()
+    assert_prune_refused(model, tmp_path, CHECKPOINT, "has no config.json")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\udcff"])
+def test_a_config_that_is_not_a_json_object(model: Path, tmp_path: Path, text: str) -> None:
+    (model / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+    assert_prune_refused(model, tmp_path, CHECKPOINT, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_size", "wide"),
+        ("hidden_size", 0),
+        ("hidden_size", -64),
+        ("num_attention_heads", 0),
+        ("num_attention_heads", 7),
+        ("num_key_value_heads", 3),
+        ("num_hidden_layers", 0),
+        ("intermediate_size", None),
+        ("model_type", None),
+    ],
+)
+def test_sizes_that_make_no_model(model: Path, tmp_path: Path, field: str, value: object) -> None:
+    edit_json(model / "config.json", lambda config: config.update({field: value}))
+    before = state_of(tmp_path)
+    run = run_cli("prune", model, *BY_MAGNITUDE, "--pruning-ratio", "0.5", "--output", tmp_path / "out")
+    assert run.code in (CHECKPOINT, UNSUPPORTED), run.stderr
+    assert "Traceback" not in run.stderr and run.stderr.startswith("Error: ")
+    assert state_of(tmp_path) == before
+
+
+def test_a_config_without_weights_where_weights_are_needed(model: Path, tmp_path: Path) -> None:
+    for shard in model.glob("*.safetensors*"):
+        shard.unlink()
+    assert_prune_refused(model, tmp_path, CHECKPOINT, "has no weights")
+    assert_refused(run_cli("eval", model), CHECKPOINT, "has no weights")
+    assert_refused(run_cli("export", model, "--output", tmp_path / "out"), CHECKPOINT, "has no weights")
+
+
+def test_a_truncated_shard(model: Path, tmp_path: Path) -> None:
+    shard = sorted(model.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert_prune_refused(model, tmp_path, CHECKPOINT, shard.name)
+    assert_refused(run_cli("inspect", model), CHECKPOINT, shard.name)
+
+
+def test_an_index_that_names_a_missing_shard(model: Path, tmp_path: Path) -> None:
+    shard = sorted(model.glob("*.safetensors"))[-1]
+    shard.unlink()
+    assert_prune_refused(model, tmp_path, CHECKPOINT, shard.name, "missing")
+
+
+def test_an_index_that_leaves_its_folder(model: Path, tmp_path: Path) -> None:
+    index = model / "model.safetensors.index.json"
+    edit_json(index, lambda document: document["weight_map"].update({"lm_head.weight": "../secret.safetensors"}))
+    assert_prune_refused(model, tmp_path, CHECKPOINT, "outside its folder")
+
+
+def test_shapes_that_contradict_the_config(model: Path, tmp_path: Path) -> None:
+    edit_json(model / "config.json", lambda config: config.update(intermediate_size=52))
+    assert_prune_refused(model, tmp_path, CHECKPOINT, "[48, 64]", "[52, 64]")
+
+
+def test_fewer_layers_on_disk_than_in_the_config(model: Path, tmp_path: Path) -> None:
+    edit_json(model / "config.json", lambda config: config.update(num_hidden_layers=3))
+    assert_prune_refused(model, tmp_path, CHECKPOINT, "lacks", "layers.2.")
+
+
+def test_a_pickle_that_would_run_code(model: Path, tmp_path: Path) -> None:
+    import torch
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    for shard in model.glob("*.safetensors*"):
+        shard.unlink()
+    torch.save({"weight": Evil()}, model / "pytorch_model.bin")
+    assert_prune_refused(model, tmp_path, CHECKPOINT, "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("model_type", ["vit", "t5", "whisper", "no-such-model"])
+def test_an_architecture_that_is_no_causal_lm(tmp_path: Path, model_type: str) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": model_type}))
+    run = run_cli("inspect", tmp_path / "model")
+    assert_refused(run, UNSUPPORTED, model_type)
+
+
+def test_code_from_the_checkpoint_runs_on_request_only(model: Path, tmp_path: Path) -> None:
+    def bring_code(config: dict[str, Any]) -> None:
+        config.update(model_type="home-made", auto_map={"AutoConfig": "configuration_home.HomeConfig"})
+
+    edit_json(model / "config.json", bring_code)
+    (model / "configuration_home.py").write_text(f"import os; os.mkdir({str(tmp_path / 'owned')!r})")
+    assert_prune_refused(model, tmp_path, UNSUPPORTED, "--trust-remote-code")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["eval", "--max-seq-len", "32", "--dataset"],
+        ["prune", "--intermediate-size", "24", "--calibration-seq-len", "32", "--output", "out", "--calibration"],
+        ["export", "--format", "torch-export", "--output", "out"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_tokenizers_own_code_runs_on_request_only(
+    command: list[str], model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (model / "tokenization_home.py").write_text(
+        "from pathlib import Path\nfrom transformers import PreTrainedTokenizerFast\n\n\n"
+        "class HomeTokenizer(PreTrainedTokenizerFast):\n    def __init__(self, *args, **options):\n"
+        f"        Path({str(tmp_path / 'ran')!r}).touch()\n        super().__init__(*args, **options)\n"
+    )
+    brought = {"AutoTokenizer": [None, "tokenization_home.HomeTokenizer"]}
+    edit_json(
+        model / "tokenizer_config.json", lambda config: config.update(tokenizer_class="HomeTokenizer", auto_map=brought)
+    )
+    words = [*command[1:], *([text_file] if command[-1].startswith("--") else [])]
+    run = run_cli(command[0], model, *words)
+    assert "Traceback" not in run.stderr and not (tmp_path / "ran").exists()
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    run = run_cli(command[0], model, "--trust-remote-code", *words)
+    assert run.code == 0, run.stderr
+    assert (tmp_path / "ran").exists()

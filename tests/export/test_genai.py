@@ -1,0 +1,50 @@
+"""onnxruntime-genai generates what transformers does, or the model is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmprune_cli.export.genai import FAMILIES as GENAI_FAMILIES
+from llmprune_cli.export.genai import PACKAGE
+from support import families
+from support.exports import export, needs_genai, pruned, verified
+from support.tiny import save_tiny
+
+
+@needs_genai
+@pytest.mark.parametrize("family", families.EXPORTED)
+def test_genai_generates_what_transformers_does_or_is_refused(family: str, tmp_path: Path) -> None:
+    folder = pruned(tmp_path, family, **families.HEADS_OF_16)
+    run = export(folder, tmp_path / "genai", "genai", "--dtype", "f32")
+    if family not in GENAI_FAMILIES:
+        assert run.code == 4 and "its builder" in run.stderr and not (tmp_path / "genai").exists()
+        return
+    document = verified(run)
+    assert document["verification"]["same_tokens"] == 1 and document["verification"]["runtime"].startswith(PACKAGE)
+    assert {"genai_config.json", "model.onnx", "tokenizer.json", "config.json"} <= {*document["files"]}
+
+
+@needs_genai
+@pytest.mark.parametrize(("dtype", "limit"), [("int8", 0.01), ("int4", 0.5)])
+def test_genai_quantizes_within_its_limits(dtype: str, limit: float, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", **families.HEADS_OF_16)
+    assert verified(export(folder, tmp_path / "genai", "genai", "--dtype", dtype))["verification"]["kl_limit"] >= limit
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("llama", {}, "head dim in multiples of 16, not 8"),
+        ("phi", families.HEADS_OF_16, "share of a head that turns in multiples of 16, not 8"),
+        ("opt", {}, "not known to be right for opt"),
+    ],
+)
+def test_genai_is_refused_from_the_configuration(
+    family: str, changes: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    settings = {**families.SIZES, **families.FAMILIES[family], **changes}
+    run = export(save_tiny(tmp_path / "model", family, **settings), tmp_path / "genai", "genai")
+    assert run.code == 4 and reason in run.stderr and not (tmp_path / "genai").exists()

@@ -1,0 +1,58 @@
+"""ONNX graphs: the same probabilities for any batch and length, with a cache and without."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from support import families
+from support.cli import run_cli
+from support.exports import export, needs_onnx, pruned, verified
+from support.stock import load_stock
+from support.tiny import save_tiny
+
+
+@needs_onnx
+@pytest.mark.parametrize("family", families.EXPORTED)
+def test_an_onnx_graph_reads_prompts_and_goes_on_with_its_cache(family: str, tmp_path: Path) -> None:
+    from llmprune_cli.export.onnx_graph import open_onnx
+
+    folder = pruned(tmp_path, family)
+    document = verified(export(folder, tmp_path / "graph", "onnx", "--dtype", "f32"))
+    assert document["verification"]["same_tokens"] == 1
+    assert {"model.onnx", "model.onnx.data", "config.json", "tokenizer.json"} <= {*document["files"]}
+    model, tokens, done = load_stock(folder), torch.randint(3, 90, (3, 20)), 0
+    with torch.no_grad(), open_onnx(tmp_path / "graph") as graph:
+        expected, past = model(input_ids=tokens, use_cache=False).logits, graph.empty_past(3)
+        assert past
+        for step in (7, 1, 5, 1, 6):
+            logits, past = graph.run(tokens[:, done : done + step], past)
+            torch.testing.assert_close(logits, expected[:, done : done + step], rtol=1e-3, atol=1e-4)
+            done += step
+
+
+@needs_onnx
+def test_an_onnx_graph_without_a_cache_takes_token_ids_only(tmp_path: Path) -> None:
+    from llmprune_cli.export.onnx_graph import open_onnx
+
+    folder = save_tiny(tmp_path / "model")
+    verified(export(folder, tmp_path / "graph", "onnx", "--no-kv-cache"))
+    tokens = torch.randint(3, 90, (2, 9))
+    with torch.no_grad(), open_onnx(tmp_path / "graph") as graph:
+        assert [*graph.inputs] == ["input_ids"]
+        logits, _ = graph.run(tokens, {})
+        torch.testing.assert_close(logits, load_stock(folder)(input_ids=tokens).logits, rtol=1e-3, atol=1e-4)
+
+
+@needs_onnx
+def test_a_state_that_is_no_cache_is_refused(tmp_path: Path) -> None:
+    settings = {**families.SIZES, **families.FAMILIES["lfm2"]}
+    folder = save_tiny(tmp_path / "model", "lfm2", **settings)
+    run = export(folder, tmp_path / "graph", "onnx")
+    assert run.code == 4 and "--no-kv-cache" in run.stderr and not (tmp_path / "graph").exists()
+    said = json.loads(run_cli("inspect", folder, "--json").stdout)["runtimes"]
+    assert "with --no-kv-cache" in next(fit["note"] for fit in said if fit["runtime"] == "ONNX Runtime")
+    verified(export(folder, tmp_path / "graph", "onnx", "--no-kv-cache"))

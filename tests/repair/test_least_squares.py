@@ -1,0 +1,51 @@
+"""The refit is the solution of its least squares."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmprune_cli.repair.least_squares import Moments, solve_reader
+
+
+def test_the_refit_is_the_least_squares_solution() -> None:
+    import numpy as np
+
+    generator = torch.Generator().manual_seed(3)
+    inputs, outputs = torch.randn(200, 12, generator=generator), torch.randn(200, 5, generator=generator)
+    matrix, kept, damping = torch.randn(5, 12, generator=generator), torch.tensor([0, 2, 3, 7, 11]), 0.2
+    moments = Moments.zero(5, 12)
+    for first in range(0, 200, 64):
+        moments.add(inputs[first : first + 64], outputs[first : first + 64])
+    solved = solve_reader(moments, matrix, kept, damping)
+    x, old = inputs[:, kept].double(), matrix[:, kept].double()
+    strength = damping * x.square().sum(0).mean()
+    rows = torch.cat([x, strength.sqrt() * torch.eye(5, dtype=torch.float64)])
+    goals = torch.cat([outputs.double(), strength.sqrt() * old.T])
+    expected = np.linalg.lstsq(rows.numpy(), goals.numpy(), rcond=None)[0].T
+    np.testing.assert_allclose(solved[:, kept].numpy(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(solved[:, [1, 4, 5, 6, 8, 9, 10]], torch.zeros(5, 7))
+    assert moments.error(solved) < moments.error(torch.zeros_like(matrix).index_copy(1, kept, matrix[:, kept]))
+
+
+def test_an_input_that_is_always_zero_keeps_its_weight() -> None:
+    inputs = torch.randn(50, 4)
+    inputs[:, 1] = 0
+    matrix = torch.randn(3, 4)
+    moments = Moments.zero(3, 4)
+    moments.add(inputs, torch.randn(50, 3))
+    solved = solve_reader(moments, matrix, torch.tensor([0, 1, 2]), 0.1)
+    torch.testing.assert_close(solved[:, 1], matrix[:, 1])
+    dead = Moments.zero(3, 4)
+    assert torch.equal(solve_reader(dead, matrix, torch.arange(4), 0.1), matrix)
+
+
+def test_an_aim_that_is_added_comes_on_top_of_what_a_weight_makes() -> None:
+    generator = torch.Generator().manual_seed(4)
+    inputs, aims, matrix = (torch.randn(*shape, generator=generator) for shape in ((30, 4), (30, 3), (3, 4)))
+    aimed, direct = Moments.zero(3, 4), Moments.zero(3, 4)
+    aimed.add(inputs, aims)
+    aimed.aim_at(matrix)
+    direct.add(inputs, inputs @ matrix.T + aims)
+    torch.testing.assert_close(aimed.cross, direct.cross, rtol=1e-5, atol=1e-5)
+    assert aimed.total == pytest.approx(direct.total, rel=1e-5)

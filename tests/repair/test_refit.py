@@ -1,0 +1,118 @@
+"""Refits: less error than before in every family, and none where nothing was lost."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmprune_cli.apply.pruned_folder import write_pruned
+from llmprune_cli.choose.magnitude import HEADS
+from llmprune_cli.choose.selection import make_plan
+from llmprune_cli.coupling.subject import Subject
+from llmprune_cli.family.widths import NEURONS
+from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.options import ModelReference, PruneOptions, WidthRequest
+from llmprune_cli.plan.document import Plan
+from llmprune_cli.plan.target import resolve
+from llmprune_cli.progress import Listener
+from llmprune_cli.repair.layer_refit import Streams
+from llmprune_cli.repair.refit import refit
+from llmprune_cli.source.opening import load_model, open_checkpoint
+from support import families
+from support.cli import CALIBRATED, run_cli
+from support.opened import Opened
+
+every_family = pytest.mark.parametrize("opened", families.FAMILIES, indirect=True)
+
+
+@every_family
+def test_calibrated_pruning_repairs_every_family(opened: Opened, text_file: Path, tmp_path: Path) -> None:
+    assert_repaired(opened.subject, "residual", text_file, tmp_path / "out")
+
+
+def refitted(opened: Opened, method: str, folder: Path) -> tuple[Checkpoint, Plan, Streams, float]:
+    """Half the neurons gone (and some experts, where there are any) by magnitude; the error of the last stream."""
+    subject = opened.subject
+    request = WidthRequest(
+        intermediate_pruning_ratio=0.5, round_to=8, num_experts=4 if subject.widths.num_experts else None
+    )
+    target = resolve(subject.architecture, subject.trace.refused, request)
+    quiet = Listener(*[lambda *_: None] * 4)
+    plan = make_plan(subject, target, PruneOptions(request), None, quiet)
+    with torch.inference_mode():
+        start = opened.layered.embed(opened.tokens)
+        streams = Streams(start, start.clone(), len(start))
+        checkpoint, reports = refit(opened.layered, subject.trace, plan, streams, method, folder, lambda n: None)
+    return checkpoint, plan, streams, reports[-1].stream_error
+
+
+@pytest.mark.parametrize(
+    "opened", ["llama", "gpt_neox", "granite", "cohere", "gemma2", "olmo2", "mixtral", "jamba"], indirect=True
+)
+def test_the_residual_refit_follows_the_dense_stream(opened: Opened, tmp_path: Path) -> None:
+    """Blocks in sequence, in parallel, scaled, with a norm behind them, of experts: less and less error is left."""
+    none, local, residual = (refitted(opened, method, tmp_path)[3] for method in ("none", "local", "residual"))
+    assert residual < 0.9 * local < local < none
+
+
+@pytest.mark.parametrize(
+    "opened", ["llama", "granite", "gpt2", "opt", "falcon", "phi", "qwen3_moe", "glm4", "gpt_oss"], indirect=True
+)
+def test_a_refit_of_what_lost_nothing_changes_nothing(opened: Opened, tmp_path: Path) -> None:
+    subject = opened.subject
+    target = resolve(subject.architecture, subject.trace.refused, WidthRequest())
+    plan = make_plan(subject, target, PruneOptions(WidthRequest()), None, Listener(*[lambda *_: None] * 4))
+    with torch.inference_mode():
+        start = opened.layered.embed(opened.tokens)
+        streams = Streams(start, start.clone(), 4)
+        checkpoint, reports = refit(opened.layered, subject.trace, plan, streams, "residual", tmp_path, lambda n: None)
+    before = {entry.name: tensor.clone() for entry, tensor in subject.checkpoint.tensors()}
+    for entry, tensor in checkpoint.tensors():
+        torch.testing.assert_close(tensor, before[entry.name], rtol=1e-3, atol=1e-4)
+    assert any(entry.shard and Path(entry.shard).parent == tmp_path for entry in checkpoint.entries)
+    assert all(report.stream_error < 1e-6 for report in reports)
+
+
+@pytest.mark.parametrize("opened", ["llama", "gpt2", "gemma2", "mixtral", "gpt_oss", "deepseek_v3"], indirect=True)
+def test_the_pruned_stream_is_what_the_written_model_computes(opened: Opened, tmp_path: Path) -> None:
+    subject = opened.subject
+    checkpoint, plan, streams, _ = refitted(opened, "residual", tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    quiet = Listener(*[lambda *_: None] * 4)
+    write_pruned(replace(subject, checkpoint=checkpoint), plan, out, {}, 10**9, quiet)
+    with open_checkpoint(ModelReference(str(out)), need_weights=True) as written, torch.inference_mode():
+        logits = load_model(written, "cpu", "float32")(opened.tokens, use_cache=False).logits
+        ends = opened.layered.load_ends()
+        items = opened.layered.load_layer(0).returned_items(streams.pruned)
+        torch.testing.assert_close(ends.logits(streams.pruned, items), logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("opened", ["llama", "gpt_neox", "gemma2", "mixtral"], indirect=True)
+def test_the_local_refit_repairs_too(opened: Opened, text_file: Path, tmp_path: Path) -> None:
+    assert_repaired(opened.subject, "local", text_file, tmp_path / "out")
+
+
+def assert_repaired(subject: Subject, refit: str, text: Path, out: Path) -> None:
+    """Prune whatever the family has, with a refit that is nowhere worse than none, into a checkpoint that loads."""
+    widths, refused = subject.widths, subject.trace.refused
+    neurons = [width for width in NEURONS if getattr(widths, width)]
+    options = ["--round-to", "8"]
+    options += ["--intermediate-pruning-ratio", "0.4"] if not refused.keys() & {*neurons} else ["--layers", "3"]
+    options += ["--kv-group-pruning-ratio", "0.5"] if widths.num_key_value_heads > 1 and HEADS not in refused else []
+    options += ["--experts", "4"] if widths.num_experts and "num_experts" not in refused else []
+    run = run_cli(
+        *("prune", subject.checkpoint.folder, *options, "--output", out, "--json"),
+        *("--importance", "activation", "--refit", refit, "--calibration", text, *CALIBRATED),
+    )
+    assert run.code == 0, run.stderr
+    card = json.loads(run.stdout)["calibration"]
+    assert card["layers"] and all(row["refit_error"] <= row["removal_error"] + 1e-9 for row in card["layers"])
+    manifest = json.loads((out / "llmprune.json").read_text())
+    assert manifest["calibration"] == card and manifest["options"]["refit"] == refit
+    with open_checkpoint(ModelReference(str(out)), need_weights=True) as pruned:
+        load_model(pruned, "cpu", "float32")

@@ -1,0 +1,56 @@
+"""How weights enter the residual stream, and what experts share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmprune_cli.coupling.products import Product
+from llmprune_cli.repair.sites import Entry, Uses, find_sites
+from support.opened import Opened
+
+
+@pytest.mark.parametrize(
+    ("opened", "ways", "factor"),
+    [
+        ("llama", ["plain", "plain"], 1),
+        ("granite", ["plain", "plain"], 0.5),
+        ("gpt_neox", ["plain", "plain"], 1),
+        ("glm4", ["normed", "normed"], "model.layers.0.post_mlp_layernorm.weight"),
+        ("gpt_oss", ["plain", "shared"], 1),
+        ("deepseek_v3", ["shared", "plain"], 1),
+        ("qwen2_moe", ["plain", None, "shared"], 1),
+    ],
+    indirect=["opened"],
+)
+def test_it_is_known_how_readers_enter_the_residual_stream(
+    opened: Opened, ways: list[str | None], factor: float | str
+) -> None:
+    subject = opened.subject
+    with torch.inference_mode():
+        layer = opened.layered.load_layer(0 if "deepseek" not in subject.architecture.config.model_type else 1)
+        found = find_sites(layer, subject.trace, subject.widths.hidden_size)
+    assert [site.entry and site.entry.way for site in found] == ways
+    expected = opened.model.get_parameter(factor) if isinstance(factor, str) else torch.tensor(float(factor))
+    last = found[-1].entry
+    assert last is not None and found[-1].ends_layer
+    torch.testing.assert_close(last.factor, expected.detach().expand_as(last.factor), rtol=1e-3, atol=1e-3)
+
+
+def test_experts_share_what_is_missing_in_the_smallest_changes() -> None:
+    """Two experts of every token: what they are to add is what the pseudo-inverse of their weights says."""
+    generator = torch.Generator().manual_seed(2)
+    values, results, missing = (torch.randn(*shape, generator=generator) for shape in ((2, 6, 3), (2, 6, 4), (6, 4)))
+    weights = torch.rand(2, 6, generator=generator)
+    uses = Uses("down", {0, 1})
+    for expert in range(2):
+        uses.watch(Product("down", 2, expert, values[expert], None, results[expert]))
+        uses.collect(torch.arange(6), results[expert] * weights[expert, :, None])
+    found = {expert: (x, y) for expert, x, y in Entry("shared", torch.full((4,), 2.0)).corrections(uses, missing)}
+    for token in range(6):
+        changes = torch.linalg.pinv(2 * weights[None, :, token]) @ missing[None, token]
+        for expert in range(2):
+            inputs, aims = found[expert]
+            weight = weights[expert, token]
+            torch.testing.assert_close(inputs[token], weight * values[expert, token])
+            torch.testing.assert_close(aims[token], weight * changes[expert], rtol=0.02, atol=0)

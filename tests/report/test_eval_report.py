@@ -1,0 +1,62 @@
+"""Evaluations side by side, after a prune, and of what exceeds the memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmprune_cli.report import eval_report
+from llmprune_cli.source.opening import load_model
+from support.cli import BY_MAGNITUDE, WINDOW, evaluated, run_cli
+
+
+def test_two_models_side_by_side(tiny_llama: Path, tmp_path: Path, text_file: Path) -> None:
+    run = run_cli("prune", tiny_llama, *BY_MAGNITUDE, "--intermediate-size", "24", "--output", tmp_path / "small")
+    assert run.code == 0, run.stderr
+    options = ["--dataset", text_file, "--max-seq-len", str(WINDOW)]
+    report = evaluated(tiny_llama, "--compare", tmp_path / "small", *options)
+    big, small = report["results"]
+    assert small["parameters"] < big["parameters"]
+    assert small["perplexity"] == evaluated(tmp_path / "small", *options)["results"][0]["perplexity"]
+    table = run_cli("eval", tiny_llama, "--compare", tmp_path / "small", *options).stdout
+    assert "perplexity" in table and f"{big['parameters']:,}" in table and f"{small['parameters']:,}" in table
+
+
+@pytest.mark.parametrize(("family", "stays"), [("llama", True), ("mixtral", False)])
+def test_what_exceeds_the_memory_lies_on_disk(
+    make_tiny: Callable[..., Path], text_file: Path, monkeypatch: pytest.MonkeyPatch, family: str, stays: bool
+) -> None:
+    """Weights that are stored as they are used are read where they are; the others go into a folder that vanishes."""
+    import psutil
+
+    folder = make_tiny(family, num_hidden_layers=4, **({} if stays else {"num_local_experts": 3}))
+    options = ("--dataset", text_file, "--max-seq-len", str(WINDOW), "--limit", "6", "--batch-size", "3")
+    expected = evaluated(folder, *options)["results"][0]["perplexity"]
+    size, whole, seen = sum(path.stat().st_size for path in folder.glob("*.safetensors")), psutil.virtual_memory(), []
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: whole._replace(available=size // 2))
+
+    def load_and_look(*args: Any) -> Any:
+        model = load_model(*args)
+        seen.append(({*model.hf_device_map.values()}, args[-1], list(args[-1].glob("*experts*"))))
+        return model
+
+    monkeypatch.setattr(eval_report, "load_model", load_and_look)
+    assert evaluated(folder, *options)["results"][0]["perplexity"] == pytest.approx(expected, rel=1e-6)
+    ((places, offload, resaved),) = seen
+    assert places == {"cpu", "disk"} and (not resaved) == stays and not offload.exists()
+
+
+def test_prune_with_eval_is_the_examples_whole_run(tiny_llama: Path, tmp_path: Path, text_file: Path) -> None:
+    options = ["--pruning-ratio", "0.5", "--eval", "--max-seq-len", str(WINDOW), "--dataset", text_file, "--json"]
+    kept = run_cli("prune", tiny_llama, *BY_MAGNITUDE, *options, "--output", tmp_path / "out")
+    temporary = run_cli("prune", tiny_llama, *BY_MAGNITUDE, *options)
+    assert kept.code == temporary.code == 0, kept.stderr + temporary.stderr
+    reports = [json.loads(run.stdout)["evaluation"]["results"] for run in (kept, temporary)]
+    assert [r["perplexity"] for r in reports[0]] == [r["perplexity"] for r in reports[1]]
+    again = evaluated(tmp_path / "out", "--dataset", text_file, "--max-seq-len", str(WINDOW))["results"][0]
+    assert again["perplexity"] == reports[0][1]["perplexity"]
+    assert json.loads(temporary.stdout)["output"] is None

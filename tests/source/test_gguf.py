@@ -1,0 +1,128 @@
+"""GGUF files prune as the checkpoints that they were made from."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmprune_cli.options import ModelReference
+from llmprune_cli.source.opening import open_checkpoint
+from support.checkpoints import Tensors, prune, rewrite
+from support.cli import run_cli
+from support.gguf_files import EPSILON, GGUF_FAMILIES, GgufFamily, gguf_pair, write_gguf
+from support.refusals import UNSUPPORTED, assert_refused
+from support.stock import load_stock, written_tensors
+from support.tiny import save_tiny
+
+
+@pytest.mark.parametrize("family", GGUF_FAMILIES)
+def test_a_gguf_file_prunes_as_the_checkpoint_it_was_made_from(tmp_path: Path, family: str) -> None:
+    plain, path = gguf_pair(tmp_path, family)
+    options = ("--intermediate-size", "24")
+    pruned = [prune(plain, tmp_path / "a", *options), prune(path, tmp_path / "b", *options, "--dtype", "float32")]
+    expected, actual = map(written_tensors, pruned)
+    assert expected.keys() == actual.keys()
+    assert not [name for name in expected if not torch.equal(expected[name], actual[name])]
+    ids = torch.randint(3, 90, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        one, other = (load_stock(folder)(ids).logits for folder in pruned)
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    described, stored = (json.loads(run_cli("inspect", model, "--json").stdout) for model in (path, plain))
+    assert described["before"]["parameters"] == stored["before"]["parameters"]
+    assert described["prunable"] == stored["prunable"]
+
+
+def test_a_gguf_of_stacked_experts_reads_as_the_checkpoint(tmp_path: Path) -> None:
+    spec = GgufFamily("qwen3moe", {}, {EPSILON: 1e-6, "expert_count": 4, "expert_used_count": 2})
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16}
+    plain = save_tiny(tmp_path / "plain", "qwen3_moe", norm_topk_prob=True, **sizes)
+
+    def stack(tensors: Tensors) -> Tensors:
+        kept = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+        for layer, projection in product(range(2), ("gate_proj", "up_proj", "down_proj")):
+            prefix = f"model.layers.{layer}.mlp.experts"
+            parts = [tensors[f"{prefix}.{expert}.{projection}.weight"] for expert in range(4)]
+            kept[f"{prefix}.{projection}.weight"] = torch.stack(parts)
+        return kept
+
+    stacked = rewrite(plain, tmp_path / "stacked", stack)
+    path = write_gguf(stacked, tmp_path / "model.gguf", spec, expert_feed_forward_length=24)
+    with open_checkpoint(ModelReference(str(path), dtype="float32"), need_weights=True) as checkpoint:
+        read = {entry.name: tensor.clone() for entry, tensor in checkpoint.tensors()}
+    expected = written_tensors(plain)
+    assert read.keys() == expected.keys() and all(torch.equal(read[name], expected[name]) for name in read)
+    assert checkpoint.config.num_experts_per_tok == 2 and checkpoint.config.moe_intermediate_size == 24
+
+
+def llama3_factors(count: int, theta: float, factor: float) -> list[float]:
+    """The factors that llama.cpp's converter stores for Llama 3.1's scaling."""
+    factors = []
+    for number in range(count):
+        wavelength = 2 * math.pi * theta ** (number / count)
+        if wavelength < 8192 / 4:
+            factors.append(1.0)
+        elif wavelength > 8192 / 1:
+            factors.append(factor)
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            factors.append(1 / ((1 - smooth) / factor + smooth))
+    return factors
+
+
+def test_llama_3s_scaling_is_recovered_from_its_factors(tmp_path: Path) -> None:
+    spec = replace(
+        GGUF_FAMILIES["llama"],
+        settings={"head_dim": 16, "rms_norm_eps": 1e-3},
+        header={EPSILON: 1e-3, "rope.freq_base": 500000.0, "rope.dimension_count": 16},
+    )
+    plain = save_tiny(tmp_path / "plain", "llama", **spec.settings)
+    factors = torch.tensor(llama3_factors(8, 500000.0, 32.0))
+    path = write_gguf(plain, tmp_path / "model.gguf", spec, extra={"rope_freqs.weight": factors})
+    with open_checkpoint(ModelReference(str(path)), need_weights=True) as checkpoint:
+        rope = checkpoint.config.rope_parameters
+    assert rope["rope_type"] == "llama3" and rope["factor"] == 32.0 and rope["rope_theta"] == 500000.0
+    assert rope["original_max_position_embeddings"] == 8192
+    other = write_gguf(plain, tmp_path / "other.gguf", spec, extra={"rope_freqs.weight": factors + 0.1})
+    assert_refused(run_cli("inspect", other), UNSUPPORTED, "rope_freqs.weight")
+
+
+@pytest.mark.parametrize(
+    ("family", "header", "extra", "word"),
+    [
+        ("llama", {}, "blk.0.attn_q.bias", "some would be lost"),
+        ("phi3", {}, "rope_factors_long.weight", "rope_factors_long.weight"),
+        ("qwen2", {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, None, "yarn"),
+        ("llama", {"expert_count": 4, "expert_used_count": 2}, None, "expert_count"),
+        ("llama", {"attention.clamp_kqv": 8.0}, None, "attention.clamp_kqv"),
+    ],
+)
+@pytest.mark.parametrize("command", ["inspect", "prune"])
+def test_what_transformers_would_lose_from_a_gguf_is_refused(
+    tmp_path: Path, family: str, header: dict[str, object], extra: str | None, word: str, command: str
+) -> None:
+    spec = GGUF_FAMILIES[family]
+    plain = save_tiny(tmp_path / "plain", family, **spec.settings)
+    tensors = {extra: torch.ones(64)} if extra else {}
+    path = write_gguf(plain, tmp_path / "model.gguf", spec, extra=tensors, **header)
+    output = ["--output", tmp_path / "out"] if command == "prune" else []
+    assert_refused(run_cli(command, path, "--pruning-ratio", "0.5", *output), UNSUPPORTED, word)
+
+
+def test_falcon_with_kv_groups_is_refused_from_gguf(tmp_path: Path) -> None:
+    settings = {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": False, "ffn_hidden_size": 48}
+    plain = save_tiny(tmp_path / "plain", "falcon", **settings)
+    spec = GgufFamily("falcon", {}, {"attention.layer_norm_epsilon": 1e-5})
+    path = write_gguf(plain, tmp_path / "model.gguf", spec)
+    assert_refused(run_cli("inspect", path), UNSUPPORTED, "query_key_value")
+
+
+def test_a_gguf_architecture_that_transformers_cannot_read_is_refused(tmp_path: Path) -> None:
+    plain = save_tiny(tmp_path / "plain", "olmo2")
+    path = write_gguf(plain, tmp_path / "model.gguf", GgufFamily("olmo2", {}, {EPSILON: 1e-6}))
+    assert_refused(run_cli("inspect", path), UNSUPPORTED, "olmo2")

@@ -1,0 +1,139 @@
+"""Hub ids: from a cache that was filled before, and from a local server that speaks the hub's protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from support.cli import BY_MAGNITUDE, run_process
+
+REPOSITORY, COMMIT = "tests/tiny-llama", "0123456789abcdef0123456789abcdef01234567"
+
+
+@contextmanager
+def hub_of(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Serve a folder as the only repository of a hub; yields the address and the files that were downloaded."""
+    downloaded: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_HEAD(self) -> None:
+            self.answer()
+
+        def do_GET(self) -> None:
+            body = self.answer()
+            if body is not None:
+                self.wfile.write(body)
+
+        def answer(self) -> bytes | None:
+            path = self.path.split("?")[0]
+            body, headers = b"", {}
+            if path in (f"/api/models/{REPOSITORY}/revision/{revision}" for revision in ("v1", "main", COMMIT)):
+                names = sorted(file.name for file in folder.iterdir())
+                siblings = [{"rfilename": name} for name in names]
+                body = json.dumps({"id": REPOSITORY, "sha": COMMIT, "siblings": siblings}).encode()
+                headers = {"Content-Type": "application/json"}
+            elif path.startswith(f"/api/models/{REPOSITORY}/tree/"):
+                files = [
+                    {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": ""} for f in folder.iterdir()
+                ]
+                body, headers = json.dumps(files).encode(), {"Content-Type": "application/json"}
+            elif path.startswith(f"/{REPOSITORY}/resolve/") and (folder / path.rsplit("/", 1)[1]).is_file():
+                file = folder / path.rsplit("/", 1)[1]
+                body = file.read_bytes()
+                headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": COMMIT}
+                if self.command == "GET":
+                    downloaded.append(file.name)
+            else:
+                self.send_response(404)
+                self.send_header("X-Error-Code", "RepoNotFound")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return None
+            self.send_response(200)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            return body
+
+        def log_message(self, *_: object) -> None:
+            """Stay quiet."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", downloaded
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def online(address: str, home: Path) -> dict[str, str]:
+    """The environment of a user of this hub."""
+    return {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+
+
+def test_a_revision_resolves_offline_from_the_cache(tiny_llama: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "home" / "hub" / f"models--{REPOSITORY.replace('/', '--')}"
+    shutil.copytree(tiny_llama, repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "v1").write_text(COMMIT)
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    options = ["--revision", "v1", "--pruning-ratio", "0.5", "--json"]
+    inspected = run_process("inspect", REPOSITORY, *options, env=offline)
+    assert inspected.code == 0, inspected.stderr
+    pruned = run_process("prune", REPOSITORY, *BY_MAGNITUDE, *options, "--output", tmp_path / "out", env=offline)
+    assert pruned.code == 0, pruned.stderr
+    manifest = json.loads((tmp_path / "out" / "llmprune.json").read_text())
+    assert (manifest["source"], manifest["revision"]) == (REPOSITORY, COMMIT)
+    before, after = json.loads(inspected.stdout)["after"], json.loads(pruned.stdout)["after"]
+    assert (before["widths"], before["parameters"]) == (after["widths"], after["parameters"])
+    unknown = run_process("inspect", REPOSITORY, "--revision", "v2", env=offline)
+    assert unknown.code == 3 and "v2" in unknown.stderr and "Traceback" not in unknown.stderr
+
+
+def test_a_revision_resolves_from_a_server(tiny_llama: Path, tmp_path: Path) -> None:
+    with hub_of(tiny_llama) as (address, downloaded):
+        env = online(address, tmp_path / "home")
+        inspected = run_process("inspect", REPOSITORY, "--revision", "v1", "--json", env=env)
+        assert inspected.code == 0, inspected.stderr
+        assert downloaded and not any(name.endswith(".safetensors") for name in downloaded), downloaded
+        summary = json.loads(inspected.stdout)
+        assert summary["revision"] == COMMIT and not summary["has_weights"]
+        pruned = run_process(
+            *("prune", REPOSITORY, *BY_MAGNITUDE, "--revision", "v1"),
+            *("--pruning-ratio", "0.5", "--output", tmp_path / "out"),
+            env=env,
+        )
+        assert pruned.code == 0, pruned.stderr
+        assert {path.name for path in tiny_llama.glob("*.safetensors")} <= set(downloaded)
+    local = run_process("prune", tiny_llama, *BY_MAGNITUDE, "--pruning-ratio", "0.5", "--output", tmp_path / "local")
+    assert local.code == 0, local.stderr
+    shards = sorted(path.name for path in (tmp_path / "local").glob("*.safetensors"))
+    assert [(tmp_path / "out" / name).read_bytes() for name in shards] == [
+        (tmp_path / "local" / name).read_bytes() for name in shards
+    ]
+
+
+@pytest.mark.parametrize("name", ["tests/unknown", "gated"])
+def test_a_repository_that_the_server_does_not_have(tiny_llama: Path, tmp_path: Path, name: str) -> None:
+    with hub_of(tiny_llama) as (address, _):
+        run = run_process("inspect", name, env=online(address, tmp_path / "home"))
+    assert run.code == 3 and run.stdout == "" and "Traceback" not in run.stderr
+    assert name in run.stderr and "hf auth login" in run.stderr
+
+
+def test_a_name_that_can_be_no_hub_id() -> None:
+    run = run_process("inspect", "what is this?")
+    assert run.code == 3 and "neither an existing path nor a hub id" in run.stderr
