@@ -5,14 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 
-from llmprune_cli.errors import LlmpruneError, ResourceError
+from llmprune_cli.errors import LlmpruneError, memory_explained
 
 INTERRUPTED = 130
-NO_MEMORY = ("out of memory", "not enough memory", "n't allocate memory", "cannot allocate memory")  # as they say it
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -29,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     with only_first_speaks():
         try:
-            with ended_together(), _memory_explained():
+            with ended_together(), memory_explained():
                 app(arguments, prog_name="llmprune")
         except LlmpruneError as error:
             print(f"Error: {error}", file=sys.stderr)
@@ -37,31 +34,6 @@ def main(arguments: list[str] | None = None) -> None:
         except KeyboardInterrupt:
             print("Interrupted: what was not finished is not kept.", file=sys.stderr)
             sys.exit(INTERRUPTED)
-
-
-@contextmanager
-def _memory_explained() -> Iterator[None]:
-    """Say that memory ran out, also where that was taken for an error of another kind."""
-    try:
-        yield
-    except (MemoryError, RuntimeError, OSError, LlmpruneError) as error:
-        shortage = error if isinstance(error, MemoryError) else _shortage(error)
-        if shortage is None:
-            raise
-        reason = (str(shortage).strip().splitlines() or ["no more is to be had"])[0]
-        raise ResourceError(
-            f"Memory ran out: {reason}. `eval` needs less with a smaller --max-seq-len or --batch-size, `prune` with "
-            "fewer --calibration-tokens or with --offload-dir; --device names another one."
-        ) from error
-
-
-def _shortage(error: BaseException | None) -> BaseException | None:
-    """What torch or the system said, in an error or its causes; a MemoryError there comes of lengths in bad files."""
-    while error is not None:
-        if isinstance(error, RuntimeError | OSError) and any(words in str(error).lower() for words in NO_MEMORY):
-            return error
-        error = error.__cause__
-    return None
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

@@ -13,6 +13,13 @@ LlmpruneError
 What Typer itself refuses exits 2 as well, Ctrl-C exits 130, and a bug keeps its traceback and exits 1.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+NO_MEMORY = ("out of memory", "not enough memory", "n't allocate memory", "cannot allocate memory")  # as they say it
+
 
 class LlmpruneError(Exception):
     """An error whose message says what is wrong, where, and what to do next."""
@@ -71,3 +78,28 @@ class ResourceError(LlmpruneError):
     """Memory that ran out."""
 
     exit_code = 9
+
+
+@contextmanager
+def memory_explained() -> Iterator[None]:
+    """Say that memory ran out, also where that was taken for an error of another kind."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError, LlmpruneError) as error:
+        shortage = error if isinstance(error, MemoryError) else _shortage(error)
+        if shortage is None:
+            raise
+        reason = (str(shortage).strip().splitlines() or ["no more is to be had"])[0]
+        raise ResourceError(
+            f"Memory ran out: {reason}. `eval` needs less with a smaller --max-seq-len or --batch-size, `prune` with "
+            "fewer --calibration-tokens or with --offload-dir; --device names another one."
+        ) from error
+
+
+def _shortage(error: BaseException | None) -> BaseException | None:
+    """What torch or the system said, in an error or its causes; a MemoryError there comes of lengths in bad files."""
+    while error is not None:
+        if isinstance(error, RuntimeError | OSError) and any(words in str(error).lower() for words in NO_MEMORY):
+            return error
+        error = error.__cause__
+    return None

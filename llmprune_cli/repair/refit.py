@@ -33,7 +33,7 @@ def repair(bench: Workbench, plan: Plan, method: str) -> tuple[Subject, tuple[La
         start = model.embed(model.share(text.fitted), bench.offload_dir)
         streams = Streams(start, copy_states(start, bench.offload_dir), len(start), bench.offload_dir)
         repairs = refit(model, plan, streams, method, bench.listener.advance, bench.journal)
-    checkpoint = _with_new_weights(model.checkpoint, plan.layers, bench.journal)
+    checkpoint = with_new_weights(model.checkpoint, plan.layers, bench.journal)
     return replace(subject, checkpoint=checkpoint), repairs
 
 
@@ -84,7 +84,7 @@ def refit(
     return tuple(reports)
 
 
-def _with_new_weights(checkpoint: Checkpoint, layers: Sequence[int], journal: Journal) -> Checkpoint:
+def with_new_weights(checkpoint: Checkpoint, layers: Sequence[int], journal: Journal) -> Checkpoint:
     """The checkpoint with the weights that a journal keeps, one file for each layer, in the place of its own."""
     found: dict[str, TensorEntry] = {}
     folder = journal.folder

@@ -12,8 +12,9 @@ from llmprune_cli.choose.gradients import measure_gradients
 from llmprune_cli.choose.layers import ablate_layers
 from llmprune_cli.choose.measuring import Activity
 from llmprune_cli.coupling.subject import understand
-from llmprune_cli.options import ModelReference
-from llmprune_cli.run.calibration import CalibrationOptions, prepare_calibration
+from llmprune_cli.options import ModelReference, Text
+from llmprune_cli.run.calibration import prepare_calibration
+from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.source.opening import load_tokenizer, open_checkpoint
 from support.checkpoints import rewrite
 from support.cli import CALIBRATED, run_cli
@@ -57,9 +58,9 @@ def test_layers_go_by_their_influence_or_by_the_loss_without_them(tmp_path: Path
 
     source = rewrite(save_tiny(tmp_path / "saved", num_hidden_layers=4), tmp_path / "model", silence)
     with open_checkpoint(ModelReference(str(source)), need_weights=True) as checkpoint:
-        options = CalibrationOptions(str(text_file), tokens=600, seq_len=40)
+        options = Text(str(text_file), calibration_tokens=600, calibration_seq_len=40)
         windows = prepare_calibration(options, load_tokenizer(checkpoint), 96, 64, 0, print).fitted
-        layered = understand(checkpoint).layered("cpu")
+        layered = LayeredModel(understand(checkpoint), "cpu")
         with torch.inference_mode():
             scores = ablate_layers(layered, windows, tmp_path, lambda n: None)
     by_loss = [layer for layer in range(4) if scores[layer] > min(scores)]

@@ -10,8 +10,9 @@ import torch
 
 from llmprune_cli.choose.activity import measure_activity
 from llmprune_cli.coupling.subject import understand
-from llmprune_cli.options import ModelReference
-from llmprune_cli.run.calibration import CalibrationOptions, prepare_calibration
+from llmprune_cli.options import ModelReference, Text
+from llmprune_cli.run.calibration import prepare_calibration
+from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.source.opening import load_tokenizer, open_checkpoint
 from support.cli import CALIBRATED, run_cli
 from support.opened import Opened
@@ -45,11 +46,16 @@ def test_layers_go_by_block_influence(tiny_llama: Path, tmp_path: Path, text_fil
     with open_checkpoint(ModelReference(str(source)), need_weights=True) as checkpoint:
         subject = understand(checkpoint)
         text = prepare_calibration(
-            CalibrationOptions(str(text_file), tokens=600, seq_len=40), load_tokenizer(checkpoint), 96, 64, 0, print
+            Text(str(text_file), calibration_tokens=600, calibration_seq_len=40),
+            load_tokenizer(checkpoint),
+            96,
+            64,
+            0,
+            print,
         )
         with torch.inference_mode():
-            layered = subject.layered("cpu")
+            layered = LayeredModel(subject, "cpu")
             start = layered.embed(text.fitted)
-            activity = measure_activity(layered, subject.trace, start, "activation", lambda n: None)
+            activity = measure_activity(layered, start, "activation", lambda n: None)
     least = sorted(range(5), key=activity.influence.__getitem__)[:2]
     assert json.loads(plan.read_text())["layers"] == [layer for layer in range(5) if layer not in least]

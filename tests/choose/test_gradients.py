@@ -9,6 +9,7 @@ import torch
 
 from llmprune_cli.choose.gradients import measure_gradients
 from llmprune_cli.choose.measuring import Activity
+from llmprune_cli.family.widths import Width
 from support.opened import Opened
 from support.stock import stock_loss
 

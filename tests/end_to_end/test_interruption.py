@@ -102,7 +102,7 @@ def test_memory_that_runs_out(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch,
     import numpy
     import torch
 
-    from llmprune_cli.commands import pipeline
+    from llmprune_cli.commands import inspect
 
     def exhaust(*_: object) -> None:
         shortage = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16.00 GiB.")
@@ -114,5 +114,5 @@ def test_memory_that_runs_out(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch,
             raise CheckpointError("It cannot be loaded.") from shortage
         eval(error, {"torch": torch, "numpy": numpy})
 
-    monkeypatch.setattr(pipeline, "inspect", exhaust)
+    monkeypatch.setattr(inspect, "inspect", exhaust)
     assert_refused(run_cli("inspect", tiny_llama), MEMORY, "Memory ran out: ", "--calibration-tokens")

@@ -18,7 +18,8 @@ import torch
 
 from llmprune_cli.errors import OutputError
 from llmprune_cli.folder.staging import claimed
-from llmprune_cli.journal.workfolder import WorkFolder
+from llmprune_cli.journal.forms import Json
+from llmprune_cli.journal.journal import Journal
 from support.cli import BY_MAGNITUDE, Run, run_cli
 from support.stock import written_tensors
 from support.tiny import save_tiny
@@ -75,16 +76,16 @@ def layers_done(work: Path) -> int:
     return json.loads(record.read_text())["number"] + 1 if record.exists() else 0
 
 
-def interrupt_after(patched: pytest.MonkeyPatch, method: str, times: int) -> None:
+def interrupt_after(patched: pytest.MonkeyPatch, owner: type, method: str, times: int) -> None:
     """Press Ctrl-C as soon as the work folder has kept something so many times."""
-    whole, calls = getattr(WorkFolder, method), itertools.count(1)
+    whole, calls = getattr(owner, method), itertools.count(1)
 
     def save_and_stop(*args: Any) -> None:
         whole(*args)
         if next(calls) == times:
             raise KeyboardInterrupt
 
-    patched.setattr(WorkFolder, method, save_and_stop)
+    patched.setattr(owner, method, save_and_stop)
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(
@@ -100,7 +101,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert not (tmp_path / "out").exists()
     assert layers_done(work) < 11 and len(list(work.glob("streams-*"))) <= 2, "one snapshot, or its successor as well"
     with monkeypatch.context() as patched:
-        interrupt_after(patched, "save_layer", 1)
+        interrupt_after(patched, Journal, "save_layer", 1)
         stopped = run_cli("prune", *command, "--resume")
         assert stopped.code == 130 and "--resume goes on from there" in in_a_line(stopped)
     assert [path.name for path in tmp_path.iterdir() if path.name not in ("model", "whole")] == [WORK]
@@ -122,7 +123,7 @@ def test_a_search_goes_on_without_trying_a_candidate_twice(
     options = (deep_llama, "--target-params", "75%", *calibrated)
     whole = prune(*options, "--output", tmp_path / "whole")
     with monkeypatch.context() as patched:
-        interrupt_after(patched, "save_judged", 2)
+        interrupt_after(patched, Json, "write", 2)
         assert run_cli("prune", *options, "--output", tmp_path / "out").code == 130
     run = prune(*options, "--output", tmp_path / "out", "--resume")
     assert MEASURING not in run.stderr
@@ -138,7 +139,7 @@ def stopped(
     source = make_tiny(shard="10MB")
     command = (source, "--intermediate-size", "24", "--refit", "local", *calibrated, "--output", tmp_path / "out")
     with monkeypatch.context() as patched:
-        interrupt_after(patched, "save_layer", 1)
+        interrupt_after(patched, Journal, "save_layer", 1)
         assert run_cli("prune", *command).code == 130
     return command
 

@@ -10,17 +10,19 @@ import pytest
 import torch
 
 from llmprune_cli.apply.pruned_folder import write_pruned
-from llmprune_cli.choose.magnitude import HEADS
 from llmprune_cli.choose.selection import make_plan
 from llmprune_cli.coupling.subject import Subject
-from llmprune_cli.family.widths import NEURONS
+from llmprune_cli.family.widths import NEURONS, Width
 from llmprune_cli.folder.checkpoint import Checkpoint
-from llmprune_cli.options import ModelReference, PruneOptions, WidthRequest
+from llmprune_cli.journal.journal import Journal
+from llmprune_cli.options import Choice, ModelReference, WidthRequest
 from llmprune_cli.plan.document import Plan
-from llmprune_cli.plan.target import resolve
-from llmprune_cli.progress import Listener
+from llmprune_cli.plan.target import Target, resolve
+from llmprune_cli.progress import QUIET
 from llmprune_cli.repair.layer_refit import Streams
-from llmprune_cli.repair.refit import refit
+from llmprune_cli.repair.refit import refit, with_new_weights
+from llmprune_cli.run.layered_model import LayeredModel
+from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.opening import load_model, open_checkpoint
 from support import families
 from support.cli import CALIBRATED, run_cli
@@ -34,6 +36,11 @@ def test_calibrated_pruning_repairs_every_family(opened: Opened, text_file: Path
     assert_repaired(opened.subject, "residual", text_file, tmp_path / "out")
 
 
+def by_magnitude(subject: Subject, target: Target) -> Plan:
+    bench = Workbench(LayeredModel(subject, "cpu"), None, QUIET)
+    return make_plan(bench, target, Choice(importance="magnitude", refit="none"))
+
+
 def refitted(opened: Opened, method: str, folder: Path) -> tuple[Checkpoint, Plan, Streams, float]:
     """Half the neurons gone (and some experts, where there are any) by magnitude; the error of the last stream."""
     subject = opened.subject
@@ -41,12 +48,13 @@ def refitted(opened: Opened, method: str, folder: Path) -> tuple[Checkpoint, Pla
         intermediate_pruning_ratio=0.5, round_to=8, num_experts=4 if subject.widths.num_experts else None
     )
     target = resolve(subject.architecture, subject.trace.refused, request)
-    quiet = Listener(*[lambda *_: None] * 4)
-    plan = make_plan(subject, target, PruneOptions(request), None, quiet)
+    plan = by_magnitude(subject, target)
     with torch.inference_mode():
         start = opened.layered.embed(opened.tokens)
         streams = Streams(start, start.clone(), len(start))
-        checkpoint, reports = refit(opened.layered, subject.trace, plan, streams, method, folder, lambda n: None)
+        journal = Journal(folder=folder)
+        reports = refit(opened.layered, plan, streams, method, lambda n: None, journal)
+    checkpoint = with_new_weights(subject.checkpoint, plan.layers, journal)
     return checkpoint, plan, streams, reports[-1].stream_error
 
 
@@ -65,11 +73,13 @@ def test_the_residual_refit_follows_the_dense_stream(opened: Opened, tmp_path: P
 def test_a_refit_of_what_lost_nothing_changes_nothing(opened: Opened, tmp_path: Path) -> None:
     subject = opened.subject
     target = resolve(subject.architecture, subject.trace.refused, WidthRequest())
-    plan = make_plan(subject, target, PruneOptions(WidthRequest()), None, Listener(*[lambda *_: None] * 4))
+    plan = by_magnitude(subject, target)
     with torch.inference_mode():
         start = opened.layered.embed(opened.tokens)
         streams = Streams(start, start.clone(), 4)
-        checkpoint, reports = refit(opened.layered, subject.trace, plan, streams, "residual", tmp_path, lambda n: None)
+        journal = Journal(folder=tmp_path)
+        reports = refit(opened.layered, plan, streams, "residual", lambda n: None, journal)
+    checkpoint = with_new_weights(subject.checkpoint, plan.layers, journal)
     before = {entry.name: tensor.clone() for entry, tensor in subject.checkpoint.tensors()}
     for entry, tensor in checkpoint.tensors():
         torch.testing.assert_close(tensor, before[entry.name], rtol=1e-3, atol=1e-4)
@@ -83,8 +93,7 @@ def test_the_pruned_stream_is_what_the_written_model_computes(opened: Opened, tm
     checkpoint, plan, streams, _ = refitted(opened, "residual", tmp_path)
     out = tmp_path / "out"
     out.mkdir()
-    quiet = Listener(*[lambda *_: None] * 4)
-    write_pruned(replace(subject, checkpoint=checkpoint), plan, out, {}, 10**9, quiet)
+    write_pruned(replace(subject, checkpoint=checkpoint), plan, out, {}, 10**9, QUIET)
     with open_checkpoint(ModelReference(str(out)), need_weights=True) as written, torch.inference_mode():
         logits = load_model(written, "cpu", "float32")(opened.tokens, use_cache=False).logits
         ends = opened.layered.load_ends()
@@ -103,7 +112,9 @@ def assert_repaired(subject: Subject, refit: str, text: Path, out: Path) -> None
     neurons = [width for width in NEURONS if getattr(widths, width)]
     options = ["--round-to", "8"]
     options += ["--intermediate-pruning-ratio", "0.4"] if not refused.keys() & {*neurons} else ["--layers", "3"]
-    options += ["--kv-group-pruning-ratio", "0.5"] if widths.num_key_value_heads > 1 and HEADS not in refused else []
+    options += (
+        ["--kv-group-pruning-ratio", "0.5"] if widths.num_key_value_heads > 1 and Width.HEADS not in refused else []
+    )
     options += ["--experts", "4"] if widths.num_experts and "num_experts" not in refused else []
     run = run_cli(
         *("prune", subject.checkpoint.folder, *options, "--output", out, "--json"),

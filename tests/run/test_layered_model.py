@@ -9,6 +9,7 @@ import torch
 
 from llmprune_cli.coupling.subject import understand
 from llmprune_cli.options import ModelReference
+from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.source.opening import load_model, open_checkpoint
 from support import families
 from support.opened import Opened
@@ -30,7 +31,7 @@ def test_a_layer_alone_keeps_the_scale_of_its_number(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", "gpt2", num_hidden_layers=3, scale_attn_by_inverse_layer_idx=True)
     tokens = torch.randint(3, 90, (2, 24), generator=torch.Generator().manual_seed(1))
     with open_checkpoint(ModelReference(str(folder)), need_weights=True) as checkpoint:
-        layered, model = understand(checkpoint).layered("cpu"), load_model(checkpoint, "cpu", "float32")
+        layered, model = LayeredModel(understand(checkpoint), "cpu"), load_model(checkpoint, "cpu", "float32")
         with torch.inference_mode():
             *_, (states, _) = layered.walk(tokens)
             expected = model(tokens, use_cache=False).logits

@@ -30,7 +30,7 @@ class Opened:
     @property
     def layered(self) -> LayeredModel:
         """The same, to be run one layer at a time."""
-        return self.subject.layered("cpu")
+        return LayeredModel(self.subject, "cpu")
 
 
 @contextmanager

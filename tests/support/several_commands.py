@@ -12,7 +12,7 @@ from typing import Any
 
 from llmprune_cli.__main__ import main
 from llmprune_cli.errors import OutputError
-from llmprune_cli.journal.workfolder import WorkFolder
+from llmprune_cli.journal.journal import Journal
 from llmprune_cli.processes import leave
 
 
@@ -20,14 +20,14 @@ def fill_disk_after(layers: int) -> None:
     """Let writing fail as soon as so many layers are kept; 0 lets it be."""
     kept = 0
 
-    def save_layer(self: WorkFolder, *args: Any) -> None:
+    def save_layer(self: Journal, *args: Any) -> None:
         nonlocal kept
         whole(self, *args)
         kept += 1
         if kept == layers:
             raise OutputError("The disk is full.")
 
-    WorkFolder.save_layer = save_layer if layers else whole  # type: ignore[method-assign]
+    Journal.save_layer = save_layer if layers else whole  # type: ignore[method-assign]
 
 
 def run(command: dict[str, Any], rank: int) -> list[Any]:
@@ -45,7 +45,7 @@ def run(command: dict[str, Any], rank: int) -> list[Any]:
 
 
 if __name__ == "__main__":
-    whole = WorkFolder.save_layer
+    whole = Journal.save_layer
     commands, results, own = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), int(os.environ["RANK"])
     ended = [run(command, own) for command in commands]
     (results / f"{own}.json").write_text(json.dumps(ended))

@@ -8,14 +8,20 @@ import optipfair
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmprune_cli.run.calibration import CalibrationOptions, prepare_calibration
+from llmprune_cli.options import Text
+from llmprune_cli.run.calibration import prepare_calibration
 
 
 def main(folder: str, output: str, neurons: int, corpus: str, tokens: int, seq_len: int) -> None:
     """Keep so many neurons of each layer and write the model; the hybrid of weight ranges and activation norms."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = prepare_calibration(
-        CalibrationOptions(corpus, tokens=tokens, seq_len=seq_len), tokenizer, len(tokenizer), None, 0, sys.exit
+        Text(corpus, calibration_tokens=tokens, calibration_seq_len=seq_len),
+        tokenizer,
+        len(tokenizer),
+        None,
+        0,
+        sys.exit,
     )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     whole = model.config.intermediate_size

@@ -473,7 +473,8 @@ def run_campaign(
         pairs: commands and kinds of faults; otherwise all in turn.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    from llmprune_cli.commands import pipeline  # noqa: F401 (imported once, for all forked processes)
+    import llmprune_cli.commands.export
+    import llmprune_cli.commands.prune  # noqa: F401 (imported once, for all forked processes)
 
     root = Path(tempfile.mkdtemp(prefix="faults-"))
     scratch, tempfile.tempdir = tempfile.tempdir, str(root / "tmp")

@@ -28,7 +28,7 @@ def fuzz(name: str, seconds: int, findings: Path) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["llmprune_cli"]):
-        import llmprune_cli.commands.pipeline
+        import llmprune_cli.commands.export
         import llmprune_cli.family.architecture
         import llmprune_cli.folder.integrity
         import llmprune_cli.plan.target

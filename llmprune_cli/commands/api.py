@@ -1,0 +1,249 @@
+"""The commands as functions of named options: the defaults, the checks and the bytes of the command line.
+
+Nothing is printed and nothing ends the process. Warnings go to the logger `llmprune_cli`.
+"""
+
+from __future__ import annotations
+
+import inspect as signatures
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from pydantic import TypeAdapter, ValidationError
+from transformers.utils import logging as transformers_logging
+
+from llmprune_cli.commands import evaluate as evaluating
+from llmprune_cli.commands import export as exporting
+from llmprune_cli.commands import inspect as inspecting
+from llmprune_cli.commands import prune as pruning
+from llmprune_cli.commands.recipe import read_recipe
+from llmprune_cli.commands.requests import NamedOption, PruneRequest, make, options_of, refuse_unknown
+from llmprune_cli.errors import UsageError, memory_explained
+from llmprune_cli.options import Choice, Conversion, Delivery, Evaluation, ModelReference, Scratch, Text, WidthRequest
+from llmprune_cli.progress import Listener, Told
+from llmprune_cli.report.results import EvalReport, ExportResult, InspectResult, PruneResult, VerifyResult
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _takes(*kinds: type, without: Sequence[str] = ()) -> Callable[[Function], Function]:
+    """Show the options of some values in a function's signature."""
+
+    def decorate(function: Function) -> Function:
+        own = signatures.signature(function)
+        named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        more = [
+            signatures.Parameter(o.name, signatures.Parameter.KEYWORD_ONLY, default=o.default, annotation=o.kind)
+            for o in _known(*kinds, without=without).values()
+            if o.name not in own.parameters
+        ]
+        cast(Any, function).__signature__ = own.replace(parameters=[*named, *more])
+        return function
+
+    return decorate
+
+
+@_takes(ModelReference, WidthRequest, without=("dtype", "device", "keep_layers"))
+def inspect(
+    model: str | Path | None = None, *, verify: bool = False, config: str | Path | None = None, **options: Any
+) -> InspectResult | VerifyResult:
+    """What a model is, and with a width what pruning would make of it, from headers and configuration alone.
+
+    Args:
+        model: folder, `.gguf` file or hub id; a recipe may say it instead.
+        verify: hold a folder that llmprune wrote against its checksums, and no more.
+        config: a recipe, or a folder that `prune` wrote; arguments beat it.
+        options: of the command, by name.
+
+    Raises:
+        LlmpruneError: see there; `UsageError` where options are wrong.
+    """
+    kinds = (ModelReference, WidthRequest)
+    name, given = _gather("inspect", model, config, options, kinds, ("dtype", "device", "keep_layers"))
+    widths = make(WidthRequest, given)
+    with _at_work():
+        if not verify:
+            return inspecting.inspect(_reference(name, given), widths)
+        if not widths.is_empty:
+            raise UsageError("verify plans nothing; leave out the widths.")
+        return inspecting.verify_folder(Path(name))
+
+
+@_takes(ModelReference, Choice, Text, Delivery, Scratch, Evaluation)
+def prune(
+    model: str | Path | None = None,
+    *,
+    evaluate: bool | None = None,
+    config: str | Path | None = None,
+    progress: Told | None = None,
+    **options: Any,
+) -> PruneResult | None:
+    """Remove channels, heads, neurons, experts and layers, and write a smaller checkpoint.
+
+    Args:
+        model: folder, `.gguf` file or hub id; a recipe may say it instead.
+        evaluate: perplexity before and after.
+        config: a recipe, or a folder that `prune` wrote; arguments beat it.
+        progress: told how far it is.
+        options: of the command, by name.
+
+    Returns:
+        What `--json` prints; None in all but the first of several processes.
+
+    Raises:
+        LlmpruneError: see there; `UsageError` where options are wrong.
+    """
+    kinds = (ModelReference, Choice, Text, Delivery, Scratch, Evaluation)
+    name, given = _gather("prune", model, config, options, kinds, (), ("evaluate",))
+    judged = given.pop("evaluate", False) if evaluate is None else evaluate
+    choice, text, delivery, scratch, evaluation = (make(kind, given) for kind in kinds[1:])
+    request = PruneRequest(_reference(name, given), choice, text, delivery, scratch, evaluation if judged else None)
+    with _at_work():
+        return pruning.prune(request, Listener(progress))
+
+
+@_takes(ModelReference, Evaluation)
+def evaluate(
+    model: str | Path | None = None,
+    *,
+    compare: str | Path | None = None,
+    config: str | Path | None = None,
+    progress: Told | None = None,
+    **options: Any,
+) -> EvalReport:
+    """Perplexity of a model, or of two side by side.
+
+    Args:
+        model: folder, `.gguf` file or hub id; a recipe may say it instead.
+        compare: a second model.
+        config: a recipe; arguments beat it.
+        progress: told how far it is.
+        options: of the command, by name.
+
+    Raises:
+        LlmpruneError: see there; `UsageError` where options are wrong.
+    """
+    name, given = _gather("eval", model, config, options, (ModelReference, Evaluation), (), ("compare",))
+    second = given.pop("compare", None) if compare is None else compare
+    reference = _reference(name, given)
+    given.pop("revision", None)
+    other = _reference(str(second), given) if second is not None else None
+    with _at_work():
+        return evaluating.evaluate(reference, other, make(Evaluation, given), Listener(progress))
+
+
+@_takes(ModelReference, Conversion, without=("device",))
+def export(
+    model: str | Path | None = None,
+    *,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    config: str | Path | None = None,
+    progress: Told | None = None,
+    **options: Any,
+) -> ExportResult:
+    """Write a checkpoint in another format, dtype or shard size, and prove it in the runtime that reads it.
+
+    Args:
+        model: folder, `.gguf` file or hub id; a recipe may say it instead.
+        output: folder to write; a recipe may say it instead.
+        overwrite: replace the model folder that is there.
+        config: a recipe; arguments beat it.
+        progress: told how far it is.
+        options: of the command, by name.
+
+    Raises:
+        LlmpruneError: see there; `UsageError` where options are wrong.
+    """
+    kinds = (Conversion, ModelReference)
+    name, given = _gather("export", model, config, options, kinds, ("device",), ("output", "overwrite"))
+    target = given.pop("output", None) if output is None else output
+    if target is None:
+        raise UsageError("say where to write: output.")
+    conversion, is_dtype = make(Conversion, given), given.get("dtype") in ("float32", "float16", "bfloat16")
+    reference = _reference(name, given if is_dtype else {**given, "dtype": None})
+    overwrite = overwrite or bool(given.get("overwrite"))
+    with _at_work():
+        return exporting.export(reference, Path(target), overwrite, conversion, Listener(progress))
+
+
+# --- options --------------------------------------------------------------------------------------------------------
+
+
+def _known(*kinds: type, without: Sequence[str] = ()) -> dict[str, NamedOption]:
+    found: dict[str, NamedOption] = {}
+    for kind in kinds:
+        found = {own.name: own for own in options_of(kind) if own.name not in without} | found
+    return found
+
+
+def _gather(
+    command: str,
+    model: str | Path | None,
+    config: str | Path | None,
+    options: dict[str, Any],
+    kinds: Sequence[type],
+    without: Sequence[str] = (),
+    plain: Sequence[str] = (),
+) -> tuple[str, dict[str, Any]]:
+    """The model and the options of a command, each held to its type.
+
+    Args:
+        without: names of options that the command does not have.
+        plain: names of further ones that a recipe may give.
+
+    Raises:
+        UsageError: one is unknown, or not of its type.
+    """
+    known, recipe = _known(*kinds, without=without), {} if config is None else read_recipe(Path(config), command)
+    recipe = {"evaluate" if name == "eval" else name: value for name, value in recipe.items()}
+    refuse_unknown(recipe, [*known, *plain, "model"], str(config))
+    refuse_unknown(options, [*known, *plain, "model"], command)
+    given = {**recipe, **{name: value for name, value in options.items() if value is not None}}
+    name = model if model is not None else given.pop("model", None)
+    given.pop("model", None)
+    if name is None:
+        raise UsageError("say which model.")
+    return str(name), {key: _checked(known[key], value) if key in known else value for key, value in given.items()}
+
+
+def _checked(own: NamedOption, value: Any) -> Any:
+    option = own.option
+    try:
+        if option.parse is not None and isinstance(value, str):
+            value = option.parse(value)
+        value = TypeAdapter(own.kind).validate_python(value)
+        if option.check is not None:
+            option.check(value)
+    except ValidationError as error:
+        raise UsageError(f"{own.name}: {error.errors()[0]['msg']}, not {value!r}.") from error
+    except UsageError as error:
+        raise UsageError(f"{own.name}: {error}") from error
+    if own.choices and value not in own.choices:
+        raise UsageError(f"{own.name}: {value!r} is none of {', '.join(own.choices)}.")
+    if option.least is not None and value < option.least:
+        raise UsageError(f"{own.name}: {value} is less than {option.least}.")
+    return value
+
+
+def _reference(name: str, given: dict[str, Any]) -> ModelReference:
+    names = [own.name for own in options_of(ModelReference)]
+    return ModelReference(name, **{key: given[key] for key in names if key in given})
+
+
+@contextmanager
+def _at_work() -> Iterator[None]:
+    """Keep libraries from drawing progress bars, and say so where memory runs out."""
+    drew = transformers_logging.is_progress_bar_enabled()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        with memory_explained():
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if drew:
+            transformers_logging.enable_progress_bar()
