@@ -15,7 +15,8 @@ from llmprune_cli.family.widths import NEURONS, Width, Widths
 from llmprune_cli.folder.names import split_name
 from llmprune_cli.plan.units import Scores
 from llmprune_cli.processes import Processes
-from llmprune_cli.run.layered_model import Layer, LayeredModel, check_states
+from llmprune_cli.run.layer import Layer, check_states
+from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.states import new_states
 
 if TYPE_CHECKING:
@@ -95,10 +96,7 @@ def measure_activity(
                 share = _column_norms(weight, axis == 1) * squares
                 channels += share / share.mean().clamp_min(torch.finfo(share.dtype).tiny)
         if inputs.expert_norms:
-            means = torch.zeros(widths.num_experts, dtype=torch.float64)
-            for expert, (total, count) in inputs.expert_norms.items():
-                means[expert] = total / count
-            scores[Width.EXPERTS][str(number)] = means
+            scores[Width.EXPERTS][str(number)] = inputs.expert_means(widths.num_experts)
         progress(1)
     scores["hidden_size"][""] = channels
     return Activity(dict(scores), tuple(influence))
@@ -162,6 +160,13 @@ class _Inputs:
         if self._expert is not None and source.is_floating_point():
             self._norms[self._expert].append(source.norm(dim=-1).cpu())
             self._expert = None
+
+    def expert_means(self, experts: int) -> torch.Tensor:
+        """The mean norm of what each expert hands in, float64 [E]."""
+        means = torch.zeros(experts, dtype=torch.float64)
+        for expert, (total, count) in self.expert_norms.items():
+            means[expert] = total / count
+        return means
 
     def share_with(self, processes: Processes) -> None:
         """Add up what all processes have seen."""

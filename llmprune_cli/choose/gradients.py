@@ -17,7 +17,8 @@ from llmprune_cli.folder.names import split_name
 from llmprune_cli.plan.units import Scores
 from llmprune_cli.processes import Processes
 from llmprune_cli.run.divergence import check_loss, predicted
-from llmprune_cli.run.layered_model import Ends, Layer, LayeredModel, batches, check_states
+from llmprune_cli.run.layer import Layer, batches, check_states
+from llmprune_cli.run.layered_model import Ends, LayeredModel
 from llmprune_cli.run.states import copy_states
 
 GRADIENT_TOKENS = 1024  # that run through a layer together while its intermediate results are kept for the way back

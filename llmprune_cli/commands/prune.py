@@ -15,13 +15,12 @@ from typing import Any
 from llmprune_cli.apply.proof import prove
 from llmprune_cli.apply.pruned_folder import make_manifest, prune_twin, write_pruned
 from llmprune_cli.apply.second_opinion import hold_against_torch_pruning
-from llmprune_cli.choose import needs_text
 from llmprune_cli.choose.search import Candidate
-from llmprune_cli.choose.selection import Selection, first_target, select, stored_plan, target_of
+from llmprune_cli.choose.selection import Selection, select, target_of
+from llmprune_cli.commands.decision import Decided, decide, layer_device, rotate_model, settle
 from llmprune_cli.commands.recipe import recipe_of, save_recipe
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.coupling.subject import Subject, understand
-from llmprune_cli.errors import CheckpointError, UnsupportedError
 from llmprune_cli.family.architecture import with_widths
 from llmprune_cli.folder.checkpoint import MANIFEST_NAME, Checkpoint
 from llmprune_cli.folder.integrity import list_files
@@ -37,8 +36,6 @@ from llmprune_cli.processes import ALONE, Processes, join
 from llmprune_cli.progress import Listener
 from llmprune_cli.repair.layer_refit import LayerRepair
 from llmprune_cli.repair.refit import repair
-from llmprune_cli.repair.residual_stream import ResidualStream, find_residual_stream
-from llmprune_cli.repair.rotation import principal_components, rotate, untie
 from llmprune_cli.report.chart import check_chart_target, draw_chart
 from llmprune_cli.report.eval_report import EvalText, prepare_text, report_perplexity
 from llmprune_cli.report.model_card import write_card
@@ -53,11 +50,11 @@ from llmprune_cli.report.results import (
     summarize,
 )
 from llmprune_cli.report.runtimes import runtime_fits
-from llmprune_cli.run.calibration import CalibrationText, prepare_calibration, warn_of_shared_text
-from llmprune_cli.run.layered_model import BATCH_TOKENS, LayeredModel, windows_together
+from llmprune_cli.run.calibration import warn_of_shared_text
+from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.sizes import parse_size
-from llmprune_cli.source.opening import load_tokenizer, open_checkpoint, pick_device
+from llmprune_cli.source.opening import open_checkpoint
 
 
 def prune(request: PruneRequest, listener: Listener) -> PruneResult | None:
@@ -129,13 +126,13 @@ def _run(
     request: PruneRequest, checkpoint: Checkpoint, claim: Claim | None, processes: Processes, listener: Listener
 ) -> _Outcome | None:
     """All steps up to the written folder; None in processes that do not report."""
-    decided = _decide(request, understand(checkpoint, processes))
+    decided = decide(request, understand(checkpoint, processes))
     subject, target = decided.subject, decided.target
     evaluation = request.evaluation
     evaluated = None
     if processes.is_first and evaluation is not None:
         evaluated = prepare_text(checkpoint, request.model.device, evaluation, listener)
-    choice, text = _settle(request, subject, processes, listener)
+    choice, text = settle(request, subject, processes, listener)
     if text is None and not processes.is_first:
         return None
     if text is None:
@@ -151,7 +148,7 @@ def _run(
         bench = replace(bench, offload_dir=request.scratch.offload_dir)
         if decided.stream is not None and text is not None:
             turned = stack.enter_context(scratch_folder())
-            bench = replace(bench, model=LayeredModel(_rotate(bench, text, decided.stream, turned), device))
+            bench = replace(bench, model=LayeredModel(rotate_model(bench, text, decided.stream, turned), device))
         journal = stack.enter_context(_journal(request, choice, claim, decided.plan, bench))
         bench = replace(bench, journal=journal)
         return _choose_and_write(request, choice, claim, decided, bench, evaluated)
@@ -161,7 +158,7 @@ def _choose_and_write(
     request: PruneRequest,
     choice: Choice,
     claim: Claim | None,
-    decided: _Decided,
+    decided: Decided,
     bench: Workbench,
     evaluated: EvalText | None,
 ) -> _Outcome | None:
@@ -196,94 +193,6 @@ def _choose_and_write(
         return replace(outcome, card=_fill(staging, request, outcome, selection.plan, repaired, repairs, bench))
 
 
-# --- steps ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Decided:
-    """What follows from headers and options alone."""
-
-    subject: Subject
-    plan: Plan | None  # that is replayed
-    target: Target  # with a budget, the least that the search reaches
-    before: ModelSummary
-    stream: ResidualStream | None  # that is to be rotated
-    untied: int  # parameters that this adds
-
-
-def _decide(request: PruneRequest, subject: Subject) -> _Decided:
-    """The widths, and whether this family can have them.
-
-    Raises:
-        PlanError, UnsupportedError: it cannot.
-    """
-    before, stream, untied = summarize(subject.checkpoint.entries, subject.widths), None, 0
-    if request.choice.rotate:
-        subject, untied = untie(subject)
-        stream = find_residual_stream(subject.architecture, subject.trace)
-    plan = stored_plan(subject, request.delivery.plan) if request.delivery.plan else None
-    target = target_of(plan) if plan is not None else first_target(subject, request.choice)
-    subject.require(target.widths)
-    predict(subject, target)
-    return _Decided(subject, plan, target, before, stream, untied)
-
-
-def _settle(
-    request: PruneRequest, subject: Subject, processes: Processes, listener: Listener
-) -> tuple[Choice, CalibrationText | None]:
-    """The method and the text to calibrate on, prepared by the first process.
-
-    Where no text can be had and nobody asked for any, it is a method that does without.
-    """
-    settled = request.choice.settled
-    if not (request.needs_text and request.needs_weights):
-        return settled, None
-    choice, text = settled, None
-    if processes.is_first:
-        try:
-            text = _prepare_text(request, subject, listener)
-        except (CheckpointError, UnsupportedError) as error:
-            choice = request.choice.without_text
-            if needs_text(choice, request.delivery.plan is not None) or request.text.calibration is not None:
-                raise
-            listener.warn(
-                f"{error} So units go by magnitude, and nothing is refitted: expect a model that is much worse."
-            )
-    told = processes.broadcast((choice, text.without_corpus if text else None))
-    if text is not None and processes.is_first:
-        _warn_of_idle_processes(text, processes, listener)
-    return (choice, text) if processes.is_first else told
-
-
-def _prepare_text(request: PruneRequest, subject: Subject, listener: Listener) -> CalibrationText:
-    checkpoint, choice = subject.checkpoint, request.choice
-    device = layer_device(request.model.device)
-    longest = getattr(checkpoint.config, "max_position_embeddings", None)
-    vocabulary = checkpoint.config.get_text_config().vocab_size
-    tokenizer = load_tokenizer(checkpoint)
-    text = prepare_calibration(request.text, tokenizer, vocabulary, longest, choice.seed, listener.warn)
-    if choice.importance is None or choice.refit is None:
-        LayeredModel(subject, device).load_layer(0)  # where that fails, there is a way without
-    return text
-
-
-def _warn_of_idle_processes(text: CalibrationText, processes: Processes, listener: Listener) -> None:
-    batches = -(-len(text.fitted) // windows_together(text.fitted))
-    if batches < processes.count:
-        listener.warn(
-            f"{batches} of {processes.count} processes have text to calibrate on, since batches of {BATCH_TOKENS:,} "
-            "tokens stay whole. More --calibration-tokens give the others work."
-        )
-
-
-def _rotate(bench: Workbench, text: CalibrationText, stream: ResidualStream, folder: Path) -> Subject:
-    model, listener = bench.model, bench.listener
-    listener.stage("Finding principal components", model.layers)
-    components = principal_components(model, text.fitted, bench.offload_dir, listener.advance)
-    listener.stage("Rotating", model.checkpoint.size_bytes)
-    return rotate(model.subject, stream, components, folder, listener.advance)
-
-
 @contextmanager
 def _journal(
     request: PruneRequest, choice: Choice, claim: Claim | None, plan: Plan | None, bench: Workbench
@@ -306,7 +215,7 @@ def _tell(
     request: PruneRequest,
     choice: Choice,
     selection: Selection | None,
-    decided: _Decided,
+    decided: Decided,
     target: Target,
     bench: Workbench,
 ) -> Target:
@@ -409,16 +318,6 @@ def _report(
         calibration=outcome.card,
         evaluation=evaluated,
     )
-
-
-def layer_device(device: str) -> str:
-    """Where one layer at a time runs.
-
-    Raises:
-        CheckpointError: the device is not on this machine.
-    """
-    place = pick_device(device)
-    return "cuda" if place == "auto" else place
 
 
 def source_folder(reference: ModelReference, checkpoint: Checkpoint) -> Path | None:

@@ -19,7 +19,8 @@ from llmprune_cli.plan.document import Plan
 from llmprune_cli.processes import ALONE, Processes
 from llmprune_cli.repair.least_squares import Moments, only, solve_reader
 from llmprune_cli.repair.sites import Site, Uses, find_sites
-from llmprune_cli.run.layered_model import Enough, Layer, LayeredModel, batches, check_states
+from llmprune_cli.run.layer import Enough, Layer, batches, check_states
+from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.states import new_states
 from llmprune_cli.source.opening import DTYPES
 

@@ -12,7 +12,8 @@ from llmprune_cli.folder.checkpoint import Checkpoint, TensorEntry, open_shard
 from llmprune_cli.journal.journal import Journal
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.repair.layer_refit import LayerRefit, LayerRepair, Streams, layer_file
-from llmprune_cli.run.layered_model import LayeredModel, check_states
+from llmprune_cli.run.layer import check_states
+from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.states import copy_states
 from llmprune_cli.run.workbench import Workbench
 

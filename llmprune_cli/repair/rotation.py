@@ -23,7 +23,8 @@ from llmprune_cli.folder.names import split_name
 from llmprune_cli.folder.shards import write_shards
 from llmprune_cli.folder.staging import scratch_space
 from llmprune_cli.repair.residual_stream import Norm, ResidualStream
-from llmprune_cli.run.layered_model import LayeredModel, check_states
+from llmprune_cli.run.layer import check_states
+from llmprune_cli.run.layered_model import LayeredModel
 
 NormWeights = dict[Norm, dict[tuple[int, ...], "torch.Tensor"]]  # by the numbers in their names, [D]
 SHARD_BYTES = 5 * 10**9

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from llmprune_cli.coupling.trace import Reader
-from llmprune_cli.run.layered_model import Layer, LayeredModel
+from llmprune_cli.run.layer import Layer
+from llmprune_cli.run.layered_model import LayeredModel
 
 if TYPE_CHECKING:
     from llmprune_cli.coupling.products import Product

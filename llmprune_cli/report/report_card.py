@@ -15,9 +15,9 @@ from llmprune_cli.plan.document import Plan
 from llmprune_cli.processes import ALONE
 from llmprune_cli.repair.layer_refit import LayerRepair, relative_distance
 from llmprune_cli.report.results import CalibrationResult, LayerResult
+from llmprune_cli.report.throughput import Clock
 from llmprune_cli.run.divergence import Divergence, Side, compare, tokens_at_a_time
 from llmprune_cli.run.layered_model import LayeredModel
-from llmprune_cli.run.throughput import Clock
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.opening import open_checkpoint
 

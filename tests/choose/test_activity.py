@@ -21,14 +21,14 @@ from support.tiny import save_tiny
 
 @pytest.mark.parametrize("opened", ["llama", "gpt2"], indirect=True)
 def test_activity_is_what_its_formulas_say(opened: Opened) -> None:
-    subject, model = opened.subject, opened.model
+    model = opened.model
     seen: dict[str, torch.Tensor] = {}
     base = "model.layers.1.mlp.down_proj" if "llama" in type(model).__name__.lower() else "transformer.h.1.mlp.c_proj"
     model.get_submodule(base).register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
     with torch.inference_mode():
         hidden = model(opened.tokens, use_cache=False, output_hidden_states=True).hidden_states
         start = opened.layered.embed(opened.tokens)
-        activity = measure_activity(opened.layered, subject.trace, start, "activation", lambda n: None)
+        activity = measure_activity(opened.layered, start, "activation", lambda n: None)
         weight = model.get_submodule(base).weight.double()
         matrix = weight if "llama" in base or "model." in base else weight.T
         expected = matrix.square().sum(0) * seen["x"].double().square().flatten(0, 1).mean(0)

@@ -52,7 +52,8 @@ def refitted(opened: Opened, method: str, folder: Path) -> tuple[Checkpoint, Pla
     with torch.inference_mode():
         start = opened.layered.embed(opened.tokens)
         streams = Streams(start, start.clone(), len(start))
-        journal = Journal(folder=folder)
+        journal = Journal(folder=folder / method)
+        (folder / method).mkdir()
         reports = refit(opened.layered, plan, streams, method, lambda n: None, journal)
     checkpoint = with_new_weights(subject.checkpoint, plan.layers, journal)
     return checkpoint, plan, streams, reports[-1].stream_error
@@ -112,9 +113,8 @@ def assert_repaired(subject: Subject, refit: str, text: Path, out: Path) -> None
     neurons = [width for width in NEURONS if getattr(widths, width)]
     options = ["--round-to", "8"]
     options += ["--intermediate-pruning-ratio", "0.4"] if not refused.keys() & {*neurons} else ["--layers", "3"]
-    options += (
-        ["--kv-group-pruning-ratio", "0.5"] if widths.num_key_value_heads > 1 and Width.HEADS not in refused else []
-    )
+    has_groups = widths.num_key_value_heads > 1 and Width.HEADS not in refused
+    options += ["--kv-group-pruning-ratio", "0.5"] if has_groups else []
     options += ["--experts", "4"] if widths.num_experts and "num_experts" not in refused else []
     run = run_cli(
         *("prune", subject.checkpoint.folder, *options, "--output", out, "--json"),

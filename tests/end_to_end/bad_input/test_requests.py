@@ -64,4 +64,7 @@ def test_wrong_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments:
 
 
 def test_a_size_that_is_no_size(model: Path, tmp_path: Path) -> None:
-    assert_prune_refused(model, tmp_path, PLAN, "5QB", options=("--pruning-ratio", "0.5", "--max-shard-size", "5QB"))
+    """Malformed sizes are wrong usage, whichever option has them."""
+    for option in ("--max-shard-size", "--target-size"):
+        asked = ("--pruning-ratio", "0.5") if option == "--max-shard-size" else ()
+        assert_prune_refused(model, tmp_path, USAGE, "5QB", options=(*asked, option, "5QB"))

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmprune_cli.run.layered_model import Ends, Layer
+from llmprune_cli.run.layer import Layer
+from llmprune_cli.run.layered_model import Ends
 
 END_PASSES = 5  # of the ends, that are timed
 

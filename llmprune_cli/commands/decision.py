@@ -1,0 +1,122 @@
+"""The first steps of `prune`: the widths, the method, the text that it is calibrated on, and the model that is cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmprune_cli.choose import needs_text
+from llmprune_cli.choose.selection import first_target, stored_plan, target_of
+from llmprune_cli.commands.requests import PruneRequest
+from llmprune_cli.coupling.subject import Subject
+from llmprune_cli.errors import CheckpointError, UnsupportedError
+from llmprune_cli.options import Choice
+from llmprune_cli.plan.document import Plan
+from llmprune_cli.plan.predict import predict
+from llmprune_cli.plan.target import Target
+from llmprune_cli.processes import Processes
+from llmprune_cli.progress import Listener
+from llmprune_cli.repair.residual_stream import ResidualStream, find_residual_stream
+from llmprune_cli.repair.rotation import principal_components, rotate, untie
+from llmprune_cli.report.results import ModelSummary, summarize
+from llmprune_cli.run.calibration import CalibrationText, prepare_calibration
+from llmprune_cli.run.layer import BATCH_TOKENS, windows_together
+from llmprune_cli.run.layered_model import LayeredModel
+from llmprune_cli.run.workbench import Workbench
+from llmprune_cli.source.opening import load_tokenizer, pick_device
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What follows from headers and options alone."""
+
+    subject: Subject
+    plan: Plan | None  # that is replayed
+    target: Target  # with a budget, the least that the search reaches
+    before: ModelSummary
+    stream: ResidualStream | None  # that is to be rotated
+    untied: int  # parameters that this adds
+
+
+def decide(request: PruneRequest, subject: Subject) -> Decided:
+    """The widths, and whether this family can have them.
+
+    Raises:
+        PlanError, UnsupportedError: it cannot.
+    """
+    before, stream, untied = summarize(subject.checkpoint.entries, subject.widths), None, 0
+    if request.choice.rotate:
+        subject, untied = untie(subject)
+        stream = find_residual_stream(subject.architecture, subject.trace)
+    plan = stored_plan(subject, request.delivery.plan) if request.delivery.plan else None
+    target = target_of(plan) if plan is not None else first_target(subject, request.choice)
+    subject.require(target.widths)
+    predict(subject, target)
+    return Decided(subject, plan, target, before, stream, untied)
+
+
+def settle(
+    request: PruneRequest, subject: Subject, processes: Processes, listener: Listener
+) -> tuple[Choice, CalibrationText | None]:
+    """The method and the text to calibrate on, prepared by the first process.
+
+    Where no text can be had and nobody asked for any, it is a method that does without.
+    """
+    settled = request.choice.settled
+    if not (request.needs_text and request.needs_weights):
+        return settled, None
+    choice, text = settled, None
+    if processes.is_first:
+        try:
+            text = _prepare_text(request, subject, listener)
+        except (CheckpointError, UnsupportedError) as error:
+            choice = request.choice.without_text
+            if needs_text(choice, request.delivery.plan is not None) or request.text.calibration is not None:
+                raise
+            listener.warn(
+                f"{error} So units go by magnitude, and nothing is refitted: expect a model that is much worse."
+            )
+    told = processes.broadcast((choice, text.without_corpus if text else None))
+    if text is not None and processes.is_first:
+        _warn_of_idle_processes(text, processes, listener)
+    return (choice, text) if processes.is_first else told
+
+
+def _prepare_text(request: PruneRequest, subject: Subject, listener: Listener) -> CalibrationText:
+    checkpoint, choice = subject.checkpoint, request.choice
+    device = layer_device(request.model.device)
+    longest = getattr(checkpoint.config, "max_position_embeddings", None)
+    vocabulary = checkpoint.config.get_text_config().vocab_size
+    tokenizer = load_tokenizer(checkpoint)
+    text = prepare_calibration(request.text, tokenizer, vocabulary, longest, choice.seed, listener.warn)
+    if choice.importance is None or choice.refit is None:
+        LayeredModel(subject, device).load_layer(0)  # where that fails, there is a way without
+    return text
+
+
+def _warn_of_idle_processes(text: CalibrationText, processes: Processes, listener: Listener) -> None:
+    batches = -(-len(text.fitted) // windows_together(text.fitted))
+    if batches < processes.count:
+        listener.warn(
+            f"{batches} of {processes.count} processes have text to calibrate on, since batches of {BATCH_TOKENS:,} "
+            "tokens stay whole. More --calibration-tokens give the others work."
+        )
+
+
+def rotate_model(bench: Workbench, text: CalibrationText, stream: ResidualStream, folder: Path) -> Subject:
+    """The model with principal components for channels, written into a folder; see `rotate`."""
+    model, listener = bench.model, bench.listener
+    listener.stage("Finding principal components", model.layers)
+    components = principal_components(model, text.fitted, bench.offload_dir, listener.advance)
+    listener.stage("Rotating", model.checkpoint.size_bytes)
+    return rotate(model.subject, stream, components, folder, listener.advance)
+
+
+def layer_device(device: str) -> str:
+    """Where one layer at a time runs.
+
+    Raises:
+        CheckpointError: the device is not on this machine.
+    """
+    place = pick_device(device)
+    return "cuda" if place == "auto" else place

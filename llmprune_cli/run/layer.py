@@ -1,0 +1,153 @@
+"""One decoder layer, run over hidden states batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from llmprune_cli.errors import CheckpointError
+from llmprune_cli.family.skeleton import on_disk
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from llmprune_cli.coupling.products import Collector, Watcher
+
+BATCH_TOKENS = 4096  # that run through a layer together
+
+
+class Enough(Exception):  # noqa: N818 - not an error
+    """Raised by a watcher that has seen what it wanted: the rest of the layer need not run."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer, inside a model that has no other."""
+
+    model: PreTrainedModel
+    block: nn.Module
+    prefix: str  # of the names of its parameters in `model`
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return next(self.block.parameters()).device
+
+    def has(self, template: str) -> bool:
+        """Whether this kind of layer has the parameter with a template's name."""
+        name = template.replace("{}", "0", 1).removeprefix(self.prefix)
+        return any(name == own for own, _ in self.block.named_parameters())
+
+    def run(
+        self,
+        hidden: torch.Tensor,
+        watcher: Watcher | None = None,
+        collected: Collector | None = None,
+    ) -> torch.Tensor | None:
+        """Hidden states [B, T, D] through the layer; None where the watcher had enough.
+
+        Masks and position embeddings are those that the model itself hands to the layer.
+
+        Args:
+            watcher, collected: see `Products`; parameters have their names in `model`.
+        """
+        from llmprune_cli.coupling.products import Products
+
+        seen: list[Any] = []
+        names = [(f"{self.prefix}{name}", parameter) for name, parameter in self.block.named_parameters()]
+        products = Products(names, watcher, collected) if watcher is not None else nullcontext()
+        with _replacing_input(self.block, hidden.to(self.device)), _catching_output(self.block, seen), products:
+            ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
+            with suppress(Enough):
+                self.model(input_ids=ids, use_cache=False)
+        if not seen:
+            return None
+        output: torch.Tensor = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+        return output.to(hidden.device)
+
+    def advance(
+        self,
+        stream: torch.Tensor,
+        watcher_of: Callable[[int, torch.Tensor], Watcher] | None = None,
+        collected: Collector | None = None,
+    ) -> None:
+        """Replace the hidden states [N, T, D] of all windows by what the layer makes of them, batch by batch.
+
+        Args:
+            watcher_of: from the number of a batch's first window and its hidden states to a watcher.
+        """
+        for first, batch in batches(stream):
+            output = self.run(batch, watcher_of(first, batch) if watcher_of else None, collected)
+            if output is None:
+                raise AssertionError("a watcher had enough of a layer that has to run to its end")
+            batch.copy_(output)
+
+    def returned_items(self, hidden: torch.Tensor) -> int:
+        """How many items this family's layers return, hidden states first; 0 where these come alone."""
+        seen: list[Any] = []
+        token = hidden.new_zeros(1, 1, hidden.shape[-1]).to(self.device)
+        with _replacing_input(self.block, token), _catching_output(self.block, seen), suppress(Enough):
+            self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
+        return len(seen[0]) if isinstance(seen[0], tuple) else 0
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """Its tensors as on disk, numbered 0."""
+        return on_disk(self.model, {name: parameter.detach() for name, parameter in self.model.named_parameters()})
+
+
+def batches(stream: torch.Tensor, tokens: int = BATCH_TOKENS) -> Iterator[tuple[int, torch.Tensor]]:
+    """Hidden states [N, T, D] cut into batches of about so many tokens, each with its first window's number."""
+    size = windows_together(stream, tokens)
+    for first in range(0, len(stream), size):
+        yield first, stream[first : first + size]
+
+
+def windows_together(windows: torch.Tensor, tokens: int = BATCH_TOKENS) -> int:
+    """How many windows, token ids or hidden states [N, T, ...], make a batch of about so many tokens."""
+    return max(1, tokens // windows.shape[1])
+
+
+def check_states(stream: torch.Tensor, origin: str) -> None:
+    """Hold that the unpruned model's hidden states [N, T, D] are numbers.
+
+    Args:
+        origin: what made them.
+
+    Raises:
+        CheckpointError: some are NaN, or too large for sums of squares in float32.
+    """
+    if not all(window.norm().isfinite() for window in stream):
+        raise CheckpointError(
+            f"{origin} turns text into NaN or into numbers that float32 cannot hold: its weights are damaged. Download "
+            "the checkpoint again."
+        )
+
+
+@contextmanager
+def _replacing_input(block: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
+    def replace_first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    handle = block.register_forward_pre_hook(replace_first, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _catching_output(block: nn.Module, seen: list[Any]) -> Iterator[None]:
+    def catch(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen.append(output)
+        raise Enough
+
+    handle = block.register_forward_hook(catch)
+    try:
+        yield
+    finally:
+        handle.remove()
