@@ -36,33 +36,32 @@ IMPORTANCES: dict[str, Importance] = {
         "the sum of the ranks by `range`, which count twice, and by `taylor`, whose gradients are measured on at most "
         "8,192 of the tokens",
     ),
-    "range": Importance("text", "activity:measure_range", "activation norm times weight ranges, for neurons"),
+    "range": Importance("text", "activity:measure_range", "for neurons, activation norm times weight ranges"),
     "activation": Importance(
         "text",
         "activity:measure_activation",
-        "squared weights times mean squared activations ([arXiv 2306.11695](https://arxiv.org/abs/2306.11695)); this "
-        "and `range` rank experts by router-weighted output ([arXiv 2510.13999](https://arxiv.org/abs/2510.13999))",
+        "squared weights times mean squared activations ([arXiv 2306.11695](https://arxiv.org/abs/2306.11695))",
     ),
     "taylor": Importance(
         "text",
         "gradients:measure_taylor",
-        "weights times gradients of the loss ([arXiv 2305.11627](https://arxiv.org/abs/2305.11627)), for whose "
+        "weights times gradients of the loss ([arXiv 2305.11627](https://arxiv.org/abs/2305.11627)); for its "
         "backward sweep the input of every layer is kept in a temporary file",
     ),
-    "magnitude": Importance("weights", "magnitude:score_magnitude", "group magnitude as torch-pruning computes it"),
-    "random": Importance("nothing", "magnitude:score_random", "the baseline"),
+    "magnitude": Importance("weights", "magnitude:score_magnitude", "group magnitude as torch-pruning computes it; reads no text"),
+    "random": Importance("nothing", "magnitude:score_random", "the baseline; reads no text"),
 }
 # Of layers.
 LAYER_IMPORTANCES: dict[str, Importance] = {
     "influence": Importance(
         "text",
         "layers:score_influence",
-        "those go that turn the residual stream least ([arXiv 2403.03853](https://arxiv.org/abs/2403.03853))",
+        "those that change the direction of the residual stream least ([arXiv 2403.03853](https://arxiv.org/abs/2403.03853))",
     ),
     "loss": Importance(
         "text",
         "layers:score_loss",
-        "those go whose absence raises the loss least, each tried alone on at most 2,048 tokens",
+        "those whose absence raises the loss least, each tried alone on at most 2,048 tokens",
     ),
 }
 

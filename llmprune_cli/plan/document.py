@@ -36,13 +36,22 @@ class Plan:
         """Names of the widths that shrink."""
         return self.after.changed_from(self.before)
 
-    def save(self, path: Path) -> None:
+    @classmethod
+    def load(cls, path: Path | str) -> Plan:
+        """The plan in a file, checked for consistency.
+
+        Raises:
+            CheckpointError: it is not a plan, or contradicts itself.
+        """
+        return read_plan(Path(path))
+
+    def save(self, path: Path | str) -> None:
         """Write it as JSON.
 
         Raises:
             OutputError: the file cannot be written.
         """
-        save_plan(self, path)
+        save_plan(self, Path(path))
 
     def to_json(self) -> dict[str, Any]:
         """A document for `read_plan`."""

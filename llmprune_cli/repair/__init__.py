@@ -4,8 +4,8 @@ from __future__ import annotations
 
 # What `--refit` offers, with one line for the docs.
 REFITS = {
-    "residual": "each output projection of attention and MLP is solved so that the residual stream follows the dense "
-    "model's, dropped layers and earlier errors included",
-    "local": "only what loses inputs is solved, to do what it did",
-    "none": "nothing is solved",
+    "residual": "each output projection of attention and MLP, so that the residual stream follows the dense model's; "
+    "this makes up for dropped layers and earlier errors, too",
+    "local": "only projections that lose inputs, so that they give the output that they gave before",
+    "none": "nothing",
 }

@@ -1,21 +1,85 @@
-"""What the README promises runs, and its tables are what `inspect` says."""
+"""What README and docs promise: every command line and every block of Python runs, and tables are what is."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-import llmprune_cli
+from llmprune_cli.report.documents import DOCUMENTS, adapter_of
 from support import ROOT
-from tools import support_matrix
+from support.cli import BY_MAGNITUDE, run_cli
+from support.tiny import BYTE_LEVEL_VOCABULARY, save_byte_level, save_tiny
+from tools import schemas, support_matrix
 
-PACKAGE = Path(llmprune_cli.__file__).parent
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+MODEL = Path("meta-llama", "Llama-3.1-8B")  # what the pages call it; here a folder of that name
+OTHERS = ("make ", "mlx_lm.", "#")  # run by other tests, or by people
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def command_lines(block: str) -> Iterator[str]:
+    """The lines of a shell block, continued ones joined; what goes to Python's standard input is left out."""
+    lines = iter(block.replace("\\\n", " ").splitlines())
+    for line in lines:
+        if line.startswith("cat > "):
+            body = iter(lines.__next__, "END")
+            Path(line.split()[2]).write_text("\n".join(body) + "\n")
+        elif "<<'END'" in line:
+            list(iter(lines.__next__, "END"))
+        elif line.strip() and not line.startswith(OTHERS):
+            yield line
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which the names of the pages mean something small."""
+    monkeypatch.chdir(tmp_path)
+    save_tiny(MODEL, num_hidden_layers=4, vocab_size=BYTE_LEVEL_VOCABULARY, initializer_range=0.15)
+    save_byte_level(MODEL)
+    sentence = "The quick brown fox jumps over the lazy dog, and then it does so again. "
+    Path("corpus.txt").write_text(sentence * 400)
+    Path("wikitext").mkdir()
+    for split in ("test", "validation"):
+        Path("wikitext", f"{split}.jsonl").write_text(json.dumps({"text": f"{split}: {sentence * 500}"}) + "\n")
+    monkeypatch.setenv("LLMPRUNE_WIKITEXT2", str(tmp_path / "wikitext"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_line_runs(page: Path, place: Path) -> None:
+    for block in blocks(page, "sh"):
+        if block.startswith("#!"):
+            continue
+        for line in command_lines(block):
+            words = shlex.split(line, comments=True)
+            assert words[0] in ("llmprune", "accelerate"), line
+            words = words[1:] if words[0] == "llmprune" else words[words.index("llmprune_cli") + 1 :]
+            if "--output" in words:
+                shutil.rmtree(words[words.index("--output") + 1], ignore_errors=True)
+            run = run_cli(*words)
+            assert run.code == 0, f"{page.name}: {line}\n{run.stderr}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_every_block_of_python_runs(page: Path, place: Path) -> None:
+    if page.name == "README.md":
+        assert run_cli("prune", MODEL, *BY_MAGNITUDE, "--pruning-ratio", "0.5", "--output", "pruned").code == 0
+    names: dict[str, object] = {}
+    for block in blocks(page, "python"):
+        if "FAMILIES" not in block and "Family(" not in block:  # an entry, not a script
+            exec(compile(block, page.name, "exec"), names)
 
 
 def test_every_make_target_that_is_promised_runs_something() -> None:
@@ -29,9 +93,8 @@ def test_every_make_target_that_is_promised_runs_something() -> None:
 
 
 @pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
-def test_the_readmes_script_runs(tiny_llama: Path, tmp_path: Path, text_file: Path) -> None:
-    readme = (ROOT / "README.md").read_text()
-    script = next(block for block in readme.split("```") if block.startswith("sh\n#!"))[3:]
+def test_the_script_of_the_guide_runs(tiny_llama: Path, tmp_path: Path, text_file: Path) -> None:
+    script = next(block for block in blocks(ROOT / "docs" / "guide.md", "sh") if block.startswith("#!"))
     (tmp_path / "chain.sh").write_text(script)
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
@@ -41,7 +104,35 @@ def test_the_readmes_script_runs(tiny_llama: Path, tmp_path: Path, text_file: Pa
 
 
 @pytest.mark.parametrize("table", support_matrix.TABLES)
-def test_the_readmes_tables_are_what_inspect_says(table: str) -> None:
+def test_tables_are_what_inspect_and_the_registries_say(table: str) -> None:
+    page, make = support_matrix.TABLES[table]
     start, end = support_matrix.marks(table)
-    made = start + support_matrix.TABLES[table]() + end
-    assert made in support_matrix.README.read_text(encoding="utf-8"), "run make matrix"
+    assert start + make() + end in (ROOT / "docs" / page).read_text(encoding="utf-8"), "run make matrix"
+
+
+def test_the_readme_fits_on_a_page() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_schemas_are_those_of_what_is_printed(name: str) -> None:
+    assert (schemas.FOLDER / f"{name}.json").read_text(encoding="utf-8") == schemas.as_text(name), "run make schemas"
+
+
+def test_documents_are_what_their_schemas_say(tiny_llama: Path, tmp_path: Path, text_file: Path) -> None:
+    windows = ("--dataset", text_file, "--max-seq-len", "32")
+    out, plan = tmp_path / "out", tmp_path / "plan.json"
+    printed = {
+        "inspect": ("inspect", tiny_llama, "--pruning-ratio", "0.5"),
+        "prune": ("prune", tiny_llama, "--pruning-ratio", "0.5", *BY_MAGNITUDE, "--output", out, "--eval", *windows),
+        "inspect-verify": ("inspect", "--verify", out),
+        "eval": ("eval", out, *windows),
+        "export": ("export", out, "--output", tmp_path / "exported"),
+    }
+    for name, command in printed.items():
+        run = run_cli(*command, "--json", *(("--save-plan", plan) if name == "prune" else ()))
+        assert run.code == 0, run.stderr
+        adapter_of(DOCUMENTS[name]).validate_json(run.stdout, strict=True)
+        schema = schemas.schema_of(name)
+        assert json.loads(run.stdout).keys() == schema["properties"].keys() == {*schema["required"]}
+    assert json.loads(plan.read_text()).keys() == schemas.schema_of("plan")["properties"].keys()

@@ -1,6 +1,6 @@
-"""The README's tables of families and of export formats, made from what `llmprune inspect` says of the tests' families.
+"""The docs' tables of families, export formats and methods, made of what `llmprune inspect` says and of the registries.
 
-`make matrix` writes them; a test holds the README to them, and others try every cell.
+`make matrix` writes them; a test holds the pages to them, and others try every cell.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from llmprune_cli.choose import IMPORTANCES, LAYER_IMPORTANCES
+from llmprune_cli.options import DEFAULT_IMPORTANCE, DEFAULT_REFIT
+from llmprune_cli.repair import REFITS
 from support import ROOT
 from support.cli import run_cli
 from support.families import EXPORTED, FAMILIES, HEADS_OF_16, SIZES, model_type
 from support.tiny import tiny_config
 
-README = ROOT / "README.md"
+DOCS = ROOT / "docs"
 COLUMNS = {
     "hidden_size": "hidden size",
     "num_attention_heads": "query heads",
@@ -89,22 +92,50 @@ def takes(said: dict[str, Any], runtime: str) -> str:
     return "no" if not fit["loads"] else "as `llama`" if "as llama.cpp's llama" in fit["note"] else "yes"
 
 
-TABLES = {"matrix": family_table, "formats": format_table}
+def method_table(heads: list[str], methods: dict[str, str], default: str) -> str:
+    """Methods by name, with what each does."""
+    named = [[f"`{name}`{' (default)' if name == default else ''}", about] for name, about in methods.items()]
+    return as_markdown([heads, *named])
+
+
+def importance_table() -> str:
+    """Importances of units."""
+    abouts = {name: own.about for name, own in IMPORTANCES.items()}
+    return method_table(["value", "how units are ranked"], abouts, DEFAULT_IMPORTANCE)
+
+
+def layer_importance_table() -> str:
+    """Importances of layers."""
+    abouts = {name: own.about for name, own in LAYER_IMPORTANCES.items()}
+    return method_table(["value", "which layers are removed"], abouts, "influence")
+
+
+def refit_table() -> str:
+    """Refits."""
+    return method_table(["`--refit`", "what is solved again"], REFITS, DEFAULT_REFIT)
+
+
+# The page of each table, and what makes it.
+TABLES = {
+    "matrix": ("families.md", family_table),
+    "formats": ("exports.md", format_table),
+    "importances": ("calibration.md", importance_table),
+    "layer importances": ("calibration.md", layer_importance_table),
+    "refits": ("calibration.md", refit_table),
+}
 
 
 def marks(name: str) -> tuple[str, str]:
-    """The lines around a table in the README."""
+    """The lines around a table in its page."""
     return f"<!-- {name}: made by `make matrix` -->\n", f"<!-- end of {name} -->"
 
 
 def main() -> None:
-    """Write the tables into the README."""
-    text = README.read_text(encoding="utf-8")
-    for name, make in TABLES.items():
-        start, end = marks(name)
-        before, rest = text.split(start)
-        text = before + start + make() + end + rest.split(end)[1]
-    README.write_text(text, encoding="utf-8")
+    """Write the tables into their pages."""
+    for name, (page, make) in TABLES.items():
+        path, (start, end) = DOCS / page, marks(name)
+        before, rest = path.read_text(encoding="utf-8").split(start)
+        path.write_text(before + start + make() + end + rest.split(end)[1], encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,89 @@
+"""Adding an importance or a format is one function or module and one line: help, checks and docs follow."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llmprune_cli
+
+PACKAGE = Path(llmprune_cli.__file__).parent
+FUNCTION = '''
+
+def score_first(checkpoint: Checkpoint, trace: Trace, widths: Widths, seed: int, progress: Progress) -> Scores:
+    """The first units stay."""
+    scores: Scores = defaultdict(dict)
+    for width, instance in instances(checkpoint, trace):
+        scores[width][instance] = -torch.arange(getattr(widths, width), dtype=torch.float32)
+    return dict(scores)
+'''
+IMPORTANCE = '    "first": Importance("nothing", "magnitude:score_first", "the first units stay, for comparison"),\n'
+MODULE = '''
+"""Names of tensors, one a line."""
+
+from llmprune_cli.formats.format import Fit, Format
+
+
+def write_names(checkpoint, folder, options, progress):
+    """Write them."""
+    (folder / "names.txt").write_text("\\n".join(checkpoint.by_name))
+    return {}
+
+
+NAMES = Format(runs_in="a reader", dtypes=("float32",), write=write_names, fit=lambda c: Fit(loads=True), loading="`cat`")
+'''
+FORMAT = '    "names": "names:NAMES",\n'
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the package with one more of each."""
+    root = tmp_path_factory.mktemp("extended")
+    package = Path(shutil.copytree(PACKAGE, root / "llmprune_cli", ignore=shutil.ignore_patterns("__pycache__")))
+    with (package / "choose" / "magnitude.py").open("a") as file:
+        file.write(FUNCTION)
+    (package / "formats" / "names.py").write_text(MODULE)
+    for name, before, line in (("choose", '    "random": Importance(', IMPORTANCE), ("formats", '    "gguf": ', FORMAT)):
+        path = package / name / "__init__.py"
+        text = path.read_text()
+        assert text.count(before) == 1
+        path.write_text(text.replace(before, line + before))
+    return root
+
+
+def run(root: Path, *command: str | Path) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(root), "COLUMNS": "200"}
+    command = (sys.executable, "-m", "llmprune_cli", *command)
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_new_importance_is_one_function_and_one_line(extended: Path, tiny_llama: Path) -> None:
+    assert "first" in run(extended, "prune", "--help").split("--importance")[1].split("--layer-importance")[0]
+    command = ("prune", tiny_llama, "--intermediate-size", "24", "--importance", "first", "--refit", "none")
+    run(extended, *command, "--output", extended / "out", "--save-plan", extended / "plan.json")
+    plan = json.loads((extended / "plan.json").read_text())
+    assert set(map(tuple, plan["keep"]["intermediate_size"].values())) == {tuple(range(24))}
+
+
+def test_a_new_format_is_one_module_and_one_line(extended: Path, tiny_llama: Path) -> None:
+    assert "names" in run(extended, "export", "--help").split("--format")[1].split("--output")[0]
+    shown = json.loads(run(extended, "export", tiny_llama, "--format", "names", "--output", extended / "n", "--json"))
+    assert shown["format"] == "names" and "lm_head.weight" in (extended / "n" / "names.txt").read_text()
+    assert "`cat`" in (extended / "n" / "README.md").read_text()
+
+
+def test_the_docs_list_what_there_is() -> None:
+    from llmprune_cli.choose import IMPORTANCES, LAYER_IMPORTANCES
+    from llmprune_cli.repair import REFITS
+
+    page = (PACKAGE.parent / "docs" / "calibration.md").read_text(encoding="utf-8")
+    for name, about in [*((n, i.about) for n, i in {**IMPORTANCES, **LAYER_IMPORTANCES}.items()), *REFITS.items()]:
+        assert f"| `{name}`" in page and f" | {about} |" in page, f"run make matrix: {name}"
