@@ -64,3 +64,8 @@ class ResourceError(LlmpruneError):
     """Memory that ran out."""
 
     exit_code = 9
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, to be a part of our own message; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), repr(error))

@@ -12,7 +12,7 @@ from llmprune_cli.choose.search import Budget
 from llmprune_cli.plan.target import WidthRequest
 from llmprune_cli.run.calibration import CalibrationOptions
 from llmprune_cli.run.perplexity import RunningPerplexity
-from llmprune_cli.source.opening import pick_device
+from llmprune_cli.source.full_model import pick_device
 
 
 @dataclass(frozen=True)

@@ -183,7 +183,8 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opened]:
 
     import families
     from llmprune_cli.coupling.subject import understand
-    from llmprune_cli.source.opening import ModelReference, load_model, open_checkpoint
+    from llmprune_cli.source.full_model import load_model
+    from llmprune_cli.source.opening import ModelReference, open_checkpoint
     from test_checkpoint_forms import rewrite
 
     family = request.param

@@ -25,7 +25,9 @@ from llmprune_cli.repair.least_squares import Moments, solve_reader
 from llmprune_cli.repair.refit import Streams, refit
 from llmprune_cli.repair.sites import Entry, Uses, find_sites
 from llmprune_cli.run.calibration import CalibrationOptions, prepare_calibration
-from llmprune_cli.source.opening import ModelReference, load_model, load_tokenizer, open_checkpoint
+from llmprune_cli.source.full_model import load_model
+from llmprune_cli.source.opening import ModelReference, open_checkpoint
+from llmprune_cli.source.tokenizer import load_tokenizer
 
 CALIBRATED = ("--calibration-tokens", "600", "--calibration-seq-len", "40")
 

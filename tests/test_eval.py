@@ -14,7 +14,7 @@ import torch
 from conftest import BY_MAGNITUDE, run_cli
 from llmprune_cli.report import eval_report
 from llmprune_cli.run import perplexity as evaluation
-from llmprune_cli.source.opening import load_model
+from llmprune_cli.source.full_model import load_model
 
 WINDOW = 32
 

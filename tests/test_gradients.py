@@ -20,7 +20,8 @@ from llmprune_cli.coupling.subject import understand
 from llmprune_cli.errors import OutputError
 from llmprune_cli.run.calibration import CalibrationOptions, prepare_calibration
 from llmprune_cli.run.states import copy_states
-from llmprune_cli.source.opening import ModelReference, load_tokenizer, open_checkpoint
+from llmprune_cli.source.opening import ModelReference, open_checkpoint
+from llmprune_cli.source.tokenizer import load_tokenizer
 from test_checkpoint_forms import rewrite
 
 

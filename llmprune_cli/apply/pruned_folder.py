@@ -18,7 +18,8 @@ from llmprune_cli.journal.identity import versions
 from llmprune_cli.options import Listener, PruneOptions
 from llmprune_cli.plan.target import Plan, Target, WidthRequest
 from llmprune_cli.report.results import SCHEMA_VERSION, ModelSummary
-from llmprune_cli.source.opening import ModelReference, copy_companions
+from llmprune_cli.source.opening import ModelReference
+from llmprune_cli.source.tokenizer import copy_companions
 
 
 def write_pruned(

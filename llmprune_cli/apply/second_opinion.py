@@ -12,7 +12,7 @@ from llmprune_cli.coupling.trace import Trace
 from llmprune_cli.coupling.twin import Twin, build_twin, trace_sizes
 from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.family.architecture import NEURONS, Architecture, expected_index
-from llmprune_cli.folder.names import split_name
+from llmprune_cli.folder.tensors import split_name
 
 Place = tuple[str, int]  # (tensor name, axis)
 

@@ -13,7 +13,7 @@ import torch
 from llmprune_cli.choose.magnitude import EXPERTS, GROUPS, HEADS, Scores
 from llmprune_cli.coupling.trace import Reader, Trace, instance_of
 from llmprune_cli.family.architecture import NEURONS, Widths
-from llmprune_cli.folder.names import split_name
+from llmprune_cli.folder.tensors import split_name
 from llmprune_cli.processes import Processes
 from llmprune_cli.run.layered_model import Layer, LayeredModel, check_states
 from llmprune_cli.run.states import new_states

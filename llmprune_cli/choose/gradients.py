@@ -13,7 +13,7 @@ from llmprune_cli.choose.activity import Activity, block_influence
 from llmprune_cli.choose.magnitude import EXPERTS, GROUPS, HEADS, Scores
 from llmprune_cli.coupling.trace import Trace, instance_of
 from llmprune_cli.family.architecture import NEURONS, on_disk
-from llmprune_cli.folder.names import split_name
+from llmprune_cli.folder.tensors import split_name
 from llmprune_cli.processes import Processes
 from llmprune_cli.run.divergence import check_loss, predicted
 from llmprune_cli.run.layered_model import Ends, Layer, LayeredModel, batches, check_states

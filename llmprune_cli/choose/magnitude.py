@@ -18,7 +18,7 @@ from llmprune_cli.coupling.trace import Binding, Trace, instance_of
 from llmprune_cli.errors import CheckpointError
 from llmprune_cli.family.architecture import Widths
 from llmprune_cli.folder.checkpoint import Checkpoint
-from llmprune_cli.folder.names import split_name
+from llmprune_cli.folder.tensors import split_name
 
 Scores = dict[str, dict[str, "torch.Tensor"]]  # width → instance → score of each unit, float32 [units]
 Progress = Callable[[int], None]  # told the bytes that were just read

@@ -17,7 +17,7 @@ from llmprune_cli.choose.magnitude import IMPORTANCES, Scores, check_scores, ins
 from llmprune_cli.choose.search import Budget, Candidate, least_target, search_widths
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.errors import PlanError
-from llmprune_cli.folder.names import split_name
+from llmprune_cli.folder.tensors import split_name
 from llmprune_cli.journal.sharedwork import SharedWork
 from llmprune_cli.journal.statistics_store import StatisticsStore, statistics_key
 from llmprune_cli.options import Listener, PruneOptions

@@ -505,8 +505,9 @@ def export(
     from llmprune_cli.cli import output
     from llmprune_cli.commands import pipeline
     from llmprune_cli.export import FORMATS
-    from llmprune_cli.export.formats import SHORT_DTYPES, ExportOptions
+    from llmprune_cli.export.formats import ExportOptions
     from llmprune_cli.folder.shards import parse_size
+    from llmprune_cli.folder.tensors import SHORT_DTYPES
     from llmprune_cli.source.opening import ModelReference
 
     dtype = SHORT_DTYPES.get(dtype, dtype) if dtype else None

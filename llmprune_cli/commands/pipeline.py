@@ -50,7 +50,8 @@ from llmprune_cli.report.results import (
 from llmprune_cli.report.runtimes import runtime_fits
 from llmprune_cli.run.calibration import CalibrationText, prepare_calibration, warn_of_shared_text
 from llmprune_cli.run.layered_model import BATCH_TOKENS, windows_together
-from llmprune_cli.source.opening import ModelReference, load_tokenizer, open_checkpoint
+from llmprune_cli.source.opening import ModelReference, open_checkpoint
+from llmprune_cli.source.tokenizer import load_tokenizer
 
 # --- inspect -------------------------------------------------------------------------------------------------------
 

@@ -9,8 +9,8 @@ from llmprune_cli.coupling.trace import Trace
 from llmprune_cli.coupling.twin import settle_head_dim, trace
 from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.family.architecture import Architecture, Widths, discover, expected_index, with_widths
-from llmprune_cli.folder.checkpoint import Checkpoint, TensorEntry
-from llmprune_cli.folder.names import split_name
+from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.folder.tensors import TensorEntry, split_name
 from llmprune_cli.plan.target import Target, predicted_tensors
 from llmprune_cli.processes import ALONE, Processes
 from llmprune_cli.run.layered_model import LayeredModel

@@ -13,7 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from llmprune_cli.coupling.trace import GLOBAL_WIDTHS, Binding, Reader, Trace
-from llmprune_cli.errors import LlmpruneError, UnsupportedError
+from llmprune_cli.errors import LlmpruneError, UnsupportedError, first_line
 from llmprune_cli.family.architecture import (
     HEADS,
     NEURONS,
@@ -27,7 +27,7 @@ from llmprune_cli.family.architecture import (
     rotary_fraction,
 )
 from llmprune_cli.family.layers import layer_changes, sample_layers
-from llmprune_cli.folder.names import split_name
+from llmprune_cli.folder.tensors import split_name
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -205,7 +205,7 @@ def _run(twin: Twin) -> None:
             twin.model(input_ids=twin.tokens, use_cache=False)
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         family = twin.architecture.config.model_type
-        raise UnsupportedError(f"A small twin of {family} does not run ({str(error).splitlines()[0]}).") from error
+        raise UnsupportedError(f"A small twin of {family} does not run ({first_line(error)}).") from error
 
 
 # --- trace ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from llmprune_cli.errors import CheckpointError, LlmpruneError, UnsupportedError
 from llmprune_cli.family.exceptions import FAMILIES, Family
 from llmprune_cli.family.layers import find_layer_kinds, layer_changes, sample_layers
-from llmprune_cli.folder.names import Shape
+from llmprune_cli.folder.tensors import Shape
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from llmprune_cli.folder.names import Shape, split_name
+from llmprune_cli.folder.tensors import Shape, split_name
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

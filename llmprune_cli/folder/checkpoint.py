@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmprune_cli.errors import CheckpointError
+from llmprune_cli.folder.tensors import DTYPES, TensorEntry
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -26,32 +26,9 @@ MANIFEST_NAME = "llmprune.json"
 READ = (".json", ".safetensors", ".bin", ".model", ".jinja", ".txt", ".tiktoken", ".py")  # suffixes of what is read
 MOST_JSON_BYTES = 32 * 2**20  # the index of 150,000 tensors has half of that
 MOST_CONTAINERS = 10**6  # lists and objects of a document, which take much more memory than their brackets
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
-DTYPE_BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
 
 
 Stamp = tuple[int, int, int]  # inode, bytes, time of the last change in nanoseconds
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """One tensor of a checkpoint, known from a header."""
-
-    name: str  # as `save_pretrained` writes it today
-    shape: tuple[int, ...]
-    dtype: str  # safetensors' name, for example "BF16"
-    shard: str | None  # file name inside the folder; None where there are no weights
-    stored_name: str | None = None  # what the shard calls it, where that is another name
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the tensor's data."""
-        return self.numel * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -254,7 +231,7 @@ def _read_header(path: Path) -> list[TensorEntry]:
         for name in handle.offset_keys():
             view = handle.get_slice(name)
             dtype = view.get_dtype()
-            if dtype not in DTYPE_BYTES:
+            if dtype not in DTYPES:
                 raise CheckpointError(f"{path}: {name} is stored as {dtype}, which is unknown here. Convert it first.")
             entries.append(TensorEntry(name, tuple(view.get_shape()), dtype, path.name))
         return entries

@@ -14,7 +14,8 @@ from typing import IO, Any
 import torch
 
 from llmprune_cli.errors import PlanError, VerificationError
-from llmprune_cli.folder.checkpoint import INDEX_NAME, SINGLE_NAME, TensorEntry
+from llmprune_cli.folder.checkpoint import INDEX_NAME, SINGLE_NAME
+from llmprune_cli.folder.tensors import TensorEntry
 
 PADDED = 8  # bytes that the length of a header is a multiple of
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

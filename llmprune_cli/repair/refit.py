@@ -15,10 +15,10 @@ from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.coupling.trace import Reader, Trace
 from llmprune_cli.errors import CheckpointError, OutputError
 from llmprune_cli.family.architecture import Widths
-from llmprune_cli.folder.checkpoint import Checkpoint, TensorEntry, open_shard
-from llmprune_cli.folder.names import split_name
+from llmprune_cli.folder.checkpoint import Checkpoint, open_shard
 from llmprune_cli.folder.shards import check_finite
 from llmprune_cli.folder.staging import fsync
+from llmprune_cli.folder.tensors import DTYPES, TensorEntry, split_name
 from llmprune_cli.journal.sharedwork import SharedWork
 from llmprune_cli.options import Listener, PruneOptions
 from llmprune_cli.plan.target import Plan
@@ -28,7 +28,6 @@ from llmprune_cli.repair.sites import Site, Uses, find_sites
 from llmprune_cli.run.calibration import CalibrationText
 from llmprune_cli.run.layered_model import Enough, Layer, LayeredModel, batches, check_states
 from llmprune_cli.run.states import copy_states, new_states
-from llmprune_cli.source.opening import DTYPES
 
 if TYPE_CHECKING:
     from llmprune_cli.coupling.products import Product, Watcher
@@ -197,7 +196,7 @@ class _LayerRefit:
         for name, tensor in self.layer.stored().items():
             real = self._real_name(name)
             if real is not None:
-                tensors[real] = tensor.to("cpu", torch_dtype(self.whole.checkpoint.by_name[real].dtype)).contiguous()
+                tensors[real] = tensor.to("cpu", DTYPES[self.whole.checkpoint.by_name[real].dtype].torch).contiguous()
         if not tensors:
             return
         path = folder / layer_file(self.number)
@@ -287,7 +286,7 @@ class _LayerRefit:
         for entry in self.whole.checkpoint.entries:
             template, numbers = split_name(entry.name)
             if template in templates and numbers[0] == self.number:
-                return torch_dtype(entry.dtype)
+                return DTYPES[entry.dtype].torch
         raise AssertionError(f"{site.name} is not on disk")
 
     def _moments(
@@ -356,13 +355,6 @@ def relative_distance(stream: torch.Tensor, other: torch.Tensor, processes: Proc
     gaps = sum(float((a - b).square().sum(dtype=torch.float64)) for a, b in zip(stream, other, strict=True))
     gaps, whole = processes.add_up(gaps, sum(float(b.square().sum(dtype=torch.float64)) for b in other))
     return gaps / whole
-
-
-def torch_dtype(code: str) -> torch.dtype:
-    """safetensors' name of a dtype to torch's."""
-    names = {"F64": "float64", **{short: name for name, short in DTYPES.items()}}
-    dtype: torch.dtype = getattr(torch, names[code])
-    return dtype
 
 
 class _StreamWithin:

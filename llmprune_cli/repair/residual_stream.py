@@ -16,7 +16,7 @@ from llmprune_cli.coupling.twin import Place, build_twin, trace_sizes
 from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.family.architecture import Architecture, on_disk
 from llmprune_cli.family.exceptions import FAMILIES, Family
-from llmprune_cli.folder.names import split_name
+from llmprune_cli.folder.tensors import split_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,7 +11,7 @@ from llmprune_cli import __version__
 from llmprune_cli.errors import CheckpointError
 from llmprune_cli.folder.checkpoint import MANIFEST_NAME, Checkpoint, is_there
 from llmprune_cli.report.runtimes import RuntimeFit
-from llmprune_cli.source.opening import copy_small
+from llmprune_cli.source.tokenizer import copy_small
 
 CARD = "README.md"
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")

@@ -16,7 +16,7 @@ from llmprune_cli.errors import CheckpointError, UnsupportedError
 from llmprune_cli.family.architecture import Architecture, build_skeleton, on_disk, reconfigure
 from llmprune_cli.family.layers import layer_changes
 from llmprune_cli.folder.checkpoint import Checkpoint
-from llmprune_cli.folder.names import split_name
+from llmprune_cli.folder.tensors import split_name
 from llmprune_cli.processes import ALONE, Processes
 from llmprune_cli.run.states import new_states
 from llmprune_cli.source.stored_names import Rules

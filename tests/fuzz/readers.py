@@ -70,7 +70,7 @@ def read_manifest(folder: Path) -> None:
 def read_configuration(folder: Path) -> None:
     """A configuration, up to the names and shapes of the tensors that it asks for."""
     from llmprune_cli.family.architecture import expected_index, read_widths
-    from llmprune_cli.source.opening import read_config
+    from llmprune_cli.source.configuration import read_config
 
     config = read_config(folder, trust_remote_code=False)
     expected_index(config)
@@ -79,7 +79,7 @@ def read_configuration(folder: Path) -> None:
 
 def read_gguf(folder: Path) -> None:
     """The header of a GGUF file."""
-    from llmprune_cli.source.conversion import describe_gguf
+    from llmprune_cli.source.gguf import describe_gguf
 
     describe_gguf(folder / "model.gguf", None)
 
