@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from conftest import BY_MAGNITUDE, run_cli, save_tiny
 from llmprune_cli.errors import CheckpointError
 from llmprune_cli.folder import integrity
-from llmprune_cli.folder.staging import locked_folder, scratch_folder
+from llmprune_cli.folder.scratch import scratch_folder
+from llmprune_cli.folder.staging import locked_folder
 from llmprune_cli.source import opening as loading
 from llmprune_cli.source.opening import ModelReference, open_checkpoint
 from test_checkpoint_forms import FP8, edit_config, gguf_pair, quantize_fp8, rewrite

@@ -17,7 +17,7 @@ from llmprune_cli.coupling.twin import Twin, build_twin, proof_sizes
 from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.family.architecture import NEURONS, Architecture, Widths, expected_index
 from llmprune_cli.family.layers import can_keep_layers
-from llmprune_cli.folder.staging import scratch_folder, scratch_space
+from llmprune_cli.folder.scratch import scratch_folder, scratch_space
 from llmprune_cli.folder.tensors import split_name
 from llmprune_cli.plan.target import Target
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from llmprune_cli.apply.surgery import pruned_entries, pruned_tensors
 from llmprune_cli.choose.selection import make_plan
@@ -12,12 +11,13 @@ from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.coupling.trace import Keep, Trace
 from llmprune_cli.errors import VerificationError
 from llmprune_cli.family.architecture import Architecture, with_widths
-from llmprune_cli.folder.checkpoint import MANIFEST_NAME, Checkpoint, read_index
-from llmprune_cli.folder.shards import write_json, write_shards
+from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.folder.manifest import Manifest, Numbers, WidthNumbers, write_manifest
+from llmprune_cli.folder.shards import read_index, write_shards
 from llmprune_cli.journal.identity import versions
 from llmprune_cli.options import Listener, PruneOptions
 from llmprune_cli.plan.target import Plan, Target, WidthRequest
-from llmprune_cli.report.results import SCHEMA_VERSION, ModelSummary
+from llmprune_cli.report.results import ModelSummary
 from llmprune_cli.source.opening import ModelReference
 from llmprune_cli.source.tokenizer import copy_companions
 
@@ -26,7 +26,7 @@ def write_pruned(
     subject: Subject,
     plan: Plan,
     folder: Path,
-    manifest: dict[str, Any],
+    manifest: Manifest,
     max_shard_bytes: int,
     listener: Listener,
 ) -> dict[str, str]:
@@ -45,7 +45,7 @@ def write_pruned(
     checksums = write_shards(folder, entries, tensors, max_shard_bytes)
     with_widths(subject.architecture, plan.after, plan.layers).save_pretrained(folder)
     copy_companions(checkpoint, folder)
-    write_json(folder / MANIFEST_NAME, manifest)
+    write_manifest(folder, manifest)
     written = {entry.name: entry.shape for entry in read_index(folder)}
     if written != {entry.name: entry.shape for entry in entries}:
         raise VerificationError("The written headers differ from the plan. Nothing was kept; please report this.")
@@ -59,15 +59,14 @@ def make_manifest(
     options: PruneOptions,
     before: ModelSummary,
     after: ModelSummary,
-) -> dict[str, Any]:
+) -> Manifest:
     """What the folder's `llmprune.json` says about how it was made."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "source": checkpoint.source,
-        "revision": checkpoint.revision,
-        "source_fingerprint": plan.fingerprint,
-        "versions": versions(),
-        "options": {
+    return Manifest(
+        source=checkpoint.source,
+        revision=checkpoint.revision,
+        source_fingerprint=plan.fingerprint,
+        versions=versions(),
+        options={
             **asdict(options.request),
             "target": asdict(options.budget) if options.budget else None,
             "importance": plan.importance,
@@ -78,15 +77,15 @@ def make_manifest(
             "plan": str(options.plan) if options.plan else None,
             "dtype": reference.dtype,
         },
-        "widths": {"before": asdict(before.widths), "after": asdict(after.widths)},
-        "layers": list(plan.layers),
-        "protected_layers": list(plan.protected),
-        "parameters": {"before": before.parameters, "after": after.parameters},
-        "size_bytes": {"before": before.size_bytes, "after": after.size_bytes},
-        "deviations": list(plan.deviations),
-        "dropped_tensors": list(checkpoint.dropped),
-        "renamed_tensors": dict(checkpoint.renamed),
-    }
+        widths=WidthNumbers(asdict(before.widths), asdict(after.widths)),
+        layers=plan.layers,
+        protected_layers=plan.protected,
+        parameters=Numbers(before.parameters, after.parameters),
+        size_bytes=Numbers(before.size_bytes, after.size_bytes),
+        deviations=plan.deviations,
+        dropped_tensors=checkpoint.dropped,
+        renamed_tensors=dict(checkpoint.renamed),
+    )
 
 
 def prune_twin(source: Path, target: Path, traced: Trace, architecture: Architecture, cut: Target) -> Keep:
@@ -95,5 +94,5 @@ def prune_twin(source: Path, target: Path, traced: Trace, architecture: Architec
     checkpoint = Checkpoint(source, "twin", None, architecture.config, read_index(source), True, source)
     subject = Subject(checkpoint, architecture, traced)
     plan = make_plan(subject, cut, PruneOptions(WidthRequest(), importance="random"), None, quiet)
-    write_pruned(subject, plan, target, {}, 2**62, quiet)
+    write_pruned(subject, plan, target, Manifest(), 2**62, quiet)
     return plan.keep

@@ -6,7 +6,6 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from llmprune_cli.apply.proof import prove
 from llmprune_cli.apply.pruned_folder import make_manifest, prune_twin, write_pruned
@@ -19,10 +18,11 @@ from llmprune_cli.export import FORMATS
 from llmprune_cli.export.formats import ExportOptions, Fit
 from llmprune_cli.export.verification import PROMPTS, missing_memory, missing_runtime, verify
 from llmprune_cli.family.architecture import with_widths
-from llmprune_cli.folder.checkpoint import MANIFEST_NAME, Checkpoint, read_json
+from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.integrity import check_files, list_files
-from llmprune_cli.folder.shards import write_json
-from llmprune_cli.folder.staging import check_folder, check_target, claimed, scratch_folder
+from llmprune_cli.folder.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
+from llmprune_cli.folder.scratch import check_folder, scratch_folder
+from llmprune_cli.folder.staging import check_target, claimed
 from llmprune_cli.journal.identity import versions
 from llmprune_cli.journal.sharedwork import SharedWork
 from llmprune_cli.journal.workfolder import kept_work, run_key
@@ -282,7 +282,7 @@ def _fill(
     staging: Path,
     subject: Subject,
     plan: Plan,
-    manifest: dict[str, Any],
+    manifest: Manifest,
     options: PruneOptions,
     calibration: CalibrationText | None,
     work: SharedWork | None,
@@ -295,10 +295,10 @@ def _fill(
     card = None
     if calibration is not None:
         card = report_card(subject, staging, plan, options, calibration, repairs, listener)
-        manifest = {**manifest, "calibration": asdict(card)}
+        manifest = replace(manifest, calibration=asdict(card))
     config = with_widths(subject.architecture, plan.after, plan.layers)
     write_card(staging, subject.checkpoint, manifest, "safetensors", runtime_fits(config))
-    write_json(staging / MANIFEST_NAME, {**manifest, "files": list_files(staging, checksums)})
+    write_manifest(staging, replace(manifest, files=list_files(staging, checksums)))
     return card
 
 
@@ -376,12 +376,11 @@ def export(
             if not reason:
                 listener.stage("Verifying", len(PROMPTS))
                 verification = verify(checkpoint, form, staging, dtype, listener.advance)
-            pruned = manifest if "widths" in manifest else None
+            pruned = manifest if manifest.is_pruned else None
             write_card(staging, checkpoint, pruned, format_name, runtime_fits(checkpoint.config))
             result = asdict(verification) if verification else None
             exported = {"format": format_name, "dtype": dtype, "versions": versions(), "verification": result}
-            manifest = {**manifest, "export": exported, "files": list_files(staging, checksums)}
-            write_json(staging / MANIFEST_NAME, manifest)
+            write_manifest(staging, replace(manifest, export=exported, files=list_files(staging, checksums)))
         files = sorted(path for path in output.rglob("*") if path.is_file())
         return ExportResult(
             schema_version=SCHEMA_VERSION,
@@ -398,9 +397,8 @@ def export(
         )
 
 
-def source_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
+def source_manifest(checkpoint: Checkpoint) -> Manifest:
     """What the source's manifest says of how it was made, or else where it is from."""
-    path = checkpoint.companions / MANIFEST_NAME
-    if path.is_file():
-        return read_json(path)
-    return {"schema_version": SCHEMA_VERSION, "source": checkpoint.source, "revision": checkpoint.revision}
+    if (checkpoint.companions / MANIFEST_NAME).is_file():
+        return read_manifest(checkpoint.companions)
+    return Manifest(source=checkpoint.source, revision=checkpoint.revision)

@@ -18,7 +18,7 @@ from llmprune_cli.export.formats import Continuation, ExportOptions, Fit, Format
 from llmprune_cli.export.safetensors import write_safetensors
 from llmprune_cli.family.architecture import read_widths
 from llmprune_cli.folder.checkpoint import Checkpoint
-from llmprune_cli.folder.staging import scratch_folder
+from llmprune_cli.folder.scratch import scratch_folder
 from llmprune_cli.source.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:

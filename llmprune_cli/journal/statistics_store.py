@@ -14,7 +14,7 @@ import torch
 from llmprune_cli.choose.activity import Activity
 from llmprune_cli.choose.magnitude import Scores
 from llmprune_cli.folder.checkpoint import Checkpoint
-from llmprune_cli.folder.staging import replace_file
+from llmprune_cli.folder.documents import replace_file
 from llmprune_cli.journal.identity import model_identity, text_identity, versions
 
 HEADER = "llmprune"  # name of the JSON in a file's header that says what it holds

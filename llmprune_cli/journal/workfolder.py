@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -17,9 +16,9 @@ from llmprune_cli.choose.search import Candidate
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.errors import CheckpointError, OutputError, PlanError
 from llmprune_cli.family.architecture import Widths
-from llmprune_cli.folder.checkpoint import read_json
+from llmprune_cli.folder.documents import UNFINISHED, read_json, replace_file
 from llmprune_cli.folder.shards import raw_bytes
-from llmprune_cli.folder.staging import Claim, empty, hidden_folder, replace_file
+from llmprune_cli.folder.staging import Claim, empty
 from llmprune_cli.journal.identity import model_identity, text_identity, versions
 from llmprune_cli.options import PruneOptions
 from llmprune_cli.plan.target import Plan, Target, read_plan
@@ -129,8 +128,8 @@ class WorkFolder:
                 )
             if begun["threads"] != run["threads"]:
                 warn(f"Begun with {begun['threads']} threads, now {run['threads']}: the last digits may differ.")
-            for path in self.path.glob(hidden_folder(Path("*")).name):
-                shutil.rmtree(path)
+            for path in self.path.glob(UNFINISHED.format("*", "*")):
+                path.unlink()
             return
         if resume:
             warn(f"There is no work of an earlier run in {self.path}; starting at the beginning.")

@@ -15,8 +15,8 @@ from llmprune_cli.coupling.trace import Keep, Trace, kept_mask, new_name, renumb
 from llmprune_cli.errors import CheckpointError, PlanError
 from llmprune_cli.family.architecture import NEURONS, Architecture, Widths, read_widths, with_widths
 from llmprune_cli.family.layers import can_keep_layers
-from llmprune_cli.folder.checkpoint import Checkpoint, read_json
-from llmprune_cli.folder.staging import replace_file
+from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.folder.documents import read_json, replace_file
 from llmprune_cli.folder.tensors import Shape, split_name
 
 if TYPE_CHECKING:

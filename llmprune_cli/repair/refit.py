@@ -15,9 +15,9 @@ from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.coupling.trace import Reader, Trace
 from llmprune_cli.errors import CheckpointError, OutputError
 from llmprune_cli.family.architecture import Widths
-from llmprune_cli.folder.checkpoint import Checkpoint, open_shard
-from llmprune_cli.folder.shards import check_finite
-from llmprune_cli.folder.staging import fsync
+from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.folder.documents import fsync
+from llmprune_cli.folder.shards import check_finite, open_shard
 from llmprune_cli.folder.tensors import DTYPES, TensorEntry, split_name
 from llmprune_cli.journal.sharedwork import SharedWork
 from llmprune_cli.options import Listener, PruneOptions

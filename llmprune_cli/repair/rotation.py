@@ -17,9 +17,8 @@ import torch
 from llmprune_cli.coupling.subject import Subject, understand
 from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.family.architecture import expected_index, reconfigure
-from llmprune_cli.folder.checkpoint import read_index
-from llmprune_cli.folder.shards import write_shards
-from llmprune_cli.folder.staging import scratch_space
+from llmprune_cli.folder.scratch import scratch_space
+from llmprune_cli.folder.shards import read_index, write_shards
 from llmprune_cli.folder.tensors import TensorEntry, split_name
 from llmprune_cli.repair.residual_stream import Norm, ResidualStream
 from llmprune_cli.run.layered_model import LayeredModel, check_states

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from llmprune_cli.folder.checkpoint import Checkpoint
-from llmprune_cli.folder.staging import scratch_folder
+from llmprune_cli.folder.scratch import scratch_folder
 from llmprune_cli.options import EvalOptions, Listener
 from llmprune_cli.processes import ALONE, Processes
 from llmprune_cli.report.results import SCHEMA_VERSION, EvalReport, EvalResult

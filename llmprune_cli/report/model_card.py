@@ -9,7 +9,9 @@ from typing import Any
 
 from llmprune_cli import __version__
 from llmprune_cli.errors import CheckpointError
-from llmprune_cli.folder.checkpoint import MANIFEST_NAME, Checkpoint, is_there
+from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.folder.documents import is_there
+from llmprune_cli.folder.manifest import MANIFEST_NAME
 from llmprune_cli.report.runtimes import RuntimeFit
 from llmprune_cli.source.tokenizer import copy_small
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.errors import CheckpointError, UnsupportedError
 from llmprune_cli.family.architecture import build_skeleton
-from llmprune_cli.folder.checkpoint import read_json
+from llmprune_cli.folder.documents import read_json
 from llmprune_cli.source.stored_names import outer_model
 
 if TYPE_CHECKING:

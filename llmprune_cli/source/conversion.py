@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmprune_cli.errors import CheckpointError, UnsupportedError, first_line
-from llmprune_cli.folder.checkpoint import read_index
-from llmprune_cli.folder.shards import write_shards
-from llmprune_cli.folder.staging import scratch_space
+from llmprune_cli.folder.scratch import scratch_space
+from llmprune_cli.folder.shards import read_index, write_shards
 from llmprune_cli.folder.tensors import BY_NAME, DTYPES, TensorEntry
 
 if TYPE_CHECKING:

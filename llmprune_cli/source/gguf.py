@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.errors import CheckpointError, LlmpruneError, UnsupportedError, first_line
 from llmprune_cli.family.architecture import expected_index, read_widths
-from llmprune_cli.folder.staging import scratch_space
+from llmprune_cli.folder.scratch import scratch_space
 from llmprune_cli.folder.tensors import BY_NAME
 from llmprune_cli.source.conversion import DEQUANTIZED_DTYPE, save_plain
 

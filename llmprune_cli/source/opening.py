@@ -12,18 +12,10 @@ import torch
 
 from llmprune_cli.errors import CheckpointError, UnsupportedError
 from llmprune_cli.family.architecture import build_skeleton, expected_index, on_disk, reconfigure
-from llmprune_cli.folder.checkpoint import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    Checkpoint,
-    check_places,
-    is_there,
-    open_shard,
-    read_index,
-    stamp_shards,
-    unchanged,
-)
-from llmprune_cli.folder.staging import scratch_folder
+from llmprune_cli.folder.checkpoint import Checkpoint, check_places, stamp_shards, unchanged
+from llmprune_cli.folder.documents import is_there
+from llmprune_cli.folder.scratch import scratch_folder
+from llmprune_cli.folder.shards import INDEX_NAME, SINGLE_NAME, open_shard, read_index
 from llmprune_cli.folder.tensors import BY_NAME, DTYPES, TensorEntry
 from llmprune_cli.source.configuration import read_config, text_part
 from llmprune_cli.source.conversion import convert_bin, dequantize, describe_dequantized, quantization_of

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmprune_cli.errors import CheckpointError
-from llmprune_cli.folder.checkpoint import Checkpoint, is_there
+from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.folder.documents import is_there
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -32,14 +32,14 @@ class Reader:
 
 def read_headers(folder: Path) -> None:
     """The header of a shard."""
-    from llmprune_cli.folder.checkpoint import read_index
+    from llmprune_cli.folder.shards import read_index
 
     read_index(folder / "alone")
 
 
 def read_whole_index(folder: Path) -> None:
     """An index, beside the shards that it should name."""
-    from llmprune_cli.folder.checkpoint import read_index
+    from llmprune_cli.folder.shards import read_index
 
     read_index(folder)
 

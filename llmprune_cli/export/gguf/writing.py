@@ -22,8 +22,8 @@ from llmprune_cli.export.gguf.tensors import FileTensor, Layout, lay_out
 from llmprune_cli.export.gguf.vocabulary import add_vocabulary
 from llmprune_cli.export.safetensors import write_safetensors
 from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.folder.scratch import scratch_folder
 from llmprune_cli.folder.shards import check_finite
-from llmprune_cli.folder.staging import scratch_folder
 from llmprune_cli.folder.tensors import SHORT_DTYPES
 
 if TYPE_CHECKING:
