@@ -89,9 +89,8 @@ def memory_explained() -> Iterator[None]:
         shortage = error if isinstance(error, MemoryError) else _shortage(error)
         if shortage is None:
             raise
-        reason = (str(shortage).strip().splitlines() or ["no more is to be had"])[0]
         raise ResourceError(
-            f"Memory ran out: {reason}. `eval` needs less with a smaller --max-seq-len or --batch-size, `prune` with "
+            f"Memory ran out: {first_line(shortage)}. `eval` needs less with a smaller --max-seq-len or --batch-size, `prune` with "
             "fewer --calibration-tokens or with --offload-dir; --device names another one."
         ) from error
 
@@ -103,3 +102,8 @@ def _shortage(error: BaseException | None) -> BaseException | None:
             return error
         error = error.__cause__
     return None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, to be a part of our own message; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), repr(error))

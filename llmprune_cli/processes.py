@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from llmprune_cli.errors import CheckpointError, LlmpruneError, PeerError
+from llmprune_cli.errors import CheckpointError, LlmpruneError, PeerError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -308,8 +308,9 @@ def _lost_peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise PeerError(f"Another process of this run is gone: killed, or out of memory ({reason}).") from error
+        raise PeerError(
+            f"Another process of this run is gone: killed, or out of memory ({first_line(error)})."
+        ) from error
 
 
 @contextmanager

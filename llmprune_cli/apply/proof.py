@@ -19,8 +19,8 @@ from llmprune_cli.family.architecture import Architecture
 from llmprune_cli.family.layers import can_keep_layers
 from llmprune_cli.family.skeleton import expected_index
 from llmprune_cli.family.widths import NEURONS, Widths
-from llmprune_cli.folder.names import split_name
-from llmprune_cli.folder.staging import scratch_folder, scratch_space
+from llmprune_cli.folder.scratch import scratch_folder, scratch_space
+from llmprune_cli.folder.tensors import split_name
 from llmprune_cli.plan.target import Target
 
 if TYPE_CHECKING:

@@ -12,21 +12,22 @@ from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.coupling.trace import Keep, Trace
 from llmprune_cli.errors import VerificationError
 from llmprune_cli.family.architecture import Architecture, with_widths
-from llmprune_cli.folder.checkpoint import MANIFEST_NAME, Checkpoint, read_index
-from llmprune_cli.folder.shards import write_json, write_shards
+from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.folder.manifest import Manifest, Numbers, WidthNumbers, write_manifest
+from llmprune_cli.folder.shards import read_index, write_shards
 from llmprune_cli.journal.keys import versions
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.plan.target import Target
 from llmprune_cli.progress import QUIET, Listener
-from llmprune_cli.report.results import SCHEMA_VERSION, ModelSummary
-from llmprune_cli.source.opening import copy_companions
+from llmprune_cli.report.results import ModelSummary
+from llmprune_cli.source.tokenizer import copy_companions
 
 
 def write_pruned(
     subject: Subject,
     plan: Plan,
     folder: Path,
-    manifest: dict[str, Any],
+    manifest: Manifest,
     max_shard_bytes: int,
     listener: Listener,
 ) -> dict[str, str]:
@@ -45,7 +46,7 @@ def write_pruned(
     checksums = write_shards(folder, entries, tensors, max_shard_bytes)
     with_widths(subject.architecture, plan.after, plan.layers).save_pretrained(folder)
     copy_companions(checkpoint, folder)
-    write_json(folder / MANIFEST_NAME, manifest)
+    write_manifest(folder, manifest)
     written = {entry.name: entry.shape for entry in read_index(folder)}
     if written != {entry.name: entry.shape for entry in entries}:
         raise VerificationError("The written headers differ from the plan. Nothing was kept; please report this.")
@@ -59,30 +60,29 @@ def make_manifest(
     after: ModelSummary,
     options: dict[str, Any],
     recipe: dict[str, Any],
-) -> dict[str, Any]:
+) -> Manifest:
     """What the folder's `llmprune.json` says about how it was made.
 
     Args:
         options: that were asked for.
         recipe: what repeats the run, see `recipe_of`.
     """
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "source": checkpoint.source,
-        "revision": checkpoint.revision,
-        "source_fingerprint": plan.fingerprint,
-        "versions": versions(),
-        "options": options,
-        "recipe": recipe,
-        "widths": {"before": asdict(before.widths), "after": asdict(after.widths)},
-        "layers": list(plan.layers),
-        "protected_layers": list(plan.protected),
-        "parameters": {"before": before.parameters, "after": after.parameters},
-        "size_bytes": {"before": before.size_bytes, "after": after.size_bytes},
-        "deviations": list(plan.deviations),
-        "dropped_tensors": list(checkpoint.dropped),
-        "renamed_tensors": dict(checkpoint.renamed),
-    }
+    return Manifest(
+        source=checkpoint.source,
+        revision=checkpoint.revision,
+        source_fingerprint=plan.fingerprint,
+        versions=versions(),
+        options=options,
+        recipe=recipe,
+        widths=WidthNumbers(asdict(before.widths), asdict(after.widths)),
+        layers=plan.layers,
+        protected_layers=plan.protected,
+        parameters=Numbers(before.parameters, after.parameters),
+        size_bytes=Numbers(before.size_bytes, after.size_bytes),
+        deviations=plan.deviations,
+        dropped_tensors=checkpoint.dropped,
+        renamed_tensors=dict(checkpoint.renamed),
+    )
 
 
 def prune_twin(source: Path, target: Path, traced: Trace, architecture: Architecture, cut: Target) -> Keep:
@@ -90,5 +90,5 @@ def prune_twin(source: Path, target: Path, traced: Trace, architecture: Architec
     checkpoint = Checkpoint(source, "twin", None, architecture.config, read_index(source), True, source)
     subject = Subject(checkpoint, architecture, traced)
     plan = make_random_plan(subject, cut, QUIET)
-    write_pruned(subject, plan, target, {}, 2**62, QUIET)
+    write_pruned(subject, plan, target, Manifest(), 2**62, QUIET)
     return plan.keep

@@ -14,7 +14,7 @@ from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.family.architecture import Architecture
 from llmprune_cli.family.skeleton import expected_index
 from llmprune_cli.family.widths import NEURONS
-from llmprune_cli.folder.names import split_name
+from llmprune_cli.folder.tensors import split_name
 
 Place = tuple[str, int]  # (tensor name, axis)
 

@@ -13,8 +13,8 @@ import torch
 from llmprune_cli.coupling.trace import Trace, kept_mask, new_name, renumbered
 from llmprune_cli.errors import PlanError
 from llmprune_cli.family.exceptions import FAMILIES, Family
-from llmprune_cli.folder.checkpoint import Checkpoint, TensorEntry
-from llmprune_cli.folder.names import split_name
+from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.folder.tensors import TensorEntry, split_name
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.plan.predict import predicted_tensors
 from llmprune_cli.plan.target import Target

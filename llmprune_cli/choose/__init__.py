@@ -48,7 +48,9 @@ IMPORTANCES: dict[str, Importance] = {
         "weights times gradients of the loss ([arXiv 2305.11627](https://arxiv.org/abs/2305.11627)); for its "
         "backward sweep the input of every layer is kept in a temporary file",
     ),
-    "magnitude": Importance("weights", "magnitude:score_magnitude", "group magnitude as torch-pruning computes it; reads no text"),
+    "magnitude": Importance(
+        "weights", "magnitude:score_magnitude", "group magnitude as torch-pruning computes it; reads no text"
+    ),
     "random": Importance("nothing", "magnitude:score_random", "the baseline; reads no text"),
 }
 # Of layers.

@@ -12,7 +12,7 @@ import torch
 from llmprune_cli.choose.measuring import Activity, Measuring
 from llmprune_cli.coupling.trace import Reader, instance_of, reader_instance
 from llmprune_cli.family.widths import NEURONS, Width, Widths
-from llmprune_cli.folder.names import split_name
+from llmprune_cli.folder.tensors import split_name
 from llmprune_cli.plan.units import Scores
 from llmprune_cli.processes import Processes
 from llmprune_cli.run.layer import Layer, check_states

@@ -13,7 +13,7 @@ from llmprune_cli.choose.measuring import Activity, Measuring
 from llmprune_cli.coupling.trace import instance_of
 from llmprune_cli.family.skeleton import on_disk
 from llmprune_cli.family.widths import NEURONS, Width
-from llmprune_cli.folder.names import split_name
+from llmprune_cli.folder.tensors import split_name
 from llmprune_cli.plan.units import Scores
 from llmprune_cli.processes import Processes
 from llmprune_cli.run.divergence import check_loss, predicted

@@ -15,7 +15,7 @@ from llmprune_cli.coupling.trace import Binding, Trace, instance_of
 from llmprune_cli.errors import CheckpointError
 from llmprune_cli.family.widths import HEAD_COUNTS, Width, Widths
 from llmprune_cli.folder.checkpoint import Checkpoint
-from llmprune_cli.folder.names import split_name
+from llmprune_cli.folder.tensors import split_name
 from llmprune_cli.plan.units import Scores
 
 Progress = Callable[[int], None]  # told the bytes that were just read

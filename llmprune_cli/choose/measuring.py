@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from llmprune_cli.choose.magnitude import check_scores
-from llmprune_cli.folder.staging import replace_file
+from llmprune_cli.folder.documents import replace_file
 from llmprune_cli.journal.keys import statistics_key
 from llmprune_cli.plan.units import Scores
 from llmprune_cli.run.workbench import Workbench

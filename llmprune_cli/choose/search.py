@@ -12,8 +12,7 @@ from typing import Any
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.errors import PlanError
 from llmprune_cli.family.widths import NEURONS
-from llmprune_cli.folder.checkpoint import DTYPE_BYTES
-from llmprune_cli.folder.names import split_name
+from llmprune_cli.folder.tensors import DTYPES, split_name
 from llmprune_cli.options import WidthRequest
 from llmprune_cli.plan.legal import legal_experts
 from llmprune_cli.plan.predict import predicted_tensors
@@ -37,7 +36,7 @@ class Candidate:
 
 def measure_size(subject: Subject, target: Target) -> tuple[int, int]:
     """Parameters and bytes after pruning."""
-    dtypes = {split_name(entry.name)[0]: DTYPE_BYTES[entry.dtype] for entry in subject.checkpoint.entries}
+    dtypes = {split_name(entry.name)[0]: DTYPES[entry.dtype].size_bytes for entry in subject.checkpoint.entries}
     shapes = {entry.name: entry.shape for entry in subject.checkpoint.entries}
     parameters = size = 0
     for name, shape in predicted_tensors(shapes, subject.trace, subject.widths, target).items():

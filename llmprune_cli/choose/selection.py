@@ -15,7 +15,7 @@ from llmprune_cli.choose.measuring import Activity, Measuring
 from llmprune_cli.choose.search import Candidate, least_target, search_widths
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.errors import PlanError
-from llmprune_cli.folder.names import split_name
+from llmprune_cli.folder.tensors import split_name
 from llmprune_cli.journal.forms import Json
 from llmprune_cli.options import Choice
 from llmprune_cli.plan.document import Plan, fingerprint, most_plan_bytes, read_plan

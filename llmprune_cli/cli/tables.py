@@ -98,7 +98,7 @@ def print_deviations(console: Console, deviations: tuple[str, ...]) -> None:
 
 def print_runtimes(console: Console, runtimes: tuple[RuntimeFit, ...]) -> None:
     """Which stock software loads the model."""
-    table = Table("runtime", "takes it", "", title="Where it runs")
+    table = Table("runtime", "loads it", "", title="Where it runs")
     for fit in runtimes:
         table.add_row(fit.runtime, "yes" if fit.loads else "no", fit.note)
     console.print(table)

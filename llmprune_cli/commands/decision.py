@@ -23,7 +23,8 @@ from llmprune_cli.run.calibration import CalibrationText, prepare_calibration
 from llmprune_cli.run.layer import BATCH_TOKENS, windows_together
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.workbench import Workbench
-from llmprune_cli.source.opening import load_tokenizer, pick_device
+from llmprune_cli.source.full_model import pick_device
+from llmprune_cli.source.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)

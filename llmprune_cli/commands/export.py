@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from llmprune_cli.commands.prune import source_folder, warn_of_large_shards
 from llmprune_cli.errors import UnsupportedError, UsageError, VerificationError
 from llmprune_cli.export import load_format
-from llmprune_cli.export.formats import SHORT_DTYPES, ExportOptions, Fit, Format
+from llmprune_cli.export.formats import ExportOptions, Fit, Format
 from llmprune_cli.export.verification import PROMPTS, missing_memory, missing_runtime, verify
-from llmprune_cli.folder.checkpoint import MANIFEST_NAME, Checkpoint, read_json
+from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.integrity import list_files
-from llmprune_cli.folder.shards import write_json
+from llmprune_cli.folder.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 from llmprune_cli.folder.staging import claimed
+from llmprune_cli.folder.tensors import SHORT_DTYPES
 from llmprune_cli.journal.keys import versions
 from llmprune_cli.options import Conversion, ModelReference
 from llmprune_cli.progress import Listener
@@ -52,8 +52,8 @@ def export(
                 if not reason:
                     listener.stage("Verifying", len(PROMPTS))
                     verification = verify(checkpoint, form, staging, dtype, listener.advance)
-                pruned = manifest if "widths" in manifest else None
-                write_card(staging, checkpoint, pruned, conversion.format, runtime_fits(checkpoint.config))
+                pruned = manifest if manifest.is_pruned else None
+                write_card(staging, checkpoint, pruned, form, runtime_fits(checkpoint.config))
                 result = asdict(verification) if verification else None
                 exported = {
                     "format": conversion.format,
@@ -61,8 +61,7 @@ def export(
                     "versions": versions(),
                     "verification": result,
                 }
-                manifest = {**manifest, "export": exported, "files": list_files(staging, checksums)}
-                write_json(staging / MANIFEST_NAME, manifest)
+                write_manifest(staging, replace(manifest, export=exported, files=list_files(staging, checksums)))
         files = sorted(path for path in output.rglob("*") if path.is_file())
         return ExportResult(
             schema_version=SCHEMA_VERSION,
@@ -117,9 +116,8 @@ def _why_not_verified(form: Format, checkpoint: Checkpoint, conversion: Conversi
     return reason
 
 
-def source_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
+def source_manifest(checkpoint: Checkpoint) -> Manifest:
     """What the source's manifest says of how it was made, or else where it is from."""
-    path = checkpoint.companions / MANIFEST_NAME
-    if path.is_file():
-        return read_json(path)
-    return {"schema_version": SCHEMA_VERSION, "source": checkpoint.source, "revision": checkpoint.revision}
+    if (checkpoint.companions / MANIFEST_NAME).is_file():
+        return read_manifest(checkpoint.companions)
+    return Manifest(source=checkpoint.source, revision=checkpoint.revision)

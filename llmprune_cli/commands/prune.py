@@ -21,11 +21,13 @@ from llmprune_cli.commands.decision import Decided, decide, layer_device, rotate
 from llmprune_cli.commands.recipe import recipe_of, save_recipe
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.coupling.subject import Subject, understand
+from llmprune_cli.export import load_format
 from llmprune_cli.family.architecture import with_widths
-from llmprune_cli.folder.checkpoint import MANIFEST_NAME, Checkpoint
+from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.integrity import list_files
-from llmprune_cli.folder.shards import write_json
-from llmprune_cli.folder.staging import Claim, check_folder, check_target, claimed, scratch_folder
+from llmprune_cli.folder.manifest import write_manifest
+from llmprune_cli.folder.scratch import check_folder, scratch_folder
+from llmprune_cli.folder.staging import Claim, check_target, claimed
 from llmprune_cli.journal.journal import Journal, kept_folder
 from llmprune_cli.journal.keys import run_key
 from llmprune_cli.options import Choice, ModelReference
@@ -255,10 +257,10 @@ def _fill(
     card = None
     if bench.text is not None:
         card = report_card(bench, staging, plan, outcome.choice, request.text.calibration_split, repairs)
-        manifest = {**manifest, "calibration": asdict(card)}
+        manifest = replace(manifest, calibration=asdict(card))
     config = with_widths(subject.architecture, plan.after, plan.layers)
-    write_card(staging, subject.checkpoint, manifest, "safetensors", runtime_fits(config))
-    write_json(staging / MANIFEST_NAME, {**manifest, "files": list_files(staging, checksums)})
+    write_card(staging, subject.checkpoint, manifest, load_format("safetensors"), runtime_fits(config))
+    write_manifest(staging, replace(manifest, files=list_files(staging, checksums)))
     return card
 
 

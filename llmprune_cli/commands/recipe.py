@@ -12,8 +12,8 @@ import yaml
 
 from llmprune_cli.commands.requests import PruneRequest, options_of, refuse_unknown
 from llmprune_cli.errors import CheckpointError, UsageError
-from llmprune_cli.folder.checkpoint import MANIFEST_NAME, read_json
-from llmprune_cli.folder.staging import replace_file
+from llmprune_cli.folder.documents import read_json, replace_file
+from llmprune_cli.folder.manifest import MANIFEST_NAME
 from llmprune_cli.options import Choice, Delivery, ModelReference, Text
 from llmprune_cli.run.calibration import CalibrationText
 

@@ -14,7 +14,7 @@ from llmprune_cli.coupling.twin import Twin
 from llmprune_cli.errors import LlmpruneError
 from llmprune_cli.family.architecture import reconfigure
 from llmprune_cli.family.widths import Widths, field_changes
-from llmprune_cli.folder.names import split_name
+from llmprune_cli.folder.tensors import split_name
 
 
 def bind(

@@ -14,7 +14,7 @@ from llmprune_cli.coupling.step import Followers, Place, shapes_of, template_pla
 from llmprune_cli.coupling.twin import Twin, run_twin
 from llmprune_cli.family.skeleton import on_disk
 from llmprune_cli.family.widths import HEAD_COUNTS, Widths
-from llmprune_cli.folder.names import split_name
+from llmprune_cli.folder.tensors import split_name
 
 
 def read_units(twin: Twin, bound: Followers, width: str) -> tuple[list[Place], dict[Place, torch.Tensor]]:

@@ -12,7 +12,7 @@ from llmprune_cli.errors import LlmpruneError
 from llmprune_cli.family.architecture import reconfigure, rotary_changes
 from llmprune_cli.family.skeleton import build_skeleton, on_disk
 from llmprune_cli.family.widths import field_changes
-from llmprune_cli.folder.names import split_name
+from llmprune_cli.folder.tensors import split_name
 
 Place = tuple[str, int]  # (tensor name or template, axis)
 

@@ -10,7 +10,7 @@ import torch
 
 from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.family.widths import Width, Widths
-from llmprune_cli.folder.names import Shape, split_name
+from llmprune_cli.folder.tensors import Shape, split_name
 
 Keep = dict[str, dict[str, tuple[int, ...]]]  # width → instance → sorted indices of the units that stay
 GLOBAL_WIDTHS = ("hidden_size",)  # one choice for the whole residual stream; all else is chosen per layer

@@ -24,7 +24,7 @@ from llmprune_cli.coupling.twin import Twin, build_twin, trace_sizes
 from llmprune_cli.family.architecture import Architecture, rotary_fraction
 from llmprune_cli.family.skeleton import on_disk
 from llmprune_cli.family.widths import HEAD_COUNTS, NEURONS, Widths
-from llmprune_cli.folder.names import split_name
+from llmprune_cli.folder.tensors import split_name
 
 ROTARY = "rotary frequencies follow the head dim, so that fewer elements would turn at other speeds"
 PARTLY_ROTARY = "the share of a head that turns, its speeds and the scale of attention follow the head dim"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from llmprune_cli.errors import UnsupportedError
+from llmprune_cli.errors import UnsupportedError, first_line
 from llmprune_cli.family.architecture import Architecture, reconfigure, rotary_changes, rotary_fraction
 from llmprune_cli.family.layers import layer_changes, sample_layers
 from llmprune_cli.family.widths import HEAD_COUNTS, NEURONS, field_changes
@@ -184,4 +184,4 @@ def run_twin(twin: Twin) -> None:
             twin.model(input_ids=twin.tokens, use_cache=False)
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         family = twin.architecture.config.model_type
-        raise UnsupportedError(f"A small twin of {family} does not run ({str(error).splitlines()[0]}).") from error
+        raise UnsupportedError(f"A small twin of {family} does not run ({first_line(error)}).") from error

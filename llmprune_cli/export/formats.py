@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 
 from llmprune_cli.folder.checkpoint import Checkpoint
-from llmprune_cli.source.opening import DTYPES
+from llmprune_cli.folder.tensors import DTYPES
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -69,7 +69,6 @@ class Limits:
 
 # What a format may be from transformers in plain dtypes.
 FLOAT_LIMITS = {"float32": Limits(1e-5), **dict.fromkeys(("float16", "bfloat16"), Limits(1e-3, same_tokens=False))}
-SHORT_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # as other tools call them
 
 Write = Callable[[Checkpoint, Path, ExportOptions, Callable[[int], None]], dict[str, str]]
 
@@ -82,6 +81,8 @@ class Format:
     dtypes: tuple[str, ...]  # that `--dtype` takes
     write: Write  # into a staging folder; progress is in bytes of the checkpoint; gives the SHA-256 of files it knows
     fit: Callable[[PretrainedConfig], Fit]  # known before anything is written
+    loading: str  # how to load it, in Markdown, where FILE stands for the file and PATH for the folder
+    file: str = ""  # pattern of the file's name
     package: str = ""  # that has to be importable to verify; none where nothing runs the result but transformers itself
     extra: str = ""  # of llmprune that installs it
     runtime: Callable[[Path], AbstractContextManager[Runtime]] | None = None  # opens what was written
@@ -90,6 +91,5 @@ class Format:
 
     def dtype_for(self, checkpoint: Checkpoint) -> str:
         """The dtype for a checkpoint where none is asked for: that of its largest tensor, or else float32."""
-        stored = max(checkpoint.entries, key=lambda entry: entry.numel).dtype
-        names = {code: name for name, code in DTYPES.items()}
-        return names[stored] if names.get(stored) in self.dtypes else "float32"
+        stored = DTYPES[max(checkpoint.entries, key=lambda entry: entry.numel).dtype].name
+        return stored if stored in self.dtypes else "float32"

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmprune_cli.errors import UnsupportedError, VerificationError
+from llmprune_cli.errors import UnsupportedError, VerificationError, first_line
 from llmprune_cli.export.formats import Continuation, ExportOptions, Fit, Format, Limits
 from llmprune_cli.export.safetensors import write_safetensors
 from llmprune_cli.family.widths import read_widths
 from llmprune_cli.folder.checkpoint import Checkpoint
-from llmprune_cli.folder.staging import scratch_folder
-from llmprune_cli.source.opening import load_tokenizer
+from llmprune_cli.folder.scratch import scratch_folder
+from llmprune_cli.source.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -124,8 +124,9 @@ def open_genai(folder: Path) -> Iterator[GenaiModel]:
     try:
         model = genai.Model(str(folder))
     except Exception as error:  # its exceptions have no parent of their own
-        reason = str(error).strip().splitlines()[0]
-        raise VerificationError(f"onnxruntime-genai does not load the export: {reason}. Nothing was kept.") from error
+        raise VerificationError(
+            f"onnxruntime-genai does not load the export: {first_line(error)}. Nothing was kept."
+        ) from error
     yield GenaiModel(model)
 
 
@@ -134,6 +135,7 @@ GENAI = Format(
     dtypes=tuple(PRECISIONS),
     write=write_genai,
     fit=fit_genai,
+    loading="`onnxruntime_genai.Model(FOLDER)`, where FOLDER is this folder.",
     package=PACKAGE,
     extra="genai",
     runtime=open_genai,

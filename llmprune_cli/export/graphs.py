@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmprune_cli.errors import UnsupportedError
+from llmprune_cli.errors import UnsupportedError, first_line
 from llmprune_cli.export.formats import Fit
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.shards import check_finite
-from llmprune_cli.source.opening import copy_companions, load_model
+from llmprune_cli.source.full_model import load_model
+from llmprune_cli.source.tokenizer import copy_companions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -122,7 +123,7 @@ def traced_quietly(checkpoint: Checkpoint) -> Iterator[None]:
             warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.")
             yield
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, NotImplementedError) as error:
-        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        reason = first_line(error)
         raise UnsupportedError(
             f"{checkpoint.source} has no graph that can be exported ({type(error).__name__}: {reason})."
         ) from error

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmprune_cli.errors import UnsupportedError, VerificationError
+from llmprune_cli.errors import UnsupportedError, VerificationError, first_line
 from llmprune_cli.export.formats import FLOAT_LIMITS, Continuation, ExportOptions, Fit, Format
 from llmprune_cli.export.graphs import (
     EXAMPLE,
@@ -158,8 +158,9 @@ def open_onnx(folder: Path) -> Iterator[OnnxModel]:
     try:
         session = onnxruntime.InferenceSession(str(folder / FILE), settings, providers=["CPUExecutionProvider"])
     except Exception as error:  # it raises kinds of its own
-        reason = str(error).strip().splitlines()[0]
-        raise VerificationError(f"ONNX Runtime does not load the export: {reason}. Nothing was kept.") from error
+        raise VerificationError(
+            f"ONNX Runtime does not load the export: {first_line(error)}. Nothing was kept."
+        ) from error
     yield OnnxModel(session)
 
 
@@ -168,6 +169,8 @@ ONNX = Format(
     dtypes=("float32", "float16"),
     write=write_onnx,
     fit=fit_onnx,
+    loading='`onnxruntime.InferenceSession("FILE")`: token ids and a key-value cache in, logits and the cache out.',
+    file="*.onnx",
     package="onnxruntime",
     extra="onnx",
     runtime=open_onnx,

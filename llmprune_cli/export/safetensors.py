@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from llmprune_cli.export.formats import ExportOptions, Fit, Format
-from llmprune_cli.folder.checkpoint import Checkpoint, TensorEntry, read_json
-from llmprune_cli.folder.shards import write_json, write_shards
-from llmprune_cli.source.opening import DTYPES, FLOATS, copy_companions
+from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.folder.documents import read_json, write_json
+from llmprune_cli.folder.shards import write_shards
+from llmprune_cli.folder.tensors import BY_NAME, DTYPES, SHORT_DTYPES, TensorEntry
+from llmprune_cli.source.tokenizer import copy_companions
 
 
 def write_safetensors(
@@ -26,12 +28,12 @@ def write_safetensors(
     dtype = options.dtype
 
     def cast(entry: TensorEntry) -> TensorEntry:
-        return replace(entry, dtype=DTYPES[dtype]) if dtype and entry.dtype in FLOATS else entry
+        return replace(entry, dtype=BY_NAME[dtype].code) if dtype and DTYPES[entry.dtype].is_weight else entry
 
     def stream() -> Iterator[tuple[TensorEntry, torch.Tensor]]:
         for entry, tensor in checkpoint.tensors():
             progress(entry.size_bytes)
-            yield cast(entry), tensor.to(getattr(torch, dtype)) if dtype and tensor.is_floating_point() else tensor
+            yield cast(entry), tensor.to(BY_NAME[dtype].torch) if dtype and tensor.is_floating_point() else tensor
 
     checksums = write_shards(folder, [cast(entry) for entry in checkpoint.entries], stream(), options.max_shard_bytes)
     config = type(checkpoint.config).from_dict(checkpoint.config.to_dict())
@@ -64,8 +66,14 @@ def add_older_settings(config: dict[str, Any]) -> dict[str, Any]:
 
 SAFETENSORS = Format(
     runs_in="transformers",
-    dtypes=tuple(DTYPES),
+    dtypes=tuple(SHORT_DTYPES.values()),
     write=write_safetensors,
     fit=lambda config: Fit(loads=True),
+    loading="""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```""",
     keeps_dtypes=True,
 )

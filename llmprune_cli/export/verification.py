@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llmprune_cli.errors import CheckpointError, VerificationError
+from llmprune_cli.errors import CheckpointError, VerificationError, first_line
 from llmprune_cli.export.formats import Format, Limits, Runtime, Tokenizes
 from llmprune_cli.folder.checkpoint import Checkpoint
-from llmprune_cli.source.opening import load_model, load_tokenizer
+from llmprune_cli.source.full_model import load_model
+from llmprune_cli.source.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -164,7 +165,7 @@ def _both(
     try:
         made = runtime.continue_greedily(prompt, tokens)
     except (RuntimeError, ValueError, AssertionError) as error:  # as runtimes say that they cannot go on
-        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        reason = first_line(error)
         raise VerificationError(f"The export does not run: {reason}. Nothing was kept; please report this.") from error
     ids = torch.cat([prompt, made.tokens])[:-1]
     logits = model(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 :].float()

@@ -13,7 +13,7 @@ from llmprune_cli.family.exceptions import FAMILIES, Family
 from llmprune_cli.family.layers import find_layer_kinds, layer_changes, sample_layers
 from llmprune_cli.family.skeleton import expected_index
 from llmprune_cli.family.widths import NEURONS, Widths, field_changes, read_widths
-from llmprune_cli.folder.names import Shape
+from llmprune_cli.folder.tensors import Shape
 
 EXPERT_ALIGNMENT = 8  # torch's grouped matrix product wants rows of whole 16 bytes; 8 elements of two bytes are that
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from llmprune_cli.folder.names import Shape, split_name
+from llmprune_cli.folder.tensors import Shape, split_name
 
 # Fields that name layers by number, and fields that count the first layers which differ from the rest.
 NUMBERED = ("mlp_only_layers", "full_attn_idxs", "attn_layer_indices", "cross_attention_layers", "global_attn_layers")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from llmprune_cli.errors import CheckpointError, UnsupportedError
-from llmprune_cli.folder.names import Shape
+from llmprune_cli.folder.tensors import Shape
 
 
 def build_skeleton(config: PretrainedConfig) -> PreTrainedModel:

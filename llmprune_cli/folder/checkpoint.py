@@ -2,56 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import math
-import stat
-import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from llmprune_cli.errors import CheckpointError
+from llmprune_cli.folder.documents import is_there
+from llmprune_cli.folder.shards import open_shard
+from llmprune_cli.folder.tensors import TensorEntry
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-MANIFEST_NAME = "llmprune.json"
 READ = (".json", ".safetensors", ".bin", ".model", ".jinja", ".txt", ".tiktoken", ".py")  # suffixes of what is read
-MOST_JSON_BYTES = 32 * 2**20  # the index of 150,000 tensors has half of that
-MOST_CONTAINERS = 10**6  # lists and objects of a document, which take much more memory than their brackets
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
-DTYPE_BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
 
 
 Stamp = tuple[int, int, int]  # inode, bytes, time of the last change in nanoseconds
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """One tensor of a checkpoint, known from a header."""
-
-    name: str  # as `save_pretrained` writes it today
-    shape: tuple[int, ...]
-    dtype: str  # safetensors' name, for example "BF16"
-    shard: str | None  # file name inside the folder; None where there are no weights
-    stored_name: str | None = None  # what the shard calls it, where that is another name
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the tensor's data."""
-        return self.numel * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -148,53 +119,6 @@ def unchanged(paths: Iterable[Path]) -> Iterator[None]:
         check_unchanged(path, own)
 
 
-@contextmanager
-def open_shard(path: Path) -> Iterator[Any]:
-    """A safetensors file, its header checked by safetensors itself.
-
-    Raises:
-        CheckpointError: the file is missing, truncated or malformed.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        handle = safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing. Download the checkpoint again.") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file ({error}). Download it again.") from error
-    with handle as opened:
-        yield opened
-
-
-def read_json(path: Path, most_bytes: int | None = MOST_JSON_BYTES) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Args:
-        most_bytes: of a file of this kind; None for one that this program wrote for itself.
-
-    Raises:
-        CheckpointError: the file is missing, too large, not JSON, or not an object.
-    """
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path} is not a regular file.")
-        if most_bytes is not None and status.st_size > most_bytes:
-            raise CheckpointError(f"{path} has {status.st_size:,} bytes, and files of its kind at most {most_bytes:,}.")
-        text = path.read_text(encoding="utf-8")
-        if most_bytes is not None and text.count("[") + text.count("{") > MOST_CONTAINERS:
-            raise CheckpointError(f"{path} holds more than {MOST_CONTAINERS:,} lists and objects.")
-        value = json.loads(text)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object.")
-    return value
-
-
 def check_places(folder: Path) -> None:
     """Refuse a model folder in which something is no file that should be one, or a link to elsewhere.
 
@@ -210,68 +134,3 @@ def check_places(folder: Path) -> None:
             raise CheckpointError(f"{path} is not a regular file.")
         if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in places):
             raise CheckpointError(f"{path} is a link to somewhere else. Put the file itself into the folder.")
-
-
-def read_index(folder: Path) -> tuple[TensorEntry, ...]:
-    """The tensors of a folder's safetensors shards, in disk order; empty where there are none.
-
-    Raises:
-        CheckpointError: an index that names a missing shard or one outside the folder, or shards that differ from it.
-    """
-    index_path = folder / INDEX_NAME
-    if not index_path.exists():
-        single = folder / SINGLE_NAME
-        return tuple(_read_header(single)) if single.exists() else ()
-    weight_map = read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(f"{index_path} has no usable weight_map.")
-    entries: list[TensorEntry] = []
-    for shard in sorted(set(weight_map.values())):
-        if not shard or Path(shard).name != shard:
-            raise CheckpointError(f"{index_path} names a shard outside its folder: {shard!r}.")
-        if not is_there(folder / shard):
-            raise CheckpointError(f"{index_path} names {shard}, which is missing. Download the checkpoint again.")
-        entries += _read_header(folder / shard)
-    stored = {entry.name: entry.shard for entry in entries}
-    wrong = [name for name in weight_map.keys() | stored.keys() if weight_map.get(name) != stored.get(name)]
-    if wrong or len(stored) != len(entries):
-        raise CheckpointError(f"{index_path} and the shards disagree about {', '.join(sorted(wrong)[:3])}.")
-    return tuple(entries)
-
-
-def is_there(path: Path) -> bool:
-    """Whether a path exists; one that no file system can have does not."""
-    try:
-        return path.exists()
-    except OSError:  # a name that is too long
-        return False
-
-
-def _read_header(path: Path) -> list[TensorEntry]:
-    with open_shard(path) as handle:
-        _check_named_once(path)
-        entries = []
-        for name in handle.offset_keys():
-            view = handle.get_slice(name)
-            dtype = view.get_dtype()
-            if dtype not in DTYPE_BYTES:
-                raise CheckpointError(f"{path}: {name} is stored as {dtype}, which is unknown here. Convert it first.")
-            entries.append(TensorEntry(name, tuple(view.get_shape()), dtype, path.name))
-        return entries
-
-
-def _check_named_once(path: Path) -> None:
-    """Refuse a header that safetensors has accepted although it names a tensor twice: readers would differ.
-
-    Raises:
-        CheckpointError: see above, or the file went missing or changed since.
-    """
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            names = [name for name, _ in json.loads(file.read(length), object_pairs_hook=list)]
-    except (OSError, ValueError, struct.error) as error:
-        raise CheckpointError(f"{path} went missing or changed while it was being read ({error}).") from error
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise CheckpointError(f"{path} names {twice} twice. Download the checkpoint again.")

@@ -7,11 +7,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llmprune_cli.errors import CheckpointError, VerificationError
-from llmprune_cli.folder.checkpoint import MANIFEST_NAME, read_index, read_json
-from llmprune_cli.folder.staging import fsync, is_listed
+from llmprune_cli.folder.documents import fsync
+from llmprune_cli.folder.manifest import MANIFEST_NAME, FileRecord, read_manifest
+from llmprune_cli.folder.shards import read_index
+from llmprune_cli.folder.staging import is_listed
 
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".gguf", ".onnx", ".data", ".pt2")
 SHOWN = 5  # differences that a message names
@@ -26,7 +27,7 @@ class Integrity:
     parameters: int | None  # by the headers; None where the weights are not safetensors
 
 
-def list_files(folder: Path, written: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+def list_files(folder: Path, written: Mapping[str, str]) -> dict[str, FileRecord]:
     """Size and SHA-256 of every file in a folder, read back from the disk.
 
     Args:
@@ -44,7 +45,7 @@ def list_files(folder: Path, written: Mapping[str, str]) -> dict[str, dict[str, 
         found = _checksum(path)
         if written.get(name, found) != found:
             raise VerificationError(f"{name} reads back as something else than was written. Check the disk.")
-        listed[name] = {"size_bytes": path.stat().st_size, "sha256": found}
+        listed[name] = FileRecord(path.stat().st_size, found)
     return listed
 
 
@@ -57,9 +58,9 @@ def check_files(folder: Path) -> Integrity:
     """
     if not (folder / MANIFEST_NAME).is_file():
         raise CheckpointError(f"{folder} has no {MANIFEST_NAME}, so there is nothing to verify it against.")
-    manifest = read_json(folder / MANIFEST_NAME)
-    listed = manifest.get("files")
-    if not isinstance(listed, dict) or not all(isinstance(entry, dict) for entry in listed.values()):
+    manifest = read_manifest(folder)
+    listed = manifest.files
+    if listed is None:
         raise CheckpointError(f"{folder / MANIFEST_NAME} holds no checksums, so there is nothing to verify against.")
     wrong = [problem for name, entry in listed.items() if (problem := _problem(folder, name, entry))]
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
@@ -69,23 +70,22 @@ def check_files(folder: Path) -> Integrity:
         raise VerificationError(f"{folder} is not what was written: {'; '.join(wrong[:SHOWN])}{more}.")
     entries = read_index(folder)
     parameters = sum(entry.numel for entry in entries) if entries else None
-    sides = manifest.get("parameters")
-    stated = sides.get("after") if isinstance(sides, dict) else None
+    stated = manifest.parameters.after if manifest.parameters else None
     if parameters is not None and stated is not None and parameters != stated:
         raise VerificationError(f"{folder} has {parameters:,} parameters, and {MANIFEST_NAME} says {stated:,}.")
-    return Integrity(len(listed), sum(entry["size_bytes"] for entry in listed.values()), parameters)
+    return Integrity(len(listed), sum(entry.size_bytes or 0 for entry in listed.values()), parameters)
 
 
-def _problem(folder: Path, name: str, entry: Mapping[str, Any]) -> str | None:
+def _problem(folder: Path, name: str, entry: FileRecord) -> str | None:
     """What is wrong with a file, in words; None where nothing is."""
     path = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts:
         return f"{name} lies outside of it"
     if not path.is_file():
         return f"{name} is missing"
-    if path.stat().st_size != entry.get("size_bytes"):
+    if path.stat().st_size != entry.size_bytes:
         return f"{name} has {path.stat().st_size:,} bytes"
-    return None if _checksum(path) == entry.get("sha256") else f"{name} has other contents"
+    return None if _checksum(path) == entry.sha256 else f"{name} has other contents"
 
 
 def _checksum(path: Path) -> str:

@@ -1,21 +1,104 @@
-"""Write a checkpoint's shards tensor by tensor."""
+"""Safetensors shards, both ways: headers and index are read, tensors are streamed into new shards."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-from llmprune_cli.errors import VerificationError
-from llmprune_cli.folder.checkpoint import INDEX_NAME, SINGLE_NAME, TensorEntry
+from llmprune_cli.errors import CheckpointError, VerificationError
+from llmprune_cli.folder.documents import is_there, read_json, write_json
+from llmprune_cli.folder.tensors import DTYPES, TensorEntry
 
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+METADATA = "__metadata__"  # of a header, which is about no tensor
 PADDED = 8  # bytes that the length of a header is a multiple of
+
+
+@contextmanager
+def open_shard(path: Path) -> Iterator[Any]:
+    """A safetensors file, its header checked by safetensors itself.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or malformed.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        handle = safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing. Download the checkpoint again.") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file ({error}). Download it again.") from error
+    with handle as opened:
+        yield opened
+
+
+def read_index(folder: Path) -> tuple[TensorEntry, ...]:
+    """The tensors of a folder's safetensors shards, in disk order; empty where there are none.
+
+    Raises:
+        CheckpointError: an index that names a missing shard or one outside the folder, or shards that differ from it.
+    """
+    index_path = folder / INDEX_NAME
+    if not index_path.exists():
+        single = folder / SINGLE_NAME
+        return tuple(_read_header(single)) if single.exists() else ()
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{index_path} has no usable weight_map.")
+    entries: list[TensorEntry] = []
+    for shard in sorted(set(weight_map.values())):
+        if not shard or Path(shard).name != shard:
+            raise CheckpointError(f"{index_path} names a shard outside its folder: {shard!r}.")
+        if not is_there(folder / shard):
+            raise CheckpointError(f"{index_path} names {shard}, which is missing. Download the checkpoint again.")
+        entries += _read_header(folder / shard)
+    stored = {entry.name: entry.shard for entry in entries}
+    wrong = [name for name in weight_map.keys() | stored.keys() if weight_map.get(name) != stored.get(name)]
+    if wrong or len(stored) != len(entries):
+        raise CheckpointError(f"{index_path} and the shards disagree about {', '.join(sorted(wrong)[:3])}.")
+    return tuple(entries)
+
+
+def _read_header(path: Path) -> list[TensorEntry]:
+    """The tensors of one shard, in the order of their bytes."""
+    with open_shard(path):  # which holds the header against the file
+        header = _header(path)
+    names = [name for name, _ in header]
+    if len(set(names)) < len(names):  # which safetensors accepts, and readers would differ
+        twice = next(name for name in names if names.count(name) > 1)
+        raise CheckpointError(f"{path} names {twice} twice. Download the checkpoint again.")
+    found = [(name, dict(own)) for name, own in header if name != METADATA]
+    for name, own in found:
+        if own["dtype"] not in DTYPES:
+            raise CheckpointError(
+                f"{path}: {name} is stored as {own['dtype']}, which is unknown here. Convert it first."
+            )
+    found.sort(key=lambda named: named[1]["data_offsets"])
+    return [TensorEntry(name, tuple(own["shape"]), own["dtype"], path.name) for name, own in found]
+
+
+def _header(path: Path) -> list[tuple[str, Any]]:
+    """What a header says of each name in it, as pairs: a dictionary would hide a name that is there twice.
+
+    Raises:
+        CheckpointError: the file went missing or changed since safetensors accepted it.
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            return list(json.loads(file.read(length), object_pairs_hook=list))
+    except (OSError, ValueError, struct.error) as error:
+        raise CheckpointError(f"{path} went missing or changed while it was being read ({error}).") from error
 
 
 def layout_shards(entries: Sequence[TensorEntry], max_shard_bytes: int) -> list[list[TensorEntry]]:
@@ -102,7 +185,7 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
 
 def _encode_header(entries: Sequence[TensorEntry]) -> bytes:
     """The header of the safetensors format: a little-endian u64 length, then JSON padded with spaces."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {METADATA: {"format": "pt"}}
     offset = 0
     for entry in entries:
         end = offset + entry.size_bytes
@@ -124,8 +207,3 @@ def _as_json(value: dict[str, Any]) -> bytes:
 def raw_bytes(tensor: torch.Tensor) -> Any:
     """The tensor's bytes as a buffer, where it is contiguous the very memory of the tensor."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON that ends in a newline."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n", encoding="utf-8")

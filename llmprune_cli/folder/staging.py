@@ -1,7 +1,8 @@
-"""Folders in which something is made before it takes its place, and what dead runs left in them.
+"""Folders in which a target is made before it takes its place, and what dead runs left in them.
 
-A target `out` is made in `.out.llmprune-work` beside it, which one process has at a time. Whoever has it next finds out
-how far the last one came, and clears away what is of no more use.
+A target `out` is made in `.out.llmprune-work` beside it, which one process has at a time: the one that holds the lock
+`.out.llmprune-work.lock`. Whoever has it next finds out how far the last one came, and clears away what is of no more
+use.
 """
 
 from __future__ import annotations
@@ -9,23 +10,17 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import stat
-import tempfile
-import time
-import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llmprune_cli.errors import CheckpointError, OutputError
-from llmprune_cli.folder.checkpoint import MANIFEST_NAME, read_json
+from llmprune_cli.folder.documents import fsync, missing_parents, read_json, remove_empty
+from llmprune_cli.folder.manifest import MANIFEST_NAME
 
-LOCK, NEW, OLD, DONE = "lock", "new", "old", "done"
+NEW, OLD, DONE = "new", "old", "done"
 UNLISTED = (MANIFEST_NAME, "README.md", "LICENSE", "LICENCE", "NOTICE")  # how names begin that no manifest lists
-SCRATCH = "llmprune-"
-PATIENCE_S = 10.0  # for another process that writes the same file
 
 
 def hidden_folder(target: Path) -> Path:
@@ -37,34 +32,34 @@ def hidden_folder(target: Path) -> Path:
 def locked_folder(folder: Path, wait_s: float = 0.0) -> Iterator[None]:
     """A folder that no other process has, made where it is missing. It goes again if nothing is left in it.
 
+    Who has it holds the lock file beside it, which goes with the lock; after a dead process the next one removes it.
+
     Raises:
         Timeout: another process has it.
         OSError: it cannot be made.
     """
-    from filelock import FileLock, Timeout
+    from filelock import FileLock
 
     if folder.is_symlink():  # what is left in it would be removed, wherever it leads
         raise OSError(errno.ELOOP, "its hidden folder is a link", str(folder))
-    missing = [parent for parent in folder.parents if not parent.exists()]
-    lock, deadline = FileLock(folder / LOCK), time.monotonic() + wait_s
+    missing, lock = missing_parents(folder), lock_file(folder)
     try:
-        while not lock.is_locked:
-            folder.mkdir(parents=True, exist_ok=True)  # again: the process that had it may have removed it
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock, timeout=wait_s):
             try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(0.02)
-        yield
+                folder.mkdir(exist_ok=True)
+                yield
+            finally:
+                remove_empty([folder])
+                with suppress(OSError):
+                    lock.unlink()  # while it is held: whoever waits for it finds it gone, and makes another
     finally:
-        with suppress(OSError):
-            if lock.is_locked and [found.name for found in folder.iterdir()] == [LOCK]:
-                (folder / LOCK).unlink()
-            folder.rmdir()  # unless it holds something
-            for parent in missing:
-                parent.rmdir()
-        lock.release()
+        remove_empty(missing)
+
+
+def lock_file(folder: Path) -> Path:
+    """The lock of a folder that one process has at a time."""
+    return folder.with_name(f"{folder.name}.lock")
 
 
 @dataclass(frozen=True)
@@ -212,112 +207,10 @@ def is_listed(name: str) -> bool:
     return not name.startswith(UNLISTED)
 
 
-def replace_file(path: Path, parts: Iterable[Any], advice: str = "Make room, or choose another place.") -> None:
-    """Write buffers into a file that gets its name when all of it is on disk.
-
-    Args:
-        advice: what to do where it cannot be written.
-
-    Raises:
-        OutputError: it cannot be written, or another process does not finish writing it.
-    """
-    from filelock import Timeout
-
-    path = Path(os.path.abspath(path))
-    folder = hidden_folder(path)
-    try:
-        with locked_folder(folder, PATIENCE_S):
-            try:
-                with (folder / NEW).open("wb") as file:
-                    for part in parts:
-                        file.write(part)
-                    file.flush()
-                    os.fsync(file.fileno())
-                (folder / NEW).replace(path)
-            finally:
-                (folder / NEW).unlink(missing_ok=True)
-    except (OSError, Timeout) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"{path} cannot be written: {reason}. {advice}") from error
-
-
-@contextmanager
-def scratch_folder() -> Iterator[Path]:
-    """A folder on the system's temporary disk, which vanishes when the block ends; those of dead runs vanish now.
-
-    Raises:
-        OutputError: it cannot be made.
-    """
-    with ExitStack() as stack:
-        with scratch_space():
-            place = Path(tempfile.gettempdir())
-            folder = place / f"{SCRATCH}{uuid.uuid4().hex[:12]}"
-            stack.enter_context(locked_folder(folder, PATIENCE_S))  # others may be clearing it away just now
-            folder.chmod(stat.S_IRWXU)
-        for other in place.glob(f"{SCRATCH}*"):
-            if other != folder:
-                _remove_unused(other, owner=folder.stat().st_uid)
-        try:
-            yield folder
-        finally:
-            with suppress(OSError):  # the next run does it; what ended this one is worth more
-                empty(folder)
-
-
-@contextmanager
-def scratch_space() -> Iterator[None]:
-    """Where temporary files are written.
-
-    Raises:
-        OutputError: there is no room for them.
-    """
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OutputError(
-            f"Temporary files cannot be written: {reason}. Make room on their disk, or name another folder in TMPDIR."
-        ) from error
-
-
-def _remove_unused(folder: Path, owner: int) -> None:
-    from filelock import Timeout
-
-    with suppress(OSError, Timeout):
-        if (folder / LOCK).exists() and folder.lstat().st_uid == owner:
-            with locked_folder(folder):
-                empty(folder)
-
-
-def check_folder(folder: Path, option: str) -> None:
-    """Make a folder where it is missing, and make sure that it can be written.
-
-    Raises:
-        OutputError: it cannot.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{folder} is not a writable folder ({error.strerror}). Choose another {option}.") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputError(f"{folder} is not a writable folder. Choose another {option}.")
-
-
 def empty(folder: Path) -> None:
-    """Remove everything in a locked folder but its lock, and last what says that all of it may go."""
+    """Remove everything in a locked folder, and last what says that all of it may go."""
     for path in sorted(folder.iterdir(), key=lambda path: path.name == DONE):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name != LOCK:
+        else:
             path.unlink()
-
-
-def fsync(path: Path) -> None:
-    """Wait until a file or a folder is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

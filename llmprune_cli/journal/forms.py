@@ -8,7 +8,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from llmprune_cli.folder.staging import replace_file
+from llmprune_cli.folder.documents import replace_file
 
 Value = TypeVar("Value")
 

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import torch
 
 from llmprune_cli.errors import CheckpointError, OutputError, PlanError
-from llmprune_cli.folder.checkpoint import read_json
+from llmprune_cli.folder.documents import read_json, replace_file
 from llmprune_cli.folder.shards import raw_bytes
-from llmprune_cli.folder.staging import Claim, empty, hidden_folder, replace_file
+from llmprune_cli.folder.staging import Claim, empty, hidden_folder
 from llmprune_cli.journal.forms import Form
 from llmprune_cli.journal.keys import differences
 from llmprune_cli.processes import ALONE, Processes

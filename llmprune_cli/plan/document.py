@@ -11,8 +11,8 @@ from typing import Any
 from llmprune_cli.coupling.trace import Keep
 from llmprune_cli.errors import CheckpointError
 from llmprune_cli.family.widths import Widths
-from llmprune_cli.folder.checkpoint import Checkpoint, read_json
-from llmprune_cli.folder.staging import replace_file
+from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.folder.documents import read_json, replace_file
 
 PLAN_VERSION = 3
 

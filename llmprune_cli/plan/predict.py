@@ -10,8 +10,7 @@ from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.family.architecture import with_widths
 from llmprune_cli.family.skeleton import expected_index
 from llmprune_cli.family.widths import NEURONS, Widths
-from llmprune_cli.folder.checkpoint import TensorEntry
-from llmprune_cli.folder.names import Shape, split_name
+from llmprune_cli.folder.tensors import Shape, TensorEntry, split_name
 from llmprune_cli.plan.target import Target
 
 

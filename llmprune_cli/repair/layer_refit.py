@@ -12,9 +12,9 @@ import torch
 from llmprune_cli.coupling.trace import Reader, reader_instance
 from llmprune_cli.errors import CheckpointError, OutputError
 from llmprune_cli.family.widths import HEAD_COUNTS, Width
-from llmprune_cli.folder.names import split_name
+from llmprune_cli.folder.documents import fsync
 from llmprune_cli.folder.shards import check_finite
-from llmprune_cli.folder.staging import fsync
+from llmprune_cli.folder.tensors import DTYPES, split_name
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.processes import ALONE, Processes
 from llmprune_cli.repair.least_squares import Moments, only, solve_reader
@@ -22,7 +22,6 @@ from llmprune_cli.repair.sites import Site, Uses, find_sites
 from llmprune_cli.run.layer import Enough, Layer, batches, check_states
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.states import new_states
-from llmprune_cli.source.opening import DTYPES
 
 if TYPE_CHECKING:
     from llmprune_cli.coupling.products import Product, Watcher
@@ -94,7 +93,7 @@ class LayerRefit:
         for name, tensor in self.layer.stored().items():
             real = self._real_name(name)
             if real is not None:
-                tensors[real] = tensor.to("cpu", torch_dtype(self.whole.checkpoint.by_name[real].dtype)).contiguous()
+                tensors[real] = tensor.to("cpu", DTYPES[self.whole.checkpoint.by_name[real].dtype].torch).contiguous()
         if not tensors:
             return
         path = folder / layer_file(self.number)
@@ -182,7 +181,7 @@ class LayerRefit:
         for entry in self.whole.checkpoint.entries:
             template, numbers = split_name(entry.name)
             if template in templates and numbers[0] == self.number:
-                return torch_dtype(entry.dtype)
+                return DTYPES[entry.dtype].torch
         raise AssertionError(f"{site.name} is not on disk")
 
     def _moments(
@@ -256,13 +255,6 @@ def relative_distance(stream: torch.Tensor, other: torch.Tensor, processes: Proc
     gaps = sum(float((a - b).square().sum(dtype=torch.float64)) for a, b in zip(stream, other, strict=True))
     gaps, whole = processes.add_up(gaps, sum(float(b.square().sum(dtype=torch.float64)) for b in other))
     return gaps / whole
-
-
-def torch_dtype(code: str) -> torch.dtype:
-    """safetensors' name of a dtype to torch's."""
-    names = {"F64": "float64", **{short: name for name, short in DTYPES.items()}}
-    dtype: torch.dtype = getattr(torch, names[code])
-    return dtype
 
 
 class _StreamWithin:

@@ -8,7 +8,9 @@ from dataclasses import asdict, replace
 import torch
 
 from llmprune_cli.coupling.subject import Subject
-from llmprune_cli.folder.checkpoint import Checkpoint, TensorEntry, open_shard
+from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.folder.shards import open_shard
+from llmprune_cli.folder.tensors import TensorEntry
 from llmprune_cli.journal.journal import Journal
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.repair.layer_refit import LayerRefit, LayerRepair, Streams, layer_file

@@ -18,7 +18,7 @@ from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.family.architecture import Architecture
 from llmprune_cli.family.exceptions import FAMILIES, Family
 from llmprune_cli.family.skeleton import on_disk
-from llmprune_cli.folder.names import split_name
+from llmprune_cli.folder.tensors import split_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,10 +18,9 @@ from llmprune_cli.coupling.subject import Subject, understand
 from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.family.architecture import reconfigure
 from llmprune_cli.family.skeleton import expected_index
-from llmprune_cli.folder.checkpoint import TensorEntry, read_index
-from llmprune_cli.folder.names import split_name
-from llmprune_cli.folder.shards import write_shards
-from llmprune_cli.folder.staging import scratch_space
+from llmprune_cli.folder.scratch import scratch_space
+from llmprune_cli.folder.shards import read_index, write_shards
+from llmprune_cli.folder.tensors import TensorEntry, split_name
 from llmprune_cli.repair.residual_stream import Norm, ResidualStream
 from llmprune_cli.run.layer import check_states
 from llmprune_cli.run.layered_model import LayeredModel

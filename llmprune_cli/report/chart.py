@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.errors import OutputError, UnsupportedError
-from llmprune_cli.folder.staging import replace_file
+from llmprune_cli.folder.documents import replace_file
 
 if TYPE_CHECKING:
     from llmprune_cli.report.results import CalibrationResult, LayerResult, PruneResult

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 import torch
 
 from llmprune_cli.folder.checkpoint import Checkpoint
-from llmprune_cli.folder.staging import scratch_folder
+from llmprune_cli.folder.scratch import scratch_folder
 from llmprune_cli.options import Evaluation, ModelReference
 from llmprune_cli.processes import ALONE, Processes
 from llmprune_cli.progress import Listener
 from llmprune_cli.report.results import SCHEMA_VERSION, EvalReport, EvalResult
 from llmprune_cli.run.corpus import Corpus, cut_windows, load_corpus
 from llmprune_cli.run.perplexity import RunningPerplexity, evaluate_perplexity, peak_memory_bytes
-from llmprune_cli.source.opening import load_model, load_tokenizer, own_device, pick_device
+from llmprune_cli.source.full_model import load_model, own_device, pick_device
+from llmprune_cli.source.tokenizer import load_tokenizer
 
 LONG_WINDOW = 8192  # tokens; longer windows by default deserve a warning
 FALLBACK_WINDOW = 2048  # tokens, for models that state no maximum

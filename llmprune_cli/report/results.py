@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from llmprune_cli.export.verification import Verification
 from llmprune_cli.family.widths import Widths
-from llmprune_cli.folder.checkpoint import TensorEntry
-from llmprune_cli.folder.names import Shape, split_name
+from llmprune_cli.folder.tensors import Shape, TensorEntry, split_name
 from llmprune_cli.report.runtimes import RuntimeFit
 
 SCHEMA_VERSION = 1

@@ -45,4 +45,7 @@ def _fit_ctranslate2(config: PretrainedConfig) -> Fit:
 
 def _fit_mlx(config: PretrainedConfig) -> Fit:
     base = (getattr(config, "rope_parameters", None) or {}).get("rope_theta", 10000.0)
-    return Fit(True, "" if base == 10000.0 else "after `llmprune export --compat`; else it turns at RoPE's usual base")
+    return Fit(
+        True,
+        "" if base == 10000.0 else "after `llmprune export --compat`; without it mlx-lm assumes a RoPE base of 10,000",
+    )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmprune_cli.errors import CheckpointError
+from llmprune_cli.errors import CheckpointError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,7 +77,7 @@ def _load(name: str, configuration: str | None, split: str, **options: Any) -> A
     try:
         return load_dataset(name, configuration, split=split, **options)
     except Exception as error:  # builders raise every kind
-        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        reason = first_line(error)
         shown = options.get("data_files", {}).get(split, name)
         raise CheckpointError(
             f"No dataset {shown!r} with a split {split!r} could be read: {reason} "

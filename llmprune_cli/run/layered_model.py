@@ -20,7 +20,7 @@ from llmprune_cli.family.layers import layer_changes
 from llmprune_cli.family.skeleton import build_skeleton
 from llmprune_cli.family.widths import Widths
 from llmprune_cli.folder.checkpoint import Checkpoint
-from llmprune_cli.folder.names import split_name
+from llmprune_cli.folder.tensors import split_name
 from llmprune_cli.processes import Processes
 from llmprune_cli.run.layer import BATCH_TOKENS, Enough, Layer, check_states, windows_together
 from llmprune_cli.run.states import new_states

@@ -1,19 +1,16 @@
-"""Weights in other formats (GGUF, `.bin`, quantized) made into a folder of plain safetensors."""
+"""Quantized and pickled (`.bin`) weights made into a folder of plain safetensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmprune_cli.errors import CheckpointError, LlmpruneError, UnsupportedError
-from llmprune_cli.folder.checkpoint import TensorEntry, read_index
-from llmprune_cli.folder.shards import write_shards
-from llmprune_cli.folder.staging import scratch_space
-from llmprune_cli.source.gguf_header import read_gguf_config
+from llmprune_cli.errors import CheckpointError, UnsupportedError, first_line
+from llmprune_cli.folder.scratch import scratch_space
+from llmprune_cli.folder.shards import read_index, write_shards
+from llmprune_cli.folder.tensors import BY_NAME, DTYPES, TensorEntry
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -65,7 +62,7 @@ def dequantize(
         loaded = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
-            dtype=getattr(torch, dtype or DEQUANTIZED_DTYPE),
+            dtype=BY_NAME[dtype or DEQUANTIZED_DTYPE].torch,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
@@ -73,12 +70,14 @@ def dequantize(
     except ImportError as error:
         raise UnsupportedError(
             f"{folder} holds weights quantized by {method}, and dequantizing them needs a package that is missing: "
-            f"{_reason(error)}"
+            f"{first_line(error)}"
         ) from error
     except Exception as error:  # every quantizer raises its own kind
-        raise CheckpointError(f"{folder}: weights quantized by {method} cannot be loaded: {_reason(error)}") from error
-    _cast(model, getattr(torch, dtype or DEQUANTIZED_DTYPE))
-    _save_plain(model, loaded[1], folder, target)
+        raise CheckpointError(
+            f"{folder}: weights quantized by {method} cannot be loaded: {first_line(error)}"
+        ) from error
+    _cast(model, BY_NAME[dtype or DEQUANTIZED_DTYPE].torch)
+    save_plain(model, loaded[1], folder, target)
 
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -141,7 +140,7 @@ def _check_scales(folder: Path, record: dict[str, Any]) -> None:
             )
 
 
-def _save_plain(model: PreTrainedModel, info: dict[str, Any], source: Path, target: Path) -> None:
+def save_plain(model: PreTrainedModel, info: dict[str, Any], source: Path, target: Path) -> None:
     """Save a model that was converted while loading, without the record of it.
 
     Raises:
@@ -160,70 +159,6 @@ def _save_plain(model: PreTrainedModel, info: dict[str, Any], source: Path, targ
         model.save_pretrained(target)
 
 
-def _reason(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), repr(error))
-
-
-# --- GGUF ----------------------------------------------------------------------------------------------------------
-
-
-def describe_gguf(path: Path, dtype: str | None) -> PretrainedConfig:
-    """What a GGUF file's configuration will be once dequantized, from its header alone.
-
-    Raises:
-        CheckpointError: missing or unreadable.
-        UnsupportedError: something that transformers cannot read from GGUF, or reads wrongly.
-    """
-    with _reading_gguf(path):
-        config = read_gguf_config(path)
-    config.dtype = dtype or DEQUANTIZED_DTYPE
-    return config
-
-
-def convert_gguf(path: Path, dtype: str | None, target: Path) -> None:
-    """Dequantize a GGUF file into a safetensors folder, tokenizer included.
-
-    Raises:
-        CheckpointError: missing or unreadable.
-        UnsupportedError: something that transformers cannot read from GGUF, or reads wrongly.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with _reading_gguf(path):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            config=read_gguf_config(path),
-            dtype=getattr(torch, dtype or DEQUANTIZED_DTYPE),
-            output_loading_info=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    _save_plain(loaded[0], loaded[1], path, target)
-    with scratch_space():
-        tokenizer.save_pretrained(target)
-
-
-@contextmanager
-def _reading_gguf(path: Path) -> Iterator[None]:
-    """Check the file and say in our words what transformers' reader has against it."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist.")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise CheckpointError(f"{path} is not a GGUF file.")
-    try:
-        yield
-    except LlmpruneError as error:
-        raise type(error)(f"{path}: {error}") from error
-    except ImportError as error:
-        raise UnsupportedError(
-            f"Reading GGUF needs the gguf package: pip install 'llmprune[gguf]' ({error})."
-        ) from error
-    except Exception as error:  # the readers raise whatever the bytes lead them to
-        kind = UnsupportedError if "not supported" in str(error) else CheckpointError
-        raise kind(f"{path} cannot be read by transformers: {_reason(error)}") from error
-
-
 # --- .bin ----------------------------------------------------------------------------------------------------------
 
 
@@ -233,8 +168,7 @@ def convert_bin(folder: Path, target: Path) -> tuple[TensorEntry, ...]:
     Raises:
         CheckpointError: a file that holds more than plain tensors, or less than its bytes should.
     """
-    floats = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
-    codes = {**floats, torch.bool: "BOOL", torch.uint8: "U8", torch.int64: "I64"}
+    codes = {dtype.torch: code for code, dtype in DTYPES.items()}
     states = [_load_bin(path) for path in sorted(folder.glob("pytorch_model*.bin"))]
     tensors = {
         name: tensor
@@ -255,7 +189,9 @@ def _load_bin(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path} is not a plain file of tensors, so it is not opened: {_reason(error)}") from None
+        raise CheckpointError(
+            f"{path} is not a plain file of tensors, so it is not opened: {first_line(error)}"
+        ) from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not a dictionary of tensors.")
     return state

@@ -2,69 +2,31 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from llmprune_cli.errors import CheckpointError, UnsupportedError
 from llmprune_cli.family.architecture import reconfigure
 from llmprune_cli.family.skeleton import build_skeleton, expected_index, on_disk
-from llmprune_cli.folder.checkpoint import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    Checkpoint,
-    TensorEntry,
-    check_places,
-    is_there,
-    open_shard,
-    read_index,
-    read_json,
-    stamp_shards,
-    unchanged,
-)
-from llmprune_cli.folder.staging import scratch_folder
+from llmprune_cli.folder.checkpoint import Checkpoint, check_places, stamp_shards, unchanged
+from llmprune_cli.folder.documents import is_there
+from llmprune_cli.folder.scratch import scratch_folder
+from llmprune_cli.folder.shards import INDEX_NAME, SINGLE_NAME, open_shard, read_index
+from llmprune_cli.folder.tensors import BY_NAME, DTYPES, TensorEntry
 from llmprune_cli.options import ModelReference
-from llmprune_cli.processes import Processes
-from llmprune_cli.source.conversion import (
-    convert_bin,
-    convert_gguf,
-    dequantize,
-    describe_dequantized,
-    describe_gguf,
-    quantization_of,
-)
+from llmprune_cli.source.configuration import read_config, text_part
+from llmprune_cli.source.conversion import convert_bin, dequantize, describe_dequantized, quantization_of
+from llmprune_cli.source.gguf import convert_gguf, describe_gguf
+from llmprune_cli.source.hub import fetch
 from llmprune_cli.source.stored_names import Names, outer_model, resolve_names, usual_outer_model
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-MOST_CONFIG_BYTES = 2 * 2**20
-MOST_COMPANION_BYTES = 2**28  # the largest tokenizers have 35 MB
-MOST = {"layer": 2048, "expert": 8192}  # by how the names of settings end
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-FLOATS = ("F64", *DTYPES.values())
-WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
-BIN_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
-SMALL_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "README.md", "LICEN[SC]E*", "NOTICE*"]
-# Files that travel with the weights; everything else in a model folder belongs to the weights or to other runtimes.
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+    from transformers import PretrainedConfig
 
 
 @contextmanager
@@ -99,7 +61,7 @@ def _opened(reference: ModelReference, need_weights: bool, temporary: Path) -> C
     elif is_there(path):
         folder, revision = path, None
     else:
-        folder, revision = _resolve_hub(reference, need_weights)
+        folder, revision = fetch(reference.name, reference.revision, need_weights)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is neither a model folder nor a .gguf file.")
     check_places(folder)
@@ -109,7 +71,7 @@ def _opened(reference: ModelReference, need_weights: bool, temporary: Path) -> C
     if need_weights and not has_weights:
         raise CheckpointError(f"{folder} has no weights (*.safetensors or pytorch_model*.bin), which this needs.")
     if quantization_of(config) and not need_weights:
-        plain = _text_part(describe_dequantized(config, reference.dtype))
+        plain = text_part(describe_dequantized(config, reference.dtype))
         return _described(folder, reference, revision, plain, has_weights)
     place = folder
     if quantization_of(config):
@@ -124,7 +86,7 @@ def _opened(reference: ModelReference, need_weights: bool, temporary: Path) -> C
         with unchanged(folder.glob("pytorch_model*.bin")):
             entries = convert_bin(folder, place)
     if not entries:
-        return _described(folder, reference, revision, _text_part(config), has_weights)
+        return _described(folder, reference, revision, text_part(config), has_weights)
     trusted = reference.trust_remote_code
     return _resolved(
         Checkpoint(
@@ -138,107 +100,6 @@ def _holds_weights(folder: Path) -> bool:
     return any((folder / name).exists() for name in names) or any(folder.glob("pytorch_model*.bin"))
 
 
-def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
-    """The configuration in a folder.
-
-    Raises:
-        CheckpointError: no `config.json`, or one that transformers refuses.
-        UnsupportedError: an unknown kind of model.
-    """
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    path = folder / "config.json"
-    if not path.exists():
-        raise CheckpointError(f"{folder} has no config.json, so it is not a model folder. Check MODEL.")
-    raw = read_json(path, MOST_CONFIG_BYTES)
-    _check_counts(path, raw)
-    model_type = raw.get("model_type")
-    if not isinstance(model_type, str):
-        raise CheckpointError(f"{path} has no model_type, so the kind of model is unknown.")
-    if "auto_map" in raw and not trust_remote_code and model_type not in CONFIG_MAPPING:
-        raise UnsupportedError(f"{folder} brings its own code. Pass --trust-remote-code if you trust it.")
-    if model_type not in CONFIG_MAPPING and not trust_remote_code:
-        raise UnsupportedError(f"{path} names the model type {model_type!r}, which transformers does not know.")
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # every configuration class raises its own kind
-        reason = str(error).strip().splitlines() or [repr(error)]
-        raise CheckpointError(f"{path} is refused by transformers: {reason[-1]}") from error
-    return config
-
-
-def _check_counts(path: Path, settings: dict[str, Any]) -> None:
-    """Refuse numbers of layers and experts that no model has: each of them takes time before any tensor is looked at.
-
-    Raises:
-        CheckpointError: see above.
-    """
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            _check_counts(path, value)
-        for word, most in MOST.items():
-            if name.rstrip("s").endswith(word) and isinstance(value, int) and value > most:
-                raise CheckpointError(f"{path}: {name} is {value:,}, and models have at most {most:,}.")
-
-
-def _resolve_hub(reference: ModelReference, need_weights: bool) -> tuple[Path, str]:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    name, revision = reference.name, reference.revision
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise CheckpointError(f"{name} does not exist.")
-    disable_progress_bars()
-    try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=SMALL_PATTERNS))
-        if need_weights:
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=SMALL_PATTERNS + WEIGHT_PATTERNS))
-            if not any(folder.glob("*.safetensors")):
-                folder = Path(snapshot_download(name, revision=revision, allow_patterns=SMALL_PATTERNS + BIN_PATTERNS))
-    except HFValidationError:
-        raise CheckpointError(f"{name!r} is neither an existing path nor a hub id.") from None
-    except LocalEntryNotFoundError as error:
-        where = f" at revision {revision}" if revision else ""
-        raise CheckpointError(
-            f"{name}{where} is neither a local path nor in the hub cache, and the hub cannot be reached. "
-            "Check the name, the connection and HF_HUB_OFFLINE."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"{name} is neither a local path nor a model on the hub that you may read. For a private or gated model, "
-            "log in with `hf auth login`."
-        ) from error
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{name} could not be fetched from the hub: {reason}") from error
-    return folder, folder.name
-
-
-def _text_part(config: PretrainedConfig) -> PretrainedConfig:
-    """The configuration of a multimodal model's language model; any other configuration as it is.
-
-    Raises:
-        UnsupportedError, CheckpointError: see `build_skeleton`.
-    """
-    from transformers import PretrainedConfig
-
-    text = getattr(config, "text_config", None)
-    if not isinstance(text, PretrainedConfig):
-        return config
-    text = type(text).from_dict(text.to_dict())
-    text.tie_word_embeddings = bool(outer_model(config).all_tied_weights_keys)
-    text.dtype = text.dtype or config.dtype
-    text.architectures = [type(build_skeleton(text)).__name__]
-    return text
-
-
 def _resolved(checkpoint: Checkpoint) -> Checkpoint:
     """Hold the headers against the configuration: rename what has another name, and leave out what is not read.
 
@@ -246,7 +107,7 @@ def _resolved(checkpoint: Checkpoint) -> Checkpoint:
         CheckpointError: tensors that are missing, unknown, of another shape or quantized.
         UnsupportedError: tensors in a layout that would have to be converted.
     """
-    config = _text_part(checkpoint.config)
+    config = text_part(checkpoint.config)
     expected, names = _find_names(checkpoint, config)
     if not all(_are_equal(checkpoint, *pair) for pair in names.aliases):
         config = reconfigure(config, {"tie_word_embeddings": False})  # as transformers decides when it loads them
@@ -288,7 +149,7 @@ def _check_stored(folder: Path, entry: TensorEntry, expected: torch.Tensor) -> N
     if entry.shape != tuple(expected.shape):
         shapes = f"has shape {list(entry.shape)}; config.json makes it {list(expected.shape)}"
         raise CheckpointError(f"{folder}: {entry.name} {shapes}.")
-    if expected.is_floating_point() and entry.dtype not in FLOATS:
+    if expected.is_floating_point() and not DTYPES[entry.dtype].is_weight:
         raise CheckpointError(
             f"{folder}: {entry.name} is stored as {entry.dtype}, a quantized format, but config.json has no "
             "quantization_config that says how to read it."
@@ -311,123 +172,6 @@ def _described(
 ) -> Checkpoint:
     """A checkpoint known from its configuration alone: the tensors that transformers would save for it."""
     dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
-    code = DTYPES.get(dtype, "F32")
+    code = BY_NAME[dtype].code if dtype in BY_NAME and BY_NAME[dtype].is_weight else "F32"
     entries = tuple(TensorEntry(name, shape, code, None) for name, shape in expected_index(config).items())
     return Checkpoint(folder, reference.name, revision, config, entries, has_weights, folder)
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer.
-
-    Raises:
-        CheckpointError: there is none, or one of absurd size.
-    """
-    from transformers import AutoTokenizer
-
-    for name in COMPANIONS:
-        _check_size(checkpoint.companions / name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.companions, trust_remote_code=checkpoint.trust_remote_code)
-    except Exception as error:  # tokenizers of every kind raise every kind
-        raise CheckpointError(f"{checkpoint.source} has no usable tokenizer, which this needs.") from error
-    result: PreTrainedTokenizerBase = tokenizer
-    return result
-
-
-def pick_device(device: str) -> str:
-    """`auto` is the first of CUDA, MPS and CPU that is there.
-
-    Raises:
-        CheckpointError: the device is not on this machine.
-    """
-    if device == "auto":
-        return "auto" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind, _, number = device.partition(":")
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(kind, False) or (kind == "cuda" and int(number or 0) >= torch.cuda.device_count()):
-        raise CheckpointError(f"There is no device {device!r} on this machine. Try --device cpu.")
-    return device
-
-
-def own_device(device: str, processes: Processes) -> str:
-    """Where one of several processes runs: on the GPU of its number, if there are any."""
-    several = processes.count > 1 and device in ("auto", "cuda") and torch.cuda.is_available()
-    return f"cuda:{processes.local_rank}" if several else device
-
-
-def load_model(
-    checkpoint: Checkpoint, device: str = "auto", dtype: str | None = None, offload_folder: Path | None = None
-) -> PreTrainedModel:
-    """The full model for evaluation, spread by accelerate's device map.
-
-    Args:
-        offload_folder: for weights that fit neither into the devices' memory nor into the machine's, as long as the
-            model is used; those that are stored as they are used stay where they are. None refuses such models.
-
-    Raises:
-        CheckpointError: transformers cannot load it, or keys are missing or do not fit.
-    """
-    import psutil
-    from transformers import AutoModelForCausalLM
-
-    place = pick_device(device)
-    size_bytes = checkpoint.parameter_count * getattr(torch, dtype).itemsize if dtype else checkpoint.size_bytes
-    may_offload = offload_folder is not None and (device, place) == ("auto", "cpu")
-    is_too_large = may_offload and size_bytes > psutil.virtual_memory().available
-    loaded: Any
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder,
-            config=checkpoint.config,
-            dtype=getattr(torch, dtype) if dtype else "auto",
-            device_map="auto" if place == "auto" or is_too_large else {"": place},
-            offload_folder=offload_folder,
-            trust_remote_code=checkpoint.trust_remote_code,
-            key_mapping={f"^{re.escape(stored)}$": name for stored, name in checkpoint.renamed} or None,
-            output_loading_info=True,
-        )
-    except (RuntimeError, ValueError, OSError) as error:
-        raise CheckpointError(f"{checkpoint.source} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    model: PreTrainedModel = loaded[0]
-    info: dict[str, Any] = loaded[1]
-    if info["missing_keys"] or info["mismatched_keys"]:
-        names = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
-        raise CheckpointError(f"{checkpoint.source} does not fit its config.json: {', '.join(names[:3])}.")
-    model.eval()
-    return model
-
-
-def copy_companions(checkpoint: Checkpoint, target: Path) -> None:
-    """Copy tokenizer, chat templates and generation config as they are.
-
-    Raises:
-        CheckpointError: one of them cannot be read.
-    """
-    for name in COMPANIONS:
-        source = checkpoint.companions / name
-        if source.is_file():
-            copy_small(source, target / name)
-    for source in sorted(checkpoint.companions.glob("additional_chat_templates/*.jinja")):
-        (target / source.parent.name).mkdir(exist_ok=True)
-        copy_small(source, target / source.parent.name / source.name)
-
-
-def _check_size(path: Path) -> None:
-    size = path.stat().st_size if is_there(path) else 0
-    if size > MOST_COMPANION_BYTES:
-        most = f"{MOST_COMPANION_BYTES:,}"
-        raise CheckpointError(f"{path} has {size:,} bytes, and files of its kind at most {most}. Download it again.")
-
-
-def copy_small(source: Path, target: Path) -> None:
-    """Copy a file that fits into memory.
-
-    Raises:
-        CheckpointError: it cannot be read, or has absurd size.
-    """
-    _check_size(source)
-    try:
-        content = source.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{source} cannot be read: {error.strerror}.") from error
-    target.write_bytes(content)

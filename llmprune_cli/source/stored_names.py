@@ -11,7 +11,7 @@ import torch
 
 from llmprune_cli.errors import CheckpointError, UnsupportedError
 from llmprune_cli.family.skeleton import build_skeleton
-from llmprune_cli.folder.names import split_name
+from llmprune_cli.folder.tensors import split_name
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

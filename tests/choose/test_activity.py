@@ -13,7 +13,8 @@ from llmprune_cli.coupling.subject import understand
 from llmprune_cli.options import ModelReference, Text
 from llmprune_cli.run.calibration import prepare_calibration
 from llmprune_cli.run.layered_model import LayeredModel
-from llmprune_cli.source.opening import load_tokenizer, open_checkpoint
+from llmprune_cli.source.opening import open_checkpoint
+from llmprune_cli.source.tokenizer import load_tokenizer
 from support.cli import CALIBRATED, run_cli
 from support.opened import Opened
 from support.tiny import save_tiny

@@ -49,7 +49,10 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (package / "choose" / "magnitude.py").open("a") as file:
         file.write(FUNCTION)
     (package / "formats" / "names.py").write_text(MODULE)
-    for name, before, line in (("choose", '    "random": Importance(', IMPORTANCE), ("formats", '    "gguf": ', FORMAT)):
+    for name, before, line in (
+        ("choose", '    "random": Importance(', IMPORTANCE),
+        ("formats", '    "gguf": ', FORMAT),
+    ):
         path = package / name / "__init__.py"
         text = path.read_text()
         assert text.count(before) == 1

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from llmprune_cli.options import ModelReference
-from llmprune_cli.source.opening import load_model, open_checkpoint
+from llmprune_cli.source.full_model import load_model
+from llmprune_cli.source.opening import open_checkpoint
 from support import families
 from support.cli import CALIBRATED, run_cli
 from support.tiny import save_tiny

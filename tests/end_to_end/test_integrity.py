@@ -159,7 +159,7 @@ def test_a_shard_that_changes_while_it_is_read_is_noticed(
         ("folder.checkpoint._check_named_once", "model-00002"),
         ("folder.checkpoint.stamp", "model-00003"),
         ("journal.identity.stamp", "model-00001"),
-        ("source.opening.copy_small", "tokenizer.json"),
+        ("source.tokenizer.copy_small", "tokenizer.json"),
     ],
 )
 def test_a_file_that_vanishes_before_it_is_opened_is_named(

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from llmprune_cli.folder.staging import locked_folder, scratch_folder
+from llmprune_cli.folder.scratch import scratch_folder
+from llmprune_cli.folder.staging import locked_folder
 from support.cli import BY_MAGNITUDE, run_cli
 
 CUT = (*BY_MAGNITUDE, "--intermediate-size", "24")

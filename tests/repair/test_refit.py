@@ -23,7 +23,8 @@ from llmprune_cli.repair.layer_refit import Streams
 from llmprune_cli.repair.refit import refit, with_new_weights
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.workbench import Workbench
-from llmprune_cli.source.opening import load_model, open_checkpoint
+from llmprune_cli.source.full_model import load_model
+from llmprune_cli.source.opening import open_checkpoint
 from support import families
 from support.cli import CALIBRATED, run_cli
 from support.opened import Opened

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llmprune_cli.report import eval_report
-from llmprune_cli.source.opening import load_model
+from llmprune_cli.source.full_model import load_model
 from support.cli import BY_MAGNITUDE, WINDOW, evaluated, run_cli
 
 

@@ -13,7 +13,8 @@ import torch
 from llmprune_cli.coupling.subject import Subject, understand
 from llmprune_cli.options import ModelReference
 from llmprune_cli.run.layered_model import LayeredModel
-from llmprune_cli.source.opening import load_model, open_checkpoint
+from llmprune_cli.source.full_model import load_model
+from llmprune_cli.source.opening import open_checkpoint
 from support import families
 from support.checkpoints import rewrite
 from support.tiny import save_tiny

@@ -11,7 +11,7 @@ import torch
 
 from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.export.gguf.families import GgufFamily, Heads, experts_of, heads_of
-from llmprune_cli.folder.checkpoint import TensorEntry
+from llmprune_cli.folder.tensors import TensorEntry
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, TensorNameMap

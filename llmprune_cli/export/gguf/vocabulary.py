@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.errors import CheckpointError, UnsupportedError
 from llmprune_cli.folder.checkpoint import Checkpoint
-from llmprune_cli.source.opening import load_tokenizer
+from llmprune_cli.source.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING
 import torch
 
 from llmprune_cli.errors import CheckpointError, UnsupportedError
-from llmprune_cli.export.formats import FLOAT_LIMITS, SHORT_DTYPES, ExportOptions, Fit, Format, Limits
+from llmprune_cli.export.formats import FLOAT_LIMITS, ExportOptions, Fit, Format, Limits
 from llmprune_cli.export.gguf.families import GgufFamily, written_family
 from llmprune_cli.export.gguf.llamacpp import open_llamacpp
 from llmprune_cli.export.gguf.metadata import add_metadata, rope_factors
@@ -22,8 +22,9 @@ from llmprune_cli.export.gguf.tensors import FileTensor, Layout, lay_out
 from llmprune_cli.export.gguf.vocabulary import add_vocabulary
 from llmprune_cli.export.safetensors import write_safetensors
 from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.folder.scratch import scratch_folder
 from llmprune_cli.folder.shards import check_finite
-from llmprune_cli.folder.staging import scratch_folder
+from llmprune_cli.folder.tensors import SHORT_DTYPES
 
 if TYPE_CHECKING:
     import numpy
@@ -200,6 +201,8 @@ GGUF = Format(
     dtypes=(*FLOAT_KINDS, "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
     write=write_gguf,
     fit=fit_llamacpp,
+    loading="`llama-cli -m FILE`, and whatever else is built on llama.cpp.",
+    file="*.gguf",
     package="xllamacpp",
     extra="llamacpp",
     runtime=open_llamacpp,

@@ -84,8 +84,8 @@ def make_model(folder: Path, sizes: dict[str, int]) -> Path:
     from transformers import LlamaConfig
 
     from llmprune_cli.family.skeleton import expected_index
-    from llmprune_cli.folder.checkpoint import TensorEntry
     from llmprune_cli.folder.shards import write_shards
+    from llmprune_cli.folder.tensors import TensorEntry
 
     folder.mkdir()
     config = save_config(folder, LlamaConfig, sizes)

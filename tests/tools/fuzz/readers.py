@@ -33,14 +33,14 @@ class Reader:
 
 def read_headers(folder: Path) -> None:
     """The header of a shard."""
-    from llmprune_cli.folder.checkpoint import read_index
+    from llmprune_cli.folder.shards import read_index
 
     read_index(folder / "alone")
 
 
 def read_whole_index(folder: Path) -> None:
     """An index, beside the shards that it should name."""
-    from llmprune_cli.folder.checkpoint import read_index
+    from llmprune_cli.folder.shards import read_index
 
     read_index(folder)
 
@@ -72,7 +72,7 @@ def read_configuration(folder: Path) -> None:
     """A configuration, up to the names and shapes of the tensors that it asks for."""
     from llmprune_cli.family.skeleton import expected_index
     from llmprune_cli.family.widths import read_widths
-    from llmprune_cli.source.opening import read_config
+    from llmprune_cli.source.configuration import read_config
 
     config = read_config(folder, trust_remote_code=False)
     expected_index(config)
@@ -81,7 +81,7 @@ def read_configuration(folder: Path) -> None:
 
 def read_gguf(folder: Path) -> None:
     """The header of a GGUF file."""
-    from llmprune_cli.source.conversion import describe_gguf
+    from llmprune_cli.source.gguf import describe_gguf
 
     describe_gguf(folder / "model.gguf", None)
 

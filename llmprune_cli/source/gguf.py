@@ -1,14 +1,19 @@
-"""A GGUF file's configuration: what transformers makes of the header, set right or refused where it passes over it."""
+"""GGUF files: dequantized by transformers, the configuration set right or refused where it passes over a header."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune_cli.errors import UnsupportedError
+from llmprune_cli.errors import CheckpointError, LlmpruneError, UnsupportedError, first_line
 from llmprune_cli.family.skeleton import expected_index
 from llmprune_cli.family.widths import read_widths
+from llmprune_cli.folder.scratch import scratch_space
+from llmprune_cli.folder.tensors import BY_NAME
+from llmprune_cli.source.conversion import DEQUANTIZED_DTYPE, save_plain
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -43,7 +48,64 @@ SILENT = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "rope.sc
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-def read_gguf_config(path: Path) -> PretrainedConfig:
+def describe_gguf(path: Path, dtype: str | None) -> PretrainedConfig:
+    """What a GGUF file's configuration will be once dequantized, from its header alone.
+
+    Raises:
+        CheckpointError: missing or unreadable.
+        UnsupportedError: something that transformers cannot read from GGUF, or reads wrongly.
+    """
+    with _reading_gguf(path):
+        config = _read_config(path)
+    config.dtype = dtype or DEQUANTIZED_DTYPE
+    return config
+
+
+def convert_gguf(path: Path, dtype: str | None, target: Path) -> None:
+    """Dequantize a GGUF file into a safetensors folder, tokenizer included.
+
+    Raises:
+        CheckpointError: missing or unreadable.
+        UnsupportedError: something that transformers cannot read from GGUF, or reads wrongly.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _reading_gguf(path):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            config=_read_config(path),
+            dtype=BY_NAME[dtype or DEQUANTIZED_DTYPE].torch,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    save_plain(loaded[0], loaded[1], path, target)
+    with scratch_space():
+        tokenizer.save_pretrained(target)
+
+
+@contextmanager
+def _reading_gguf(path: Path) -> Iterator[None]:
+    """Check the file and say in our words what transformers' reader has against it."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist.")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise CheckpointError(f"{path} is not a GGUF file.")
+    try:
+        yield
+    except LlmpruneError as error:
+        raise type(error)(f"{path}: {error}") from error
+    except ImportError as error:
+        raise UnsupportedError(
+            f"Reading GGUF needs the gguf package: pip install 'llmprune[gguf]' ({error})."
+        ) from error
+    except Exception as error:  # the readers raise whatever the bytes lead them to
+        kind = UnsupportedError if "not supported" in str(error) else CheckpointError
+        raise kind(f"{path} cannot be read by transformers: {first_line(error)}") from error
+
+
+def _read_config(path: Path) -> PretrainedConfig:
     """The configuration of a GGUF file, from its header alone.
 
     Raises:

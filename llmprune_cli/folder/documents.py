@@ -1,0 +1,116 @@
+"""Small files: JSON that is read within bounds, and what is written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import time
+import uuid
+from collections.abc import Iterable
+from contextlib import suppress
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+from llmprune_cli.errors import CheckpointError, OutputError
+
+MOST_JSON_BYTES = 32 * 2**20  # the index of 150,000 tensors has half of that
+MOST_CONTAINERS = 10**6  # lists and objects of a document, which take much more memory than their brackets
+UNFINISHED = ".{}.llmprune-new-{}"  # a file that is being written: its name to be, and what tells it from others
+DEAD_S = 86_400  # after which nobody is writing an unfinished file any more
+
+
+def read_json(path: Path, most_bytes: int | None = MOST_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        most_bytes: of a file of this kind; None for one that this program wrote for itself.
+
+    Raises:
+        CheckpointError: the file is missing, too large, not JSON, or not an object.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path} is not a regular file.")
+        if most_bytes is not None and status.st_size > most_bytes:
+            raise CheckpointError(f"{path} has {status.st_size:,} bytes, and files of its kind at most {most_bytes:,}.")
+        text = path.read_text(encoding="utf-8")
+        if most_bytes is not None and text.count("[") + text.count("{") > MOST_CONTAINERS:
+            raise CheckpointError(f"{path} holds more than {MOST_CONTAINERS:,} lists and objects.")
+        value = json.loads(text)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not readable JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object.")
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON that ends in a newline."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n", encoding="utf-8")
+
+
+def replace_file(path: Path, parts: Iterable[Any], advice: str = "Make room, or choose another place.") -> None:
+    """Write buffers into a file that gets its name when all of it is on disk.
+
+    Args:
+        advice: what to do where it cannot be written.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    path = Path(os.path.abspath(path))
+    new = path.with_name(UNFINISHED.format(path.name, uuid.uuid4().hex[:12]))
+    missing = missing_parents(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with new.open("xb") as file:
+                for part in parts:
+                    file.write(part)
+                file.flush()
+                os.fsync(file.fileno())
+            new.replace(path)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            remove_empty(missing)
+            raise
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}. {advice}") from error
+    with suppress(OSError):
+        for other in path.parent.glob(UNFINISHED.format(escape(path.name), "*")):
+            if time.time() - other.stat().st_mtime > DEAD_S:
+                other.unlink()
+
+
+def is_there(path: Path) -> bool:
+    """Whether a path exists; one that no file system can have does not."""
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long
+        return False
+
+
+def missing_parents(path: Path) -> list[Path]:
+    """The folders above a path that have yet to be made, the innermost first."""
+    return [parent for parent in path.parents if not parent.exists()]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders, each within the next, as far as they are empty."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file or a folder is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,59 @@
+"""Models on the hub: the files that a command needs, from the hub or from its cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llmprune_cli.errors import CheckpointError, first_line
+
+WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
+BIN_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+SMALL_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "README.md", "LICEN[SC]E*", "NOTICE*"]
+
+
+def fetch(name: str, revision: str | None, need_weights: bool) -> tuple[Path, str]:
+    """A snapshot of a repository.
+
+    Args:
+        need_weights: without it, only small files are fetched.
+
+    Returns:
+        The folder, and the commit.
+
+    Raises:
+        CheckpointError: there is no such repository, or none that can be had.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise CheckpointError(f"{name} does not exist.")
+    disable_progress_bars()
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=SMALL_PATTERNS))
+        if need_weights:
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=SMALL_PATTERNS + WEIGHT_PATTERNS))
+            if not any(folder.glob("*.safetensors")):
+                folder = Path(snapshot_download(name, revision=revision, allow_patterns=SMALL_PATTERNS + BIN_PATTERNS))
+    except HFValidationError:
+        raise CheckpointError(f"{name!r} is neither an existing path nor a hub id.") from None
+    except LocalEntryNotFoundError as error:
+        where = f" at revision {revision}" if revision else ""
+        raise CheckpointError(
+            f"{name}{where} is neither a local path nor in the hub cache, and the hub cannot be reached. "
+            "Check the name, the connection and HF_HUB_OFFLINE."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{name} is neither a local path nor a model on the hub that you may read. For a private or gated model, "
+            "log in with `hf auth login`."
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise CheckpointError(f"{name} could not be fetched from the hub: {first_line(error)}") from error
+    return folder, folder.name

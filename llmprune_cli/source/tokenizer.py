@@ -1,0 +1,83 @@
+"""What travels with the weights: the tokenizer, chat templates and the generation config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmprune_cli.errors import CheckpointError
+from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.folder.documents import is_there
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MOST_COMPANION_BYTES = 2**28  # the largest tokenizers have 35 MB
+# Files that travel with the weights; everything else in a model folder belongs to the weights or to other runtimes.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        CheckpointError: there is none, or one of absurd size.
+    """
+    from transformers import AutoTokenizer
+
+    for name in COMPANIONS:
+        _check_size(checkpoint.companions / name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.companions, trust_remote_code=checkpoint.trust_remote_code)
+    except Exception as error:  # tokenizers of every kind raise every kind
+        raise CheckpointError(f"{checkpoint.source} has no usable tokenizer, which this needs.") from error
+    result: PreTrainedTokenizerBase = tokenizer
+    return result
+
+
+def copy_companions(checkpoint: Checkpoint, target: Path) -> None:
+    """Copy tokenizer, chat templates and generation config as they are.
+
+    Raises:
+        CheckpointError: one of them cannot be read.
+    """
+    for name in COMPANIONS:
+        source = checkpoint.companions / name
+        if source.is_file():
+            copy_small(source, target / name)
+    for source in sorted(checkpoint.companions.glob("additional_chat_templates/*.jinja")):
+        (target / source.parent.name).mkdir(exist_ok=True)
+        copy_small(source, target / source.parent.name / source.name)
+
+
+def _check_size(path: Path) -> None:
+    size = path.stat().st_size if is_there(path) else 0
+    if size > MOST_COMPANION_BYTES:
+        most = f"{MOST_COMPANION_BYTES:,}"
+        raise CheckpointError(f"{path} has {size:,} bytes, and files of its kind at most {most}. Download it again.")
+
+
+def copy_small(source: Path, target: Path) -> None:
+    """Copy a file that fits into memory.
+
+    Raises:
+        CheckpointError: it cannot be read, or has absurd size.
+    """
+    _check_size(source)
+    try:
+        content = source.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{source} cannot be read: {error.strerror}.") from error
+    target.write_bytes(content)
