@@ -8,7 +8,9 @@ CONSUMERS := $(VENV)/.consumers
 FUZZ := $(VENV)/.fuzz
 MINUTES ?= 10
 
-.PHONY: demo matrix test check lint fix fuzz faults bench bench-8b bench-exports bench-memory bench-processes bench-quality check-consumers check-ranges clean
+BASE ?= HEAD~1
+
+.PHONY: demo matrix schemas golden test check lint fix fuzz faults bench bench-8b bench-exports bench-memory bench-processes bench-quality check-consumers check-ranges clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,8 +33,14 @@ $(FUZZ): $(INSTALLED)
 demo: $(INSTALLED)  ## inspect, prune, evaluate and reload a real model
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/tools/demo/demo.py
 
-matrix: $(INSTALLED)  ## write the support matrix into the README
+matrix: $(INSTALLED)  ## write the tables of families, formats and methods into the docs
 	$(BIN)/python tests/tools/support_matrix.py
+
+schemas: $(INSTALLED)  ## write the JSON schemas of all documents into the docs
+	PYTHONPATH=tests $(BIN)/python tests/tools/schemas.py
+
+golden: $(INSTALLED)  ## compare what this build and another revision write, byte for byte
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python tests/tools/golden_bytes.py $(BASE)
 
 test: $(INSTALLED)  ## run all tests
 	$(BIN)/python -m pytest -n auto --dist worksteal
@@ -43,6 +51,8 @@ lint: $(INSTALLED)  ## lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tests/tools/house.py
 
 fix: $(INSTALLED)  ## repair what can be repaired automatically
 	$(BIN)/ruff check --fix .

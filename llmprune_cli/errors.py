@@ -90,8 +90,8 @@ def memory_explained() -> Iterator[None]:
         if shortage is None:
             raise
         raise ResourceError(
-            f"Memory ran out: {first_line(shortage)}. `eval` needs less with a smaller --max-seq-len or --batch-size, `prune` with "
-            "fewer --calibration-tokens or with --offload-dir; --device names another one."
+            f"Memory ran out: {first_line(shortage)}. `eval` needs less with a smaller --max-seq-len or --batch-size, "
+            "`prune` with fewer --calibration-tokens or with --offload-dir; --device names another one."
         ) from error
 
 

@@ -19,7 +19,6 @@ from llmprune_cli.journal.keys import versions
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.plan.target import Target
 from llmprune_cli.progress import QUIET, Listener
-from llmprune_cli.report.results import ModelSummary
 from llmprune_cli.source.tokenizer import copy_companions
 
 
@@ -56,8 +55,8 @@ def write_pruned(
 def make_manifest(
     checkpoint: Checkpoint,
     plan: Plan,
-    before: ModelSummary,
-    after: ModelSummary,
+    parameters: Numbers,
+    size_bytes: Numbers,
     options: dict[str, Any],
     recipe: dict[str, Any],
 ) -> Manifest:
@@ -74,11 +73,11 @@ def make_manifest(
         versions=versions(),
         options=options,
         recipe=recipe,
-        widths=WidthNumbers(asdict(before.widths), asdict(after.widths)),
+        widths=WidthNumbers(asdict(plan.before), asdict(plan.after)),
         layers=plan.layers,
         protected_layers=plan.protected,
-        parameters=Numbers(before.parameters, after.parameters),
-        size_bytes=Numbers(before.size_bytes, after.size_bytes),
+        parameters=parameters,
+        size_bytes=size_bytes,
         deviations=plan.deviations,
         dropped_tensors=checkpoint.dropped,
         renamed_tensors=dict(checkpoint.renamed),

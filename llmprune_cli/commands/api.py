@@ -28,6 +28,13 @@ from llmprune_cli.report.results import EvalReport, ExportResult, InspectResult,
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+def _known(*kinds: type, without: Sequence[str] = ()) -> dict[str, NamedOption]:
+    found: dict[str, NamedOption] = {}
+    for kind in kinds:
+        found = {own.name: own for own in options_of(kind) if own.name not in without} | found
+    return found
+
+
 def _takes(*kinds: type, without: Sequence[str] = ()) -> Callable[[Function], Function]:
     """Show the options of some values in a function's signature."""
 
@@ -170,13 +177,6 @@ def export(
 
 
 # --- options --------------------------------------------------------------------------------------------------------
-
-
-def _known(*kinds: type, without: Sequence[str] = ()) -> dict[str, NamedOption]:
-    found: dict[str, NamedOption] = {}
-    for kind in kinds:
-        found = {own.name: own for own in options_of(kind) if own.name not in without} | found
-    return found
 
 
 def _gather(

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from llmprune_cli.commands.prune import source_folder, warn_of_large_shards
 from llmprune_cli.errors import UnsupportedError, UsageError, VerificationError
-from llmprune_cli.export import load_format
-from llmprune_cli.export.formats import ExportOptions, Fit, Format
-from llmprune_cli.export.verification import PROMPTS, missing_memory, missing_runtime, verify
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.integrity import list_files
 from llmprune_cli.folder.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 from llmprune_cli.folder.staging import claimed
 from llmprune_cli.folder.tensors import SHORT_DTYPES
+from llmprune_cli.formats import load_format
+from llmprune_cli.formats.format import ExportOptions, Fit, Format
+from llmprune_cli.formats.verification import PROMPTS, missing_memory, missing_runtime, verify
 from llmprune_cli.journal.keys import versions
 from llmprune_cli.options import Conversion, ModelReference
 from llmprune_cli.progress import Listener

@@ -21,13 +21,13 @@ from llmprune_cli.commands.decision import Decided, decide, layer_device, rotate
 from llmprune_cli.commands.recipe import recipe_of, save_recipe
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.coupling.subject import Subject, understand
-from llmprune_cli.export import load_format
 from llmprune_cli.family.architecture import with_widths
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.integrity import list_files
-from llmprune_cli.folder.manifest import write_manifest
+from llmprune_cli.folder.manifest import Numbers, write_manifest
 from llmprune_cli.folder.scratch import check_folder, scratch_folder
 from llmprune_cli.folder.staging import Claim, check_target, claimed
+from llmprune_cli.formats import load_format
 from llmprune_cli.journal.journal import Journal, kept_folder
 from llmprune_cli.journal.keys import run_key
 from llmprune_cli.options import Choice, ModelReference
@@ -249,9 +249,9 @@ def _fill(
     subject, listener = outcome.subject, bench.listener
     most = parse_size(request.delivery.max_shard_size)
     recipe = recipe_of(request, outcome.choice, bench.text)
-    manifest = make_manifest(
-        subject.checkpoint, plan, outcome.before, outcome.after, _options(request, outcome), recipe
-    )
+    before, after = outcome.before, outcome.after
+    parameters, sizes = Numbers(before.parameters, after.parameters), Numbers(before.size_bytes, after.size_bytes)
+    manifest = make_manifest(subject.checkpoint, plan, parameters, sizes, _options(request, outcome), recipe)
     checksums = write_pruned(repaired, plan, staging, manifest, most, listener)
     warn_of_large_shards(staging, most, listener)
     card = None

@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from llmprune_cli.choose import IMPORTANCES, LAYER_IMPORTANCES, needs_text
 from llmprune_cli.errors import UsageError
-from llmprune_cli.export import FORMATS
+from llmprune_cli.formats import FORMATS
 from llmprune_cli.options import (
     ROTATES,
     Choice,

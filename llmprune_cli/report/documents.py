@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from llmprune_cli.folder.manifest import Manifest
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.report.results import EvalReport, ExportResult, InspectResult, PruneResult, VerifyResult
 
@@ -17,6 +18,7 @@ DOCUMENTS: dict[str, type] = {
     "eval": EvalReport,
     "export": ExportResult,
     "plan": Plan,
+    "manifest": Manifest,
 }
 
 

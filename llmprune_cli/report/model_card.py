@@ -11,10 +11,10 @@ from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
 from llmprune_cli import __version__
 from llmprune_cli.errors import CheckpointError
-from llmprune_cli.export.formats import Format
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.documents import is_there
 from llmprune_cli.folder.manifest import MANIFEST_NAME, Manifest
+from llmprune_cli.formats.format import Format
 from llmprune_cli.report.runtimes import RuntimeFit
 from llmprune_cli.source.tokenizer import copy_small
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmprune_cli.export.verification import Verification
 from llmprune_cli.family.widths import Widths
 from llmprune_cli.folder.tensors import Shape, TensorEntry, split_name
+from llmprune_cli.formats.verification import Verification
 from llmprune_cli.report.runtimes import RuntimeFit
 
 SCHEMA_VERSION = 1

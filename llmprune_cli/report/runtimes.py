@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llmprune_cli.export import FORMATS, load_format
-from llmprune_cli.export.formats import Fit
+from llmprune_cli.formats import FORMATS, load_format
+from llmprune_cli.formats.format import Fit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -36,7 +36,13 @@ def write_names(checkpoint, folder, options, progress):
     return {}
 
 
-NAMES = Format(runs_in="a reader", dtypes=("float32",), write=write_names, fit=lambda c: Fit(loads=True), loading="`cat`")
+NAMES = Format(
+    runs_in="a reader",
+    dtypes=("float32",),
+    write=write_names,
+    fit=lambda config: Fit(loads=True),
+    loading="`cat`",
+)
 '''
 FORMAT = '    "names": "names:NAMES",\n'
 

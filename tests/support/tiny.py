@@ -64,7 +64,7 @@ def save_byte_level(folder: Path, steps: object = None, whole_words: bool = Fals
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from llmprune_cli.export.verification import PROMPTS
+    from llmprune_cli.formats.verification import PROMPTS
 
     tokenizer = Tokenizer(models.BPE(ignore_merges=whole_words))
     tokenizer.pre_tokenizer = steps or pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmprune_cli.export.gguf.families import GgufFamily, context_length, experts_of, heads_of, rope_of, sliding_layers
+from llmprune_cli.formats.gguf.families import GgufFamily, context_length, experts_of, heads_of, rope_of, sliding_layers
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

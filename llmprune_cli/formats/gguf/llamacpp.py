@@ -17,7 +17,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 import torch
 
 from llmprune_cli.errors import VerificationError
-from llmprune_cli.export.formats import Continuation
+from llmprune_cli.formats.format import Continuation
 
 PATIENCE = 600  # seconds for an answer
 CONTEXT = 256  # tokens; llama.cpp rounds up to multiples of it
@@ -78,7 +78,7 @@ def open_llamacpp(folder: Path) -> Iterator[LlamaCpp]:
         VerificationError: llama.cpp does not load it.
     """
     path = next(folder.glob("*.gguf"))
-    module = "llmprune_cli.export.gguf.llamacpp_server"
+    module = "llmprune_cli.formats.gguf.llamacpp_server"
     command = [sys.executable, "-m", module, str(path), str(CONTEXT), str(torch.get_num_threads())]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from llmprune_cli.export.formats import ExportOptions, Fit, Format
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.documents import read_json, write_json
 from llmprune_cli.folder.shards import write_shards
 from llmprune_cli.folder.tensors import BY_NAME, DTYPES, SHORT_DTYPES, TensorEntry
+from llmprune_cli.formats.format import ExportOptions, Fit, Format
 from llmprune_cli.source.tokenizer import copy_companions
 
 

@@ -62,7 +62,7 @@ def test_llama_cpp_runs_every_architecture_pruned_or_it_is_refused(family: str, 
 def test_llama_cpp_indeed_loads_no_such_widths(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
-    from llmprune_cli.export.gguf.families import FAMILIES
+    from llmprune_cli.formats.gguf.families import FAMILIES
 
     folder = tiny(tmp_path / "model", family, **ARCHITECTURES[family][0])
     assert (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llmprune_cli.export.graphs import SCANNING
+from llmprune_cli.formats.graphs import SCANNING
 from support import ROOT, families
 from support.cli import run_cli
 from support.exports import export, needs_genai, needs_onnx

@@ -1,6 +1,6 @@
 """llama.cpp's server in a process of its own, for one GGUF file: an assertion of its C++ code ends that process only.
 
-Run as `python -m llmprune_cli.export.gguf.llamacpp_server FILE CONTEXT THREADS`. It prints the address that it listens
+Run as `python -m llmprune_cli.formats.gguf.llamacpp_server FILE CONTEXT THREADS`. It prints the address that it listens
 on, and ends when its standard input does.
 """
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from llmprune_cli.export.formats import FLOAT_LIMITS, Continuation, ExportOptions, Format
-from llmprune_cli.export.graphs import EXAMPLE, fit_graph, load_traceable, traced_quietly, without_cache, write_beside
 from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.formats.format import FLOAT_LIMITS, Continuation, ExportOptions, Format
+from llmprune_cli.formats.graphs import EXAMPLE, fit_graph, load_traceable, traced_quietly, without_cache, write_beside
 
 FILE = "model.pt2"
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmprune_cli.errors import UnsupportedError, VerificationError, first_line
-from llmprune_cli.export.formats import FLOAT_LIMITS, Continuation, ExportOptions, Fit, Format
-from llmprune_cli.export.graphs import (
+from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.formats.format import FLOAT_LIMITS, Continuation, ExportOptions, Fit, Format
+from llmprune_cli.formats.graphs import (
     EXAMPLE,
     example_past,
     fit_graph,
@@ -22,7 +23,6 @@ from llmprune_cli.export.graphs import (
     without_cache,
     write_beside,
 )
-from llmprune_cli.folder.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmprune_cli.export import FORMATS
-from llmprune_cli.export.formats import Fit
+from llmprune_cli.formats import FORMATS
+from llmprune_cli.formats.format import Fit
 from support import families
 from support.exports import export, pruned, verified
 from support.stock import load_stock

@@ -14,17 +14,17 @@ from typing import IO, TYPE_CHECKING
 import torch
 
 from llmprune_cli.errors import CheckpointError, UnsupportedError
-from llmprune_cli.export.formats import FLOAT_LIMITS, ExportOptions, Fit, Format, Limits
-from llmprune_cli.export.gguf.families import GgufFamily, written_family
-from llmprune_cli.export.gguf.llamacpp import open_llamacpp
-from llmprune_cli.export.gguf.metadata import add_metadata, rope_factors
-from llmprune_cli.export.gguf.tensors import FileTensor, Layout, lay_out
-from llmprune_cli.export.gguf.vocabulary import add_vocabulary
-from llmprune_cli.export.safetensors import write_safetensors
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.scratch import scratch_folder
 from llmprune_cli.folder.shards import check_finite
 from llmprune_cli.folder.tensors import SHORT_DTYPES
+from llmprune_cli.formats.format import FLOAT_LIMITS, ExportOptions, Fit, Format, Limits
+from llmprune_cli.formats.gguf.families import GgufFamily, written_family
+from llmprune_cli.formats.gguf.llamacpp import open_llamacpp
+from llmprune_cli.formats.gguf.metadata import add_metadata, rope_factors
+from llmprune_cli.formats.gguf.tensors import FileTensor, Layout, lay_out
+from llmprune_cli.formats.gguf.vocabulary import add_vocabulary
+from llmprune_cli.formats.safetensors import write_safetensors
 
 if TYPE_CHECKING:
     import numpy

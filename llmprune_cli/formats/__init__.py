@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llmprune_cli.export.formats import Format
+    from llmprune_cli.formats.format import Format
 
 # `module:name` of each `Format`, loaded when it is wanted.
 FORMATS = {

@@ -20,7 +20,7 @@ def save_pieces(folder: Path) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from llmprune_cli.export.verification import PROMPTS
+    from llmprune_cli.formats.verification import PROMPTS
 
     spaces = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     trained = Tokenizer(models.BPE())
@@ -85,7 +85,7 @@ def test_llama_cpp_tokenizes_as_the_tokenizer_does(name: str, byte_level_llama: 
     from gguf import GGUFReader
     from transformers import AutoTokenizer
 
-    from llmprune_cli.export.gguf.llamacpp import open_llamacpp
+    from llmprune_cli.formats.gguf.llamacpp import open_llamacpp
 
     folder = Path(shutil.copytree(byte_level_llama, tmp_path / "model"))
     TOKENIZERS[name](folder)
@@ -120,7 +120,7 @@ def test_a_tokenizer_without_a_name_is_refused_with_the_way_out(byte_level_llama
 def test_other_tokens_fail_the_verification(
     byte_level_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmprune_cli.export.gguf import vocabulary as gguf_vocabulary
+    from llmprune_cli.formats.gguf import vocabulary as gguf_vocabulary
 
     folder = Path(shutil.copytree(byte_level_llama, tmp_path / "model"))
     save_byte_level(folder, words(r"\p{N}"))

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from llmprune_cli.export import FORMATS
-from llmprune_cli.export.formats import Limits
-from llmprune_cli.export.verification import kl_limit
+from llmprune_cli.formats import FORMATS
+from llmprune_cli.formats.format import Limits
+from llmprune_cli.formats.verification import kl_limit
 from support.exports import export, needs_onnx, verified
 from support.tiny import save_tiny
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmprune_cli.errors import UnsupportedError, first_line
-from llmprune_cli.export.formats import Fit
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.shards import check_finite
+from llmprune_cli.formats.format import Fit
 from llmprune_cli.source.full_model import load_model
 from llmprune_cli.source.tokenizer import copy_companions
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from llmprune_cli.export.genai import FAMILIES as GENAI_FAMILIES
-from llmprune_cli.export.genai import PACKAGE
+from llmprune_cli.formats.genai import FAMILIES as GENAI_FAMILIES
+from llmprune_cli.formats.genai import PACKAGE
 from support import families
 from support.exports import export, needs_genai, pruned, verified
 from support.tiny import save_tiny

@@ -18,7 +18,7 @@ from support.tiny import save_tiny
 @needs_onnx
 @pytest.mark.parametrize("family", families.EXPORTED)
 def test_an_onnx_graph_reads_prompts_and_goes_on_with_its_cache(family: str, tmp_path: Path) -> None:
-    from llmprune_cli.export.onnx_graph import open_onnx
+    from llmprune_cli.formats.onnx_graph import open_onnx
 
     folder = pruned(tmp_path, family)
     document = verified(export(folder, tmp_path / "graph", "onnx", "--dtype", "f32"))
@@ -36,7 +36,7 @@ def test_an_onnx_graph_reads_prompts_and_goes_on_with_its_cache(family: str, tmp
 
 @needs_onnx
 def test_an_onnx_graph_without_a_cache_takes_token_ids_only(tmp_path: Path) -> None:
-    from llmprune_cli.export.onnx_graph import open_onnx
+    from llmprune_cli.formats.onnx_graph import open_onnx
 
     folder = save_tiny(tmp_path / "model")
     verified(export(folder, tmp_path / "graph", "onnx", "--no-kv-cache"))

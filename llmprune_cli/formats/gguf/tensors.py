@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmprune_cli.errors import UnsupportedError
-from llmprune_cli.export.gguf.families import GgufFamily, Heads, experts_of, heads_of
 from llmprune_cli.folder.tensors import TensorEntry
+from llmprune_cli.formats.gguf.families import GgufFamily, Heads, experts_of, heads_of
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, TensorNameMap
