@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,6 @@ from rich.table import Table
 from llmprune_cli.cli.parameters import COMMON, AsJson, takes
 from llmprune_cli.cli.tables import (
     WIDTH_LABELS,
-    modules_table,
     new_console,
     print_deviations,
     print_json,
@@ -23,7 +23,9 @@ from llmprune_cli.errors import UsageError
 from llmprune_cli.options import ModelReference, WidthRequest
 
 if TYPE_CHECKING:
-    from llmprune_cli.report.results import InspectResult, VerifyResult
+    from collections.abc import Iterator, Sequence
+
+    from llmprune_cli.report.results import InspectResult, ModelSummary, TensorRow, VerifyResult
 
 Verify = Annotated[
     bool,
@@ -85,3 +87,35 @@ def print_verify(result: VerifyResult) -> None:
         f"{parameters}.",
         highlight=False,
     )
+
+
+def modules_table(before: ModelSummary, after: ModelSummary | None) -> Table:
+    """Tensors, folded over layers."""
+    table = Table(title="Modules")
+    table.add_column("tensor", overflow="fold")
+    table.add_column("layers", justify="right")
+    table.add_column("dtype")
+    table.add_column("before" if after else "shape", justify="right")
+    if after:
+        table.add_column("after", justify="right")
+    table.add_column("parameters", justify="right")
+    table.add_column("share", justify="right")
+    total = (after or before).parameters
+    for old, new in _paired(before.tensors, after.tensors if after else before.tensors):
+        layers = f"{old.layers}: {old.count} ×" if old.layers else ""
+        shapes = [_shape(old)] + ([_shape(new) if new else "gone"] if after else [])
+        parameters = new.parameters if new else 0
+        share = f"{100 * parameters / total:.1f}%"
+        table.add_row(old.template, layers, old.dtype, *shapes, f"{parameters:,}", share)
+    return table
+
+
+def _paired(before: Sequence[TensorRow], after: Sequence[TensorRow]) -> Iterator[tuple[TensorRow, TensorRow | None]]:
+    """Rows of the same tensors before and after; None where all their layers went."""
+    for template in dict.fromkeys(row.template for row in before):
+        old, new = ([row for row in rows if row.template == template] for rows in (before, after))
+        yield from zip_longest(old, new[: len(old)])
+
+
+def _shape(row: TensorRow) -> str:
+    return " × ".join(map(str, row.shape))

@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from llmprune_cli.cli.evaluate import print_eval
+from llmprune_cli.cli.inspect import modules_table
 from llmprune_cli.cli.parameters import COMMON, AsJson, takes
 from llmprune_cli.cli.progress import progress_on_stderr
 from llmprune_cli.cli.tables import (
     WIDTH_LABELS,
-    modules_table,
     new_console,
     number_text,
     print_deviations,

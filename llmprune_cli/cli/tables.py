@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from itertools import zip_longest
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from llmprune_cli.report.results import ModelSummary, TensorRow
+    from llmprune_cli.report.results import ModelSummary
     from llmprune_cli.report.runtimes import RuntimeFit
 
 WIDTH_LABELS = {
@@ -38,38 +37,6 @@ def print_json(result: Any) -> None:
 def new_console() -> Console:
     """A console on stdout, as wide as the terminal."""
     return Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 120)
-
-
-def modules_table(before: ModelSummary, after: ModelSummary | None) -> Table:
-    """Tensors, folded over layers."""
-    table = Table(title="Modules")
-    table.add_column("tensor", overflow="fold")
-    table.add_column("layers", justify="right")
-    table.add_column("dtype")
-    table.add_column("before" if after else "shape", justify="right")
-    if after:
-        table.add_column("after", justify="right")
-    table.add_column("parameters", justify="right")
-    table.add_column("share", justify="right")
-    total = (after or before).parameters
-    for old, new in _paired(before.tensors, after.tensors if after else before.tensors):
-        layers = f"{old.layers}: {old.count} ×" if old.layers else ""
-        shapes = [_shape(old)] + ([_shape(new) if new else "gone"] if after else [])
-        parameters = new.parameters if new else 0
-        share = f"{100 * parameters / total:.1f}%"
-        table.add_row(old.template, layers, old.dtype, *shapes, f"{parameters:,}", share)
-    return table
-
-
-def _paired(before: Sequence[TensorRow], after: Sequence[TensorRow]) -> Iterator[tuple[TensorRow, TensorRow | None]]:
-    """Rows of the same tensors before and after; None where all their layers went."""
-    for template in dict.fromkeys(row.template for row in before):
-        old, new = ([row for row in rows if row.template == template] for rows in (before, after))
-        yield from zip_longest(old, new[: len(old)])
-
-
-def _shape(row: TensorRow) -> str:
-    return " × ".join(map(str, row.shape))
 
 
 def totals_table(before: ModelSummary, after: ModelSummary | None) -> Table:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from llmprune_cli.coupling.discovery import trace
 from llmprune_cli.coupling.trace import Trace
-from llmprune_cli.coupling.tracing import trace
 from llmprune_cli.coupling.twin import settle_head_dim
 from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.family.architecture import Architecture, discover

@@ -26,7 +26,6 @@ from llmprune_cli.run.states import new_states
 if TYPE_CHECKING:
     from llmprune_cli.coupling.products import Product, Watcher
 
-DAMPING = 0.5  # of every refit, relative to the mean diagonal of the Gram matrix
 GRAM_BYTES = 2**30  # of the Gram matrices of experts that are gathered in one pass
 UNPICKED = -1e30  # router logit of an expert that goes
 
@@ -60,6 +59,7 @@ class LayerRefit:
     plan: Plan
     number: int
     streams: Streams
+    damping: float  # relative to the mean diagonal of the Gram matrix
 
     def run(self, method: str) -> LayerRepair:
         """Refit all readers, in the order in which they run, and take both streams through the layer."""
@@ -165,7 +165,7 @@ class LayerRefit:
                         "checkpoint again."
                     )
                 removal = own.error(only(matrix, kept))
-                solved = solve_reader(own, matrix, kept, DAMPING).to(dtype)
+                solved = solve_reader(own, matrix, kept, self.damping).to(dtype)
                 check_finite(name, solved)
                 matrix.copy_(solved)
                 errors.append(_Errors(removal, own.error(matrix), own.total))

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from llmprune_cli.apply.proof import half_of, prove
 from llmprune_cli.apply.pruned_folder import prune_twin
 from llmprune_cli.apply.second_opinion import hold_against_torch_pruning
+from llmprune_cli.coupling.discovery import trace
 from llmprune_cli.coupling.trace import Binding, Trace
-from llmprune_cli.coupling.tracing import trace
 from llmprune_cli.coupling.twin import build_twin, proof_sizes, settle_head_dim
 from llmprune_cli.errors import LlmpruneError, UnsupportedError
 from llmprune_cli.family.architecture import Architecture, discover
