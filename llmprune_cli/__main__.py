@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-from types import FrameType
 
 from llmprune_cli.errors import LlmpruneError, memory_explained
-
-INTERRUPTED = 130
+from llmprune_cli.interruption import INTERRUPTED, end_tidily
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -18,9 +14,7 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: what follows the program's name; None takes them from `sys.argv`.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup asks for
-        signal.signal(signal.SIGHUP, _hang_up)
+    end_tidily()
     from llmprune_cli.cli.app import app
     from llmprune_cli.processes import ended_together, only_first_speaks
 
@@ -34,18 +28,6 @@ def main(arguments: list[str] | None = None) -> None:
         except KeyboardInterrupt:
             print("Interrupted: what was not finished is not kept.", file=sys.stderr)
             sys.exit(INTERRUPTED)
-
-
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-def _hang_up(_signal: int, _frame: FrameType | None) -> None:
-    """End as after Ctrl-C, without a terminal to write to."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):
-        os.dup2(nowhere, stream)
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

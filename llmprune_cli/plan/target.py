@@ -11,6 +11,7 @@ from llmprune_cli.family.architecture import Architecture, with_widths
 from llmprune_cli.family.layers import can_keep_layers
 from llmprune_cli.family.widths import NEURONS, Widths, read_widths
 from llmprune_cli.options import WidthRequest
+from llmprune_cli.plan.counts import count_groups, count_heads, count_units
 from llmprune_cli.plan.legal import legal_experts, listed, near, stepped, within
 
 
@@ -44,12 +45,12 @@ def resolve(architecture: Architecture, refused: dict[str, str], request: WidthR
         request = _heads_from_hidden(before, request, deviations)
     groups = heads = 0
     if before.num_attention_heads:
-        groups = _groups(before, request, deviations)
-        heads = _heads(before, groups, request, deviations)
+        groups = count_groups(before, request, deviations)
+        heads = count_heads(before, groups, request, deviations)
     elif request.asks_for_heads:
         raise PlanError(f"{architecture.config.model_type} has no attention heads. Leave their options out.")
     neurons = {width: _neurons(architecture, width, refused, request, deviations) for width in NEURONS}
-    hidden = _size(before.hidden_size, "hidden_size", request.hidden_size, request.hidden_pruning_ratio, request)
+    hidden = count_units(before.hidden_size, "hidden_size", request.hidden_size, request.hidden_pruning_ratio, request)
     hidden = _legal_hidden(architecture, heads, hidden, request, deviations)
     protected = protected_layers(before, request)
     layers = _layers(architecture, request, protected, deviations)
@@ -97,7 +98,7 @@ def _heads_from_hidden(before: Widths, request: WidthRequest, deviations: list[s
         return request
     if request.hidden_size is None and request.hidden_pruning_ratio is None:
         return request
-    hidden = _size(before.hidden_size, "hidden_size", request.hidden_size, request.hidden_pruning_ratio, request)
+    hidden = count_units(before.hidden_size, "hidden_size", request.hidden_size, request.hidden_pruning_ratio, request)
     groups = before.num_key_value_heads if before.heads_per_group > 1 else 1
     step = groups * before.head_dim
     if request.hidden_size is not None and hidden % step:
@@ -108,45 +109,6 @@ def _heads_from_hidden(before: Widths, request: WidthRequest, deviations: list[s
     heads = min(near(hidden, step, before.hidden_size), key=lambda size: abs(size - hidden)) // before.head_dim
     deviations.append(f"The hidden size is query heads × head dim in this family, so {heads} query heads stay.")
     return replace(request, num_attention_heads=heads, hidden_size=None, hidden_pruning_ratio=0.0)
-
-
-def _groups(before: Widths, request: WidthRequest, deviations: list[str]) -> int:
-    whole = before.num_key_value_heads
-    if request.num_key_value_heads is not None:
-        return within("num_key_value_heads", request.num_key_value_heads, whole)
-    ratio = request.kv_group_pruning_ratio
-    if before.heads_per_group == 1:  # every query head has a KV head of its own: they go together
-        if request.num_attention_heads is not None:
-            return within("num_attention_heads", request.num_attention_heads, whole)
-        ratios = (ratio, request.head_pruning_ratio, request.pruning_ratio)
-        ratio = next((r for r in ratios if r is not None), None)
-    if ratio is None:
-        return whole
-    return _at_least_one("KV groups", whole - math.ceil(ratio * whole), deviations)
-
-
-def _heads(before: Widths, groups: int, request: WidthRequest, deviations: list[str]) -> int:
-    whole, per_group = before.num_attention_heads, before.heads_per_group
-    legal = [groups * count for count in range(1, per_group + 1)]
-    if request.num_attention_heads is not None:
-        within("num_attention_heads", request.num_attention_heads, whole)
-        if request.num_attention_heads not in legal:
-            raise PlanError(
-                f"{request.num_attention_heads} query heads cannot be shared evenly by {groups} KV groups that have "
-                f"{per_group} each. Legal values: {', '.join(map(str, legal))}."
-            )
-        return request.num_attention_heads
-    ratio = request.pruning_ratio if request.head_pruning_ratio is None else request.head_pruning_ratio
-    if ratio is None or per_group == 1:
-        return legal[-1]
-    removed = math.ceil(math.ceil(ratio * whole) / before.num_key_value_heads)
-    return groups * _at_least_one("query heads in a KV group", per_group - removed, deviations)
-
-
-def _at_least_one(what: str, count: int, deviations: list[str]) -> int:
-    if count < 1:
-        deviations.append(f"One of the {what} stays, although the ratio asks for none.")
-    return max(1, count)
 
 
 def _neurons(
@@ -163,22 +125,7 @@ def _neurons(
         if whole and (ratio or request.pruning_ratio):
             deviations.append(f"{width} stays {whole}: {refused[width]}.")
         return int(whole)
-    return stepped(architecture, width, _size(whole, width, exact, ratio, request), exact is not None, deviations)
-
-
-def _size(whole: int, width: str, exact: int | None, ratio: float | None, request: WidthRequest) -> int:
-    if exact is not None:
-        return within(width, exact, whole)
-    ratio = request.pruning_ratio if ratio is None else ratio
-    if not ratio:
-        return whole
-    kept = int(whole * (1 - ratio))
-    rounded = kept - kept % request.round_to
-    if rounded < 1:
-        raise PlanError(
-            f"{width} = {whole} at pruning ratio {ratio:g} leaves {kept}, which no multiple of {request.round_to} fits."
-        )
-    return rounded
+    return stepped(architecture, width, count_units(whole, width, exact, ratio, request), exact is not None, deviations)
 
 
 def _legal_hidden(

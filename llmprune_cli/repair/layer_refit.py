@@ -17,7 +17,7 @@ from llmprune_cli.folder.shards import check_finite
 from llmprune_cli.folder.tensors import DTYPES, split_name
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.processes import ALONE, Processes
-from llmprune_cli.repair.least_squares import Moments, only, solve_reader
+from llmprune_cli.repair.least_squares import DAMPING, Moments, only, solve_reader
 from llmprune_cli.repair.sites import Site, Uses, find_sites
 from llmprune_cli.run.layer import Enough, Layer, batches, check_states
 from llmprune_cli.run.layered_model import LayeredModel
@@ -59,7 +59,6 @@ class LayerRefit:
     plan: Plan
     number: int
     streams: Streams
-    damping: float  # relative to the mean diagonal of the Gram matrix
 
     def run(self, method: str) -> LayerRepair:
         """Refit all readers, in the order in which they run, and take both streams through the layer."""
@@ -165,7 +164,7 @@ class LayerRefit:
                         "checkpoint again."
                     )
                 removal = own.error(only(matrix, kept))
-                solved = solve_reader(own, matrix, kept, self.damping).to(dtype)
+                solved = solve_reader(own, matrix, kept, DAMPING).to(dtype)
                 check_finite(name, solved)
                 matrix.copy_(solved)
                 errors.append(_Errors(removal, own.error(matrix), own.total))

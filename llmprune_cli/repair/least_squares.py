@@ -9,6 +9,7 @@ import torch
 
 from llmprune_cli.processes import Processes
 
+DAMPING = 0.5  # of every refit, relative to the mean diagonal of the Gram matrix
 PRODUCT_ELEMENTS = 2**25  # of XᵀX that are formed at a time: 128 MiB in float32
 
 

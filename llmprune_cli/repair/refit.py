@@ -19,8 +19,6 @@ from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.states import copy_states
 from llmprune_cli.run.workbench import Workbench
 
-DAMPING = 0.5  # of every refit, relative to the mean diagonal of the Gram matrix
-
 
 def repair(bench: Workbench, plan: Plan, method: str) -> tuple[Subject, tuple[LayerRepair, ...]]:
     """The subject with weights that make up for what the plan removes, and a report on each layer that stays.
@@ -75,7 +73,7 @@ def refit(
     for number in range(first, model.layers):
         layer = model.load_layer(number)
         if number in plan.layers:
-            layer_refit = LayerRefit(layer, model, plan, number, streams, DAMPING)
+            layer_refit = LayerRefit(layer, model, plan, number, streams)
             own = "none" if number in plan.protected else method
             reports.append(layer_refit.run(own))
             if own != "none" and journal is not None and journal.folder is not None:

@@ -1,0 +1,28 @@
+"""What stops a run: Ctrl-C, a polite kill and a terminal that goes away all end it alike, so that it can tidy up."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+INTERRUPTED = 130  # exit code
+
+
+def end_tidily() -> None:
+    """Let SIGTERM and SIGHUP interrupt this process as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup asks for
+        signal.signal(signal.SIGHUP, _hang_up)
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _hang_up(_signal: int, _frame: FrameType | None) -> None:
+    """End as after Ctrl-C, without a terminal to write to."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    raise KeyboardInterrupt

@@ -1,0 +1,75 @@
+"""How many units stay: ratios turned into counts, as the reference counts them."""
+
+from __future__ import annotations
+
+import math
+
+from llmprune_cli.errors import PlanError
+from llmprune_cli.family.widths import Widths
+from llmprune_cli.options import WidthRequest
+from llmprune_cli.plan.legal import within
+
+
+def count_groups(before: Widths, request: WidthRequest, deviations: list[str]) -> int:
+    """KV groups that stay: K − ceil(r·K); where each query head has its own, heads and groups go alike."""
+    whole = before.num_key_value_heads
+    if request.num_key_value_heads is not None:
+        return within("num_key_value_heads", request.num_key_value_heads, whole)
+    ratio = request.kv_group_pruning_ratio
+    if before.heads_per_group == 1:  # every query head has a KV head of its own: they go together
+        if request.num_attention_heads is not None:
+            return within("num_attention_heads", request.num_attention_heads, whole)
+        ratios = (ratio, request.head_pruning_ratio, request.pruning_ratio)
+        ratio = next((r for r in ratios if r is not None), None)
+    if ratio is None:
+        return whole
+    return _at_least_one("KV groups", whole - math.ceil(ratio * whole), deviations)
+
+
+def count_heads(before: Widths, groups: int, request: WidthRequest, deviations: list[str]) -> int:
+    """Query heads that stay: every KV group loses ceil(ceil(r·H)/K) of them.
+
+    Raises:
+        PlanError: an exact number that the KV groups cannot share evenly.
+    """
+    whole, per_group = before.num_attention_heads, before.heads_per_group
+    legal = [groups * count for count in range(1, per_group + 1)]
+    if request.num_attention_heads is not None:
+        within("num_attention_heads", request.num_attention_heads, whole)
+        if request.num_attention_heads not in legal:
+            raise PlanError(
+                f"{request.num_attention_heads} query heads cannot be shared evenly by {groups} KV groups that have "
+                f"{per_group} each. Legal values: {', '.join(map(str, legal))}."
+            )
+        return request.num_attention_heads
+    ratio = request.pruning_ratio if request.head_pruning_ratio is None else request.head_pruning_ratio
+    if ratio is None or per_group == 1:
+        return legal[-1]
+    removed = math.ceil(math.ceil(ratio * whole) / before.num_key_value_heads)
+    return groups * _at_least_one("query heads in a KV group", per_group - removed, deviations)
+
+
+def count_units(whole: int, width: str, exact: int | None, ratio: float | None, request: WidthRequest) -> int:
+    """Channels or neurons that stay: int(N·(1−r)), rounded down to a multiple where that is asked for.
+
+    Raises:
+        PlanError: nothing is left, or an exact size that is none.
+    """
+    if exact is not None:
+        return within(width, exact, whole)
+    ratio = request.pruning_ratio if ratio is None else ratio
+    if not ratio:
+        return whole
+    kept = int(whole * (1 - ratio))
+    rounded = kept - kept % request.round_to
+    if rounded < 1:
+        raise PlanError(
+            f"{width} = {whole} at pruning ratio {ratio:g} leaves {kept}, which no multiple of {request.round_to} fits."
+        )
+    return rounded
+
+
+def _at_least_one(what: str, count: int, deviations: list[str]) -> int:
+    if count < 1:
+        deviations.append(f"One of the {what} stays, although the ratio asks for none.")
+    return max(1, count)
