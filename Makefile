@@ -10,7 +10,7 @@ MINUTES ?= 10
 
 BASE ?= HEAD~1
 
-.PHONY: demo matrix schemas golden test check lint fix fuzz faults bench bench-8b bench-exports bench-memory bench-processes bench-quality check-consumers check-ranges clean
+.PHONY: demo matrix schemas golden test test-all check lint fix fuzz faults bench bench-8b bench-exports bench-memory bench-processes bench-quality check-consumers check-ranges clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -42,8 +42,11 @@ schemas: $(INSTALLED)  ## write the JSON schemas of all documents into the docs
 golden: $(INSTALLED)  ## compare what this build and another revision write, byte for byte
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python tests/tools/golden_bytes.py $(BASE)
 
-test: $(INSTALLED)  ## run all tests
+test: $(INSTALLED)  ## run the tests, on a family of every layout
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+test-all: $(INSTALLED)  ## run the tests on every family and every export format of each
+	LLMPRUNE_TEST_ALL=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 check: lint test  ## lint, types and tests, warnings as errors
 

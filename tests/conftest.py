@@ -23,6 +23,16 @@ from support.opened import Opened, open_family
 from support.tiny import save_tiny
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shared_findings() -> Iterator[None]:
+    """Commands of one process share what they find out about architectures."""
+    from support.memory import share_findings
+
+    with pytest.MonkeyPatch.context() as patched:
+        share_findings(patched)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sharded float32 Llama: hidden 64, 8 query heads for 2 KV heads, intermediate 48, untied."""

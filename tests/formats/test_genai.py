@@ -15,7 +15,7 @@ from support.tiny import save_tiny
 
 
 @needs_genai
-@pytest.mark.parametrize("family", families.EXPORTED)
+@pytest.mark.parametrize("family", families.TRIED_EXPORTS)
 def test_genai_generates_what_transformers_does_or_is_refused(family: str, tmp_path: Path) -> None:
     folder = pruned(tmp_path, family, **families.HEADS_OF_16)
     run = export(folder, tmp_path / "genai", "genai", "--dtype", "f32")

@@ -16,7 +16,7 @@ from support.tiny import save_tiny
 
 
 @needs_onnx
-@pytest.mark.parametrize("family", families.EXPORTED)
+@pytest.mark.parametrize("family", families.TRIED_EXPORTS)
 def test_an_onnx_graph_reads_prompts_and_goes_on_with_its_cache(family: str, tmp_path: Path) -> None:
     from llmprune_cli.formats.onnx_graph import open_onnx
 

@@ -16,7 +16,7 @@ from support.stock import load_stock
 from support.tiny import save_tiny
 
 
-@pytest.mark.parametrize("family", families.EXPORTED)
+@pytest.mark.parametrize("family", families.TRIED_EXPORTS)
 def test_a_torch_graph_gives_the_logits_of_any_batch_and_length(family: str, tmp_path: Path) -> None:
     folder = pruned(tmp_path, family)
     document = verified(export(folder, tmp_path / "graph", "torch-export", "--dtype", "f32"))

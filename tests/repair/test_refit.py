@@ -29,7 +29,7 @@ from support import families
 from support.cli import CALIBRATED, run_cli
 from support.opened import Opened
 
-every_family = pytest.mark.parametrize("opened", families.FAMILIES, indirect=True)
+every_family = pytest.mark.parametrize("opened", families.TRIED, indirect=True)
 
 
 @every_family

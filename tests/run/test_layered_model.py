@@ -16,7 +16,7 @@ from support import families
 from support.opened import Opened
 from support.tiny import save_tiny
 
-every_family = pytest.mark.parametrize("opened", families.FAMILIES, indirect=True)
+every_family = pytest.mark.parametrize("opened", families.TRIED, indirect=True)
 
 
 @every_family

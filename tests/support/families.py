@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 SLIDING_AND_FULL = ["sliding_attention", "full_attention"] * 2
@@ -142,6 +143,25 @@ EXPORTED: dict[str, dict[str, Any]] = {
     "starcoder2": NO_WINDOW,
     "granite": {},
 }
+# Families that have every layout between them; `make test-all` tries all of the others, too.
+CLASSES = (
+    "llama",  # grouped queries, biases
+    "llama-mha",  # a KV head for each query head, tied embeddings
+    "phi3",  # fused query-key-value and gate-up
+    "gpt2",  # transposed weights, positions that are learned, hidden size tied to heads
+    "gpt_neox",  # attention and MLP in parallel, LayerNorm, query, key and value interleaved
+    "gemma3_text",  # norms behind readers, kinds of windows, scaled embeddings, norms of single heads
+    "olmo2",  # norms over all heads
+    "mixtral",  # experts that are tensors of their own
+    "qwen2_moe",  # a shared expert with a gate, dense layers among sparse ones
+    "deepseek_v3",  # latent attention, groups of experts, leading dense layers
+    "jamba",  # state spaces, attention and experts by rhythms
+    "mamba",  # no attention
+)
+EXPORT_CLASSES = ("llama", "gemma2", "qwen3_moe", "gpt2", "phi3")
+EVERY = bool(os.environ.get("LLMPRUNE_TEST_ALL"))
+TRIED = {family: FAMILIES[family] for family in (FAMILIES if EVERY else CLASSES)}
+TRIED_EXPORTS = {family: EXPORTED[family] for family in (EXPORTED if EVERY else EXPORT_CLASSES)}
 HEADS_OF_16 = {"hidden_size": 128}  # with the eight heads of `tiny_config`
 SIZES: dict[str, Any] = {"num_hidden_layers": 4, "pad_token_id": None}
 

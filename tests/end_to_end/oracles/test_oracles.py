@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from support.cli import BY_CHANCE, BY_MAGNITUDE, run_cli
-from support.families import FAMILIES, model_type
+from support.families import TRIED, model_type
 from support.stock import assert_generates, load_stock, written_tensors
 
 CUTS: dict[str, list[str]] = {
@@ -50,7 +50,7 @@ def prunable(folder: Path) -> dict[str, str]:
     return json.loads(run.stdout)["prunable"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRIED)
 def test_every_width_reloads_counts_as_planned_and_generates(
     tiny_of: Callable[[str], Path], tmp_path: Path, family: str
 ) -> None:
@@ -76,7 +76,7 @@ def test_every_width_reloads_counts_as_planned_and_generates(
         assert_generates(model)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRIED)
 def test_what_nothing_reads_goes_without_a_trace(tiny_of: Callable[[str], Path], tmp_path: Path, family: str) -> None:
     """The Zero oracle for heads, neurons and layers, by readers that this file knows."""
     folder = tiny_of(family)
@@ -129,7 +129,7 @@ SHARED = ("shared_experts.down_proj.weight", "shared_expert.down_proj.weight", "
 ROUTERS = (".gate.weight", ".router.weight", ".router.layer.weight")
 
 
-@pytest.mark.parametrize("family", [family for family, options in FAMILIES.items() if "num_experts_per_tok" in options])
+@pytest.mark.parametrize("family", [family for family, options in TRIED.items() if "num_experts_per_tok" in options])
 def test_experts_and_their_neurons_go_without_a_trace(
     tiny_of: Callable[[str], Path], tmp_path: Path, family: str
 ) -> None:
@@ -192,7 +192,7 @@ def silence_experts(model: Any, family: str, keep: dict[str, list[int]], width: 
     assert touched >= len({key.split("#")[0].split(".")[0] for key in keep})
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRIED)
 def test_the_identity_plan_writes_the_same_bytes(tiny_of: Callable[[str], Path], tmp_path: Path, family: str) -> None:
     folder = tiny_of(family)
     run = run_cli("prune", folder, *BY_MAGNITUDE, "--pruning-ratio", "0", "--output", tmp_path / "out")

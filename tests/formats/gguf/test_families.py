@@ -33,7 +33,7 @@ SAID = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {"llama-mha": {}, "phi3-partial": LONG_ROPE, "falcon-multi-query": {}}
 ARCHITECTURES = {
-    family: (settings, SAID.get(family, "")) for family, settings in {**families.EXPORTED, **VARIANTS}.items()
+    family: (settings, SAID.get(family, "")) for family, settings in {**families.TRIED_EXPORTS, **VARIANTS}.items()
 }
 
 

@@ -1,0 +1,51 @@
+"""What was found out about an architecture once is not found out again by the next command of the same process.
+
+Every run of a command traces and proves its model anew, which takes seconds. Both depend on the configuration and the
+shapes alone, so that tests share them; each is still computed once in every worker.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from llmprune_cli.commands import prune
+from llmprune_cli.coupling import subject
+from llmprune_cli.family.architecture import Architecture
+
+
+def share_findings(patched: pytest.MonkeyPatch) -> None:
+    """Let the commands remember traces and proofs."""
+    found: dict[Any, Any] = {}
+
+    def remembering(function: Callable[..., Any]) -> Callable[..., Any]:
+        def remembered(*arguments: Any) -> Any:
+            key = (function.__name__, *map(_key, arguments))
+            if key not in found:
+                found[key] = function(*arguments)
+            return found[key]
+
+        return remembered
+
+    for module, name in (
+        (subject, "discover"),
+        (subject, "settle_head_dim"),
+        (subject, "trace"),
+        (prune, "prove"),
+        (prune, "hold_against_torch_pruning"),
+    ):
+        patched.setattr(module, name, remembering(getattr(module, name)))
+
+
+def _key(argument: Any) -> str:
+    """What tells two arguments apart: configurations by their settings, all else by how it is written."""
+    if isinstance(argument, Architecture):
+        return f"{_key(argument.config)} {argument.widths} {argument.layer_kinds} {argument.explicit_head_dim} " + (
+            f"{argument.hidden_follows_heads} {argument.hidden_multiple_of_heads}"
+        )
+    if hasattr(argument, "to_dict"):
+        return type(argument).__name__ + json.dumps(argument.to_dict(), sort_keys=True, default=str)
+    return argument.__qualname__ if callable(argument) else repr(argument)
