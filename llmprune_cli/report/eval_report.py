@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,9 +14,12 @@ from llmprune_cli.processes import ALONE, Processes
 from llmprune_cli.progress import Listener
 from llmprune_cli.report.results import SCHEMA_VERSION, EvalReport, EvalResult
 from llmprune_cli.run.corpus import Corpus, cut_windows, load_corpus
-from llmprune_cli.run.perplexity import RunningPerplexity, evaluate_perplexity, peak_memory_bytes
+from llmprune_cli.run.perplexity import RunningPerplexity, evaluate_perplexity, largest_batch, peak_memory_bytes
 from llmprune_cli.source.full_model import load_model, own_device, pick_device
 from llmprune_cli.source.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LONG_WINDOW = 8192  # tokens; longer windows by default deserve a warning
 FALLBACK_WINDOW = 2048  # tokens, for models that state no maximum
@@ -61,17 +65,26 @@ def report_perplexity(
         CheckpointError: one cannot be loaded.
     """
     results = []
-    device, batch = own_device(reference.device, processes), options.batch_size or 1
+    device = own_device(reference.device, processes)
     for checkpoint, text in sides:
-        listener.stage(f"Evaluating {checkpoint.source}", len(processes.share(text.windows, batch)))
+        listener.stage(f"Loading {checkpoint.source}", 1)
         with scratch_folder() as folder:
             model = load_model(checkpoint, device, reference.dtype, folder)
+            listener.advance(1)
+            batch = options.batch_size or min(processes.gather(_batch_size(model, text.windows)))
+            listener.stage(f"Evaluating {checkpoint.source}", len(processes.share(text.windows, batch)))
             final = evaluate_perplexity(model, text.windows, batch, lambda state: _tell(listener, state), processes)
             peak = max(processes.gather(peak_memory_bytes(model)))
             del model
         results.append(_eval_result(checkpoint, final, text.windows.shape[1], peak))
     origin = sides[0][1].corpus.origin
     return EvalReport(SCHEMA_VERSION, options.dataset, origin, options.split, tuple(results))
+
+
+def _batch_size(model: PreTrainedModel, windows: torch.Tensor) -> int:
+    """How many windows are evaluated at a time; one on the CPU, which several make no faster."""
+    on_accelerator = any(parameter.device.type in ("cuda", "mps") for parameter in model.parameters())
+    return largest_batch(model, windows) if on_accelerator else 1
 
 
 def _tell(listener: Listener, state: RunningPerplexity) -> None:

@@ -6,12 +6,15 @@ import functools
 import itertools
 import math
 import operator
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
+from accelerate.utils import find_executable_batch_size
 from torch.nn import functional
 
 from llmprune_cli.processes import ALONE, Processes
@@ -19,7 +22,13 @@ from llmprune_cli.processes import ALONE, Processes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+try:
+    import resource
+except ImportError:  # on Windows, where psutil tells the peak, as it does nowhere else
+    resource = None  # type: ignore[assignment]
+
 LOGIT_ELEMENTS = 2**24  # logits formed at a time: 64 MiB in float32
+MOST_WINDOWS = 64  # that are tried together
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,28 @@ class RunningPerplexity:
     def perplexity(self) -> float:
         """exp of the mean; infinite where that overflows."""
         return math.exp(self.mean_nll) if self.mean_nll < 700 else math.inf
+
+
+def largest_batch(model: PreTrainedModel, windows: torch.Tensor) -> int:
+    """How many windows, [N, T], fit into the device's memory at a time: halved from many until they do.
+
+    One is taken to fit: what else would be said of it is said when it is evaluated.
+    """
+    size = min(MOST_WINDOWS, len(windows))
+
+    def halve() -> int:
+        nonlocal size
+        size //= 2
+        return size
+
+    @find_executable_batch_size(starting_batch_size=size, reduce_batch_size_fn=halve)  # type: ignore[untyped-decorator]
+    def fitting(batch_size: int) -> int:
+        if batch_size > 1:
+            with torch.inference_mode():
+                window_nll(model, windows[:batch_size])
+        return batch_size
+
+    return int(fitting())
 
 
 def evaluate_perplexity(
@@ -120,10 +151,9 @@ def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 
 def peak_memory_bytes(model: PreTrainedModel) -> int:
     """Largest memory of this process so far: with weights on CUDA what torch allocated there, else resident memory."""
-    import resource
-    import sys
-
     if any(parameter.is_cuda for parameter in model.parameters()):
         return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    if resource is None:
+        return int(psutil.Process().memory_info().peak_wset)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)

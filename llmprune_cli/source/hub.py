@@ -5,6 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmprune_cli.errors import CheckpointError, first_line
+from llmprune_cli.folder.documents import read_json
+from llmprune_cli.folder.shards import INDEX_NAME
+from llmprune_cli.folder.tensors import DTYPES, TensorEntry
+
+MOST_SHARDS = 1000  # of which headers are asked for, one by one
 
 WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
 BIN_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
@@ -57,3 +62,30 @@ def fetch(name: str, revision: str | None, need_weights: bool) -> tuple[Path, st
     except (HfHubHTTPError, OSError) as error:
         raise CheckpointError(f"{name} could not be fetched from the hub: {first_line(error)}") from error
     return folder, folder.name
+
+
+def read_headers(name: str, commit: str, folder: Path) -> tuple[TensorEntry, ...]:
+    """The tensors of a repository by the headers of its safetensors files, which are read without the weights.
+
+    Args:
+        folder: the snapshot of its small files.
+
+    Returns:
+        Entries without a shard; none where the hub cannot be asked, or does not know.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        if (folder / INDEX_NAME).exists():
+            weight_map = read_json(folder / INDEX_NAME)["weight_map"]
+            if len({*weight_map.values()}) > MOST_SHARDS:
+                return ()
+        found = HfApi().get_safetensors_metadata(name, revision=commit)
+        shards = sorted(found.files_metadata.items())
+        named = [(shard, *item) for shard, file in shards for item in file.tensors.items()]
+        if {own: shard for shard, own, _ in named} != found.weight_map:
+            return ()
+        named.sort(key=lambda item: (item[0], item[2].data_offsets))
+        return tuple(TensorEntry(own, tuple(info.shape), DTYPES[info.dtype].code, None) for _, own, info in named)
+    except Exception:  # whatever the hub or its files are up to: config.json says enough
+        return ()

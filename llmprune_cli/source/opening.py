@@ -22,7 +22,7 @@ from llmprune_cli.options import ModelReference
 from llmprune_cli.source.configuration import read_config, text_part
 from llmprune_cli.source.conversion import convert_bin, dequantize, describe_dequantized, quantization_of
 from llmprune_cli.source.gguf import convert_gguf, describe_gguf
-from llmprune_cli.source.hub import fetch
+from llmprune_cli.source.hub import fetch, read_headers
 from llmprune_cli.source.stored_names import Names, outer_model, resolve_names, usual_outer_model
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _opened(reference: ModelReference, need_weights: bool, temporary: Path) -> C
             dequantize(folder, config, reference.dtype, place, reference.trust_remote_code)
         config = read_config(place, reference.trust_remote_code)
     stamps = stamp_shards(place)
-    entries = () if small_files_only else read_index(place)
+    entries = read_headers(reference.name, str(revision), folder) if small_files_only else read_index(place)
     if not entries and need_weights:
         place = temporary
         with unchanged(folder.glob("pytorch_model*.bin")):
@@ -157,7 +157,11 @@ def _check_stored(folder: Path, entry: TensorEntry, expected: torch.Tensor) -> N
 
 
 def _are_equal(checkpoint: Checkpoint, *stored: str) -> bool:
-    one, other = (_read(checkpoint, checkpoint.by_name[name]) for name in stored)
+    """Whether two tensors hold the same; where only headers are known, config.json is believed."""
+    entries = [checkpoint.by_name[name] for name in stored]
+    if any(entry.shard is None for entry in entries):
+        return True
+    one, other = (_read(checkpoint, entry) for entry in entries)
     return torch.equal(one, other)
 
 

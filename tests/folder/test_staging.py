@@ -29,19 +29,21 @@ def test_scratch_of_dead_runs_goes_and_that_of_others_stays(tmp_path: Path, monk
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for name in ("llmprune-dead", "llmprune-running", "llmprune-of-something-else", "elsewhere"):
         (tmp_path / name / "deep").mkdir(parents=True)
-    for name in ("llmprune-dead", "elsewhere"):
-        (tmp_path / name / "lock").touch()
+    for name in ("llmprune-dead", "llmprune-link", "llmprune-not-made-yet"):
+        (tmp_path / f"{name}.lock").touch()
     (tmp_path / "llmprune-link").symlink_to(tmp_path / "elsewhere")
     others = set()
     if os.geteuid() == 0:  # nobody else can make a folder that is somebody's
         others = {"llmprune-foreign"}
         (tmp_path / "llmprune-foreign").mkdir()
-        (tmp_path / "llmprune-foreign" / "lock").touch()
+        (tmp_path / "llmprune-foreign.lock").touch()
         os.chown(tmp_path / "llmprune-foreign", 12345, 12345)
     with locked_folder(tmp_path / "llmprune-running"), scratch_folder() as scratch:
-        found = {path.name for path in tmp_path.iterdir()} - {scratch.name} - others
+        found = {path.name for path in tmp_path.iterdir() if path.suffix != ".lock"} - {scratch.name} - others
         assert all((tmp_path / name).is_dir() for name in others)
         assert found == {"llmprune-running", "llmprune-of-something-else", "llmprune-link", "elsewhere"}
+        locks = {path.stem for path in tmp_path.glob("*.lock")} - others
+        assert locks == {"llmprune-running", "llmprune-link", scratch.name}
         assert (tmp_path / "elsewhere" / "deep").is_dir() and (tmp_path / "llmprune-running" / "deep").is_dir()
     assert not scratch.exists()
 

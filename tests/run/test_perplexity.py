@@ -7,10 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
+from llmprune_cli.options import ModelReference
 from llmprune_cli.run import perplexity as evaluation
+from llmprune_cli.source.full_model import load_model
+from llmprune_cli.source.opening import open_checkpoint
 from support.cli import WINDOW, evaluated, run_cli
 from support.stock import plain_perplexity
 
@@ -60,3 +64,46 @@ def test_long_windows_by_default_are_warned_about(make_tiny: Callable[..., Path]
     (tmp_path / "long.txt").write_text("word " * 1700)
     run = run_cli("eval", folder, "--dataset", tmp_path / "long.txt", "--json")
     assert run.code == 0 and "--max-seq-len" in run.stderr and json.loads(run.stdout)["results"][0]["windows"] == 1
+
+
+@pytest.mark.parametrize(
+    ("fitting", "windows", "found"), [(100, 80, 64), (100, 5, 5), (9, 80, 8), (2, 7, 1), (0, 9, 1)]
+)
+def test_windows_are_halved_until_they_fit(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, fitting: int, windows: int, found: int
+) -> None:
+    """As if the device's memory took so many windows; with one alone it is left to the evaluation to fail."""
+    real = evaluation.window_nll
+
+    def limited(model: Any, batch: torch.Tensor) -> torch.Tensor:
+        if len(batch) > fitting:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return real(model, batch)
+
+    monkeypatch.setattr(evaluation, "window_nll", limited)
+    with open_checkpoint(ModelReference(str(tiny_llama)), need_weights=True) as checkpoint:
+        model = load_model(checkpoint, "cpu")
+        assert evaluation.largest_batch(model, torch.zeros(windows, 8, dtype=torch.long)) == found
+
+
+def test_other_errors_are_no_lack_of_memory(tiny_llama: Path) -> None:
+    with open_checkpoint(ModelReference(str(tiny_llama)), need_weights=True) as checkpoint:
+        model = load_model(checkpoint, "cpu")
+        with pytest.raises(IndexError):
+            evaluation.largest_batch(model, torch.full((4, 8), 10**6))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, whose memory is the limit")
+def test_as_many_windows_as_fit_give_the_same_figure_on_a_gpu(tiny_llama: Path, text_file: Path) -> None:
+    options = ("--dataset", text_file, "--max-seq-len", str(WINDOW), "--device", "cuda", "--batch-size")
+    one, several = (evaluated(tiny_llama, *options, size)["results"][0]["perplexity"] for size in ("1", "auto"))
+    assert several == pytest.approx(one, rel=1e-5)
+
+
+def test_the_largest_memory_so_far_is_more_than_the_memory_now(tiny_llama: Path) -> None:
+    with open_checkpoint(ModelReference(str(tiny_llama)), need_weights=True) as checkpoint:
+        model = load_model(checkpoint, "cpu")
+        before = evaluation.peak_memory_bytes(model)
+        now = psutil.Process().memory_info().rss
+        held = torch.ones(before // 4, dtype=torch.float32)
+        assert 0.9 * now < before < evaluation.peak_memory_bytes(model) and held.any()

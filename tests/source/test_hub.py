@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,8 +19,12 @@ REPOSITORY, COMMIT = "tests/tiny-llama", "0123456789abcdef0123456789abcdef012345
 
 
 @contextmanager
-def hub_of(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Serve a folder as the only repository of a hub; yields the address and the files that were downloaded."""
+def hub_of(folder: Path, gives_headers: bool = True) -> Iterator[tuple[str, list[str]]]:
+    """Serve a folder as the only repository of a hub; yields the address and the files that were downloaded whole.
+
+    Args:
+        gives_headers: whether parts of files can be had.
+    """
     downloaded: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -51,7 +55,13 @@ def hub_of(folder: Path) -> Iterator[tuple[str, list[str]]]:
                 file = folder / path.rsplit("/", 1)[1]
                 body = file.read_bytes()
                 headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": COMMIT}
-                if self.command == "GET":
+                part = self.headers.get("Range")
+                if part and gives_headers:
+                    first, last = map(int, part.removeprefix("bytes=").split("-"))
+                    body = body[first : last + 1]
+                elif part:
+                    body, headers = b"no part of it", {}
+                elif self.command == "GET":
                     downloaded.append(file.name)
             else:
                 self.send_response(404)
@@ -110,7 +120,7 @@ def test_a_revision_resolves_from_a_server(tiny_llama: Path, tmp_path: Path) -> 
         assert inspected.code == 0, inspected.stderr
         assert downloaded and not any(name.endswith(".safetensors") for name in downloaded), downloaded
         summary = json.loads(inspected.stdout)
-        assert summary["revision"] == COMMIT and not summary["has_weights"]
+        assert summary["revision"] == COMMIT
         pruned = run_process(
             *("prune", REPOSITORY, *BY_MAGNITUDE, "--revision", "v1"),
             *("--pruning-ratio", "0.5", "--output", tmp_path / "out"),
@@ -124,6 +134,28 @@ def test_a_revision_resolves_from_a_server(tiny_llama: Path, tmp_path: Path) -> 
     assert [(tmp_path / "out" / name).read_bytes() for name in shards] == [
         (tmp_path / "local" / name).read_bytes() for name in shards
     ]
+
+
+@pytest.mark.parametrize("shard", ["10MB", "40KB"])
+def test_tensors_are_those_of_the_headers_and_not_of_the_configuration(
+    make_tiny: Callable[..., Path], tmp_path: Path, shard: str
+) -> None:
+    """Weights in bfloat16 below a configuration that says float32."""
+    model = make_tiny(dtype="bfloat16", shard=shard)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
+    local = json.loads(run_process("inspect", model, "--json").stdout)
+    assert {row["dtype"] for row in local["before"]["tensors"]} == {"BF16"}
+    for gives_headers in (True, False):
+        with hub_of(model, gives_headers) as (address, downloaded):
+            env = online(address, tmp_path / f"home-{gives_headers}")
+            run = run_process("inspect", REPOSITORY, "--json", env=env)
+            assert run.code == 0, run.stderr
+            assert not any(name.endswith(".safetensors") for name in downloaded), downloaded
+        found = json.loads(run.stdout)
+        assert found["has_weights"] == gives_headers
+        assert found["before"]["parameters"] == local["before"]["parameters"]
+        assert (found["before"] == local["before"]) == gives_headers, "without headers, config.json is believed"
 
 
 @pytest.mark.parametrize("name", ["tests/unknown", "gated"])

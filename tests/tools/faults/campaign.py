@@ -375,7 +375,7 @@ class Campaign:
         if not fault.harms_source and contents(scene.source) != contents(self.root / "model"):
             problems.append("the input was changed")
         names = {path.name for path in scene.disk.iterdir()}
-        if names - {"out", WORK}:
+        if names - {"out", WORK, f"{WORK}.lock"}:
             problems.append(f"left behind: {names}")
         if scene.output.exists():
             problems += self.judge_target(command, scene, fault, code)
