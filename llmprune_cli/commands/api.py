@@ -214,7 +214,7 @@ def _checked(own: NamedOption, value: Any) -> Any:
     try:
         if option.parse is not None and isinstance(value, str):
             value = option.parse(value)
-        value = TypeAdapter(own.kind).validate_python(value)
+        value = TypeAdapter(own.kind).validate_python(str(value) if isinstance(value, Path) else value)
         if option.check is not None:
             option.check(value)
     except ValidationError as error:
