@@ -32,9 +32,9 @@ FORMS = ["torch-export", pytest.param("onnx", marks=needs_onnx), pytest.param("g
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_readmes_block_generates_text(form: str, tmp_path: Path) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    script = next(b for b in readme.split("```") if b.startswith("sh\n") and f"--format {form} " in b)[3:]
+def test_the_documented_block_generates_text(form: str, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "exports.md").read_text(encoding="utf-8")
+    script = next(b for b in page.split("```") if b.startswith("sh\n") and f"--format {form} " in b)[3:]
     save_tiny(tmp_path / "pruned", vocab_size=BYTE_LEVEL_VOCABULARY, **families.HEADS_OF_16)
     save_byte_level(tmp_path / "pruned")
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "400"}

@@ -107,12 +107,12 @@ BLOCKS = {"transformers": "AutoModelForCausalLM", "vllm": "import LLM", "mlx_lm"
 
 
 @pytest.mark.parametrize("runtime", BLOCKS)
-def test_the_readmes_block_generates_text(runtime: str, pruned: Path, tmp_path: Path) -> None:
+def test_the_documented_block_generates_text(runtime: str, pruned: Path, tmp_path: Path) -> None:
     pytest.importorskip(runtime, reason=f"{runtime} is not installed; run make check-consumers")
     if runtime == "vllm" and not torch.cuda.is_available():
         pytest.skip("vLLM from PyPI needs a GPU")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    script = next(block for block in readme.split("```") if block.startswith("sh\n") and BLOCKS[runtime] in block)[3:]
+    page = (ROOT / "docs" / "exports.md").read_text(encoding="utf-8")
+    script = next(block for block in page.split("```") if block.startswith("sh\n") and BLOCKS[runtime] in block)[3:]
     (tmp_path / "pruned").symlink_to(pruned)
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "400"}
     done = subprocess.run(["bash", "-ec", script], cwd=tmp_path, env=env, capture_output=True, text=True)

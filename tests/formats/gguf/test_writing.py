@@ -126,11 +126,9 @@ def test_a_converter_writes_instead_and_is_held_to_the_same(byte_level_llama: Pa
     assert str(script) in verified(export(byte_level_llama, output, "--dtype", "f32", "--converter", script))["note"]
 
 
-def test_the_readmes_block_generates_text(byte_level_llama: Path, tmp_path: Path) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    script = next(block for block in readme.split("```") if block.startswith("sh\n") and "import xllamacpp" in block)[
-        3:
-    ]
+def test_the_documented_block_generates_text(byte_level_llama: Path, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "exports.md").read_text(encoding="utf-8")
+    script = next(block for block in page.split("```") if block.startswith("sh\n") and "import xllamacpp" in block)[3:]
     shutil.copytree(byte_level_llama, tmp_path / "pruned")
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "400"}
     done = subprocess.run(["bash", "-ec", script], cwd=tmp_path, env=env, capture_output=True, text=True)
