@@ -85,7 +85,7 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 def _of(own: NamedOption) -> inspect.Parameter:
     option, kind = own.option, own.kind
     flag = own.name.replace("_", "-")
-    names = [f"--{flag}", f"--no-{flag}"] if own.name in SWITCHES else [f"--{flag}"]
+    names = [f"--{flag}/--no-{flag}" if own.name in SWITCHES else f"--{flag}"]
     is_optional = isinstance(kind, UnionType)
     plain = next(part for part in get_args(kind) if part is not type(None)) if is_optional else kind
     default = None if own.default is MISSING else own.default
