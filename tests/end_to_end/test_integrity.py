@@ -156,9 +156,9 @@ def test_a_shard_that_changes_while_it_is_read_is_noticed(
 @pytest.mark.parametrize(
     ("reader", "name"),
     [
-        ("folder.checkpoint._check_named_once", "model-00002"),
+        ("folder.shards._header", "model-00002"),
         ("folder.checkpoint.stamp", "model-00003"),
-        ("journal.identity.stamp", "model-00001"),
+        ("journal.keys.stamp", "model-00001"),
         ("source.tokenizer.copy_small", "tokenizer.json"),
     ],
 )
