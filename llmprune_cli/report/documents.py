@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from llmprune_cli.folder.manifest import Manifest
-from llmprune_cli.plan.document import Plan
+from llmprune_cli.plan.document import PLAN_VERSION, Plan
 from llmprune_cli.report.results import EvalReport, ExportResult, InspectResult, PruneResult, VerifyResult
 
 # Every document that is printed or written, by the name of its schema.
@@ -34,4 +34,8 @@ def to_json(result: Any) -> str:
 
 def schema_of(name: str) -> dict[str, Any]:
     """The JSON schema of a document, as it is written."""
-    return adapter_of(DOCUMENTS[name]).json_schema(mode="serialization")
+    schema = adapter_of(DOCUMENTS[name]).json_schema(mode="serialization")
+    if name == "plan":
+        schema["properties"] = {"plan_version": {"const": PLAN_VERSION}, **schema["properties"]}
+        schema["required"] = ["plan_version", *schema["required"]]
+    return schema
