@@ -38,14 +38,12 @@ def locked_folder(folder: Path, wait_s: float = 0.0) -> Iterator[None]:
         Timeout: another process has it.
         OSError: it cannot be made.
     """
-    from filelock import FileLock
-
     if folder.is_symlink():  # what is left in it would be removed, wherever it leads
         raise OSError(errno.ELOOP, "its hidden folder is a link", str(folder))
     missing, lock = missing_parents(folder), lock_file(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock, timeout=wait_s):
+        with _acquired(lock, wait_s):
             try:
                 folder.mkdir(exist_ok=True)
                 yield
@@ -55,6 +53,29 @@ def locked_folder(folder: Path, wait_s: float = 0.0) -> Iterator[None]:
                     lock.unlink()  # while it is held: whoever waits for it finds it gone, and makes another
     finally:
         remove_empty(missing)
+
+
+@contextmanager
+def _acquired(lock: Path, wait_s: float) -> Iterator[None]:
+    """A lock that no other process has; where none can be made, filelock says the same as where one is taken."""
+    from filelock import FileLock, Timeout
+
+    own = FileLock(lock, timeout=wait_s)
+    try:
+        own.acquire()
+    except Timeout:
+        if lock.exists():
+            raise
+        try:
+            own.acquire()  # the process that had it may have gone just now
+        except Timeout:
+            if lock.exists():
+                raise
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(lock)) from None
+    try:
+        yield
+    finally:
+        own.release()
 
 
 def lock_file(folder: Path) -> Path:

@@ -17,6 +17,7 @@ import pytest
 from llmprune_cli.report.documents import DOCUMENTS, adapter_of
 from support import ROOT
 from support.cli import BY_MAGNITUDE, run_cli
+from support.families import HEADS_OF_16
 from support.tiny import BYTE_LEVEL_VOCABULARY, save_byte_level, save_tiny
 from tools import schemas, support_matrix
 
@@ -46,7 +47,8 @@ def command_lines(block: str) -> Iterator[str]:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in which the names of the pages mean something small."""
     monkeypatch.chdir(tmp_path)
-    save_tiny(MODEL, num_hidden_layers=4, vocab_size=BYTE_LEVEL_VOCABULARY, initializer_range=0.15)
+    settings = {**HEADS_OF_16, "vocab_size": BYTE_LEVEL_VOCABULARY}
+    save_tiny(MODEL, num_hidden_layers=4, initializer_range=0.15, **settings)
     save_byte_level(MODEL)
     sentence = "The quick brown fox jumps over the lazy dog, and then it does so again. "
     Path("corpus.txt").write_text(sentence * 400)
