@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from llmprune_cli.options import ModelReference
+from llmprune_cli.choose.search import least_target, measure_size, search_widths
+from llmprune_cli.errors import PlanError
+from llmprune_cli.options import ModelReference, WidthRequest
+from llmprune_cli.plan.target import Target, resolve
+from llmprune_cli.sizes import Budget
 from llmprune_cli.source.full_model import load_model
 from llmprune_cli.source.opening import open_checkpoint
 from support import families
+from support.architectures import count_llama, llama_on_paper
 from support.cli import CALIBRATED, run_cli
 from support.tiny import save_tiny
 
@@ -44,3 +51,118 @@ def test_a_dry_run_shows_the_candidates(tiny_llama: Path, text_file: Path) -> No
     run = run_cli("prune", tiny_llama, *options)
     assert run.code == 0 and "Candidates, best first" in run.stdout and "Dry run" in run.stdout
     assert json.loads(run_cli("prune", tiny_llama, *options, "--json").stdout)["after"]["size_bytes"] <= 100_000
+
+
+# --- on paper ------------------------------------------------------------------------------------------------------
+
+WIDE = {"intermediate_size": 192, "num_hidden_layers": 8, "max_position_embeddings": 64}
+LESS_IS_WORSE = tuple(float(layer) for layer in range(8))  # the deeper a layer, the more it matters
+
+
+def missing_layers(target: Target) -> float:
+    """A divergence that only layers cause."""
+    return 8 - len(target.layers)
+
+
+def missing_neurons(target: Target) -> float:
+    """A divergence that only neurons cause."""
+    return -target.widths.intermediate_size
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_attention_heads": 4}, WIDE, {"hidden_size": 128}])
+def test_sizes_are_those_of_the_formula(changes: dict[str, int]) -> None:
+    subject = llama_on_paper(**changes)
+    whole = Target(subject.widths, tuple(range(subject.widths.num_hidden_layers)), ())
+    assert measure_size(subject, whole) == (count_llama(subject.widths), 2 * count_llama(subject.widths))
+    for asked in (WidthRequest(pruning_ratio=0.5), WidthRequest(num_key_value_heads=1, num_hidden_layers=1)):
+        target = resolve(subject.architecture, {}, asked)
+        assert measure_size(subject, target)[0] == count_llama(target.widths)
+
+
+@pytest.mark.parametrize("judge", [missing_layers, missing_neurons])
+@pytest.mark.parametrize("share", [0.9, 0.6, 0.4])
+def test_candidates_fit_come_best_first_and_have_the_widest_mlp(share: float, judge: Callable[[Target], float]) -> None:
+    subject = llama_on_paper(**WIDE)
+    limit = share * count_llama(subject.widths)
+    found = search_widths(subject, Budget(share, "share"), LESS_IS_WORSE, judge)
+    assert [candidate.kl for candidate in found] == sorted(judge(candidate.target) for candidate in found)
+    assert len({(candidate.target.widths, candidate.target.layers) for candidate in found}) == len(found) > 1
+    for candidate in found:
+        widths = candidate.target.widths
+        assert widths.hidden_size == 64 and candidate.parameters == count_llama(widths) <= limit
+        wider = replace(widths, intermediate_size=widths.intermediate_size + 2)  # the step of 192 neurons
+        assert widths.intermediate_size % 2 == 0 and (widths.intermediate_size == 192 or count_llama(wider) > limit)
+
+
+def test_bytes_are_a_limit_too() -> None:
+    subject = llama_on_paper(**WIDE)
+    (best, *_) = search_widths(subject, Budget(200_000, "bytes"), LESS_IS_WORSE, missing_layers)
+    assert 190_000 < 2 * best.parameters <= 200_000
+
+
+def test_layers_go_by_their_scores() -> None:
+    subject = llama_on_paper(**WIDE)
+    scores = (5.0, 1.0, 4.0, 0.5, 3.0, 2.0, 6.0, 7.0)
+    found = search_widths(subject, Budget(0.7, "share"), scores, missing_neurons)
+    order = [3, 1, 5, 4, 2, 0, 6, 7]
+    for candidate in found:
+        assert candidate.target.layers == tuple(sorted(order[8 - len(candidate.target.layers) :]))
+    assert len({candidate.target.layers for candidate in found}) > 2
+
+
+def test_a_way_ends_when_it_gets_worse() -> None:
+    """Of layers a second time in a row, of heads at once; each way starts at the best that was found before it."""
+    tried: list[tuple[int, int, int]] = []
+
+    def judge(target: Target) -> float:
+        tried.append((len(target.layers), target.widths.num_key_value_heads, target.widths.num_attention_heads))
+        return abs(len(target.layers) - 7) + 10 * (2 - target.widths.num_key_value_heads)
+
+    search_widths(llama_on_paper(**WIDE), Budget(0.7, "share"), LESS_IS_WORSE, judge)
+    assert tried == [
+        (8, 2, 8),
+        (7, 2, 8),
+        (6, 2, 8),
+        (5, 2, 8),
+        (7, 1, 4),
+        (7, 2, 4),
+    ]  # 64 channels are no multiple of 6 heads
+
+
+def test_refused_widths_are_left_whole() -> None:
+    subject = llama_on_paper(("num_key_value_heads", "num_attention_heads"), **WIDE)
+    for candidate in search_widths(subject, Budget(0.6, "share"), LESS_IS_WORSE, missing_neurons):
+        assert candidate.target.widths.num_attention_heads == 8
+    subject = llama_on_paper(("intermediate_size",), **WIDE)
+    found = search_widths(subject, Budget(0.6, "share"), LESS_IS_WORSE, missing_layers)
+    assert {candidate.target.widths.intermediate_size for candidate in found} == {192}
+    assert all(candidate.parameters <= 0.6 * count_llama(subject.widths) for candidate in found)
+
+
+@pytest.mark.parametrize(("kept", "share"), [((0, -1), 0.8), ((2,), 0.5), ((0, 1, 2, 3, 4, 5), 0.85)])
+def test_beside_protected_layers_only_whole_layers_go_and_as_few_as_can(kept: tuple[int, ...], share: float) -> None:
+    subject = llama_on_paper(**WIDE)
+    (only,) = search_widths(subject, Budget(share, "share"), LESS_IS_WORSE, missing_layers, kept)
+    layers, limit = only.target.layers, share * count_llama(subject.widths)
+    assert {layer % 8 for layer in kept} <= {*layers} and only.target.widths.changed_from(subject.widths) == (
+        "num_hidden_layers",
+    )
+    more = replace(only.target.widths, num_hidden_layers=len(layers) + 1)
+    assert only.parameters <= limit < count_llama(more)
+    free = [layer for layer in range(8) if layer not in {number % 8 for number in kept}]
+    assert sorted({*free} - {*layers}) == free[: 8 - len(layers)]  # those of the least scores
+
+
+@pytest.mark.parametrize(("kept", "remedy"), [((), "give the widths yourself"), ((0, 1, 2), "protect fewer layers")])
+def test_a_budget_out_of_reach_names_the_least(kept: tuple[int, ...], remedy: str) -> None:
+    subject = llama_on_paper(**WIDE)
+    least = measure_size(subject, least_target(subject, kept))[0]
+    with pytest.raises(PlanError, match=f"at most 1,000 parameters; .* reaches is {least:,}. .*{remedy}"):
+        search_widths(subject, Budget(1000, "parameters"), LESS_IS_WORSE, missing_layers, kept)
+    assert search_widths(subject, Budget(least, "parameters"), LESS_IS_WORSE, missing_layers, kept)
+
+
+def test_the_least_is_less_in_every_width() -> None:
+    widths = least_target(llama_on_paper(**WIDE)).widths
+    assert (widths.num_key_value_heads, widths.num_attention_heads, widths.num_hidden_layers) == (1, 2, 4)
+    assert widths.intermediate_size == 28 and widths.hidden_size == 64  # 15% of 192, in steps of two

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import pytest
+from transformers import PretrainedConfig
+
+from llmprune_cli.family.layers import can_keep_layers, find_layer_kinds, layer_changes, sample_layers
 from support.cli import BY_MAGNITUDE, run_cli
 from support.families import FAMILIES
 from support.stock import load_stock
@@ -52,3 +57,109 @@ def test_a_rhythm_of_sparse_layers_survives_the_loss_of_one(make_tiny: Callable[
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["decoder_sparse_step"], config["mlp_only_layers"]) == (1, [1, 3])
     load_stock(tmp_path / "out")
+
+
+# --- on paper ------------------------------------------------------------------------------------------------------
+
+
+def of_layers(count: int, **settings: Any) -> PretrainedConfig:
+    """A configuration of no model at all."""
+    config = PretrainedConfig()
+    for name, value in {"num_hidden_layers": count, **settings}.items():
+        setattr(config, name, value)
+    return config
+
+
+ATTENTION = {"attn_layer_period": 4, "attn_layer_offset": 2}
+CHANGES: list[tuple[int, dict[str, Any], tuple[int, ...], dict[str, Any]]] = [
+    (4, {}, (0, 3), {}),
+    (3, {"layer_types": ["a", "b", "c"]}, (0, 2), {"layer_types": ["a", "c"]}),
+    (3, {"no_rope_layers": [1, 0, 1]}, (1,), {"no_rope_layers": [0]}),
+    (3, {"layer_types": ["a", "b"]}, (0, 2), {}),  # not one for each layer
+    (2, {"eos_token_id": [1, 2], "rope_limit": [1, 2], "mlp_multipliers": [1, 2]}, (1,), {}),
+    (2, {"architectures": ["A", "B"]}, (1,), {}),
+    (4, {"mlp_only_layers": [1, 3]}, (0, 3), {"mlp_only_layers": [1]}),
+    (4, {"mlp_only_layers": [0, 1, 2, 3]}, (1, 2), {"mlp_only_layers": [0, 1]}),  # numbers, although as many as layers
+    (4, {"attn_layer_indices": []}, (1, 2), {"attn_layer_indices": []}),
+    (4, {"first_k_dense_replace": 2}, (0, 3), {"first_k_dense_replace": 1}),
+    (4, {"first_k_dense_replace": 2}, (2, 3), {"first_k_dense_replace": 0}),
+    (4, {"num_dense_layers": 4}, (2, 3), {"num_dense_layers": 2}),
+    (6, {"decoder_sparse_step": 1, "mlp_only_layers": []}, (0, 5), {"mlp_only_layers": []}),
+    (6, {"decoder_sparse_step": 2}, (0, 1, 3), {"decoder_sparse_step": 1, "mlp_only_layers": [0]}),
+    (
+        6,
+        {"decoder_sparse_step": 3, "mlp_only_layers": [2]},
+        (1, 2, 5),
+        {"decoder_sparse_step": 1, "mlp_only_layers": [0, 1]},
+    ),
+    (8, ATTENTION, (0, 1, 2, 3), ATTENTION),
+    (8, ATTENTION, (4, 5, 6, 7), ATTENTION),
+    (8, ATTENTION, (1, 2, 5, 6), {"attn_layer_period": 2, "attn_layer_offset": 1}),
+    (8, ATTENTION, (2, 6), {"attn_layer_period": 1, "attn_layer_offset": 0}),
+    (8, ATTENTION, (0, 1), ATTENTION),  # none is left, and none comes before the offset
+    (8, {"attn_layer_period": 4, "attn_layer_offset": 0}, (1, 2, 3), {"attn_layer_period": 4, "attn_layer_offset": 3}),
+]
+
+
+@pytest.mark.parametrize(("count", "settings", "kept", "expected"), CHANGES)
+def test_settings_follow_the_layers_that_stay(
+    count: int, settings: dict[str, Any], kept: tuple[int, ...], expected: dict[str, Any]
+) -> None:
+    config = of_layers(count, **settings)
+    assert can_keep_layers(config, kept)
+    assert layer_changes(config, kept) == {"num_hidden_layers": len(kept), **expected}
+
+
+def is_special(config: PretrainedConfig, layer: int) -> tuple[bool, bool]:
+    """Whether a layer is sparse, and whether it has attention, as models read the two rhythms."""
+    named = config.mlp_only_layers
+    sparse = layer not in named and (layer + 1) % config.decoder_sparse_step == 0
+    return sparse, layer % config.attn_layer_period == config.attn_layer_offset
+
+
+@pytest.mark.parametrize("kept", [kept for n in range(1, 7) for kept in combinations(range(6), n)])
+def test_every_layer_that_stays_remains_of_its_kind(kept: tuple[int, ...]) -> None:
+    """All ways to keep some of six layers: the changed settings describe them, or no period could."""
+    rhythms = {"decoder_sparse_step": 2, "mlp_only_layers": [3], "attn_layer_period": 3, "attn_layer_offset": 1}
+    config = of_layers(6, **rhythms)
+    kinds = [is_special(config, layer) for layer in kept]
+    if can_keep_layers(config, kept):
+        changed = of_layers(0, **{**rhythms, **layer_changes(config, kept)})
+        assert [is_special(changed, layer) for layer in range(len(kept))] == kinds
+        return
+    periods = [(every, start) for every in range(1, 8) for start in range(every)]
+    attention = [attends for _, attends in kinds]
+    assert all([n % every == start for n in range(len(kept))] != attention for every, start in periods)
+    with pytest.raises(ValueError, match=r"no attn_layer_period describes .* Drop whole periods, or the last layers"):
+        layer_changes(config, kept)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "each", "settings", "expected"),
+    [
+        ((0, 0, 0, 0), 1, {}, (0, 1)),  # of one kind, two all the same
+        ((0,), 1, {}, (0,)),
+        ((0, 0, 0, 0), 3, {}, (0, 1, 2)),
+        ((0, 1, 0, 1), 1, {}, (0, 1)),
+        ((0, 1, 0, 1, 4), 1, {}, (0, 1, 4)),
+        ((0, 1, 1, 0, 1), 2, {}, (0, 1, 2, 3)),
+        ((0, 1, 2, 0, 0, 0, 6), 1, {"attn_layer_period": 5, "attn_layer_offset": 1}, (0, 1, 2, 6)),  # every other
+        # of layers 0, 1 and 5 the last two would have attention, which no period says
+        ((0, 1, 0, 0, 0, 5), 1, {"attn_layer_period": 4, "attn_layer_offset": 1}, (0, 1, 2, 3, 4, 5)),
+    ],
+)
+def test_a_sample_has_every_kind_of_layer(
+    kinds: tuple[int, ...], each: int, settings: dict[str, int], expected: tuple[int, ...]
+) -> None:
+    assert sample_layers(of_layers(len(kinds), **settings), kinds, each) == expected
+
+
+def test_layers_are_alike_by_their_tensors_and_by_their_settings() -> None:
+    same = {f"layers.{layer}.{name}": (2, 3) for layer in range(4) for name in ("up.weight", "down.weight")}
+    assert find_layer_kinds(of_layers(4), same) == (0, 0, 0, 0)
+    assert find_layer_kinds(of_layers(4, layer_types=["a", "b", "a", "b"]), same) == (0, 1, 0, 1)
+    wider = {**same, "layers.2.up.weight": (4, 3), "layers.3.gate.weight": (1, 3), "norm.weight": (3,)}
+    assert find_layer_kinds(of_layers(4), wider) == (0, 0, 2, 3)
+    experts = {**same, "layers.1.experts.0.up.weight": (2, 3), "layers.3.experts.0.up.weight": (2, 3)}
+    assert find_layer_kinds(of_layers(4), experts) == (0, 1, 0, 1)
+    assert find_layer_kinds(of_layers(4), {**experts, "layers.3.experts.1.up.weight": (2, 3)}) == (0, 1, 0, 3)
