@@ -15,13 +15,13 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: what follows the program's name; None takes them from `sys.argv`.
     """
     end_tidily()
-    from llmprune_cli.cli.app import app
+    from llmprune_cli.cli.app import run
     from llmprune_cli.processes import ended_together, only_first_speaks
 
     with only_first_speaks():
         try:
             with ended_together(), memory_explained():
-                app(arguments, prog_name="llmprune")
+                run(arguments)
         except LlmpruneError as error:
             print(f"Error: {error}", file=sys.stderr)
             sys.exit(error.exit_code)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,6 +24,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+# What Typer raises for wrong usage, in whichever package its copy of click is.
+WrongUsage: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
+def run(arguments: list[str] | None) -> None:
+    """Run the command line and exit; wrong usage is told in plain lines, which scripts can read, not in a box.
+
+    Args:
+        arguments: what follows the program's name; None takes them from `sys.argv`.
+    """
+    try:
+        code = app(arguments, prog_name="llmprune", standalone_mode=False)
+    except WrongUsage as error:
+        error.show()
+        raise SystemExit(error.exit_code) from None
+    raise SystemExit(code if isinstance(code, int) else 0)
 
 
 def _example(*lines: str) -> str:

@@ -58,14 +58,15 @@ def read_manifest(folder: Path) -> None:
     from llmprune_cli.errors import LlmpruneError
     from llmprune_cli.folder.checkpoint import Checkpoint
     from llmprune_cli.folder.integrity import check_files
+    from llmprune_cli.formats import load_format
     from llmprune_cli.report.model_card import write_card
 
     with suppress(LlmpruneError):
         check_files(folder)
     checkpoint = Checkpoint(folder, "model", None, None, (), True, folder)  # type: ignore[arg-type]
     manifest = source_manifest(checkpoint)
-    if "widths" in manifest:
-        write_card(folder / "card", checkpoint, manifest, "safetensors", ())
+    if manifest.is_pruned:
+        write_card(folder / "card", checkpoint, manifest, load_format("safetensors"), ())
 
 
 def read_configuration(folder: Path) -> None:
