@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
-import time
 
 import llmprune_cli
 from support.cli import run_cli
 
 
+def cpu_seconds() -> float:
+    """Of all processes that this one has waited for; what else the machine does is none of its business."""
+    used = os.times()
+    return used.children_user + used.children_system
+
+
 def test_help_is_quick_and_leaves_torch_alone() -> None:
     seconds = []
     for _ in range(3):
-        started = time.perf_counter()
+        started = cpu_seconds()
         done = subprocess.run([sys.executable, "-m", "llmprune_cli", "--help"], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(cpu_seconds() - started)
         assert done.returncode == 0 and all(name in done.stdout for name in ("inspect", "prune", "eval", "export"))
     assert statistics.median(seconds) < 0.5
     code = (

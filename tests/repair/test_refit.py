@@ -14,6 +14,7 @@ from llmprune_cli.choose.selection import make_plan
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.family.widths import NEURONS, Width
 from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.folder.manifest import Manifest
 from llmprune_cli.journal.journal import Journal
 from llmprune_cli.options import Choice, ModelReference, WidthRequest
 from llmprune_cli.plan.document import Plan
@@ -95,7 +96,7 @@ def test_the_pruned_stream_is_what_the_written_model_computes(opened: Opened, tm
     checkpoint, plan, streams, _ = refitted(opened, "residual", tmp_path)
     out = tmp_path / "out"
     out.mkdir()
-    write_pruned(replace(subject, checkpoint=checkpoint), plan, out, {}, 10**9, QUIET)
+    write_pruned(replace(subject, checkpoint=checkpoint), plan, out, Manifest(), 10**9, QUIET)
     with open_checkpoint(ModelReference(str(out)), need_weights=True) as written, torch.inference_mode():
         logits = load_model(written, "cpu", "float32")(opened.tokens, use_cache=False).logits
         ends = opened.layered.load_ends()
