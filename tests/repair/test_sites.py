@@ -29,7 +29,7 @@ def test_it_is_known_how_readers_enter_the_residual_stream(
     subject = opened.subject
     with torch.inference_mode():
         layer = opened.layered.load_layer(0 if "deepseek" not in subject.architecture.config.model_type else 1)
-        found = find_sites(layer, subject.trace, subject.widths.hidden_size)
+        found = find_sites(opened.layered, layer)
     assert [site.entry and site.entry.way for site in found] == ways
     expected = opened.model.get_parameter(factor) if isinstance(factor, str) else torch.tensor(float(factor))
     last = found[-1].entry
