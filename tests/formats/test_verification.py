@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llmprune_cli.formats import FORMATS
+from llmprune_cli.formats import load_format, torch_export
 from llmprune_cli.formats.format import Limits
 from llmprune_cli.formats.verification import kl_limit
 from support.exports import export, needs_onnx, verified
@@ -28,8 +28,8 @@ def test_rounding_may_cost_as_much_again_as_it_costs_in_transformers() -> None:
 
 
 def test_a_graph_that_is_not_the_model_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    form = FORMATS["torch-export"]
-    monkeypatch.setitem(FORMATS, "torch-export", replace(form, limits={"float32": Limits(-1.0)}))
+    strict = replace(load_format("torch-export"), limits={"float32": Limits(-1.0)})
+    monkeypatch.setattr(torch_export, "TORCH_EXPORT", strict)
     run = export(save_tiny(tmp_path / "model"), tmp_path / "graph", "torch-export")
     assert run.code == 7 and "KL per token" in run.stderr and not (tmp_path / "graph").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
