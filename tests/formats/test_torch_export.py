@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmprune_cli.formats import FORMATS
+from llmprune_cli.formats import load_format, torch_export
 from llmprune_cli.formats.format import Fit
 from support import families
 from support.exports import export, pruned, verified
@@ -29,8 +29,8 @@ def test_a_torch_graph_gives_the_logits_of_any_batch_and_length(family: str, tmp
 
 
 def test_a_graph_of_steps_indeed_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    form = FORMATS["torch-export"]
-    monkeypatch.setitem(FORMATS, "torch-export", replace(form, fit=lambda config: Fit(loads=True)))
+    willing = replace(load_format("torch-export"), fit=lambda config: Fit(loads=True))
+    monkeypatch.setattr(torch_export, "TORCH_EXPORT", willing)
     settings = {**families.SIZES, **families.FAMILIES["mamba2"], "num_hidden_layers": 1}
     folder = save_tiny(tmp_path / "model", "mamba2", **settings)
     run = export(folder, tmp_path / "graph", "torch-export")
