@@ -22,7 +22,7 @@ class Importance:
     about: str  # one line for the docs
 
     def load(self) -> Callable[..., Any]:
-        """The function: of a `Sweep` for weights or nothing, of a `Measuring` for text."""
+        """The function: of a `Measuring` where text is read; else of checkpoint, trace, widths, seed and progress."""
         module, _, name = self.place.partition(":")
         function: Callable[..., Any] = getattr(import_module(f"{__name__}.{module}"), name)
         return function

@@ -169,8 +169,7 @@ def export(
     target = given.pop("output", None) if output is None else output
     if target is None:
         raise UsageError("say where to write: output.")
-    conversion, is_dtype = make(Conversion, given), given.get("dtype") in ("float32", "float16", "bfloat16")
-    reference = _reference(name, given if is_dtype else {**given, "dtype": None})
+    conversion, reference = make(Conversion, given), _reference(name, given)
     overwrite = overwrite or bool(given.get("overwrite"))
     with _at_work():
         return exporting.export(reference, Path(target), overwrite, conversion, Listener(progress))
@@ -223,7 +222,7 @@ def _checked(own: NamedOption, value: Any) -> Any:
         raise UsageError(f"{own.name}: {error}") from error
     if own.choices and value not in own.choices:
         raise UsageError(f"{own.name}: {value!r} is none of {', '.join(own.choices)}.")
-    if option.least is not None and value < option.least:
+    if option.least is not None and value is not None and value < option.least:
         raise UsageError(f"{own.name}: {value} is less than {option.least}.")
     return value
 

@@ -24,6 +24,8 @@ from llmprune_cli.report.runtimes import runtime_fits
 from llmprune_cli.sizes import parse_size
 from llmprune_cli.source.opening import open_checkpoint
 
+LOADED = SHORT_DTYPES.values()  # dtypes that a model can be loaded in; others are a format's own
+
 
 def export(
     reference: ModelReference, output: Path, overwrite: bool, conversion: Conversion, listener: Listener
@@ -37,6 +39,7 @@ def export(
     """
     form = load_format(conversion.format)
     asked = _options(form, output, conversion)
+    reference = replace(reference, dtype=asked.dtype if asked.dtype in LOADED else None)
     with open_checkpoint(reference, need_weights=True) as checkpoint:
         with claimed(output, overwrite, source_folder(reference, checkpoint)) as claim:
             fit = Fit(loads=True, note=f"by {asked.converter}") if asked.converter else form.fit(checkpoint.config)

@@ -75,8 +75,9 @@ def read_recipe(path: Path, command: str) -> dict[str, Any]:
         CheckpointError: it cannot be read.
         UsageError: it is not a recipe, or one of another command.
     """
-    document = _read(path / MANIFEST_NAME if path.is_dir() else path)
-    if "schema_version" in document:
+    path = path / MANIFEST_NAME if path.is_dir() else path
+    document = _read(path)
+    if path.name == MANIFEST_NAME or "schema_version" in document:
         document = _of_manifest(path, document)
     made_for = document.pop(COMMAND, command)
     if made_for != command:

@@ -20,7 +20,6 @@ from llmprune_cli.options import (
     Option,
     Scratch,
     Text,
-    WidthRequest,
 )
 from llmprune_cli.repair import REFITS
 
@@ -155,6 +154,3 @@ def refuse_unknown(names: Iterable[str], known: Iterable[str], where: str) -> No
             near = get_close_matches(name, every, 1)
             advice = f"; did you mean {near[0]}?" if near else f". There are: {', '.join(sorted(every))}."
             raise UsageError(f"{where} has no option {name}{advice}")
-
-
-WIDTH_NAMES = tuple(own.name for own in options_of(WidthRequest))

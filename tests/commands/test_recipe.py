@@ -78,6 +78,7 @@ def test_every_command_takes_a_recipe(tiny_llama: Path, tmp_path: Path, text_fil
         ("r.json", '{"layers": ', 3, "not readable JSON"),
         ("r.yaml", None, 3, "cannot be read"),
         ("llmprune.json", '{"schema_version": 1, "source": "x"}', 2, "without a recipe"),
+        ("llmprune.json", '{"trust_remote_code": true, "output": "x", "overwrite": true}', 2, "without a recipe"),
         ("llmprune.json", '{"schema_version": 1, "recipe": {"trust_remote_code": true}}', 2, "trust_remote_code"),
         ("llmprune.json", '{"schema_version": 1, "recipe": {"output": "/x", "overwrite": true}}', 2, "no option"),
     ],
