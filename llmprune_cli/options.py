@@ -204,6 +204,14 @@ class Choice:
     seed: Annotated[
         int, Option("Seed of random importance and of the windows that are drawn from the text.", METHOD)
     ] = 0
+    compute_dtype: Annotated[
+        str,
+        Option(
+            "Dtype of the matrix products on calibration text; auto: the model's where the device multiplies it "
+            "natively, else float32.",
+            MACHINE,
+        ),
+    ] = "auto"
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself."""

@@ -15,12 +15,13 @@ from llmprune_cli.family.widths import NEURONS, Width, Widths
 from llmprune_cli.folder.tensors import split_name
 from llmprune_cli.plan.units import Scores
 from llmprune_cli.processes import Processes
+from llmprune_cli.repair.dense_goals import advance_and_keep, keep_dense
 from llmprune_cli.run.layer import Layer, check_states
 from llmprune_cli.run.layered_model import LayeredModel
-from llmprune_cli.run.states import new_states
+from llmprune_cli.run.states import DenseStates, new_states
 
 if TYPE_CHECKING:
-    from llmprune_cli.coupling.products import Product, Watcher
+    from llmprune_cli.coupling.products import Product
 
 
 def measure_activation(measuring: Measuring) -> Activity:
@@ -37,8 +38,9 @@ def _walk(measuring: Measuring, importance: str) -> Activity:
     model, folder, listener = measuring.bench.model, measuring.bench.offload_dir, measuring.bench.listener
     listener.stage("Measuring activity", model.layers)
     with torch.inference_mode():
-        stream = model.embed(model.share(measuring.windows), folder)
-        return measure_activity(model, stream, importance, listener.advance, folder)
+        windows, states = model.share(measuring.windows), measuring.bench.dense
+        keep_dense(states, windows, model)
+        return measure_activity(model, model.embed(windows, folder), importance, listener.advance, states, folder)
 
 
 def measure_activity(
@@ -46,6 +48,7 @@ def measure_activity(
     stream: torch.Tensor,
     importance: str,
     progress: Callable[[int], None],
+    states: DenseStates | None = None,
     folder: Path | None = None,
 ) -> Activity:
     """Score every unit by its share in what reads it, and every layer by how far it turns the residual stream.
@@ -63,6 +66,7 @@ def measure_activity(
         stream: hidden states before the first layer, float32 [N, T, D], of this process's share of the windows;
             afterwards those behind the last one.
         progress: told after each layer.
+        states: that are to keep what the model makes of the windows, begun with them.
         folder: of a second stream, see `new_states`.
     """
     trace, widths = model.trace, model.widths
@@ -75,7 +79,7 @@ def measure_activity(
         layer = model.load_layer(number)
         inputs = _Inputs()
         before.copy_(stream)
-        layer.advance(stream, inputs.watcher, inputs.collected)
+        advance_and_keep(model, layer, number, stream, states, inputs.seen, inputs.collected)
         check_states(stream, f"Layer {number}")
         inputs.share_with(model.processes)
         influence.append(block_influence(before, stream, model.processes))
@@ -126,7 +130,7 @@ def unit_ranges(model: LayeredModel, layer: Layer, number: int) -> dict[tuple[st
         for binding in trace.on(template):
             if binding.width not in NEURONS or tensor.ndim < 2:
                 continue
-            rows = tensor.movedim(binding.axis, 0).reshape(tensor.shape[binding.axis], -1).cpu()
+            rows = tensor.movedim(binding.axis, 0).reshape(tensor.shape[binding.axis], -1).cpu().float()
             spread = (rows.max(1).values + rows.min(1).values.abs()).double()
             units, elements = binding.units(widths), binding.elements(widths)
             key = binding.width, instance_of(binding, (number, *numbers[1:]))
@@ -146,19 +150,16 @@ class _Inputs:
         self._norms: dict[int, list[torch.Tensor]] = defaultdict(list)
         self._expert: int | None = None
 
-    def watcher(self, first: int, batch: torch.Tensor) -> Watcher:
-        return self._seen
-
-    def _seen(self, seen: Product) -> None:
+    def seen(self, seen: Product) -> None:
         key = seen.parameter, seen.axis, seen.expert
-        values = seen.values.reshape(-1, seen.values.shape[-1])
+        values = seen.values.reshape(-1, seen.values.shape[-1]).float()
         squares = values.square().sum(0).cpu().double()
         self.squares[key] = self.squares[key] + squares if key in self.squares else squares
         self._expert = seen.expert
 
     def collected(self, tokens: torch.Tensor, source: torch.Tensor) -> None:
         if self._expert is not None and source.is_floating_point():
-            self._norms[self._expert].append(source.norm(dim=-1).cpu())
+            self._norms[self._expert].append(source.float().norm(dim=-1).cpu())
             self._expert = None
 
     def expert_means(self, experts: int) -> torch.Tensor:
@@ -179,7 +180,7 @@ class _Inputs:
 
 def _column_norms(matrix: torch.Tensor, last: bool) -> torch.Tensor:
     """Squared norms of what each input of a weight is multiplied with, float64; inputs along the last axis or not."""
-    return matrix.square().sum(-2 if last else -1).cpu().double()
+    return matrix.float().square().sum(-2 if last else -1).cpu().double()
 
 
 def _add_units(

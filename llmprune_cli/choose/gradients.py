@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch.nn import functional
@@ -16,10 +15,11 @@ from llmprune_cli.family.widths import NEURONS, Width
 from llmprune_cli.folder.tensors import split_name
 from llmprune_cli.plan.units import Scores
 from llmprune_cli.processes import Processes
+from llmprune_cli.repair.dense_goals import walk_dense
 from llmprune_cli.run.divergence import check_loss, predicted
-from llmprune_cli.run.layer import Layer, batches, check_states
+from llmprune_cli.run.layer import Layer, batches
 from llmprune_cli.run.layered_model import Ends, LayeredModel
-from llmprune_cli.run.states import copy_states
+from llmprune_cli.run.states import DenseStates
 
 GRADIENT_TOKENS = 1024  # that run through a layer together while its intermediate results are kept for the way back
 
@@ -30,13 +30,13 @@ def measure_taylor(measuring: Measuring) -> Activity:
 
     def measure() -> Activity:
         listener.stage("Measuring gradients", 2 * model.layers)
-        return measure_gradients(model, measuring.windows, measuring.bench.all_layers_dir, listener.advance)
+        return measure_gradients(model, measuring.windows, measuring.bench.dense, listener.advance)
 
     return measuring.remembered("taylor", measure)
 
 
 def measure_gradients(
-    model: LayeredModel, windows: torch.Tensor, folder: Path, progress: Callable[[int], None]
+    model: LayeredModel, windows: torch.Tensor, states: DenseStates, progress: Callable[[int], None]
 ) -> Activity:
     """Score every unit by what its removal costs in loss, to first order.
 
@@ -50,27 +50,25 @@ def measure_gradients(
 
     Args:
         windows: token ids, [N, T], of which each process runs its share.
-        folder: for the files, L times the hidden states of all tokens in float32.
+        states: what the model has made of these windows already, or else where that is to be kept.
         progress: told after each layer, on the way forth and on the way back.
     """
     processes, tokens, windows = model.processes, windows[:, 1:].numel(), model.share(windows, GRADIENT_TOKENS)
     with torch.inference_mode(False), torch.no_grad():
-        stream = model.embed(windows)
-        influence, inputs = [], []
+        kept = walk_dense(model, windows, states, progress, is_needed=True)
+        assert kept is not None
+        stream, influence = kept.read((0, "")), []
         for number in range(model.layers):
-            layer = model.load_layer(number)
-            inputs.append(copy_states(stream, folder))
-            layer.advance(stream)
-            check_states(stream, f"Layer {number}")
-            influence.append(block_influence(inputs[-1], stream, processes))
-            progress(1)
-        loss_gradient(model.load_ends(exact=True), stream, layer.returned_items(stream), windows, tokens)
+            before, stream = stream, kept.read((number + 1, ""))
+            influence.append(block_influence(before, stream, processes))
+        items = model.load_layer(model.layers - 1).returned_items(stream)
+        loss_gradient(model.load_ends(exact=True, compute=model.compute), stream, items, windows, tokens)
         scores: Scores = {}
         for number in reversed(range(model.layers)):
             layer = model.load_layer(number)
-            pull_back(layer, inputs.pop(), stream)
-            _sum_gradients(layer, processes)
-            add_saliences(scores, model, layer, number)
+            gradients = pull_back(layer, kept.read((number, "")), stream)
+            _add_up(gradients, layer, processes)
+            add_saliences(scores, model, layer, number, gradients)
             progress(1)
     return Activity(scores, tuple(influence))
 
@@ -96,12 +94,16 @@ def loss_gradient(ends: Ends, states: torch.Tensor, items: int, windows: torch.T
     states[:, -1] = 0
 
 
-def pull_back(layer: Layer, states: torch.Tensor, gradient: torch.Tensor) -> None:
-    """Replace the gradient [N, T, D] at a layer's output by that at its input, and add up those of its weights.
+def pull_back(layer: Layer, states: torch.Tensor, gradient: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Replace the gradient [N, T, D] at a layer's output by that at its input.
 
     Args:
         states: the layer's input, [N, T, D].
+
+    Returns:
+        The sums of the gradients of the layer's weights, float32, by name in `Layer.model`, of those that had any.
     """
+    sums: dict[str, torch.Tensor] = {}
     for first, batch in batches(gradient, GRADIENT_TOKENS):
         given = states[first : first + len(batch)].clone().requires_grad_()
         with torch.enable_grad():
@@ -110,23 +112,35 @@ def pull_back(layer: Layer, states: torch.Tensor, gradient: torch.Tensor) -> Non
         output.backward(batch)
         assert given.grad is not None
         batch.copy_(given.grad)
+        for name, weight in layer.model.named_parameters():
+            if weight.grad is not None:
+                own, weight.grad = weight.grad.float(), None
+                sums[name] = sums[name].add_(own) if name in sums else own
+    return sums
 
 
-def _sum_gradients(layer: Layer, processes: Processes) -> None:
+def _add_up(gradients: dict[str, torch.Tensor], layer: Layer, processes: Processes) -> None:
     """Add up the gradients of a layer's weights over all processes; no token of some may have reached an expert."""
-    weights = dict(layer.model.named_parameters())
-    reached = {name for own in processes.gather([n for n, w in weights.items() if w.grad is not None]) for name in own}
-    for name, weight in weights.items():
+    reached = {name for own in processes.gather([*gradients]) for name in own}
+    for name, weight in layer.model.named_parameters():
         if name in reached:
-            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            processes.sum_(weight.grad)
+            gradients.setdefault(name, torch.zeros_like(weight, dtype=torch.float32))
+            processes.sum_(gradients[name])
 
 
-def add_saliences(scores: Scores, model: LayeredModel, layer: Layer, number: int) -> None:
-    """Add |g·w| of a layer's weights to the scores of the units that they go with, float64 [units]."""
+def add_saliences(
+    scores: Scores, model: LayeredModel, layer: Layer, number: int, gradients: dict[str, torch.Tensor]
+) -> None:
+    """Add |g·w| of a layer's weights to the scores of the units that they go with, float64 [units].
+
+    Args:
+        gradients: by name in `Layer.model`; replaced by |g·w|.
+    """
     trace, widths = model.trace, model.widths
-    weights = dict(layer.model.named_parameters())
-    products = {n: w.new_zeros(w.shape) if w.grad is None else w.grad.mul_(w).abs_() for n, w in weights.items()}
+    products = {
+        name: gradients[name].mul_(weight).abs_() if name in gradients else weight.new_zeros(weight.shape)
+        for name, weight in layer.model.named_parameters()
+    }
     stored = layer.stored()
 
     def add(width: str, instance: str, units: torch.Tensor, values: torch.Tensor) -> None:
@@ -140,7 +154,7 @@ def add_saliences(scores: Scores, model: LayeredModel, layer: Layer, number: int
         numbers = (number, *numbers[1:])
         for binding in trace.on(template):
             unreached = binding.width in NEURONS and not salience.any()
-            along = (stored[name].square() if unreached else salience).movedim(binding.axis, 0)
+            along = (stored[name].float().square() if unreached else salience).movedim(binding.axis, 0)
             units = binding.units(widths)
             own = units >= 0
             units, values = units[own], along.reshape(len(along), -1).sum(1, dtype=torch.float64).cpu()[own]

@@ -53,7 +53,7 @@ class Measuring:
             return bench.journal.processes.broadcast(checked())
         key = {}
         if bench.journal.processes.is_first:
-            key = statistics_key(bench.model.checkpoint, kind, self.windows, bench.model.device)
+            key = statistics_key(bench.model.checkpoint, kind, self.windows, bench.model.device, bench.model.compute)
         return bench.journal.recall_measured(key, ActivityForm(), checked)
 
 

@@ -22,10 +22,11 @@ from llmprune_cli.plan.document import Plan, fingerprint, most_plan_bytes, read_
 from llmprune_cli.plan.target import Target, resolve
 from llmprune_cli.plan.units import Scores, choose
 from llmprune_cli.progress import Listener
-from llmprune_cli.repair.layer_refit import Streams
+from llmprune_cli.repair.dense_goals import Streams, walk_dense
 from llmprune_cli.repair.refit import refit
 from llmprune_cli.run.calibration import CalibrationText
 from llmprune_cli.run.divergence import Side, compare
+from llmprune_cli.run.states import DenseStates
 from llmprune_cli.run.workbench import Workbench
 
 SEARCH_WINDOWS = 8  # of calibration text on which a candidate is refitted; half as many are held out to judge it
@@ -150,6 +151,7 @@ def search_plan(bench: Workbench, text: CalibrationText, choice: Choice) -> Sele
     every = replace(least, layers=tuple(range(subject.widths.num_hidden_layers)))
     scores = _score_units(subject, every, choice, activity, bench.listener)
     layer_scores = _score_layers(measuring, choice, activity)
+    states = DenseStates(bench.all_layers_dir)
 
     def judge(target: Target) -> float:
         """How far a candidate diverges, as remembered or after a short refit."""
@@ -157,7 +159,7 @@ def search_plan(bench: Workbench, text: CalibrationText, choice: Choice) -> Sele
 
         def refit_and_compare() -> float:
             plan = _of_first(subject, _plan_of(subject, target, choice, scores))
-            return _diverge(bench, text, plan, choice.settled.refit or "")
+            return _diverge(bench, text, plan, choice.settled.refit or "", states)
 
         return bench.journal.recall(f"judged-{mark}", Json(float), refit_and_compare)
 
@@ -166,15 +168,21 @@ def search_plan(bench: Workbench, text: CalibrationText, choice: Choice) -> Sele
     return Selection(best, candidates)
 
 
-def _diverge(bench: Workbench, text: CalibrationText, plan: Plan, method: str) -> float:
-    """How far the model diverges on held-out text when a plan is followed and some text refitted, nats per token."""
+def _diverge(bench: Workbench, text: CalibrationText, plan: Plan, method: str, states: DenseStates) -> float:
+    """How far the model diverges on held-out text when a plan is followed and some text refitted, nats per token.
+
+    Args:
+        states: that keep from one plan to the next what the dense model makes of the text.
+    """
     model = bench.model
     fitted = model.share(text.fitted[:SEARCH_WINDOWS])
     judged = model.share(text.held_out[: SEARCH_WINDOWS // 2])
     bench.listener.stage(f"Trying {_in_words(target_of(plan))}", model.layers)
     with torch.inference_mode():
-        start = model.embed(torch.cat([fitted, judged]))
-        streams = Streams(start, start.clone(), len(fitted))
+        windows = torch.cat([fitted, judged])
+        kept = walk_dense(model, windows, states, lambda layers: None)
+        start = model.embed(windows)
+        streams = Streams(start, start.clone(), len(fitted), kept=kept)
         refit(model, plan, streams, method, bench.listener.advance)
         ends = model.load_ends(exact=True)
         items = model.load_layer(0).returned_items(start)

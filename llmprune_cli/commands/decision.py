@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from llmprune_cli.choose import needs_text
 from llmprune_cli.choose.selection import first_target, stored_plan, target_of
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.errors import CheckpointError, UnsupportedError
+from llmprune_cli.folder.tensors import BY_NAME, DTYPES
 from llmprune_cli.options import Choice
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.plan.predict import predict
@@ -20,7 +23,7 @@ from llmprune_cli.repair.residual_stream import ResidualStream, find_residual_st
 from llmprune_cli.repair.rotation import principal_components, rotate, untie
 from llmprune_cli.report.results import ModelSummary, summarize
 from llmprune_cli.run.calibration import CalibrationText, prepare_calibration
-from llmprune_cli.run.layer import BATCH_TOKENS, windows_together
+from llmprune_cli.run.layer import BATCH_TOKENS, native_dtype, windows_together
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.full_model import pick_device
@@ -63,7 +66,7 @@ def settle(
 
     Where no text can be had and nobody asked for any, it is a method that does without.
     """
-    settled = request.choice.settled
+    settled = replace(request.choice.settled, compute_dtype=_compute_dtype(request, subject))
     if not (request.needs_text and request.needs_weights):
         return settled, None
     choice, text = settled, None
@@ -71,7 +74,7 @@ def settle(
         try:
             text = _prepare_text(request, subject, listener)
         except (CheckpointError, UnsupportedError) as error:
-            choice = request.choice.without_text
+            choice = replace(request.choice.without_text, compute_dtype=settled.compute_dtype)
             if needs_text(choice, request.delivery.plan is not None) or request.text.calibration is not None:
                 raise
             listener.warn(
@@ -81,6 +84,24 @@ def settle(
     if text is not None and processes.is_first:
         _warn_of_idle_processes(text, processes, listener)
     return (choice, text) if processes.is_first else told
+
+
+def _compute_dtype(request: PruneRequest, subject: Subject) -> str:
+    """The dtype of matrix products, where it was left open the one that suits the weights and the device."""
+    if request.choice.compute_dtype != "auto":
+        return request.choice.compute_dtype
+    stored = DTYPES[max(subject.checkpoint.entries, key=lambda entry: entry.numel).dtype].torch
+    device = torch.device(layer_device(request.model.device))
+    return str(native_dtype(stored, device)).removeprefix("torch.")
+
+
+def layered(subject: Subject, request: PruneRequest, choice: Choice) -> LayeredModel:
+    """The model as it is run on calibration text.
+
+    Args:
+        choice: see `settle`.
+    """
+    return LayeredModel(subject, layer_device(request.model.device), BY_NAME[choice.compute_dtype].torch)
 
 
 def _prepare_text(request: PruneRequest, subject: Subject, listener: Listener) -> CalibrationText:

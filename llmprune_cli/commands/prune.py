@@ -17,7 +17,7 @@ from llmprune_cli.apply.pruned_folder import make_manifest, prune_twin, write_pr
 from llmprune_cli.apply.second_opinion import hold_against_torch_pruning
 from llmprune_cli.choose.search import Candidate
 from llmprune_cli.choose.selection import Selection, select, target_of
-from llmprune_cli.commands.decision import Decided, decide, layer_device, rotate_model, settle
+from llmprune_cli.commands.decision import Decided, decide, layered, rotate_model, settle
 from llmprune_cli.commands.recipe import recipe_of, save_recipe
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.coupling.subject import Subject, understand
@@ -53,7 +53,6 @@ from llmprune_cli.report.results import (
 )
 from llmprune_cli.report.runtimes import runtime_fits
 from llmprune_cli.run.calibration import warn_of_shared_text
-from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.sizes import parse_size
 from llmprune_cli.source.opening import open_checkpoint
@@ -145,12 +144,12 @@ def _run(
         prove(subject.architecture, subject.trace, target.widths.changed_from(subject.widths), prune_twin)
         hold_against_torch_pruning(subject.architecture, subject.trace)
     with ExitStack() as stack:
-        device = layer_device(request.model.device)
-        bench = Workbench(LayeredModel(subject, device), text, listener, Journal(subject.processes))
+        bench = Workbench(layered(subject, request, choice), text, listener, Journal(subject.processes))
         bench = replace(bench, offload_dir=request.scratch.offload_dir)
         if decided.stream is not None and text is not None:
             turned = stack.enter_context(scratch_folder())
-            bench = replace(bench, model=LayeredModel(rotate_model(bench, text, decided.stream, turned), device))
+            rotated = rotate_model(bench, text, decided.stream, turned)
+            bench = replace(bench, model=layered(rotated, request, choice))
         journal = stack.enter_context(_journal(request, choice, claim, decided.plan, bench))
         bench = replace(bench, journal=journal)
         return _choose_and_write(request, choice, claim, decided, bench, evaluated)
@@ -278,6 +277,7 @@ def _options(request: PruneRequest, outcome: _Outcome) -> dict[str, Any]:
         "seed": plan.seed,
         "plan": str(stored) if stored else None,
         "dtype": request.model.dtype,
+        "compute_dtype": choice.compute_dtype,
     }
 
 

@@ -29,6 +29,7 @@ CHOICES: dict[tuple[type, str], tuple[str, ...]] = {
     (Choice, "importance"): tuple(IMPORTANCES),
     (Choice, "layer_importance"): tuple(LAYER_IMPORTANCES),
     (Choice, "refit"): tuple(REFITS),
+    (Choice, "compute_dtype"): ("auto", *DTYPES),
     (ModelReference, "dtype"): DTYPES,
     (Conversion, "format"): tuple(FORMATS),
 }

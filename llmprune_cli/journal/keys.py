@@ -51,17 +51,21 @@ def run_key(
     }
 
 
-def statistics_key(checkpoint: Checkpoint, kind: str, windows: torch.Tensor, device: str) -> dict[str, Any]:
+def statistics_key(
+    checkpoint: Checkpoint, kind: str, windows: torch.Tensor, device: str, compute: torch.dtype
+) -> dict[str, Any]:
     """Everything that decides what is measured on token ids [N, T].
 
     Args:
         kind: what is measured.
+        compute: dtype of the matrix products.
     """
     return {
         "kind": kind,
         **model_identity(checkpoint),
         "text": text_identity(windows),
         "device": device,
+        "compute dtype": str(compute),
         "versions": versions(),
     }
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,27 +18,18 @@ from llmprune_cli.folder.shards import check_finite
 from llmprune_cli.folder.tensors import DTYPES, split_name
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.processes import ALONE, Processes
+from llmprune_cli.repair.dense_goals import Streams, StreamWithin, advance_dense
 from llmprune_cli.repair.least_squares import DAMPING, Moments, only, solve_reader
+from llmprune_cli.repair.replay import Inputs, Replay
 from llmprune_cli.repair.sites import Site, Uses, find_sites
 from llmprune_cli.run.layer import Enough, Layer, batches, check_states
 from llmprune_cli.run.layered_model import LayeredModel
-from llmprune_cli.run.states import new_states
 
 if TYPE_CHECKING:
-    from llmprune_cli.coupling.products import Product, Watcher
+    from llmprune_cli.coupling.products import Product
 
 GRAM_BYTES = 2**30  # of the Gram matrices of experts that are gathered in one pass
 UNPICKED = -1e30  # router logit of an expert that goes
-
-
-@dataclass(frozen=True)
-class Streams:
-    """Hidden states of the dense and of the pruned model, float32 [N, T, D], for this process's share of windows."""
-
-    dense: torch.Tensor
-    pruned: torch.Tensor
-    fitted: int  # windows that are fitted; those behind them only pass through
-    folder: Path | None = None  # of more of their kind, see `new_states`
 
 
 @dataclass(frozen=True)
@@ -59,22 +51,26 @@ class LayerRefit:
     plan: Plan
     number: int
     streams: Streams
+    exact: dict[str, torch.Tensor] = field(default_factory=dict)  # see `_exact_parameter`
 
     def run(self, method: str) -> LayerRepair:
         """Refit all readers, in the order in which they run, and take both streams through the layer."""
         found = find_sites(self.whole, self.layer)
-        goals = _advance_dense(self.layer, found if method == "residual" else [], self.streams)
+        goals = advance_dense(self.layer, self.number, found if method == "residual" else [], self.streams)
         check_states(self.streams.dense, f"Layer {self.number}")
         self._silence_biases()
         errors: list[_Errors] = []
+        replay = Replay(self.layer, self.streams.pruned, self.streams.folder)
         for position, site in enumerate(found):
             if method == "none":
                 self._drop_inputs(site)
-            else:
-                goal = goals.pop(site.name, None)
-                for experts in self._chunks(site, with_all=goal is not None):
-                    errors += self._solve(site, self._moments(site, experts, found[:position], goal))
-        self.layer.advance(self.streams.pruned, lambda first, batch: self._silence)
+                continue
+            goal, recorded = goals.pop(site.name, None), replay.recorder(site)
+            for experts in self._chunks(site, with_all=goal is not None):
+                errors += self._solve(site, self._moments(site, experts, found[:position], goal, replay, recorded))
+            if recorded is not None:
+                replay.learn(recorded)
+        self._advance_pruned(replay)
         total = sum(error.total for error in errors) or 1.0
         return LayerRepair(
             self.number,
@@ -83,11 +79,20 @@ class LayerRefit:
             relative_distance(self.streams.pruned, self.streams.dense, self.whole.processes),
         )
 
+    def _advance_pruned(self, replay: Replay) -> None:
+        for first, batch in batches(self.streams.pruned):
+            with replay.answering(first, len(batch)):
+                output = self.layer.run(batch, self._silence)
+            assert output is not None
+            batch.copy_(output)
+
     def store(self, folder: Path) -> None:
         """Write the readers as they are on disk."""
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
+        for name, tensor in self.exact.items():
+            self.layer.model.get_parameter(name).data = tensor
         tensors = {}
         for name, tensor in self.layer.stored().items():
             real = self._real_name(name)
@@ -109,9 +114,17 @@ class LayerRefit:
             return None
         return template.format(self.number, *numbers[1:])
 
+    def _exact_parameter(self, name: str) -> torch.Tensor:
+        """What is written of a parameter, where that has more digits than the computation."""
+        if name not in self.exact:
+            self.exact[name] = self.layer.model.get_parameter(name).detach().float()
+        return self.exact[name]
+
     def _matrix(self, site: Site, expert: int | None) -> torch.Tensor:
         """A view of the reader's weight, [outputs, inputs]."""
-        weight = self.layer.model.get_parameter(site.name).detach()
+        return self._matrix_of(self.layer.model.get_parameter(site.name).detach(), site, expert)
+
+    def _matrix_of(self, weight: torch.Tensor, site: Site, expert: int | None) -> torch.Tensor:
         last = site.reader.axis == weight.ndim - 1
         matrix = weight if expert is None else weight[expert]
         return matrix if last else matrix.T
@@ -164,9 +177,11 @@ class LayerRefit:
                         "checkpoint again."
                     )
                 removal = own.error(only(matrix, kept))
-                solved = solve_reader(own, matrix, kept, DAMPING).to(dtype)
+                solved = solve_reader(own, matrix.float(), kept, DAMPING).to(dtype)
                 check_finite(name, solved)
                 matrix.copy_(solved)
+                if dtype.itemsize > self.layer.compute.itemsize:
+                    self._matrix_of(self._exact_parameter(site.name), site, expert).copy_(solved)
                 errors.append(_Errors(removal, own.error(matrix), own.total))
             self.whole.processes.copy_from_first_(matrix)
         return errors
@@ -184,27 +199,41 @@ class LayerRefit:
         raise AssertionError(f"{site.name} is not on disk")
 
     def _moments(
-        self, site: Site, experts: Sequence[int | None], earlier: Sequence[Site], goal: torch.Tensor | None
+        self,
+        site: Site,
+        experts: Sequence[int | None],
+        earlier: Sequence[Site],
+        goal: torch.Tensor | None,
+        replay: Replay,
+        recorded: Inputs | None,
     ) -> dict[int | None, Moments]:
         """Moments of readers that have to make from the kept inputs what they make from all, and what is missing.
 
         Args:
             earlier: readers that run before this one.
             goal: the dense stream behind the reader [fitted, T, D]; None where nothing is made up for.
+            recorded: what keeps the inputs of all windows, also of those that only pass through.
         """
         sizes = self._matrix(site, experts[0]).shape
         moments = {expert: Moments.zero(sizes[0], sizes[1], self.layer.device) for expert in experts}
         is_enough = None in moments and (goal is None or not site.ends_layer)
-        for first, batch in batches(self.streams.pruned[: self.streams.fitted]):
-            stream, uses = _StreamWithin(batch.clone(), (*earlier, site)), Uses(site.name, moments)
+        fitted = self.streams.fitted
+        rest = batches(self.streams.pruned[fitted:]) if recorded else ()
+        passing = ((fitted + first, batch) for first, batch in rest)
+        for first, batch in (*batches(self.streams.pruned[:fitted]), *passing):
+            stream, uses = StreamWithin(batch.clone(), (*earlier, site)), Uses(site.name, moments)
 
-            def watch(seen: Product, stream: _StreamWithin = stream, uses: Uses = uses) -> torch.Tensor | None:
+            def watch(seen: Product, stream: StreamWithin = stream, uses: Uses = uses) -> torch.Tensor | None:
                 stream.watch(seen)
-                if uses.watch(seen) and is_enough:
+                if uses.watch(seen) and is_enough and recorded is None:
                     raise Enough
                 return self._silence(seen)
 
-            output = self.layer.run(batch, watch, uses.collect)
+            record = replay.recording(recorded, first, uses.products, is_enough) if recorded else nullcontext()
+            with replay.answering(first, len(batch), stream.add), record:
+                output = self.layer.run(batch, watch, uses.collect)
+            if first >= fitted:
+                continue
             if goal is None or site.entry is None:
                 for seen in uses.products:
                     moments[seen.expert].add(seen.values.reshape(-1, sizes[1]), None)
@@ -254,44 +283,6 @@ def relative_distance(stream: torch.Tensor, other: torch.Tensor, processes: Proc
     gaps = sum(float((a - b).square().sum(dtype=torch.float64)) for a, b in zip(stream, other, strict=True))
     gaps, whole = processes.add_up(gaps, sum(float(b.square().sum(dtype=torch.float64)) for b in other))
     return gaps / whole
-
-
-class _StreamWithin:
-    """Hidden states [B, T, D] behind the readers that have run so far, but for experts and what is no reader."""
-
-    def __init__(self, states: torch.Tensor, sites: Sequence[Site]) -> None:
-        self.states = states
-        self._entries = {site.name: site.entry for site in sites if site.entry and site.entry.way != "shared"}
-
-    def watch(self, seen: Product) -> None:
-        if seen.parameter in self._entries:
-            added = self._entries[seen.parameter].contribution(seen.result)
-            self.states.add_(added.to(self.states.device).view(self.states.shape))
-
-
-def _advance_dense(layer: Layer, found: Sequence[Site], streams: Streams) -> dict[str, torch.Tensor]:
-    """The dense stream through the layer; what it is behind each reader whose entry is known, [fitted, T, D]."""
-    fitted, dense = streams.fitted, streams.dense
-    known = [site for site in found if site.entry is not None]
-    within = {site.name for site in known if not site.ends_layer}
-    goals = {
-        site.name: new_states(dense[:fitted].shape, streams.folder) if site.name in within else dense[:fitted]
-        for site in known
-    }
-
-    def watcher_of(first: int, batch: torch.Tensor) -> Watcher:
-        """What follows the residual stream of a batch through the layer, and keeps it where it is a goal."""
-        stream, rows = _StreamWithin(batch.clone(), known), max(0, fitted - first)
-
-        def watch(seen: Product) -> None:
-            stream.watch(seen)
-            if seen.parameter in within:
-                goals[seen.parameter][first : first + len(batch)] = stream.states[:rows]
-
-        return watch
-
-    layer.advance(streams.dense, watcher_of)
-    return goals
 
 
 def kept_inputs(

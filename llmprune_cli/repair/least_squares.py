@@ -29,7 +29,8 @@ class Moments:
         return cls(gram, cross)
 
     def add(self, inputs: torch.Tensor, outputs: torch.Tensor | None) -> None:
-        """Add tokens: x [n, U] and y [n, O], float32; products of rows of U numbers at a time, to bound memory."""
+        """Add tokens: x [n, U] and y [n, O]; products in float32, of rows of U numbers at a time, to bound memory."""
+        inputs = inputs.float()
         rows = max(1, PRODUCT_ELEMENTS // inputs.shape[1])
         for first in range(0, inputs.shape[1], rows):
             part = inputs[:, first : first + rows]

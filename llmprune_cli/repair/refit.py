@@ -13,7 +13,8 @@ from llmprune_cli.folder.shards import open_shard
 from llmprune_cli.folder.tensors import TensorEntry
 from llmprune_cli.journal.journal import Journal
 from llmprune_cli.plan.document import Plan
-from llmprune_cli.repair.layer_refit import LayerRefit, LayerRepair, Streams, layer_file
+from llmprune_cli.repair.dense_goals import Streams, advance_dense
+from llmprune_cli.repair.layer_refit import LayerRefit, LayerRepair, layer_file
 from llmprune_cli.run.layer import check_states
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.states import copy_states
@@ -33,8 +34,9 @@ def repair(bench: Workbench, plan: Plan, method: str) -> tuple[Subject, tuple[La
         bench.listener.warn("The channels that go are cut after the refit, which does not make up for them.")
     bench.listener.stage(f"Refitting ({method})", model.layers)
     with torch.inference_mode():
-        start = model.embed(model.share(text.fitted), bench.offload_dir)
-        streams = Streams(start, copy_states(start, bench.offload_dir), len(start), bench.offload_dir)
+        windows, folder = model.share(text.fitted), bench.offload_dir
+        kept, start = bench.dense.covering(windows), model.embed(windows, folder)
+        streams = Streams(start, copy_states(start, folder), len(start), folder, kept)
         repairs = refit(model, plan, streams, method, bench.listener.advance, bench.journal)
     checkpoint = with_new_weights(model.checkpoint, plan.layers, bench.journal)
     return replace(subject, checkpoint=checkpoint), repairs
@@ -79,7 +81,7 @@ def refit(
             if own != "none" and journal is not None and journal.folder is not None:
                 layer_refit.store(journal.folder)
         else:
-            layer.advance(streams.dense)
+            advance_dense(layer, number, (), streams)
             check_states(streams.dense, f"Layer {number}")
         if journal is not None:
             journal.save_layer(number, [asdict(report) for report in reports], both)

@@ -64,7 +64,7 @@ class Entry:
                     yield part.expert, part.inputs * part.weights[:, None], aim[part.tokens] * ratio[:, None]
             return
         for seen in uses.products:
-            values, result = seen.values.flatten(0, -2), seen.result.flatten(0, -2)
+            values, result = seen.values.flatten(0, -2).float(), seen.result.flatten(0, -2).float()
             yield seen.expert, values * _inverse_rms(result) if self.way == "normed" else values, aim
 
 
@@ -114,7 +114,8 @@ class Uses:
         """Take note of what is made of the last product, and of where it goes."""
         seen, self._last = self._last, None
         if seen is not None and source.shape == seen.result.shape:
-            weights = (source * seen.result).sum(-1) / seen.result.square().sum(-1)
+            result = seen.result.float()
+            weights = (source.float() * result).sum(-1) / result.square().sum(-1)
             wanted = seen.values if seen.expert in self._experts else None
             self.parts.append(_Part(seen.expert, wanted, tokens, weights.nan_to_num()))
 
@@ -172,7 +173,7 @@ def _respond(
 
     def collect(tokens: torch.Tensor, source: torch.Tensor) -> None:
         if source.shape[-1] == probe.shape[-1]:
-            shares.index_add_(0, tokens.cpu(), source.cpu() @ noise[0, 0] / noise[0, 0].square().sum())
+            shares.index_add_(0, tokens.cpu(), source.cpu().float() @ noise[0, 0] / noise[0, 0].square().sum())
 
     output = layer.run(probe, watch, collect)
     if output is None:

@@ -39,7 +39,7 @@ def report_card(
         pruned = replace(architecture, config=checkpoint.config, widths=read_widths(checkpoint.config))
         subject = replace(dense.subject, checkpoint=checkpoint, architecture=pruned, processes=ALONE)
         listener.stage("Judging on held-out text", dense.layers)
-        models = dense, LayeredModel(subject, dense.device)
+        models = dense, LayeredModel(subject, dense.device, dense.compute)
         found = _run_side_by_side(*models, plan, windows, listener.advance)
     refitted = {row.layer: row for row in repairs if row.layer not in plan.protected}
     layers = []

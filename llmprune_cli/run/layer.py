@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ class Layer:
     model: PreTrainedModel
     block: nn.Module
     prefix: str  # of the names of its parameters in `model`
+    compute: torch.dtype = torch.float32  # of its matrix products; the residual stream and norms are float32
 
     @property
     def device(self) -> torch.device:
@@ -63,12 +65,12 @@ class Layer:
         products = Products(names, watcher, collected) if watcher is not None else nullcontext()
         with _replacing_input(self.block, hidden.to(self.device)), _catching_output(self.block, seen), products:
             ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
-            with suppress(Enough):
+            with multiplying_in(self.compute, self.device), suppress(Enough):
                 self.model(input_ids=ids, use_cache=False)
         if not seen:
             return None
         output: torch.Tensor = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
-        return output.to(hidden.device)
+        return output.to(hidden.device, torch.float32)
 
     def advance(
         self,
@@ -91,13 +93,35 @@ class Layer:
         """How many items this family's layers return, hidden states first; 0 where these come alone."""
         seen: list[Any] = []
         token = hidden.new_zeros(1, 1, hidden.shape[-1]).to(self.device)
-        with _replacing_input(self.block, token), _catching_output(self.block, seen), suppress(Enough):
-            self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
+        ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        precision = multiplying_in(self.compute, self.device)
+        with _replacing_input(self.block, token), _catching_output(self.block, seen), precision, suppress(Enough):
+            self.model(input_ids=ids, use_cache=False)
         return len(seen[0]) if isinstance(seen[0], tuple) else 0
 
     def stored(self) -> dict[str, torch.Tensor]:
         """Its tensors as on disk, numbered 0."""
         return on_disk(self.model, {name: parameter.detach() for name, parameter in self.model.named_parameters()})
+
+
+def native_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which a device multiplies fastest what is stored in one: that one, or float32."""
+    if device.type == "cuda":
+        least = {torch.bfloat16: (8, 0), torch.float16: (7, 0)}.get(stored)
+        is_native = least is not None and torch.cuda.get_device_capability(device) >= least
+    elif device.type == "mps":
+        is_native = stored in (torch.bfloat16, torch.float16)
+    elif platform.machine().lower() in ("x86_64", "amd64"):
+        cpu = torch.cpu
+        is_native = stored == torch.bfloat16 and (cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
+    else:
+        is_native = stored == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return stored if is_native else torch.float32
+
+
+def multiplying_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
+    """Within it, matrix products are formed in a dtype, of whatever is multiplied; norms and sums stay in float32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def batches(stream: torch.Tensor, tokens: int = BATCH_TOKENS) -> Iterator[tuple[int, torch.Tensor]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from llmprune_cli.family.widths import Widths
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.tensors import split_name
 from llmprune_cli.processes import Processes
-from llmprune_cli.run.layer import BATCH_TOKENS, Enough, Layer, check_states, windows_together
+from llmprune_cli.run.layer import BATCH_TOKENS, Enough, Layer, check_states, multiplying_in, windows_together
 from llmprune_cli.run.states import new_states
 from llmprune_cli.source.stored_names import Rules
 
@@ -56,6 +57,15 @@ def _layer_prefix(model: PreTrainedModel) -> str:
     return next(numbered).split("{}")[0] + "0."
 
 
+def _multiplied(model: PreTrainedModel) -> frozenset[str]:
+    """The parameters that hidden states are multiplied with as with a matrix: of linear layers, and of all experts."""
+    from transformers.pytorch_utils import Conv1D
+
+    found = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    experts = {name for name, parameter in model.named_parameters() if parameter.ndim == 3 and ".experts." in name}
+    return frozenset(found | experts)
+
+
 @dataclass(frozen=True)
 class Ends:
     """What comes before and after the decoder layers: embeddings, final norm, output projection."""
@@ -63,6 +73,7 @@ class Ends:
     model: PreTrainedModel  # with one layer, whose weights are on `meta`
     block: nn.Module
     device: str
+    compute: torch.dtype = torch.float32  # of the output projection
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Token ids [B, T] to the hidden states [B, T, D] that the first layer gets, float32."""
@@ -91,10 +102,21 @@ class Ends:
         self.block.forward = lambda *args, **kwargs: (given, *[None] * (items - 1)) if items else given
         try:
             ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
-            logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
+            with multiplying_in(self.compute, torch.device(self.device)):
+                logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
         finally:
             self.block.forward = forward
         return logits.float()
+
+
+@dataclass(frozen=True)
+class _Shell:
+    """A model with one layer of some kind, whose weights are yet to come."""
+
+    model: PreTrainedModel  # its weights are on `meta`, its buffers are not
+    prefix: str  # see `Layer`
+    rules: Rules
+    multiplied: frozenset[str]  # names of the parameters that matrices are multiplied with
 
 
 @dataclass(frozen=True)
@@ -103,6 +125,8 @@ class LayeredModel:
 
     subject: Subject
     device: str  # where the parts run
+    compute: torch.dtype = torch.float32  # of matrix products
+    _shells: dict[str, _Shell] = field(default_factory=dict, compare=False, repr=False)  # by their configuration
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -144,7 +168,7 @@ class LayeredModel:
         return self.widths.num_hidden_layers
 
     def load_layer(self, number: int) -> Layer:
-        """One decoder layer in float32.
+        """One decoder layer, what it multiplies with in the dtype of the computation and all else in float32.
 
         Raises:
             UnsupportedError: no model of this layer alone can be built.
@@ -157,37 +181,85 @@ class LayeredModel:
             state[template.format(0, *numbers[1:])] = tensor
         try:
             own = _without_tokens(reconfigure(config, layer_changes(config, (number,))))
-            loaded: Any = type(build_skeleton(own)).from_pretrained(
-                None,
-                config=own,
-                state_dict=state,
-                dtype=torch.float32,
-                experts_implementation="eager",
-                output_loading_info=True,
-            )
+            shell = self._shell(own)
+            places = {name: shell.rules.locate(name) for name in state}
+            is_plain = all(pattern is None for _, pattern, _ in places.values())
+            if is_plain:
+                model = self._filled(shell, {places[name][0]: tensor for name, tensor in state.items()})
+            else:
+                model = self._converted(shell, own, state)
         except (ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
             raise UnsupportedError(
                 f"Layer {number} of {config.model_type} cannot be run on its own ({error})."
             ) from error
-        model, info = loaded
-        prefix = _layer_prefix(model)
-        wrong = [
-            str(name) for name in (*info["missing_keys"], *info["mismatched_keys"]) if str(name).startswith(prefix)
-        ]
-        if wrong:
-            raise UnsupportedError(
-                f"Layer {number} of {config.model_type} cannot be run on its own: it lacks {wrong[0]}."
-            )
-        block = model.get_submodule(prefix[:-1])
-        _number_as(block, self.skeleton.get_submodule(f"{prefix[:-2]}{number}"))
-        return Layer(model.eval().to(self.device), block, prefix)
+        block = model.get_submodule(shell.prefix[:-1])
+        _number_as(block, self.skeleton.get_submodule(f"{shell.prefix[:-2]}{number}"))
+        return Layer(model.eval(), block, shell.prefix, self.compute)
 
-    def load_ends(self, exact: bool = False) -> Ends:
+    def _shell(self, own: PretrainedConfig) -> _Shell:
+        """The model of a layer's configuration, built once for all layers of its kind."""
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM
+
+        key = own.to_json_string(use_diff=False)
+        if key not in self._shells:
+            with init_empty_weights(include_buffers=False), torch.inference_mode(False):
+                model = AutoModelForCausalLM.from_config(own, experts_implementation="eager")
+            self._shells[key] = _Shell(model, _layer_prefix(model), Rules(model), _multiplied(model))
+        return self._shells[key]
+
+    def _filled(self, shell: _Shell, state: dict[str, torch.Tensor]) -> PreTrainedModel:
+        """A copy of the shell with these weights, named as in memory, and zeros outside of the layer.
+
+        Raises:
+            ValueError: one is missing.
+        """
+        model: PreTrainedModel = copy.deepcopy(shell.model)
+        for name, tensor in state.items():
+            is_multiplied = name in shell.multiplied and tensor.is_floating_point()
+            dtype = self.compute if is_multiplied else torch.float32 if tensor.is_floating_point() else tensor.dtype
+            state[name] = tensor.to(self.device, dtype)
+        model.load_state_dict(state, strict=False, assign=True)
+        for name, parameter in [*model.named_parameters()]:
+            if parameter.device.type == "meta":
+                if name.startswith(shell.prefix):
+                    raise ValueError(f"it lacks {name}")
+                parent, _, own = name.rpartition(".")
+                zeros = torch.zeros(parameter.shape, device=self.device)
+                model.get_submodule(parent).register_parameter(own, nn.Parameter(zeros, requires_grad=False))
+        return model.to(torch.device(self.device))  # type: ignore[arg-type]
+
+    def _converted(self, shell: _Shell, own: PretrainedConfig, state: dict[str, torch.Tensor]) -> PreTrainedModel:
+        """The model with these weights, named as on disk, which transformers regroups.
+
+        Raises:
+            ValueError: one is missing.
+        """
+        loaded: Any = type(shell.model).from_pretrained(
+            None,
+            config=own,
+            state_dict=state,
+            dtype=torch.float32,
+            experts_implementation="eager",
+            output_loading_info=True,
+        )
+        model, info = loaded
+        wrong = [str(name) for name in (*info["missing_keys"], *info["mismatched_keys"])]
+        wrong = [name for name in wrong if name.startswith(shell.prefix)]
+        if wrong:
+            raise ValueError(f"it lacks {wrong[0]}")
+        for name in shell.multiplied:
+            parameter = model.get_parameter(name)
+            parameter.data = parameter.data.to(self.compute)
+        return model.to(self.device)  # type: ignore[no-any-return]
+
+    def load_ends(self, exact: bool = False, compute: torch.dtype = torch.float32) -> Ends:
         """Embeddings, final norm and output projection, without any layer.
 
         Args:
             exact: norm and output projection in float32, to compute logits; an embedding of its own stays as it is
                 stored.
+            compute: of the product with the output projection.
 
         Raises:
             UnsupportedError: a part that the checkpoint does not have under the name that transformers gives it.
@@ -220,7 +292,7 @@ class LayeredModel:
             if not name.startswith(prefix):
                 parent, _, own = name.rpartition(".")
                 model.get_submodule(parent).register_buffer(own, buffer.to(self.device), persistent=False)
-        return Ends(model.eval(), model.get_submodule(prefix[:-1]), self.device)
+        return Ends(model.eval(), model.get_submodule(prefix[:-1]), self.device, compute)
 
     def embed(self, windows: torch.Tensor, folder: Path | None = None) -> torch.Tensor:
         """Token ids [N, T] to the hidden states before the first layer, float32 [N, T, D].

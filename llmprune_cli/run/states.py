@@ -1,20 +1,27 @@
-"""Room for the hidden states of all tokens: in memory, or in files that are mapped into it."""
+"""Room for the hidden states of all tokens: in memory, in files that are mapped into it, or in one that is read."""
 
 from __future__ import annotations
 
 import math
 import os
+import shutil
 import tempfile
+import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import torch
 
 from llmprune_cli.errors import OutputError
+from llmprune_cli.folder.shards import raw_bytes
+
+MOST_OF_FREE_SPACE = 0.5  # that hidden states may take which could be computed again
 
 
-def new_states(shape: Sequence[int], folder: Path | None) -> torch.Tensor:
-    """Float32 hidden states that are yet to be written.
+def new_states(shape: Sequence[int], folder: Path | None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Hidden states that are yet to be written.
 
     Args:
         folder: of a file that holds them; it has no name any more, so that it goes with the tensor, or with a process
@@ -24,23 +31,122 @@ def new_states(shape: Sequence[int], folder: Path | None) -> torch.Tensor:
         OutputError: the folder has no room for them.
     """
     if folder is None or not math.prod(shape):
-        return torch.empty(*shape)
-    size_bytes = 4 * math.prod(shape)
+        return torch.empty(*shape, dtype=dtype)
+    size_bytes = dtype.itemsize * math.prod(shape)
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".llmprune-") as file:
             _allocate(file.fileno(), size_bytes)
-            states = torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=torch.float32)
+            states = torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype)
     except OSError as error:
-        raise OutputError(
-            f"{size_bytes:,} bytes of hidden states cannot be kept in {folder}: {error.strerror or error}. Make room "
-            "there, choose another --offload-dir, or give fewer --calibration-tokens."
-        ) from error
+        raise _no_room(folder, size_bytes, error) from error
     return states.view(*shape)
 
 
 def copy_states(states: torch.Tensor, folder: Path | None) -> torch.Tensor:
     """A copy of hidden states, see `new_states`."""
     return new_states(states.shape, folder).copy_(states)
+
+
+Place = tuple[int, str]  # a layer, and the name of a reader behind which states are taken; "" before the layer
+
+
+@dataclass
+class DenseStates:
+    """What the unpruned model makes of some windows, before, within and behind its layers: for whoever needs it again.
+
+    All of it lies in one file, which has no name any more and is read part by part.
+    """
+
+    folder: Path
+    windows: torch.Tensor | None = None  # token ids, [N, T]; None where nothing is kept
+    channels: int = 0
+    is_whole: bool = False  # whether the windows went through all layers
+    _slots: dict[Place, int] = field(default_factory=dict)
+    _file: IO[bytes] | None = None
+
+    def begin(self, windows: torch.Tensor, channels: int, places: int, is_needed: bool = False) -> None:
+        """Make room for the states of windows [N, T] at so many places; if there is not enough, keep nothing.
+
+        Args:
+            is_needed: whether there must be room.
+
+        Raises:
+            OutputError: there must be, and is not.
+        """
+        size_bytes = 4 * windows.numel() * channels * places
+        self.windows, self.is_whole, self._file = None, False, None
+        self._slots.clear()
+        try:
+            if not is_needed and size_bytes > MOST_OF_FREE_SPACE * shutil.disk_usage(self.folder).free:
+                return
+            self._file = tempfile.TemporaryFile(dir=self.folder, prefix=".llmprune-")  # noqa: SIM115
+            weakref.finalize(self, self._file.close)
+            _allocate(self._file.fileno(), size_bytes)
+        except OSError as error:
+            self._file = None
+            if is_needed:
+                raise _no_room(self.folder, size_bytes, error) from error
+            return
+        self.windows, self.channels = windows, channels
+
+    @property
+    def is_open(self) -> bool:
+        """Whether states are wanted."""
+        return self.windows is not None and not self.is_whole
+
+    def put(self, place: Place, first: int, states: torch.Tensor) -> None:
+        """Keep float32 states [B, T, D] of the windows from a number on."""
+        assert self._file is not None
+        at = self._offset(self._slots.setdefault(place, len(self._slots)), first)
+        try:
+            self._file.seek(at)
+            self._file.write(raw_bytes(states.contiguous()))
+        except OSError as error:
+            raise _no_room(self.folder, states.nbytes, error) from error
+
+    def covering(self, windows: torch.Tensor) -> KeptStates | None:
+        """What is kept of windows [M, T]; None where some of them never ran."""
+        if self.windows is None or not self.is_whole or windows.shape[1:] != self.windows.shape[1:]:
+            return None
+        rows = {window.numpy().tobytes(): number for number, window in enumerate(self.windows)}
+        wanted = [rows.get(window.numpy().tobytes()) for window in windows]
+        return None if None in wanted else KeptStates(self, tuple(row for row in wanted if row is not None))
+
+    def read(self, place: Place, row: int, into: torch.Tensor) -> None:
+        """The states [T, D] of one window at a place."""
+        assert self._file is not None
+        self._file.seek(self._offset(self._slots[place], row))
+        if self._file.readinto(raw_bytes(into)) != into.nbytes:  # type: ignore[attr-defined]
+            raise AssertionError(f"the states at {place} were never kept")
+
+    def _offset(self, slot: int, row: int) -> int:
+        assert self.windows is not None
+        count, length = self.windows.shape
+        return 4 * length * self.channels * (slot * count + row)
+
+
+@dataclass(frozen=True)
+class KeptStates:
+    """Some of the windows of `DenseStates`."""
+
+    states: DenseStates
+    rows: tuple[int, ...]  # their numbers there
+
+    def read(self, place: Place, count: int | None = None) -> torch.Tensor:
+        """The states [M, T, D] at a place, of the first windows or of all."""
+        rows = self.rows[:count]
+        assert self.states.windows is not None
+        found = torch.empty(len(rows), self.states.windows.shape[1], self.states.channels)
+        for into, row in zip(found, rows, strict=True):
+            self.states.read(place, row, into)
+        return found
+
+
+def _no_room(folder: Path, size_bytes: int, error: OSError) -> OutputError:
+    return OutputError(
+        f"{size_bytes:,} bytes of hidden states cannot be kept in {folder}: {error.strerror or error}. Make room "
+        "there, choose another --offload-dir, or give fewer --calibration-tokens."
+    )
 
 
 def _allocate(file: int, size_bytes: int) -> None:

@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmprune_cli.choose.gradients import measure_gradients
 from llmprune_cli.choose.layers import ablate_layers
-from llmprune_cli.choose.measuring import Activity
 from llmprune_cli.coupling.subject import understand
 from llmprune_cli.options import ModelReference, Text
 from llmprune_cli.run.calibration import prepare_calibration
@@ -22,17 +20,6 @@ from support.cli import CALIBRATED, run_cli
 from support.opened import Opened
 from support.stock import stock_loss
 from support.tiny import save_tiny
-
-
-def taylor(opened: Opened, folder: Path) -> tuple[Activity, dict[str, torch.Tensor]]:
-    """The scores, and |g·w| of every parameter of the stock model by plain autograd."""
-    states = folder / "states"
-    states.mkdir()
-    activity = measure_gradients(opened.layered, opened.subject.trace, opened.tokens, states, lambda n: None)
-    assert not [*states.iterdir()]
-    stock_loss(opened.model, opened.tokens).backward()
-    named = opened.model.named_parameters()
-    return activity, {name: (p.grad * p).abs().detach().double() for name, p in named}
 
 
 @pytest.mark.parametrize("opened", ["llama", "gemma3_text", "granite", "jamba"], indirect=True)

@@ -10,6 +10,7 @@ import torch
 from llmprune_cli.choose.gradients import measure_gradients
 from llmprune_cli.choose.measuring import Activity
 from llmprune_cli.family.widths import Width
+from llmprune_cli.run.states import DenseStates
 from support.opened import Opened
 from support.stock import stock_loss
 
@@ -18,7 +19,7 @@ def taylor(opened: Opened, folder: Path) -> tuple[Activity, dict[str, torch.Tens
     """The scores, and |g·w| of every parameter of the stock model by plain autograd."""
     states = folder / "states"
     states.mkdir()
-    activity = measure_gradients(opened.layered, opened.tokens, states, lambda n: None)
+    activity = measure_gradients(opened.layered, opened.tokens, DenseStates(states), lambda n: None)
     assert not [*states.iterdir()]
     stock_loss(opened.model, opened.tokens).backward()
     named = opened.model.named_parameters()

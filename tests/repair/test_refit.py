@@ -20,7 +20,7 @@ from llmprune_cli.options import Choice, ModelReference, WidthRequest
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.plan.target import Target, resolve
 from llmprune_cli.progress import QUIET
-from llmprune_cli.repair.layer_refit import Streams
+from llmprune_cli.repair.dense_goals import Streams
 from llmprune_cli.repair.refit import refit, with_new_weights
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.workbench import Workbench
