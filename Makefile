@@ -10,7 +10,7 @@ MINUTES ?= 10
 
 BASE ?= HEAD~1
 
-.PHONY: demo matrix schemas golden test test-all check lint fix fuzz faults bench bench-8b bench-exports bench-memory bench-processes bench-quality check-consumers check-ranges clean
+.PHONY: demo matrix schemas golden test test-all check lint fix fuzz faults bench bench-8b bench-calibrated bench-exports bench-memory bench-processes bench-quality check-consumers check-ranges clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -81,6 +81,9 @@ bench-memory: $(INSTALLED)  ## peak memory and time of a calibrated prune, on 8B
 
 bench-processes: $(INSTALLED)  ## two processes against one: perplexity, plan, tensors and wall time
 	$(BIN)/python tests/tools/bench/processes.py
+
+bench-calibrated: $(OPTIPFAIR)  ## what a calibrated prune costs, beside a plain forward pass and an earlier build
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_WAIT_POLICY=PASSIVE $(BIN)/python tests/tools/bench/calibrated.py
 
 bench-quality: $(OPTIPFAIR)  ## compare what pruned models are still worth, with other methods at equal size
 	$(BIN)/python tests/tools/bench/quality.py

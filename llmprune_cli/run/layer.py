@@ -62,6 +62,8 @@ class Layer:
 
         seen: list[Any] = []
         names = [(f"{self.prefix}{name}", parameter) for name, parameter in self.block.named_parameters()]
+        if self.compute != torch.float32 and watcher is not None:
+            watcher, collected = self._in_float32(watcher), self._in_float32(collected) if collected else None
         products = Products(names, watcher, collected) if watcher is not None else nullcontext()
         with _replacing_input(self.block, hidden.to(self.device)), _catching_output(self.block, seen), products:
             ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
@@ -71,6 +73,15 @@ class Layer:
             return None
         output: torch.Tensor = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
         return output.to(hidden.device, torch.float32)
+
+    def _in_float32(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function of what is seen, whose own products are not in the dtype of the computation."""
+
+        def computed(*seen: Any) -> Any:
+            with torch.autocast(self.device.type, enabled=False):
+                return function(*seen)
+
+        return computed
 
     def advance(
         self,

@@ -126,7 +126,7 @@ class LayeredModel:
     subject: Subject
     device: str  # where the parts run
     compute: torch.dtype = torch.float32  # of matrix products
-    _shells: dict[str, _Shell] = field(default_factory=dict, compare=False, repr=False)  # by their configuration
+    _shells: dict[str | int, _Shell] = field(default_factory=dict, compare=False, repr=False)  # by kind, by number
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -180,14 +180,13 @@ class LayeredModel:
             template, numbers = split_name(entry.name)
             state[template.format(0, *numbers[1:])] = tensor
         try:
-            own = _without_tokens(reconfigure(config, layer_changes(config, (number,))))
-            shell = self._shell(own)
+            shell = self._shell(number)
             places = {name: shell.rules.locate(name) for name in state}
             is_plain = all(pattern is None for _, pattern, _ in places.values())
             if is_plain:
                 model = self._filled(shell, {places[name][0]: tensor for name, tensor in state.items()})
             else:
-                model = self._converted(shell, own, state)
+                model = self._converted(shell, state)
         except (ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
             raise UnsupportedError(
                 f"Layer {number} of {config.model_type} cannot be run on its own ({error})."
@@ -196,17 +195,22 @@ class LayeredModel:
         _number_as(block, self.skeleton.get_submodule(f"{shell.prefix[:-2]}{number}"))
         return Layer(model.eval(), block, shell.prefix, self.compute)
 
-    def _shell(self, own: PretrainedConfig) -> _Shell:
-        """The model of a layer's configuration, built once for all layers of its kind."""
+    def _shell(self, number: int) -> _Shell:
+        """The model that a layer is run in, built once for all layers of its kind."""
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
 
+        if number in self._shells:
+            return self._shells[number]
+        config = self.architecture.config
+        own = _without_tokens(reconfigure(config, layer_changes(config, (number,))))
         key = own.to_json_string(use_diff=False)
         if key not in self._shells:
             with init_empty_weights(include_buffers=False), torch.inference_mode(False):
                 model = AutoModelForCausalLM.from_config(own, experts_implementation="eager")
             self._shells[key] = _Shell(model, _layer_prefix(model), Rules(model), _multiplied(model))
-        return self._shells[key]
+        self._shells[number] = self._shells[key]
+        return self._shells[number]
 
     def _filled(self, shell: _Shell, state: dict[str, torch.Tensor]) -> PreTrainedModel:
         """A copy of the shell with these weights, named as in memory, and zeros outside of the layer.
@@ -227,9 +231,9 @@ class LayeredModel:
                 parent, _, own = name.rpartition(".")
                 zeros = torch.zeros(parameter.shape, device=self.device)
                 model.get_submodule(parent).register_parameter(own, nn.Parameter(zeros, requires_grad=False))
-        return model.to(torch.device(self.device))  # type: ignore[arg-type]
+        return model.to(self.device)  # type: ignore[no-any-return, arg-type]
 
-    def _converted(self, shell: _Shell, own: PretrainedConfig, state: dict[str, torch.Tensor]) -> PreTrainedModel:
+    def _converted(self, shell: _Shell, state: dict[str, torch.Tensor]) -> PreTrainedModel:
         """The model with these weights, named as on disk, which transformers regroups.
 
         Raises:
@@ -237,7 +241,7 @@ class LayeredModel:
         """
         loaded: Any = type(shell.model).from_pretrained(
             None,
-            config=own,
+            config=shell.model.config,
             state_dict=state,
             dtype=torch.float32,
             experts_implementation="eager",

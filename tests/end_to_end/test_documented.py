@@ -18,11 +18,13 @@ from llmprune_cli.report.documents import DOCUMENTS, adapter_of
 from support import ROOT
 from support.cli import BY_MAGNITUDE, run_cli
 from support.families import HEADS_OF_16
+from support.full import examples, in_full
 from support.tiny import BYTE_LEVEL_VOCABULARY, save_byte_level, save_tiny
 from tools import schemas, support_matrix
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 MODEL = Path("meta-llama", "Llama-3.1-8B")  # what the pages call it; here a folder of that name
+SHOWN = (ROOT / "README.md", ROOT / "docs" / "guide.md")  # run by default
 OTHERS = ("make ", "mlx_lm.", "#")  # run by other tests, or by people
 
 
@@ -43,6 +45,9 @@ def command_lines(block: str) -> Iterator[str]:
             yield line
 
 
+WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
+
+
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in which the names of the pages mean something small."""
@@ -59,7 +64,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", examples(PAGES, SHOWN), ids=lambda page: page.name)
 def test_every_command_line_runs(page: Path, place: Path) -> None:
     for block in blocks(page, "sh"):
         if block.startswith("#!"):
@@ -74,7 +79,7 @@ def test_every_command_line_runs(page: Path, place: Path) -> None:
             assert run.code == 0, f"{page.name}: {line}\n{run.stderr}"
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", examples(WITH_PYTHON, SHOWN), ids=lambda page: page.name)
 def test_every_block_of_python_runs(page: Path, place: Path) -> None:
     if page.name == "README.md":
         assert run_cli("prune", MODEL, *BY_MAGNITUDE, "--pruning-ratio", "0.5", "--output", "pruned").code == 0
@@ -95,6 +100,7 @@ def test_every_make_target_that_is_promised_runs_something() -> None:
         assert dry.returncode == 0 and "Nothing to be done" not in dry.stdout, f"make {target}: {dry.stderr}"
 
 
+@in_full
 @pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
 def test_the_script_of_the_guide_runs(tiny_llama: Path, tmp_path: Path, text_file: Path) -> None:
     script = next(block for block in blocks(ROOT / "docs" / "guide.md", "sh") if block.startswith("#!"))
@@ -106,7 +112,7 @@ def test_the_script_of_the_guide_runs(tiny_llama: Path, tmp_path: Path, text_fil
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("table", support_matrix.TABLES)
+@pytest.mark.parametrize("table", examples(support_matrix.TABLES, ["formats"]))
 def test_tables_are_what_inspect_and_the_registries_say(table: str) -> None:
     page, make = support_matrix.TABLES[table]
     start, end = support_matrix.marks(table)

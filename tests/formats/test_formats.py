@@ -14,6 +14,7 @@ from llmprune_cli.formats.graphs import SCANNING
 from support import ROOT, families
 from support.cli import run_cli
 from support.exports import export, needs_genai, needs_onnx
+from support.full import in_full
 from support.tiny import BYTE_LEVEL_VOCABULARY, save_byte_level, save_tiny, tiny_config
 
 
@@ -28,7 +29,11 @@ def test_what_scans_in_steps_is_refused_before_it_is_traced(family: str, tmp_pat
     assert "steps" in fits["torch.export"]["note"] and fits["transformers"]["loads"]
 
 
-FORMS = ["torch-export", pytest.param("onnx", marks=needs_onnx), pytest.param("genai", marks=needs_genai)]
+FORMS = [
+    pytest.param("torch-export", marks=in_full),
+    pytest.param("onnx", marks=[needs_onnx, in_full]),
+    pytest.param("genai", marks=needs_genai),
+]
 
 
 @pytest.mark.parametrize("form", FORMS)

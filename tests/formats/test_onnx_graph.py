@@ -11,12 +11,13 @@ import torch
 from support import families
 from support.cli import run_cli
 from support.exports import export, needs_onnx, pruned, verified
+from support.full import examples
 from support.stock import load_stock
 from support.tiny import save_tiny
 
 
 @needs_onnx
-@pytest.mark.parametrize("family", families.TRIED_EXPORTS)
+@pytest.mark.parametrize("family", examples(families.TRIED_EXPORTS, ["llama", "qwen3_moe"]))
 def test_an_onnx_graph_reads_prompts_and_goes_on_with_its_cache(family: str, tmp_path: Path) -> None:
     from llmprune_cli.formats.onnx_graph import open_onnx
 

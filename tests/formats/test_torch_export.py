@@ -12,11 +12,12 @@ from llmprune_cli.formats import load_format, torch_export
 from llmprune_cli.formats.format import Fit
 from support import families
 from support.exports import export, pruned, verified
+from support.full import examples
 from support.stock import load_stock
 from support.tiny import save_tiny
 
 
-@pytest.mark.parametrize("family", families.TRIED_EXPORTS)
+@pytest.mark.parametrize("family", examples(families.TRIED_EXPORTS, ["llama", "qwen3_moe"]))
 def test_a_torch_graph_gives_the_logits_of_any_batch_and_length(family: str, tmp_path: Path) -> None:
     folder = pruned(tmp_path, family)
     document = verified(export(folder, tmp_path / "graph", "torch-export", "--dtype", "f32"))

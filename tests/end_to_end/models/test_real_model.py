@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from support.cli import BY_MAGNITUDE, run_cli
+from support.full import in_full
 from support.stock import WIKITEXT2, load_stock, plain_perplexity
 
 PARAMETERS = 134_515_008
@@ -29,6 +30,7 @@ def test_inspect_reads_the_gguf_and_the_folder_alike(smollm2_gguf: Path, smollm2
     assert one["tied_embeddings"] and other["tied_embeddings"]
 
 
+@in_full
 def test_prune_writes_the_same_from_the_gguf_and_from_the_folder(
     smollm2_gguf: Path, smollm2: Path, tmp_path: Path
 ) -> None:

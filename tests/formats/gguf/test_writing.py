@@ -13,6 +13,7 @@ import pytest
 
 from support import ROOT
 from support.cli import BY_MAGNITUDE, run_cli
+from support.full import in_full
 from support.gguf_exports import export, needs_llamacpp, tiny, verified
 from support.stock import written_tensors
 
@@ -152,6 +153,7 @@ def test_smollm2_runs_in_llama_cpp_with_the_tokenizer_of_its_own_file(
     assert all(ours[name].contents() == theirs[name].contents() for name in names)
 
 
+@in_full
 def test_smollm2_pruned_by_a_third_runs_quantized_as_well_as_it_can(
     smollm2: Path,
     tmp_path: Path,

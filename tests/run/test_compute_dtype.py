@@ -1,0 +1,95 @@
+"""Matrix products in half precision, around a residual stream in float32."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmprune_cli.choose.gradients import measure_gradients
+from llmprune_cli.coupling.products import Product
+from llmprune_cli.run.layer import native_dtype
+from llmprune_cli.run.states import DenseStates
+from support import families
+from support.cli import CALIBRATED, run_cli
+from support.opened import Opened
+
+every_family = pytest.mark.parametrize("opened", families.TRIED, indirect=True)
+
+
+@every_family
+def test_layers_in_bfloat16_follow_the_stock_model(opened: Opened) -> None:
+    half = replace(opened.layered, compute=torch.bfloat16)
+    with torch.inference_mode():
+        *_, (whole, _) = opened.layered.walk(opened.tokens)
+        whole = whole.clone()
+        *_, (states, _) = half.walk(opened.tokens)
+    assert states.dtype == torch.float32
+    gap = float((states - whole).norm() / whole.norm())
+    assert 0 < gap < 0.2  # a state space amplifies what is rounded, the others stay below 0.03
+
+
+@every_family
+def test_gradients_in_bfloat16_rank_units_alike(opened: Opened, tmp_path: Path) -> None:
+    half = replace(opened.layered, compute=torch.bfloat16)
+    whole = measure_gradients(opened.layered, opened.tokens, DenseStates(tmp_path), lambda n: None).scores
+    found = measure_gradients(half, opened.tokens, DenseStates(tmp_path), lambda n: None).scores
+    assert [*found] == [*whole]
+    for width, by in whole.items():
+        for instance, scores in by.items():
+            pair = torch.stack([scores, found[width][instance]])
+            if len(scores) > 2 and float(scores.std()) > 0.05 * float(scores.mean()):
+                assert float(torch.corrcoef(pair)[0, 1]) > 0.8, (width, instance)
+
+
+@pytest.mark.parametrize("opened", ["llama"], indirect=True)
+def test_what_is_multiplied_is_bfloat16_and_what_is_added_up_float32(opened: Opened) -> None:
+    layer = replace(opened.layered, compute=torch.bfloat16).load_layer(0)
+    kinds = {name.removeprefix(layer.prefix): parameter.dtype for name, parameter in layer.block.named_parameters()}
+    assert kinds["mlp.up_proj.weight"] == torch.bfloat16 and kinds["input_layernorm.weight"] == torch.float32
+    results: list[torch.dtype] = []
+
+    def watch(seen: Product) -> None:
+        results.append(seen.result.dtype)
+
+    with torch.inference_mode():
+        output = layer.run(torch.randn(1, 5, 64), watch)
+    assert output is not None and output.dtype == torch.float32 and {*results} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "jamba", "gpt2"])
+def test_a_calibrated_prune_in_bfloat16_is_as_good(family: str, tiny_of, text_file: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    cards = {}
+    for dtype in ("float32", "bfloat16"):
+        out = tmp_path / dtype
+        run = run_cli(
+            *("prune", tiny_of(family), "--intermediate-pruning-ratio", "0.5", "--output", out, "--json"),
+            *("--calibration", text_file, *CALIBRATED, "--compute-dtype", dtype),
+        )
+        assert run.code == 0, run.stderr
+        cards[dtype] = json.loads(run.stdout)["calibration"]
+        manifest = json.loads((out / "llmprune.json").read_text())
+        assert manifest["options"]["compute_dtype"] == dtype
+    ratio = cards["bfloat16"]["perplexity_after"] / cards["float32"]["perplexity_after"]
+    assert 0.95 < ratio < 1.05
+
+
+def test_where_half_precision_is_emulated_it_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    for is_there in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda is_there=is_there: is_there)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        chosen = native_dtype(torch.bfloat16, torch.device("cpu"))
+        assert chosen == (torch.bfloat16 if is_there else torch.float32)
+    assert native_dtype(torch.float16, torch.device("cpu")) == torch.float32
+    assert native_dtype(torch.float32, torch.device("cpu")) == torch.float32
+
+
+def test_an_unknown_dtype_is_refused_with_those_that_there_are(tiny_llama: Path, tmp_path: Path) -> None:
+    run = run_cli(
+        "prune", tiny_llama, "--pruning-ratio", "0.5", "--output", tmp_path / "out", "--compute-dtype", "int8"
+    )
+    assert run.code == 2 and "bfloat16" in run.stderr
