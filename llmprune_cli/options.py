@@ -205,12 +205,7 @@ class Choice:
         int, Option("Seed of random importance and of the windows that are drawn from the text.", METHOD)
     ] = 0
     compute_dtype: Annotated[
-        str,
-        Option(
-            "Dtype of the matrix products on calibration text; auto: the model's where the device multiplies it "
-            "natively, else float32.",
-            MACHINE,
-        ),
+        str, Option("Dtype of products on calibration text; auto: the model's where that is native.", MACHINE)
     ] = "auto"
 
     def __post_init__(self) -> None:

@@ -72,8 +72,7 @@ def measure_activity(
     trace, widths = model.trace, model.widths
     scores: Scores = defaultdict(dict)
     channels = torch.zeros(widths.hidden_size, dtype=torch.float64)
-    influence = []
-    before = new_states(stream.shape, folder)
+    before, influence = new_states(stream.shape, folder), []
     tokens = int(model.processes.add_up(stream[..., 0].numel())[0])
     for number in range(model.layers):
         layer = model.load_layer(number)
