@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
+if "LLMPRUNE_TESTS_CACHE" not in os.environ:  # workers inherit it
+    os.environ["LLMPRUNE_TESTS_CACHE"] = tempfile.mkdtemp(prefix="llmprune-tests-")
+    atexit.register(shutil.rmtree, os.environ["LLMPRUNE_TESTS_CACHE"], ignore_errors=True)
+os.environ["XDG_CACHE_HOME"] = os.environ["LLMPRUNE_TESTS_CACHE"]
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors, and pytest-xdist already keeps every core busy
 
 from support.cli import run_cli

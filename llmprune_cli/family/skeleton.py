@@ -24,7 +24,7 @@ def build_skeleton(config: PretrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about empty tensors: sizes are checked elsewhere
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=_is_remote(config))
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=is_remote(config))
     except ValueError as error:
         if "Unrecognized configuration class" in str(error):
             raise UnsupportedError(f"{config.model_type} is not a causal language model in transformers.") from None
@@ -34,7 +34,7 @@ def build_skeleton(config: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
-def _is_remote(config: PretrainedConfig) -> bool:
+def is_remote(config: PretrainedConfig) -> bool:
     """Whether the configuration's own class came with the checkpoint; loading it was allowed only on request."""
     return type(config).__module__.startswith("transformers_modules")
 
