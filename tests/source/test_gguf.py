@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from llmprune_cli.options import ModelReference
+from llmprune_cli.source.gguf import header, weights
+from llmprune_cli.source.gguf.configuration import read_configuration
 from llmprune_cli.source.opening import open_checkpoint
 from support.checkpoints import Tensors, prune, rewrite
 from support.cli import run_cli
@@ -36,6 +38,39 @@ def test_a_gguf_file_prunes_as_the_checkpoint_it_was_made_from(tmp_path: Path, f
     described, stored = (json.loads(run_cli("inspect", model, "--json").stdout) for model in (path, plain))
     assert described["before"]["parameters"] == stored["before"]["parameters"]
     assert described["prunable"] == stored["prunable"]
+
+
+@pytest.mark.parametrize("family", GGUF_FAMILIES)
+def test_weights_made_plain_one_by_one_are_those_that_transformers_loads(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit in bfloat16, with the same files beside them."""
+    _, path = gguf_pair(tmp_path, family)
+    streamed, whole = tmp_path / "streamed", tmp_path / "whole"
+    for folder in (streamed, whole):
+        folder.mkdir()
+        weights.convert_gguf(path, None, folder)
+        monkeypatch.setattr(weights, "ONE_BY_ONE", {})
+    one, other = written_tensors(streamed), written_tensors(whole)
+    assert one.keys() == other.keys() and {tensor.dtype for tensor in one.values()} == {torch.bfloat16}
+    assert not [name for name in one if not torch.equal(one[name], other[name])]
+    files = [{file.name for file in folder.iterdir()} for folder in (streamed, whole)]
+    assert files[0] == files[1]
+    for name in files[0] - {"model.safetensors"}:
+        assert (streamed / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("family", GGUF_FAMILIES)
+def test_a_header_without_its_vocabulary_says_the_same(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, path = gguf_pair(tmp_path, family)
+    whole = read_configuration(path).to_dict()
+    monkeypatch.setattr(header, "LONGEST", 8)
+    (tmp_path / "brief").mkdir()
+    brief = header.header_of(path, tmp_path / "brief")
+    assert brief != path and brief.stat().st_size < path.stat().st_size
+    assert {**read_configuration(brief).to_dict(), "_name_or_path": ""} == {**whole, "_name_or_path": ""}
 
 
 def test_a_gguf_of_stacked_experts_reads_as_the_checkpoint(tmp_path: Path) -> None:

@@ -1,19 +1,15 @@
-"""GGUF files: dequantized by transformers, the configuration set right or refused where it passes over a header."""
+"""The configuration of a GGUF file: as transformers reads it, set right or refused where it passes over the header."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune_cli.errors import CheckpointError, LlmpruneError, UnsupportedError, first_line
+from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.family.skeleton import expected_index
 from llmprune_cli.family.widths import read_widths
-from llmprune_cli.folder.scratch import scratch_space
-from llmprune_cli.folder.tensors import BY_NAME
-from llmprune_cli.source.conversion import DEQUANTIZED_DTYPE, save_plain
+from llmprune_cli.source.gguf.header import COUNT
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -48,65 +44,11 @@ SILENT = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "rope.sc
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-def describe_gguf(path: Path, dtype: str | None) -> PretrainedConfig:
-    """What a GGUF file's configuration will be once dequantized, from its header alone.
-
-    Raises:
-        CheckpointError: missing or unreadable.
-        UnsupportedError: something that transformers cannot read from GGUF, or reads wrongly.
-    """
-    with _reading_gguf(path):
-        config = _read_config(path)
-    config.dtype = dtype or DEQUANTIZED_DTYPE
-    return config
-
-
-def convert_gguf(path: Path, dtype: str | None, target: Path) -> None:
-    """Dequantize a GGUF file into a safetensors folder, tokenizer included.
-
-    Raises:
-        CheckpointError: missing or unreadable.
-        UnsupportedError: something that transformers cannot read from GGUF, or reads wrongly.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with _reading_gguf(path):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            config=_read_config(path),
-            dtype=BY_NAME[dtype or DEQUANTIZED_DTYPE].torch,
-            output_loading_info=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    save_plain(loaded[0], loaded[1], path, target)
-    with scratch_space():
-        tokenizer.save_pretrained(target)
-
-
-@contextmanager
-def _reading_gguf(path: Path) -> Iterator[None]:
-    """Check the file and say in our words what transformers' reader has against it."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist.")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise CheckpointError(f"{path} is not a GGUF file.")
-    try:
-        yield
-    except LlmpruneError as error:
-        raise type(error)(f"{path}: {error}") from error
-    except ImportError as error:
-        raise UnsupportedError(
-            f"Reading GGUF needs the gguf package: pip install 'llmprune[gguf]' ({error})."
-        ) from error
-    except Exception as error:  # the readers raise whatever the bytes lead them to
-        kind = UnsupportedError if "not supported" in str(error) else CheckpointError
-        raise kind(f"{path} cannot be read by transformers: {first_line(error)}") from error
-
-
-def _read_config(path: Path) -> PretrainedConfig:
+def read_configuration(path: Path) -> PretrainedConfig:
     """The configuration of a GGUF file, from its header alone.
+
+    Args:
+        path: of the file, or of what `header_of` makes of it.
 
     Raises:
         UnsupportedError: the header or the tensors say something that would be lost.
@@ -121,6 +63,8 @@ def _read_config(path: Path) -> PretrainedConfig:
     prefix = f"{architecture}."
     header = {key.removeprefix(prefix): f.contents() for key, f in reader.fields.items() if key.startswith(prefix)}
     tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if COUNT in reader.fields and not ("vocab_size" in header and "vocab_size" in _mapping_of(config)):
+        config.vocab_size = reader.fields[COUNT].contents()
     _set_widths(config, header)
     for key in sorted(SETTINGS.keys() & header.keys()):
         _set(config, key, SETTINGS[key], header[key])
@@ -199,16 +143,21 @@ def _set_gemma_scale(config: PretrainedConfig) -> None:
     config.query_pre_attn_scalar = per_head if largest else config.head_dim
 
 
+def _mapping_of(config: PretrainedConfig) -> dict[str, Any]:
+    """The keys of a header that transformers reads for a family, and what it makes of them."""
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+    mapping: Any = GGUF_CONFIG_MAPPING.get(config.model_type.removesuffix("_text"), {})
+    return dict(mapping)
+
+
 def _check_all_read(config: PretrainedConfig, architecture: str, header: dict[str, Any], sizes: dict[str, int]) -> None:
     """Refuse what transformers would pass over without a word.
 
     Raises:
         UnsupportedError: a key that nothing reads, or other numbers of parameters in the file than in the model.
     """
-    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
-
-    mapping: Any = GGUF_CONFIG_MAPPING.get(config.model_type.removesuffix("_text"), {})
-    known = {*SETTINGS, *WIDTHS, *SILENT, *mapping, *(f"rope.{key}" for key in ROPE)}
+    known = {*SETTINGS, *WIDTHS, *SILENT, *_mapping_of(config), *(f"rope.{key}" for key in ROPE)}
     for key in sorted(header.keys() - known):
         raise UnsupportedError(f"{architecture}.{key} is {header[key]}, which transformers does not read.")
     for name in sizes:

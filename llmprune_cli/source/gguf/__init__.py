@@ -1,0 +1,1 @@
+"""GGUF files as input: what a header says, and weights made plain."""
