@@ -21,6 +21,7 @@ from llmprune_cli.commands.decision import Decided, decide, layered, rotate_mode
 from llmprune_cli.commands.recipe import recipe_of, save_recipe
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.coupling.subject import Subject, understand
+from llmprune_cli.coupling.twin import one_thread
 from llmprune_cli.family.architecture import with_widths
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.integrity import list_files
@@ -141,8 +142,9 @@ def _run(
     elif processes.is_first and evaluated is not None:
         warn_of_shared_text(text.corpus, evaluated.corpus, listener.warn)
     if processes.is_first:
-        prove(subject.architecture, subject.trace, target.widths.changed_from(subject.widths), prune_twin)
-        hold_against_torch_pruning(subject.architecture, subject.trace)
+        with one_thread():
+            prove(subject.architecture, subject.trace, target.widths.changed_from(subject.widths), prune_twin)
+            hold_against_torch_pruning(subject.architecture, subject.trace)
     with ExitStack() as stack:
         bench = Workbench(layered(subject, request, choice), text, listener, Journal(subject.processes))
         bench = replace(bench, offload_dir=request.scratch.offload_dir)

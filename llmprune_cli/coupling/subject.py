@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from llmprune_cli import __version__
 from llmprune_cli.coupling.discovery import trace
 from llmprune_cli.coupling.trace import Trace
-from llmprune_cli.coupling.twin import settle_head_dim
+from llmprune_cli.coupling.twin import one_thread, settle_head_dim
 from llmprune_cli.errors import LlmpruneError, UnsupportedError
 from llmprune_cli.family.architecture import Architecture, discover
 from llmprune_cli.family.skeleton import is_remote
@@ -88,8 +88,9 @@ def find_coupling(architecture: Architecture) -> tuple[Architecture, Trace]:
     place = _remembered_in(architecture)
     known = _recall(place)
     if known is None:
-        settled = settle_head_dim(architecture)
-        known = Coupling(settled.explicit_head_dim, settled.hidden_follows_heads, trace(settled))
+        with one_thread():
+            settled = settle_head_dim(architecture)
+            known = Coupling(settled.explicit_head_dim, settled.hidden_follows_heads, trace(settled))
         _remember(place, known)
     settled = replace(
         architecture,

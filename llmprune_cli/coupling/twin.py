@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,6 +56,17 @@ class Twin:
     architecture: Architecture  # the twin's own
     model: PreTrainedModel
     tokens: torch.Tensor  # [1, TOKENS]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within it, a twin's products are formed by one thread: they are so small that several wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def trace_sizes(config: PretrainedConfig) -> TwinSizes:
