@@ -55,6 +55,12 @@ class StreamWithin:
             self.states.add_(added.to(self.states.device).view(self.states.shape))
 
 
+def sites_of(model: LayeredModel, layer: Layer, number: int, kept: KeptStates | None) -> list[Site]:
+    """The readers of a layer, see `find_sites`; of an unchanged one, as an earlier walk found them."""
+    found: list[Site] = kept.states.notes[number] if kept is not None else find_sites(model, layer)
+    return found
+
+
 def advance_dense(layer: Layer, number: int, found: Sequence[Site], streams: Streams) -> dict[str, torch.Tensor]:
     """The dense stream through the layer; what it is behind each reader whose entry is known, [fitted, T, D]."""
     fitted, dense = streams.fitted, streams.dense
@@ -113,7 +119,8 @@ def advance_and_keep(
     if states is None or not states.is_open:
         layer.advance(stream, (lambda first, batch: watcher) if watcher else None, collected)
         return
-    known = [site for site in find_sites(model, layer) if site.entry is not None]
+    states.notes[number] = find_sites(model, layer)
+    known = [site for site in states.notes[number] if site.entry is not None]
     within = {site.name for site in known if not site.ends_layer}
 
     def watcher_of(first: int, batch: torch.Tensor) -> Watcher:

@@ -18,10 +18,10 @@ from llmprune_cli.folder.shards import check_finite
 from llmprune_cli.folder.tensors import DTYPES, split_name
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.processes import ALONE, Processes
-from llmprune_cli.repair.dense_goals import Streams, StreamWithin, advance_dense
+from llmprune_cli.repair.dense_goals import Streams, StreamWithin, advance_dense, sites_of
 from llmprune_cli.repair.least_squares import DAMPING, Moments, only, solve_reader
 from llmprune_cli.repair.replay import Inputs, Replay
-from llmprune_cli.repair.sites import Site, Uses, find_sites
+from llmprune_cli.repair.sites import Site, Uses
 from llmprune_cli.run.layer import Enough, Layer, batches, check_states
 from llmprune_cli.run.layered_model import LayeredModel
 
@@ -55,7 +55,7 @@ class LayerRefit:
 
     def run(self, method: str) -> LayerRepair:
         """Refit all readers, in the order in which they run, and take both streams through the layer."""
-        found = find_sites(self.whole, self.layer)
+        found = sites_of(self.whole, self.layer, self.number, self.streams.kept)
         goals = advance_dense(self.layer, self.number, found if method == "residual" else [], self.streams)
         check_states(self.streams.dense, f"Layer {self.number}")
         self._silence_biases()

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 
@@ -61,6 +61,7 @@ class DenseStates:
     windows: torch.Tensor | None = None  # token ids, [N, T]; None where nothing is kept
     channels: int = 0
     is_whole: bool = False  # whether the windows went through all layers
+    notes: dict[int, Any] = field(default_factory=dict)  # what was found out about each layer on the way
     _slots: dict[Place, int] = field(default_factory=dict)
     _file: IO[bytes] | None = None
 
@@ -76,6 +77,7 @@ class DenseStates:
         size_bytes = 4 * windows.numel() * channels * places
         self.windows, self.is_whole, self._file = None, False, None
         self._slots.clear()
+        self.notes.clear()
         try:
             if not is_needed and size_bytes > MOST_OF_FREE_SPACE * shutil.disk_usage(self.folder).free:
                 return
