@@ -10,7 +10,7 @@ MINUTES ?= 10
 
 BASE ?= HEAD~1
 
-.PHONY: demo matrix schemas golden test test-all check lint fix fuzz faults bench bench-8b bench-calibrated bench-exports bench-memory bench-processes bench-quality check-consumers check-ranges clean
+.PHONY: demo matrix schemas golden test test-all check lint fix fuzz faults bench bench-8b bench-calibrated bench-exports bench-memory bench-processes bench-quality check-consumers check-gpu check-ranges clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -90,6 +90,9 @@ bench-quality: $(OPTIPFAIR)  ## compare what pruned models are still worth, with
 
 check-consumers: $(CONSUMERS)  ## run pruned folders through lm-evaluation-harness, peft and mlx-lm
 	$(BIN)/python -m pytest tests/end_to_end/models/test_consumers.py
+
+check-gpu: $(INSTALLED)  ## the calibrated path on a CUDA device; skipped, with the reason, where there is none
+	$(BIN)/python -m pytest -n0 -rs tests/end_to_end/test_gpu.py
 
 check-ranges:  ## run the core suite on the lowest versions that pyproject.toml allows
 	$(PYTHON) -m venv --clear $(VENV)-lowest

