@@ -18,7 +18,7 @@ def header_of(path: Path, folder: Path) -> Path:
     Raises:
         Exception: whatever the reader raises for a broken file.
     """
-    reader, left_out = _read_briefly(path)
+    reader, left_out = read_briefly(path)
     if not left_out or not reader.tensors:
         return path
     settings, count = _settings(reader, left_out)
@@ -40,8 +40,12 @@ def header_of(path: Path, folder: Path) -> Path:
     return brief
 
 
-def _read_briefly(path: Path) -> tuple[Any, dict[int, int]]:
-    """A reader that steps over long lists, and their lengths by the places of their values in the file."""
+def read_briefly(path: Path) -> tuple[Any, dict[int, int]]:
+    """A reader that steps over long lists, and their lengths by the places of their values in the file.
+
+    Raises:
+        Exception: whatever the reader raises for a broken file.
+    """
     from gguf import GGUFReader, GGUFValueType
 
     left_out: dict[int, int] = {}

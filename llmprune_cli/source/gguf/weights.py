@@ -16,7 +16,7 @@ from llmprune_cli.folder.shards import write_shards
 from llmprune_cli.folder.tensors import BY_NAME, TensorEntry
 from llmprune_cli.source.conversion import CONVERTED_SHARD_BYTES, DEQUANTIZED_DTYPE, save_plain
 from llmprune_cli.source.gguf.configuration import read_configuration
-from llmprune_cli.source.gguf.header import header_of
+from llmprune_cli.source.gguf.header import header_of, read_briefly
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -66,7 +66,7 @@ def convert_gguf(path: Path, dtype: str | None, target: Path) -> None:
     plain = BY_NAME[dtype or DEQUANTIZED_DTYPE].torch
     with _reading_gguf(path):
         model, processor = build_skeleton(config), _processor(architecture, config)
-        names = _stored_names(model, processor)
+        names = _stored_names(architecture, model, processor)
         if names is not None:
             _save_settings(model, plain, target)
             _stream(path, model, processor, names, plain, target)
@@ -109,23 +109,30 @@ def _processor(architecture: str, config: PretrainedConfig) -> Any:
     return kind(config=config.to_dict())
 
 
-def _stored_names(model: PreTrainedModel, processor: Any) -> dict[str, str] | None:
-    """From the names in a file to those that `save_pretrained` writes, by transformers' own table.
+def _stored_names(architecture: str, model: PreTrainedModel, processor: Any) -> dict[str, str] | None:
+    """From the names in a file to those that `save_pretrained` writes, by the table that transformers reads with.
 
-    None where a tensor is made of several, or is known under another name in memory than on disk.
+    None where a tensor is made of several, is known under another name in memory than on disk, or not in the table.
     """
-    from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     exact = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))
     if type(processor).__name__ not in ONE_BY_ONE or exact:
         return None
-    find: Any = get_gguf_hf_weights_map
-    state, named = model.state_dict(), find(model, processor)
+    state = model.state_dict()
     expected = on_disk(model, state)
-    if any(name not in state or expected[name].shape != state[name].shape for name in expected):
+    known = [kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture]
+    if not known or any(name not in state or expected[name].shape != state[name].shape for name in expected):
         return None
-    names = {stored: name for stored, name in named.items() if name in expected}
-    return names if {*names.values()} == {*expected} else None
+    table = get_tensor_name_map(known[0], model.config.num_hidden_layers)
+    names = {}
+    for name in expected:
+        stem, dot, suffix = name.rpartition(".")
+        stored = table.get_name(stem)
+        if stored is None or suffix not in ("weight", "bias"):
+            return None
+        names[f"{stored}{dot}{suffix}"] = name
+    return names if len(names) == len(expected) else None
 
 
 def _stream(
@@ -136,11 +143,10 @@ def _stream(
     Raises:
         CheckpointError: a tensor is missing, or has another shape.
     """
-    from gguf import GGUFReader
     from gguf.quants import dequantize
 
     family, code = model.config.model_type, BY_NAME[str(dtype).removeprefix("torch.")].code
-    stored = {names[tensor.name]: tensor for tensor in GGUFReader(path).tensors if tensor.name in names}
+    stored = {names[tensor.name]: tensor for tensor in read_briefly(path)[0].tensors if tensor.name in names}
     missing = sorted({*names.values()} - stored.keys())
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
