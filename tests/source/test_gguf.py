@@ -86,6 +86,15 @@ def test_a_header_without_its_vocabulary_says_the_same(
     assert {**read_configuration(brief).to_dict(), "_name_or_path": ""} == {**whole, "_name_or_path": ""}
 
 
+def test_other_tools_names_of_dtypes_are_known_for_a_gguf_too(tmp_path: Path) -> None:
+    _, path = gguf_pair(tmp_path, "llama")
+    for name in ("f16", "float16"):
+        assert run_cli("export", path, "--dtype", name, "--output", tmp_path / name).code == 0
+    short, long = (written_tensors(tmp_path / name) for name in ("f16", "float16"))
+    assert {tensor.dtype for tensor in short.values()} == {torch.float16}
+    assert all(torch.equal(short[name], long[name]) for name in long)
+
+
 def test_a_gguf_of_stacked_experts_reads_as_the_checkpoint(tmp_path: Path) -> None:
     spec = GgufFamily("qwen3moe", {}, {EPSILON: 1e-6, "expert_count": 4, "expert_used_count": 2})
     sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16}
