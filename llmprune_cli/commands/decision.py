@@ -87,12 +87,15 @@ def settle(
 
 
 def _compute_dtype(request: PruneRequest, subject: Subject) -> str:
-    """The dtype of matrix products, where it was left open the one that suits the weights and the device."""
+    """The dtype of matrix products; where it was left open, what suits weights, device and family."""
     if request.choice.compute_dtype != "auto":
         return request.choice.compute_dtype
     stored = DTYPES[max(subject.checkpoint.entries, key=lambda entry: entry.numel).dtype].torch
-    device = torch.device(layer_device(request.model.device))
-    return str(native_dtype(stored, device)).removeprefix("torch.")
+    device = layer_device(request.model.device)
+    dtype = native_dtype(stored, torch.device(device))
+    if dtype != torch.float32 and request.needs_text and request.needs_weights:
+        dtype = dtype if LayeredModel(subject, device, dtype).runs() else torch.float32
+    return str(dtype).removeprefix("torch.")
 
 
 def layered(subject: Subject, request: PruneRequest, choice: Choice) -> LayeredModel:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
+FEW = 8  # tokens that show whether a layer runs
 VOCABULARY = 8  # of a one-layer model, whose embedding is never used
 
 
@@ -194,6 +195,16 @@ class LayeredModel:
         block = model.get_submodule(shell.prefix[:-1])
         _number_as(block, self.skeleton.get_submodule(f"{shell.prefix[:-2]}{number}"))
         return Layer(model.eval(), block, shell.prefix, self.compute)
+
+    def runs(self) -> bool:
+        """Whether layers of every kind make numbers of a few random hidden states, in the dtype of the computation."""
+        states = torch.randn(1, FEW, self.widths.hidden_size, generator=torch.Generator().manual_seed(0))
+        try:
+            with torch.inference_mode():
+                made = [self.load_layer(number).run(states) for number in {*self.architecture.layer_kinds}]
+        except (RuntimeError, TypeError, ValueError):  # a family that mixes dtypes in its own way
+            return False
+        return all(output is not None and bool(output.isfinite().all()) for output in made)
 
     def _shell(self, number: int) -> _Shell:
         """The model that a layer is run in, built once for all layers of its kind."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from llmprune_cli.run.states import DenseStates
 from support import families
 from support.cli import CALIBRATED, run_cli
 from support.opened import Opened
+from support.tiny import save_tiny
 
 every_family = pytest.mark.parametrize("opened", families.TRIED, indirect=True)
 
@@ -86,6 +88,30 @@ def test_where_half_precision_is_emulated_it_is_not_chosen(monkeypatch: pytest.M
         assert chosen == (torch.bfloat16 if is_there else torch.float32)
     assert native_dtype(torch.float16, torch.device("cpu")) == torch.float32
     assert native_dtype(torch.float32, torch.device("cpu")) == torch.float32
+
+
+@pytest.mark.parametrize("opened", ["llama"], indirect=True)
+def test_a_family_that_does_not_run_in_half_precision_is_run_in_float32(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch, text_file: Path, tmp_path: Path
+) -> None:
+    half = replace(opened.layered, compute=torch.bfloat16)
+    assert half.runs()
+    model = save_tiny(tmp_path / "model", dtype="bfloat16")
+    asked = ("--intermediate-pruning-ratio", "0.5", "--calibration", text_file, *CALIBRATED)
+    monkeypatch.setattr("llmprune_cli.commands.decision.native_dtype", lambda stored, device: stored)
+    used = []
+    for name in ("runs", "fails"):
+        run = run_cli("prune", model, *asked, "--output", tmp_path / name)
+        assert run.code == 0, run.stderr
+        used.append(json.loads((tmp_path / name / "llmprune.json").read_text())["options"]["compute_dtype"])
+        monkeypatch.setattr("llmprune_cli.run.layer.multiplying_in", failing)
+    assert used == ["bfloat16", "float32"]
+
+
+def failing(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
+    if dtype != torch.float32:
+        raise RuntimeError("expected m1 and m2 to have the same dtype")
+    return nullcontext()
 
 
 def test_an_unknown_dtype_is_refused_with_those_that_there_are(tiny_llama: Path, tmp_path: Path) -> None:
