@@ -19,6 +19,8 @@ from llmprune_cli.folder.tensors import DTYPES, TensorEntry
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+BIN_NAME, BIN_INDEX_NAME = "pytorch_model.bin", "pytorch_model.bin.index.json"
+NAMED_WEIGHTS = "transformers_weights"  # the field of config.json that names another file than the usual ones
 METADATA = "__metadata__"  # of a header, which is about no tensor
 PADDED = 8  # bytes that the length of a header is a multiple of
 
@@ -42,31 +44,71 @@ def open_shard(path: Path) -> Iterator[Any]:
         yield opened
 
 
-def read_index(folder: Path) -> tuple[TensorEntry, ...]:
-    """The tensors of a folder's safetensors shards, in disk order; empty where there are none.
+def weight_sources(folder: Path) -> list[Path]:
+    """The weight files and indexes of a folder, in transformers' order: it reads the first and passes over the others.
 
     Raises:
-        CheckpointError: an index that names a missing shard or one outside the folder, or shards that differ from it.
+        CheckpointError: `config.json` names another file, which is missing or no safetensors file of this folder.
     """
-    index_path = folder / INDEX_NAME
-    if not index_path.exists():
-        single = folder / SINGLE_NAME
-        return tuple(_read_header(single)) if single.exists() else ()
-    weight_map = read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(f"{index_path} has no usable weight_map.")
-    entries: list[TensorEntry] = []
-    for shard in sorted(set(weight_map.values())):
+    names, config = (SINGLE_NAME, INDEX_NAME, BIN_NAME, BIN_INDEX_NAME), folder / "config.json"
+    found = [folder / name for name in names if is_there(folder / name)]
+    named = read_json(config).get(NAMED_WEIGHTS) if config.is_file() else None
+    if named is None:
+        return found
+    if not isinstance(named, str) or Path(named).name != named or ".safetensors" not in named:
+        raise CheckpointError(f"{config}: {NAMED_WEIGHTS} is {named!r}, and must name a safetensors file beside it.")
+    if not is_there(folder / named):
+        raise CheckpointError(f"{config} names {named}, which is missing. Download the checkpoint again.")
+    return [folder / named, *(path for path in found if path.name != named)]
+
+
+def weight_files(source: Path) -> list[Path]:
+    """The files that hold the weights: the source itself, or all shards that it names as an index.
+
+    Raises:
+        CheckpointError: an index that names a missing shard or one outside the folder.
+    """
+    if source.suffix != ".json":
+        return [source]
+    files = []
+    for shard in sorted(set(_weight_map(source).values())):
         if not shard or Path(shard).name != shard:
-            raise CheckpointError(f"{index_path} names a shard outside its folder: {shard!r}.")
-        if not is_there(folder / shard):
-            raise CheckpointError(f"{index_path} names {shard}, which is missing. Download the checkpoint again.")
-        entries += _read_header(folder / shard)
-    stored = {entry.name: entry.shard for entry in entries}
+            raise CheckpointError(f"{source} names a shard outside its folder: {shard!r}.")
+        if not is_there(source.with_name(shard)):
+            raise CheckpointError(f"{source} names {shard}, which is missing. Download the checkpoint again.")
+        files.append(source.with_name(shard))
+    return files
+
+
+def read_index(folder: Path) -> tuple[TensorEntry, ...]:
+    """The tensors of the safetensors files that a folder's weights are read from, in disk order; empty without any.
+
+    Raises:
+        CheckpointError: see `weight_sources` and `weight_files`; or shards that differ from their index.
+    """
+    sources = weight_sources(folder)
+    if not sources or sources[0].name in (BIN_NAME, BIN_INDEX_NAME):
+        return ()
+    entries = [entry for path in weight_files(sources[0]) for entry in _read_header(path)]
+    if sources[0].suffix != ".json":
+        return tuple(entries)
+    weight_map, stored = _weight_map(sources[0]), {entry.name: entry.shard for entry in entries}
     wrong = [name for name in weight_map.keys() | stored.keys() if weight_map.get(name) != stored.get(name)]
     if wrong or len(stored) != len(entries):
-        raise CheckpointError(f"{index_path} and the shards disagree about {', '.join(sorted(wrong)[:3])}.")
+        raise CheckpointError(f"{sources[0]} and the shards disagree about {', '.join(sorted(wrong)[:3])}.")
     return tuple(entries)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of every tensor, by name.
+
+    Raises:
+        CheckpointError: it is no index.
+    """
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(shard, str) for shard in found.values()):
+        raise CheckpointError(f"{index} has no usable weight_map.")
+    return found
 
 
 def _read_header(path: Path) -> list[TensorEntry]:

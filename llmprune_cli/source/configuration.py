@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 MOST_CONFIG_BYTES = 2 * 2**20
+ADAPTER_CONFIG = "adapter_config.json"
+NO_ADAPTER = {"subfolder": "none"}  # for `from_pretrained`, which applies one beside the weights where peft is there
+MERGE = "Merge it first (merge_and_unload of peft, then save_pretrained)"
 MOST = {"layer": 2048, "expert": 8192}  # by how the names of settings end
 
 
@@ -28,6 +31,8 @@ def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     path = folder / "config.json"
+    if not path.exists() and (adapter := describe_adapter(folder)):
+        raise CheckpointError(f"{folder} holds {adapter} and no model. {MERGE} and give the merged model.")
     if not path.exists():
         raise CheckpointError(f"{folder} has no config.json, so it is not a model folder. Check MODEL.")
     raw = read_json(path, MOST_CONFIG_BYTES)
@@ -45,6 +50,20 @@ def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
         reason = str(error).strip().splitlines() or [repr(error)]
         raise CheckpointError(f"{path} is refused by transformers: {reason[-1]}") from error
     return config
+
+
+def describe_adapter(folder: Path) -> str:
+    """What adapter of peft lies in a folder, in words; empty where none does.
+
+    Raises:
+        CheckpointError: its configuration cannot be read.
+    """
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file():
+        return ""
+    settings = read_json(path, MOST_CONFIG_BYTES)
+    base = settings.get("base_model_name_or_path")
+    return f"a {settings.get('peft_type', 'PEFT')} adapter{f' of {base}' if base else ''} ({ADAPTER_CONFIG})"
 
 
 def _check_counts(path: Path, settings: dict[str, Any]) -> None:

@@ -9,8 +9,9 @@ import torch
 
 from llmprune_cli.errors import CheckpointError, UnsupportedError, first_line
 from llmprune_cli.folder.scratch import scratch_space
-from llmprune_cli.folder.shards import read_index, write_shards
+from llmprune_cli.folder.shards import read_index, weight_files, weight_sources, write_shards
 from llmprune_cli.folder.tensors import BY_NAME, DTYPES, TensorEntry
+from llmprune_cli.source.configuration import NO_ADAPTER
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -64,6 +65,7 @@ def dequantize(
             config=config,
             dtype=BY_NAME[dtype or DEQUANTIZED_DTYPE].torch,
             trust_remote_code=trust_remote_code,
+            adapter_kwargs=NO_ADAPTER,
             output_loading_info=True,
         )
         model = loaded[0].dequantize() if getattr(loaded[0], "is_quantized", False) else loaded[0]
@@ -166,10 +168,10 @@ def convert_bin(folder: Path, target: Path) -> tuple[TensorEntry, ...]:
     """Copy `.bin` weights into safetensors shards, tensor by tensor; never executes a pickle.
 
     Raises:
-        CheckpointError: a file that holds more than plain tensors, or less than its bytes should.
+        CheckpointError: a file that holds more than plain tensors, or less than its bytes should; a missing shard.
     """
     codes = {dtype.torch: code for code, dtype in DTYPES.items()}
-    states = [_load_bin(path) for path in sorted(folder.glob("pytorch_model*.bin"))]
+    states = [_load_bin(path) for path in weight_files(weight_sources(folder)[0])]
     tensors = {
         name: tensor
         for state in states

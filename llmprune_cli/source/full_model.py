@@ -12,6 +12,7 @@ from llmprune_cli.errors import CheckpointError, first_line
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.tensors import BY_NAME
 from llmprune_cli.processes import Processes
+from llmprune_cli.source.configuration import NO_ADAPTER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,6 +67,7 @@ def load_model(
             device_map="auto" if place == "auto" or is_too_large else {"": place},
             offload_folder=offload_folder,
             trust_remote_code=checkpoint.trust_remote_code,
+            adapter_kwargs=NO_ADAPTER,
             key_mapping={f"^{re.escape(stored)}$": name for stored, name in checkpoint.renamed} or None,
             output_loading_info=True,
         )

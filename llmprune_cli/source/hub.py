@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llmprune_cli.errors import CheckpointError, first_line
 from llmprune_cli.folder.documents import read_json
-from llmprune_cli.folder.shards import INDEX_NAME
+from llmprune_cli.folder.shards import INDEX_NAME, NAMED_WEIGHTS, weight_sources
 from llmprune_cli.folder.tensors import DTYPES, TensorEntry
 
 MOST_SHARDS = 1000  # of which headers are asked for, one by one
@@ -44,7 +44,7 @@ def fetch(name: str, revision: str | None, need_weights: bool) -> tuple[Path, st
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=SMALL_PATTERNS))
         if need_weights:
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=SMALL_PATTERNS + WEIGHT_PATTERNS))
-            if not any(folder.glob("*.safetensors")):
+            if not any(".safetensors" in path.name for path in weight_sources(folder)):
                 folder = Path(snapshot_download(name, revision=revision, allow_patterns=SMALL_PATTERNS + BIN_PATTERNS))
     except HFValidationError:
         raise CheckpointError(f"{name!r} is neither an existing path nor a hub id.") from None
@@ -76,6 +76,8 @@ def read_headers(name: str, commit: str, folder: Path) -> tuple[TensorEntry, ...
     from huggingface_hub import HfApi
 
     try:
+        if NAMED_WEIGHTS in read_json(folder / "config.json"):
+            return ()
         if (folder / INDEX_NAME).exists():
             weight_map = read_json(folder / INDEX_NAME)["weight_map"]
             if len({*weight_map.values()}) > MOST_SHARDS:

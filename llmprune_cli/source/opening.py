@@ -15,11 +15,12 @@ from llmprune_cli.family.architecture import reconfigure
 from llmprune_cli.family.skeleton import build_skeleton, expected_index, on_disk
 from llmprune_cli.folder.checkpoint import Checkpoint, check_places, stamp_shards, unchanged
 from llmprune_cli.folder.documents import is_there
-from llmprune_cli.folder.scratch import scratch_folder
-from llmprune_cli.folder.shards import INDEX_NAME, SINGLE_NAME, open_shard, read_index
+from llmprune_cli.folder.scratch import scratch_folder, scratch_space
+from llmprune_cli.folder.shards import open_shard, read_index, weight_sources
 from llmprune_cli.folder.tensors import BY_NAME, DTYPES, TensorEntry
 from llmprune_cli.options import ModelReference
-from llmprune_cli.source.configuration import read_config, text_part
+from llmprune_cli.progress import LOGGER
+from llmprune_cli.source.configuration import MERGE, describe_adapter, read_config, text_part
 from llmprune_cli.source.conversion import convert_bin, dequantize, describe_dequantized, quantization_of
 from llmprune_cli.source.gguf.weights import convert_gguf, describe_gguf
 from llmprune_cli.source.hub import fetch, read_headers
@@ -67,9 +68,14 @@ def _opened(reference: ModelReference, need_weights: bool, temporary: Path) -> C
     check_places(folder)
     config = read_config(folder, reference.trust_remote_code)
     small_files_only = revision is not None and not need_weights
-    has_weights = not small_files_only and _holds_weights(folder)
+    sources = [] if small_files_only else weight_sources(folder)
+    has_weights = bool(sources)
+    _check_adapter(folder, has_weights or small_files_only)
     if need_weights and not has_weights:
         raise CheckpointError(f"{folder} has no weights (*.safetensors or pytorch_model*.bin), which this needs.")
+    if len(sources) > 1:
+        others = " and ".join(path.name for path in sources[1:])
+        LOGGER.warning(f"{folder} holds {sources[0].name}, which is read as transformers does, and not {others}.")
     if quantization_of(config) and not need_weights:
         plain = text_part(describe_dequantized(config, reference.dtype))
         return _described(folder, reference, revision, plain, has_weights)
@@ -85,6 +91,8 @@ def _opened(reference: ModelReference, need_weights: bool, temporary: Path) -> C
         place = temporary
         with unchanged(folder.glob("pytorch_model*.bin")):
             entries = convert_bin(folder, place)
+        with scratch_space():
+            config.save_pretrained(place)  # without it, transformers loads no model from there
     if not entries:
         return _described(folder, reference, revision, text_part(config), has_weights)
     trusted = reference.trust_remote_code
@@ -95,9 +103,17 @@ def _opened(reference: ModelReference, need_weights: bool, temporary: Path) -> C
     )
 
 
-def _holds_weights(folder: Path) -> bool:
-    names = (SINGLE_NAME, INDEX_NAME)
-    return any((folder / name).exists() for name in names) or any(folder.glob("pytorch_model*.bin"))
+def _check_adapter(folder: Path, has_weights: bool) -> None:
+    """Say that an adapter beside weights is left alone.
+
+    Raises:
+        CheckpointError: there is nothing but the adapter.
+    """
+    adapter = describe_adapter(folder)
+    if adapter and not has_weights:
+        raise CheckpointError(f"{folder} holds {adapter} and no weights. {MERGE} and give the merged model.")
+    if adapter:
+        LOGGER.warning(f"{folder} holds {adapter} beside its weights, which is not applied. {MERGE} if you want it.")
 
 
 def _resolved(checkpoint: Checkpoint) -> Checkpoint:
