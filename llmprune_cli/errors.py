@@ -45,6 +45,10 @@ class UnsupportedError(LlmpruneError):
     exit_code = 4
 
 
+class MissingPackageError(UnsupportedError):
+    """A package that is not installed, without which nothing good comes of the run."""
+
+
 class PlanError(LlmpruneError):
     """A request for widths that the architecture cannot have."""
 

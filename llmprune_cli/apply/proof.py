@@ -14,7 +14,7 @@ from torch import nn
 
 from llmprune_cli.coupling.trace import Binding, Keep, Trace, kept_mask, new_name, renumbered
 from llmprune_cli.coupling.twin import Twin, build_twin, proof_sizes
-from llmprune_cli.errors import UnsupportedError
+from llmprune_cli.errors import UnsupportedError, first_line
 from llmprune_cli.family.architecture import Architecture
 from llmprune_cli.family.layers import can_keep_layers
 from llmprune_cli.family.skeleton import expected_index
@@ -64,7 +64,13 @@ def prove(architecture: Architecture, traced: Trace, changed: tuple[str, ...], p
             _silence_removed(dense, traced, twin.architecture.widths, target.layers, keep)
         whole, part = (_load_stock(folder, architecture.config.model_type) for folder in (dense, pruned))
     kept = _Kept(traced, twin.architecture.widths, target.layers, keep)
-    difference = _compare(whole, part, twin.tokens, kept)
+    try:
+        difference = _compare(whole, part, twin.tokens, kept)
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        raise UnsupportedError(
+            f"The twin proof fails for {architecture.config.model_type}: pruned in {', '.join(changed)}, it does not "
+            f"run ({first_line(error)}). Prune other widths."
+        ) from error
     if not difference <= TOLERANCE:
         raise UnsupportedError(
             f"The twin proof fails for {architecture.config.model_type}: pruning {', '.join(changed)} changes the "

@@ -11,7 +11,7 @@ from llmprune_cli.choose import needs_text
 from llmprune_cli.choose.selection import first_target, stored_plan, target_of
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.coupling.subject import Subject
-from llmprune_cli.errors import CheckpointError, UnsupportedError
+from llmprune_cli.errors import CheckpointError, MissingPackageError, UnsupportedError
 from llmprune_cli.folder.tensors import BY_NAME, DTYPES
 from llmprune_cli.options import Choice
 from llmprune_cli.plan.document import Plan
@@ -73,6 +73,8 @@ def settle(
     if processes.is_first:
         try:
             text = _prepare_text(request, subject, listener)
+        except MissingPackageError:
+            raise
         except (CheckpointError, UnsupportedError) as error:
             choice = replace(request.choice.without_text, compute_dtype=settled.compute_dtype)
             if needs_text(choice, request.delivery.plan is not None) or request.text.calibration is not None:

@@ -81,8 +81,8 @@ def read_widths(config: PretrainedConfig) -> Widths:
     headless = found["num_attention_heads"] is None
     if headless:  # a state-space model; what it calls heads is not attention's
         found.update(num_attention_heads=0, num_key_value_heads=0, head_dim=0)
-    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
-        found["num_key_value_heads"] = 1  # Falcon's first layout, whatever num_kv_heads says
+    if not getattr(config, "new_decoder_architecture", True):  # Falcon's first layouts, whatever num_kv_heads says
+        found["num_key_value_heads"] = 1 if config.multi_query else found["num_attention_heads"]
     if found["num_key_value_heads"] is None:
         found["num_key_value_heads"] = found["num_attention_heads"]
     for width in ("hidden_size", "num_hidden_layers"):
@@ -107,12 +107,14 @@ def read_widths(config: PretrainedConfig) -> Widths:
 
 
 def _read(config: PretrainedConfig, width: str) -> Any:
-    return next((getattr(config, name) for name in FIELDS[width] if hasattr(config, name)), None)
+    return next((value for name in FIELDS[width] if (value := getattr(config, name, None)) is not None), None)
 
 
 def field_changes(config: PretrainedConfig, width: str, size: int) -> dict[str, int]:
     """The fields to set so that a configuration has a width of this size."""
-    present = [name for name in FIELDS[width] if hasattr(config, name)]
+    present = [name for name in FIELDS[width] if getattr(config, name, None) is not None]
+    if width == Width.GROUPS and not getattr(config, "new_decoder_architecture", True):
+        present = ["num_kv_heads"]  # which Falcon reads
     return {name: size for name in present if getattr(config, name) == getattr(config, present[0])} or {
         str(width): size
     }

@@ -17,6 +17,11 @@ MOST_CONFIG_BYTES = 2 * 2**20
 ADAPTER_CONFIG = "adapter_config.json"
 NO_ADAPTER = {"subfolder": "none"}  # for `from_pretrained`, which applies one beside the weights where peft is there
 MERGE = "Merge it first (merge_and_unload of peft, then save_pretrained)"
+# How the names of classes end that do something else than to go on with a text.
+OTHER_PURPOSES = (
+    *("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice"),
+    *("ForMaskedLM", "ForNextSentencePrediction", "ForPreTraining", "ForImageClassification"),
+)
 MOST = {"layer": 2048, "expert": 8192}  # by how the names of settings end
 
 
@@ -37,6 +42,7 @@ def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
         raise CheckpointError(f"{folder} has no config.json, so it is not a model folder. Check MODEL.")
     raw = read_json(path, MOST_CONFIG_BYTES)
     _check_counts(path, raw)
+    _check_purpose(path, raw)
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f"{path} has no model_type, so the kind of model is unknown.")
@@ -64,6 +70,21 @@ def describe_adapter(folder: Path) -> str:
     settings = read_json(path, MOST_CONFIG_BYTES)
     base = settings.get("base_model_name_or_path")
     return f"a {settings.get('peft_type', 'PEFT')} adapter{f' of {base}' if base else ''} ({ADAPTER_CONFIG})"
+
+
+def _check_purpose(path: Path, settings: dict[str, Any]) -> None:
+    """Refuse models that do not go on with a text.
+
+    Raises:
+        UnsupportedError: see above.
+    """
+    named = settings.get("architectures")
+    for name in named if isinstance(named, list) else ():
+        if isinstance(name, str) and name.endswith(OTHER_PURPOSES):
+            raise UnsupportedError(
+                f"{path} describes a {name}, which is no causal language model. Give the language model that it was "
+                "made from."
+            )
 
 
 def _check_counts(path: Path, settings: dict[str, Any]) -> None:

@@ -124,6 +124,11 @@ def _resolved(checkpoint: Checkpoint) -> Checkpoint:
         UnsupportedError: tensors in a layout that would have to be converted.
     """
     config = text_part(checkpoint.config)
+    if config is not checkpoint.config:
+        LOGGER.warning(
+            f"{checkpoint.source} is a {checkpoint.config.model_type} model, of which the language model alone is "
+            "read: its vision or audio tower and projector are left out of whatever is written."
+        )
     expected, names = _find_names(checkpoint, config)
     if not all(_are_equal(checkpoint, *pair) for pair in names.aliases):
         config = reconfigure(config, {"tie_word_embeddings": False})  # as transformers decides when it loads them

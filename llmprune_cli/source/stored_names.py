@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 # Buffers that older checkpoints store, that no current model reads and that not every family lists.
-STRAY = re.compile(r"(rotary_emb\.inv_freq|\.attn\.bias|\.attn\.masked_bias|\.attention\.(masked_)?bias)$")
+STRAY = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.attn\.causal_mask|\.attention\.(masked_)?bias)$")
 
 # A tensor's place: its parameter in memory, the conversion that leads there if any, and the numbers in its name, which
 # tell apart the experts that such a conversion stacks.
@@ -187,4 +187,7 @@ def _unusable(text: PreTrainedModel, name: str, rules: list[Rules]) -> Checkpoin
                 f"{name} is stored in another layout than the one that transformers writes for {family}, and would "
                 f"have to be converted to {memory}. Load the checkpoint with transformers and save it again."
             )
-    return CheckpointError(f"The checkpoint has {name}, unknown to the model ({family}).")
+    return CheckpointError(
+        f"The checkpoint has {name}, unknown to the model ({family}). If it is a leftover, which transformers reads "
+        "past, load the model with transformers, save it again, and give the result."
+    )

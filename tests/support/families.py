@@ -31,6 +31,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 64},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 48},
     "falcon-multi-query": {"new_decoder_architecture": False, "multi_query": True, "ffn_hidden_size": 48},
+    "falcon-all-heads": {"new_decoder_architecture": False, "multi_query": False, "ffn_hidden_size": 48},
     "stablelm": {"use_qkv_bias": True},
     "starcoder2": {"sliding_window": 8},
     "cohere": {},

@@ -6,9 +6,12 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from llmprune_cli.errors import UnsupportedError
+
 LONGEST = 4096  # entries of a list that says something about layers; longer ones are the vocabulary
 ROPE_FACTORS = "rope_freqs.weight"  # the one tensor that belongs to the configuration
 TOKENS, COUNT = "tokenizer.ggml.tokens", "llmprune.tokens"  # the list, and in its place how long it is
+PARTS, PART = "split.count", "split.no"  # of a model in several files
 UINT32 = 4  # in the format's own numbering
 
 
@@ -16,9 +19,17 @@ def header_of(path: Path, folder: Path) -> Path:
     """A file with a GGUF file's header, but for its vocabulary, in a folder; where its tensors would be is a hole.
 
     Raises:
+        UnsupportedError: the file is one of several parts.
         Exception: whatever the reader raises for a broken file.
     """
     reader, left_out = read_briefly(path)
+    parts = int(reader.fields[PARTS].contents()) if PARTS in reader.fields else 1
+    if parts > 1:
+        number = int(reader.fields[PART].contents()) + 1 if PART in reader.fields else "one"
+        raise UnsupportedError(
+            f"It is part {number} of {parts}. Join them with `llama-gguf-split --merge FIRST_PART OUT`, and give the "
+            "result."
+        )
     if not left_out or not reader.tensors:
         return path
     settings, count = _settings(reader, left_out)
