@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmprune_cli.coupling.trace import Keep
+from pydantic import TypeAdapter
+
+from llmprune_cli.coupling.trace import Instance, Keep
 from llmprune_cli.errors import CheckpointError
-from llmprune_cli.family.widths import Widths
+from llmprune_cli.family.widths import Width, Widths
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.documents import read_json, replace_file
 
@@ -55,7 +57,10 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """A document for `read_plan`."""
-        return {"plan_version": PLAN_VERSION, **asdict(self)}
+        return {"plan_version": PLAN_VERSION, **_ADAPTER.dump_python(self, mode="json")}
+
+
+_ADAPTER = TypeAdapter(Plan)
 
 
 def save_plan(plan: Plan, path: Path) -> None:
@@ -88,7 +93,7 @@ def read_plan(path: Path, most_bytes: int | None = None) -> Plan:
     try:
         before, after = (Widths(**document.pop(name)) for name in ("before", "after"))
         keep = {
-            width: {instance: tuple(units) for instance, units in chosen.items()}
+            width: {Instance.parse(instance): tuple(units) for instance, units in chosen.items()}
             for width, chosen in document.pop("keep").items()
         }
         deviations = tuple(map(str, document.pop("deviations")))
@@ -109,15 +114,15 @@ def read_plan(path: Path, most_bytes: int | None = None) -> Plan:
         ]
         consistent = all(type(n) is int for n in (*numbers, *asdict(before).values(), *asdict(after).values()))
         consistent &= type(plan.importance) is type(plan.fingerprint) is str and type(plan.seed) is int
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a plan ({error!r}). Make one with --save-plan.") from error
     choices = {(width, instance): kept for width, choice in keep.items() for instance, kept in choice.items()}
-    for (width, instance), kept in {**choices, ("num_hidden_layers", ""): layers}.items():
+    for (width, instance), kept in {**choices, (Width.LAYERS, Instance()): layers}.items():
         whole, part = getattr(before, width, 0), getattr(after, width, 0)
         inside = consistent and len(kept) == part and kept == tuple(sorted(set(kept)))
         if not inside or (kept and not 0 <= kept[0] <= kept[-1] < whole):
             raise CheckpointError(f"{path}: the units kept of {width} {instance} do not match its widths.")
-    if not set(protected) <= set(layers) or (protected and set(plan.changed) - {"num_hidden_layers"}):
+    if not set(protected) <= set(layers) or (protected and set(plan.changed) - {Width.LAYERS}):
         raise CheckpointError(f"{path}: layers that are protected would change.")
     return plan
 
