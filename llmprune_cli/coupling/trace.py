@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import FailFast
 from pydantic_core import core_schema
 
 from llmprune_cli.errors import UnsupportedError
@@ -52,7 +53,8 @@ class Instance:
         return core_schema.json_or_python_schema(text, own, serialization=core_schema.to_string_ser_schema())
 
 
-Keep = dict[str, dict[Instance, tuple[int, ...]]]  # width → instance → sorted indices of the units that stay
+Numbers = Annotated[tuple[int, ...], FailFast()]  # of a long list, the first element that is wrong is enough
+Keep = dict[str, dict[Instance, Numbers]]  # width → instance → sorted indices of the units that stay
 
 
 @dataclass(frozen=True)
