@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from llmprune_cli.coupling.trace import Binding, Keep, Trace, kept_mask, new_name, renumbered
+from llmprune_cli.coupling.trace import Binding, Instance, Keep, Trace, kept_mask, new_name, renumbered
 from llmprune_cli.coupling.twin import Twin, build_twin, proof_sizes
 from llmprune_cli.errors import UnsupportedError, first_line
 from llmprune_cli.family.architecture import Architecture
 from llmprune_cli.family.layers import can_keep_layers
 from llmprune_cli.family.skeleton import expected_index
-from llmprune_cli.family.widths import NEURONS, Widths
+from llmprune_cli.family.widths import NEURONS, Width, Widths
 from llmprune_cli.folder.scratch import scratch_folder, scratch_space
 from llmprune_cli.folder.tensors import split_name
 from llmprune_cli.plan.target import Target
@@ -49,11 +49,11 @@ def prove(architecture: Architecture, traced: Trace, changed: tuple[str, ...], p
     """
     if not changed:
         return
-    drops_layers = "num_hidden_layers" in changed
+    drops_layers = Width.LAYERS in changed
     twin = build_twin(architecture, proof_sizes(architecture.config, drops_layers))
     traced.check(expected_index(twin.architecture.config), twin.architecture.widths)
     target = half_of(twin.architecture, changed)
-    if "num_experts" in changed:
+    if Width.EXPERTS in changed:
         _keep_positive(twin)
     with scratch_folder() as folder:
         dense, pruned = folder / "dense", folder / "pruned"
@@ -92,20 +92,20 @@ def half_of(architecture: Architecture, changed: tuple[str, ...]) -> Target:
     """About half of each width to prune, within the rules; of the layers, all but one that has its like."""
     before = architecture.widths
     groups, per_group = before.num_key_value_heads, before.heads_per_group
-    if "num_key_value_heads" in changed:
+    if Width.GROUPS in changed:
         groups = max(1, groups // 2)
-    if "num_attention_heads" in changed and per_group > 1:
+    if Width.HEADS in changed and per_group > 1:
         per_group = max(1, per_group // 2)
     heads = groups * per_group
     hidden = before.hidden_size
-    if "hidden_size" in changed:
+    if Width.HIDDEN in changed:
         hidden = heads * (hidden // (2 * heads)) if 0 < heads <= hidden // 2 else hidden // 2
     if architecture.hidden_follows_heads:
         hidden = heads * before.head_dim
     elif architecture.hidden_multiple_of_heads:
         hidden -= hidden % heads
     layers = tuple(range(before.num_hidden_layers))
-    if "num_hidden_layers" in changed and len(layers) > 1:
+    if Width.LAYERS in changed and len(layers) > 1:
         repeated = [layer for layer, kind in enumerate(architecture.layer_kinds) if kind != layer]
         choices = (tuple(other for other in layers if other != layer) for layer in (*repeated, *layers))
         layers = next(kept for kept in choices if can_keep_layers(architecture.config, kept))
@@ -115,7 +115,7 @@ def half_of(architecture: Architecture, changed: tuple[str, ...]) -> Target:
         num_attention_heads=heads,
         num_key_value_heads=groups,
         num_hidden_layers=len(layers),
-        **{width: getattr(before, width) // 2 for width in (*NEURONS, "num_experts") if width in changed},
+        **{width: getattr(before, width) // 2 for width in (*NEURONS, Width.EXPERTS) if width in changed},
     )
     return Target(widths, layers, ())
 
@@ -167,7 +167,7 @@ def _silence_removed(folder: Path, traced: Trace, widths: Widths, layers: tuple[
                 continue
             for binding in traced.on(template):
                 reads = binding in traced.readers
-                routes = binding.width == "num_experts" and tensor.ndim == 2 and "num_experts" in keep
+                routes = binding.width == Width.EXPERTS and tensor.ndim == 2 and Width.EXPERTS in keep
                 if reads or (routes and _is_router(traced, template)):
                     mask = kept_mask(traced, template, binding.axis, numbers, keep, widths)
                     tensor.index_fill_(binding.axis, (~mask).nonzero().flatten(), 0 if reads else UNPICKED)
@@ -177,7 +177,7 @@ def _silence_removed(folder: Path, traced: Trace, widths: Widths, layers: tuple[
 def _is_router(traced: Trace, template: str) -> bool:
     """Whether the tensor has a row of channels for every expert, and no neurons."""
     axes = {binding.axis: binding.width for binding in traced.on(template)}
-    return axes.get(0) == "num_experts" and axes.get(1) in (None, "hidden_size") and template.endswith("weight")
+    return axes.get(0) == Width.EXPERTS and axes.get(1) in (None, Width.HIDDEN) and template.endswith("weight")
 
 
 def _compare(dense: PreTrainedModel, pruned: PreTrainedModel, tokens: torch.Tensor, kept: _Kept) -> float:
@@ -186,7 +186,7 @@ def _compare(dense: PreTrainedModel, pruned: PreTrainedModel, tokens: torch.Tens
     The removed channels' embeddings are zero as well, for families that read the residual stream without a norm.
     """
     with torch.no_grad(), _norms_of_kept(dense, pruned, kept):
-        if channels := kept.keep.get("hidden_size", {}).get(""):
+        if channels := kept.keep.get(Width.HIDDEN, {}).get(Instance()):
             embedding = next(dense.get_input_embeddings().parameters())
             removed = torch.ones(embedding.shape[1], dtype=torch.bool)
             removed[torch.tensor(channels)] = False
@@ -203,7 +203,7 @@ def _normed(traced: Trace, name: str, module: nn.Module) -> Binding | None:
         along = (binding for binding in traced.on(split_name(f"{name}.weight")[0]) if weight.ndim == 1)
         return next((binding for binding in along if binding.axis == 0), None)
     if "Norm" in type(module).__name__ and not list(module.children()):
-        return next((binding for binding in traced.of("hidden_size") if binding.is_global), None)
+        return next((binding for binding in traced.of(Width.HIDDEN) if binding.is_global), None)
     return None
 
 

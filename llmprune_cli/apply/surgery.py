@@ -13,6 +13,7 @@ import torch
 from llmprune_cli.coupling.trace import Trace, kept_mask, new_name, renumbered
 from llmprune_cli.errors import PlanError
 from llmprune_cli.family.exceptions import FAMILIES, Family
+from llmprune_cli.family.widths import Width
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.tensors import TensorEntry, split_name
 from llmprune_cli.plan.document import Plan
@@ -26,12 +27,14 @@ def remaining(checkpoint: Checkpoint, trace: Trace, plan: Plan) -> tuple[Checkpo
     Raises:
         PlanError: the plan says nothing about the experts of a layer.
     """
-    layers, choice = renumbered(plan.layers), plan.keep.get("num_experts")
+    layers, choice = renumbered(plan.layers), plan.keep.get(Width.EXPERTS)
     experts = {layer: renumbered(kept) for layer, kept in choice.items()} if choice is not None else None
     try:
         names = {entry.name: new_name(entry.name, trace, layers, experts) for entry in checkpoint.entries}
     except KeyError as error:
-        raise PlanError(f"The plan does not say which experts of layer {error} stay. Make the plan anew.") from error
+        raise PlanError(
+            f"The plan does not say which experts of layer {error.args[0]} stay. Make the plan anew."
+        ) from error
     kept = tuple(entry for entry in checkpoint.entries if names[entry.name] is not None)
     return replace(checkpoint, entries=kept), {old: new for old, new in names.items() if new is not None}
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmprune_cli.choose.measuring import Activity, Measuring
-from llmprune_cli.coupling.trace import Reader, instance_of, reader_instance
+from llmprune_cli.coupling.trace import Instance, Reader, instance_of, reader_instance
 from llmprune_cli.family.widths import NEURONS, Width, Widths
 from llmprune_cli.folder.tensors import split_name
 from llmprune_cli.plan.units import Scores
@@ -99,9 +99,9 @@ def measure_activity(
                 share = _column_norms(weight, axis == 1) * squares
                 channels += share / share.mean().clamp_min(torch.finfo(share.dtype).tiny)
         if inputs.expert_norms:
-            scores[Width.EXPERTS][str(number)] = inputs.expert_means(widths.num_experts)
+            scores[Width.EXPERTS][Instance(number)] = inputs.expert_means(widths.num_experts)
         progress(1)
-    scores["hidden_size"][""] = channels
+    scores[Width.HIDDEN][Instance()] = channels
     return Activity(dict(scores), tuple(influence))
 
 
@@ -116,14 +116,14 @@ def block_influence(before: torch.Tensor, after: torch.Tensor, processes: Proces
     return 1 - total / count
 
 
-def unit_ranges(model: LayeredModel, layer: Layer, number: int) -> dict[tuple[str, str], torch.Tensor]:
+def unit_ranges(model: LayeredModel, layer: Layer, number: int) -> dict[tuple[str, Instance], torch.Tensor]:
     """For each width of neurons and each choice of them: the sum of `max + |min|` over a neuron's weights.
 
     One term for each tensor that carries the neurons (one for each half of a fused gate|up), divided by its largest;
     float64 [units].
     """
     trace, widths = model.trace, model.widths
-    found: dict[tuple[str, str], torch.Tensor] = {}
+    found: dict[tuple[str, Instance], torch.Tensor] = {}
     for name, tensor in layer.stored().items():
         template, numbers = split_name(name)
         for binding in trace.on(template):
@@ -185,7 +185,7 @@ def _column_norms(matrix: torch.Tensor, last: bool) -> torch.Tensor:
 def _add_units(
     scores: Scores,
     reader: Reader,
-    instance: str,
+    instance: Instance,
     widths: Widths,
     factor: torch.Tensor,
     squares: torch.Tensor | None,

@@ -7,6 +7,7 @@ import torch
 from llmprune_cli.choose.activity import measure_range
 from llmprune_cli.choose.gradients import measure_taylor
 from llmprune_cli.choose.measuring import Activity, Measuring
+from llmprune_cli.coupling.trace import Instance
 from llmprune_cli.plan.units import Scores
 from llmprune_cli.run.calibration import spread_windows
 
@@ -30,11 +31,11 @@ def agree(first: Activity, second: Activity) -> Activity:
     scores: Scores = {}
     sides = ((first, FIRST_COUNTS), (second, 1))
     for width in dict.fromkeys((*first.scores, *second.scores)):
-        votes: dict[str, list[torch.Tensor]] = {}
+        votes: dict[Instance, list[torch.Tensor]] = {}
         for activity, weight in sides:
-            for name, own in activity.scores.get(width, {}).items():
-                votes.setdefault(name, []).append(weight * _ranks(own))
-        scores[width] = {name: sum(own[1:], own[0]) + own[0] / (4 * len(own[0])) for name, own in votes.items()}
+            for instance, own in activity.scores.get(width, {}).items():
+                votes.setdefault(instance, []).append(weight * _ranks(own))
+        scores[width] = {instance: sum(own[1:], own[0]) + own[0] / (4 * len(own[0])) for instance, own in votes.items()}
     return Activity(scores, first.influence)
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from llmprune_cli.choose.activity import block_influence
 from llmprune_cli.choose.measuring import Activity, Measuring
-from llmprune_cli.coupling.trace import instance_of
+from llmprune_cli.coupling.trace import Instance, instance_of
 from llmprune_cli.family.skeleton import on_disk
 from llmprune_cli.family.widths import NEURONS, Width
 from llmprune_cli.folder.tensors import split_name
@@ -143,7 +143,7 @@ def add_saliences(
     }
     stored = layer.stored()
 
-    def add(width: str, instance: str, units: torch.Tensor, values: torch.Tensor) -> None:
+    def add(width: str, instance: Instance, units: torch.Tensor, values: torch.Tensor) -> None:
         own = scores.setdefault(width, {})
         own.setdefault(instance, torch.zeros(getattr(widths, width), dtype=torch.float64)).index_add_(0, units, values)
 
@@ -163,4 +163,5 @@ def add_saliences(
             if binding.width == Width.HEADS:
                 add(Width.GROUPS, instance, units // widths.heads_per_group, values)
         if template in trace.expert_templates:
-            add(Width.EXPERTS, str(number), torch.tensor(numbers[1:2]), salience.sum(dtype=torch.float64).cpu()[None])
+            total = salience.sum(dtype=torch.float64).cpu()
+            add(Width.EXPERTS, Instance(number), torch.tensor(numbers[1:2]), total[None])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llmprune_cli.coupling.trace import Binding, Trace, instance_of
+from llmprune_cli.coupling.trace import Binding, Instance, Trace, instance_of
 from llmprune_cli.errors import CheckpointError
 from llmprune_cli.family.widths import HEAD_COUNTS, Width, Widths
 from llmprune_cli.folder.checkpoint import Checkpoint
@@ -35,8 +34,8 @@ def score_magnitude(checkpoint: Checkpoint, trace: Trace, widths: Widths, seed: 
     and columns of all its query heads. An expert's are all its weights and its row in the router.
     """
     terms_of = {template: _terms(trace, template, widths) for template in trace.scored}
-    totals: dict[tuple[str, str], torch.Tensor] = {}
-    terms: dict[tuple[str, str], int] = defaultdict(int)
+    totals: dict[tuple[str, Instance], torch.Tensor] = {}
+    terms: dict[tuple[str, Instance], int] = defaultdict(int)
     scratch = torch.empty(min(SLAB_BYTES, max(entry.size_bytes for entry in checkpoint.entries)), dtype=torch.uint8)
     for entry, tensor in checkpoint.tensors():
         template, numbers = split_name(entry.name)
@@ -49,7 +48,7 @@ def score_magnitude(checkpoint: Checkpoint, trace: Trace, widths: Widths, seed: 
             totals[key].index_add_(0, term.target, sums[term.axis][term.source])
             terms[key] += 1
         if template in trace.expert_templates and template in trace.scored:
-            key = Width.EXPERTS, str(numbers[0])
+            key = Width.EXPERTS, Instance(numbers[0])
             totals.setdefault(key, torch.zeros(widths.num_experts))[numbers[1]] += whole_sum(tensor, scratch)
         progress(entry.size_bytes)
     scores: Scores = defaultdict(dict)
@@ -84,16 +83,16 @@ def check_scores(scores: Scores) -> None:
     for width, by_instance in scores.items():
         for instance, score in by_instance.items():
             if not score.isfinite().all():
-                place = f" of layer {re.split('[.#]', instance)[0]}" if instance else ""
+                place = "" if instance.layer is None else f" of layer {instance.layer}"
                 raise CheckpointError(
                     f"The scores by {width}{place} are NaN or infinite: weights that count there are damaged. Download "
                     "the checkpoint again."
                 )
 
 
-def instances(checkpoint: Checkpoint, trace: Trace) -> Iterator[tuple[str, str]]:
+def instances(checkpoint: Checkpoint, trace: Trace) -> Iterator[tuple[str, Instance]]:
     """Every (width, instance) for which units have to be chosen, each once, in the order of the checkpoint."""
-    seen: dict[tuple[str, str], None] = {}
+    seen: dict[tuple[str, Instance], None] = {}
     for entry in checkpoint.entries:
         template, numbers = split_name(entry.name)
         for binding in trace.on(template):

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from llmprune_cli.choose.magnitude import check_scores
+from llmprune_cli.coupling.trace import Instance
 from llmprune_cli.folder.documents import replace_file
 from llmprune_cli.journal.keys import statistics_key
 from llmprune_cli.plan.units import Scores
@@ -78,7 +79,7 @@ class ActivityForm:
                 scores: Scores = {}
                 for name in json.loads(file.metadata()[ORDER]):
                     width, _, instance = name.partition("/")
-                    scores.setdefault(width, {})[instance] = file.get_tensor(name)
+                    scores.setdefault(width, {})[Instance.parse(instance)] = file.get_tensor(name)
                 return Activity(scores, tuple(file.get_tensor(LAYERS).tolist()))
         except (SafetensorError, OSError, KeyError, TypeError) as error:
             raise ValueError(str(error)) from error

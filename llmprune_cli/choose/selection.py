@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -14,7 +13,9 @@ from llmprune_cli.choose.magnitude import check_scores, instances
 from llmprune_cli.choose.measuring import Activity, Measuring
 from llmprune_cli.choose.search import Candidate, least_target, search_widths
 from llmprune_cli.coupling.subject import Subject
+from llmprune_cli.coupling.trace import Instance
 from llmprune_cli.errors import PlanError
+from llmprune_cli.family.widths import Width
 from llmprune_cli.folder.tensors import split_name
 from llmprune_cli.journal.forms import Json
 from llmprune_cli.options import Choice
@@ -116,13 +117,10 @@ def _of_first(subject: Subject, plan: Plan | None) -> Plan:
 
 def _plan_of(subject: Subject, target: Target, choice: Choice, scores: Scores) -> Plan:
     before = subject.widths
-    stays = {str(layer) for layer in target.layers}
-    scores = {
-        width: {name: own for name, own in by.items() if not name or re.split("[.#]", name)[0] in stays}
-        for width, by in scores.items()
-    }
+    stays = {None, *target.layers}
+    scores = {width: {place: own for place, own in by.items() if place.layer in stays} for width, by in scores.items()}
     if choice.rotate:  # channels are principal components, those with most energy first
-        scores["hidden_size"] = {"": torch.arange(before.hidden_size, 0, -1)}
+        scores[Width.HIDDEN] = {Instance(): torch.arange(before.hidden_size, 0, -1)}
     keep = choose(scores, subject.architecture, target.widths)
     mark = fingerprint(subject.checkpoint)
     return Plan(
@@ -206,7 +204,7 @@ def _completed(subject: Subject, target: Target, scores: Scores, listener: Liste
     """The scores with those by magnitude of widths that several weights read together, which no activity ranks."""
     changed = target.widths.changed_from(subject.widths)
     needed = instances(subject.checkpoint, subject.trace.limited_to(changed))
-    missing = {width for width, name in needed if name not in scores.get(width, {})}
+    missing = {width for width, instance in needed if instance not in scores.get(width, {})}
     if not missing:
         return scores
     listener.warn(f"No activity ranks {', '.join(sorted(missing))} in all layers; magnitude does.")
@@ -218,7 +216,7 @@ def _completed(subject: Subject, target: Target, scores: Scores, listener: Liste
 
 def _score_weights(subject: Subject, target: Target, importance: str, seed: int, listener: Listener) -> Scores:
     changed = target.widths.changed_from(subject.widths)
-    scored = tuple(width for width in changed if width != "num_hidden_layers")
+    scored = tuple(width for width in changed if width != Width.LAYERS)
     if not scored:
         return {}
     stays = [split_name(entry.name)[1][:1] for entry in subject.checkpoint.entries]

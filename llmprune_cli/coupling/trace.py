@@ -2,18 +2,59 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Annotated, Any
 
 import torch
+from pydantic import FailFast
+from pydantic_core import core_schema
 
 from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.family.widths import Width, Widths
 from llmprune_cli.folder.tensors import Shape, split_name
 
-Keep = dict[str, dict[str, tuple[int, ...]]]  # width → instance → sorted indices of the units that stay
-GLOBAL_WIDTHS = ("hidden_size",)  # one choice for the whole residual stream; all else is chosen per layer
+GLOBAL_WIDTHS = (Width.HIDDEN,)  # one choice for the whole residual stream; all else is chosen per layer
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One of the places that choose among the units of a width for themselves; in documents text, such as `3.7#1`."""
+
+    layer: int | None = None  # None where one choice holds for the whole model
+    within: tuple[int, ...] = ()  # numbers that follow the layer's in names of tensors, such as that of an expert
+    component: int = 0  # see `Binding`
+
+    def __str__(self) -> str:
+        numbers = () if self.layer is None else (self.layer, *self.within)
+        return ".".join(map(str, numbers)) + (f"#{self.component}" if self.component else "")
+
+    @classmethod
+    def parse(cls, text: str) -> Instance:
+        """The instance that `str` writes so.
+
+        Raises:
+            ValueError: it writes none so.
+        """
+        if re.fullmatch(r"([0-9]+(\.[0-9]+)*)?(#[0-9]+)?", text):
+            numbers, _, component = text.partition("#")
+            layer, *within = map(int, numbers.split(".")) if numbers else (None,)
+            found = cls(layer, tuple(within), int(component or 0))
+            if str(found) == text:
+                return found
+        raise ValueError(f"{text!r} names no place that chooses units, such as '3' for layer 3 or '' for the model")
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, *_: Any) -> core_schema.CoreSchema:
+        text = core_schema.no_info_after_validator_function(cls.parse, core_schema.str_schema())
+        own = core_schema.is_instance_schema(cls)
+        return core_schema.json_or_python_schema(text, own, serialization=core_schema.to_string_ser_schema())
+
+
+Numbers = Annotated[tuple[int, ...], FailFast()]  # of a long list, the first element that is wrong is enough
+Keep = dict[str, dict[Instance, Numbers]]  # width → instance → sorted indices of the units that stay
 
 
 @dataclass(frozen=True)
@@ -106,7 +147,7 @@ class Trace:
         return replace(
             self,
             bindings=tuple(binding for binding in self.bindings if binding.width in widths),
-            expert_templates=self.expert_templates if "num_experts" in widths else frozenset(),
+            expert_templates=self.expert_templates if Width.EXPERTS in widths else frozenset(),
         )
 
     def check(self, shapes: dict[str, Shape], widths: Widths) -> None:
@@ -125,21 +166,18 @@ class Trace:
                     )
 
 
-def instance_of(binding: Binding, numbers: tuple[int, ...]) -> str:
-    """Which choice of units a tensor follows.
-
-    One for the model (`""`), one for its layer (`"3"`), one for its expert (`"3.7"`); `"3#1"` in a second MLP.
-    """
+def instance_of(binding: Binding, numbers: tuple[int, ...]) -> Instance:
+    """Which choice of units a tensor with these numbers in its name follows: the model's, its layer's, its expert's."""
     if binding.is_global:
-        return ""
-    own = numbers[:1] if binding.width == "num_experts" else numbers
-    return ".".join(map(str, own)) + (f"#{binding.component}" if binding.component else "")
+        return Instance()
+    layer = numbers[0] if numbers else None
+    return Instance(layer, () if binding.width == Width.EXPERTS else numbers[1:], binding.component)
 
 
-def reader_instance(trace: Trace, reader: Reader, number: int, expert: int | None) -> str:
+def reader_instance(trace: Trace, reader: Reader, number: int, expert: int | None) -> Instance:
     """Which choice of units a reader follows, see `instance_of`; experts stacked on disk share one."""
     if reader.width == Width.HEADS:
-        return str(number)
+        return Instance(number)
     same = (b for b in trace.readers if b.width == reader.width and b.component == reader.component)
     binding = next(same)
     numbers = (number,) if expert is None else (number, expert)
@@ -167,7 +205,9 @@ def renumbered(kept: Iterable[int]) -> dict[int, int]:
     return {old: new for new, old in enumerate(kept)}
 
 
-def new_name(name: str, trace: Trace, layers: dict[int, int], experts: dict[str, dict[int, int]] | None) -> str | None:
+def new_name(
+    name: str, trace: Trace, layers: dict[int, int], experts: dict[Instance, dict[int, int]] | None
+) -> str | None:
     """A tensor's name once the remaining layers and experts are numbered anew; None for one that goes.
 
     Args:
@@ -181,7 +221,7 @@ def new_name(name: str, trace: Trace, layers: dict[int, int], experts: dict[str,
         return None
     new = [layers[numbers[0]], *numbers[1:]]
     if experts is not None and template in trace.expert_templates:
-        chosen = experts[str(numbers[0])]
+        chosen = experts[Instance(numbers[0])]
         if numbers[1] not in chosen:
             return None
         new[1] = chosen[numbers[1]]

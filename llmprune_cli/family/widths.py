@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from typing import Any
 
+from pydantic import ConfigDict, with_config
 from transformers import PretrainedConfig
 
 from llmprune_cli.errors import CheckpointError, UnsupportedError
@@ -42,6 +43,7 @@ NEURONS = (Width.NEURONS, Width.EXPERT_NEURONS, Width.SHARED_NEURONS)
 OPTIONAL = (Width.EXPERT_NEURONS, Width.SHARED_NEURONS, Width.EXPERTS)
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Widths:
     """The sizes that every layer shares."""

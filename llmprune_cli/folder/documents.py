@@ -11,9 +11,12 @@ from collections.abc import Iterable
 from contextlib import suppress
 from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.errors import CheckpointError, OutputError
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 MOST_JSON_BYTES = 32 * 2**20  # the index of 150,000 tensors has half of that
 MOST_CONTAINERS = 10**6  # lists and objects of a document, which take much more memory than their brackets
@@ -47,6 +50,19 @@ def read_json(path: Path, most_bytes: int | None = MOST_JSON_BYTES) -> dict[str,
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object.")
     return value
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first field of a document that is not as it should be, and what is the matter with it."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    where, what = place_of(*(part for part in first["loc"] if part != "[key]")), first["msg"]
+    return f"{where}: {what.removeprefix('Value error, ')}" if where else what
+
+
+def place_of(*parts: str | int) -> str:
+    """How a field of a document is spelled: `keep.num_experts["3"][0]`."""
+    spelled = [f".{p}" if isinstance(p, str) and p.isidentifier() else f"[{json.dumps(p)}]" for p in parts]
+    return "".join(spelled).removeprefix(".")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from llmprune_cli.errors import CheckpointError
-from llmprune_cli.folder.documents import read_json, write_json
+from llmprune_cli.folder.documents import first_fault, read_json, write_json
 
 MANIFEST_NAME = "llmprune.json"
 MANIFEST_SCHEMA = 1
@@ -85,9 +85,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return _ADAPTER.validate_python({**{name: document[name] for name in document.keys() & _NAMES}, "other": other})
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"{path} is not a manifest of llmprune ({where}: {first['msg']}). Remove it.") from error
+        raise CheckpointError(f"{path} is not a manifest of llmprune ({first_fault(error)}). Remove it.") from error
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmprune_cli.coupling.trace import Keep
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+
+from llmprune_cli.coupling.trace import Keep, Numbers
 from llmprune_cli.errors import CheckpointError
-from llmprune_cli.family.widths import Widths
+from llmprune_cli.family.widths import FIELDS, Width, Widths
 from llmprune_cli.folder.checkpoint import Checkpoint
-from llmprune_cli.folder.documents import read_json, replace_file
+from llmprune_cli.folder.documents import first_fault, place_of, read_json, replace_file
 
 PLAN_VERSION = 3
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Plan:
     """Everything that surgery needs to know; JSON in, JSON out."""
@@ -27,8 +31,8 @@ class Plan:
     importance: str
     seed: int
     deviations: tuple[str, ...]
-    layers: tuple[int, ...]  # numbers of the layers that stay
-    protected: tuple[int, ...]  # numbers of the layers among them that no one may change
+    layers: Numbers  # numbers of the layers that stay
+    protected: Numbers  # numbers of the layers among them that no one may change
     keep: Keep
 
     @property
@@ -55,7 +59,10 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """A document for `read_plan`."""
-        return {"plan_version": PLAN_VERSION, **asdict(self)}
+        return {"plan_version": PLAN_VERSION, **_ADAPTER.dump_python(self, mode="json")}
+
+
+_ADAPTER = TypeAdapter(Plan)
 
 
 def save_plan(plan: Plan, path: Path) -> None:
@@ -86,40 +93,31 @@ def read_plan(path: Path, most_bytes: int | None = None) -> Plan:
     if document.pop("plan_version", None) != PLAN_VERSION:
         raise CheckpointError(f"{path} is not a plan of version {PLAN_VERSION}. Make one with --save-plan.")
     try:
-        before, after = (Widths(**document.pop(name)) for name in ("before", "after"))
-        keep = {
-            width: {instance: tuple(units) for instance, units in chosen.items()}
-            for width, chosen in document.pop("keep").items()
-        }
-        deviations = tuple(map(str, document.pop("deviations")))
-        layers, protected = tuple(document.pop("layers")), tuple(document.pop("protected"))
-        plan = Plan(
-            before=before,
-            after=after,
-            deviations=deviations,
-            layers=layers,
-            protected=protected,
-            keep=keep,
-            **document,
-        )
-        numbers = [
-            *layers,
-            *protected,
-            *(unit for choice in keep.values() for units in choice.values() for unit in units),
-        ]
-        consistent = all(type(n) is int for n in (*numbers, *asdict(before).values(), *asdict(after).values()))
-        consistent &= type(plan.importance) is type(plan.fingerprint) is str and type(plan.seed) is int
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a plan ({error!r}). Make one with --save-plan.") from error
-    choices = {(width, instance): kept for width, choice in keep.items() for instance, kept in choice.items()}
-    for (width, instance), kept in {**choices, ("num_hidden_layers", ""): layers}.items():
-        whole, part = getattr(before, width, 0), getattr(after, width, 0)
-        inside = consistent and len(kept) == part and kept == tuple(sorted(set(kept)))
-        if not inside or (kept and not 0 <= kept[0] <= kept[-1] < whole):
-            raise CheckpointError(f"{path}: the units kept of {width} {instance} do not match its widths.")
-    if not set(protected) <= set(layers) or (protected and set(plan.changed) - {"num_hidden_layers"}):
-        raise CheckpointError(f"{path}: layers that are protected would change.")
+        plan = _ADAPTER.validate_json(json.dumps(document), strict=True)
+    except ValidationError as error:
+        raise CheckpointError(f"{path} is not a plan ({first_fault(error)}). Make one with --save-plan.") from error
+    for contradiction in _contradictions(plan):
+        raise CheckpointError(f"{path} contradicts itself: {contradiction}. Make a plan anew with --save-plan.")
     return plan
+
+
+def _contradictions(plan: Plan) -> Iterator[str]:
+    """Where the units that stay are not those that the widths speak of, in words."""
+    choices: list[tuple[str, str, Numbers]] = [("layers", Width.LAYERS, plan.layers)]
+    for width, chosen in plan.keep.items():
+        if width not in FIELDS:
+            yield f"{place_of('keep', width)} is not a width"
+        choices += [(place_of("keep", width, str(instance)), width, kept) for instance, kept in chosen.items()]
+    for place, width, kept in choices:
+        whole, part = getattr(plan.before, width), getattr(plan.after, width)
+        if len(kept) != part:
+            yield f"{place} lists {len(kept)} of {whole}, but after.{width} is {part}"
+        if kept != tuple(sorted(set(kept))) or (kept and not 0 <= kept[0] <= kept[-1] < whole):
+            yield f"{place} must be different numbers from 0 to {whole - 1} in their order"
+    if gone := sorted(set(plan.protected) - set(plan.layers)):
+        yield f"protected has layer {gone[0]}, which is not in layers"
+    if plan.protected and (shrinking := set(plan.changed) - {Width.LAYERS}):
+        yield f"layers are protected, but {', '.join(sorted(shrinking))} shrink in all of them"
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from llmprune_cli.coupling.subject import Subject
-from llmprune_cli.coupling.trace import Keep, Trace, kept_mask, new_name, renumbered
+from llmprune_cli.coupling.trace import Instance, Keep, Trace, kept_mask, new_name, renumbered
 from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.family.architecture import with_widths
 from llmprune_cli.family.skeleton import expected_index
-from llmprune_cli.family.widths import NEURONS, Widths
+from llmprune_cli.family.widths import NEURONS, Width, Widths
 from llmprune_cli.folder.tensors import Shape, TensorEntry, split_name
 from llmprune_cli.plan.target import Target
 
@@ -44,15 +44,14 @@ def predicted_tensors(shapes: dict[str, Shape], trace: Trace, before: Widths, ta
         for head in range(after.heads_per_group)
     )
     chosen = {
-        width: tuple(range(getattr(after, width)))
-        for width in ("hidden_size", "num_key_value_heads", "num_experts", *NEURONS)
+        width: tuple(range(getattr(after, width))) for width in (Width.HIDDEN, Width.GROUPS, Width.EXPERTS, *NEURONS)
     }
-    chosen["num_attention_heads"] = heads
+    chosen[Width.HEADS] = heads
     keep: Keep = {width: _Everywhere(units) for width, units in chosen.items()}
     counts: dict[str, dict[int, int]] = {}
     result = {}
-    layers, first_experts = renumbered(target.layers), renumbered(chosen["num_experts"])
-    experts = {str(layer): first_experts for layer in target.layers}
+    layers, first_experts = renumbered(target.layers), renumbered(chosen[Width.EXPERTS])
+    experts = {Instance(layer): first_experts for layer in target.layers}
     for name, shape in shapes.items():
         new = new_name(name, trace, layers, experts)
         if new is None:
@@ -67,11 +66,11 @@ def predicted_tensors(shapes: dict[str, Shape], trace: Trace, before: Widths, ta
     return result
 
 
-class _Everywhere(dict[str, tuple[int, ...]]):
+class _Everywhere(dict[Instance, tuple[int, ...]]):
     """The same units for every instance."""
 
     def __init__(self, units: tuple[int, ...]) -> None:
         self._units = units
 
-    def get(self, instance: str, default: Any = None) -> Any:
+    def get(self, instance: Instance, default: Any = None) -> Any:
         return self._units

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from llmprune_cli.coupling.trace import Keep
+from llmprune_cli.coupling.trace import Instance, Keep
 from llmprune_cli.family.architecture import Architecture
-from llmprune_cli.family.widths import NEURONS, Widths
+from llmprune_cli.family.widths import NEURONS, Width, Widths
 
-Scores = dict[str, dict[str, torch.Tensor]]  # width → instance → score of each unit, float32 [units]
+Scores = dict[str, dict[Instance, torch.Tensor]]  # width → instance → score of each unit, float32 [units]
 
 
 def choose(scores: Scores, architecture: Architecture, after: Widths) -> Keep:
@@ -20,27 +20,26 @@ def choose(scores: Scores, architecture: Architecture, after: Widths) -> Keep:
     keep: Keep = {}
     before = architecture.widths
     changed = after.changed_from(before)
-    for width in ("hidden_size", *NEURONS):
+    for width in (Width.HIDDEN, *NEURONS):
         if width in changed:
             keep[width] = {i: _best(score, getattr(after, width)) for i, score in scores.get(width, {}).items()}
-    if "num_experts" in changed:
+    if Width.EXPERTS in changed:
         groups = architecture.expert_groups
-        by_layer = scores.get("num_experts", {})
-        keep["num_experts"] = {i: _best_evenly(score, groups, after.num_experts) for i, score in by_layer.items()}
-    if "num_attention_heads" not in changed:
+        by_layer = scores.get(Width.EXPERTS, {})
+        keep[Width.EXPERTS] = {i: _best_evenly(score, groups, after.num_experts) for i, score in by_layer.items()}
+    if Width.HEADS not in changed:
         return keep
-    width = "num_attention_heads"
-    keep[width], keep["num_key_value_heads"] = {}, {}
-    for instance, by_head in scores[width].items():
+    keep[Width.HEADS], keep[Width.GROUPS] = {}, {}
+    for instance, by_head in scores[Width.HEADS].items():
         per_group = by_head.view(before.num_key_value_heads, -1)
-        by_group = scores["num_key_value_heads"][instance] if before.heads_per_group > 1 else by_head
+        by_group = scores[Width.GROUPS][instance] if before.heads_per_group > 1 else by_head
         groups_kept = _best(by_group, after.num_key_value_heads)
         heads = [
             group * before.heads_per_group + head
             for group in groups_kept
             for head in _best(per_group[group], after.heads_per_group)
         ]
-        keep[width][instance], keep["num_key_value_heads"][instance] = tuple(heads), groups_kept
+        keep[Width.HEADS][instance], keep[Width.GROUPS][instance] = tuple(heads), groups_kept
     return keep
 
 

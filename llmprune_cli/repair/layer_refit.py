@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llmprune_cli.coupling.trace import Reader, reader_instance
+from llmprune_cli.coupling.trace import Instance, Reader, reader_instance
 from llmprune_cli.errors import CheckpointError, OutputError
 from llmprune_cli.family.widths import HEAD_COUNTS, Width
 from llmprune_cli.folder.documents import fsync
@@ -137,7 +137,7 @@ class LayerRefit:
         weight = self.layer.model.get_parameter(site.name)
         if weight.ndim == 2:
             return (None,)
-        chosen = self.plan.keep.get("num_experts", {}).get(str(self.number))
+        chosen = self.plan.keep.get(Width.EXPERTS, {}).get(Instance(self.number))
         return range(len(weight)) if chosen is None else chosen
 
     def _chunks(self, site: Site, with_all: bool) -> Iterator[Sequence[int | None]]:
@@ -248,7 +248,7 @@ class LayerRefit:
 
     def _silence_biases(self) -> None:
         """Keep the router from picking an expert that goes by a bias that it adds behind its scores."""
-        chosen = self.plan.keep.get("num_experts", {}).get(str(self.number))
+        chosen = self.plan.keep.get(Width.EXPERTS, {}).get(Instance(self.number))
         for buffer in self.layer.block.buffers():
             if chosen is not None and buffer.shape == (self.whole.widths.num_experts,):
                 kept = buffer[list(chosen)].clone()
@@ -256,7 +256,7 @@ class LayerRefit:
 
     def _silence(self, seen: Product) -> torch.Tensor | None:
         """A watcher under which no token picks an expert that goes."""
-        chosen = self.plan.keep.get("num_experts", {}).get(str(self.number))
+        chosen = self.plan.keep.get(Width.EXPERTS, {}).get(Instance(self.number))
         if chosen is None or seen.parameter not in {name.replace("{}", "0", 1) for name in self.whole.trace.routers}:
             return None
         gone = torch.ones(seen.result.shape[-1], dtype=torch.bool, device=seen.result.device)

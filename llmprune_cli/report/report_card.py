@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from llmprune_cli.choose.selection import SEARCH_WINDOWS
-from llmprune_cli.family.widths import read_widths
+from llmprune_cli.coupling.trace import Instance
+from llmprune_cli.family.widths import Width, read_widths
 from llmprune_cli.options import Choice, ModelReference
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.processes import ALONE
@@ -84,7 +85,7 @@ def _run_side_by_side(
         windows: token ids, [N, T].
         progress: told after each layer of the dense model.
     """
-    channels = plan.keep.get("hidden_size", {}).get("")
+    channels = plan.keep.get(Width.HIDDEN, {}).get(Instance())
     clocks, errors = (Clock(), Clock()), []
     ahead, behind = (model.walk(windows, clock.advance) for model, clock in zip((dense, pruned), clocks, strict=True))
     for number, dense_end in enumerate(ahead):

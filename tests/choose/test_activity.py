@@ -10,6 +10,7 @@ import torch
 
 from llmprune_cli.choose.activity import measure_activity
 from llmprune_cli.coupling.subject import understand
+from llmprune_cli.coupling.trace import Instance
 from llmprune_cli.options import ModelReference, Text
 from llmprune_cli.run.calibration import prepare_calibration
 from llmprune_cli.run.layered_model import LayeredModel
@@ -33,7 +34,7 @@ def test_activity_is_what_its_formulas_say(opened: Opened) -> None:
         weight = model.get_submodule(base).weight.double()
         matrix = weight if "llama" in base or "model." in base else weight.T
         expected = matrix.square().sum(0) * seen["x"].double().square().flatten(0, 1).mean(0)
-        torch.testing.assert_close(activity.scores["intermediate_size"]["1"], expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(activity.scores["intermediate_size"][Instance(1)], expected, rtol=1e-5, atol=0)
         cosine = torch.nn.functional.cosine_similarity(hidden[1], hidden[2], dim=-1).double().mean()
         assert activity.influence[1] == pytest.approx(1 - float(cosine), abs=1e-6)
 

@@ -11,10 +11,11 @@ import torch
 
 from llmprune_cli.choose.consensus import agree
 from llmprune_cli.choose.measuring import Activity
+from llmprune_cli.coupling.trace import Instance
 from support.cli import run_cli
 
 
-def activity(**scores: dict[str, torch.Tensor]) -> Activity:
+def activity(**scores: dict[Instance, torch.Tensor]) -> Activity:
     return Activity(scores, (0.5, 0.25))
 
 
@@ -22,18 +23,24 @@ def test_units_go_by_the_sum_of_their_ranks_and_ties_by_the_first() -> None:
     generator = numpy.random.default_rng(3)
     one, other = generator.permutation(50).astype(float), generator.permutation(50).astype(float)
     found = agree(
-        activity(intermediate_size={"0": torch.tensor(one)}),
-        activity(intermediate_size={"0": torch.tensor(other).exp()}),  # another scale and tail, the same ranks
+        activity(intermediate_size={Instance(0): torch.tensor(one)}),
+        activity(intermediate_size={Instance(0): torch.tensor(other).exp()}),  # another scale and tail, the same ranks
     )
-    order = found.scores["intermediate_size"]["0"].argsort().tolist()
+    order = found.scores["intermediate_size"][Instance(0)].argsort().tolist()
     assert order == sorted(range(50), key=lambda unit: (2 * one[unit] + other[unit], one[unit]))
     assert found.influence == (0.5, 0.25)
 
 
 def test_what_only_one_has_measured_goes_by_that_one() -> None:
     found = agree(
-        activity(num_experts={"0": torch.tensor([3.0, 1.0, 2.0])}, num_attention_heads={"1": torch.tensor([2.0, 1.0])}),
-        activity(hidden_size={"": torch.tensor([5.0, 9.0, 7.0])}, num_attention_heads={"0": torch.tensor([1.0, 2.0])}),
+        activity(
+            num_experts={Instance(0): torch.tensor([3.0, 1.0, 2.0])},
+            num_attention_heads={Instance(1): torch.tensor([2.0, 1.0])},
+        ),
+        activity(
+            hidden_size={Instance(): torch.tensor([5.0, 9.0, 7.0])},
+            num_attention_heads={Instance(0): torch.tensor([1.0, 2.0])},
+        ),
     )
     orders = {f"{w} {n}": own.argsort().tolist() for w, by in found.scores.items() for n, own in by.items()}
     assert orders == {
