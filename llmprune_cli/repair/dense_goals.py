@@ -66,16 +66,15 @@ def advance_dense(layer: Layer, number: int, found: Sequence[Site], streams: Str
     fitted, dense = streams.fitted, streams.dense
     known = [site for site in found if site.entry is not None]
     within = {site.name for site in known if not site.ends_layer}
-    if streams.kept is not None:
-        dense.copy_(streams.kept.read((number + 1, "")))
-        return {
-            site.name: streams.kept.read((number, site.name), fitted) if site.name in within else dense[:fitted]
-            for site in known
-        }
     goals = {
         site.name: new_states(dense[:fitted].shape, streams.folder) if site.name in within else dense[:fitted]
         for site in known
     }
+    if streams.kept is not None:
+        streams.kept.read_into(dense, (number + 1, ""))
+        for name in within:
+            streams.kept.read_into(goals[name], (number, name))
+        return goals
 
     def watcher_of(first: int, batch: torch.Tensor) -> Watcher:
         """What follows the residual stream of a batch through the layer, and keeps it where it is a goal."""

@@ -134,12 +134,15 @@ class KeptStates:
     states: DenseStates
     rows: tuple[int, ...]  # their numbers there
 
-    def read(self, place: Place, count: int | None = None) -> torch.Tensor:
-        """The states [M, T, D] at a place, of the first windows or of all."""
-        rows = self.rows[:count]
+    def read(self, place: Place, folder: Path | None = None) -> torch.Tensor:
+        """The states [M, T, D] at a place, see `new_states`."""
         assert self.states.windows is not None
-        found = torch.empty(len(rows), self.states.windows.shape[1], self.states.channels)
-        for into, row in zip(found, rows, strict=True):
+        shape = (len(self.rows), self.states.windows.shape[1], self.states.channels)
+        return self.read_into(new_states(shape, folder), place)
+
+    def read_into(self, found: torch.Tensor, place: Place) -> torch.Tensor:
+        """The states at a place of the first windows, as many as there is room for in [m, T, D]."""
+        for into, row in zip(found, self.rows, strict=False):
             self.states.read(place, row, into)
         return found
 
