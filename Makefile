@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OPTIPFAIR := $(VENV)/.optipfair
 CONSUMERS := $(VENV)/.consumers
+OLDER := $(VENV)-transformers-4
 FUZZ := $(VENV)/.fuzz
 MINUTES ?= 10
 
@@ -88,8 +89,13 @@ bench-calibrated: $(OPTIPFAIR)  ## what a calibrated prune costs, beside a plain
 bench-quality: $(OPTIPFAIR)  ## compare what pruned models are still worth, with other methods at equal size
 	$(BIN)/python tests/tools/bench/quality.py
 
-check-consumers: $(CONSUMERS)  ## run pruned folders through lm-evaluation-harness, peft and mlx-lm
-	$(BIN)/python -m pytest tests/end_to_end/models/test_consumers.py
+$(OLDER)/.installed:
+	$(PYTHON) -m venv $(OLDER)
+	$(OLDER)/bin/pip install --quiet --disable-pip-version-check transformers==4.57.6 torch safetensors
+	touch $@
+
+check-consumers: $(CONSUMERS) $(OLDER)/.installed  ## run pruned folders through lm-eval, peft, mlx-lm and transformers 4
+	LLMPRUNE_OLDER_PYTHON=$(CURDIR)/$(OLDER)/bin/python $(BIN)/python -m pytest tests/end_to_end/models/test_consumers.py tests/end_to_end/models/test_older_transformers.py
 
 check-gpu: $(INSTALLED)  ## the calibrated path on a CUDA device; skipped, with the reason, where there is none
 	$(BIN)/python -m pytest -n0 -rs tests/end_to_end/test_gpu.py
@@ -102,4 +108,4 @@ check-ranges:  ## run the core suite on the lowest versions that pyproject.toml 
 	$(VENV)-lowest/bin/python -m pytest -n auto --dist worksteal -W default
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest demo-output bench-quality-output
+	rm -rf $(VENV) $(VENV)-lowest $(OLDER) demo-output bench-quality-output

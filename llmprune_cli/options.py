@@ -344,7 +344,7 @@ class Conversion:
     ] = None
     converter: Annotated[Path | None, Option("llama.cpp's convert_hf_to_gguf.py, to write gguf with.", METHOD)] = None
     compat: Annotated[
-        bool, Option("Write config.json for readers of older ones too (rope_theta, torch_dtype).", METHOD)
+        bool, Option("Changes nothing: config.json is always written for readers of older ones too.", METHOD)
     ] = False
     kv_cache: Annotated[bool, Option("Whether an onnx graph has a key-value cache.", METHOD)] = True
     max_shard_size: Annotated[str, Option("Largest shard, such as 500MB or 5GB.", OUTPUT, check=parse_size)] = "5GB"

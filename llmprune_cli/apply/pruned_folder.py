@@ -12,6 +12,7 @@ from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.coupling.trace import Keep, Trace
 from llmprune_cli.errors import VerificationError
 from llmprune_cli.family.architecture import Architecture, with_widths
+from llmprune_cli.family.written import write_config
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.manifest import Manifest, Numbers, WidthNumbers, write_manifest
 from llmprune_cli.folder.shards import read_index, write_shards
@@ -43,7 +44,7 @@ def write_pruned(
     listener.stage("Writing", checkpoint.size_bytes)
     tensors = pruned_tensors(checkpoint, subject.trace, plan, listener.advance, subject.folded_norms)
     checksums = write_shards(folder, entries, tensors, max_shard_bytes)
-    with_widths(subject.architecture, plan.after, plan.layers).save_pretrained(folder)
+    write_config(with_widths(subject.architecture, plan.after, plan.layers), folder)
     copy_companions(checkpoint, folder)
     write_manifest(folder, manifest)
     written = {entry.name: entry.shape for entry in read_index(folder)}

@@ -97,12 +97,10 @@ def _options(form: Format, output: Path, conversion: Conversion) -> ExportOption
         raise UsageError("--converter writes gguf; give --format gguf with it.")
     if conversion.converter is not None and not conversion.converter.is_file():
         raise UsageError(f"--converter: {conversion.converter} is not a file.")
-    if conversion.compat and name != "safetensors":
-        raise UsageError("--compat is about config.json; give --format safetensors with it.")
     if not conversion.kv_cache and name != "onnx":
         raise UsageError("--no-kv-cache is about onnx; give --format onnx with it.")
     most = parse_size(conversion.max_shard_size)
-    return ExportOptions(dtype, most, conversion.converter, conversion.kv_cache, conversion.compat)
+    return ExportOptions(dtype, most, conversion.converter, conversion.kv_cache)
 
 
 def _why_not_verified(form: Format, checkpoint: Checkpoint, conversion: Conversion) -> str | None:

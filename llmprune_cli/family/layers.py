@@ -15,6 +15,8 @@ LEADING = ("first_k_dense_replace", "max_window_layers", "num_dense_layers")
 SPARSE_STEP = "decoder_sparse_step"  # every n-th layer is a mixture of experts, but for `mlp_only_layers`
 # Fields that say which layers are special by a rhythm: every period-th, starting at the offset.
 PERIODIC = (("attn_layer_period", "attn_layer_offset"), ("expert_layer_period", "expert_layer_offset"))
+# Fields that count layers behind the last one, which predict further tokens; transformers leaves their weights out.
+FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 # Lists that are not about layers, whatever their length.
 NOT_LAYERS = ("token_id", "_limit", "_multipliers")
 
@@ -104,6 +106,19 @@ def _rhythm(kept: Sequence[int], period: int, offset: int, name: str) -> tuple[i
             if special == [layer % every == start for layer in range(len(kept))]:
                 return every, start
     raise ValueError(f"no {name} describes the layers that would stay. Drop whole periods, or the last layers")
+
+
+def further_layers(config: PretrainedConfig) -> range:
+    """The numbers of the layers behind the last one, which predict further tokens."""
+    counts = [value for name in FURTHER_LAYERS if isinstance(value := getattr(config, name, None), int)]
+    layers = getattr(config, "num_hidden_layers", None) or 0
+    return range(layers, layers + max(counts, default=0))
+
+
+def every_nth(special: Sequence[bool]) -> int | None:
+    """The n for which exactly every n-th layer is special, more than there are layers if none is; None for no such."""
+    numbers = range(1, len(special) + 2)
+    return next((n for n in numbers if [not layer % n for layer in range(1, len(special) + 1)] == [*special]), None)
 
 
 def _is_per_layer(config: PretrainedConfig, name: str, value: Any) -> bool:

@@ -25,7 +25,6 @@ class ExportOptions:
     max_shard_bytes: int = 5 * 10**9
     converter: Path | None = None  # llama.cpp's convert_hf_to_gguf.py, which then writes instead
     kv_cache: bool = True  # whether a graph takes and gives keys and values
-    compat: bool = False  # whether config.json is written for readers of older ones as well
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmprune_cli.errors import UnsupportedError, first_line
+from llmprune_cli.family.written import write_config
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.shards import check_finite
 from llmprune_cli.formats.format import Fit
@@ -135,5 +136,5 @@ def write_beside(checkpoint: Checkpoint, model: PreTrainedModel, folder: Path) -
     """Configuration, tokenizer, chat template and generation config, which a graph does not hold."""
     config = type(checkpoint.config).from_dict(checkpoint.config.to_dict())
     config.dtype = model.dtype
-    config.save_pretrained(folder)
+    write_config(config, folder)
     copy_companions(checkpoint, folder)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from llmprune_cli.family.written import write_config
 from llmprune_cli.folder.checkpoint import Checkpoint
-from llmprune_cli.folder.documents import read_json, write_json
 from llmprune_cli.folder.shards import write_shards
 from llmprune_cli.folder.tensors import BY_NAME, DTYPES, SHORT_DTYPES, TensorEntry
 from llmprune_cli.formats.format import ExportOptions, Fit, Format
@@ -39,29 +38,9 @@ def write_safetensors(
     config = type(checkpoint.config).from_dict(checkpoint.config.to_dict())
     if dtype:
         config.dtype = dtype
-    config.save_pretrained(folder)
-    if options.compat:
-        path = folder / "config.json"
-        write_json(path, add_older_settings(read_json(path)))
+    write_config(config, folder)
     copy_companions(checkpoint, folder)
     return checksums
-
-
-def add_older_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json with what transformers 4 wrote beside what is written today: `torch_dtype`, `rope_theta` and so on.
-
-    Where full and sliding layers turn at different speeds, the older names are those of Gemma 3.
-    """
-    older: dict[str, Any] = {"torch_dtype": config.get("dtype")}
-    rope = config.get("rope_parameters") or {}
-    full, sliding = rope.get("full_attention", rope), rope.get("sliding_attention") or {}
-    older["rope_theta"] = full.get("rope_theta")
-    older["rope_local_base_freq"] = sliding.get("rope_theta")
-    older["partial_rotary_factor"] = full.get("partial_rotary_factor")
-    if full.get("rope_type", "default") != "default":
-        older["rope_scaling"] = {k: v for k, v in full.items() if k not in ("rope_theta", "partial_rotary_factor")}
-        older["rope_scaling"]["type"] = full["rope_type"]
-    return {**config, **{name: value for name, value in older.items() if value is not None and name not in config}}
 
 
 SAFETENSORS = Format(

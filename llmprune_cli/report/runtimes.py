@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from llmprune_cli.family.written import NTH_ALONE, nth_layers
 from llmprune_cli.formats import FORMATS, load_format
 from llmprune_cli.formats.format import Fit
 
@@ -44,8 +45,8 @@ def _fit_ctranslate2(config: PretrainedConfig) -> Fit:
 
 
 def _fit_mlx(config: PretrainedConfig) -> Fit:
-    base = (getattr(config, "rope_parameters", None) or {}).get("rope_theta", 10000.0)
-    return Fit(
-        True,
-        "" if base == 10000.0 else "after `llmprune export --compat`; without it mlx-lm assumes a RoPE base of 10,000",
-    )
+    field, settings = NTH_ALONE.get(config.model_type, ""), config.to_dict()
+    windows = field != "sliding_window_pattern" or settings.get("sliding_window")
+    if not field or not windows or nth_layers(config.model_type, settings)[field] is not None:
+        return Fit(loads=True)
+    return Fit(False, f"reads {field} alone, and no such number describes the kinds of layers here")

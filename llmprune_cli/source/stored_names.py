@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmprune_cli.errors import CheckpointError, UnsupportedError
+from llmprune_cli.family.layers import further_layers
 from llmprune_cli.family.skeleton import build_skeleton
 from llmprune_cli.folder.tensors import split_name
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 # Buffers that older checkpoints store, that no current model reads and that not every family lists.
 STRAY = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.attn\.causal_mask|\.attention\.(masked_)?bias)$")
+
+# Parts that predict further tokens, whatever a family calls them.
+FURTHER = re.compile(r"(^|\.)mtp[._]")
 
 # A tensor's place: its parameter in memory, the conversion that leads there if any, and the numbers in its name, which
 # tell apart the experts that such a conversion stacks.
@@ -47,6 +51,7 @@ class Rules:
         self.prefix = model.base_model_prefix
         self.parameters = model.state_dict()
         self.buffers = {name for name, _ in model.named_buffers()} - self.parameters.keys()
+        self.further = further_layers(model.config.get_text_config())
         self.ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
 
     def locate(self, name: str) -> Place:
@@ -62,8 +67,9 @@ class Rules:
     def ignores(self, name: str) -> bool:
         """Whether the model leaves such a tensor out without a word."""
         memory = self.locate(name)[0]
-        listed = any(pattern.search(memory) for pattern in self.ignored)
-        return listed or memory in self.buffers or bool(STRAY.search(name))
+        listed = any(pattern.search(memory) for pattern in (*self.ignored, FURTHER))
+        is_further = any(number in self.further for number in split_name(memory)[1][:1])
+        return listed or is_further or memory in self.buffers or bool(STRAY.search(name))
 
 
 class OuterRules(Rules):

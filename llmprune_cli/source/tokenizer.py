@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmprune_cli.errors import CheckpointError, MissingPackageError
+from llmprune_cli.family.skeleton import is_remote
 from llmprune_cli.folder.checkpoint import Checkpoint
-from llmprune_cli.folder.documents import is_there
+from llmprune_cli.folder.documents import is_there, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,7 +65,7 @@ def _is_installed(module: str) -> bool:
 
 
 def copy_companions(checkpoint: Checkpoint, target: Path) -> None:
-    """Copy tokenizer, chat templates and generation config as they are.
+    """Copy tokenizer, chat templates and generation config as they are, and the code that these and the model name.
 
     Raises:
         CheckpointError: one of them cannot be read.
@@ -76,6 +77,15 @@ def copy_companions(checkpoint: Checkpoint, target: Path) -> None:
     for source in sorted(checkpoint.companions.glob("additional_chat_templates/*.jinja")):
         (target / source.parent.name).mkdir(exist_ok=True)
         copy_small(source, target / source.parent.name / source.name)
+    for source in _code_of(checkpoint):
+        copy_small(source, target / source.name)
+
+
+def _code_of(checkpoint: Checkpoint) -> list[Path]:
+    """The Python files of a model or a tokenizer whose class came with it; nothing here runs them."""
+    settings = checkpoint.companions / "tokenizer_config.json"
+    named = read_json(settings, MOST_COMPANION_BYTES).get("auto_map") if settings.is_file() else None
+    return sorted(checkpoint.companions.glob("*.py")) if named or is_remote(checkpoint.config) else []
 
 
 def _check_size(path: Path) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from support.cli import run_cli
 
@@ -24,11 +27,23 @@ def test_inspect_and_a_dry_run_say_what_will_not_load(make_tiny: Callable[..., P
 
 
 def test_runtimes_outside_are_named_where_they_stumble(make_tiny: Callable[..., Path]) -> None:
-    model = make_tiny("llama", rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
+    model = make_tiny("llama")
     notes = {}
     for options in ([], list(HEADS)):
         document = json.loads(run_cli("inspect", model, *options, "--json").stdout)
         notes[bool(options)] = {fit["runtime"]: (fit["loads"], fit["note"]) for fit in document["runtimes"]}
     assert "CTranslate2" not in notes[False] and not notes[True]["CTranslate2"][0]
-    assert notes[False]["mlx-lm"][0] and "--compat" in notes[False]["mlx-lm"][1]
     assert notes[True]["llama.cpp"] == (True, "")
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "cohere2", "qwen3_next"])
+def test_a_runtime_that_places_every_nth_layer_is_named_where_none_fits(
+    family: str, tiny_of: Callable[[str], Path]
+) -> None:
+    def fits(*dropped: str) -> dict[str, Any]:
+        document = json.loads(run_cli("inspect", tiny_of(family), *dropped, "--json").stdout)
+        return {fit["runtime"]: fit for fit in document["runtimes"]}
+
+    assert "mlx-lm" not in fits()
+    fit = fits("--drop-layers", "2")["mlx-lm"]
+    assert not fit["loads"] and ("sliding_window_pattern" in fit["note"] or "full_attention_interval" in fit["note"])

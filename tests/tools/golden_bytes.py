@@ -47,7 +47,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "gemma3": ("prune", "gemma3_text", "--pruning-ratio", "0.25", *TINY_TEXT),
     "random": ("prune", "llama", "--pruning-ratio", "0.5", "--importance", "random", "--refit", "none", "--seed", "3"),
     "export safetensors": ("export", "smollm2", "--dtype", "float16", "--max-shard-size", "50MB"),
-    "export compat": ("export", "smollm2", "--compat"),
+    "export": ("export", "smollm2"),
     "export from gguf": ("export", "whole.gguf"),
     "export gguf": ("export", "smollm2", "--format", "gguf", "--dtype", "q8_0", "--no-verify"),
     "export onnx": ("export", "llama", "--format", "onnx"),

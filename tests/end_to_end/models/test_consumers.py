@@ -84,10 +84,10 @@ def test_peft_tunes_and_merges_a_pruned_folder(pruned: Path, tmp_path: Path) -> 
     torch.testing.assert_close(merged, tuned, rtol=1e-3, atol=1e-3)
 
 
-def test_mlx_computes_the_same_with_older_settings(pruned: Path, tmp_path: Path) -> None:
+def test_mlx_computes_the_same(pruned: Path, tmp_path: Path) -> None:
     """In float32, as both round bfloat16 in ways of their own."""
     pytest.importorskip("mlx_lm", reason="mlx_lm is not installed; run make check-consumers")
-    run = run_cli("export", pruned, "--dtype", "float32", "--compat", "--output", tmp_path / "compat")
+    run = run_cli("export", pruned, "--dtype", "float32", "--output", tmp_path / "whole")
     assert run.code == 0, run.stderr
     code = (
         "import sys, mlx.core as mx, mlx_lm, numpy\n"
@@ -95,10 +95,10 @@ def test_mlx_computes_the_same_with_older_settings(pruned: Path, tmp_path: Path)
         "tokens = tokenizer.encode('The history of the city is one of trade and war.')\n"
         "numpy.savez(sys.argv[2], tokens=tokens, logits=numpy.array(model(mx.array([tokens]))))"
     )
-    subprocess.run([sys.executable, "-c", code, tmp_path / "compat", tmp_path / "mlx.npz"], check=True)
+    subprocess.run([sys.executable, "-c", code, tmp_path / "whole", tmp_path / "mlx.npz"], check=True)
     found = numpy.load(tmp_path / "mlx.npz")
     with torch.no_grad():
-        logits = load_stock(tmp_path / "compat")(torch.tensor(found["tokens"])[None]).logits
+        logits = load_stock(tmp_path / "whole")(torch.tensor(found["tokens"])[None]).logits
     ours, theirs = logits.log_softmax(-1), torch.tensor(found["logits"]).log_softmax(-1)
     assert (ours.exp() * (ours - theirs)).sum(-1).mean() < 1e-5
 
