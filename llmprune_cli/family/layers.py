@@ -9,16 +9,21 @@ from transformers import PretrainedConfig
 
 from llmprune_cli.folder.tensors import Shape, split_name
 
-# Fields that name layers by number, and fields that count the first layers which differ from the rest.
+# Fields that name layers by number, and how the names of others end that do.
 NUMBERED = ("mlp_only_layers", "full_attn_idxs", "attn_layer_indices", "cross_attention_layers", "global_attn_layers")
-LEADING = ("first_k_dense_replace", "max_window_layers", "num_dense_layers")
+NUMBERED_ENDS = ("_layers", "_layer_ids", "_layer_idx", "_layer_indices", "_idxs")
+LEADING = ("first_k_dense_replace", "max_window_layers", "num_dense_layers")  # count the first layers, which differ
+KV_SHARED = "num_kv_shared_layers"  # counts the last layers, which take the keys and values of earlier ones
+# Lists in which a layer may take what the last one before it of another kind has computed: the first kind of the two.
+BORROWING = {"indexer_types": ("shared", "full")}
 SPARSE_STEP = "decoder_sparse_step"  # every n-th layer is a mixture of experts, but for `mlp_only_layers`
 # Fields that say which layers are special by a rhythm: every period-th, starting at the offset.
 PERIODIC = (("attn_layer_period", "attn_layer_offset"), ("expert_layer_period", "expert_layer_offset"))
 # Fields that count layers behind the last one, which predict further tokens; transformers leaves their weights out.
 FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
+BY_LAYER = ("no_rope_layers",)  # lists with an item for each layer that are named like lists of numbers
 # Lists that are not about layers, whatever their length.
-NOT_LAYERS = ("token_id", "_limit", "_multipliers")
+NOT_LAYERS = ("token_id", "_limit", "_multipliers", "id2label", "label2id")
 
 
 def find_layer_kinds(config: PretrainedConfig, shapes: dict[str, Shape]) -> tuple[int, ...]:
@@ -58,21 +63,29 @@ def sample_layers(config: PretrainedConfig, kinds: Sequence[int], each: int) -> 
 def layer_changes(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
     """The fields to set so that a configuration describes only some of its layers, in their order.
 
-    Lists with one item for each layer are cut, layer numbers are renumbered, counts of leading layers are recounted,
-    a rhythm of sparse layers becomes the list of its dense ones, and any other rhythm gets the period that fits.
+    What has one item for each layer is cut, layer numbers are renumbered, counts of leading or last layers are
+    recounted, a rhythm of sparse layers becomes the list of its dense ones, and any other rhythm gets the period that
+    fits.
 
     Raises:
-        ValueError: no period fits the layers that are kept.
+        ValueError: no period fits the layers that are kept, or one of them takes what another has computed that goes.
     """
     position = {layer: new for new, layer in enumerate(kept)}
     changes: dict[str, Any] = {"num_hidden_layers": len(kept)}
-    for name, value in config.to_dict().items():
-        if name in NUMBERED and isinstance(value, list):
+    settings = config.to_dict()
+    for name, value in settings.items():
+        if _names_layers(config, name, value):
             changes[name] = [position[layer] for layer in value if layer in position]
+        elif _is_by_layer(config, name, value):
+            changes[name] = {str(position[int(key)]): own for key, own in value.items() if int(key) in position}
         elif name in LEADING and isinstance(value, int):
             changes[name] = sum(layer < value for layer in kept)
+        elif name == KV_SHARED and value:
+            changes[name] = sum(layer >= config.num_hidden_layers - value for layer in kept)
         elif _is_per_layer(config, name, value):
-            changes[name] = [value[layer] for layer in kept]
+            items = [value[layer] for layer in kept]
+            changes[name] = "".join(items) if isinstance(value, str) else items
+    _check_lenders(settings, kept)
     step = getattr(config, SPARSE_STEP, 1)
     if isinstance(step, int) and step > 1:
         named = set(getattr(config, "mlp_only_layers", None) or ())
@@ -121,6 +134,51 @@ def every_nth(special: Sequence[bool]) -> int | None:
     return next((n for n in numbers if [not layer % n for layer in range(1, len(special) + 1)] == [*special]), None)
 
 
+def _check_lenders(settings: dict[str, Any], kept: Sequence[int]) -> None:
+    """Hold every layer that takes what another one has computed against the layers that stay.
+
+    Raises:
+        ValueError: it would take that of another layer, or find none.
+    """
+    layers = settings["num_hidden_layers"]
+    taken = []  # layers that borrow, and those that they borrow from
+    for name, (borrows, lends) in BORROWING.items():
+        kinds = settings.get(name) or []
+        taken += [(layer, _last(kinds[:layer], lends)) for layer, kind in enumerate(kinds) if kind == borrows]
+    first_shared = layers - (settings.get(KV_SHARED) or 0)
+    kinds = settings.get("layer_types") or [""] * layers
+    taken += [(layer, _last(kinds[:first_shared], kinds[layer])) for layer in range(first_shared, layers)]
+    for layer, lender in taken:
+        if layer in kept and lender is not None and lender not in kept:
+            raise ValueError(f"layer {layer} takes what layer {lender} computes, which would go. Drop both or neither")
+
+
+def _last(kinds: Sequence[str], kind: str) -> int | None:
+    """The last layer of a kind."""
+    return max((layer for layer, own in enumerate(kinds) if own == kind), default=None)
+
+
+def _names_layers(config: PretrainedConfig, name: str, value: Any) -> bool:
+    """Whether a setting is a list of layer numbers: by its name, or in ascending order and named like one."""
+    if not isinstance(value, list):
+        return False
+    numbers = range(config.num_hidden_layers)
+    ascending = all(type(item) is int and item in numbers for item in value) and value == sorted(set(value))
+    is_usual = name.endswith(NUMBERED_ENDS) and ascending and (len(value) < len(numbers) or value == [*numbers])
+    return name in NUMBERED or (is_usual and name not in BY_LAYER and len(value) > 0)
+
+
+def _is_by_layer(config: PretrainedConfig, name: str, value: Any) -> bool:
+    """Whether a setting is a dictionary whose keys are layer numbers."""
+    if not isinstance(value, dict) or not value or name.endswith(NOT_LAYERS):
+        return False
+    numbers = [str(key) for key in value]
+    return all(number.isdecimal() and int(number) < config.num_hidden_layers for number in numbers)
+
+
 def _is_per_layer(config: PretrainedConfig, name: str, value: Any) -> bool:
-    is_list = isinstance(value, list) and len(value) == config.num_hidden_layers
-    return is_list and name not in (*NUMBERED, "architectures") and not name.endswith(NOT_LAYERS)
+    """Whether a setting has one item for each layer: a list, or a letter for each in a pattern."""
+    is_listed = isinstance(value, list) or (isinstance(value, str) and name.endswith("_pattern"))
+    if not is_listed or len(value) != config.num_hidden_layers:
+        return False
+    return name not in (*NUMBERED, "architectures") and not name.endswith(NOT_LAYERS) and not name.startswith("mtp_")

@@ -84,6 +84,27 @@ CHANGES: list[tuple[int, dict[str, Any], tuple[int, ...], dict[str, Any]]] = [
     (4, {"first_k_dense_replace": 2}, (0, 3), {"first_k_dense_replace": 1}),
     (4, {"first_k_dense_replace": 2}, (2, 3), {"first_k_dense_replace": 0}),
     (4, {"num_dense_layers": 4}, (2, 3), {"num_dense_layers": 2}),
+    (4, {"hybrid_layer_ids": [0, 2]}, (1, 2, 3), {"hybrid_layer_ids": [1]}),
+    (3, {"moe_layers": [0, 1, 2]}, (1, 2), {"moe_layers": [0, 1]}),
+    (4, {"ple_layer_ids": [3]}, (0, 1), {"ple_layer_ids": []}),
+    (2, {"no_rope_layers": [0, 1]}, (1,), {"no_rope_layers": [1]}),  # one for each, although they could be numbers
+    (4, {"layers_block_type": ["a", "b", "c", "d"]}, (0, 3), {"layers_block_type": ["a", "d"]}),
+    (4, {"hybrid_override_pattern": "M*M-"}, (0, 1, 3), {"hybrid_override_pattern": "M*-"}),
+    (
+        12,
+        {"settings_by_layer": {"05": {"head_dim": 8}, "11": {"head_dim": 4}}},
+        (5, 6),
+        {"settings_by_layer": {"0": {"head_dim": 8}}},
+    ),
+    (2, {"id2label": {0: "A", 1: "B"}, "mtp_layer_types": ["a", "b"]}, (1,), {}),
+    (4, {"num_kv_shared_layers": 2}, (0, 1, 3), {"num_kv_shared_layers": 1}),
+    (
+        4,
+        {"num_kv_shared_layers": 2, "layer_types": ["a", "b", "a", "b"]},
+        (0, 2),
+        {"num_kv_shared_layers": 1, "layer_types": ["a", "a"]},
+    ),
+    (4, {"indexer_types": ["full", "full", "shared", "shared"]}, (1, 3), {"indexer_types": ["full", "shared"]}),
     (6, {"decoder_sparse_step": 1, "mlp_only_layers": []}, (0, 5), {"mlp_only_layers": []}),
     (6, {"decoder_sparse_step": 2}, (0, 1, 3), {"decoder_sparse_step": 1, "mlp_only_layers": [0]}),
     (
@@ -108,6 +129,22 @@ def test_settings_follow_the_layers_that_stay(
     config = of_layers(count, **settings)
     assert can_keep_layers(config, kept)
     assert layer_changes(config, kept) == {"num_hidden_layers": len(kept), **expected}
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"indexer_types": ["full", "full", "shared", "shared"]}, (0, 2, 3)),
+        ({"indexer_types": ["full", "shared", "full", "shared"]}, (0, 1, 3)),
+        ({"num_kv_shared_layers": 1}, (0, 1, 3)),
+        ({"num_kv_shared_layers": 2, "layer_types": ["a", "b", "a", "b"]}, (0, 2, 3)),
+    ],
+)
+def test_layers_that_take_what_another_computes_stay_with_it(settings: dict[str, Any], kept: tuple[int, ...]) -> None:
+    config = of_layers(4, **settings)
+    assert not can_keep_layers(config, kept)
+    with pytest.raises(ValueError, match=r"layer \d takes what layer \d computes, which would go"):
+        layer_changes(config, kept)
 
 
 def is_special(config: PretrainedConfig, layer: int) -> tuple[bool, bool]:
