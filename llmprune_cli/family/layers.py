@@ -85,7 +85,7 @@ def layer_changes(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, An
         elif _is_per_layer(config, name, value):
             items = [value[layer] for layer in kept]
             changes[name] = "".join(items) if isinstance(value, str) else items
-    _check_lenders(settings, kept)
+    _check_lenders(settings, config.num_hidden_layers, kept)
     step = getattr(config, SPARSE_STEP, 1)
     if isinstance(step, int) and step > 1:
         named = set(getattr(config, "mlp_only_layers", None) or ())
@@ -134,13 +134,12 @@ def every_nth(special: Sequence[bool]) -> int | None:
     return next((n for n in numbers if [not layer % n for layer in range(1, len(special) + 1)] == [*special]), None)
 
 
-def _check_lenders(settings: dict[str, Any], kept: Sequence[int]) -> None:
+def _check_lenders(settings: dict[str, Any], layers: int, kept: Sequence[int]) -> None:
     """Hold every layer that takes what another one has computed against the layers that stay.
 
     Raises:
         ValueError: it would take that of another layer, or find none.
     """
-    layers = settings["num_hidden_layers"]
     taken = []  # layers that borrow, and those that they borrow from
     for name, (borrows, lends) in BORROWING.items():
         kinds = settings.get(name) or []
