@@ -11,6 +11,7 @@ from rich.table import Table
 from llmprune_cli.cli.parameters import COMMON, AsJson, takes
 from llmprune_cli.cli.tables import new_console, number_text, print_json, size_text
 from llmprune_cli.options import Evaluation, ModelReference
+from llmprune_cli.startup.loading import loading
 
 if TYPE_CHECKING:
     from llmprune_cli.report.results import EvalReport
@@ -23,8 +24,9 @@ def eval_command(
     model: ModelReference, evaluation: Evaluation, compare: Compare = None, as_json: AsJson = False
 ) -> None:
     """Measure perplexity: mean over windows of the mean negative log-likelihood, exponentiated."""
-    from llmprune_cli.cli.progress import progress_on_stderr
-    from llmprune_cli.commands.evaluate import evaluate
+    with loading():
+        from llmprune_cli.cli.progress import progress_on_stderr
+        from llmprune_cli.commands.evaluate import evaluate
 
     other = replace(model, name=compare, revision=None) if compare else None
     with progress_on_stderr() as listener:

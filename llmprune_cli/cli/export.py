@@ -10,6 +10,7 @@ import typer
 from llmprune_cli.cli.parameters import COMMON, AsJson, takes
 from llmprune_cli.cli.tables import new_console, print_json, size_text
 from llmprune_cli.options import OUTPUT, Conversion, ModelReference
+from llmprune_cli.startup.loading import loading
 
 if TYPE_CHECKING:
     from llmprune_cli.report.results import ExportResult
@@ -29,8 +30,9 @@ def export_command(
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint in another format, dtype or shard size, and prove it in the runtime that reads it."""
-    from llmprune_cli.cli.progress import progress_on_stderr
-    from llmprune_cli.commands.export import export
+    with loading():
+        from llmprune_cli.cli.progress import progress_on_stderr
+        from llmprune_cli.commands.export import export
 
     with progress_on_stderr() as listener:
         result = export(model, output, overwrite, conversion, listener)

@@ -23,6 +23,7 @@ from llmprune_cli.cli.tables import (
 )
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.options import Choice, Delivery, Evaluation, ModelReference, Scratch, Text
+from llmprune_cli.startup.loading import loading
 
 if TYPE_CHECKING:
     from llmprune_cli.family.widths import Widths
@@ -48,8 +49,9 @@ def prune_command(
 ) -> None:
     """Remove channels, heads, neurons, experts and layers, and write a smaller checkpoint."""
     request = PruneRequest(model, choice, text, delivery, scratch, evaluation if evaluate else None)
-    from llmprune_cli.cli.progress import progress_on_stderr
-    from llmprune_cli.commands.prune import prune
+    with loading():
+        from llmprune_cli.cli.progress import progress_on_stderr
+        from llmprune_cli.commands.prune import prune
 
     with progress_on_stderr() as listener:
         result = prune(request, listener)

@@ -28,7 +28,7 @@ WIDTH_LABELS = {
 
 def print_json(result: Any) -> None:
     """Print a result as one JSON document; a number that JSON lacks becomes null."""
-    from llmprune_cli.report.documents import to_json
+    from llmprune_cli.report.results import to_json
 
     sys.stdout.write(to_json(result) + "\n")
     sys.stdout.flush()  # here, where a reader that went away is no bug of ours

@@ -1,19 +1,18 @@
-"""`inspect`: what a model is, and what a request would make of it."""
+"""`inspect`: what a model is, and what a request would make of it.
+
+What it found out is remembered, and a run that asks again loads no more than that takes: hence the imports within
+functions.
+"""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
-from llmprune_cli.coupling.subject import understand
-from llmprune_cli.family.architecture import with_widths
-from llmprune_cli.folder.integrity import check_files
 from llmprune_cli.options import ModelReference, WidthRequest
-from llmprune_cli.plan.legal import legal_values
-from llmprune_cli.plan.predict import predict
-from llmprune_cli.plan.target import resolve
 from llmprune_cli.report.results import SCHEMA_VERSION, InspectResult, VerifyResult, summarize
-from llmprune_cli.report.runtimes import runtime_fits
-from llmprune_cli.source.opening import open_checkpoint
+from llmprune_cli.startup.loading import loading
+from llmprune_cli.startup.remembered import recall, remember, remembered_in, state_of
 
 
 def inspect(reference: ModelReference, request: WidthRequest) -> InspectResult:
@@ -22,6 +21,33 @@ def inspect(reference: ModelReference, request: WidthRequest) -> InspectResult:
     Raises:
         LlmpruneError: it cannot be read, or cannot be pruned so.
     """
+    place = _remembered_in(reference, request)
+    known = recall(place, InspectResult)
+    if known is None:
+        with loading():
+            known = _find_out(reference, request)
+        remember(place, known)
+    return known
+
+
+def _remembered_in(reference: ModelReference, request: WidthRequest) -> Path | None:
+    """The file for what is found out about a model on this machine; None where its own code may run."""
+    state = state_of(Path(reference.name))
+    if state is None or reference.trust_remote_code:
+        return None
+    return remembered_in("inspect", str(Path.cwd()), asdict(reference), asdict(request), state)
+
+
+def _find_out(reference: ModelReference, request: WidthRequest) -> InspectResult:
+    """See `inspect`."""
+    from llmprune_cli.coupling.subject import understand
+    from llmprune_cli.family.architecture import with_widths
+    from llmprune_cli.plan.legal import legal_values
+    from llmprune_cli.plan.predict import predict
+    from llmprune_cli.plan.target import resolve
+    from llmprune_cli.report.runtimes import runtime_fits
+    from llmprune_cli.source.opening import open_checkpoint
+
     with open_checkpoint(reference, need_weights=False) as checkpoint:
         subject = understand(checkpoint)
         target = None if request.is_empty else resolve(subject.architecture, subject.trace.refused, request)
@@ -53,5 +79,7 @@ def verify_folder(folder: Path) -> VerifyResult:
     Raises:
         CheckpointError, VerificationError: see `check_files`.
     """
+    from llmprune_cli.folder.integrity import check_files
+
     found = check_files(folder)
     return VerifyResult(SCHEMA_VERSION, str(folder), found.files, found.size_bytes, found.parameters)

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
-
-from llmprune_cli import __version__
 from llmprune_cli.coupling.discovery import trace
 from llmprune_cli.coupling.trace import Trace
 from llmprune_cli.coupling.twin import one_thread, settle_head_dim
-from llmprune_cli.errors import LlmpruneError, UnsupportedError
+from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.family.architecture import Architecture, discover
 from llmprune_cli.family.skeleton import is_remote
 from llmprune_cli.family.widths import Widths
 from llmprune_cli.folder.checkpoint import Checkpoint
-from llmprune_cli.folder.documents import replace_file
 from llmprune_cli.processes import ALONE, Processes
-
-PACKAGES = ("torch", "transformers")  # that decide what is found out
-CODE = ("coupling", "family")  # folders of the package that find it out
+from llmprune_cli.startup.remembered import recall, remember, remembered_in
 
 
 @dataclass(frozen=True)
@@ -86,12 +76,12 @@ def find_coupling(architecture: Architecture) -> tuple[Architecture, Trace]:
         UnsupportedError: no twin can be built.
     """
     place = _remembered_in(architecture)
-    known = _recall(place)
+    known = recall(place, Coupling)
     if known is None:
         with one_thread():
             settled = settle_head_dim(architecture)
             known = Coupling(settled.explicit_head_dim, settled.hidden_follows_heads, trace(settled))
-        _remember(place, known)
+        remember(place, known)
     settled = replace(
         architecture,
         explicit_head_dim=known.explicit_head_dim,
@@ -105,33 +95,5 @@ def _remembered_in(architecture: Architecture) -> Path | None:
     config = architecture.config
     if is_remote(config):
         return None
-    code = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in _code()]
     own = replace(architecture, config=None)  # type: ignore[arg-type]
-    versions = [__version__, *map(version, PACKAGES)]
-    key = json.dumps([type(config).__name__, config.to_dict(), repr(own), versions, code], sort_keys=True, default=str)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "llmprune" / f"{config.model_type}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
-
-
-def _code() -> list[Path]:
-    package = Path(__file__).parents[1]
-    return sorted(path for folder in CODE for path in (package / folder).glob("*.py"))
-
-
-def _recall(place: Path | None) -> Coupling | None:
-    """What a file remembers; None where there is none that can be read."""
-    try:
-        return None if place is None else TypeAdapter(Coupling).validate_json(place.read_bytes())
-    except (OSError, ValidationError):
-        return None
-
-
-def _remember(place: Path | None, found: Coupling) -> None:
-    """Write it, if the user's cache can be written."""
-    if place is None:
-        return
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(place, [TypeAdapter(Coupling).dump_json(found)])
-    except (OSError, LlmpruneError):
-        return
+    return remembered_in(config.model_type, type(config).__name__, config.to_dict(), repr(own))

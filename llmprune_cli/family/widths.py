@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, with_config
-from transformers import PretrainedConfig
 
 from llmprune_cli.errors import CheckpointError, UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 class Width(StrEnum):

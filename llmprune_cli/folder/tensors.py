@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Shape = tuple[int, ...]
 
@@ -15,41 +17,40 @@ class Dtype:
     """One kind of numbers that a tensor is stored in."""
 
     code: str  # safetensors' name, for example "BF16"
-    torch: torch.dtype
+    name: str  # what torch, transformers and `--dtype` call it, for example "bfloat16"
+    size_bytes: int  # of one number
     is_weight: bool = False  # whether a model computes with it as it is; otherwise it counts, or is quantized
     short: str = ""  # what other tools call it, of those that weights can be converted to
 
     @property
-    def name(self) -> str:
-        """What torch, transformers and `--dtype` call it, for example "bfloat16"."""
-        return str(self.torch).removeprefix("torch.")
+    def torch(self) -> torch.dtype:
+        """The same in torch."""
+        import torch
 
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of one number."""
-        return self.torch.itemsize
+        dtype: torch.dtype = getattr(torch, self.name)
+        return dtype
 
 
 # By safetensors' names.
 DTYPES = {
     dtype.code: dtype
     for dtype in (
-        Dtype("F64", torch.float64, is_weight=True),
-        Dtype("F32", torch.float32, is_weight=True, short="f32"),
-        Dtype("F16", torch.float16, is_weight=True, short="f16"),
-        Dtype("BF16", torch.bfloat16, is_weight=True, short="bf16"),
-        Dtype("F8_E4M3", torch.float8_e4m3fn),
-        Dtype("F8_E5M2", torch.float8_e5m2),
-        Dtype("F8_E8M0", torch.float8_e8m0fnu),
-        Dtype("I64", torch.int64),
-        Dtype("I32", torch.int32),
-        Dtype("I16", torch.int16),
-        Dtype("I8", torch.int8),
-        Dtype("U64", torch.uint64),
-        Dtype("U32", torch.uint32),
-        Dtype("U16", torch.uint16),
-        Dtype("U8", torch.uint8),
-        Dtype("BOOL", torch.bool),
+        Dtype("F64", "float64", 8, is_weight=True),
+        Dtype("F32", "float32", 4, is_weight=True, short="f32"),
+        Dtype("F16", "float16", 2, is_weight=True, short="f16"),
+        Dtype("BF16", "bfloat16", 2, is_weight=True, short="bf16"),
+        Dtype("F8_E4M3", "float8_e4m3fn", 1),
+        Dtype("F8_E5M2", "float8_e5m2", 1),
+        Dtype("F8_E8M0", "float8_e8m0fnu", 1),
+        Dtype("I64", "int64", 8),
+        Dtype("I32", "int32", 4),
+        Dtype("I16", "int16", 2),
+        Dtype("I8", "int8", 1),
+        Dtype("U64", "uint64", 8),
+        Dtype("U32", "uint32", 4),
+        Dtype("U16", "uint16", 2),
+        Dtype("U8", "uint8", 1),
+        Dtype("BOOL", "bool", 1),
     )
 }
 BY_NAME = {dtype.name: dtype for dtype in DTYPES.values()}

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-import torch
-
-from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.tensors import DTYPES
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig
+
+    from llmprune_cli.folder.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,23 @@ class Limits:
     same_tokens: bool = True  # whether it has to choose the same tokens, near ties aside
 
 
+@dataclass(frozen=True)
+class Verification:
+    """How an exported model compares with transformers in float32."""
+
+    runtime: str  # its package and version
+    prompts: int
+    tokens: int  # that were chosen and compared
+    kl: float  # mean KL(transformers ‖ runtime) of the next token, nats
+    kl_limit: float  # larger for a model that transformers itself computes otherwise in bfloat16
+    largest_difference: float  # of a log-probability of a token that transformers gives more than 1e-4
+    same_tokens: float  # share of the tokens that transformers would have chosen too
+
+
 # What a format may be from transformers in plain dtypes.
 FLOAT_LIMITS = {"float32": Limits(1e-5), **dict.fromkeys(("float16", "bfloat16"), Limits(1e-3, same_tokens=False))}
 
-Write = Callable[[Checkpoint, Path, ExportOptions, Callable[[int], None]], dict[str, str]]
+Write = Callable[["Checkpoint", Path, ExportOptions, Callable[[int], None]], dict[str, str]]
 
 
 @dataclass(frozen=True)

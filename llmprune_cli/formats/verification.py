@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 
 from llmprune_cli.errors import CheckpointError, VerificationError, first_line
 from llmprune_cli.folder.checkpoint import Checkpoint
-from llmprune_cli.formats.format import Format, Limits, Runtime, Tokenizes
+from llmprune_cli.formats.format import Format, Limits, Runtime, Tokenizes, Verification
 from llmprune_cli.source.full_model import load_model
 from llmprune_cli.source.tokenizer import load_tokenizer
 
@@ -31,19 +31,6 @@ TIE = 1e-3  # nats: where the two likeliest tokens are this close, either is rig
 USUAL_COST = 1e-3  # nats that bfloat16 costs a model in transformers, without raising what an export may cost
 ROUNDINGS = 2  # times that cost are fine: two ways to round differ from each other as much as from float32
 NEVER = -1e4  # logit of a token that the runtime does not speak of
-
-
-@dataclass(frozen=True)
-class Verification:
-    """How an exported model compares with transformers in float32."""
-
-    runtime: str  # its package and version
-    prompts: int
-    tokens: int  # that were chosen and compared
-    kl: float  # mean KL(transformers ‖ runtime) of the next token, nats
-    kl_limit: float  # larger for a model that transformers itself computes otherwise in bfloat16
-    largest_difference: float  # of a log-probability of a token that transformers gives more than 1e-4
-    same_tokens: float  # share of the tokens that transformers would have chosen too
 
 
 def missing_runtime(form: Format) -> str | None:

@@ -1,4 +1,4 @@
-"""Results as JSON documents, and the schemas that describe these."""
+"""The documents that are printed or written as JSON, and the schemas that describe these."""
 
 from __future__ import annotations
 
@@ -25,11 +25,6 @@ DOCUMENTS: dict[str, type] = {
 def adapter_of(kind: Any) -> TypeAdapter[Any]:
     """What reads and writes values of a type."""
     return TypeAdapter(kind)
-
-
-def to_json(result: Any) -> str:
-    """A result as indented JSON; a number that JSON lacks becomes null."""
-    return adapter_of(type(result)).dump_json(result, indent=2).decode()
 
 
 def schema_of(name: str) -> dict[str, Any]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from pydantic import TypeAdapter
 
 from llmprune_cli.family.widths import Widths
 from llmprune_cli.folder.tensors import Shape, TensorEntry, split_name
-from llmprune_cli.formats.verification import Verification
+from llmprune_cli.formats.format import Verification
 from llmprune_cli.report.runtimes import RuntimeFit
 
 SCHEMA_VERSION = 1
@@ -172,6 +175,11 @@ class ExportResult:
     note: str  # in which form a runtime takes it, where that is not its own
     verification: Verification | None
     unverified: str  # why nothing was verified
+
+
+def to_json(result: Any) -> str:
+    """A result as indented JSON; a number that JSON lacks becomes null."""
+    return TypeAdapter(type(result)).dump_json(result, indent=2).decode()
 
 
 def summarize(entries: Sequence[TensorEntry], widths: Widths) -> ModelSummary:

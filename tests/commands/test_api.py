@@ -14,7 +14,7 @@ import pytest
 
 import llmprune_cli
 from llmprune_cli import LlmpruneError, Plan, Progress, UsageError, evaluate, export, inspect, prune
-from llmprune_cli.report.documents import to_json
+from llmprune_cli.report.results import to_json
 from support.cli import BY_MAGNITUDE, run_cli
 from support.stock import written_tensors
 

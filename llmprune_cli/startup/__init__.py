@@ -1,0 +1,1 @@
+"""A quick start: libraries that load without pauses, and what earlier runs found out."""
