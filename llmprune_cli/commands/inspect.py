@@ -6,10 +6,12 @@ functions.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict
 from pathlib import Path
 
 from llmprune_cli.options import ModelReference, WidthRequest
+from llmprune_cli.progress import LOGGER
 from llmprune_cli.report.results import SCHEMA_VERSION, InspectResult, VerifyResult, summarize
 from llmprune_cli.startup.loading import loading
 from llmprune_cli.startup.remembered import recall, remember, remembered_in, state_of
@@ -24,10 +26,26 @@ def inspect(reference: ModelReference, request: WidthRequest) -> InspectResult:
     place = _remembered_in(reference, request)
     known = recall(place, InspectResult)
     if known is None:
-        with loading():
-            known = _find_out(reference, request)
-        remember(place, known)
+        warned = _Warned()
+        LOGGER.addHandler(warned)
+        try:
+            with loading():
+                known = _find_out(reference, request)
+        finally:
+            LOGGER.removeHandler(warned)
+        if not warned.times:  # a warning is for every run
+            remember(place, known)
     return known
+
+
+class _Warned(logging.Handler):
+    """Counts warnings."""
+
+    times = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Count one."""
+        self.times += record.levelno >= logging.WARNING
 
 
 def _remembered_in(reference: ModelReference, request: WidthRequest) -> Path | None:

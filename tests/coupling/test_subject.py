@@ -6,7 +6,6 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,6 +13,7 @@ from llmprune_cli.coupling import subject
 from llmprune_cli.coupling.subject import find_coupling
 from llmprune_cli.coupling.trace import Trace
 from llmprune_cli.family.architecture import Architecture
+from llmprune_cli.startup import remembered
 from support import families
 from support.opened import Opened
 
@@ -60,18 +60,17 @@ def test_a_damaged_memory_is_no_memory(
 
 
 @pytest.mark.parametrize("opened", ["llama"], indirect=True)
-def test_another_architecture_version_or_code_is_traced_anew(
+def test_another_architecture_or_version_is_traced_anew(
     opened: Opened, traced: list[Architecture], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     architecture = opened.subject.architecture
     find_coupling(architecture)
     find_coupling(replace(architecture, hidden_multiple_of_heads=not architecture.hidden_multiple_of_heads))
     assert len(traced) == 2
-    monkeypatch.setattr(subject, "version", lambda name: "0")
+    monkeypatch.setattr(remembered, "versions", lambda: ["torch 0"])
     find_coupling(architecture)
     assert len(traced) == 3
-    code: list[Any] = subject._code()
-    monkeypatch.setattr(subject, "_code", lambda: code[:-1])
+    monkeypatch.setattr(remembered, "__version__", "0")
     find_coupling(architecture)
     assert len(traced) == 4
 

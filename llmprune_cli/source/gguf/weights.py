@@ -19,7 +19,7 @@ from llmprune_cli.source.gguf.configuration import read_configuration
 from llmprune_cli.source.gguf.header import header_of, read_briefly
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # transformers' classes that make one of its tensors of each tensor in the file, whatever the others are.
 ONE_BY_ONE = {
@@ -60,7 +60,7 @@ def convert_gguf(path: Path, dtype: str | None, target: Path) -> None:
         CheckpointError: missing or unreadable.
         UnsupportedError: something that transformers cannot read from GGUF, or reads wrongly.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     config, architecture = _describe(path, dtype)
     plain = BY_NAME[dtype or DEQUANTIZED_DTYPE].torch
@@ -75,9 +75,33 @@ def convert_gguf(path: Path, dtype: str | None, target: Path) -> None:
                 path.parent, gguf_file=path.name, config=config, dtype=plain, output_loading_info=True
             )
             save_plain(loaded[0], loaded[1], path, target)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = _load_tokenizer(path)
     with scratch_space():
         tokenizer.save_pretrained(target)
+
+
+def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a GGUF file.
+
+    transformers reads the configuration first, and on the way there the whole vocabulary in a way that takes seconds:
+    it gets that from a header without one.
+    """
+    from transformers import AutoTokenizer, modeling_gguf_pytorch_utils
+
+    library: Any = modeling_gguf_pytorch_utils
+    read: Any = library.load_gguf_checkpoint
+    with scratch_folder() as folder:
+        header = header_of(path, folder)
+
+        def read_header(asked: Any, *arguments: Any, **named: Any) -> Any:
+            return read(header if Path(asked) == path else asked, *arguments, **named)
+
+        library.load_gguf_checkpoint = read_header
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        finally:
+            library.load_gguf_checkpoint = read
+    return tokenizer
 
 
 @contextmanager
@@ -159,7 +183,7 @@ def _stream(
             tensor = stored[entry.name]
             weights = dequantize(tensor.data, tensor.tensor_type)
             made = processor.process(weights=weights, name=tensor.name).weights
-            found = torch.from_numpy(made.copy()).to(dtype)
+            found = torch.from_numpy(made if made.flags.writeable else made.copy()).to(dtype)  # the file itself is not
             if tuple(found.shape) != entry.shape:
                 raise CheckpointError(f"it lacks {entry.name}, or has it in another shape ({family}).")
             yield entry, found
