@@ -37,6 +37,20 @@ def test_gpt2_without_its_prefix_and_with_its_masks(tmp_path: Path) -> None:
     assert "h.0.attn.bias" in table and "28 tensors" in table
 
 
+def test_masks_that_codegen_once_stored(tmp_path: Path) -> None:
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 8, "n_inner": 96, "rotary_dim": 4, "n_positions": 64}
+    plain = save_tiny(tmp_path / "plain", "codegen", **sizes)
+
+    def with_masks(tensors: Tensors) -> Tensors:
+        masks = {f"transformer.h.{layer}.attn.causal_mask": torch.ones(1, 1, 64, 64).bool() for layer in range(2)}
+        return {**tensors, **masks}
+
+    manifest = assert_prune_alike(
+        plain, rewrite(plain, tmp_path / "form", with_masks), tmp_path, "--intermediate-size", "24"
+    )
+    assert len(manifest["dropped_tensors"]) == 2
+
+
 def test_frequencies_that_every_layer_once_stored(tiny_llama: Path, tmp_path: Path) -> None:
     extra = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(2)}
     form = rewrite(tiny_llama, tmp_path / "form", lambda tensors: {**tensors, **extra})
@@ -165,3 +179,5 @@ def test_gemma_3_with_its_eyes_prunes_as_its_text_model(tmp_path: Path, layout: 
     assert len(manifest["dropped_tensors"]) == 3 and len(manifest["renamed_tensors"]) > 20
     document = json.loads(run_cli("inspect", form, "--json").stdout)
     assert document["model_type"] == "gemma3_text"
+    warned = run_cli("inspect", form).stderr
+    assert ("vision" in warned and "gemma3 model" in warned) == (config == "gemma3")

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from llmprune_cli.source import tokenizer
 from support.cli import BY_MAGNITUDE, run_cli
+from support.gguf_files import gguf_pair
 from support.refusals import CHECKPOINT, UNSUPPORTED, assert_prune_refused, assert_refused, edit_json, state_of
 
 
@@ -38,6 +40,45 @@ def test_a_file_that_only_claims_to_be_gguf(tmp_path: Path) -> None:
 def test_a_truncated_gguf_file(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\x00\x00\x00\x05\x00\x00\x00")
     assert_prune_refused(tmp_path / "model.gguf", tmp_path, CHECKPOINT, "model.gguf")
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_part_of_a_gguf_file_says_how_to_join_them(tmp_path: Path, number: int) -> None:
+    gguf = pytest.importorskip("gguf")
+    _, whole = gguf_pair(tmp_path, "qwen2")
+    source = gguf.GGUFReader(whole)
+    writer = gguf.GGUFWriter(None, "qwen2", split_max_tensors=8)
+    for key, setting in source.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture" and len(setting.types) == 1:
+            writer.add_key_value(key, setting.contents(), setting.types[0])
+    for tensor in source.tensors:
+        writer.add_tensor(tensor.name, tensor.data.copy(), raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file(tmp_path / "parts.gguf")
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (part,) = tmp_path.glob(f"parts-0000{number}-of-*.gguf")
+    assert_prune_refused(part, tmp_path, UNSUPPORTED, f"part {number} of", "llama-gguf-split --merge")
+
+
+@pytest.mark.parametrize("name", ["LlamaForSequenceClassification", "BertForMaskedLM", "LlamaForTokenClassification"])
+def test_a_model_for_another_purpose_is_called_by_its_name(model: Path, tmp_path: Path, name: str) -> None:
+    edit_json(model / "config.json", lambda config: config.update(architectures=[name]))
+    assert_prune_refused(model, tmp_path, UNSUPPORTED, name, "no causal language model")
+
+
+@pytest.mark.parametrize("missing", [("sentencepiece",), ("google.protobuf",), ("sentencepiece", "google.protobuf")])
+def test_a_tokenizer_that_needs_a_package_names_it_and_ends_the_run(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...]
+) -> None:
+    """Nothing is pruned by magnitude instead, which nobody asked for."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+    (model / "tokenizer.model").write_bytes(b"unreadable here")
+    monkeypatch.setattr(tokenizer, "find_spec", lambda name: None if name in missing else name)
+    run = run_cli("prune", model, "--intermediate-size", "24", "--output", tmp_path / "out")
+    assert_refused(run, UNSUPPORTED, "tokenizer.model", "pip install", missing[0].removeprefix("google."))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_instead_of_a_folder(model: Path, tmp_path: Path) -> None:
