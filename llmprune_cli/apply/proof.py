@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from llmprune_cli.apply.answers import Answers, answer, differ
+from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.coupling.trace import Binding, Instance, Keep, Trace, kept_mask, new_name, renumbered
 from llmprune_cli.coupling.twin import Twin, build_twin, proof_sizes
-from llmprune_cli.errors import UnsupportedError, first_line
+from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.family.architecture import Architecture
+from llmprune_cli.family.kept_layers import check_kept_layers
 from llmprune_cli.family.layers import can_keep_layers
-from llmprune_cli.family.skeleton import expected_index
+from llmprune_cli.family.skeleton import expected_index, on_disk
 from llmprune_cli.family.widths import NEURONS, Width, Widths
 from llmprune_cli.folder.scratch import scratch_folder, scratch_space
 from llmprune_cli.folder.tensors import split_name
@@ -33,16 +36,35 @@ UNPICKED = -1e4  # weight of a router's row that no token picks
 Prune = Callable[[Path, Path, Trace, Architecture, Target], Keep]
 
 
-def prove(architecture: Architecture, traced: Trace, changed: tuple[str, ...], prune: Prune) -> None:
+def prove_target(subject: Subject, target: Target, prune: Prune) -> None:
+    """Prove a change of widths on a twin, and that the layers that stay remain what they are.
+
+    Args:
+        prune: see `prove`.
+
+    Raises:
+        UnsupportedError: it does not hold.
+    """
+    changed, layers = target.widths.changed_from(subject.widths), target.layers
+    if "num_hidden_layers" in changed:
+        check_kept_layers(subject.architecture.config, layers)
+    renumbers = layers != tuple(range(len(layers)))
+    prove(subject.architecture, subject.trace, changed, prune, renumbers)
+
+
+def prove(
+    architecture: Architecture, traced: Trace, changed: tuple[str, ...], prune: Prune, renumbers: bool = True
+) -> None:
     """Prune a twin of other sizes for real and hold the result against a dense model without the same units.
 
     The pruned twin must load through stock `AutoModelForCausalLM` with no missing, unexpected or mismatched key, and
     its logits must equal those of the dense twin in which whatever reads a removed unit is zero and every norm over a
-    pruned axis sees the kept elements only.
+    pruned axis sees the kept elements only: of a batch, with padding and from a cache.
 
     Args:
         changed: the widths to prune together, names of `Widths` fields; without any there is nothing to prove.
         prune: prune a saved folder into another; returns the units kept, by width and instance.
+        renumbers: whether layers that stay get other numbers, since one goes before them.
 
     Raises:
         UnsupportedError: the proof does not hold, with the tensor, axis or width to blame.
@@ -52,7 +74,7 @@ def prove(architecture: Architecture, traced: Trace, changed: tuple[str, ...], p
     drops_layers = Width.LAYERS in changed
     twin = build_twin(architecture, proof_sizes(architecture.config, drops_layers))
     traced.check(expected_index(twin.architecture.config), twin.architecture.widths)
-    target = half_of(twin.architecture, changed)
+    target = half_of(twin.architecture, changed, renumbers)
     if Width.EXPERTS in changed:
         _keep_positive(twin)
     with scratch_folder() as folder:
@@ -61,21 +83,27 @@ def prove(architecture: Architecture, traced: Trace, changed: tuple[str, ...], p
             twin.model.save_pretrained(dense)
             pruned.mkdir()
             keep = prune(dense, pruned, traced, twin.architecture, target)
-            _silence_removed(dense, traced, twin.architecture.widths, target.layers, keep)
+            kept = _Kept(traced, twin.architecture.widths, target.layers, keep)
+            _silence_removed(dense, kept, _stored_buffers(twin.model))
         whole, part = (_load_stock(folder, architecture.config.model_type) for folder in (dense, pruned))
-    kept = _Kept(traced, twin.architecture.widths, target.layers, keep)
-    try:
-        difference = _compare(whole, part, twin.tokens, kept)
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-        raise UnsupportedError(
-            f"The twin proof fails for {architecture.config.model_type}: pruned in {', '.join(changed)}, it does not "
-            f"run ({first_line(error)}). Prune other widths."
-        ) from error
+    difference, way = differ(_answer_without(whole, part, twin.tokens, kept), answer(part, twin.tokens))
     if not difference <= TOLERANCE:
         raise UnsupportedError(
             f"The twin proof fails for {architecture.config.model_type}: pruning {', '.join(changed)} changes the "
-            f"logits by {difference:.1e} of their size where the removed units are not read. Prune other widths."
+            f"logits by {difference:.1e} of their size {way}, where the removed units are not read. "
+            f"{_advice(architecture, traced, changed, prune, renumbers)}"
         )
+
+
+def _advice(architecture: Architecture, traced: Trace, changed: tuple[str, ...], prune: Prune, renumbers: bool) -> str:
+    """What to do where the proof does not hold."""
+    if not renumbers or "num_hidden_layers" not in changed:
+        return "Prune other widths."
+    try:
+        prove(architecture, traced, changed, prune, False)
+    except UnsupportedError:
+        return "Prune other widths."
+    return "What a layer computes follows its number here, so that only the last layers can go (--drop-layers)."
 
 
 @dataclass(frozen=True)
@@ -88,8 +116,12 @@ class _Kept:
     keep: Keep
 
 
-def half_of(architecture: Architecture, changed: tuple[str, ...]) -> Target:
-    """About half of each width to prune, within the rules; of the layers, all but one that has its like."""
+def half_of(architecture: Architecture, changed: tuple[str, ...], renumbers: bool = True) -> Target:
+    """About half of each width to prune, within the rules; of the layers, all but one that has its like.
+
+    Args:
+        renumbers: whether that is an early one, so that others get new numbers, or the last of a kind.
+    """
     before = architecture.widths
     groups, per_group = before.num_key_value_heads, before.heads_per_group
     if Width.GROUPS in changed:
@@ -106,9 +138,7 @@ def half_of(architecture: Architecture, changed: tuple[str, ...]) -> Target:
         hidden -= hidden % heads
     layers = tuple(range(before.num_hidden_layers))
     if Width.LAYERS in changed and len(layers) > 1:
-        repeated = [layer for layer, kind in enumerate(architecture.layer_kinds) if kind != layer]
-        choices = (tuple(other for other in layers if other != layer) for layer in (*repeated, *layers))
-        layers = next(kept for kept in choices if can_keep_layers(architecture.config, kept))
+        layers = _without_one(architecture, layers, renumbers)
     widths = replace(
         before,
         hidden_size=hidden,
@@ -118,6 +148,15 @@ def half_of(architecture: Architecture, changed: tuple[str, ...]) -> Target:
         **{width: getattr(before, width) // 2 for width in (*NEURONS, Width.EXPERTS) if width in changed},
     )
     return Target(widths, layers, ())
+
+
+def _without_one(architecture: Architecture, layers: tuple[int, ...], renumbers: bool) -> tuple[int, ...]:
+    """All layers but one: the first that has its like behind it, or the last layer."""
+    kinds = architecture.layer_kinds
+    early = [layer for layer in layers if kinds[layer] in kinds[layer + 1 :]]
+    order = (*early, *layers) if renumbers else (layers[-1], *reversed(early), *layers)
+    choices = (tuple(other for other in layers if other != layer) for layer in order)
+    return next(kept for kept in choices if can_keep_layers(architecture.config, kept))
 
 
 def _keep_positive(twin: Twin) -> None:
@@ -150,11 +189,19 @@ def _load_stock(folder: Path, family: str) -> PreTrainedModel:
     return model
 
 
-def _silence_removed(folder: Path, traced: Trace, widths: Widths, layers: tuple[int, ...], keep: Keep) -> None:
-    """In a saved dense twin, zero whatever reads a removed head or neuron and all of a removed layer.
+def _stored_buffers(model: PreTrainedModel) -> frozenset[str]:
+    """The names on disk of what is stored beside the weights."""
+    state = model.state_dict()
+    return frozenset(on_disk(model, {name: own for name, own in model.named_buffers() if name in state}))
 
-    The router's row of a removed expert becomes so negative that no token with a positive sum over its channels picks
-    it, or gives it weight in a softmax.
+
+def _silence_removed(folder: Path, kept: _Kept, buffers: Collection[str]) -> None:
+    """In a saved dense twin, zero whatever reads a removed head or neuron and all weights of a removed layer.
+
+    What is stored beside the weights stays: a scale of zero would silence all layers.
+
+    The router's row of a removed expert, and what is added to its score, become so negative that no token with a
+    positive sum over its channels picks it, or gives it weight in a softmax.
     """
     from safetensors.torch import load_file, save_file
 
@@ -162,14 +209,15 @@ def _silence_removed(folder: Path, traced: Trace, widths: Widths, layers: tuple[
         tensors = load_file(path)
         for name, tensor in tensors.items():
             template, numbers = split_name(name)
-            if numbers and numbers[0] not in layers:
-                tensor.zero_()
+            if numbers and numbers[0] not in kept.layers:
+                tensor.mul_(name in buffers)
                 continue
-            for binding in traced.on(template):
-                reads = binding in traced.readers
-                routes = binding.width == Width.EXPERTS and tensor.ndim == 2 and Width.EXPERTS in keep
-                if reads or (routes and _is_router(traced, template)):
-                    mask = kept_mask(traced, template, binding.axis, numbers, keep, widths)
+            for binding in kept.trace.on(template):
+                reads = binding in kept.trace.readers
+                routes = binding.width == Width.EXPERTS and Width.EXPERTS in kept.keep
+                routes &= name in buffers if tensor.ndim == 1 else tensor.ndim == 2 and _is_router(kept.trace, template)
+                if reads or routes:
+                    mask = kept_mask(kept.trace, template, binding.axis, numbers, kept.keep, kept.before)
                     tensor.index_fill_(binding.axis, (~mask).nonzero().flatten(), 0 if reads else UNPICKED)
         save_file(tensors, path, metadata={"format": "pt"})
 
@@ -180,8 +228,8 @@ def _is_router(traced: Trace, template: str) -> bool:
     return axes.get(0) == Width.EXPERTS and axes.get(1) in (None, Width.HIDDEN) and template.endswith("weight")
 
 
-def _compare(dense: PreTrainedModel, pruned: PreTrainedModel, tokens: torch.Tensor, kept: _Kept) -> float:
-    """Largest difference of logits, relative to the largest logit.
+def _answer_without(dense: PreTrainedModel, pruned: PreTrainedModel, tokens: torch.Tensor, kept: _Kept) -> Answers:
+    """What the dense twin answers where norms see the kept elements only.
 
     The removed channels' embeddings are zero as well, for families that read the residual stream without a norm.
     """
@@ -191,9 +239,7 @@ def _compare(dense: PreTrainedModel, pruned: PreTrainedModel, tokens: torch.Tens
             removed = torch.ones(embedding.shape[1], dtype=torch.bool)
             removed[torch.tensor(channels)] = False
             embedding[:, removed] = 0
-        dense_logits = dense(input_ids=tokens, use_cache=False).logits
-        pruned_logits = pruned(input_ids=tokens, use_cache=False).logits
-    return float((dense_logits - pruned_logits).abs().max() / dense_logits.abs().max())
+        return answer(dense, tokens)
 
 
 def _normed(traced: Trace, name: str, module: nn.Module) -> Binding | None:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmprune_cli.apply.proof import prove
+from llmprune_cli.apply.proof import prove_target
 from llmprune_cli.apply.pruned_folder import make_manifest, prune_twin, write_pruned
 from llmprune_cli.apply.second_opinion import hold_against_torch_pruning
 from llmprune_cli.choose.search import Candidate
@@ -143,7 +143,7 @@ def _run(
         warn_of_shared_text(text.corpus, evaluated.corpus, listener.warn)
     if processes.is_first:
         with one_thread():
-            prove(subject.architecture, subject.trace, target.widths.changed_from(subject.widths), prune_twin)
+            prove_target(subject, target, prune_twin)
             hold_against_torch_pruning(subject.architecture, subject.trace)
     with ExitStack() as stack:
         bench = Workbench(layered(subject, request, choice), text, listener, Journal(subject.processes))
@@ -171,6 +171,8 @@ def _choose_and_write(
     elif request.needs_weights:
         selection = select(bench, decided.target, choice)
         target = target_of(selection.plan)
+    if subject.processes.is_first and target.layers != decided.target.layers:
+        prove_target(subject, target, prune_twin)
     target = _tell(request, choice, selection, decided, target, bench)
     repairs: tuple[LayerRepair, ...] = ()
     repaired = subject

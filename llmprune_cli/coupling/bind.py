@@ -179,6 +179,10 @@ def bind_experts(twin: Twin) -> Experts:
     count = twin.architecture.widths.num_experts
     if not count:
         return Experts()
+    tables = [name for name, tensor in twin.model.state_dict().items() if not tensor.is_floating_point()]
+    if tables:
+        table = split_name(tables[0])[0]
+        return Experts(reason=f"{table} names experts by their numbers, and cannot do without any of them")
     bound = followers_of(twin, "num_experts", 1)
     if bound is None or not (bound.disk or bound.new):
         return Experts(reason="no tensor follows the number of experts")

@@ -17,6 +17,7 @@ from llmprune_cli.family.widths import HEAD_COUNTS, NEURONS, field_changes
 
 TOKENS = 24  # length of the twin's input
 WINDOW = 6  # of sliding attention, so that it matters within the input
+WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size", "window_size", "index_topk")
 VOCABULARY = 32
 SEED = 20241  # of the twin's weights; any seed must give the same trace
 # Sizes of latent attention in the twin, and how many heads it has there (they are not traced).
@@ -76,7 +77,7 @@ def trace_sizes(config: PretrainedConfig) -> TwinSizes:
 
 def proof_sizes(config: PretrainedConfig, drops_layers: bool) -> TwinSizes:
     """Other sizes than those that were traced, large enough to lose half of every width."""
-    layers = 2 if drops_layers else 1
+    layers = 3 if drops_layers else 1
     return TwinSizes(_small_head_dims(config)[1], 8, 24, experts=8, experts_per_token=2, layers_per_kind=layers)
 
 
@@ -127,9 +128,27 @@ def build_twin(architecture: Architecture, sizes: TwinSizes) -> Twin:
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.copy_(1 + 0.2 * noise if parameter.ndim == 1 else noise / parameter.shape[-1] ** 0.5)
+        _fill_buffers(model, max(2, widths.num_experts), generator)
     tokens = torch.randint(3, VOCABULARY, (1, TOKENS), generator=generator)
     own_kinds = tuple(layers.index(architecture.layer_kinds[layer]) for layer in layers)
     return Twin(replace(architecture, config=small, widths=widths, layer_kinds=own_kinds), model, tokens)
+
+
+def _fill_buffers(model: PreTrainedModel, numbers: int, generator: torch.Generator) -> None:
+    """Give what is stored beside the weights values as trained models have them: no two alike, and none zero.
+
+    Args:
+        numbers: below which whole numbers are drawn, as they are those of experts.
+    """
+    stored = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name not in stored or buffer.dtype == torch.bool:
+            continue
+        if buffer.is_floating_point():
+            noise = torch.randn(buffer.shape, generator=generator, dtype=torch.float64)
+            buffer.copy_(buffer * (1 + 0.1 * noise) if buffer.any() else 0.5 * noise)
+        else:
+            buffer.copy_(torch.randint(numbers, buffer.shape, generator=generator))
 
 
 def writes_head_dim(architecture: Architecture) -> bool:
@@ -161,7 +180,7 @@ def _small_fields(config: PretrainedConfig, sizes: TwinSizes, hidden_size: int) 
             changes[name] = sizes.experts_per_token
         elif name == "n_group" and value:
             changes.update(n_group=min(value, 2 if sizes.experts % 2 == 0 else 1), topk_group=1)
-        elif name == "sliding_window" and value:
+        elif name in WINDOWS and isinstance(value, int) and value > WINDOW:
             changes[name] = WINDOW
         elif value in ("relu", "relu2") and ("act" in name):
             changes[name] = "gelu"  # a neuron that never fires would look like one that nothing reads

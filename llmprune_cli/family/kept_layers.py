@@ -34,12 +34,13 @@ def check_kept_layers(config: PretrainedConfig, kept: Sequence[int]) -> None:
     except (ValueError, CheckpointError) as error:
         raise UnsupportedError(f"{config.model_type} cannot have only some of its layers: {error}") from error
     position = {layer: new for new, layer in enumerate(kept)}
+    counted = {config.num_hidden_layers: len(kept), **position}
     for old, new in position.items():
         one, other = before.get(old, {}), after.get(new, {})
         for place in one.keys() | other.keys():
             for name, value in one.get(place, {}).items():
                 found = other.get(place, {}).get(name)
-                if not _are_alike(value, found, position):
+                if not _are_alike(value, found, counted):
                     template, numbers = place
                     raise UnsupportedError(
                         f"{config.model_type} makes another layer of layer {old} where it becomes layer {new}: "
@@ -68,8 +69,6 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     return {"class": type(module).__name__, **plain, **shapes}
 
 
-def _are_alike(before: Any, after: Any, position: dict[int, int]) -> bool:
-    """Whether a setting stays, or names a layer by its number and follows it."""
-    if before == after:
-        return True
-    return type(before) is int and type(after) is int and position.get(before) == after
+def _are_alike(before: Any, after: Any, follows: dict[int, int]) -> bool:
+    """Whether a setting stays, or follows as the number of a layer or of all layers does."""
+    return before == after or (type(before) is type(after) is int and follows.get(before) == after)

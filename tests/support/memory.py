@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from llmprune_cli.apply import proof
 from llmprune_cli.commands import prune
 from llmprune_cli.coupling import subject
 from llmprune_cli.family.architecture import Architecture
@@ -34,7 +35,8 @@ def share_findings(patched: pytest.MonkeyPatch) -> None:
         (subject, "discover"),
         (subject, "settle_head_dim"),
         (subject, "trace"),
-        (prune, "prove"),
+        (proof, "prove"),
+        (proof, "check_kept_layers"),
         (prune, "hold_against_torch_pruning"),
     ):
         patched.setattr(module, name, remembering(getattr(module, name)))
