@@ -11,7 +11,7 @@ MINUTES ?= 10
 
 BASE ?= HEAD~1
 
-.PHONY: demo matrix schemas golden test test-all check lint fix fuzz faults bench bench-8b bench-calibrated bench-exports bench-memory bench-processes bench-quality check-consumers check-gpu check-ranges clean
+.PHONY: demo matrix schemas golden test test-all check lint fix fuzz faults bench bench-8b bench-calibrated bench-exports bench-memory bench-processes bench-quality bench-start check-consumers check-gpu check-ranges clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -64,6 +64,9 @@ fix: $(INSTALLED)  ## repair what can be repaired automatically
 
 bench: $(INSTALLED)  ## compare with torch-pruning's own pruner on a 1.33B model
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/tools/bench/prune_1b.py
+
+bench-start: $(INSTALLED)  ## how soon commands start, beside the imports of torch and transformers
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python tests/tools/bench/start.py
 
 bench-exports: $(INSTALLED)  ## a real model in every export format, and the cost of a large GGUF file
 	$(BIN)/python tests/tools/bench/exports.py

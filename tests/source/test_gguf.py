@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from llmprune_cli.options import ModelReference
 from llmprune_cli.source.gguf import header, weights
@@ -183,3 +184,13 @@ def test_a_gguf_architecture_that_transformers_cannot_read_is_refused(tmp_path: 
     plain = save_tiny(tmp_path / "plain", "olmo2")
     path = write_gguf(plain, tmp_path / "model.gguf", GgufFamily("olmo2", {}, {EPSILON: 1e-6}))
     assert_refused(run_cli("inspect", path), UNSUPPORTED, "olmo2")
+
+
+@pytest.mark.parametrize("family", GGUF_FAMILIES)
+def test_a_tokenizer_is_the_one_that_transformers_makes(tmp_path: Path, family: str) -> None:
+    _, path = gguf_pair(tmp_path, family)
+    ours, theirs = weights._load_tokenizer(path), AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
+    for name, tokenizer in (("ours", ours), ("theirs", theirs)):
+        tokenizer.save_pretrained(tmp_path / name)
+    files = [{file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("ours", "theirs")]
+    assert type(ours) is type(theirs) and files[0] and files[0] == files[1]
