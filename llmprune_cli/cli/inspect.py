@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from llmprune_cli.cli.parameters import COMMON, AsJson, takes
+from llmprune_cli.cli.progress import progress_on_stderr
 from llmprune_cli.cli.tables import (
     WIDTH_LABELS,
     new_console,
@@ -45,7 +46,8 @@ def inspect_command(
     from llmprune_cli.commands.inspect import inspect, verify_folder
 
     if not verify:
-        result = inspect(model, widths)
+        with progress_on_stderr():
+            result = inspect(model, widths)
         (print_json if as_json else print_inspect)(result)
         return
     if not widths.is_empty:

@@ -27,25 +27,26 @@ def inspect(reference: ModelReference, request: WidthRequest) -> InspectResult:
     known = recall(place, InspectResult)
     if known is None:
         warned = _Warned()
-        LOGGER.addHandler(warned)
+        LOGGER.addFilter(warned)
         try:
             with loading():
                 known = _find_out(reference, request)
         finally:
-            LOGGER.removeHandler(warned)
+            LOGGER.removeFilter(warned)
         if not warned.times:  # a warning is for every run
             remember(place, known)
     return known
 
 
-class _Warned(logging.Handler):
-    """Counts warnings."""
+class _Warned(logging.Filter):
+    """Counts warnings, and lets everything pass."""
 
     times = 0
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def filter(self, record: logging.LogRecord) -> bool:
         """Count one."""
         self.times += record.levelno >= logging.WARNING
+        return True
 
 
 def _remembered_in(reference: ModelReference, request: WidthRequest) -> Path | None:

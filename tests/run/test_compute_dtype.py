@@ -96,7 +96,7 @@ def test_a_family_that_does_not_run_in_half_precision_is_run_in_float32(
 ) -> None:
     half = replace(opened.layered, compute=torch.bfloat16)
     assert half.runs()
-    model = save_tiny(tmp_path / "model", dtype="bfloat16")
+    model = save_tiny(tmp_path / "half", dtype="bfloat16")
     asked = ("--intermediate-pruning-ratio", "0.5", "--calibration", text_file, *CALIBRATED)
     monkeypatch.setattr("llmprune_cli.commands.decision.native_dtype", lambda stored, device: stored)
     used = []

@@ -104,6 +104,7 @@ def moved_out(file: str) -> Callable[[Path], object]:
 
 # --- safetensors ---------------------------------------------------------------------------------------------------
 
+SHARD = "model-00001-of-00001.safetensors"
 WEIGHTS, INDEX, CONFIG, PLAN, MANIFEST = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -203,15 +204,25 @@ def index(change: Callable[[dict[str, str]], object]) -> Callable[[Path], object
             document["weight_map"] = changed
         (folder / INDEX).write_text(json.dumps(document))
 
+    return in_a_shard(make)
+
+
+def in_a_shard(change: Callable[[Path], object]) -> Callable[[Path], object]:
+    """Give the one file of weights the name of a shard, so that the index counts, and change the index."""
+
+    def make(folder: Path) -> None:
+        (folder / WEIGHTS).rename(folder / SHARD)
+        change(folder)
+
     return make
 
 
 def read_index_of(folder: Path) -> dict[str, Any]:
-    """An index of the one file of weights."""
-    whole = (folder / WEIGHTS).read_bytes()
+    """An index of the one shard."""
+    whole = (folder / SHARD).read_bytes()
     size = struct.unpack("<Q", whole[:8])[0]
     names = [name for name in json.loads(whole[8 : 8 + size]) if name != "__metadata__"]
-    return {"metadata": {}, "weight_map": dict.fromkeys(names, WEIGHTS)}
+    return {"metadata": {}, "weight_map": dict.fromkeys(names, SHARD)}
 
 
 def outside(path: str) -> Callable[[Path], object]:
@@ -222,12 +233,12 @@ def outside(path: str) -> Callable[[Path], object]:
 def linked_shard(folder: Path) -> None:
     """Have the index name a link to the weights, which lie outside of the folder."""
     outside("shard.safetensors")(folder)
-    shutil.move(folder / WEIGHTS, folder.parent / "elsewhere")
+    shutil.move(folder / SHARD, folder.parent / "elsewhere")
     (folder / "shard.safetensors").symlink_to(folder.parent / "elsewhere")
 
 
 hostile("index: an absolute path", outside("/etc/passwd"))
-hostile("index: a path upwards", outside("../model.safetensors"))
+hostile("index: a path upwards", outside(f"../{SHARD}"))
 hostile("index: a link to elsewhere", linked_shard)
 hostile("index: a missing file", outside("no.safetensors"))
 hostile("index: no name", outside(""))
@@ -236,11 +247,11 @@ hostile("index: a zero byte in a name", outside("a\0.safetensors"))
 hostile("index: a name without end", outside("x" * 10_000))
 hostile("index: a list", index(lambda names: [names]))
 hostile("index: numbers", index(lambda names: dict.fromkeys(names, 1)))
-hostile("index: a tensor that is not there", index(lambda names: names.update(evil=WEIGHTS)))
+hostile("index: a tensor that is not there", index(lambda names: names.update(evil=SHARD)))
 hostile("index: a tensor left out", index(lambda names: names.pop("lm_head.weight") and None))
-hostile("index: deep", content(INDEX, b'{"weight_map":' * DEEP + b"1" + b"}" * DEEP))
-hostile("index: a terabyte", sparse(INDEX, 10**12))
-hostile("index: a pipe", replaced(INDEX, os.mkfifo))
+hostile("index: deep", in_a_shard(content(INDEX, b'{"weight_map":' * DEEP + b"1" + b"}" * DEEP)))
+hostile("index: a terabyte", in_a_shard(sparse(INDEX, 10**12)))
+hostile("index: a pipe", in_a_shard(replaced(INDEX, os.mkfifo)))
 hostile("index: a million files", index(lambda names: {f"t{n}": f"f{n}.safetensors" for n in range(10**6)}))
 
 # --- the configuration ---------------------------------------------------------------------------------------------
