@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llmprune_cli.family.written import NTH_ALONE, nth_layers
 from llmprune_cli.formats import FORMATS, load_format
 from llmprune_cli.formats.format import Fit
 
@@ -45,6 +44,8 @@ def _fit_ctranslate2(config: PretrainedConfig) -> Fit:
 
 
 def _fit_mlx(config: PretrainedConfig) -> Fit:
+    from llmprune_cli.family.written import NTH_ALONE, nth_layers
+
     field, settings = NTH_ALONE.get(config.model_type, ""), config.to_dict()
     windows = field != "sliding_window_pattern" or settings.get("sliding_window")
     if not field or not windows or nth_layers(config.model_type, settings)[field] is not None:
