@@ -1,0 +1,195 @@
+"""What a proof on a small model could miss: numbers of layers, tables, stale settings, ways of asking."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmprune_cli.apply.answers import answer, differ
+from llmprune_cli.apply.proof import prove
+from llmprune_cli.apply.pruned_folder import prune_twin
+from llmprune_cli.coupling.discovery import trace
+from llmprune_cli.coupling.twin import build_twin, proof_sizes, settle_head_dim
+from llmprune_cli.errors import LlmpruneError, UnsupportedError
+from llmprune_cli.family import architecture as rules
+from llmprune_cli.family.architecture import Architecture, discover, reconfigure
+from llmprune_cli.family.kept_layers import check_kept_layers
+from llmprune_cli.family.skeleton import expected_index
+from support.cli import BY_MAGNITUDE, run_cli
+from support.families import FAMILIES, SIZES, model_type
+from support.stock import load_stock
+from support.tiny import tiny_config
+
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "num_key_value_heads": 8}
+INDEXED = {
+    **LATENT,
+    **ROUTED,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+    "index_topk": 8,
+    "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+    "indexer_types": ["full", "full", "shared", "shared"],
+}
+HASHED = {
+    **ROUTED,
+    "num_key_value_heads": 1,
+    "mlp_layer_types": ["hash_moe", "moe", "moe", "moe"],
+    "layer_types": ["sliding_attention"] * 4,
+    "compress_rates": {},
+    "sliding_window": 8,
+    "head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "q_lora_rank": 16,
+    "o_lora_rank": 8,
+    "o_groups": 2,
+}
+
+
+def found_out(family: str, **changes: Any) -> Architecture:
+    config: Any = tiny_config(family, **{**SIZES, **changes})
+    return settle_head_dim(discover(config, expected_index(config)))
+
+
+# --- numbers of layers ---------------------------------------------------------------------------------------------
+
+BY_NUMBER: dict[str, dict[str, Any]] = {
+    "diffllama": {},
+    "gpt2": {"scale_attn_by_inverse_layer_idx": True, "n_inner": 48},
+}
+
+
+@pytest.mark.parametrize("family", BY_NUMBER)
+def test_layers_whose_work_follows_their_number_go_from_the_end_alone(
+    family: str, make_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = make_tiny(family, **{**SIZES, **BY_NUMBER[family]})
+    run = run_cli("prune", model, *BY_MAGNITUDE, "--drop-layers", "1", "--output", tmp_path / "early")
+    assert run.code == 4 and "layer 2 where it becomes layer 1" in run.stderr and not (tmp_path / "early").exists()
+    run = run_cli("prune", model, *BY_MAGNITUDE, "--drop-layers", "2,3", "--output", tmp_path / "last")
+    assert run.code == 0, run.stderr
+    load_stock(tmp_path / "last")
+
+
+@pytest.mark.parametrize("family", BY_NUMBER)
+def test_the_proof_drops_an_early_layer(family: str) -> None:
+    architecture = found_out(family, **BY_NUMBER[family])
+    traced = trace(architecture)
+    with pytest.raises(UnsupportedError, match=r"only the last layers can go"):
+        prove(architecture, traced, ("num_hidden_layers",), prune_twin)
+    prove(architecture, traced, ("num_hidden_layers",), prune_twin, False)
+
+
+def test_a_scale_by_the_number_of_layers_is_refused_at_any_depth() -> None:
+    config: Any = tiny_config("minicpm3", **{**SIZES, **LATENT, "num_key_value_heads": 8})
+    for kept in ((0, 1, 2), (0, 2, 3)):
+        with pytest.raises(UnsupportedError, match=r"residual_scale"):
+            check_kept_layers(config, kept)
+
+
+def test_an_indexer_stays_with_the_layers_that_share_its_choice(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    model = make_tiny("glm_moe_dsa", **{**SIZES, **INDEXED})
+    run = run_cli("prune", model, *BY_MAGNITUDE, "--drop-layers", "1", "--output", tmp_path / "early")
+    assert run.code == 5 and "layer 2 takes what layer 1 computes, which would go" in run.stderr, run.stderr
+    run = run_cli("prune", model, *BY_MAGNITUDE, "--drop-layers", "0,2", "--output", tmp_path / "out")
+    assert run.code == 0, run.stderr
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["indexer_types"] == ["full", "shared"]
+    load_stock(tmp_path / "out")(torch.randint(3, 90, (2, 20)))
+
+
+# --- what is stored beside the weights -----------------------------------------------------------------------------
+
+
+def test_a_table_of_experts_can_lose_none(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    model = make_tiny("deepseek_v4", **{**SIZES, **HASHED})
+    run = run_cli("prune", model, *BY_MAGNITUDE, "--experts", "4", "--output", tmp_path / "out")
+    assert run.code == 4 and "tid2eid names experts by their numbers" in run.stderr, run.stderr
+    legal = json.loads(run_cli("inspect", model, "--json").stdout)["prunable"]["num_experts"]
+    assert legal.startswith("no: ") and "tid2eid" in legal
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+def test_what_a_twin_stores_beside_its_weights_has_values(family: str) -> None:
+    architecture = found_out(family, **FAMILIES[family])
+    model = build_twin(architecture, proof_sizes(architecture.config, False)).model
+    stored = [own for name, own in model.named_buffers() if name in model.state_dict()]
+    assert stored and all(len(own.unique()) == own.numel() and own.all() for own in stored)
+
+
+# --- settings of layers --------------------------------------------------------------------------------------------
+
+SETTINGS = {
+    "gemma3_text": ("layer_types",),
+    "cohere2": ("layer_types",),
+    "smollm3": ("no_rope_layers",),
+    "qwen3_moe": ("mlp_only_layers",),
+    "deepseek_v3": ("first_k_dense_replace",),
+    "qwen3_next": ("layer_types",),
+    "gpt_oss": ("layer_types",),
+}
+
+
+@pytest.mark.parametrize("family", SETTINGS)
+def test_a_setting_that_does_not_follow_the_layers_is_noticed(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first layer goes, and each setting in turn is cut as if the last one had gone."""
+    config: Any = tiny_config(model_type(family), **{**SIZES, **FAMILIES[family]})
+    kept = (1, 2, 3)
+    check_kept_layers(config, kept)
+    changes = rules.layer_changes(config, kept)
+    for name in SETTINGS[family]:
+        wrong = {**changes, name: rules.layer_changes(config, (0, 1, 2))[name]}
+        assert wrong[name] != changes[name]
+        monkeypatch.setattr("llmprune_cli.family.kept_layers.layer_changes", lambda *_, wrong=wrong: wrong)
+        with pytest.raises(UnsupportedError, match=r"makes another layer of layer|cannot have only some"):
+            check_kept_layers(config, kept)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "cohere2", "smollm3"])
+def test_the_proof_notices_stale_settings_of_layers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    architecture = found_out(family, **FAMILIES[family])
+    traced = trace(architecture)
+
+    def stale(config: Any, kept: Sequence[int]) -> dict[str, Any]:
+        changes = right(config, kept)
+        return {**changes, **{name: right(config, range(len(kept)))[name] for name in SETTINGS[family]}}
+
+    right = rules.layer_changes
+    monkeypatch.setattr(rules, "layer_changes", stale)
+    with pytest.raises((LlmpruneError, ValueError)):
+        prove(architecture, traced, ("num_hidden_layers",), prune_twin)
+
+
+# --- ways of asking ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral", "jamba", "mamba", "falcon_h1"])
+def test_a_twin_answers_in_every_way_and_shows_its_window(family: str) -> None:
+    architecture = found_out(model_type(family), **FAMILIES[family])
+    twin = build_twin(architecture, proof_sizes(architecture.config, False))
+    answers = answer(twin.model, twin.tokens)
+    assert all(isinstance(logits, torch.Tensor) and logits.isfinite().all() for logits in answers.values()), answers
+    assert differ(answers, answers)[0] == 0.0
+    if family == "gemma3_text":
+        wider = reconfigure(twin.architecture.config, {"sliding_window": 20})
+        other = type(twin.model)(wider).double().eval()
+        other.load_state_dict(twin.model.state_dict())
+        assert differ(answers, answer(other, twin.tokens))[0] > 1e-3
+
+
+def test_a_pruned_twin_that_does_not_run_is_refused() -> None:
+    logits = torch.ones(1, 2, 3)
+    with pytest.raises(UnsupportedError, match=r"A pruned twin does not run from a cache \(index 7"):
+        differ(
+            {"in a batch": logits, "from a cache": logits},
+            {"in a batch": logits, "from a cache": IndexError("index 7")},
+        )
+    assert (
+        differ({"in a batch": logits, "from a cache": ValueError()}, {"in a batch": logits, "from a cache": logits})[0]
+        == 0
+    )
