@@ -56,7 +56,7 @@ def export(
                     listener.stage("Verifying", len(PROMPTS))
                     verification = verify(checkpoint, form, staging, dtype, listener.advance)
                 pruned = manifest if manifest.is_pruned else None
-                write_card(staging, checkpoint, pruned, form, runtime_fits(checkpoint.config))
+                write_card(staging, checkpoint, pruned, form, runtime_fits(checkpoint.config), fit.note)
                 result = asdict(verification) if verification else None
                 exported = {
                     "format": conversion.format,

@@ -25,7 +25,12 @@ TEMPLATE = Path(__file__).with_name("model_card.md")
 
 
 def write_card(
-    folder: Path, checkpoint: Checkpoint, manifest: Manifest | None, form: Format, fits: Sequence[RuntimeFit]
+    folder: Path,
+    checkpoint: Checkpoint,
+    manifest: Manifest | None,
+    form: Format,
+    fits: Sequence[RuntimeFit],
+    note: str = "",
 ) -> None:
     """Write a model card into a staging folder, and copy the licence of the source.
 
@@ -36,6 +41,7 @@ def write_card(
         manifest: how the model was pruned; None where it was not.
         form: the format of what lies in the folder.
         fits: which runtimes load the model.
+        note: in which form it was written, where that is not the usual one.
     """
     for pattern in LICENCES:
         for path in checkpoint.companions.glob(pattern):
@@ -56,6 +62,7 @@ def write_card(
         rows=rows,
         how=how,
         loading=_loading(folder, form),
+        note=f"{note[0].upper()}{note[1:]}." if note else "",
         fits=fits if form.keeps_dtypes else (),
     )
     (folder / CARD).write_text(f"{str(card).rstrip()}\n", encoding="utf-8", errors="replace")

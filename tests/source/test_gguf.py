@@ -22,7 +22,7 @@ from support.cli import run_cli
 from support.gguf_files import EPSILON, GGUF_FAMILIES, GgufFamily, gguf_pair, write_gguf
 from support.refusals import UNSUPPORTED, assert_refused
 from support.stock import load_stock, written_tensors
-from support.tiny import save_tiny
+from support.tiny import BYTE_LEVEL_VOCABULARY, save_byte_level, save_tiny
 
 
 @pytest.mark.parametrize("family", GGUF_FAMILIES)
@@ -194,3 +194,32 @@ def test_a_tokenizer_is_the_one_that_transformers_makes(tmp_path: Path, family: 
         tokenizer.save_pretrained(tmp_path / name)
     files = [{file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("ours", "theirs")]
     assert type(ours) is type(theirs) and files[0] and files[0] == files[1]
+
+
+# Families whose files are llama.cpp's llama, with what is pruned: all have biases or heads that make it so.
+AS_LLAMA: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "qwen2": ({"use_sliding_window": False, "sliding_window": None}, ("--num-attention-heads", "4")),
+    "phi3": ({"pad_token_id": None}, ("--num-attention-heads", "4")),
+    "llama": ({"attention_bias": True, "mlp_bias": True}, ("--intermediate-size", "24")),
+    "mistral": ({"head_dim": 16, "sliding_window": None}, ("--num-attention-heads", "4")),
+}
+
+
+@pytest.mark.parametrize("family", AS_LLAMA)
+def test_a_file_of_llama_cpps_llama_is_read_back_with_its_biases(family: str, tmp_path: Path) -> None:
+    settings, widths = AS_LLAMA[family]
+    source = save_tiny(tmp_path / "model", family, vocab_size=BYTE_LEVEL_VOCABULARY, initializer_range=0.3, **settings)
+    save_byte_level(source)
+    pruned = prune(source, tmp_path / "pruned", *widths)
+    run = run_cli("export", pruned, "--format", "gguf", "--dtype", "f32", "--no-verify", "--output", tmp_path / "gguf")
+    assert run.code == 0, run.stderr
+    (file,) = (tmp_path / "gguf").glob("*.gguf")
+    biased = family in ("qwen2", "llama")
+    assert ("reads this file without its biases" in " ".join(run.stdout.split())) == biased
+    assert ("reads this file without its biases" in (tmp_path / "gguf" / "README.md").read_text()) == biased
+    run = run_cli("export", file, "--dtype", "float32", "--output", tmp_path / "back")
+    assert run.code == 0, run.stderr
+    ids = torch.randint(3, 90, (2, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        one, other = (load_stock(folder).float()(ids).logits for folder in (pruned, tmp_path / "back"))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

@@ -188,6 +188,8 @@ def written_family(config: PretrainedConfig) -> tuple[GgufFamily, str]:
             raise ValueError(f"llama.cpp's {family.architecture} does not load where {widths}")
         family = replace(LLAMA, own_head=family.own_head)
         notes.append(f"written as llama.cpp's llama, since {widths}")
+    if family.architecture == "llama" and (config.model_type == "qwen2" or getattr(config, "attention_bias", False)):
+        notes.append("transformers reads this file without its biases; llmprune reads all of it")
     _check_settings(config, family)
     length = context_length(config, family)
     if length < config.max_position_embeddings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,11 @@ WIDTHS = {
 ROPE = ("freq_base", "freq_base_swa", "dimension_count", "scaling.type", "scaling.factor")
 # Keys that say how the file was made, or nothing that a model computes with.
 SILENT = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "rope.scaling.original_context_length")
+# Settings beside widths that Llama and Qwen2 share.
+SAID_ALIKE = (
+    *("vocab_size", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+)
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -65,6 +71,8 @@ def read_configuration(path: Path) -> PretrainedConfig:
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if COUNT in reader.fields and not ("vocab_size" in header and "vocab_size" in _mapping_of(config)):
         config.vocab_size = reader.fields[COUNT].contents()
+    if config.model_type == "llama":
+        config = _with_biases(config, {*tensors})
     _set_widths(config, header)
     for key in sorted(SETTINGS.keys() & header.keys()):
         _set(config, key, SETTINGS[key], header[key])
@@ -77,6 +85,27 @@ def read_configuration(path: Path) -> PretrainedConfig:
     if architecture == "falcon" and header.get("attention.head_count_kv", 1) > 1:
         raise UnsupportedError("GGUF reorders Falcon's query_key_value, which transformers does not undo.")
     _check_all_read(config, architecture, header, {name: int(t.n_elements) for name, t in tensors.items()})
+    return config
+
+
+def _with_biases(config: PretrainedConfig, names: Collection[str]) -> PretrainedConfig:
+    """What llama.cpp's llama is with the biases that it may have, none of which transformers reads.
+
+    Without that of the output it is what transformers calls Qwen2.
+    """
+    from transformers import Qwen2Config
+
+    biased = [f"blk.0.{part}.bias" in names for part in ("attn_q", "attn_k", "attn_v", "attn_output")]
+    if all(biased[:3]) and not biased[3]:
+        said = config.to_dict()
+        settings = {
+            name: said[name] for name in (*SAID_ALIKE, *(width for width, _ in WIDTHS.values())) if name in said
+        }
+        return Qwen2Config(**settings)
+    if all(biased):
+        config.attention_bias = True
+    if "blk.0.ffn_up.bias" in names:
+        config.mlp_bias = True
     return config
 
 
