@@ -78,7 +78,8 @@ def trace_sizes(config: PretrainedConfig) -> TwinSizes:
 def proof_sizes(config: PretrainedConfig, drops_layers: bool) -> TwinSizes:
     """Other sizes than those that were traced, large enough to lose half of every width."""
     layers = 3 if drops_layers else 1
-    return TwinSizes(_small_head_dims(config)[1], 8, 24, experts=8, experts_per_token=2, layers_per_kind=layers)
+    picked = 2 if getattr(config, "n_group", None) else 3  # of half of 8, so that every token reaches nearly all
+    return TwinSizes(_small_head_dims(config)[1], 8, 24, experts=8, experts_per_token=picked, layers_per_kind=layers)
 
 
 def build_twin(architecture: Architecture, sizes: TwinSizes) -> Twin:
@@ -125,9 +126,14 @@ def build_twin(architecture: Architecture, sizes: TwinSizes) -> Twin:
         raise UnsupportedError(f"No small twin of {config.model_type} can be built ({error}).") from error
     generator = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
-        for parameter in model.parameters():
+        embedding = next(model.get_input_embeddings().parameters())
+        for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_(1 + 0.2 * noise if parameter.ndim == 1 else noise / parameter.shape[-1] ** 0.5)
+            if parameter.ndim == 1:
+                is_bias = name.endswith("bias")  # large ones would make all tokens alike, and send them to few experts
+                parameter.copy_(0.1 * noise if is_bias else 1 + 0.2 * noise)
+            else:
+                parameter.copy_(noise if parameter is embedding else noise / parameter.shape[-1] ** 0.5)
         _fill_buffers(model, max(2, widths.num_experts), generator)
     tokens = torch.randint(3, VOCABULARY, (1, TOKENS), generator=generator)
     own_kinds = tuple(layers.index(architecture.layer_kinds[layer]) for layer in layers)
@@ -145,8 +151,8 @@ def _fill_buffers(model: PreTrainedModel, numbers: int, generator: torch.Generat
         if name not in stored or buffer.dtype == torch.bool:
             continue
         if buffer.is_floating_point():
-            noise = torch.randn(buffer.shape, generator=generator, dtype=torch.float64)
-            buffer.copy_(buffer * (1 + 0.1 * noise) if buffer.any() else 0.5 * noise)
+            noise = 0.1 * torch.randn(buffer.shape, generator=generator, dtype=torch.float64)
+            buffer.copy_(buffer * (1 + noise) if buffer.any() else noise)
         else:
             buffer.copy_(torch.randint(numbers, buffer.shape, generator=generator))
 

@@ -64,7 +64,7 @@ def state_of(model: Path) -> list[Any] | None:
     try:
         paths = [model, *(sorted(model.iterdir()) if model.is_dir() else ())]
         stamps = [(str(path), *_stamp(path)) for path in paths]
-    except OSError:
+    except (OSError, ValueError):  # no such file, or a name that none can have
         return None
     newest = max(max(stamp[-2:]) for stamp in stamps)
     return stamps if newest < time.time_ns() - SETTLED_NS else None

@@ -193,3 +193,16 @@ def test_a_pruned_twin_that_does_not_run_is_refused() -> None:
         differ({"in a batch": logits, "from a cache": ValueError()}, {"in a batch": logits, "from a cache": logits})[0]
         == 0
     )
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "gpt_oss", "lfm2_moe"])
+def test_every_expert_of_a_twin_is_reached(family: str) -> None:
+    architecture = found_out(family, **FAMILIES[family])
+    twin = build_twin(architecture, proof_sizes(architecture.config, False))
+    name = next(name for name, own in twin.model.named_parameters() if name.endswith("down_proj") and own.ndim == 3)
+    experts, answers = twin.model.get_parameter(name), answer(twin.model, twin.tokens)
+    for expert in range(len(experts)):
+        with torch.no_grad():
+            experts[expert].neg_()
+            assert differ(answers, answer(twin.model, twin.tokens))[0] > 1e-5, expert
+            experts[expert].neg_()
