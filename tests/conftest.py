@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -27,6 +26,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors, and pytest-xdist already ke
 from support.cli import run_cli
 from support.families import FAMILIES, SIZES, model_type
 from support.opened import Opened, open_family
+from support.sharing import made_once
 from support.tiny import save_tiny
 
 
@@ -97,14 +97,12 @@ def smollm2_gguf() -> Path:
 @pytest.fixture(scope="session")
 def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model as a bf16 safetensors folder, by `llmprune export`; made once for all processes of a test run."""
-    own = tmp_path_factory.getbasetemp()
-    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
-    folder = shared / "smollm2-bf16"
-    with FileLock(shared / "smollm2-bf16.lock"):
-        if not folder.exists():
-            run = run_cli("export", smollm2_gguf, "--output", folder)
-            assert run.code == 0, run.stderr
-    return folder
+
+    def make(folder: Path) -> None:
+        run = run_cli("export", smollm2_gguf, "--output", folder)
+        assert run.code == 0, run.stderr
+
+    return made_once(tmp_path_factory, "smollm2-bf16", make)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

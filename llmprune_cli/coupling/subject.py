@@ -96,4 +96,5 @@ def _remembered_in(architecture: Architecture) -> Path | None:
     if is_remote(config):
         return None
     own = replace(architecture, config=None)  # type: ignore[arg-type]
-    return remembered_in(config.model_type, type(config).__name__, config.to_dict(), repr(own))
+    settings = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}  # wherever it lies
+    return remembered_in(config.model_type, type(config).__name__, settings, repr(own))

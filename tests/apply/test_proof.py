@@ -23,10 +23,10 @@ from llmprune_cli.errors import LlmpruneError, UnsupportedError
 from llmprune_cli.family.architecture import Architecture, discover
 from llmprune_cli.family.skeleton import expected_index
 from llmprune_cli.family.widths import Widths
-from support.families import FAMILIES, SIZES, TRIED, model_type
+from support.families import EVERY, FAMILIES, SIZES, TRIED, model_type
 from support.tiny import tiny_config
 
-BINDINGS_BROKEN = 2  # of each width, drawn anew for every family
+BINDINGS_BROKEN = 2 if EVERY else 1  # of each width, drawn anew for every family
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import llmprune_cli
+from support import TESTS
 
 PACKAGE = Path(llmprune_cli.__file__).parent
 FUNCTION = '''
@@ -66,25 +67,29 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(root: Path, *command: str | Path) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(root), "COLUMNS": "200"}
-    command = (sys.executable, "-m", "llmprune_cli", *command)
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+def run(root: Path, *commands: tuple[str | Path, ...]) -> list[str]:
+    """What the commands of the copy print, one after the other in one process."""
+    environment = {**os.environ, "PYTHONPATH": str(root), "COLUMNS": "200", "RANK": "0"}
+    listed = [{"arguments": [*map(str, command)]} for command in commands]
+    (root / "commands.json").write_text(json.dumps(listed))
+    driver = (sys.executable, TESTS / "support" / "several_commands.py", "commands.json", ".")
+    done = subprocess.run(driver, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    ended = json.loads((root / "0.json").read_text())
+    assert all(code == 0 for code, _, _ in ended), ended
+    return [stdout for _, stdout, _ in ended]
 
 
-def test_a_new_importance_is_one_function_and_one_line(extended: Path, tiny_llama: Path) -> None:
-    assert "first" in run(extended, "prune", "--help").split("--importance")[1].split("--layer-importance")[0]
-    command = ("prune", tiny_llama, "--intermediate-size", "24", "--importance", "first", "--refit", "none")
-    run(extended, *command, "--output", extended / "out", "--save-plan", extended / "plan.json")
+def test_a_new_importance_or_format_is_one_function_or_module_and_one_line(extended: Path, tiny_llama: Path) -> None:
+    prune = ("prune", tiny_llama, "--intermediate-size", "24", "--importance", "first", "--refit", "none")
+    prune += ("--output", extended / "out", "--save-plan", extended / "plan.json")
+    export = ("export", tiny_llama, "--format", "names", "--output", extended / "n", "--json")
+    helped, _, other_help, exported = run(extended, ("prune", "--help"), prune, ("export", "--help"), export)
+    assert "first" in helped.split("--importance")[1].split("--layer-importance")[0]
     plan = json.loads((extended / "plan.json").read_text())
     assert set(map(tuple, plan["keep"]["intermediate_size"].values())) == {tuple(range(24))}
-
-
-def test_a_new_format_is_one_module_and_one_line(extended: Path, tiny_llama: Path) -> None:
-    assert "names" in run(extended, "export", "--help").split("--format")[1].split("--output")[0]
-    shown = json.loads(run(extended, "export", tiny_llama, "--format", "names", "--output", extended / "n", "--json"))
+    assert "names" in other_help.split("--format")[1].split("--output")[0]
+    shown = json.loads(exported)
     assert shown["format"] == "names" and "lm_head.weight" in (extended / "n" / "names.txt").read_text()
     assert "`cat`" in (extended / "n" / "README.md").read_text()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +41,15 @@ def test_a_remembered_trace_is_the_trace(opened: Opened, traced: list[Architectu
     first, second = (find_coupling(opened.subject.architecture) for _ in range(2))
     assert len(traced) == 1 and first == second
     assert first[1] == opened.subject.trace
+
+
+@pytest.mark.parametrize("opened", ["llama"], indirect=True)
+def test_a_copy_elsewhere_is_the_same_architecture(opened: Opened, traced: list[Architecture]) -> None:
+    elsewhere = copy(opened.subject.architecture.config)
+    elsewhere._name_or_path = "elsewhere"
+    find_coupling(opened.subject.architecture)
+    found, _ = find_coupling(replace(opened.subject.architecture, config=elsewhere))
+    assert len(traced) == 1 and found.config is elsewhere
 
 
 @pytest.mark.parametrize("opened", ["llama"], indirect=True)

@@ -25,6 +25,7 @@ from tools import schemas, support_matrix
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 MODEL = Path("meta-llama", "Llama-3.1-8B")  # what the pages call it; here a folder of that name
 SHOWN = (ROOT / "README.md", ROOT / "docs" / "guide.md")  # run by default
+SENTENCES = {"test": 240, "validation": 80}  # a window of 4,096 tokens to evaluate, one of 2,048 to calibrate on
 OTHERS = ("make ", "mlx_lm.", "#")  # run by other tests, or by people
 
 
@@ -56,10 +57,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_tiny(MODEL, num_hidden_layers=4, initializer_range=0.15, **settings)
     save_byte_level(MODEL)
     sentence = "The quick brown fox jumps over the lazy dog, and then it does so again. "
-    Path("corpus.txt").write_text(sentence * 400)
+    Path("corpus.txt").write_text(sentence * SENTENCES["test"])
     Path("wikitext").mkdir()
-    for split in ("test", "validation"):
-        Path("wikitext", f"{split}.jsonl").write_text(json.dumps({"text": f"{split}: {sentence * 500}"}) + "\n")
+    for split, count in SENTENCES.items():
+        Path("wikitext", f"{split}.jsonl").write_text(json.dumps({"text": f"{split}: {sentence * count}"}) + "\n")
     monkeypatch.setenv("LLMPRUNE_WIKITEXT2", str(tmp_path / "wikitext"))
     return tmp_path
 

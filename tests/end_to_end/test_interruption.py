@@ -15,6 +15,7 @@ import pytest
 
 from llmprune_cli.errors import CheckpointError
 from support.cli import BY_MAGNITUDE, run_cli
+from support.full import examples
 from support.refusals import INTERRUPTED, MEMORY, assert_refused
 
 
@@ -43,7 +44,7 @@ def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
-@pytest.mark.parametrize("interruption", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("interruption", examples(["SIGINT", "SIGTERM", "SIGHUP"], ["SIGTERM"]))
 def test_an_interrupted_prune_leaves_nothing(large_model: Path, tmp_path: Path, interruption: str) -> None:
     command = [sys.executable, "-m", "llmprune_cli", "prune", large_model, *BY_MAGNITUDE, "--intermediate-size", "4090"]
     command += ["--importance", "random", "--output", tmp_path / "out"]

@@ -13,6 +13,7 @@ import pytest
 
 from support import TESTS
 from support.cli import BY_MAGNITUDE, Run, run_cli
+from support.sharing import made_once
 from support.stock import written_tensors
 from support.tiny import save_tiny
 
@@ -61,17 +62,21 @@ def launch(*command: str, cwd: Path) -> Run:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     """A folder with two models and a text, in which every command runs."""
-    folder = tmp_path_factory.mktemp("processes")
-    save_tiny(folder / "llama", initializer_range=0.15)
-    save_tiny(folder / "mixtral", "mixtral", num_local_experts=3, initializer_range=0.15)
-    (folder / "corpus.txt").write_text(text_file.read_text())
-    rows = (f"{number} times {number + 7} is {number * (number + 7)}.\n" for number in range(600))
-    (folder / "long.txt").write_text("".join(rows))
-    return folder
+
+    def make(folder: Path) -> None:
+        save_tiny(folder / "llama", initializer_range=0.15)
+        save_tiny(folder / "mixtral", "mixtral", num_local_experts=3, initializer_range=0.15)
+        (folder / "corpus.txt").write_text(text_file.read_text())
+        rows = (f"{number} times {number + 7} is {number * (number + 7)}.\n" for number in range(600))
+        (folder / "long.txt").write_text("".join(rows))
+        for side in ("one", "two"):
+            (folder / side).mkdir()
+
+    return made_once(tmp_path_factory, "processes", make)
 
 
 @pytest.fixture(scope="module")
-def both(place: Path) -> dict[str, list[Run]]:
+def both(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Run]]:
     """How every command ended in the first and in the second process of two."""
     listed: dict[str, dict[str, Any]] = {name: {"arguments": at_work(name, "two")} for name in COMMANDS}
     listed["one fails"] = {"arguments": at_work("eval", "two"), "second": ["eval", "nowhere", *WINDOWS]}
@@ -79,12 +84,15 @@ def both(place: Path) -> dict[str, list[Run]]:
     listed["resumed"] = {"arguments": [*FULL_FOR_TWO, "--resume"]}
     listed["full for one"] = {"arguments": FULL_FOR_ONE, "layers_until_full": 1}
     listed["usage"] = {"arguments": ["prune", "llama"]}
-    (place / "commands.json").write_text(json.dumps(list(listed.values())))
-    for folder in ("one", "two"):
-        (place / folder).mkdir()
-    run = launch(*TORCHRUN, str(DRIVER), "commands.json", ".", cwd=place)
-    assert run.code == 0, run.stderr
-    ended = [json.loads((place / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+    def make(results: Path) -> None:
+        results.mkdir()
+        (results / "commands.json").write_text(json.dumps(list(listed.values())))
+        run = launch(*TORCHRUN, str(DRIVER), str(results / "commands.json"), str(results), cwd=place)
+        assert run.code == 0, run.stderr
+
+    results = made_once(tmp_path_factory, "processes-ended", make)
+    ended = [json.loads((results / f"{rank}.json").read_text()) for rank in (0, 1)]
     return {name: [Run(*first), Run(*second)] for name, first, second in zip(listed, *ended, strict=True)}
 
 

@@ -32,7 +32,7 @@ def test_what_scans_in_steps_is_refused_before_it_is_traced(family: str, tmp_pat
 FORMS = [
     pytest.param("torch-export", marks=in_full),
     pytest.param("onnx", marks=[needs_onnx, in_full]),
-    pytest.param("genai", marks=needs_genai),
+    pytest.param("genai", marks=[needs_genai, in_full]),
 ]
 
 

@@ -11,11 +11,12 @@ from llmprune_cli.formats.genai import FAMILIES as GENAI_FAMILIES
 from llmprune_cli.formats.genai import PACKAGE
 from support import families
 from support.exports import export, needs_genai, pruned, verified
+from support.full import examples
 from support.tiny import save_tiny
 
 
 @needs_genai
-@pytest.mark.parametrize("family", families.TRIED_EXPORTS)
+@pytest.mark.parametrize("family", examples(families.TRIED_EXPORTS, ["llama", "phi3", "gpt2"]))
 def test_genai_generates_what_transformers_does_or_is_refused(family: str, tmp_path: Path) -> None:
     folder = pruned(tmp_path, family, **families.HEADS_OF_16)
     run = export(folder, tmp_path / "genai", "genai", "--dtype", "f32")
@@ -28,7 +29,7 @@ def test_genai_generates_what_transformers_does_or_is_refused(family: str, tmp_p
 
 
 @needs_genai
-@pytest.mark.parametrize(("dtype", "limit"), [("int8", 0.01), ("int4", 0.5)])
+@pytest.mark.parametrize(("dtype", "limit"), examples([("int8", 0.01), ("int4", 0.5)], [("int4", 0.5)]))
 def test_genai_quantizes_within_its_limits(dtype: str, limit: float, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", **families.HEADS_OF_16)
     assert verified(export(folder, tmp_path / "genai", "genai", "--dtype", dtype))["verification"]["kl_limit"] >= limit

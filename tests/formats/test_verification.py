@@ -11,12 +11,13 @@ from llmprune_cli.formats import load_format, torch_export
 from llmprune_cli.formats.format import Limits
 from llmprune_cli.formats.verification import kl_limit
 from support.exports import export, needs_onnx, verified
+from support.full import in_full
 from support.tiny import save_tiny
 
 
-@pytest.mark.parametrize("form", ["torch-export", pytest.param("onnx", marks=needs_onnx)])
+@pytest.mark.parametrize("form", ["torch-export", pytest.param("onnx", marks=[needs_onnx, in_full])])
 def test_half_precision_is_within_its_limit(form: str, tmp_path: Path) -> None:
-    folder = save_tiny(tmp_path / "model")
+    folder = save_tiny(tmp_path / "model", num_hidden_layers=1)
     assert verified(export(folder, tmp_path / "graph", form, "--dtype", "f16"))["dtype"] == "float16"
 
 
@@ -30,6 +31,6 @@ def test_rounding_may_cost_as_much_again_as_it_costs_in_transformers() -> None:
 def test_a_graph_that_is_not_the_model_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     strict = replace(load_format("torch-export"), limits={"float32": Limits(-1.0)})
     monkeypatch.setattr(torch_export, "TORCH_EXPORT", strict)
-    run = export(save_tiny(tmp_path / "model"), tmp_path / "graph", "torch-export")
+    run = export(save_tiny(tmp_path / "model", num_hidden_layers=1), tmp_path / "graph", "torch-export")
     assert run.code == 7 and "KL per token" in run.stderr and not (tmp_path / "graph").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -7,6 +7,7 @@ in bytes, and what was printed.
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -25,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import llmprune_cli.commands.evaluate
+import llmprune_cli.commands.export  # noqa: F401 (imported once, for all forked processes)
 from support.cli import BY_MAGNITUDE, run_cli
 from support.tiny import BYTE_LEVEL_VOCABULARY, save_byte_level, save_tiny
 
@@ -586,6 +589,7 @@ def main() -> None:
         good = Path(name, "good")
         good.mkdir()
         make_model(good)
+        gc.freeze()  # else the first collection of every forked process copies all that there is
         for number, (name, case) in enumerate(INPUTS.items()):
             if word in name:
                 place = Path(good.parent, str(number))

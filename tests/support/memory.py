@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -45,9 +46,9 @@ def share_findings(patched: pytest.MonkeyPatch) -> None:
 def _key(argument: Any) -> str:
     """What tells two arguments apart: configurations by their settings, all else by how it is written."""
     if isinstance(argument, Architecture):
-        return f"{_key(argument.config)} {argument.widths} {argument.layer_kinds} {argument.explicit_head_dim} " + (
-            f"{argument.hidden_follows_heads} {argument.hidden_multiple_of_heads}"
-        )
+        settings = {**argument.config.to_dict(), "_name_or_path": ""}  # wherever it lies
+        own = replace(argument, config=None)  # type: ignore[arg-type]
+        return f"{json.dumps(settings, sort_keys=True, default=str)} {own}"
     if hasattr(argument, "to_dict"):
         return type(argument).__name__ + json.dumps(argument.to_dict(), sort_keys=True, default=str)
     return argument.__qualname__ if callable(argument) else repr(argument)

@@ -10,10 +10,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from llmprune_cli.__main__ import main
 from llmprune_cli.errors import OutputError
 from llmprune_cli.journal.journal import Journal
 from llmprune_cli.processes import leave
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support.memory import share_findings
 
 
 def fill_disk_after(layers: int) -> None:
@@ -47,6 +53,8 @@ def run(command: dict[str, Any], rank: int) -> list[Any]:
 if __name__ == "__main__":
     whole = Journal.save_layer
     commands, results, own = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), int(os.environ["RANK"])
-    ended = [run(command, own) for command in commands]
+    with pytest.MonkeyPatch.context() as patched:
+        share_findings(patched)
+        ended = [run(command, own) for command in commands]
     (results / f"{own}.json").write_text(json.dumps(ended))
     leave(0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from support.cli import BY_MAGNITUDE, run_cli
-from support.full import in_full
+from support.full import examples, in_full
 from support.stock import WIKITEXT2, load_stock, plain_perplexity
 
 PARAMETERS = 134_515_008
@@ -73,15 +73,16 @@ def test_a_hidden_size_that_llama_refuses_names_its_neighbours(smollm2: Path, tm
     assert result["after"]["widths"]["hidden_size"] == 513 and result["deviations"]
 
 
-def test_eval_agrees_with_a_plain_loop(smollm2: Path, smollm2_gguf: Path) -> None:
+@pytest.mark.parametrize("window", examples([48, 256], [48]))
+def test_eval_agrees_with_a_plain_loop(smollm2: Path, smollm2_gguf: Path, window: int) -> None:
     if not WIKITEXT2.is_dir():
         pytest.skip("WikiText-2 is not here: LLMPRUNE_WIKITEXT2 names its folder")
     from datasets import load_dataset
 
     text = "\n\n".join(load_dataset(str(WIKITEXT2), split="test")["text"])
-    options = ["--dataset", str(WIKITEXT2), "--max-seq-len", "256", "--limit"]
+    options = ["--dataset", str(WIKITEXT2), "--max-seq-len", str(window), "--limit"]
     found = document("eval", smollm2, *options, "2")["results"][0]
-    assert (found["windows"], found["tokens"], found["parameters"]) == (2, 2 * 256, PARAMETERS)
-    assert found["perplexity"] == pytest.approx(plain_perplexity(smollm2, text, 256, 2), rel=1e-3)
+    assert (found["windows"], found["tokens"], found["parameters"]) == (2, 2 * window, PARAMETERS)
+    assert found["perplexity"] == pytest.approx(plain_perplexity(smollm2, text, window, 2), rel=1e-3)
     first = document("eval", smollm2_gguf, *options, "1")["results"][0]
-    assert first["perplexity"] == pytest.approx(plain_perplexity(smollm2, text, 256, 1), rel=1e-3)
+    assert first["perplexity"] == pytest.approx(plain_perplexity(smollm2, text, window, 1), rel=1e-3)

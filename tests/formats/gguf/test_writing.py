@@ -13,7 +13,7 @@ import pytest
 
 from support import ROOT
 from support.cli import BY_MAGNITUDE, run_cli
-from support.full import in_full
+from support.full import examples, in_full
 from support.gguf_exports import export, needs_llamacpp, tiny, verified
 from support.stock import written_tensors
 
@@ -138,14 +138,18 @@ def test_the_documented_block_generates_text(byte_level_llama: Path, tmp_path: P
     assert "Verified with xllamacpp" in report and len(generated.partition("\n")[2]) > 8
 
 
+@pytest.mark.parametrize("layers", examples([2, 30], [2]))
 def test_smollm2_runs_in_llama_cpp_with_the_tokenizer_of_its_own_file(
-    smollm2: Path,
-    smollm2_gguf: Path,
-    tmp_path: Path,
+    smollm2: Path, smollm2_gguf: Path, tmp_path: Path, layers: int
 ) -> None:
     from gguf import GGUFReader
 
-    found = verified(export(smollm2, tmp_path / "gguf", "--dtype", "f32"))["verification"]
+    model = smollm2
+    if layers < 30:
+        model = tmp_path / "model"
+        dropped = ("--drop-layers", ",".join(map(str, range(layers, 30))))
+        assert run_cli("prune", smollm2, *BY_MAGNITUDE, *dropped, "--output", model).code == 0
+    found = verified(export(model, tmp_path / "gguf", "--dtype", "f32"))["verification"]
     assert found["kl_limit"] == 1e-5 and found["same_tokens"] == 1 and found["tokens"] == 3 * 64
     ours, theirs = (GGUFReader(path).fields for path in (tmp_path / "gguf" / "model-f32.gguf", smollm2_gguf))
     names = [name for name in theirs if name.startswith("tokenizer.") and not name.endswith("space_prefix")]

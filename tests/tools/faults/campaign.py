@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import gc
 import itertools
 import os
 import random
@@ -487,6 +488,7 @@ def run_campaign(
         if not campaign.mounts:
             say("No file system can be mounted here, so no disk is full; files are too large instead.")
         make_inputs(root)
+        gc.freeze()  # else the first collection of every forked process copies all that there is
         chance = random.Random(seed)
         for command, kind in pairs or cycled(kinds, count):
             code, found = campaign.try_fault(command, kind, chance)
