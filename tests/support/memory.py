@@ -48,7 +48,7 @@ def _key(argument: Any) -> str:
     if isinstance(argument, Architecture):
         settings = {**argument.config.to_dict(), "_name_or_path": ""}  # wherever it lies
         own = replace(argument, config=None)  # type: ignore[arg-type]
-        return f"{json.dumps(settings, sort_keys=True, default=str)} {own}"
+        return f"{type(argument.config).__name__} {json.dumps(settings, sort_keys=True, default=str)} {own}"
     if hasattr(argument, "to_dict"):
         return type(argument).__name__ + json.dumps(argument.to_dict(), sort_keys=True, default=str)
     return argument.__qualname__ if callable(argument) else repr(argument)

@@ -12,6 +12,7 @@ import pytest
 
 from llmprune_cli.source import tokenizer
 from support.cli import BY_MAGNITUDE, run_cli
+from support.full import examples
 from support.gguf_files import gguf_pair
 from support.refusals import CHECKPOINT, UNSUPPORTED, assert_prune_refused, assert_refused, edit_json, state_of
 
@@ -186,17 +187,16 @@ def test_code_from_the_checkpoint_runs_on_request_only(model: Path, tmp_path: Pa
     assert_prune_refused(model, tmp_path, UNSUPPORTED, "--trust-remote-code")
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["eval", "--max-seq-len", "32", "--dataset"],
-        ["prune", "--intermediate-size", "24", "--calibration-seq-len", "32", "--output", "out", "--calibration"],
-        ["export", "--format", "torch-export", "--output", "out"],
-    ],
-    ids=lambda words: words[0],
-)
+TOKENIZING = {
+    "eval": ["--max-seq-len", "32", "--dataset"],
+    "prune": ["--intermediate-size", "24", "--calibration-seq-len", "32", "--output", "out", "--calibration"],
+    "export": ["--format", "torch-export", "--output", "out"],
+}
+
+
+@pytest.mark.parametrize("command", examples(TOKENIZING, ["eval", "prune"]))
 def test_a_tokenizers_own_code_runs_on_request_only(
-    command: list[str], model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (model / "tokenization_home.py").write_text(
@@ -208,10 +208,10 @@ def test_a_tokenizers_own_code_runs_on_request_only(
     edit_json(
         model / "tokenizer_config.json", lambda config: config.update(tokenizer_class="HomeTokenizer", auto_map=brought)
     )
-    words = [*command[1:], *([text_file] if command[-1].startswith("--") else [])]
-    run = run_cli(command[0], model, *words)
+    words = [*TOKENIZING[command], *([text_file] if command != "export" else [])]
+    run = run_cli(command, model, *words)
     assert "Traceback" not in run.stderr and not (tmp_path / "ran").exists()
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
-    run = run_cli(command[0], model, "--trust-remote-code", *words)
+    run = run_cli(command, model, "--trust-remote-code", *words)
     assert run.code == 0, run.stderr
     assert (tmp_path / "ran").exists()
