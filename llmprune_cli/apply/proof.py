@@ -24,7 +24,7 @@ from llmprune_cli.family.skeleton import expected_index, on_disk
 from llmprune_cli.family.widths import NEURONS, Width, Widths
 from llmprune_cli.folder.scratch import scratch_folder, scratch_space
 from llmprune_cli.folder.tensors import split_name
-from llmprune_cli.plan.target import Target
+from llmprune_cli.plan.requested_widths import Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,7 +18,7 @@ from llmprune_cli.folder.manifest import Manifest, Numbers, WidthNumbers, write_
 from llmprune_cli.folder.shards import read_index, write_shards
 from llmprune_cli.journal.keys import versions
 from llmprune_cli.plan.document import Plan
-from llmprune_cli.plan.target import Target
+from llmprune_cli.plan.requested_widths import Target
 from llmprune_cli.progress import QUIET, Listener
 from llmprune_cli.source.tokenizer import copy_companions
 

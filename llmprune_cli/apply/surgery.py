@@ -18,7 +18,7 @@ from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.tensors import TensorEntry, split_name
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.plan.predict import predicted_tensors
-from llmprune_cli.plan.target import Target
+from llmprune_cli.plan.requested_widths import Target
 
 
 def remaining(checkpoint: Checkpoint, trace: Trace, plan: Plan) -> tuple[Checkpoint, dict[str, str]]:

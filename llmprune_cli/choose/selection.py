@@ -11,7 +11,7 @@ import torch
 from llmprune_cli.choose import IMPORTANCES, LAYER_IMPORTANCES, needs_activity, ranks_layers, reads_text
 from llmprune_cli.choose.magnitude import check_scores, instances
 from llmprune_cli.choose.measuring import Activity, Measuring
-from llmprune_cli.choose.search import Candidate, least_target, search_widths
+from llmprune_cli.choose.target_search import Candidate, least_target, search_widths
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.coupling.trace import Instance
 from llmprune_cli.errors import PlanError
@@ -20,7 +20,7 @@ from llmprune_cli.folder.tensors import split_name
 from llmprune_cli.journal.forms import Json
 from llmprune_cli.options import Choice
 from llmprune_cli.plan.document import Plan, fingerprint, most_plan_bytes, read_plan
-from llmprune_cli.plan.target import Target, resolve
+from llmprune_cli.plan.requested_widths import Target, resolve
 from llmprune_cli.plan.units import Scores, choose
 from llmprune_cli.progress import Listener
 from llmprune_cli.repair.dense_goals import Streams, walk_dense

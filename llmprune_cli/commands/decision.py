@@ -16,7 +16,7 @@ from llmprune_cli.folder.tensors import BY_NAME, DTYPES
 from llmprune_cli.options import Choice
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.plan.predict import predict
-from llmprune_cli.plan.target import Target
+from llmprune_cli.plan.requested_widths import Target
 from llmprune_cli.processes import Processes
 from llmprune_cli.progress import Listener
 from llmprune_cli.repair.residual_stream import ResidualStream, find_residual_stream

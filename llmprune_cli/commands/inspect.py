@@ -63,7 +63,7 @@ def _find_out(reference: ModelReference, request: WidthRequest) -> InspectResult
     from llmprune_cli.family.architecture import with_widths
     from llmprune_cli.plan.legal import legal_values
     from llmprune_cli.plan.predict import predict
-    from llmprune_cli.plan.target import resolve
+    from llmprune_cli.plan.requested_widths import resolve
     from llmprune_cli.report.runtimes import runtime_fits
     from llmprune_cli.source.opening import open_checkpoint
 

@@ -15,8 +15,8 @@ from typing import Any
 from llmprune_cli.apply.proof import prove_target
 from llmprune_cli.apply.pruned_folder import make_manifest, prune_twin, write_pruned
 from llmprune_cli.apply.second_opinion import hold_against_torch_pruning
-from llmprune_cli.choose.search import Candidate
 from llmprune_cli.choose.selection import Selection, select, target_of
+from llmprune_cli.choose.target_search import Candidate
 from llmprune_cli.commands.decision import Decided, decide, layered, rotate_model, settle
 from llmprune_cli.commands.recipe import recipe_of, save_recipe
 from llmprune_cli.commands.requests import PruneRequest
@@ -34,7 +34,7 @@ from llmprune_cli.journal.keys import run_key
 from llmprune_cli.options import Choice, ModelReference
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.plan.predict import predict
-from llmprune_cli.plan.target import Target
+from llmprune_cli.plan.requested_widths import Target
 from llmprune_cli.processes import ALONE, Processes, join
 from llmprune_cli.progress import Listener
 from llmprune_cli.repair.layer_refit import LayerRepair

@@ -11,7 +11,7 @@ from llmprune_cli.family.architecture import with_widths
 from llmprune_cli.family.skeleton import expected_index
 from llmprune_cli.family.widths import NEURONS, Width, Widths
 from llmprune_cli.folder.tensors import Shape, TensorEntry, split_name
-from llmprune_cli.plan.target import Target
+from llmprune_cli.plan.requested_widths import Target
 
 
 def predict(subject: Subject, target: Target) -> tuple[TensorEntry, ...]:

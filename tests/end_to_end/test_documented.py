@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from llmprune_cli.report.documents import DOCUMENTS, adapter_of
+from llmprune_cli.report.schemas import DOCUMENTS, adapter_of
 from support import ROOT
 from support.cli import BY_MAGNITUDE, run_cli
 from support.families import HEADS_OF_16

@@ -18,7 +18,7 @@ from llmprune_cli.folder.manifest import Manifest
 from llmprune_cli.journal.journal import Journal
 from llmprune_cli.options import Choice, ModelReference, WidthRequest
 from llmprune_cli.plan.document import Plan
-from llmprune_cli.plan.target import Target, resolve
+from llmprune_cli.plan.requested_widths import Target, resolve
 from llmprune_cli.progress import QUIET
 from llmprune_cli.repair.dense_goals import Streams
 from llmprune_cli.repair.refit import refit, with_new_weights

@@ -15,7 +15,7 @@ from llmprune_cli.coupling.products import Products
 from llmprune_cli.journal.journal import Journal
 from llmprune_cli.options import Choice, WidthRequest
 from llmprune_cli.plan.document import Plan
-from llmprune_cli.plan.target import resolve
+from llmprune_cli.plan.requested_widths import resolve
 from llmprune_cli.progress import QUIET
 from llmprune_cli.repair import replay
 from llmprune_cli.repair.dense_goals import Streams, keep_dense, walk_dense

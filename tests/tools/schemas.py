@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from llmprune_cli.report.documents import DOCUMENTS, schema_of
+from llmprune_cli.report.schemas import DOCUMENTS, schema_of
 
 FOLDER = Path(__file__).parents[2] / "docs" / "schemas"
 

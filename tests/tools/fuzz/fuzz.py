@@ -31,7 +31,7 @@ def fuzz(name: str, seconds: int, findings: Path) -> None:
         import llmprune_cli.commands.export
         import llmprune_cli.family.architecture
         import llmprune_cli.folder.integrity
-        import llmprune_cli.plan.target
+        import llmprune_cli.plan.requested_widths
         import llmprune_cli.report.model_card
         import llmprune_cli.source.opening  # noqa: F401
     from tools.fuzz.readers import attempt, model_folder, reader

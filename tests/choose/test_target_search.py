@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from llmprune_cli.choose.search import least_target, measure_size, search_widths
+from llmprune_cli.choose.target_search import least_target, measure_size, search_widths
 from llmprune_cli.errors import PlanError
 from llmprune_cli.options import ModelReference, WidthRequest
-from llmprune_cli.plan.target import Target, resolve
+from llmprune_cli.plan.requested_widths import Target, resolve
 from llmprune_cli.sizes import Budget
 from llmprune_cli.source.full_model import load_model
 from llmprune_cli.source.opening import open_checkpoint

@@ -16,7 +16,7 @@ from llmprune_cli.folder.tensors import DTYPES, split_name
 from llmprune_cli.options import WidthRequest
 from llmprune_cli.plan.legal import legal_experts
 from llmprune_cli.plan.predict import predicted_tensors
-from llmprune_cli.plan.target import Target, protected_layers, resolve
+from llmprune_cli.plan.requested_widths import Target, protected_layers, resolve
 from llmprune_cli.sizes import Budget
 
 ROUND_TO = 64  # neurons that stay, at most: what kernels like

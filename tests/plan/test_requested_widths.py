@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llmprune_cli.errors import PlanError
 from llmprune_cli.family.widths import NEURONS
 from llmprune_cli.options import WidthRequest
-from llmprune_cli.plan.target import resolve
+from llmprune_cli.plan.requested_widths import resolve
 from support.architectures import REFUSED, RULES, architecture_of
 from support.cli import BY_MAGNITUDE, run_cli
 
