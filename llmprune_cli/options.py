@@ -270,12 +270,12 @@ class Delivery:
     output: Annotated[Path | None, Option("Folder to write.", OUTPUT, is_common=True)] = None
     overwrite: Annotated[bool, Option("Replace the model folder that --output names.", OUTPUT)] = False
     dry_run: Annotated[bool, Option("Show what would be done, and write no model.", OUTPUT)] = False
+    text_only: Annotated[bool, Option("Of a multimodal model, write the language model alone.", OUTPUT)] = False
     max_shard_size: Annotated[str, Option("Largest shard, such as 500MB or 5GB.", OUTPUT, check=parse_size)] = "5GB"
     plan: Annotated[Path | None, Option("Replay a saved plan instead of choosing.", OUTPUT)] = None
     save_plan: Annotated[Path | None, Option("Save the plan as JSON.", OUTPUT)] = None
     save_config: Annotated[
-        Path | None,
-        Option("Save what was asked for as a file for --config, .yaml or .json.", OUTPUT, check=check_config),
+        Path | None, Option("Save the request as a .yaml or .json file for --config.", OUTPUT, check=check_config)
     ] = None
     report: Annotated[
         Path | None, Option("Draw the errors of all layers into a .png or .svg file.", OUTPUT, check=check_chart)
@@ -287,8 +287,7 @@ class Scratch:
     """What is kept for later runs, and where large intermediate results lie."""
 
     statistics: Annotated[
-        Path | None,
-        Option("Folder that remembers what was measured, for another target of the same model and text.", TEXT),
+        Path | None, Option("Folder that remembers what was measured, for other targets of this model and text.", TEXT)
     ] = None
     resume: Annotated[bool, Option("Go on after the last finished layer of a run that was cut short.", TEXT)] = False
     offload_dir: Annotated[

@@ -6,13 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llmprune_cli.apply.surgery import pruned_entries, pruned_tensors
+from llmprune_cli.apply.multimodal import names_within, put_back
+from llmprune_cli.apply.surgery import pruned_entries, pruned_tensors, remaining
 from llmprune_cli.choose.selection import make_random_plan
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.coupling.trace import Keep, Trace
 from llmprune_cli.errors import VerificationError
 from llmprune_cli.family.architecture import Architecture, with_widths
-from llmprune_cli.family.written import write_config
+from llmprune_cli.family.written import write_config, write_whole_config
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.manifest import Manifest, Numbers, WidthNumbers, write_manifest
 from llmprune_cli.folder.shards import read_index, write_shards
@@ -43,8 +44,14 @@ def write_pruned(
     entries = pruned_entries(checkpoint, subject.trace, plan)
     listener.stage("Writing", checkpoint.size_bytes)
     tensors = pruned_tensors(checkpoint, subject.trace, plan, listener.advance, subject.folded_norms)
+    config = with_widths(subject.architecture, plan.after, plan.layers)
+    if checkpoint.whole is None:
+        write_config(config, folder)
+    else:
+        stored = names_within(checkpoint, remaining(checkpoint, subject.trace, plan)[1])
+        entries, tensors = put_back(checkpoint, checkpoint.whole, stored, entries, tensors)
+        write_whole_config(checkpoint.whole.config, checkpoint.config, config, folder)
     checksums = write_shards(folder, entries, tensors, max_shard_bytes)
-    write_config(with_widths(subject.architecture, plan.after, plan.layers), folder)
     copy_companions(checkpoint, folder)
     write_manifest(folder, manifest)
     written = {entry.name: entry.shape for entry in read_index(folder)}

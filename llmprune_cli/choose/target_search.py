@@ -38,7 +38,8 @@ def measure_size(subject: Subject, target: Target) -> tuple[int, int]:
     """Parameters and bytes after pruning."""
     dtypes = {split_name(entry.name)[0]: DTYPES[entry.dtype].size_bytes for entry in subject.checkpoint.entries}
     shapes = {entry.name: entry.shape for entry in subject.checkpoint.entries}
-    parameters = size = 0
+    parameters = sum(entry.numel for entry in subject.surroundings)
+    size = sum(entry.size_bytes for entry in subject.surroundings)
     for name, shape in predicted_tensors(shapes, subject.trace, subject.widths, target).items():
         count = math.prod(shape)
         parameters += count

@@ -48,7 +48,7 @@ def decide(request: PruneRequest, subject: Subject) -> Decided:
     Raises:
         PlanError, UnsupportedError: it cannot.
     """
-    before, stream, untied = summarize(subject.checkpoint.entries, subject.widths), None, 0
+    before, stream, untied = summarize((*subject.checkpoint.entries, *subject.surroundings), subject.widths), None, 0
     if request.choice.rotate:
         subject, untied = untie(subject)
         stream = find_residual_stream(subject.architecture, subject.trace)

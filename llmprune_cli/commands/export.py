@@ -22,7 +22,7 @@ from llmprune_cli.report.model_card import write_card
 from llmprune_cli.report.results import SCHEMA_VERSION, ExportResult
 from llmprune_cli.report.runtimes import runtime_fits
 from llmprune_cli.sizes import parse_size
-from llmprune_cli.source.opening import open_checkpoint
+from llmprune_cli.source.opening import open_checkpoint, text_alone
 
 LOADED = SHORT_DTYPES.values()  # dtypes that a model can be loaded in; others are a format's own
 
@@ -40,7 +40,8 @@ def export(
     form = load_format(conversion.format)
     asked = _options(form, output, conversion)
     reference = replace(reference, dtype=asked.dtype if asked.dtype in LOADED else None)
-    with open_checkpoint(reference, need_weights=True) as checkpoint:
+    with open_checkpoint(reference, need_weights=True) as opened:
+        checkpoint = text_alone(opened)
         with claimed(output, overwrite, source_folder(reference, checkpoint)) as claim:
             fit = Fit(loads=True, note=f"by {asked.converter}") if asked.converter else form.fit(checkpoint.config)
             if not fit.loads:

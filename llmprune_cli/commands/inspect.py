@@ -65,15 +65,16 @@ def _find_out(reference: ModelReference, request: WidthRequest) -> InspectResult
     from llmprune_cli.plan.predict import predict
     from llmprune_cli.plan.requested_widths import resolve
     from llmprune_cli.report.runtimes import runtime_fits
-    from llmprune_cli.source.opening import open_checkpoint
+    from llmprune_cli.source.opening import open_checkpoint, part_to_write
 
-    with open_checkpoint(reference, need_weights=False) as checkpoint:
+    with open_checkpoint(reference, need_weights=False) as opened:
+        checkpoint = part_to_write(opened)
         subject = understand(checkpoint)
         target = None if request.is_empty else resolve(subject.architecture, subject.trace.refused, request)
         after, config = None, checkpoint.config
         if target is not None:
             subject.require(target.widths)
-            after = summarize(predict(subject, target), target.widths)
+            after = summarize((*predict(subject, target), *subject.surroundings), target.widths)
             config = with_widths(subject.architecture, target.widths, target.layers)
         return InspectResult(
             schema_version=SCHEMA_VERSION,
@@ -85,7 +86,7 @@ def _find_out(reference: ModelReference, request: WidthRequest) -> InspectResult
             prunable=legal_values(subject.architecture, subject.trace),
             dropped=checkpoint.dropped,
             renamed=checkpoint.renamed,
-            before=summarize(checkpoint.entries, subject.widths),
+            before=summarize((*checkpoint.entries, *subject.surroundings), subject.widths),
             after=after,
             deviations=target.deviations if target else (),
             runtimes=runtime_fits(config),

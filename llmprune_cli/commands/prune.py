@@ -56,7 +56,7 @@ from llmprune_cli.report.runtimes import runtime_fits
 from llmprune_cli.run.calibration import warn_of_shared_text
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.sizes import parse_size
-from llmprune_cli.source.opening import open_checkpoint
+from llmprune_cli.source.opening import open_checkpoint, part_to_write
 
 
 def prune(request: PruneRequest, listener: Listener) -> PruneResult | None:
@@ -72,6 +72,7 @@ def prune(request: PruneRequest, listener: Listener) -> PruneResult | None:
         check_chart_target(delivery.report, delivery.output)
     with ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(request.model, request.needs_weights))
+        checkpoint = part_to_write(checkpoint, delivery.text_only)
         output = delivery.output
         if processes.is_first and output is None and request.writes:
             output = stack.enter_context(scratch_folder()) / "pruned"
@@ -180,7 +181,7 @@ def _choose_and_write(
         repaired, repairs = repair(bench, selection.plan, choice.refit or "")
     if not subject.processes.is_first:
         return None
-    after = summarize(predict(subject, target), target.widths)
+    after = summarize((*predict(subject, target), *subject.surroundings), target.widths)
     outcome = _Outcome(
         subject=subject,
         choice=choice,

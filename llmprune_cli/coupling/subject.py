@@ -6,14 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from transformers import PretrainedConfig
+
 from llmprune_cli.coupling.discovery import trace
 from llmprune_cli.coupling.trace import Trace
 from llmprune_cli.coupling.twin import one_thread, settle_head_dim
-from llmprune_cli.errors import UnsupportedError
+from llmprune_cli.errors import PlanError, UnsupportedError
 from llmprune_cli.family.architecture import Architecture, discover
 from llmprune_cli.family.skeleton import is_remote
-from llmprune_cli.family.widths import Widths
+from llmprune_cli.family.widths import Width, Widths
 from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.folder.tensors import TensorEntry
 from llmprune_cli.processes import ALONE, Processes
 from llmprune_cli.startup.remembered import recall, remember, remembered_in
 
@@ -33,16 +36,26 @@ class Subject:
         """The widths before pruning."""
         return self.architecture.widths
 
+    @property
+    def surroundings(self) -> tuple[TensorEntry, ...]:
+        """The tensors that go with the language model as they are."""
+        whole = self.checkpoint.whole
+        return whole.entries if whole is not None else ()
+
     def require(self, widths: Widths) -> None:
         """Make sure that this family can be pruned to these widths.
 
         Raises:
             UnsupportedError: it cannot in one of those that change.
+            PlanError: the multimodal model around it cannot.
         """
+        whole = self.checkpoint.whole
+        within = refused_within(whole.config) if whole is not None else {}
         for width in widths.changed_from(self.widths):
             if width in self.trace.refused:
                 family = self.architecture.config.model_type
-                raise UnsupportedError(f"{family} cannot be pruned in {width}: {self.trace.refused[width]}.")
+                kind = PlanError if width in within else UnsupportedError
+                raise kind(f"{family} cannot be pruned in {width}: {self.trace.refused[width]}.")
 
 
 def understand(checkpoint: Checkpoint, processes: Processes = ALONE) -> Subject:
@@ -57,7 +70,19 @@ def understand(checkpoint: Checkpoint, processes: Processes = ALONE) -> Subject:
     shapes = {entry.name: entry.shape for entry in checkpoint.entries}
     architecture, traced = find_coupling(discover(checkpoint.config, shapes))
     traced.check(shapes, architecture.widths)
+    if checkpoint.whole is not None:
+        traced = replace(traced, refused={**traced.refused, **refused_within(checkpoint.whole.config)})
     return Subject(checkpoint, architecture, traced, processes)
+
+
+def refused_within(whole: PretrainedConfig) -> dict[str, str]:
+    """The widths of a language model that its multimodal model relies on, and why."""
+    remedy = "--text-only writes the language model alone"
+    refused = {Width.HIDDEN: f"the projector of its vision or audio tower meets the hidden size; {remedy}"}
+    deepstack = getattr(getattr(whole, "vision_config", None), "deepstack_visual_indexes", None)
+    if deepstack:
+        refused[Width.LAYERS] = f"features of images enter the first {len(deepstack)} layers; {remedy}"
+    return {str(width): reason for width, reason in refused.items()}
 
 
 @dataclass(frozen=True)

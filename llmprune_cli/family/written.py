@@ -33,6 +33,7 @@ OLDER_KINDS = {
     "zamba2": {"linear_attention": "mamba"},
 }
 OLDER_ROPE = {"gpt_neox": {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"}}
+OF_WHOLE = {"architectures", "tie_word_embeddings", "transformers_version"}  # what a nested configuration leaves out
 LISTS = frozenset(("layer_types", "layers_block_type"))  # of kinds of layers
 BESIDE_SCALING = ("rope_theta", "partial_rotary_factor")  # what is no part of `rope_scaling`
 
@@ -54,6 +55,34 @@ def write_config(config: PretrainedConfig, folder: Path) -> None:
     for more in (none, fitting, older_rope(config.model_type, settings), older_names(config, settings)):
         if _reads_alike(config, settings, {**settings, **more}, ignored={*more} - LISTS):
             settings |= more
+    write_json(path, settings)
+
+
+def write_whole_config(
+    whole: PretrainedConfig, before: PretrainedConfig, after: PretrainedConfig, folder: Path
+) -> None:
+    """Write the `config.json` of a multimodal model whose language model was pruned.
+
+    Args:
+        whole: the multimodal model's.
+        before: the language model's, as it was read from there.
+        after: the pruned language model's.
+    """
+    path, texts = folder / "config.json", []
+    for config in (before, after):
+        write_config(config, folder)
+        texts.append(read_json(path))
+    old, new = texts
+    whole.save_pretrained(folder)
+    settings = read_json(path)
+    text = {name: value for name, value in settings["text_config"].items() if name in new or name not in old}
+    is_own = old["model_type"] == text.get("model_type")
+    changed = {n: value for n, value in new.items() if old.get(n) != value or (is_own and n not in text)}
+    settings["text_config"] = text | {name: value for name, value in changed.items() if name not in OF_WHOLE}
+    if not is_remote(whole):
+        settings.pop("auto_map", None)
+    if settings.get("dtype"):
+        settings["torch_dtype"] = settings["dtype"]
     write_json(path, settings)
 
 

@@ -26,6 +26,15 @@ Stamp = tuple[int, int, int]  # inode, bytes, time of the last change in nanosec
 
 
 @dataclass(frozen=True)
+class Surroundings:
+    """The multimodal model around a language model: it sees or hears, and goes untouched into what is written."""
+
+    config: PretrainedConfig  # of the whole model
+    entries: tuple[TensorEntry, ...] = ()  # of all parts but the language model, under their stored names
+    is_written: bool = True  # False where the language model alone is wanted
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A model folder: configuration, tensor index, and where the bytes are.
 
@@ -43,11 +52,17 @@ class Checkpoint:
     renamed: tuple[tuple[str, str], ...] = ()  # stored name and name today, where they differ
     trust_remote_code: bool = False  # whether code that comes with it may run
     stamps: Mapping[str, Stamp] = field(default_factory=dict)  # of shards, before their headers were read
+    around: Surroundings | None = None  # where this is the language model of a multimodal one
 
     @cached_property
     def by_name(self) -> dict[str, TensorEntry]:
         """Entries by tensor name."""
         return {entry.name: entry for entry in self.entries}
+
+    @property
+    def whole(self) -> Surroundings | None:
+        """What goes with the language model into what is written, if anything."""
+        return self.around if self.around is not None and self.around.is_written else None
 
     @property
     def parameter_count(self) -> int:

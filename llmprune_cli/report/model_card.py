@@ -21,6 +21,12 @@ from llmprune_cli.source.tokenizer import copy_small
 CARD = "README.md"
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+WHOLE_LOADING = """```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained(".", dtype="auto")
+processor = AutoProcessor.from_pretrained(".")
+```"""
 TEMPLATE = Path(__file__).with_name("model_card.md")
 
 
@@ -61,8 +67,8 @@ def write_card(
         written_by=f"Written by llmprune {__version__} from {_code(source)}.",
         rows=rows,
         how=how,
-        loading=_loading(folder, form),
-        note=f"{note[0].upper()}{note[1:]}." if note else "",
+        loading=_loading(folder, form, checkpoint),
+        note=" ".join(f"{text[0].upper()}{text[1:]}." for text in (note, _part(checkpoint)) if text),
         fits=fits if form.keeps_dtypes else (),
     )
     (folder / CARD).write_text(f"{str(card).rstrip()}\n", encoding="utf-8", errors="replace")
@@ -85,7 +91,7 @@ def _front_matter(checkpoint: Checkpoint, source: str, is_pruned: bool) -> Model
         license_link=known.get("license_link"),
         language=known.get("language"),
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if checkpoint.whole else "text-generation",
         tags=["llmprune", *(["pruned"] if is_pruned else [])],
     )
 
@@ -119,6 +125,19 @@ def _pruning(manifest: Manifest) -> tuple[list[tuple[str, str, str]], str]:
     return rows, f"{how}{text}. Nothing was trained.{kept} All of it is in `{MANIFEST_NAME}`."
 
 
-def _loading(folder: Path, form: Format) -> str:
+def _part(checkpoint: Checkpoint) -> str:
+    """Which part of a multimodal model was pruned, or is all that is left of it."""
+    around = checkpoint.around
+    if around is None:
+        return ""
+    kind = f"a {around.config.model_type} model"
+    if around.is_written:
+        return f"this is {kind}, of which the language model alone was pruned: its vision or audio tower is as it was"
+    return f"this is the language model alone of {kind}, without its vision or audio tower and projector"
+
+
+def _loading(folder: Path, form: Format, checkpoint: Checkpoint) -> str:
+    if checkpoint.whole is not None:
+        return WHOLE_LOADING
     file = next((path.name for path in folder.glob(form.file)), "") if form.file else ""
     return form.loading.replace("FILE", file).replace("PATH", ".")

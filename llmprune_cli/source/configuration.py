@@ -22,6 +22,8 @@ OTHER_PURPOSES = (
     *("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice"),
     *("ForMaskedLM", "ForNextSentencePrediction", "ForPreTraining", "ForImageClassification"),
 )
+# Language models of multimodal ones that transformers has no class for, and those whose text they read alike.
+READ_AS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 MOST = {"layer": 2048, "expert": 8192}  # by how the names of settings end
 
 
@@ -101,6 +103,21 @@ def _check_counts(path: Path, settings: dict[str, Any]) -> None:
                 raise CheckpointError(f"{path}: {name} is {value:,}, and models have at most {most:,}.")
 
 
+def _as_language_model(text: PretrainedConfig) -> PretrainedConfig:
+    """A copy of a nested configuration, where need be under the name of the language model that it is a copy of."""
+    from transformers import AutoConfig
+
+    settings = text.to_dict()
+    name = READ_AS.get(text.model_type)
+    if name is None:
+        return type(text).from_dict(settings)
+    del settings["model_type"]
+    rope = dict(settings.get("rope_parameters") or {})
+    rope.pop("mrope_section", None)  # by which the positions of text, alike in all sections, change nothing
+    as_text: PretrainedConfig = AutoConfig.for_model(name, **{**settings, "rope_parameters": rope})
+    return as_text
+
+
 def text_part(config: PretrainedConfig) -> PretrainedConfig:
     """The configuration of a multimodal model's language model; any other configuration as it is.
 
@@ -112,7 +129,7 @@ def text_part(config: PretrainedConfig) -> PretrainedConfig:
     text = getattr(config, "text_config", None)
     if not isinstance(text, PretrainedConfig):
         return config
-    text = type(text).from_dict(text.to_dict())
+    text = _as_language_model(text)
     text.tie_word_embeddings = bool(outer_model(config).all_tied_weights_keys)
     text.dtype = text.dtype or config.dtype
     text.architectures = [type(build_skeleton(text)).__name__]

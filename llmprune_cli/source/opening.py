@@ -13,7 +13,7 @@ import torch
 from llmprune_cli.errors import CheckpointError, UnsupportedError
 from llmprune_cli.family.architecture import reconfigure
 from llmprune_cli.family.skeleton import build_skeleton, expected_index, on_disk
-from llmprune_cli.folder.checkpoint import Checkpoint, check_places, stamp_shards, unchanged
+from llmprune_cli.folder.checkpoint import Checkpoint, Surroundings, check_places, stamp_shards, unchanged
 from llmprune_cli.folder.documents import is_there
 from llmprune_cli.folder.scratch import scratch_folder, scratch_space
 from llmprune_cli.folder.shards import open_shard, read_index, weight_sources
@@ -77,8 +77,8 @@ def _opened(reference: ModelReference, need_weights: bool, temporary: Path) -> C
         others = " and ".join(path.name for path in sources[1:])
         LOGGER.warning(f"{folder} holds {sources[0].name}, which is read as transformers does, and not {others}.")
     if quantization_of(config) and not need_weights:
-        plain = text_part(describe_dequantized(config, reference.dtype))
-        return _described(folder, reference, revision, plain, has_weights)
+        plain = describe_dequantized(config, reference.dtype)
+        return text_alone(_described(folder, reference, revision, plain, has_weights))
     place = folder
     if quantization_of(config):
         place = temporary
@@ -94,7 +94,7 @@ def _opened(reference: ModelReference, need_weights: bool, temporary: Path) -> C
         with scratch_space():
             config.save_pretrained(place)  # without it, transformers loads no model from there
     if not entries:
-        return _described(folder, reference, revision, text_part(config), has_weights)
+        return _described(folder, reference, revision, config, has_weights)
     trusted = reference.trust_remote_code
     return _resolved(
         Checkpoint(
@@ -124,11 +124,6 @@ def _resolved(checkpoint: Checkpoint) -> Checkpoint:
         UnsupportedError: tensors in a layout that would have to be converted.
     """
     config = text_part(checkpoint.config)
-    if config is not checkpoint.config:
-        LOGGER.warning(
-            f"{checkpoint.source} is a {checkpoint.config.model_type} model, of which the language model alone is "
-            "read: its vision or audio tower and projector are left out of whatever is written."
-        )
     expected, names = _find_names(checkpoint, config)
     if not all(_are_equal(checkpoint, *pair) for pair in names.aliases):
         config = reconfigure(config, {"tie_word_embeddings": False})  # as transformers decides when it loads them
@@ -144,7 +139,41 @@ def _resolved(checkpoint: Checkpoint) -> Checkpoint:
     entries = tuple(
         entry if entry.name == name else replace(entry, name=name, stored_name=entry.name) for entry, name in used
     )
-    return replace(checkpoint, config=config, entries=entries, dropped=names.dropped, renamed=renamed)
+    around = _surroundings(checkpoint, config, names)
+    return replace(checkpoint, config=config, entries=entries, dropped=names.dropped, renamed=renamed, around=around)
+
+
+def _surroundings(checkpoint: Checkpoint, text: PretrainedConfig, names: Names) -> Surroundings | None:
+    """The multimodal model around a text model, if the checkpoint holds one, and holds it whole."""
+    if type(text) is type(checkpoint.config):
+        return None
+    entries = tuple(entry for entry in checkpoint.entries if entry.name in names.around)
+    return Surroundings(checkpoint.config, entries, is_written=bool(entries))
+
+
+def part_to_write(checkpoint: Checkpoint, text_only: bool = False) -> Checkpoint:
+    """Of a multimodal model all of it, where that is there and wanted, or else its language model; either is said."""
+    whole = checkpoint.whole
+    if text_only or whole is None:
+        return text_alone(checkpoint)
+    LOGGER.warning(
+        f"{checkpoint.source} is a {whole.config.model_type} model: its language model is pruned, its vision or audio "
+        "tower and projector go with it as they are. --text-only leaves them out."
+    )
+    return checkpoint
+
+
+def text_alone(checkpoint: Checkpoint) -> Checkpoint:
+    """The language model without what is around it, which is said aloud; any other model as it is."""
+    around = checkpoint.around
+    if around is None:
+        return checkpoint
+    LOGGER.warning(
+        f"{checkpoint.source} is a {around.config.model_type} model, of which the language model alone is written: its "
+        "vision or audio tower and projector are left out."
+    )
+    dropped = (*checkpoint.dropped, *(entry.name for entry in around.entries))
+    return replace(checkpoint, around=replace(around, entries=(), is_written=False), dropped=dropped)
 
 
 def _find_names(checkpoint: Checkpoint, config: PretrainedConfig) -> tuple[dict[str, torch.Tensor], Names]:
@@ -198,5 +227,7 @@ def _described(
     """A checkpoint known from its configuration alone: the tensors that transformers would save for it."""
     dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     code = BY_NAME[dtype].code if dtype in BY_NAME and BY_NAME[dtype].is_weight else "F32"
-    entries = tuple(TensorEntry(name, shape, code, None) for name, shape in expected_index(config).items())
-    return Checkpoint(folder, reference.name, revision, config, entries, has_weights, folder)
+    text = text_part(config)
+    entries = tuple(TensorEntry(name, shape, code, None) for name, shape in expected_index(text).items())
+    around = Surroundings(config) if text is not config else None
+    return Checkpoint(folder, reference.name, revision, text, entries, has_weights, folder, around=around)

@@ -35,6 +35,7 @@ class Names:
     canonical: dict[str, str]  # stored name → name that `save_pretrained` writes today, of the tensors in use
     dropped: tuple[str, ...]  # stored names that the model does not use
     aliases: tuple[tuple[str, str], ...] = ()  # of those, the second copies of tied tensors, and the first copies
+    around: tuple[str, ...] = ()  # stored names of the multimodal model's other parts, where all of these are there
 
 
 class Rules:
@@ -49,6 +50,7 @@ class Rules:
         self.renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
         self.converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
         self.prefix = model.base_model_prefix
+        self.tied = model.all_tied_weights_keys.keys()
         self.parameters = model.state_dict()
         self.buffers = {name for name, _ in model.named_buffers()} - self.parameters.keys()
         self.further = further_layers(model.config.get_text_config())
@@ -81,6 +83,8 @@ class OuterRules(Rules):
         base = text.base_model_prefix
         inside = {type(text): "", type(getattr(text, base)): f"{base}."}
         found = [(path, inside[type(module)]) for path, module in outer.named_modules() if type(module) in inside]
+        own = getattr(text, base).state_dict().keys()  # by which it is known where it has a class of its own
+        found += [(path, f"{base}.") for path, m in outer.named_modules() if path and m.state_dict().keys() == own]
         path, self.text_prefix = found[0] if found else ("", "")
         self.path = f"{path}."
 
@@ -94,6 +98,16 @@ class OuterRules(Rules):
     def ignores(self, name: str) -> bool:
         """Whether the text model leaves such a tensor out: a buffer, or part of what is not text."""
         return super().ignores(name) or super().locate(name)[0] in self.parameters
+
+    def surrounds(self, name: str) -> bool:
+        """Whether a stored tensor is a parameter of the multimodal model outside the text model."""
+        memory = super().locate(name)[0]
+        return memory in self.parameters and not memory.startswith(self.path)
+
+    def lacks(self, stored: Collection[str]) -> bool:
+        """Whether the multimodal model has parameters that none of the stored tensors leads to."""
+        found = {super(OuterRules, self).locate(name)[0] for name in stored}
+        return bool(self.parameters.keys() - found - self.tied)
 
 
 def resolve_names(
@@ -142,7 +156,11 @@ def resolve_names(
         else:
             raise _unusable(text, name, rules)
     canonical = {name: claimed for claimed, name in holders.items()}
-    return Names(canonical, (*dropped, *(alias for alias, _ in aliases)), tuple(aliases))
+    around: tuple[str, ...] = ()
+    if isinstance(rules[-1], OuterRules) and not rules[-1].lacks(stored):
+        around = tuple(name for name in dropped if rules[-1].surrounds(name))
+    left_out = (*(name for name in dropped if name not in around), *(alias for alias, _ in aliases))
+    return Names(canonical, left_out, tuple(aliases), around)
 
 
 def outer_model(config: PretrainedConfig) -> PreTrainedModel:

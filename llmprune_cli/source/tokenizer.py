@@ -30,6 +30,7 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")  # of what is seen
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
@@ -70,7 +71,7 @@ def copy_companions(checkpoint: Checkpoint, target: Path) -> None:
     Raises:
         CheckpointError: one of them cannot be read.
     """
-    for name in COMPANIONS:
+    for name in (*COMPANIONS, *(PROCESSORS if checkpoint.whole else ())):
         source = checkpoint.companions / name
         if source.is_file():
             copy_small(source, target / name)
