@@ -30,7 +30,7 @@ from llmprune_cli.run.divergence import Side, compare
 from llmprune_cli.run.states import DenseStates
 from llmprune_cli.run.workbench import Workbench
 
-SEARCH_WINDOWS = 8  # of calibration text on which a candidate is refitted; half as many are held out to judge it
+SEARCH_TOKENS = 4096  # of calibration text on which a candidate is refitted; half as many are held out to judge it
 
 
 @dataclass(frozen=True)
@@ -173,8 +173,8 @@ def _diverge(bench: Workbench, text: CalibrationText, plan: Plan, method: str, s
         states: that keep from one plan to the next what the dense model makes of the text.
     """
     model = bench.model
-    fitted = model.share(text.fitted[:SEARCH_WINDOWS])
-    judged = model.share(text.held_out[: SEARCH_WINDOWS // 2])
+    fitted = model.share(text.fitted[: _windows_of(SEARCH_TOKENS, text)])
+    judged = model.share(text.held_out[: judged_windows(text)])
     bench.listener.stage(f"Trying {_in_words(target_of(plan))}", model.layers)
     with torch.inference_mode():
         windows = torch.cat([fitted, judged])
@@ -186,6 +186,16 @@ def _diverge(bench: Workbench, text: CalibrationText, plan: Plan, method: str, s
         items = model.load_layer(0).returned_items(start)
         dense, pruned = (Side(ends, states[len(fitted) :], items) for states in (streams.dense, streams.pruned))
         return compare(dense, pruned, judged, model.processes).kl
+
+
+def judged_windows(text: CalibrationText) -> int:
+    """How many of the windows that are held out judge the candidates of a search."""
+    return _windows_of(SEARCH_TOKENS // 2, text)
+
+
+def _windows_of(tokens: int, text: CalibrationText) -> int:
+    """How many windows have so many tokens, one at least."""
+    return max(1, tokens // text.fitted.shape[1])
 
 
 def _in_words(target: Target) -> str:

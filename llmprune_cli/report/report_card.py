@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from llmprune_cli.choose.selection import SEARCH_WINDOWS
+from llmprune_cli.choose.selection import judged_windows
 from llmprune_cli.coupling.trace import Instance
 from llmprune_cli.family.widths import Width, read_widths
 from llmprune_cli.options import Choice, ModelReference
@@ -33,7 +33,7 @@ def report_card(
     """
     dense, text, listener = bench.model, bench.text, bench.listener
     assert text is not None
-    chosen_on = SEARCH_WINDOWS // 2 if choice.budget else 0
+    chosen_on = judged_windows(text) if choice.budget else 0
     windows = text.held_out[chosen_on:] if len(text.held_out) > chosen_on else text.held_out
     with open_checkpoint(ModelReference(str(folder)), need_weights=True) as checkpoint, torch.inference_mode():
         architecture = dense.architecture
