@@ -16,6 +16,7 @@ from llmprune_cli.run.layer import native_dtype
 from llmprune_cli.run.states import DenseStates
 from support import families
 from support.cli import CALIBRATED, run_cli
+from support.full import examples
 from support.opened import Opened
 from support.tiny import save_tiny
 
@@ -62,7 +63,7 @@ def test_what_is_multiplied_is_bfloat16_and_what_is_added_up_float32(opened: Ope
     assert output is not None and output.dtype == torch.float32 and {*results} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "jamba", "gpt2"])
+@pytest.mark.parametrize("family", examples(["llama", "qwen3_moe", "jamba", "gpt2"], ["qwen3_moe", "gpt2"]))
 def test_a_calibrated_prune_in_bfloat16_is_as_good(family: str, tiny_of, text_file: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     cards = {}
     for dtype in ("float32", "bfloat16"):
