@@ -144,8 +144,8 @@ class WidthRequest:
         tuple[int, ...] | None, Option("Layers to drop, such as 3,7,-2.", GOES, parse=parse_layers)
     ] = None
     round_to: Annotated[
-        int, Option("Round kept channels and neurons that come from a ratio down to a multiple.", GOES, least=1)
-    ] = 1
+        int | None, Option("Round what a ratio keeps down to a multiple.", GOES, least=1, left_out="64 for neurons")
+    ] = None
     keep_layers: Annotated[
         tuple[int, ...],
         Option(

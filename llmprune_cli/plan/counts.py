@@ -49,8 +49,13 @@ def count_heads(before: Widths, groups: int, request: WidthRequest, deviations: 
     return groups * _at_least_one("query heads in a KV group", per_group - removed, deviations)
 
 
-def count_units(whole: int, width: str, exact: int | None, ratio: float | None, request: WidthRequest) -> int:
-    """Channels or neurons that stay: int(N·(1−r)), rounded down to a multiple where that is asked for.
+def count_units(
+    whole: int, width: str, exact: int | None, ratio: float | None, request: WidthRequest, usual_step: int = 1
+) -> int:
+    """Channels or neurons that stay: int(N·(1−r)), rounded down to a multiple.
+
+    Args:
+        usual_step: what it is a multiple of where the request leaves that open.
 
     Raises:
         PlanError: nothing is left, or an exact size that is none.
@@ -61,12 +66,21 @@ def count_units(whole: int, width: str, exact: int | None, ratio: float | None, 
     if not ratio:
         return whole
     kept = int(whole * (1 - ratio))
-    rounded = kept - kept % request.round_to
+    step = request.round_to or (usual_step if kept >= usual_step else 1)
+    rounded = kept - kept % step
     if rounded < 1:
         raise PlanError(
-            f"{width} = {whole} at pruning ratio {ratio:g} leaves {kept}, which no multiple of {request.round_to} fits."
+            f"{width} = {whole} at pruning ratio {ratio:g} leaves {kept}, which no multiple of {step} fits."
         )
     return rounded
+
+
+def usual_step(whole: int) -> int:
+    """What neurons that a ratio keeps are a multiple of: 64, in small MLPs a power of two below their 24th part.
+
+    It is what products of matrices, and the blocks of weights in 4 bits, come in.
+    """
+    return int(min(64, 2 ** max(0, (whole // 24).bit_length() - 1)))
 
 
 def _at_least_one(what: str, count: int, deviations: list[str]) -> int:

@@ -11,7 +11,7 @@ from llmprune_cli.family.architecture import Architecture, with_widths
 from llmprune_cli.family.layers import can_keep_layers
 from llmprune_cli.family.widths import NEURONS, Widths, read_widths
 from llmprune_cli.options import WidthRequest
-from llmprune_cli.plan.counts import count_groups, count_heads, count_units
+from llmprune_cli.plan.counts import count_groups, count_heads, count_units, usual_step
 from llmprune_cli.plan.legal import legal_experts, listed, near, stepped, within
 
 
@@ -125,7 +125,12 @@ def _neurons(
         if whole and (ratio or request.pruning_ratio):
             deviations.append(f"{width} stays {whole}: {refused[width]}.")
         return int(whole)
-    return stepped(architecture, width, count_units(whole, width, exact, ratio, request), exact is not None, deviations)
+    step = usual_step(whole) if ratio is not None else 1  # `pruning_ratio` alone counts as the reference does
+    units = count_units(whole, width, exact, ratio, request, step)
+    unrounded = count_units(whole, width, exact, ratio, request)
+    if units != unrounded:
+        deviations.append(f"{width} is {units} instead of {unrounded}, a multiple of {step}. --round-to 1 keeps all.")
+    return stepped(architecture, width, units, exact is not None, deviations)
 
 
 def _legal_hidden(
@@ -135,7 +140,7 @@ def _legal_hidden(
     if architecture.hidden_follows_heads:
         legal, rule = [heads * before.head_dim], "query heads × head dim"
     elif architecture.hidden_multiple_of_heads:
-        step = math.lcm(heads, request.round_to) if request.hidden_size is None else heads
+        step = math.lcm(heads, request.round_to or 1) if request.hidden_size is None else heads
         step = step if step <= hidden else heads
         legal, rule = near(hidden, step, before.hidden_size), "a multiple of the query heads"
     else:

@@ -219,3 +219,13 @@ def test_any_ratio_comes_to_widths_that_can_be_asked_for(family: str, ratio: flo
     assert all(0 < getattr(after, width) < getattr(before, width) for width in changed)
     again = resolve(architecture, refused, WidthRequest(**{width: getattr(after, width) for width in changed}))
     assert again.widths == after
+
+
+@pytest.mark.parametrize(("asked", "kept"), [({}, 1088), ({"round_to": 1}, 1105), ({"round_to": 100}, 1100)])
+def test_neurons_that_a_ratio_of_their_own_keeps_are_a_multiple_of_64(asked: dict[str, int], kept: int) -> None:
+    architecture = architecture_of("llama", intermediate_size=1536)
+    target = resolve(architecture, {}, WidthRequest(intermediate_pruning_ratio=0.28, **asked))
+    assert target.widths.intermediate_size == kept
+    assert any("1105" in text and "--round-to 1" in text for text in target.deviations) == (not asked)
+    together = resolve(architecture, {}, WidthRequest(pruning_ratio=0.28)).widths
+    assert together.intermediate_size == 1105
