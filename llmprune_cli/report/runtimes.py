@@ -5,13 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from llmprune_cli.family.widths import read_widths
 from llmprune_cli.formats import FORMATS, load_format
 from llmprune_cli.formats.format import Fit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-FULL_WIDTH_IN_CTRANSLATE2 = ("llama", "qwen2")  # it assumes query heads × head dim to be the hidden size
+# Families whose classes there take query heads × head dim for the hidden size.
+FULL_WIDTH_IN_CTRANSLATE2 = ("llama", "qwen2")
+FULL_WIDTH_IN_VLLM = ("qwen2", "qwen2_moe", "granitemoe", "lfm2", "internlm2", "minicpm", "jamba")
+NO_HEADS_IN_VLLM = (16, 40)  # head dims that its attention on a CPU lacks
+EXPERT_STEP = 32  # what the hidden size of experts has to be a multiple of there; in GPT-OSS their own width, too
+NF4_INPUTS = 64  # what bitsandbytes wants inputs to be a multiple of, on a CPU (and outputs of 32)
+MODELS_OF_TRANSFORMERS = 'model_impl="transformers" loads it'
 
 
 @dataclass(frozen=True)
@@ -27,20 +34,73 @@ def runtime_fits(config: PretrainedConfig) -> tuple[RuntimeFit, ...]:
     """The runtimes of all export formats, and others where they are known to stumble over this model."""
     forms = [load_format(name) for name in FORMATS]
     found = {form.runs_in: form.fit(config) for form in forms}
-    others = {"CTranslate2": _fit_ctranslate2(config), "mlx-lm": _fit_mlx(config)}
+    others = {
+        "vLLM": _fit_vllm(config),
+        "CTranslate2": _fit_ctranslate2(config),
+        "OpenVINO": _fit_openvino(config),
+        "mlx-lm": _fit_mlx(config),
+        "bitsandbytes NF4 on a CPU": _fit_nf4(config),
+    }
     found |= {name: fit for name, fit in others.items() if fit.note}
     return tuple(RuntimeFit(name, fit.loads, fit.note) for name, fit in found.items())
 
 
+def _narrow(config: PretrainedConfig) -> str:
+    """How query heads and head dim miss the hidden size; empty where they do not."""
+    heads, hidden = getattr(config, "num_attention_heads", None), config.hidden_size
+    head_dim = getattr(config, "head_dim", None) or (hidden // heads if heads else None)
+    if not isinstance(heads, int) or not isinstance(head_dim, int) or heads * head_dim == hidden:
+        return ""
+    return f"{heads} query heads × {head_dim} is not the hidden size {hidden}"
+
+
+def _fit_vllm(config: PretrainedConfig) -> Fit:
+    """What vLLM 0.32 was seen to refuse."""
+    settings = config.to_dict()
+    hidden, neurons = settings.get("hidden_size") or 0, settings.get("intermediate_size") or 0
+    experts = read_widths(config).num_experts
+    if config.model_type in FULL_WIDTH_IN_VLLM and _narrow(config):
+        return Fit(False, f"fails: {_narrow(config)}; {MODELS_OF_TRANSFORMERS}")
+    if config.model_type == "falcon" and settings.get("ffn_hidden_size") not in (None, 4 * hidden):
+        return Fit(False, f"fails: {settings['ffn_hidden_size']} neurons are not 4 × {hidden}")
+    if experts and hidden % EXPERT_STEP:
+        return Fit(False, f"has no kernel for experts with a hidden size of {hidden}, no multiple of {EXPERT_STEP}")
+    if config.model_type == "gpt_oss" and neurons % EXPERT_STEP:
+        return Fit(False, f"has no kernel for experts of {neurons} neurons, no multiple of {EXPERT_STEP}")
+    if settings.get("head_dim") in NO_HEADS_IN_VLLM:
+        return Fit(False, f"has no attention for a head dim of {settings['head_dim']} on a CPU")
+    return Fit(loads=True)
+
+
 def _fit_ctranslate2(config: PretrainedConfig) -> Fit:
-    heads, head_dim = getattr(config, "num_attention_heads", None), getattr(config, "head_dim", None)
-    if config.model_type not in FULL_WIDTH_IN_CTRANSLATE2 or not heads or not head_dim:
+    """What CTranslate2 4.8 was seen to get wrong."""
+    if config.model_type == "gemma2":
+        return Fit(False, "gives other tokens for this family, pruned or not")
+    if config.model_type == "gemma3_text":
+        return Fit(False, "fails for this family when a text is longer than its window, pruned or not")
+    narrow = _narrow(config)
+    if not narrow or config.model_type not in (*FULL_WIDTH_IN_CTRANSLATE2, "phi3"):
         return Fit(loads=True)
-    if heads * head_dim == config.hidden_size:
-        return Fit(loads=True)
-    return Fit(
-        False, f"fails at run time: {heads} query heads × {head_dim} is not the hidden size {config.hidden_size}"
-    )
+    if config.model_type == "phi3":
+        return Fit(False, f"its converter fails: {narrow}")
+    if getattr(config, "num_key_value_heads", None) == config.num_attention_heads:
+        return Fit(False, f"converts it and gives WRONG tokens without a word: {narrow}")
+    return Fit(False, f"fails at run time: {narrow}")
+
+
+def _fit_openvino(config: PretrainedConfig) -> Fit:
+    if config.model_type in ("gemma2", "gemma3_text", "deepseek_v3"):
+        return Fit(False, "optimum-intel 2.2 takes this family with older versions of transformers alone")
+    return Fit(loads=True)
+
+
+def _fit_nf4(config: PretrainedConfig) -> Fit:
+    """Whether products with 4-bit weights run: they are both written and read by MLPs."""
+    neurons, hidden = getattr(config, "intermediate_size", None), getattr(config, "hidden_size", None)
+    for what, size in (("neurons", neurons), ("hidden channels", hidden)):
+        if isinstance(size, int) and size % NF4_INPUTS:
+            return Fit(False, f"{size} {what} are no multiple of {NF4_INPUTS}; --round-to {NF4_INPUTS} gives one")
+    return Fit(loads=True)
 
 
 def _fit_mlx(config: PretrainedConfig) -> Fit:

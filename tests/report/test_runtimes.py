@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from llmprune_cli.report.runtimes import runtime_fits
 from support.cli import run_cli
+from support.tiny import tiny_config
 
 HEADS = ("--num-attention-heads", "4")  # of 8: query heads × head dim is then half of the hidden size
 
@@ -47,3 +49,42 @@ def test_a_runtime_that_places_every_nth_layer_is_named_where_none_fits(
     assert "mlx-lm" not in fits()
     fit = fits("--drop-layers", "2")["mlx-lm"]
     assert not fit["loads"] and ("sliding_window_pattern" in fit["note"] or "full_attention_interval" in fit["note"])
+
+
+# A family, its settings, and what is said of which runtime: seen with vLLM 0.32 on a CPU, CTranslate2 4.8 and
+# bitsandbytes 0.50. Query heads are halved.
+STUMBLES = [
+    ("qwen2", {}, "vLLM", "model_impl"),
+    ("qwen2_moe", {}, "vLLM", "model_impl"),
+    ("jamba", {}, "vLLM", "query heads"),
+    ("falcon", {"ffn_hidden_size": 120, "new_decoder_architecture": True}, "vLLM", "120 neurons are not 4"),
+    ("mixtral", {"hidden_size": 144}, "vLLM", "no multiple of 32"),
+    ("gpt_oss", {"head_dim": 32, "intermediate_size": 88}, "vLLM", "88 neurons"),
+    ("qwen3", {"head_dim": 40}, "vLLM", "head dim of 40"),
+    ("llama", {"num_key_value_heads": 8}, "CTranslate2", "WRONG"),
+    ("llama", {}, "CTranslate2", "fails at run time"),
+    ("phi3", {}, "CTranslate2", "converter fails"),
+    ("gemma2", {}, "CTranslate2", "other tokens"),
+    ("deepseek_v3", {}, "OpenVINO", "older versions"),
+    ("llama", {"intermediate_size": 203}, "bitsandbytes NF4 on a CPU", "--round-to 64"),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "runtime", "word"), STUMBLES)
+def test_where_a_runtime_was_seen_to_stumble_is_said(
+    family: str, changes: dict[str, Any], runtime: str, word: str
+) -> None:
+    own = {} if family == "falcon" else {"head_dim": 8}
+    config = tiny_config(family, **{**own, **changes})
+    config.num_attention_heads = 4
+    if changes.get("num_key_value_heads") == 8:
+        config.num_key_value_heads = 4
+    found = {fit.runtime: fit for fit in runtime_fits(config)}
+    assert not found[runtime].loads and word in found[runtime].note
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen3", "gpt_neox", "olmo2", "granite", "starcoder2"])
+def test_runtimes_that_were_seen_to_run_a_shape_are_not_blamed(family: str) -> None:
+    config = tiny_config(family, head_dim=32, intermediate_size=1088)
+    config.num_attention_heads = 4
+    assert {fit.runtime for fit in runtime_fits(config) if not fit.loads} <= {"llama.cpp", "onnxruntime-genai"}
