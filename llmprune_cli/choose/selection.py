@@ -181,7 +181,7 @@ def _diverge(bench: Workbench, text: CalibrationText, plan: Plan, method: str, s
         kept = walk_dense(model, windows, states, lambda layers: None)
         start = model.embed(windows)
         streams = Streams(start, start.clone(), len(fitted), kept=kept)
-        refit(model, plan, streams, method, bench.listener.advance)
+        refit(model, plan, streams, method, bench.listener.advance, with_errors=False)
         ends = model.load_ends(exact=True)
         items = model.load_layer(0).returned_items(start)
         dense, pruned = (Side(ends, states[len(fitted) :], items) for states in (streams.dense, streams.pruned))

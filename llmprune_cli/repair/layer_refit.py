@@ -51,6 +51,7 @@ class LayerRefit:
     plan: Plan
     number: int
     streams: Streams
+    with_errors: bool = True  # whether those of its readers are wanted, which cost as much as their solution
     exact: dict[str, torch.Tensor] = field(default_factory=dict)  # see `_exact_parameter`
 
     def run(self, method: str) -> LayerRepair:
@@ -176,13 +177,14 @@ class LayerRefit:
                         f"What {name} reads is too large for float32: weights of that layer are damaged. Download the "
                         "checkpoint again."
                     )
-                removal = own.error(only(matrix, kept))
+                removal = own.error(matrix, kept) if self.with_errors else 0.0
                 solved = solve_reader(own, matrix.float(), kept, DAMPING).to(dtype)
                 check_finite(name, solved)
                 matrix.copy_(solved)
                 if dtype.itemsize > self.layer.compute.itemsize:
                     self._matrix_of(self._exact_parameter(site.name), site, expert).copy_(solved)
-                errors.append(_Errors(removal, own.error(matrix), own.total))
+                refit = own.error(matrix, kept) if self.with_errors else 0.0
+                errors.append(_Errors(removal, refit, own.total))
             self.whole.processes.copy_from_first_(matrix)
         return errors
 

@@ -57,12 +57,13 @@ class Moments:
         """Whether no product was NaN or too large for float32."""
         return bool(self.gram.sum().isfinite() and self.cross.sum().isfinite())
 
-    def error(self, matrix: torch.Tensor) -> float:
-        """‖Y − WX‖² of a weight [O, U]."""
-        change = 0.0
+    def error(self, matrix: torch.Tensor, kept: torch.Tensor) -> float:
+        """‖Y − WX‖² of a weight [O, U] that is zero but for the kept inputs [k]."""
+        change, kept = 0.0, kept.to(self.gram.device)
+        gram = self.gram[kept[:, None], kept]
         for rows in self._slabs():
-            wide = self.widened(matrix[rows])
-            change += float(((wide @ self.gram - 2 * self.cross[rows]) * wide).sum())
+            wide = self.widened(matrix[rows])[:, kept]
+            change += float(((wide @ gram - 2 * self.cross[rows][:, kept]) * wide).sum())
         return max(0.0, change + self.total)
 
     def _slabs(self) -> Iterator[slice]:

@@ -49,6 +49,7 @@ def refit(
     method: str,
     progress: Callable[[int], None],
     journal: Journal | None = None,
+    with_errors: bool = True,
 ) -> tuple[LayerRepair, ...]:
     """Solve the readers of every layer anew, each layer seeing the pruned and refitted layers before it.
 
@@ -64,6 +65,7 @@ def refit(
         progress: told after each layer.
         journal: that keeps the new weights, one file for each layer, and remembers finished layers: the first that is
             not comes first. None keeps nothing.
+        with_errors: whether to report on single readers; without, their errors are 0.
 
     Returns:
         A report on each layer that stays.
@@ -75,7 +77,7 @@ def refit(
     for number in range(first, model.layers):
         layer = model.load_layer(number)
         if number in plan.layers:
-            layer_refit = LayerRefit(layer, model, plan, number, streams)
+            layer_refit = LayerRefit(layer, model, plan, number, streams, with_errors)
             own = "none" if number in plan.protected else method
             reports.append(layer_refit.run(own))
             if own != "none" and journal is not None and journal.folder is not None:
