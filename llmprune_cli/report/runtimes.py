@@ -78,11 +78,11 @@ def _fit_ctranslate2(config: PretrainedConfig) -> Fit:
         return Fit(False, "gives other tokens for this family, pruned or not")
     if config.model_type == "gemma3_text":
         return Fit(False, "fails for this family when a text is longer than its window, pruned or not")
-    narrow = _narrow(config)
-    if not narrow or config.model_type not in (*FULL_WIDTH_IN_CTRANSLATE2, "phi3"):
-        return Fit(loads=True)
     if config.model_type == "phi3":
-        return Fit(False, f"its converter fails: {narrow}")
+        return Fit(False, "its converter fails on the configuration as transformers 5 writes it, pruned or not")
+    narrow = _narrow(config)
+    if not narrow or config.model_type not in FULL_WIDTH_IN_CTRANSLATE2:
+        return Fit(loads=True)
     if getattr(config, "num_key_value_heads", None) == config.num_attention_heads:
         return Fit(False, f"converts it and gives WRONG tokens without a word: {narrow}")
     return Fit(False, f"fails at run time: {narrow}")

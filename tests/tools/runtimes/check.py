@@ -1,0 +1,135 @@
+"""Hold pruned shapes of many families, as other runtimes compute them, against transformers and against what is said.
+
+`make check-runtimes` builds an environment for each runtime and prints a table: `=` where all log-probabilities agree,
+`differs` or `fails` where they do not, and beside it what `inspect` predicts. Exit status 1: a cell where numbers
+differ, or that fails, without the prediction saying so, or a prediction that is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parents[3]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from support.cli import BY_MAGNITUDE, run_cli  # noqa: E402
+from support.stock import load_stock  # noqa: E402
+from support.tiny import save_tiny  # noqa: E402
+
+TOKENS = [3 + 7 * step % 90 for step in range(24)]
+UNKNOWN = "has no such family"
+NO_SUCH_FAMILY = ("No conversion is registered", "Unrecognized configuration class")
+TOLERANCE = 2e-3  # of a log-probability
+SECONDS = 600
+WIDE = {
+    "hidden_size": 256,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "intermediate_size": 192,
+}
+ALL_HEADS = {**WIDE, "num_key_value_heads": 8}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 96}
+SIZES = {"num_hidden_layers": 3, "vocab_size": 128}  # more rows than the tokenizer has tokens
+HEADS, NEURONS, FEWER = ("--num-attention-heads", "4"), ("--intermediate-size", "101"), ("--experts", "6")
+
+# family, settings, shapes by name: the options that prune it so
+Shapes = dict[str, tuple[str, ...]]
+MODELS: list[tuple[str, dict[str, Any], Shapes]] = [
+    ("llama", WIDE, {"whole": (), "4 of 8 heads": HEADS, "101 neurons": NEURONS, "2 of 3 layers": ("--layers", "2")}),
+    ("llama", ALL_HEADS, {"4 of 8 heads, each with keys of its own": HEADS}),
+    ("mistral", WIDE, {"4 of 8 heads": HEADS, "101 neurons": NEURONS}),
+    ("qwen2", WIDE, {"whole": (), "4 of 8 heads": HEADS, "101 neurons": NEURONS}),
+    ("qwen3", WIDE, {"4 of 8 heads": HEADS, "101 neurons": NEURONS, "hidden 224": ("--hidden-size", "224")}),
+    ("qwen3", {**WIDE, "head_dim": 40}, {"head dim 40": NEURONS}),
+    ("phi3", WIDE, {"101 neurons": NEURONS}),
+    ("gemma2", WIDE, {"whole": (), "101 neurons": NEURONS}),
+    ("olmo2", WIDE, {"101 neurons": NEURONS}),
+    ("starcoder2", WIDE, {"4 of 8 heads": HEADS}),
+    ("mixtral", {**WIDE, "num_local_experts": 8, "num_experts_per_tok": 2}, {"6 of 8 experts": FEWER}),
+    ("mixtral", {**WIDE, "num_local_experts": 8}, {"hidden 144": ("--hidden-size", "144")}),
+    ("qwen3_moe", {**WIDE, **EXPERTS, "num_experts": 8}, {"6 of 8 experts": FEWER, "4 of 8 heads": HEADS}),
+]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a runtime makes of a shape."""
+
+    family: str
+    shape: str
+    seen: str  # "=", "differs" or "fails", with a figure or the error's last line
+    said: str  # what `inspect` says of it; empty where it expects no trouble
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the prediction is what was seen."""
+        return self.seen == UNKNOWN or (self.seen == "=") == (not self.said)
+
+
+def compared(folder: Path, python: Path, script: Path) -> str:
+    """See `Cell.seen`."""
+    ids = torch.tensor([TOKENS])
+    with torch.no_grad():
+        scores = load_stock(folder).float()(ids).logits.log_softmax(-1)[0, :-1]
+    expected = scores.gather(1, ids[0, 1:, None])[:, 0]
+    command = [python, script, folder, json.dumps(TOKENS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    lines = done.stdout.strip().splitlines()
+    if any(words in done.stderr for words in NO_SUCH_FAMILY):
+        return UNKNOWN
+    if done.returncode or not lines or not lines[-1].startswith("["):
+        errors = [line for line in done.stderr.splitlines() if "Error" in line]
+        return f"fails: {(errors or ['no word'])[-1].strip()[-160:]}"
+    gap = float((torch.tensor(json.loads(lines[-1])) - expected).abs().max())
+    return "=" if gap < TOLERANCE else f"differs by {gap:.3f}"
+
+
+def predicted(folder: Path, runtime: str) -> str:
+    """See `Cell.said`."""
+    fits = json.loads(run_cli("inspect", folder, "--json").stdout)["runtimes"]
+    return next((fit["note"] for fit in fits if fit["runtime"] == runtime and not fit["loads"]), "")
+
+
+def main() -> int:
+    """Print the table of one runtime."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runtime", help="as the table of `inspect` calls it")
+    parser.add_argument("python", type=Path, help="of its environment")
+    parser.add_argument("script", type=Path, help="that prints log-probabilities")
+    parser.add_argument("--family", action="append", help="try these alone")
+    arguments = parser.parse_args()
+    cells = []
+    for family, settings, shapes in MODELS:
+        if arguments.family and family not in arguments.family:
+            continue
+        for shape, options in shapes.items():
+            with tempfile.TemporaryDirectory() as scratch:
+                source = save_tiny(Path(scratch, "model"), family, **{**SIZES, **settings})
+                folder = Path(scratch, "pruned") if options else source
+                run = run_cli("prune", source, *BY_MAGNITUDE, *options, "--output", folder) if options else None
+                if run is not None and run.code:
+                    raise SystemExit(f"{family}, {shape}: {run.stderr}")
+                seen = compared(folder, arguments.python.absolute(), arguments.script.absolute())
+                cells.append(Cell(family, shape, seen, predicted(folder, arguments.runtime)))
+            print(cells[-1], file=sys.stderr, flush=True)
+    table = Table("family", "shape", "seen", "said", "", title=arguments.runtime)
+    for cell in cells:
+        table.add_row(cell.family, cell.shape, cell.seen, cell.said, "" if cell.is_told else "NOT TOLD")
+    Console(width=160).print(table)
+    return int(not all(cell.is_told for cell in cells))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
