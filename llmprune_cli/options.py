@@ -11,8 +11,19 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from llmprune_cli.errors import UsageError
-from llmprune_cli.sizes import Budget, parse_parameters, parse_size
+from llmprune_cli.errors import PlanError, UsageError
+from llmprune_cli.sizes import (
+    Budget,
+    check_chart,
+    check_config,
+    check_device,
+    check_ratio,
+    parse_batch,
+    parse_layers,
+    parse_parameters,
+    parse_ratio,
+    parse_size,
+)
 
 DEFAULT_IMPORTANCE, DEFAULT_REFIT = "consensus", "residual"
 SIZE, GOES, TEXT, METHOD = "Size", "What goes", "Calibration", "Method"
@@ -34,74 +45,11 @@ class Option:
     parse: Callable[[str], Any] | None = None  # from one text to several values
 
 
-def check_ratio(value: float) -> None:
-    """A pruning ratio.
-
-    Raises:
-        UsageError: it is none.
-    """
-    if not 0 <= value < 1:
-        raise UsageError("a pruning ratio is a fraction from 0 up to, but not including, 1.")
-
-
-def check_device(value: str) -> None:
-    """The name of a device, wherever it is.
-
-    Raises:
-        UsageError: it is none.
-    """
-    kind, colon, number = value.partition(":")
-    if value not in ("auto", "cpu", "cuda", "mps") and not (kind == "cuda" and colon and number.isdecimal()):
-        raise UsageError("use auto, cpu, cuda, cuda:N or mps.")
-
-
-def check_chart(value: Path) -> None:
-    """The file of a chart.
-
-    Raises:
-        UsageError: it is of no kind that can be drawn.
-    """
-    if value.suffix.lower() not in (".png", ".svg"):
-        raise UsageError(f"a chart is a .png or an .svg file, not {value.name!r}.")
-
-
-def parse_layers(text: str) -> tuple[int, ...]:
-    """Numbers of layers such as `3,7,-1`.
-
-    Raises:
-        UsageError: none of these.
-    """
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"give layer numbers such as 3,7,-1, not {text!r}.") from None
-
-
-def check_config(value: Path) -> None:
-    """The file of a recipe.
-
-    Raises:
-        UsageError: it is of no kind that can be written.
-    """
-    if value.suffix.lower() not in (".yaml", ".yml", ".json"):
-        raise UsageError(f"a recipe is a .yaml or a .json file, not {value.name!r}.")
-
-
-def parse_batch(text: str) -> int | None:
-    """A number of windows, or `auto`, which is None.
-
-    Raises:
-        UsageError: neither.
-    """
-    if text == "auto":
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"give a number of windows from 1, or auto, not {text!r}.")
-    return int(text)
-
-
 def _ratio(what: str, is_common: bool = False) -> Option:
-    return Option(f"Fraction to remove of the {what}.", GOES, check=check_ratio, is_common=is_common)
+    about = (
+        f"Fraction to remove of the {what}, such as 0.25 or 25%." if is_common else f"Fraction to remove of the {what}."
+    )
+    return Option(about, GOES, check=check_ratio, is_common=is_common, parse=parse_ratio)
 
 
 def _size(what: str) -> Option:
@@ -165,6 +113,28 @@ class WidthRequest:
         """Whether no width was asked for."""
         conditions = ("round_to", "keep_layers")
         return all(getattr(self, field.name) is None for field in fields(self) if field.name not in conditions)
+
+    def check_layer_numbers(self, whole: int) -> None:
+        """Make sure that the layers of a model of so many exist that are named by number.
+
+        Raises:
+            PlanError: some do not; these are named.
+        """
+        for name, verb, numbers in (
+            ("--keep-layers", "kept", self.keep_layers),
+            ("--drop-layers", "dropped", self.drop_layers or ()),
+        ):
+            if outside := [layer for layer in numbers if not -whole <= layer < whole]:
+                raise PlanError(
+                    f"Layer{'s' if len(outside) > 1 else ''} {', '.join(map(str, outside))} cannot be {verb}: the "
+                    f"model has layers 0 to {whole - 1}, from the end -1 to {-whole}. Choose {name} among these."
+                )
+
+    @property
+    def asks_for_a_fraction(self) -> bool:
+        """Whether a part of any width is to go."""
+        ratios = (self.head_pruning_ratio, self.kv_group_pruning_ratio, self.intermediate_pruning_ratio)
+        return any((self.pruning_ratio, self.hidden_pruning_ratio, *ratios))
 
     @property
     def asks_for_heads(self) -> bool:
@@ -250,15 +220,24 @@ class Choice:
 ROTATES = "--rotate is about the hidden size: give one, and leave out targets, --plan, --save-plan and --resume."
 
 
+TEXT_COLUMN = Option("Column of a dataset that holds text or conversations.", TEXT, left_out="found by its name")
+
+
 @dataclass(frozen=True)
 class Text:
     """What to calibrate on."""
 
     calibration: Annotated[
         str | None,
-        Option("Text to calibrate on, as --dataset.", TEXT, left_out="wikitext2, or python-docs", is_common=True),
+        Option(
+            "Text to calibrate on, as --dataset; several are written a.jsonl:0.7,b.txt:0.3.",
+            TEXT,
+            left_out="wikitext2, or python-docs",
+            is_common=True,
+        ),
     ] = None
     calibration_split: Annotated[str, Option("Split of that dataset.", TEXT)] = "validation"
+    text_column: Annotated[str | None, TEXT_COLUMN] = None
     calibration_tokens: Annotated[int, Option("Tokens to fit on.", TEXT, least=2)] = 32768
     calibration_seq_len: Annotated[int, Option("Tokens in a window.", TEXT, least=2)] = 512
 
@@ -300,8 +279,9 @@ class Evaluation:
     """What to evaluate on."""
 
     dataset: Annotated[
-        str, Option("wikitext2, python-docs, a text, Parquet or JSON Lines file, or a hub dataset.", EVALUATION)
+        str, Option("wikitext2, python-docs, a file (text, CSV, JSON Lines, Parquet) or a hub dataset.", EVALUATION)
     ] = "wikitext2"
+    text_column: Annotated[str | None, TEXT_COLUMN] = None
     split: Annotated[str, Option("Split of the dataset.", EVALUATION)] = "test"
     max_seq_len: Annotated[
         int | None, Option("Tokens in a window.", EVALUATION, least=2, left_out="the model's maximum")

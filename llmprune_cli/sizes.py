@@ -1,13 +1,15 @@
-"""Sizes as people write them: `5GB`, `6B`, `80%`."""
+"""Values as people write them: `5GB`, `6B`, `80%`, `0.25`, `3,7-9,-1`, `cuda:1`."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from llmprune_cli.errors import UsageError
 
 PARAMETER_UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+LEAST_PLAIN = 1000  # a number without a unit that is smaller was meant with one
 BYTE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -20,8 +22,34 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)?\s*", text, re.IGNORECASE)
     size = int(float(match[1]) * BYTE_UNITS[(match[2] or "").upper()]) if match else 0
     if size <= 0:
-        raise UsageError(f"{text!r} is not a size. Write it like 500MB, 5GB or 4GiB.")
+        raise UsageError(f"{text!r} is not a size. Write it like 500MB, 5GB or 4GiB.{_meant(text, 'GiB')}")
+    if match and not match[2] and size < LEAST_PLAIN:
+        raise UsageError(f"{text!r} would be {size} bytes.{_meant(text, 'GiB')}")
     return size
+
+
+def _meant(text: str, unit: str) -> str:
+    """A question after the unit that a bare number lacks, or nothing."""
+    try:
+        number = float(text)
+    except ValueError:
+        return ""
+    return f" Did you mean {number:g}{unit}?" if number > 0 else ""
+
+
+def parse_ratio(text: str) -> float:
+    """The fraction in `0.25` or `25%`.
+
+    Raises:
+        UsageError: neither.
+    """
+    found = re.fullmatch(r"\s*(-?[0-9]*\.?[0-9]+(?:e-?[0-9]+)?)\s*(%?)\s*", text, re.IGNORECASE)
+    if not found:
+        raise UsageError(f"a pruning ratio is a fraction such as 0.25 or 25%, not {text!r}.")
+    ratio = float(found[1]) / (100 if found[2] else 1)
+    if not found[2] and 1 < ratio < 100:
+        raise UsageError(f"a pruning ratio is a fraction such as 0.25, not {text}. Did you mean {ratio:g}%?")
+    return ratio
 
 
 @dataclass(frozen=True)
@@ -50,8 +78,88 @@ def parse_parameters(text: str) -> Budget:
     if not found or not float(found[1]):
         raise UsageError(f"{text!r} is not a number of parameters such as 6B, 350M or 80%.")
     amount, unit = float(found[1]), found[2].upper()
+    if not unit and amount < LEAST_PLAIN:
+        meant = (
+            f"{100 * amount:g}%" if amount <= 1 else f"{amount:g}B or {amount:g}%" if amount <= 100 else f"{amount:g}M"
+        )
+        raise UsageError(f"{text!r} would be a model without parameters. Did you mean {meant}?")
     if unit != "%":
         return Budget(amount * PARAMETER_UNITS.get(unit, 1), "parameters")
     if amount > 100:
         raise UsageError(f"{text!r} is more than the whole model.")
     return Budget(amount / 100, "share")
+
+
+def check_ratio(value: float) -> None:
+    """A pruning ratio.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if not 0 <= value < 1:
+        raise UsageError("a pruning ratio is a fraction from 0 up to, but not including, 1.")
+
+
+def check_device(value: str) -> None:
+    """The name of a device, wherever it is.
+
+    Raises:
+        UsageError: it is none.
+    """
+    kind, colon, number = value.partition(":")
+    if value not in ("auto", "cpu", "cuda", "mps") and not (kind == "cuda" and colon and number.isdecimal()):
+        raise UsageError("use auto, cpu, cuda, cuda:N or mps.")
+
+
+def check_chart(value: Path) -> None:
+    """The file of a chart.
+
+    Raises:
+        UsageError: it is of no kind that can be drawn.
+    """
+    if value.suffix.lower() not in (".png", ".svg"):
+        raise UsageError(f"a chart is a .png or an .svg file, not {value.name!r}.")
+
+
+MOST_LAYERS = 10_000  # that a range may name
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Numbers and ranges of layers such as `3,7-9,-1`.
+
+    Raises:
+        UsageError: none of these.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(-?\d+)(?:-(-?\d+))?\s*", part)
+        if found is None:
+            raise UsageError(f"give layer numbers such as 3,7,-1 or 20-25, not {text!r}.")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first or last - first > MOST_LAYERS:
+            raise UsageError(f"{part.strip()!r} is no range of layers: write the smaller number first, as in 20-25.")
+        numbers += range(first, last + 1)
+    return tuple(numbers)
+
+
+def check_config(value: Path) -> None:
+    """The file of a recipe.
+
+    Raises:
+        UsageError: it is of no kind that can be written.
+    """
+    if value.suffix.lower() not in (".yaml", ".yml", ".json"):
+        raise UsageError(f"a recipe is a .yaml or a .json file, not {value.name!r}.")
+
+
+def parse_batch(text: str) -> int | None:
+    """A number of windows, or `auto`, which is None.
+
+    Raises:
+        UsageError: neither.
+    """
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"give a number of windows from 1, or auto, not {text!r}.")
+    return int(text)

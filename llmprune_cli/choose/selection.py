@@ -11,7 +11,7 @@ import torch
 from llmprune_cli.choose import IMPORTANCES, LAYER_IMPORTANCES, needs_activity, ranks_layers, reads_text
 from llmprune_cli.choose.magnitude import check_scores, instances
 from llmprune_cli.choose.measuring import Activity, Measuring
-from llmprune_cli.choose.target_search import Candidate, least_target, search_widths
+from llmprune_cli.choose.target_search import Candidate, check_budget, least_target, search_widths
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.coupling.trace import Instance
 from llmprune_cli.errors import PlanError
@@ -67,6 +67,7 @@ def first_target(subject: Subject, choice: Choice) -> Target:
         PlanError: no legal widths come of the request.
     """
     if choice.budget is not None:
+        check_budget(subject, choice.budget, choice.widths.keep_layers)
         return least_target(subject, choice.widths.keep_layers)
     return resolve(subject.architecture, subject.trace.refused, choice.widths)
 

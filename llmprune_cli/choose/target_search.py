@@ -47,6 +47,43 @@ def measure_size(subject: Subject, target: Target) -> tuple[int, int]:
     return parameters, size
 
 
+def check_budget(subject: Subject, budget: Budget, keep_layers: tuple[int, ...] = ()) -> None:
+    """Refuse a size that leaves the model as it is, or that the search cannot reach, before anything is measured.
+
+    Args:
+        keep_layers: see `WidthRequest`.
+
+    Raises:
+        PlanError: see above.
+    """
+    whole = Target(subject.widths, tuple(range(subject.widths.num_hidden_layers)), ())
+    of_whole, index = measure_size(subject, whole), 1 if budget.kind == "bytes" else 0
+    least = measure_size(subject, least_target(subject, keep_layers))
+    limit = budget.limit(*of_whole)
+    if limit >= of_whole[index]:
+        raise PlanError(
+            f"The model has {_amount(of_whole, index)}, so a target of {_amount((limit, limit), index)} removes "
+            f"nothing. {_reachable(of_whole, least, index)}"
+        )
+    if limit < least[index]:
+        remedy = "protect fewer layers" if keep_layers else "give the widths yourself"
+        raise PlanError(
+            f"No uniform widths leave at most {_amount((limit, limit), index)}; the least that the search reaches is "
+            f"{_amount(least, index)}. {_reachable(of_whole, least, index)[:-1]}, or {remedy}."
+        )
+
+
+def _reachable(whole: tuple[int, int], least: tuple[int, int], index: int) -> str:
+    """What may be asked for, in words."""
+    share = math.ceil(1000 * least[0] / whole[0]) / 10
+    percent = f" ({share:g}% of the parameters)" if index == 0 else ""
+    return f"Ask for {least[index]:,}{percent} up to less than {whole[index]:,}."
+
+
+def _amount(sizes: tuple[float, float], index: int) -> str:
+    return f"{sizes[index]:,.0f} {'bytes' if index else 'parameters'}"
+
+
 Judge = Callable[[Target], float]  # gives the divergence from the dense model, see `Candidate`
 Steps = Callable[[Subject, WidthRequest, tuple[float, ...]], Iterator[WidthRequest]]
 
@@ -96,11 +133,9 @@ def search_widths(
             if worse == patience:
                 break
     if not judged:
-        least = measure_size(subject, least_target(subject, keep_layers))[index]
-        remedy = "protect fewer layers" if keep_layers else "give the widths yourself"
         raise PlanError(
-            f"No uniform widths leave at most {limit:,.0f} {'bytes' if index else 'parameters'}; the least that the "
-            f"search reaches is {least:,.0f}. Ask for more, or {remedy}."
+            f"No uniform widths that the search tries leave at most {limit:,.0f} {'bytes' if index else 'parameters'}. "
+            "Ask for more, or give the widths yourself."
         )
     return tuple(sorted(judged.values(), key=lambda candidate: candidate.kl))
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from llmprune_cli.cli.parameters import COMMON, AsJson, takes
 from llmprune_cli.cli.tables import new_console, number_text, print_json, size_text
+from llmprune_cli.commands.requests import check_eval
 from llmprune_cli.options import Evaluation, ModelReference
 from llmprune_cli.startup.loading import loading
 
@@ -24,11 +25,12 @@ def eval_command(
     model: ModelReference, evaluation: Evaluation, compare: Compare = None, as_json: AsJson = False
 ) -> None:
     """Measure perplexity: mean over windows of the mean negative log-likelihood, exponentiated."""
+    other = replace(model, name=compare, revision=None) if compare else None
+    check_eval([model, *([other] if other else [])], evaluation)
     with loading():
         from llmprune_cli.cli.progress import progress_on_stderr
         from llmprune_cli.commands.evaluate import evaluate
 
-    other = replace(model, name=compare, revision=None) if compare else None
     with progress_on_stderr() as listener:
         report = evaluate(model, other, evaluation, listener)
     (print_json if as_json else print_eval)(report)

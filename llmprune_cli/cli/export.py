@@ -9,6 +9,7 @@ import typer
 
 from llmprune_cli.cli.parameters import COMMON, AsJson, takes
 from llmprune_cli.cli.tables import new_console, print_json, size_text
+from llmprune_cli.commands.requests import check_export
 from llmprune_cli.options import OUTPUT, Conversion, ModelReference
 from llmprune_cli.startup.loading import loading
 
@@ -30,6 +31,7 @@ def export_command(
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint in another format, dtype or shard size, and prove it in the runtime that reads it."""
+    check_export(model, output, overwrite)
     with loading():
         from llmprune_cli.cli.progress import progress_on_stderr
         from llmprune_cli.commands.export import export

@@ -22,6 +22,7 @@ from llmprune_cli.cli.tables import (
 )
 from llmprune_cli.errors import UsageError
 from llmprune_cli.options import ModelReference, WidthRequest
+from llmprune_cli.startup.model_argument import check_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -46,6 +47,7 @@ def inspect_command(
     from llmprune_cli.commands.inspect import inspect, verify_folder
 
     if not verify:
+        check_model(model, needs_weights=False)
         with progress_on_stderr():
             result = inspect(model, widths)
         (print_json if as_json else print_inspect)(result)

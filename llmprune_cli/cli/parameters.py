@@ -17,7 +17,7 @@ from llmprune_cli.errors import UsageError
 from llmprune_cli.options import OUTPUT, PANELS, ModelReference
 
 COMMON = "Options that most people need"
-METAVARS: dict[Any, str] = {int: "N", float: "R", str: "TEXT", Path: "PATH"}
+METAVARS: dict[Any, str] = {int: "N", float: "R", str: "TEXT", Path: "PATH"}  # what is parsed from text is TEXT, too
 MODEL = typer.Argument(help="Model folder, hub id, or .gguf file.", metavar="MODEL")
 SWITCHES = {"verify", "kv_cache"}  # options that can be switched off as well
 
@@ -88,7 +88,7 @@ def _of(own: NamedOption) -> inspect.Parameter:
     names = [f"--{flag}/--no-{flag}" if own.name in SWITCHES else f"--{flag}"]
     is_optional = isinstance(kind, UnionType)
     plain = next(part for part in get_args(kind) if part is not type(None)) if is_optional else kind
-    default = None if own.default is MISSING else own.default
+    default, metavar = None if own.default is MISSING else own.default, METAVARS.get(plain, "TEXT")
     if option.parse is not None:
         plain, default = str, None
     if own.choices:
@@ -96,7 +96,7 @@ def _of(own: NamedOption) -> inspect.Parameter:
     declared = typer.Option(
         *names,
         help=f"{option.help.rstrip('.')}: {', '.join(own.choices)}." if own.choices else option.help,
-        metavar="NAME" if own.choices else METAVARS.get(plain),
+        metavar="NAME" if own.choices else None if plain is bool else metavar,
         rich_help_panel=COMMON if option.is_common else option.panel,
         min=option.least,
         callback=_callback(own),
@@ -114,9 +114,10 @@ def _callback(own: NamedOption) -> Callable[[Any], Any] | None:
         if value is None:
             return None
         try:
+            parsed = parse(value) if parse is not None and isinstance(value, str) else value
             if check is not None:
-                check(value)
-            return parse(value) if parse is not None and isinstance(value, str) else value
+                check(parsed)
+            return parsed
         except UsageError as error:
             raise typer.BadParameter(str(error)) from error
 

@@ -21,7 +21,7 @@ from llmprune_cli.cli.tables import (
     print_runtimes,
     totals_table,
 )
-from llmprune_cli.commands.requests import PruneRequest
+from llmprune_cli.commands.requests import PruneRequest, check_prune
 from llmprune_cli.options import Choice, Delivery, Evaluation, ModelReference, Scratch, Text
 from llmprune_cli.startup.loading import loading
 
@@ -49,6 +49,7 @@ def prune_command(
 ) -> None:
     """Remove channels, heads, neurons, experts and layers, and write a smaller checkpoint."""
     request = PruneRequest(model, choice, text, delivery, scratch, evaluation if evaluate else None)
+    check_prune(request)
     with loading():
         from llmprune_cli.cli.progress import progress_on_stderr
         from llmprune_cli.commands.prune import prune

@@ -19,7 +19,15 @@ from llmprune_cli.commands import export as exporting
 from llmprune_cli.commands import inspect as inspecting
 from llmprune_cli.commands import prune as pruning
 from llmprune_cli.commands.recipe import read_recipe
-from llmprune_cli.commands.requests import NamedOption, PruneRequest, make, options_of, refuse_unknown
+from llmprune_cli.commands.requests import (
+    NamedOption,
+    PruneRequest,
+    check_eval,
+    check_prune,
+    make,
+    options_of,
+    refuse_unknown,
+)
 from llmprune_cli.errors import UsageError, memory_explained
 from llmprune_cli.options import Choice, Conversion, Delivery, Evaluation, ModelReference, Scratch, Text, WidthRequest
 from llmprune_cli.progress import Listener, Told
@@ -107,6 +115,7 @@ def prune(
     judged = given.pop("evaluate", False) if evaluate is None else evaluate
     choice, text, delivery, scratch, evaluation = (make(kind, given) for kind in kinds[1:])
     request = PruneRequest(_reference(name, given), choice, text, delivery, scratch, evaluation if judged else None)
+    check_prune(request)
     with _at_work():
         return pruning.prune(request, Listener(progress))
 
@@ -137,8 +146,10 @@ def evaluate(
     reference = _reference(name, given)
     given.pop("revision", None)
     other = _reference(str(second), given) if second is not None else None
+    evaluation = make(Evaluation, given)
+    check_eval([reference, *([other] if other else [])], evaluation)
     with _at_work():
-        return evaluating.evaluate(reference, other, make(Evaluation, given), Listener(progress))
+        return evaluating.evaluate(reference, other, evaluation, Listener(progress))
 
 
 @_takes(ModelReference, Conversion, without=("device",))

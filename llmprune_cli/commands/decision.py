@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from llmprune_cli.choose.selection import first_target, stored_plan, target_of
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.errors import CheckpointError, MissingPackageError, UnsupportedError
+from llmprune_cli.folder.staging import check_room
 from llmprune_cli.folder.tensors import BY_NAME, DTYPES
 from llmprune_cli.options import Choice
 from llmprune_cli.plan.document import Plan
@@ -55,7 +57,9 @@ def decide(request: PruneRequest, subject: Subject) -> Decided:
     plan = stored_plan(subject, request.delivery.plan) if request.delivery.plan else None
     target = target_of(plan) if plan is not None else first_target(subject, request.choice)
     subject.require(target.widths)
-    predict(subject, target)
+    size_bytes = sum(entry.size_bytes for entry in predict(subject, target))
+    if request.writes and subject.processes.is_first:
+        check_room(request.delivery.output or Path(tempfile.gettempdir()), size_bytes)
     return Decided(subject, plan, target, before, stream, untied)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from llmprune_cli.choose import IMPORTANCES, LAYER_IMPORTANCES, needs_text
@@ -21,6 +22,7 @@ from llmprune_cli.options import (
     Scratch,
     Text,
 )
+from llmprune_cli.processes import is_first
 from llmprune_cli.repair import REFITS
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -93,6 +95,59 @@ class PruneRequest:
     def writes(self) -> bool:
         """Whether a model is written, if only to be evaluated."""
         return not self.delivery.dry_run and (self.delivery.output is not None or self.evaluation is not None)
+
+
+def check_prune(request: PruneRequest) -> None:
+    """Refuse what can be refused in a moment, before any library is loaded; nothing is written.
+
+    Raises:
+        LlmpruneError: see there.
+    """
+    from llmprune_cli.folder.documents import read_json
+    from llmprune_cli.folder.staging import check_target as check_output
+    from llmprune_cli.report.chart import check_chart_target
+    from llmprune_cli.startup.model_argument import check_layers, check_model, check_target, check_tokenizer
+    from llmprune_cli.text.names import check_text, parts_of
+
+    delivery = request.delivery
+    check_model(request.model, request.needs_weights)
+    check_target(request.choice.budget, request.model.name)
+    check_layers(request.model.name, request.choice.widths)
+    if request.evaluation is not None or (request.needs_text and request.needs_weights):
+        check_tokenizer(request.model.name)
+    if delivery.plan is not None:
+        read_json(delivery.plan, most_bytes=None)
+    if request.text.calibration is not None and request.needs_text:
+        for part in parts_of(request.text.calibration):
+            check_text(part.name, request.text.text_column)
+    if request.evaluation is not None:
+        check_text(request.evaluation.dataset, request.evaluation.text_column)
+    if is_first() and delivery.report is not None:
+        check_chart_target(delivery.report, delivery.output)
+    if is_first() and delivery.output is not None:
+        model = Path(request.model.name)
+        check_output(delivery.output, delivery.overwrite, model if model.exists() else None)
+
+
+def check_eval(models: Iterable[ModelReference], evaluation: Evaluation) -> None:
+    """The same for `eval`."""
+    from llmprune_cli.startup.model_argument import check_model, check_tokenizer
+    from llmprune_cli.text.names import check_text
+
+    for model in models:
+        check_model(model, needs_weights=True)
+        check_tokenizer(model.name)
+    check_text(evaluation.dataset, evaluation.text_column)
+
+
+def check_export(model: ModelReference, output: Path, overwrite: bool) -> None:
+    """The same for `export`."""
+    from llmprune_cli.folder.staging import check_target as check_output
+    from llmprune_cli.startup.model_argument import check_model
+
+    check_model(model, needs_weights=True)
+    source = Path(model.name)
+    check_output(output, overwrite, source if source.exists() else None)
 
 
 # --- options by name ------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from llmprune_cli.coupling.discovery import trace
 from llmprune_cli.coupling.trace import Trace
 from llmprune_cli.coupling.twin import one_thread, settle_head_dim
-from llmprune_cli.errors import PlanError, UnsupportedError
+from llmprune_cli.errors import PlanError
 from llmprune_cli.family.architecture import Architecture, discover
 from llmprune_cli.family.skeleton import is_remote
 from llmprune_cli.family.widths import Width, Widths
@@ -46,16 +46,12 @@ class Subject:
         """Make sure that this family can be pruned to these widths.
 
         Raises:
-            UnsupportedError: it cannot in one of those that change.
-            PlanError: the multimodal model around it cannot.
+            PlanError: it cannot in one of those that change.
         """
-        whole = self.checkpoint.whole
-        within = refused_within(whole.config) if whole is not None else {}
         for width in widths.changed_from(self.widths):
             if width in self.trace.refused:
                 family = self.architecture.config.model_type
-                kind = PlanError if width in within else UnsupportedError
-                raise kind(f"{family} cannot be pruned in {width}: {self.trace.refused[width]}.")
+                raise PlanError(f"{family} cannot be pruned in {width}: {self.trace.refused[width]}.")
 
 
 def understand(checkpoint: Checkpoint, processes: Processes = ALONE) -> Subject:

@@ -194,6 +194,23 @@ def check_target(target: Path, overwrite: bool, forbidden: Path | None = None) -
         raise OutputError(f"{parent} is not writable. Choose another --output.")
 
 
+def check_room(target: Path, size_bytes: int) -> None:
+    """Make sure that as many bytes fit on the disk of a target before they are made.
+
+    Raises:
+        OutputError: they do not.
+    """
+    parent = target.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < size_bytes:
+        raise OutputError(
+            f"{target} will take {size_bytes:,} bytes, and its disk has room for {free:,}. Make room, or choose "
+            "another --output."
+        )
+
+
 def _check_place(target: Path, forbidden: Path | None) -> None:
     resolved = target.resolve()
     if forbidden is not None:

@@ -63,6 +63,12 @@ def resolve(architecture: Architecture, refused: dict[str, str], request: WidthR
         num_hidden_layers=len(layers),
         **neurons,
     )
+    if widths == before and request.asks_for_a_fraction:
+        reasons = " ".join(deviations) or "The fraction is too small to remove a unit."
+        raise PlanError(
+            f"Nothing would go, and the result would be a copy. {reasons} `llmprune inspect MODEL` shows the widths "
+            f"that {architecture.config.model_type} can reduce."
+        )
     shrinking = [width for width in widths.changed_from(before) if width != "num_hidden_layers"]
     if protected and shrinking:
         raise PlanError(
@@ -178,12 +184,7 @@ def _experts(architecture: Architecture, request: WidthRequest) -> int:
 def protected_layers(before: Widths, request: WidthRequest) -> tuple[int, ...]:
     """The numbers of the layers that may not change, from the first."""
     whole = before.num_hidden_layers
-    outside = [layer for layer in request.keep_layers if not -whole <= layer < whole]
-    if outside:
-        raise PlanError(
-            f"Layers {', '.join(map(str, outside))} cannot be kept: the model has layers 0 to {whole - 1}, from the "
-            f"end -1 to {-whole}. Choose --keep-layers among these."
-        )
+    request.check_layer_numbers(whole)
     return tuple(sorted({layer % whole for layer in request.keep_layers}))
 
 
@@ -199,11 +200,8 @@ def _layers(
     whole = architecture.widths.num_hidden_layers
     if request.drop_layers is not None:
         dropped = {layer + whole if layer < 0 else layer for layer in request.drop_layers}
-        if not dropped <= set(range(whole)) or len(dropped) == whole:
-            raise PlanError(
-                f"Layers {', '.join(map(str, request.drop_layers))} cannot be dropped: the model has layers 0 to "
-                f"{whole - 1}, and one must stay."
-            )
+        if len(dropped) == whole:
+            raise PlanError(f"--drop-layers names all {whole} layers, and one must stay. Name fewer.")
         if both := sorted(dropped & set(protected)):
             raise PlanError(
                 f"Layers {', '.join(map(str, both))} are to be kept and to be dropped. Take them out of --keep-layers "

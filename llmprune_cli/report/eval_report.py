@@ -17,6 +17,7 @@ from llmprune_cli.run.corpus import Corpus, cut_windows, load_corpus
 from llmprune_cli.run.perplexity import RunningPerplexity, evaluate_perplexity, largest_batch, peak_memory_bytes
 from llmprune_cli.source.full_model import load_model, own_device, pick_device
 from llmprune_cli.source.tokenizer import load_tokenizer
+from llmprune_cli.text.names import KNOWN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,8 +41,9 @@ def prepare_text(checkpoint: Checkpoint, device: str, options: Evaluation, liste
         CheckpointError: no such device, text or tokenizer.
     """
     pick_device(device)
-    corpus = load_corpus(options.dataset, options.split)
     tokenizer = load_tokenizer(checkpoint)
+    column = None if options.dataset in KNOWN else options.text_column
+    corpus = load_corpus(options.dataset, options.split, column, tokenizer)
     window = _window_tokens(checkpoint, options, listener)
     vocabulary = checkpoint.config.get_text_config().vocab_size
     return EvalText(corpus, cut_windows(corpus, tokenizer, vocabulary, window, options.limit))

@@ -10,7 +10,8 @@ import torch
 
 from llmprune_cli.errors import CheckpointError
 from llmprune_cli.options import Text
-from llmprune_cli.run.corpus import PYTHON_DOCS, Corpus, cut_windows, load_corpus
+from llmprune_cli.run.corpus import Corpus, cut_windows, load_corpus
+from llmprune_cli.text.names import PYTHON_DOCS, WIKITEXT2, parts_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,24 +52,57 @@ def prepare_calibration(
     Raises:
         CheckpointError: no such text, less than two windows of it, or a tokenizer of another model.
     """
-    corpus = _load(options, warn)
+    parts = _load(options, tokenizer, warn)
     length = min(options.calibration_seq_len, longest or options.calibration_seq_len)
-    windows = cut_windows(corpus, tokenizer, vocabulary, length, None)
+    if options.calibration_tokens < length:
+        warn(
+            f"--calibration-tokens {options.calibration_tokens} is less than one window of {length}, so one window is "
+            "fitted on. --calibration-seq-len makes windows shorter."
+        )
+    wanted = max(1, options.calibration_tokens // length)
+    fitted, held_out = [], []
+    for corpus, share in parts:
+        windows = cut_windows(corpus, tokenizer, vocabulary, length, None)
+        drawn, judged = _drawn(corpus, windows, max(1, round(wanted * share)), seed, warn)
+        fitted.append(drawn)
+        held_out.append(judged)
+    return CalibrationText(
+        _together(options.calibration, [corpus for corpus, _ in parts]), _mixed(fitted), _mixed(held_out)
+    )
+
+
+def _drawn(
+    corpus: Corpus, windows: torch.Tensor, wanted: int, seed: int, warn: Callable[[str], None]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows to fit on and others to judge by, [N, T] and [M, T]."""
+    length = windows.shape[1]
     if len(windows) < 2:
         raise CheckpointError(
             f"{corpus.origin} gives one window of {length} tokens; calibration needs two. Give more text or a smaller "
             "--calibration-seq-len."
         )
-    wanted = max(1, options.calibration_tokens // length)
     held_out = max(1, min(wanted // HELD_OUT_SHARE, len(windows) // 2))
     fitted = min(wanted, len(windows) - held_out)
     if fitted < wanted:
-        warn(
-            f"{corpus.origin} has {fitted * length:,} tokens to calibrate on instead of {options.calibration_tokens:,}."
-        )
+        warn(f"{corpus.origin} has {fitted * length:,} tokens to calibrate on instead of {wanted * length:,}.")
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     drawn, judged = order[:fitted].sort().values, order[fitted : fitted + held_out].sort().values
-    return CalibrationText(corpus, windows[drawn], windows[judged])
+    return windows[drawn], windows[judged]
+
+
+def _mixed(windows: list[torch.Tensor]) -> torch.Tensor:
+    """The windows of several texts spread over each other, so that any run of them has something of all."""
+    if len(windows) == 1:
+        return windows[0]
+    places = torch.cat([(torch.arange(len(own)) + 0.5) / len(own) for own in windows])
+    return torch.cat(windows)[places.sort(stable=True).indices]
+
+
+def _together(name: str | None, corpora: list[Corpus]) -> Corpus:
+    if len(corpora) == 1:
+        return corpora[0]
+    texts, origins = ("\n\n".join(c.text for c in corpora), ", ".join(c.origin for c in corpora))
+    return Corpus(name or "", texts, origins)
 
 
 def spread_windows(windows: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -87,13 +121,16 @@ def warn_of_shared_text(calibration: Corpus, evaluated: Corpus, warn: Callable[[
         )
 
 
-def _load(options: Text, warn: Callable[[str], None]) -> Corpus:
+def _load(options: Text, tokenizer: PreTrainedTokenizerBase, warn: Callable[[str], None]) -> list[tuple[Corpus, float]]:
+    """The texts, each with its share of the tokens."""
+    split = options.calibration_split
     if options.calibration is not None:
-        return load_corpus(options.calibration, options.calibration_split)
+        parts = parts_of(options.calibration)
+        return [(load_corpus(part.name, split, options.text_column, tokenizer), part.share) for part in parts]
     try:
-        return load_corpus("wikitext2", options.calibration_split)
+        return [(load_corpus(WIKITEXT2, split), 1.0)]
     except CheckpointError:
-        if options.calibration_split != Text.calibration_split or "LLMPRUNE_WIKITEXT2" in os.environ:
+        if split != Text.calibration_split or "LLMPRUNE_WIKITEXT2" in os.environ:
             raise
         warn("WikiText-2 is out of reach; calibrating on Python's own documentation. --calibration names better text.")
-        return load_corpus(PYTHON_DOCS, options.calibration_split)
+        return [(load_corpus(PYTHON_DOCS, split), 1.0)]

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llmprune_cli.errors import CheckpointError, first_line
+from llmprune_cli.progress import LOGGER
+from llmprune_cli.text.columns import Message, find_columns, texts_in
+from llmprune_cli.text.files import COLUMNS, PLAIN, Row, check_file, kind_of, looks_like_a_file, read_rows, read_text
+from llmprune_cli.text.names import PYTHON_DOCS, WIKITEXT2
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PYTHON_DOCS = "python-docs"  # English that every CPython carries
-WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
-BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".md": "text"}
+WIKITEXT2_ON_HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+BETWEEN = "\n\n"  # documents; conversations end as their template says
 
 
 @dataclass(frozen=True)
@@ -28,46 +33,44 @@ class Corpus:
     origin: str  # where it came from, for the report
 
 
-def load_corpus(dataset: str, split: str) -> Corpus:
-    """Read a corpus: the rows of a dataset joined by two newlines, or a text file as it is.
+def load_corpus(
+    dataset: str, split: str, column: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Corpus:
+    """Read a corpus: the rows of a dataset joined by two newlines, conversations by nothing, or a text file as it is.
 
     Args:
-        dataset: `wikitext2` (the folder named by LLMPRUNE_WIKITEXT2, else the hub), `python-docs`, a text, Parquet or
-            JSON Lines file, a dataset folder, or a hub dataset with an optional configuration after a colon
+        dataset: `wikitext2` (the folder named by LLMPRUNE_WIKITEXT2, else the hub), `python-docs`, a file (see
+            `text.files`), a dataset folder, or a hub dataset with an optional configuration after a colon
             (`org/name:config`).
+        column: that holds the text, where that is not plain.
+        tokenizer: that spells conversations.
 
     Raises:
         CheckpointError: unknown, unreadable, or without text.
     """
-    origin = dataset
     path = Path(dataset)
-    if dataset == "wikitext2":
+    if dataset == WIKITEXT2:
         local = os.environ.get("LLMPRUNE_WIKITEXT2")
-        origin = local or "/".join(WIKITEXT2)
-        rows = _load(local, None, split) if local else _load(*WIKITEXT2, split)
-    elif dataset == PYTHON_DOCS:
+        origin = local or "/".join(WIKITEXT2_ON_HUB)
+        rows = _load(local, None, split) if local else _load(*WIKITEXT2_ON_HUB, split)
+        return Corpus(dataset, _joined(dataset, rows, None, None), origin)
+    if dataset == PYTHON_DOCS:
         from pydoc_data.topics import topics
 
-        return Corpus(dataset, "\n\n".join(topics.values()), "the documentation in pydoc_data.topics")
-    elif path.suffix in (".txt", ".md") and path.is_file():
-        return Corpus(dataset, _read_text(path), str(path))
-    elif path.is_file():
-        if path.suffix not in BUILDERS:
-            raise CheckpointError(f"{path} is not a text (.txt), Parquet (.parquet) or JSON Lines (.jsonl) file.")
-        rows = _load(BUILDERS[path.suffix], None, split, data_files={split: str(path)})
-    elif path.is_dir():
-        rows = _load(dataset, None, split)
-    else:
-        name, _, configuration = dataset.partition(":")
-        rows = _load(name, configuration or None, split)
-    return Corpus(dataset, "\n\n".join(_texts(rows, dataset)), origin)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not readable UTF-8 text ({error}).") from error
+        return Corpus(dataset, BETWEEN.join(topics.values()), "the documentation in pydoc_data.topics")
+    if path.is_dir():
+        return Corpus(dataset, _joined(dataset, _load(dataset, None, split), column, tokenizer), dataset)
+    if path.is_file() or looks_like_a_file(dataset):
+        check_file(path)
+        if kind_of(path) in PLAIN:
+            return Corpus(dataset, read_text(path), str(path))
+        if kind_of(path) in COLUMNS:
+            rows = _load("parquet", None, split, data_files={split: str(path)})
+            return Corpus(dataset, _joined(dataset, rows, column, tokenizer), dataset)
+        return Corpus(dataset, _joined_rows(str(path), read_rows(path), column, tokenizer), str(path))
+    name, _, configuration = dataset.partition(":")
+    rows = _load(name, configuration or None, split)
+    return Corpus(dataset, _joined(dataset, rows, column, tokenizer), dataset)
 
 
 def _load(name: str, configuration: str | None, split: str, **options: Any) -> Any:
@@ -85,14 +88,44 @@ def _load(name: str, configuration: str | None, split: str, **options: Any) -> A
         ) from error
 
 
-def _texts(rows: Any, dataset: str) -> list[str]:
-    """The column `text`, or the only column of strings."""
-    columns = list(rows.column_names)
-    strings = [name for name in columns if getattr(rows.features[name], "dtype", "") in ("string", "large_string")]
-    column = "text" if "text" in columns else strings[0] if len(strings) == 1 else None
-    if column is None:
-        raise CheckpointError(f"{dataset} has no column 'text' (it has {', '.join(columns)}).")
-    return [value or "" for value in rows[column]]
+def _joined(where: str, rows: Any, column: str | None, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """The text of a dataset of `datasets`."""
+    named = list(rows.column_names)
+    strings = [name for name in named if getattr(rows.features[name], "dtype", "") in ("string", "large_string")]
+    columns = find_columns(where, named, strings, column)
+    if len(columns) == 1 and columns[0] in strings:
+        return BETWEEN.join(value or "" for value in rows[columns[0]])
+    return _spelled(where, rows, columns, tokenizer)
+
+
+def _joined_rows(where: str, rows: Iterable[Row], column: str | None, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """The text of the rows of a file; the first one says which columns there are."""
+    rows = iter(rows)
+    first = list(islice(rows, 1))
+    named = list(first[0]) if first else []
+    strings = [name for name in named if isinstance(first[0][name], str)]
+    return _spelled(where, chain(first, rows), find_columns(where, named, strings, column), tokenizer)
+
+
+def _spelled(
+    where: str, rows: Iterable[Row], columns: tuple[str, ...], tokenizer: PreTrainedTokenizerBase | None
+) -> str:
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+
+    def spell(conversation: list[Message]) -> str:
+        if not has_template or tokenizer is None:
+            return BETWEEN.join(turn["content"] for turn in conversation) + BETWEEN
+        try:
+            return str(tokenizer.apply_chat_template(conversation, tokenize=False))
+        except Exception as error:  # templates raise every kind
+            raise CheckpointError(
+                f"{where}: the model's chat template refuses a conversation: {first_line(error)}"
+            ) from error
+
+    texts, is_chat = texts_in(where, rows, columns, spell)
+    if is_chat and not has_template:
+        LOGGER.warning(f"The tokenizer has no chat template, so the turns of {where} are read as plain text.")
+    return ("" if is_chat else BETWEEN).join(texts)
 
 
 def cut_windows(

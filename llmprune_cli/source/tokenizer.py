@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmprune_cli.errors import CheckpointError, MissingPackageError
+from llmprune_cli.errors import CheckpointError
 from llmprune_cli.family.skeleton import is_remote
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.documents import is_there, read_json
+from llmprune_cli.startup.model_argument import SENTENCEPIECE, missing_packages, refuse_without_packages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NEEDED = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # to read tokenizer.model, by module
 MOST_COMPANION_BYTES = 2**28  # the largest tokenizers have 35 MB
 # Files that travel with the weights; everything else in a model folder belongs to the weights or to other runtimes.
 COMPANIONS = (
@@ -47,22 +46,11 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.companions, trust_remote_code=checkpoint.trust_remote_code)
     except Exception as error:  # tokenizers of every kind raise every kind
-        missing = [package for package, module in NEEDED.items() if not _is_installed(module)]
-        if (checkpoint.companions / "tokenizer.model").is_file() and missing:
-            raise MissingPackageError(
-                f"{checkpoint.source} has its tokenizer in tokenizer.model alone, and reading that needs "
-                f"{' and '.join(missing)}: pip install {' '.join(missing)}."
-            ) from error
+        if (checkpoint.companions / SENTENCEPIECE).is_file() and missing_packages():
+            refuse_without_packages(checkpoint.source)
         raise CheckpointError(f"{checkpoint.source} has no usable tokenizer, which this needs.") from error
     result: PreTrainedTokenizerBase = tokenizer
     return result
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # the package above it is missing
-        return False
 
 
 def copy_companions(checkpoint: Checkpoint, target: Path) -> None:

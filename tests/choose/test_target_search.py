@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llmprune_cli.choose.target_search import least_target, measure_size, search_widths
+from llmprune_cli.choose.target_search import check_budget, least_target, measure_size, search_widths
 from llmprune_cli.errors import PlanError
 from llmprune_cli.options import ModelReference, WidthRequest
 from llmprune_cli.plan.requested_widths import Target, resolve
@@ -158,8 +158,8 @@ def test_beside_protected_layers_only_whole_layers_go_and_as_few_as_can(kept: tu
 def test_a_budget_out_of_reach_names_the_least(kept: tuple[int, ...], remedy: str) -> None:
     subject = llama_on_paper(**WIDE)
     least = measure_size(subject, least_target(subject, kept))[0]
-    with pytest.raises(PlanError, match=f"at most 1,000 parameters; .* reaches is {least:,}. .*{remedy}"):
-        search_widths(subject, Budget(1000, "parameters"), LESS_IS_WORSE, missing_layers, kept)
+    with pytest.raises(PlanError, match=f"at most 1,000 parameters; .* reaches is {least:,} .*{remedy}"):
+        check_budget(subject, Budget(1000, "parameters"), kept)
     assert search_widths(subject, Budget(least, "parameters"), LESS_IS_WORSE, missing_layers, kept)
 
 

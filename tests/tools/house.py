@@ -18,7 +18,21 @@ MOST_VISITS = 12  # files that a part of the options is named in
 PARTS = ("Choice", "Text", "Delivery", "Scratch")
 # What `--help` loads: no library but Typer and Rich.
 LIGHT = {"errors", "interruption", "options", "processes", "progress", "sizes", "__main__", "__init__"}
-LIGHT |= {"commands", "commands.requests", "choose", "repair", "formats", "cli", "startup", "startup.loading"}
+LIGHT |= {
+    "text",
+    "text.files",
+    "text.columns",
+    "text.names",
+    "startup.model_argument",
+    "commands",
+    "commands.requests",
+    "choose",
+    "repair",
+    "formats",
+    "cli",
+    "startup",
+    "startup.loading",
+}
 HEAVY = {"torch", "transformers", "pydantic", "accelerate", "safetensors", "huggingface_hub", "datasets", "yaml"}
 LATE = {"datasets", "matplotlib", "gguf", "onnx", "onnxruntime", "onnxruntime_genai", "xllamacpp", "torch_pruning"}
 # The only folders that may name a library.

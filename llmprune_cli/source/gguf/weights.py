@@ -14,6 +14,7 @@ from llmprune_cli.family.skeleton import build_skeleton, on_disk
 from llmprune_cli.folder.scratch import scratch_folder, scratch_space
 from llmprune_cli.folder.shards import write_shards
 from llmprune_cli.folder.tensors import BY_NAME, TensorEntry
+from llmprune_cli.progress import LOGGER
 from llmprune_cli.source.conversion import CONVERTED_SHARD_BYTES, DEQUANTIZED_DTYPE, save_plain
 from llmprune_cli.source.gguf.configuration import read_configuration
 from llmprune_cli.source.gguf.header import header_of, read_briefly
@@ -63,6 +64,11 @@ def convert_gguf(path: Path, dtype: str | None, target: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     config, architecture = _describe(path, dtype)
+    if dtype is None:
+        LOGGER.warning(
+            f"{path} is dequantized: from here on its weights are {DEQUANTIZED_DTYPE} (--dtype names another; "
+            "`llmprune export --format gguf --dtype q8_0` quantizes the result again)."
+        )
     plain = BY_NAME[dtype or DEQUANTIZED_DTYPE].torch
     with _reading_gguf(path):
         model, processor = build_skeleton(config), _processor(architecture, config)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llmprune_cli.source import tokenizer
+from llmprune_cli.startup import model_argument
 from support.cli import BY_MAGNITUDE, run_cli
 from support.full import examples
 from support.gguf_files import gguf_pair
@@ -68,15 +68,16 @@ def test_a_model_for_another_purpose_is_called_by_its_name(model: Path, tmp_path
     assert_prune_refused(model, tmp_path, UNSUPPORTED, name, "no causal language model")
 
 
+@pytest.mark.parametrize("begin", [b"\n", b""], ids=["at once", "when it is read"])
 @pytest.mark.parametrize("missing", [("sentencepiece",), ("google.protobuf",), ("sentencepiece", "google.protobuf")])
 def test_a_tokenizer_that_needs_a_package_names_it_and_ends_the_run(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...]
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...], begin: bytes
 ) -> None:
     """Nothing is pruned by magnitude instead, which nobody asked for."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (model / name).unlink()
-    (model / "tokenizer.model").write_bytes(b"unreadable here")
-    monkeypatch.setattr(tokenizer, "find_spec", lambda name: None if name in missing else name)
+    (model / "tokenizer.model").write_bytes(begin + b"unreadable here")
+    monkeypatch.setattr(model_argument, "find_spec", lambda name: None if name in missing else name)
     run = run_cli("prune", model, "--intermediate-size", "24", "--output", tmp_path / "out")
     assert_refused(run, UNSUPPORTED, "tokenizer.model", "pip install", missing[0].removeprefix("google."))
     assert not (tmp_path / "out").exists()

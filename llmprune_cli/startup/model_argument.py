@@ -1,0 +1,287 @@
+"""What can be told of a model argument in a moment, from names and small files, before any library is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+from llmprune_cli.errors import CheckpointError, MissingPackageError, PlanError, UnsupportedError
+from llmprune_cli.folder.documents import is_there, read_json
+from llmprune_cli.options import ModelReference, WidthRequest
+from llmprune_cli.sizes import Budget
+
+MOST_CONFIG_BYTES, MOST_HEADER_BYTES = 2 * 2**20, 100 * 10**6
+ADAPTER_CONFIG = "adapter_config.json"
+MERGE = "Merge it first (merge_and_unload of peft, then save_pretrained)"
+MAGIC = b"GGUF"
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+# How the names of classes end that do something else than to go on with a text.
+OTHER_PURPOSES = (
+    *("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice"),
+    *("ForMaskedLM", "ForNextSentencePrediction", "ForPreTraining", "ForImageClassification"),
+)
+# Encoders, of which transformers makes language models only where their configuration says `is_decoder`.
+ENCODERS = (
+    *(
+        "bert",
+        "roberta",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "camembert",
+        "electra",
+        "megatron-bert",
+        "big_bird",
+        "rembert",
+    ),
+    *("roformer", "ernie", "xmod", "data2vec-text", "roc_bert", "roberta-prelayernorm"),
+)
+SENTENCEPIECE = "tokenizer.model"
+NEEDED = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # to read it, by module
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")  # what configurations call their number
+MOST = {"layer": 2048, "expert": 8192}  # by how the names of settings end
+GPUS = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # one of which Linux has where torch finds CUDA
+
+
+def check_model(reference: ModelReference, needs_weights: bool) -> None:
+    """Refuse an argument that names no model, or one for another purpose; what is on the hub passes.
+
+    Raises:
+        CheckpointError: nothing there, or no model.
+        UnsupportedError: a model for another purpose, or a package that is missing.
+    """
+    path = Path(reference.name)
+    _check_device(reference.device)
+    if not is_there(path):
+        if path.suffix == ".gguf" or reference.name.startswith((".", "/", "~")) or reference.name.count("/") > 1:
+            raise CheckpointError(f"{path} does not exist. Check MODEL.")
+        return
+    if path.suffix == ".gguf":
+        _check_gguf(path)
+    elif not path.is_dir():
+        raise CheckpointError(f"{path} is neither a model folder nor a .gguf file.")
+    else:
+        _check_folder(path, needs_weights)
+
+
+def check_layers(model: str, widths: WidthRequest) -> None:
+    """Refuse numbers of layers that a folder's configuration says there are none of.
+
+    Raises:
+        PlanError: see above.
+    """
+    path = Path(model) / "config.json"
+    settings = read_json(path, MOST_CONFIG_BYTES) if path.is_file() else {}
+    whole = next((settings[name] for name in LAYERS if isinstance(settings.get(name), int)), None)
+    if whole is not None and whole > 0:
+        widths.check_layer_numbers(whole)
+
+
+def check_tokenizer(model: str) -> None:
+    """Refuse a tokenizer that packages are missing for.
+
+    Raises:
+        MissingPackageError: see above.
+    """
+    folder = Path(model)
+    path = folder / SENTENCEPIECE
+    is_alone = path.is_file() and not (folder / "tokenizer.json").exists()
+    if is_alone and _beginning(path, 1) == b"\n" and missing_packages():  # as its format begins, and tiktoken's not
+        refuse_without_packages(model)
+
+
+def missing_packages() -> list[str]:
+    """Those that reading `tokenizer.model` needs and that are not installed."""
+    return [package for package, module in NEEDED.items() if not _is_installed(module)]
+
+
+def refuse_without_packages(model: str) -> NoReturn:
+    """Say which packages a tokenizer needs.
+
+    Raises:
+        MissingPackageError: always.
+    """
+    missing = missing_packages()
+    raise MissingPackageError(
+        f"{model} has its tokenizer in {SENTENCEPIECE} alone, and reading that needs {' and '.join(missing)}: "
+        f"pip install {' '.join(missing)}."
+    )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the package above it is missing
+        return False
+
+
+def _check_gguf(path: Path) -> None:
+    if path.is_file() and _beginning(path, len(MAGIC)) != MAGIC:
+        raise CheckpointError(f"{path} is not a GGUF file. Download it again.")
+    if find_spec("gguf") is None:
+        raise MissingPackageError("Reading a GGUF file needs the gguf package: pip install 'llmprune[gguf]'")
+
+
+def _beginning(path: Path, count: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(count)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _check_folder(folder: Path, needs_weights: bool) -> None:
+    path = folder / "config.json"
+    if not path.exists():
+        refuse_without_config(folder)
+    settings = read_json(path, MOST_CONFIG_BYTES)
+    check_counts(path, settings)
+    check_purpose(path, settings)
+    if needs_weights and not any(True for pattern in WEIGHTS for _ in folder.glob(pattern)):
+        adapter = describe_adapter(folder)
+        if adapter:
+            raise CheckpointError(f"{folder} holds {adapter} and no weights. {MERGE} and give the merged model.")
+        if not any(folder.glob("*.safetensors.index.json")):
+            raise CheckpointError(f"{folder} has no weights (*.safetensors or pytorch_model*.bin), which this needs.")
+
+
+def refuse_without_config(folder: Path) -> None:
+    """Say what a folder without `config.json` is.
+
+    Raises:
+        CheckpointError: always.
+    """
+    if adapter := describe_adapter(folder):
+        raise CheckpointError(f"{folder} holds {adapter} and no model. {MERGE} and give the merged model.")
+    if ggufs := sorted(path.name for path in folder.glob("*.gguf")):
+        raise CheckpointError(f"{folder} has no config.json, but GGUF files. Give one of them: {folder / ggufs[0]}")
+    raise CheckpointError(f"{folder} has no config.json, so it is not a model folder. Check MODEL.")
+
+
+def describe_adapter(folder: Path) -> str:
+    """What adapter of peft lies in a folder, in words; empty where none does.
+
+    Raises:
+        CheckpointError: its configuration cannot be read.
+    """
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file():
+        return ""
+    settings = read_json(path, MOST_CONFIG_BYTES)
+    base = settings.get("base_model_name_or_path")
+    return f"a {settings.get('peft_type', 'PEFT')} adapter{f' of {base}' if base else ''} ({ADAPTER_CONFIG})"
+
+
+def check_purpose(path: Path, settings: dict[str, Any]) -> None:
+    """Refuse models that do not go on with a text.
+
+    Raises:
+        UnsupportedError: see above.
+    """
+    named = settings.get("architectures")
+    names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    for name in names:
+        if name.endswith(OTHER_PURPOSES):
+            raise UnsupportedError(
+                f"{path} describes a {name}, which is no causal language model. Give the language model that it was "
+                "made from."
+            )
+    kind = settings.get("model_type")
+    if kind in ENCODERS and not settings.get("is_decoder"):
+        what = names[0] if names else f"{kind} model"
+        raise UnsupportedError(
+            f"{path} describes a {what}, an encoder and no causal language model. llmprune prunes models that go on "
+            "with a text, such as Llama, Qwen or Mistral."
+        )
+
+
+def check_counts(path: Path, settings: dict[str, Any]) -> None:
+    """Refuse numbers of layers and experts that no model has: each of them takes time before any tensor is looked at.
+
+    Raises:
+        CheckpointError: see above.
+    """
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            check_counts(path, value)
+        for word, most in MOST.items():
+            if name.rstrip("s").endswith(word) and isinstance(value, int) and value > most:
+                raise CheckpointError(f"{path}: {name} is {value:,}, and models have at most {most:,}.")
+
+
+def _check_device(device: str) -> None:
+    """Refuse a kind of device that this system cannot have; torch knows about the others.
+
+    Raises:
+        CheckpointError: see above.
+    """
+    has_none = sys.platform == "linux" and not any(Path(gpu).exists() for gpu in GPUS)
+    if (device.startswith("cuda") and has_none) or (device == "mps" and sys.platform != "darwin"):
+        raise CheckpointError(f"There is no device {device!r} on this machine. Try --device cpu.")
+
+
+# --- targets --------------------------------------------------------------------------------------------------------
+
+
+def check_target(budget: Budget | None, model: str) -> None:
+    """Refuse a size that headers alone say to be more than the model, or less than its embedding.
+
+    Raises:
+        PlanError: see above.
+    """
+    if budget is None:
+        return
+    if budget.kind == "share" and budget.amount >= 1:
+        raise PlanError("A target of 100% removes nothing. Ask for a smaller share.")
+    counted = _stored_sizes(Path(model))
+    if counted is None:
+        return
+    whole, embedding, size_bytes, embedding_bytes = counted
+    most, least = (size_bytes, embedding_bytes) if budget.kind == "bytes" else (whole, embedding)
+    limit, unit = budget.limit(whole, size_bytes), "bytes" if budget.kind == "bytes" else "parameters"
+    if limit >= most:
+        raise PlanError(
+            f"The model has {most:,} {unit}, so a target of {limit:,.0f} removes nothing. Ask for less, such as 85% "
+            f"({0.85 * most:,.0f} {unit})."
+        )
+    if limit <= least:
+        raise PlanError(
+            f"A target of {limit:,.0f} {unit} is out of reach: the least is more than {least:,}, which the largest "
+            f"tensor outside the layers has alone. Ask for clearly more, such as half of the {most:,} of the model."
+        )
+
+
+def _stored_sizes(folder: Path) -> tuple[int, int, int, int] | None:
+    """Parameters and bytes by the headers of safetensors files, of all tensors and of the largest outside the layers.
+
+    None where they say nothing of the kind: other weights, quantized ones, or damage, which others find.
+    """
+    try:
+        settings = read_json(folder / "config.json", MOST_CONFIG_BYTES) if folder.is_dir() else {}
+        headers = [_header(path) for path in sorted(folder.glob("*.safetensors"))] if settings else []
+    except (CheckpointError, OSError, ValueError, struct.error):
+        return None
+    if not headers or "quantization_config" in settings or "text_config" in settings:
+        return None
+    counted = []
+    try:
+        for name, own in (item for header in headers for item in header.items() if item[0] != "__metadata__"):
+            first, end = own["data_offsets"]
+            in_layers = any(part.isdigit() for part in name.split("."))
+            counted.append((math.prod(own["shape"]), end - first, in_layers))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+    outside = max(((count, size) for count, size, in_layers in counted if not in_layers), default=(0, 0))
+    return sum(c for c, _, _ in counted), outside[0], sum(s for _, s, _ in counted), outside[1]
+
+
+def _header(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > MOST_HEADER_BYTES:
+            raise ValueError(length)
+        return dict(json.loads(file.read(length)))

@@ -1,0 +1,1 @@
+"""Text as people have it: files of many kinds, columns, and conversations."""

@@ -1,0 +1,93 @@
+"""Which columns of a dataset hold its text, and conversations as a model's chat template spells them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from llmprune_cli.errors import CheckpointError
+from llmprune_cli.text.files import Row
+
+TEXT_COLUMN = "text"
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}  # ShareGPT's names
+# Columns that together are a conversation, the most telling first.
+CHATS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"))
+
+Message = dict[str, str]
+Spell = Callable[[list[Message]], str]  # a conversation as text
+
+
+def find_columns(where: str, columns: Sequence[str], strings: Sequence[str], wanted: str | None) -> tuple[str, ...]:
+    """The columns that the text is in: one, or those of a conversation.
+
+    Args:
+        where: what has these columns, for messages.
+        strings: those of the columns that hold text.
+        wanted: what the user asked for.
+
+    Raises:
+        CheckpointError: there is no such column, or nobody can tell which one it is.
+    """
+    listed = ", ".join(columns)
+    if wanted is not None:
+        if wanted not in columns:
+            raise CheckpointError(
+                f"{where} has no column {wanted!r}. It has {listed}: choose --text-column among these."
+            )
+        return (wanted,)
+    if TEXT_COLUMN in columns:
+        return (TEXT_COLUMN,)
+    for chat in CHATS:
+        if all(column in columns for column in chat):
+            return chat
+    if len(strings) == 1:
+        return (strings[0],)
+    raise CheckpointError(f"{where} has no column 'text' (it has {listed}). Name one with --text-column.")
+
+
+def texts_in(where: str, rows: Iterable[Row], columns: tuple[str, ...], spell: Spell) -> tuple[list[str], bool]:
+    """The text of each row, and whether these are conversations.
+
+    Raises:
+        CheckpointError: a row holds neither text nor a conversation.
+    """
+    texts, is_chat = [], len(columns) > 1
+    for number, row in enumerate(rows, 1):
+        first = row.get(columns[0])
+        if len(columns) == 1 and (first is None or isinstance(first, str)):
+            texts.append(first or "")
+            continue
+        is_chat = True
+        try:
+            texts.append(spell(_conversation(row, columns)))
+        except (TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"{where}, row {number}: {' and '.join(columns)} hold no conversation (turns with role and content, "
+                "from and value, or plain text)."
+            ) from error
+    return texts, is_chat
+
+
+def _conversation(row: Row, columns: tuple[str, ...]) -> list[Message]:
+    if len(columns) == 1:
+        return [_message(turn) for turn in row[columns[0]]]
+    asked, answered = row[columns[0]], row[columns[1]]
+    if columns[0] == "instruction" and row.get("input"):
+        asked = f"{asked}\n\n{row['input']}"
+    system = (
+        [{"role": "system", "content": row["system"]}] if isinstance(row.get("system"), str) and row["system"] else []
+    )
+    return [*system, *_turns("user", asked), *_turns("assistant", answered)]
+
+
+def _turns(role: str, said: Any) -> list[Message]:
+    if isinstance(said, str):
+        return [{"role": role, "content": said}]
+    return [_message(turn) for turn in said]
+
+
+def _message(turn: Any) -> Message:
+    role, content = (turn["role"], turn["content"]) if "role" in turn else (turn["from"], turn["value"])
+    if not isinstance(content, str):  # parts of several kinds
+        content = "".join(part["text"] for part in content if part.get("type", "text") == "text")
+    return {"role": ROLES.get(role, role), "content": content}

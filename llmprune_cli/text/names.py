@@ -1,0 +1,68 @@
+"""What a text is called: the names of those that llmprune knows, mixtures, and what can be told of one in a moment."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmprune_cli.errors import CheckpointError, UsageError
+from llmprune_cli.text.columns import find_columns
+from llmprune_cli.text.files import COLUMNS, PLAIN, check_file, first_rows, kind_of, looks_like_a_file
+
+PYTHON_DOCS = "python-docs"  # English that every CPython carries
+WIKITEXT2 = "wikitext2"
+KNOWN = (WIKITEXT2, PYTHON_DOCS)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One text of a mixture."""
+
+    name: str
+    share: float  # of the tokens
+
+
+def parts_of(text: str) -> tuple[Part, ...]:
+    """The texts in a name such as `a.jsonl:0.7,b.txt:0.3`; without numbers they have equal shares.
+
+    Raises:
+        UsageError: some have shares and others have none, or one is no positive number.
+    """
+    names = [part.strip() for part in text.split(",")]
+    if len(names) == 1 or Path(text).exists():
+        return (Part(text, 1.0),)
+    found = [_weighted(name) for name in names]
+    if not all(name for name, _ in found):
+        raise UsageError(f"{text!r} names no text between two commas.")
+    weights = [weight for _, weight in found if weight is not None]
+    if weights and (len(weights) < len(found) or min(weights) <= 0):
+        raise UsageError(f"give every text of {text!r} a share above 0, as in a.jsonl:0.7,b.txt:0.3, or none of them.")
+    total = sum(weights) or len(found)
+    return tuple(Part(name, (weight or 1.0) / total) for name, weight in found)
+
+
+def _weighted(name: str) -> tuple[str, float | None]:
+    before, colon, after = name.rpartition(":")
+    try:
+        return (before, float(after)) if colon and before else (name, None)
+    except ValueError:  # the configuration of a hub dataset
+        return name, None
+
+
+def check_text(name: str, column: str | None = None) -> None:
+    """What can be told of a text before anything is loaded: that its file is there and begins as it should.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    local = os.environ.get("LLMPRUNE_WIKITEXT2")
+    if name == WIKITEXT2 and local and not Path(local).exists():
+        raise CheckpointError(f"LLMPRUNE_WIKITEXT2 names {local}, which does not exist. Correct it, or unset it.")
+    path = Path(name)
+    if name in KNOWN or path.is_dir() or not (path.is_file() or looks_like_a_file(name)):
+        return
+    check_file(path)
+    if kind_of(path) not in (*PLAIN, *COLUMNS):
+        (row,) = first_rows(path)
+        find_columns(name, list(row), [key for key, value in row.items() if isinstance(value, str)], column)

@@ -1,0 +1,163 @@
+"""What everybody gets wrong once: each is told at once, with what, where and what next."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from support.cli import run_cli
+from support.refusals import CHECKPOINT, OUTPUT, PLAN, UNSUPPORTED, USAGE, assert_refused
+
+MOST_SECONDS = 1.5  # CPU time of a process, which is all that it waits for
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A command, how it ends, and words of what it says."""
+
+    words: tuple[str, ...]
+    code: int
+    said: tuple[str, ...]
+
+
+def prune(*words: str) -> tuple[str, ...]:
+    return "prune", "model", *words, "--output", "out"
+
+
+HALF = ("--pruning-ratio", "50%")
+MISTAKES = {
+    "a target above the model": Mistake(prune("--target-params", "6B"), PLAN, ("51,520", "removes nothing", "85%")),
+    "a size above the model": Mistake(prune("--target-size", "4GiB"), PLAN, ("206,080 bytes", "removes nothing")),
+    "all of the model": Mistake(prune("--target-params", "100%"), PLAN, ("removes nothing",)),
+    "a target below all": Mistake(prune("--target-params", "2%"), PLAN, ("out of reach", "more than 6,144")),
+    "a share without its sign": Mistake(prune("--target-params", "0.85"), USAGE, ("--target-params", "85%?")),
+    "billions without a B": Mistake(prune("--target-params", "6"), USAGE, ("6B or 6%?",)),
+    "a size without a unit": Mistake(prune("--target-size", "4"), USAGE, ("--target-size", "4GiB?")),
+    "a percentage without its sign": Mistake(prune("--pruning-ratio", "25"), USAGE, ("25%?",)),
+    "a layer that is not there": Mistake(prune("--drop-layers", "1,99"), PLAN, ("Layer 99 cannot", "layers 0 to 1")),
+    "a text that is not there": Mistake(prune(*HALF, "--calibration", "nope.txt"), CHECKPOINT, ("nope.txt does not",)),
+    "a broken line": Mistake(prune(*HALF, "--calibration", "bad.jsonl"), CHECKPOINT, ("bad.jsonl, line 1",)),
+    "another encoding": Mistake(prune(*HALF, "--calibration", "latin.txt"), CHECKPOINT, ("iconv -f WINDOWS-1252",)),
+    "no such column": Mistake(
+        prune(*HALF, "--calibration", "good.jsonl", "--text-column", "body"), CHECKPOINT, ("'body'", "article, title")
+    ),
+    "no telling which column": Mistake(
+        prune(*HALF, "--calibration", "good.jsonl"), CHECKPOINT, ("article, title", "--text-column")
+    ),
+    "a text of another kind": Mistake(
+        ("eval", "model", "--dataset", "thesis.docx"), CHECKPOINT, ("thesis.docx", ".txt")
+    ),
+    "a plan that is not there": Mistake(prune("--plan", "plan.json"), CHECKPOINT, ("plan.json does not exist",)),
+    "a model that is not there": Mistake(("inspect", "./nowhere"), CHECKPOINT, ("nowhere does not exist",)),
+    "an adapter": Mistake(("inspect", "adapter"), CHECKPOINT, ("LORA adapter of org/base", "Merge")),
+    "an encoder": Mistake(("prune", "bert", *HALF, "--output", "out"), UNSUPPORTED, ("BertModel", "an encoder")),
+    "a folder of GGUF files": Mistake(("inspect", "ggufs"), CHECKPOINT, ("Give one of them", "ggufs/a.gguf")),
+    "a device of others": Mistake(
+        ("eval", "model", "--device", "mps"), CHECKPOINT, ("no device 'mps'", "--device cpu")
+    ),
+    "an output that is taken": Mistake(
+        ("prune", "model", *HALF, "--output", "taken"), OUTPUT, ("not empty", "--overwrite")
+    ),
+    "an output within the input": Mistake(("export", "model", "--output", "model/out"), OUTPUT, ("overlap",)),
+}
+
+
+@pytest.fixture
+def place(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with everything that the mistakes are made with."""
+    monkeypatch.chdir(tmp_path)
+    Path("model").symlink_to(tiny_llama)
+    Path("good.jsonl").write_text(json.dumps({"article": "Once", "title": "A tale"}) + "\n")
+    Path("bad.jsonl").write_text('{"text": "Once\n{"text": "upon a time"}\n')
+    Path("latin.txt").write_bytes("Es war einmal ein Käse.".encode("latin-1"))
+    Path("thesis.docx").write_bytes(b"PK\x03\x04")
+    for folder in ("adapter", "bert", "ggufs", "taken"):
+        Path(folder).mkdir()
+    Path("adapter", "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/base"}')
+    Path("bert", "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+    Path("ggufs", "a.gguf").write_bytes(b"GGUF")
+    Path("taken", "thesis.tex").write_text("years of work")
+    return tmp_path
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="has the device that others lack")
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_told_with_what_where_and_what_next(place: Path, name: str) -> None:
+    mistake, before = MISTAKES[name], sorted(place.rglob("*"))
+    assert_refused(run_cli(*mistake.words), mistake.code, *mistake.said)
+    assert sorted(place.rglob("*")) == before
+
+
+def test_no_mistake_waits_for_a_library(place: Path) -> None:
+    """All in one process, which has to load what they need but once, and none of the large ones."""
+    script = (
+        "import io, json, sys, time\nfrom contextlib import redirect_stderr\nfrom llmprune_cli.__main__ import main\n"
+        "ended = []\n"
+        "for words in json.loads(sys.argv[1]):\n"
+        "    started = time.process_time()\n"
+        "    with redirect_stderr(io.StringIO()):\n"
+        "        try: main(words)\n"
+        "        except SystemExit as end: ended.append([end.code, time.process_time() - started])\n"
+        "loaded = {'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
+        "print(json.dumps([ended, sorted(loaded), time.process_time()]))"
+    )
+    commands = json.dumps([mistake.words for mistake in MISTAKES.values()])
+    done = subprocess.run([sys.executable, "-c", script, commands], capture_output=True, text=True, check=True)
+    ended, loaded, total = json.loads(done.stdout.splitlines()[-1])
+    assert [code for code, _ in ended] == [mistake.code for mistake in MISTAKES.values()] and not loaded
+    start = total - sum(seconds for _, seconds in ended)  # of a process, before it looks at its arguments
+    slow = {name: seconds for name, (_, seconds) in zip(MISTAKES, ended, strict=True) if start + seconds > MOST_SECONDS}
+    assert not slow, f"{slow} after {start:.2f}"
+
+
+def test_a_target_below_what_a_search_reaches_is_told_before_anything_is_measured(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMPRUNE_WIKITEXT2", str(place / "taken"))  # no text, so that measuring would fail
+    run = run_cli(*prune("--target-params", "20%"))
+    assert_refused(run, PLAN, "least that the search reaches", "Ask for", "up to less than 51,520")
+
+
+@pytest.mark.parametrize(
+    ("family", "ratio", "why"),
+    [
+        ("qwen2-mqa", "--kv-group-pruning-ratio", "One of the KV groups stays"),
+        ("deepseek_v3", "--head-pruning-ratio", "cannot be pruned in num_attention_heads"),
+    ],
+)
+def test_a_ratio_that_a_family_cannot_give_alone_makes_no_copy(
+    tiny_of: Callable[[str], Path], make_tiny: Callable[..., Path], tmp_path: Path, family: str, ratio: str, why: str
+) -> None:
+    model = make_tiny("qwen2", num_key_value_heads=1) if family == "qwen2-mqa" else tiny_of(family)
+    run = run_cli(
+        "prune", model, ratio, "0.3", "--importance", "random", "--refit", "none", "--output", tmp_path / "out"
+    )
+    assert_refused(run, PLAN, why)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_percentage_is_taken_wherever_a_ratio_is(tiny_llama: Path, tmp_path: Path) -> None:
+    Path(tmp_path, "recipe.yaml").write_text("intermediate_pruning_ratio: 50%\n")
+    asked = (("--intermediate-pruning-ratio", "50%"), ("--config", tmp_path / "recipe.yaml"))
+    for words in asked:
+        run = run_cli("inspect", tiny_llama, *words, "--json")
+        assert run.code == 0 and json.loads(run.stdout)["after"]["widths"]["intermediate_size"] == 24, run.stderr
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmprune_cli.folder import staging
+
+    usage = staging.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    options = ("--intermediate-size", "24", "--importance", "random", "--refit", "none")
+    run = run_cli("prune", tiny_llama, *options, "--output", tmp_path / "out")
+    assert_refused(run, OUTPUT, "bytes", "has room for 1,000", "another --output")
+    assert not list(tmp_path.iterdir())
