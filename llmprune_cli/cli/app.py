@@ -50,7 +50,7 @@ def _example(*lines: str) -> str:
 
 app.command("inspect", epilog=_example("inspect meta-llama/Llama-3.1-8B --pruning-ratio 0.5"))(inspect_command)
 app.command("prune", epilog=_example("prune meta-llama/Llama-3.1-8B --target-params 6B --output pruned"))(prune_command)
-app.command("eval", epilog=_example("eval pruned --compare meta-llama/Llama-3.1-8B --limit 20"))(eval_command)
+app.command("eval", epilog=_example("eval meta-llama/Llama-3.1-8B pruned --limit 20"))(eval_command)
 app.command("export", epilog=_example("export pruned --format gguf --dtype q8_0 --output pruned-gguf"))(export_command)
 
 

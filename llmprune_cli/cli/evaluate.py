@@ -2,56 +2,91 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from llmprune_cli.cli.parameters import COMMON, AsJson, takes
-from llmprune_cli.cli.tables import new_console, number_text, print_json, size_text
+from llmprune_cli.cli.parameters import COMMON, AsJson, Quiet, Verbose, takes
+from llmprune_cli.cli.progress import progress_on_stderr
+from llmprune_cli.cli.tables import NARROW, count_text, folded, new_console, number_text, print_json, size_text
 from llmprune_cli.commands.requests import check_eval
 from llmprune_cli.options import Evaluation, ModelReference
 from llmprune_cli.startup.loading import loading
 
 if TYPE_CHECKING:
-    from llmprune_cli.report.results import EvalReport
+    from llmprune_cli.report.results import EvalReport, EvalResult
 
-Compare = Annotated[str | None, typer.Option(help="A second model, evaluated side by side.", rich_help_panel=COMMON)]
+LEAST_NAME = 16  # characters of a model's name in a line
+MOST = 1e6  # a difference beyond is shown in powers of ten
+Others = Annotated[
+    list[str] | None,
+    typer.Argument(help="Further models, held against the first.", metavar="[MODEL]...", show_default=False),
+]
+Compare = Annotated[
+    list[str] | None,
+    typer.Option(help="A further model, as one after MODEL; may be given several times.", rich_help_panel=COMMON),
+]
 
 
 @takes()
 def eval_command(
-    model: ModelReference, evaluation: Evaluation, compare: Compare = None, as_json: AsJson = False
+    model: ModelReference,
+    evaluation: Evaluation,
+    others: Others = None,
+    compare: Compare = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Measure perplexity: mean over windows of the mean negative log-likelihood, exponentiated."""
-    other = replace(model, name=compare, revision=None) if compare else None
-    check_eval([model, *([other] if other else [])], evaluation)
+    names = [*(others or ()), *(compare or ())]
+    further = [replace(model, name=name, revision=None) for name in names]
+    check_eval([model, *further], evaluation)
     with loading():
-        from llmprune_cli.cli.progress import progress_on_stderr
         from llmprune_cli.commands.evaluate import evaluate
 
-    with progress_on_stderr() as listener:
-        report = evaluate(model, other, evaluation, listener)
-    (print_json if as_json else print_eval)(report)
+    with progress_on_stderr(quiet) as listener:
+        report = evaluate(model, further, evaluation, listener)
+    if as_json:
+        print_json(report)
+    else:
+        print_eval(report, verbose)
 
 
-def print_eval(report: EvalReport) -> None:
-    """Table of `eval`, one column for each model."""
-    table = Table(title=f"Perplexity on {report.dataset} ({report.split})")
-    table.add_column("")
-    for result in report.results:
-        table.add_column(result.model, justify="right", overflow="fold")
-    rows = {
-        "perplexity": [number_text(r.perplexity) for r in report.results],
-        "windows × tokens": [f"{r.windows} × {r.max_seq_len}" for r in report.results],
-        "tokens": [f"{r.tokens:,}" for r in report.results],
-        "parameters": [f"{r.parameters:,}" for r in report.results],
-        "size": [size_text(r.size_bytes) for r in report.results],
-        "time": [f"{r.seconds:.1f} s" for r in report.results],
-        "tokens per second": [f"{r.tokens_per_second:,.0f}" for r in report.results],
-        "peak memory so far": [size_text(r.peak_memory_bytes) for r in report.results],
-    }
-    for label, values in rows.items():
-        table.add_row(label, *values)
-    new_console().print(table)
+def print_eval(report: EvalReport, is_verbose: bool = False) -> None:
+    """Table of `eval`, a row for each model; verbose: what it took, as well."""
+    console, first = new_console(), report.results[0]
+    windows = f"{first.windows:,} × {first.max_seq_len:,} = {first.tokens:,} tokens"
+    console.print(f"Perplexity on {report.dataset} ({report.split}), {windows}", highlight=False)
+    rows = [_figures(result, first) for result in report.results]
+    heads = ["parameters", "size", "perplexity", "Δ", "ratio", "KL", "tokens/s"]
+    shown = [place for place in range(len(heads)) if any(row[place] for row in rows)]
+    taken = sum(max(len(heads[place]), *(len(row[place]) for row in rows)) + 2 for place in shown)
+    table = Table("model", **NARROW)
+    for place in shown:
+        table.add_column(heads[place], justify="right", no_wrap=True)
+    for result, row in zip(report.results, rows, strict=True):
+        table.add_row(folded(result.model, max(console.width - taken - 2, LEAST_NAME)), *(row[p] for p in shown))
+    console.print(table)
+    if is_verbose:
+        for result in report.results:
+            console.print(
+                f"{result.model}: {result.parameters:,} parameters, {result.windows:,} windows of "
+                f"{result.max_seq_len:,} tokens in {result.seconds:.1f} s, peak memory so far "
+                f"{size_text(result.peak_memory_bytes)}.",
+                highlight=False,
+            )
+
+
+def _figures(result: EvalResult, first: EvalResult) -> list[str]:
+    """Cells of a model; what compares it with the first is empty for that one."""
+    own = [count_text(result.parameters), size_text(result.size_bytes), number_text(result.perplexity)]
+    delta, ratio = result.perplexity - first.perplexity, result.perplexity / first.perplexity
+    are_numbers = result is not first and math.isfinite(delta) and math.isfinite(ratio)
+    compared = (
+        [f"{delta:+,.2f}" if abs(delta) < MOST else f"{delta:+.3g}", f"×{ratio:.4g}"] if are_numbers else ["", ""]
+    )
+    return [*own, *compared, "" if result.kl is None else f"{result.kl:.3f}", f"{result.tokens_per_second:,.0f}"]

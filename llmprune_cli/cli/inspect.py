@@ -12,7 +12,10 @@ from rich.table import Table
 from llmprune_cli.cli.parameters import COMMON, AsJson, takes
 from llmprune_cli.cli.progress import progress_on_stderr
 from llmprune_cli.cli.tables import (
+    NARROW,
     WIDTH_LABELS,
+    count_text,
+    folded,
     new_console,
     print_deviations,
     print_json,
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from llmprune_cli.report.results import InspectResult, ModelSummary, TensorRow, VerifyResult
+
+LEAST_NAME = 20  # characters of a tensor's name in a line
+MOST_NUMBERS = 12  # characters of layer numbers in a line
 
 Verify = Annotated[
     bool,
@@ -63,8 +69,12 @@ def print_inspect(result: InspectResult) -> None:
     console = new_console()
     revision = f" @ {result.revision}" if result.revision else ""
     console.print(f"[bold]{result.model}[/bold]{revision}  {result.model_type}", highlight=False)
-    console.print(modules_table(result.before, result.after))
-    widths = Table("prunable width", "size", *(["after"] if result.after else []), "legal values", title="Widths")
+    console.print(modules_table(result.before, result.after, console.width))
+    columns = ("prunable width", "size", *(["after"] if result.after else []), "legal values")
+    widths = Table(title="\nWidths", title_justify="left", **NARROW)
+    for place, head in enumerate(columns):
+        is_number = 0 < place < len(columns) - 1
+        widths.add_column(head, justify="right" if is_number else "left", no_wrap=is_number)
     for name, legal in result.prunable.items():
         after = [f"{getattr(result.after.widths, name):,}"] if result.after else []
         widths.add_row(WIDTH_LABELS[name], f"{getattr(result.before.widths, name):,}", *after, legal)
@@ -93,25 +103,43 @@ def print_verify(result: VerifyResult) -> None:
     )
 
 
-def modules_table(before: ModelSummary, after: ModelSummary | None) -> Table:
-    """Tensors, folded over layers."""
-    table = Table(title="Modules")
-    table.add_column("tensor", overflow="fold")
-    table.add_column("layers", justify="right")
-    table.add_column("dtype")
-    table.add_column("before" if after else "shape", justify="right")
-    if after:
-        table.add_column("after", justify="right")
-    table.add_column("parameters", justify="right")
-    table.add_column("share", justify="right")
-    total = (after or before).parameters
+def modules_table(before: ModelSummary, after: ModelSummary | None, width: int) -> Table:
+    """Tensors, folded over layers.
+
+    Args:
+        width: of the terminal; names go on in the next line where they would not fit.
+    """
+    dtypes = {row.dtype for row in before.tensors}
+    title = f"Modules ({dtypes.pop()})" if len(dtypes) == 1 else "Modules"
+    with_dtype = title == "Modules"
+    total, rows = (after or before).parameters, []
     for old, new in _paired(before.tensors, after.tensors if after else before.tensors):
-        layers = f"{old.layers}: {old.count} ×" if old.layers else ""
         shapes = [_shape(old)] + ([_shape(new) if new else "gone"] if after else [])
         parameters = new.parameters if new else 0
-        share = f"{100 * parameters / total:.1f}%"
-        table.add_row(old.template, layers, old.dtype, *shapes, f"{parameters:,}", share)
+        counts = [count_text(parameters), f"{100 * parameters / total:.1f}%"]
+        rows.append([old.template, old.layers, *([old.dtype] if with_dtype else []), *shapes, *counts])
+    heads = ["tensor", "layers", *(["dtype"] if with_dtype else []), *(["before", "after"] if after else ["shape"])]
+    heads += ["parameters", "share"]
+    taken = sum(max(len(head), *(len(row[place]) for row in rows)) + 2 for place, head in enumerate(heads) if place)
+    layers = max(len(row[1]) for row in rows)
+    if layers > MOST_NUMBERS:  # of many layers by turns, which may go on in the next line
+        taken -= layers - MOST_NUMBERS
+    table = Table(title=title, title_justify="left", **NARROW)
+    for head in heads:
+        table.add_column(head, justify="left" if head in ("tensor", "dtype") else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(folded(row[0], max(width - taken - 2, LEAST_NAME)), _in_lines(row[1]), *row[2:])
     return table
+
+
+def _in_lines(numbers: str) -> str:
+    """Ranges of layers, so many in a line as fit."""
+    lines = [""]
+    for part in numbers.split(","):
+        if lines[-1] and len(lines[-1]) + len(part) + 1 > MOST_NUMBERS:
+            lines.append("")
+        lines[-1] += f",{part}" if lines[-1] else part
+    return ",\n".join(lines)
 
 
 def _paired(before: Sequence[TensorRow], after: Sequence[TensorRow]) -> Iterator[tuple[TensorRow, TensorRow | None]]:

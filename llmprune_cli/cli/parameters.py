@@ -21,6 +21,10 @@ METAVARS: dict[Any, str] = {int: "N", float: "R", str: "TEXT", Path: "PATH"}  # 
 MODEL = typer.Argument(help="Model folder, hub id, or .gguf file.", metavar="MODEL")
 SWITCHES = {"verify", "kv_cache"}  # options that can be switched off as well
 
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Show no progress, only warnings and results.", rich_help_panel=OUTPUT)
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show all tables.", rich_help_panel=OUTPUT)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel=OUTPUT)]
 
 
@@ -64,6 +68,8 @@ def _ordered(
     """The model, what most people need, and the rest by panels."""
     if ModelReference in values.values():
         yield _parameter("model", Annotated[str, MODEL], inspect.Parameter.empty)
+        yield from (other for other in others if _is_argument(other))
+        others = [other for other in others if not _is_argument(other)]
     by_panel = sorted(options.values(), key=lambda own: PANELS.index(own.option.panel))
     yield from (_of(own) for own in by_panel if own.option.is_common)
     yield from (other for other in others if _panel(other) == COMMON)
@@ -72,6 +78,10 @@ def _ordered(
         yield from (other for other in others if _panel(other) == panel)
         if panel == OUTPUT:
             yield _parameter("config", Annotated[Path | None, CONFIG], None)
+
+
+def _is_argument(other: inspect.Parameter) -> bool:
+    return any(type(note).__name__ == "ArgumentInfo" for note in get_args(other.annotation))
 
 
 def _panel(other: inspect.Parameter) -> str:
@@ -148,11 +158,22 @@ def _read_config(context: typer.Context, value: Path | None) -> Path | None:
         refuse_unknown(recipe, [str(name) for name in known if name != "config"], str(value))
     except UsageError as error:
         raise typer.BadParameter(str(error)) from error
-    context.default_map = {**(context.default_map or {}), **{name: _as_text(given) for name, given in recipe.items()}}
+    told = {
+        name: _as_values(given) if _takes_several(known[name]) else _as_text(given) for name, given in recipe.items()
+    }
+    context.default_map = {**(context.default_map or {}), **told}
     return value
 
 
 NAMES = {"eval": "evaluate", "json": "as_json"}  # options whose parameter is called otherwise
+
+
+def _takes_several(parameter: Any) -> bool:
+    return bool(getattr(parameter, "multiple", False)) or parameter.nargs == -1
+
+
+def _as_values(value: Any) -> list[str]:
+    return [str(each) for each in value] if isinstance(value, list | tuple) else [str(value)]
 
 
 def _as_text(value: Any) -> Any:

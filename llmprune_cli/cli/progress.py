@@ -1,8 +1,9 @@
-"""Progress bars and warnings on stderr."""
+"""Progress and warnings on stderr: bars in a terminal, a few lines elsewhere."""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,40 +14,107 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from llmprune_cli.progress import LOGGER, Listener
 from llmprune_cli.progress import Progress as Reached
 
+STEPS, STEP_S = 10, 60.0  # a line is due at so many places of a stage, or after so many seconds
+LEAST_S = 2.0  # between two lines of a stage, however quick it is
+MOST_COUNTED = 10**6  # a stage with more steps counts bytes, which say nothing to people
+
 
 class _Warnings(logging.Handler):
-    """Shows warnings beside the bars."""
+    """Shows warnings beside the progress."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(logging.WARNING)
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._console.print(f"Warning: {record.getMessage()}", style="yellow", highlight=False)
+        wraps = self._console.is_terminal
+        self._console.print(f"Warning: {record.getMessage()}", style="yellow", highlight=False, soft_wrap=not wraps)
 
 
 @contextmanager
-def progress_on_stderr() -> Iterator[Listener]:
-    """A listener that draws progress bars on stderr; whatever is logged as a warning is shown there too."""
+def progress_on_stderr(is_quiet: bool = False) -> Iterator[Listener]:
+    """A listener that shows how far a run is; whatever is logged as a warning is shown there too.
+
+    Args:
+        is_quiet: whether warnings alone are shown.
+    """
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    bars = Progress(
-        *columns, TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TimeRemainingColumn(), console=console
-    )
     warnings, propagated = _Warnings(console), LOGGER.propagate
     LOGGER.addHandler(warnings)
     LOGGER.propagate = False
     with ExitStack() as started:
         started.callback(LOGGER.removeHandler, warnings)
         started.callback(setattr, LOGGER, "propagate", propagated)
-        current: list[Any] = []
+        if is_quiet:
+            yield Listener()
+        elif console.is_terminal:
+            yield Listener(_Bars(console, started).tell)
+        else:
+            yield Listener(Lines(console).tell)
 
-        def tell(now: Reached) -> None:
-            if now.done == 0:  # a stage begins
-                if not current:
-                    started.enter_context(bars)
-                current[:] = [bars.add_task(now.stage, total=now.total, note="")]
-            else:
-                bars.update(current[0], completed=now.done, note=now.note)
 
-        yield Listener(tell)
+class _Bars:
+    """A bar for each stage, drawn from the first one on."""
+
+    def __init__(self, console: Console, started: ExitStack) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.percentage:>3.0f}%"))
+        note = TextColumn("{task.fields[note]}")
+        self._bars = Progress(*columns, note, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+        self._started = started
+        self._current: Any = None
+
+    def tell(self, now: Reached) -> None:
+        """See `Told`."""
+        if now.done == 0:  # a stage begins
+            if self._current is None:
+                self._started.enter_context(self._bars)
+            self._current = self._bars.add_task(now.stage, total=now.total, note="")
+        else:
+            self._bars.update(self._current, completed=now.done, note=now.note)
+
+
+class Lines:
+    """A line for each stage, and within it for each tenth or minute."""
+
+    def __init__(self, console: Console, clock: Any = time.monotonic) -> None:
+        """Print to a console; a clock counts seconds."""
+        self._console, self._clock = console, clock
+        self._began = self._said_at = 0.0
+        self._said = 0  # of the places, at the last line
+
+    def tell(self, now: Reached) -> None:
+        """See `Told`."""
+        if now.done == 0:
+            self._began = self._said_at = self._clock()
+            self._said = 0
+            self._print(now.stage)
+            return
+        share, place, at = now.done / max(now.total, 1), STEPS * now.done // max(now.total, 1), self._clock()
+        since = at - self._said_at
+        if (place > self._said and since >= LEAST_S) or since >= STEP_S:
+            self._said, self._said_at = place, at
+            self._print(f"{now.stage}: {_place(now)}, {self._times(share, at - self._began)}{_note(now)}")
+
+    def _times(self, share: float, spent: float) -> str:
+        left = spent / share - spent
+        return f"{in_words(spent)}{f', about {in_words(left)} left' if left >= 0.5 else ''}"
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _place(now: Reached) -> str:
+    percent = f"{100 * now.done // max(now.total, 1)}%"
+    return percent if now.total > MOST_COUNTED else f"{now.done:,} of {now.total:,} ({percent})"
+
+
+def _note(now: Reached) -> str:
+    return f"; {now.note}" if now.note else ""
+
+
+def in_words(seconds: float) -> str:
+    """A time for people: `41 s`, `6 min`, `2 h 5 min`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated
+import shlex
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,26 +15,36 @@ from rich.table import Table
 
 from llmprune_cli.cli.evaluate import print_eval
 from llmprune_cli.cli.inspect import modules_table
-from llmprune_cli.cli.parameters import COMMON, AsJson, takes
+from llmprune_cli.cli.parameters import COMMON, AsJson, Quiet, Verbose, takes
+from llmprune_cli.cli.progress import in_words, progress_on_stderr
 from llmprune_cli.cli.tables import (
+    NARROW,
     WIDTH_LABELS,
+    count_text,
     new_console,
     number_text,
     print_deviations,
     print_json,
     print_runtimes,
-    totals_table,
+    ranges_text,
+    size_text,
 )
 from llmprune_cli.commands.requests import PruneRequest, check_prune
 from llmprune_cli.options import Choice, Delivery, Evaluation, ModelReference, Scratch, Text
 from llmprune_cli.startup.loading import loading
 
 if TYPE_CHECKING:
-    from llmprune_cli.family.widths import Widths
     from llmprune_cli.report.results import CalibrationResult, CandidateResult, LayerResult, PruneResult
 
 BAR_CELLS = 24  # of the longest bar
 EIGHTHS = " ▏▎▍▌▋▊▉"
+TARGETS = ("target_params", "target_size", "layer_importance", "keep_layers")  # that a dry run has made widths of
+# What a saved plan leaves to be said.
+PLANNED = (
+    *("model", "revision", "dtype", "device", "refit", "seed", "compute_dtype", "calibration", "text_column"),
+    *("calibration_split", "calibration_tokens", "calibration_seq_len"),
+)
+MOST_NAME = 24  # characters of a text's name in a table
 CARD_ROWS = 40  # layers of a deeper model share rows
 
 Evaluate = Annotated[bool, typer.Option("--eval", help="Perplexity before and after.", rich_help_panel=COMMON)]
@@ -46,63 +60,158 @@ def prune_command(
     evaluation: Evaluation,
     evaluate: Evaluate = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Remove channels, heads, neurons, experts and layers, and write a smaller checkpoint."""
     request = PruneRequest(model, choice, text, delivery, scratch, evaluation if evaluate else None)
     check_prune(request)
     with loading():
-        from llmprune_cli.cli.progress import progress_on_stderr
         from llmprune_cli.commands.prune import prune
 
-    with progress_on_stderr() as listener:
+    with progress_on_stderr(quiet) as listener:
         result = prune(request, listener)
-    if result is not None:
-        (print_json if as_json else print_prune)(result)
+    if result is None:
+        return
+    if as_json:
+        print_json(result)
+    else:
+        print_prune(result, request, verbose)
 
 
-def print_prune(result: PruneResult) -> None:
-    """Tables of `prune`."""
+def _going_on(result: PruneResult, request: PruneRequest) -> str:
+    """What a dry run was asked for, with the widths that it found in the place of a target."""
+    from llmprune_cli.commands.recipe import as_words, recipe_of
+
+    recipe = recipe_of(request, request.choice, None)
+    if request.delivery.save_plan is not None:
+        kept = {name: value for name, value in recipe.items() if name in PLANNED}
+        return as_words({**kept, "plan": str(request.delivery.save_plan)})
+    if request.choice.budget is not None:
+        before, after = asdict(result.before.widths), asdict(result.after.widths)
+        found: dict[str, Any] = {n: size for n, size in after.items() if size != before[n] and n != "num_hidden_layers"}
+        if "num_experts" in found:
+            found["experts"] = found.pop("num_experts")
+        if result.dropped_layers:
+            found["drop_layers"] = list(result.dropped_layers)
+        recipe = {name: value for name, value in recipe.items() if name not in TARGETS} | found
+    return as_words(recipe)
+
+
+def print_prune(result: PruneResult, request: PruneRequest, is_verbose: bool = False) -> None:
+    """What came of `prune` in a few lines; verbose: all tables as well."""
     console = new_console()
-    console.print(modules_table(result.before, result.after))
-    console.print(_width_table(result.before.widths, result.after.widths))
-    console.print(totals_table(result.before, result.after))
-    print_deviations(console, result.deviations)
-    print_runtimes(console, result.runtimes)
-    if result.candidates:
+    if is_verbose:
+        console.print(modules_table(result.before, result.after, console.width))
+        print_runtimes(console, result.runtimes)
+        if result.candidates:
+            _print_candidates(console, result.candidates)
+        if result.calibration:
+            _print_calibration(console, result.calibration, result.protected_layers)
+        if result.evaluation:
+            print_eval(result.evaluation)
+    elif result.candidates and not result.output:
         _print_candidates(console, result.candidates)
-    if result.calibration:
-        _print_calibration(console, result.calibration, result.protected_layers)
-    if result.evaluation:
-        print_eval(result.evaluation)
+    if is_verbose or not result.output:
+        print_deviations(console, result.deviations)  # with an output they were warnings already
+    console.print(_summary(result))
+    for line in _what_went(result):
+        console.print(line, highlight=False)
     if result.output:
-        console.print(f"Wrote [bold]{result.output}[/bold] in {result.seconds:.1f} s.", highlight=False)
+        console.print(f"Wrote [bold]{result.output}[/bold] in {in_words(result.seconds)}. Next:", highlight=False)
     elif result.evaluation:
         console.print("Nothing was kept: give --output to save the pruned model.")
     else:
-        console.print("Dry run: nothing was written.")
+        console.print("Dry run: nothing was written. To go on from it:")
+    for line in _next(result, request):
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _summary(result: PruneResult) -> Table:
+    """Widths that changed, size, and quality, before and after."""
+    before, after = result.before, result.after
+    table = Table("", **NARROW)
+    for head in ("before", "after", "change"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for name, label in WIDTH_LABELS.items():
+        old, new = getattr(before.widths, name), getattr(after.widths, name)
+        if old != new and name != "num_hidden_layers":
+            table.add_row(label, f"{old:,}", f"{new:,}", _change(old, new))
+    shown = count_text(before.parameters), count_text(after.parameters)
+    table.add_row("parameters", *shown, _change(before.parameters, after.parameters))
+    sizes = size_text(before.size_bytes), size_text(after.size_bytes)
+    table.add_row("size", *sizes, _change(before.size_bytes, after.size_bytes))
+    card, rows = result.calibration, result.evaluation.results if result.evaluation else ()
+    if card is not None:
+        old, new = card.perplexity_before, card.perplexity_after
+        table.add_row(f"perplexity ({_short(card.dataset)})", number_text(old), number_text(new), _times(old, new))
+    if len(rows) > 1 and result.evaluation is not None:
+        old, new = rows[0].perplexity, rows[1].perplexity
+        label = f"perplexity ({_short(result.evaluation.dataset)} {result.evaluation.split})"
+        table.add_row(label, number_text(old), number_text(new), _times(old, new))
+    return table
+
+
+def _short(name: str) -> str:
+    return Path(name).name if len(name) > MOST_NAME else name
+
+
+def _change(old: float, new: float) -> str:
+    return f"{100 * (new / old - 1):+.1f}%" if old else ""
+
+
+def _times(old: float, new: float) -> str:
+    return f"×{new / old:.3g}" if old and math.isfinite(new / old) else ""
+
+
+def _what_went(result: PruneResult) -> Iterator[str]:
+    """Which layers went, and what the figures were measured on."""
+    gone = result.dropped_layers
+    if gone:
+        before, after = result.before.widths.num_hidden_layers, result.after.widths.num_hidden_layers
+        yield f"Layers {before} → {after}: {ranges_text(gone)} {'went' if result.output else 'go'}."
+    if result.calibration is not None:
+        card = result.calibration
+        yield (
+            f"Fitted on {card.tokens:,} tokens of {_short(card.dataset)}, judged on {card.held_out_tokens:,} others: "
+            f"KL {card.kl:.3f} nats a token."
+        )
+
+
+def _next(result: PruneResult, request: PruneRequest) -> Iterator[str]:
+    """Commands that go on from here."""
+    if result.output is None and result.evaluation is not None:
+        return
+    if result.output is None:
+        yield f"llmprune prune {_going_on(result, request)} --output pruned"
+        return
+    output, model = shlex.quote(result.output), shlex.quote(result.model)
+    yield f"llmprune eval {output} --compare {model}"
+    yield f"llmprune export {output} --format gguf --dtype q8_0 --output {shlex.quote(result.output + '-gguf')}"
+    yield f"hf upload YOUR_NAME/{shlex.quote(Path(result.output).name)} {output} --private"
 
 
 def _print_candidates(console: Console, candidates: tuple[CandidateResult, ...]) -> None:
     names = [name for name in WIDTH_LABELS if len({getattr(c.widths, name) for c in candidates}) > 1]
-    table = Table(title="Candidates, best first")
+    table = Table(title="Candidates, best first", title_justify="left", **NARROW)
     for label in (*(WIDTH_LABELS[name] for name in names), "parameters", "KL, nats"):
         table.add_column(label, justify="right")
     for candidate in candidates:
         sizes = [f"{getattr(candidate.widths, name):,}" for name in names]
-        table.add_row(*sizes, f"{candidate.parameters:,}", f"{candidate.kl:.3f}")
+        table.add_row(*sizes, count_text(candidate.parameters), f"{candidate.kl:.3f}")
     console.print(table)
 
 
 def _print_calibration(console: Console, card: CalibrationResult, protected: tuple[int, ...]) -> None:
     console.print(_layer_table(card.layers, protected))
-    table = Table(title=f"Held-out text of {card.dataset} ({card.split})")
+    table = Table(title=f"Held-out text of {card.dataset} ({card.split})", title_justify="left", **NARROW)
     table.add_column("")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
     table.add_row("perplexity", number_text(card.perplexity_before), number_text(card.perplexity_after))
     table.add_row("KL divergence", "", f"{card.kl:.3f} nats")
     speeds = (card.prefill_tokens_per_second_before, card.prefill_tokens_per_second_after)
-    table.add_row(f"prefill tokens per second, float32, {card.device}", *(f"{speed:,.0f}" for speed in speeds))
+    table.add_row(f"prefill tokens per second, {card.device}", *(f"{speed:,.0f}" for speed in speeds))
     console.print(table)
     console.print(f"Calibrated on {card.tokens:,} tokens of {card.origin}.", highlight=False)
     console.print("Speeds are of one layer at a time, without loading it.", highlight=False)
@@ -111,7 +220,8 @@ def _print_calibration(console: Console, card: CalibrationResult, protected: tup
 def _layer_table(layers: tuple[LayerResult, ...], protected: tuple[int, ...]) -> Table:
     """A row for each layer, or for as many consecutive ones as keep the table short, with their mean errors."""
     each = -(-len(layers) // CARD_ROWS)
-    table = Table(title="Layers", caption=f"Each row shows the means over {each} layers." if each > 1 else None)
+    caption = f"Each row shows the means over {each} layers." if each > 1 else None
+    table = Table(title="Layers", title_justify="left", caption=caption, caption_justify="left", **NARROW)
     refitted = any(layer.refit_error is not None for layer in layers)
     names = ("removal error", "refit error") if refitted else ()
     for name in ("layer", *names, "stream error"):
@@ -145,14 +255,3 @@ def _bar(value: float, longest: float) -> str:
     share = value / longest if math.isfinite(value) and longest else float(not math.isfinite(value))
     eighths = round(8 * BAR_CELLS * share)
     return "█" * (eighths // 8) + EIGHTHS[eighths % 8].strip()
-
-
-def _width_table(before: Widths, after: Widths) -> Table:
-    table = Table("width", title="Widths")
-    table.add_column("before", justify="right")
-    table.add_column("after", justify="right")
-    for name, label in WIDTH_LABELS.items():
-        if not getattr(before, name):
-            continue
-        table.add_row(label, f"{getattr(before, name):,}", f"{getattr(after, name):,}")
-    return table

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from llmprune_cli.report.results import ModelSummary
     from llmprune_cli.report.runtimes import RuntimeFit
 
+WIDTH = 80  # columns, where there is no terminal
 WIDTH_LABELS = {
     "hidden_size": "hidden size",
     "num_attention_heads": "query heads",
@@ -35,17 +38,17 @@ def print_json(result: Any) -> None:
 
 
 def new_console() -> Console:
-    """A console on stdout, as wide as the terminal."""
-    return Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 120)
+    """A console on stdout, as wide as the terminal; elsewhere as wide as most are."""
+    return Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else WIDTH)
 
 
 def totals_table(before: ModelSummary, after: ModelSummary | None) -> Table:
     """Parameters, bytes, and the cache of a token."""
-    table = Table("total", title="Totals")
-    table.add_column("before" if after else "", justify="right")
+    table = Table("total", title="\nTotals", title_justify="left", **NARROW)
+    table.add_column("before" if after else "", justify="right", no_wrap=True)
     if after:
-        table.add_column("after", justify="right")
-        table.add_column("removed", justify="right")
+        table.add_column("after", justify="right", no_wrap=True)
+        table.add_column("removed", justify="right", no_wrap=True)
     rows: dict[str, tuple[str, Callable[[float], str]]] = {
         "parameters": ("parameters", lambda count: f"{count:,}"),
         "size": ("size_bytes", size_text),
@@ -65,10 +68,56 @@ def print_deviations(console: Console, deviations: tuple[str, ...]) -> None:
 
 def print_runtimes(console: Console, runtimes: tuple[RuntimeFit, ...]) -> None:
     """Which stock software loads the model."""
-    table = Table("runtime", "loads it", "", title="Where it runs")
+    table = Table("runtime", "loads it", "", title="\nWhere it runs", title_justify="left", **NARROW)
     for fit in runtimes:
         table.add_row(fit.runtime, "yes" if fit.loads else "no", fit.note)
     console.print(table)
+
+
+NARROW: dict[str, Any] = {
+    "box": SIMPLE_HEAD,
+    "padding": (0, 1, 0, 0),
+    "pad_edge": False,
+    "show_edge": False,
+}  # of tables that fit into 80 columns
+BREAKS = ("./", "./-_")  # after which a name may go on in the next line, as long as its parts fit; else
+
+
+def folded(name: str, width: int) -> str:
+    """A name in lines of at most a width, broken where its parts end; a longer part stays whole."""
+    parts = next(
+        (p for p in (_parts(name, b) for b in BREAKS) if max(map(len, p)) <= width - 2), _parts(name, BREAKS[-1])
+    )
+    lines = [parts[0]]
+    for part in parts[1:]:
+        if len(lines[-1]) + len(part) > width:
+            lines.append("  ")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
+def _parts(name: str, breaks: str) -> list[str]:
+    return re.findall(f"[^{re.escape(breaks)}]*[{re.escape(breaks)}]|[^{re.escape(breaks)}]+$", name) or [name]
+
+
+def count_text(count: float) -> str:
+    """A number of parameters for people: 28.3M."""
+    for unit in ("", "k", "M", "B"):
+        if abs(count) < 999.5:
+            return f"{count:.0f}{unit}" if not unit or abs(count) >= 100 else f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g}T"
+
+
+def ranges_text(numbers: Sequence[int]) -> str:
+    """Ascending numbers as ranges: 13-15, 25."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
 
 
 def size_text(count: float) -> str:

@@ -124,16 +124,16 @@ def prune(
 def evaluate(
     model: str | Path | None = None,
     *,
-    compare: str | Path | None = None,
+    compare: str | Path | Sequence[str | Path] | None = None,
     config: str | Path | None = None,
     progress: Told | None = None,
     **options: Any,
 ) -> EvalReport:
-    """Perplexity of a model, or of two side by side.
+    """Perplexity of a model, or of several side by side.
 
     Args:
         model: folder, `.gguf` file or hub id; a recipe may say it instead.
-        compare: a second model.
+        compare: another model, or several.
         config: a recipe; arguments beat it.
         progress: told how far it is.
         options: of the command, by name.
@@ -145,11 +145,12 @@ def evaluate(
     second = given.pop("compare", None) if compare is None else compare
     reference = _reference(name, given)
     given.pop("revision", None)
-    other = _reference(str(second), given) if second is not None else None
+    names = [second] if isinstance(second, str | Path) else second or []
+    others = [_reference(str(name), given) for name in names]
     evaluation = make(Evaluation, given)
-    check_eval([reference, *([other] if other else [])], evaluation)
+    check_eval([reference, *others], evaluation)
     with _at_work():
-        return evaluating.evaluate(reference, other, evaluation, Listener(progress))
+        return evaluating.evaluate(reference, others, evaluation, Listener(progress))
 
 
 @_takes(ModelReference, Conversion, without=("device",))

@@ -1,7 +1,8 @@
-"""`eval`: perplexity of one model, or of two side by side."""
+"""`eval`: perplexity of one model, or of several side by side."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -14,9 +15,9 @@ from llmprune_cli.source.opening import open_checkpoint
 
 
 def evaluate(
-    reference: ModelReference, compare: ModelReference | None, evaluation: Evaluation, listener: Listener
+    reference: ModelReference, others: Sequence[ModelReference], evaluation: Evaluation, listener: Listener
 ) -> EvalReport:
-    """Perplexity of one model, or of two side by side on the same text and with windows of the same length.
+    """Perplexity of one model, or of several side by side on the same text and with windows of the same length.
 
     Raises:
         LlmpruneError: a model or the text cannot be read.
@@ -26,8 +27,8 @@ def evaluate(
         checkpoint = stack.enter_context(open_checkpoint(reference, need_weights=True))
         text = prepare_text(checkpoint, reference.device, evaluation, listener)
         sides = [(checkpoint, text)]
-        if compare is not None:
-            other = stack.enter_context(open_checkpoint(compare, need_weights=True))
+        for named in others:
+            other = stack.enter_context(open_checkpoint(named, need_weights=True))
             alike = replace(evaluation, max_seq_len=text.windows.shape[1])
             sides.append((other, prepare_text(other, reference.device, alike, listener)))
         return report_perplexity(sides, reference, evaluation, listener, processes)

@@ -311,6 +311,7 @@ def _report(
         output=None if delivery.dry_run or delivery.output is None else str(delivery.output),
         target=str(choice.budget) if choice.budget else None,
         protected_layers=target.protected,
+        dropped_layers=tuple(sorted({*range(outcome.before.widths.num_hidden_layers)} - {*target.layers})),
         importance=plan.importance if plan else choice.importance or "",
         refit=choice.refit or "",
         seed=plan.seed if plan else choice.seed,

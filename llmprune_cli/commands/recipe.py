@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +54,21 @@ def _given(part: ModelReference | Choice | Text | Delivery) -> dict[str, Any]:
                 list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
             )
     return found
+
+
+def as_words(recipe: dict[str, Any]) -> str:
+    """A recipe as the words of a command line, quoted for a shell."""
+    words = [shlex.quote(str(recipe[MODEL]))]
+    for name, value in recipe.items():
+        if name in (COMMAND, MODEL) or value is False:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            words.append(flag)
+            continue
+        shown = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        words.append(f"{flag} {shlex.quote(shown)}" if not shown.startswith("-") else f"{flag}={shlex.quote(shown)}")
+    return " ".join(words)
 
 
 def save_recipe(recipe: dict[str, Any], path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,13 @@ from llmprune_cli.processes import ALONE, Processes
 from llmprune_cli.progress import Listener
 from llmprune_cli.report.results import SCHEMA_VERSION, EvalReport, EvalResult
 from llmprune_cli.run.corpus import Corpus, cut_windows, load_corpus
-from llmprune_cli.run.perplexity import RunningPerplexity, evaluate_perplexity, largest_batch, peak_memory_bytes
+from llmprune_cli.run.perplexity import (
+    FirstModel,
+    RunningPerplexity,
+    evaluate_perplexity,
+    largest_batch,
+    peak_memory_bytes,
+)
 from llmprune_cli.source.full_model import load_model, own_device, pick_device
 from llmprune_cli.source.tokenizer import load_tokenizer
 from llmprune_cli.text.names import KNOWN
@@ -56,7 +63,7 @@ def report_perplexity(
     listener: Listener,
     processes: Processes = ALONE,
 ) -> EvalReport:
-    """Evaluate models one after the other, each on its own windows of the same text.
+    """Evaluate models one after the other, each on its own windows of the same text; the others against the first.
 
     What does not fit into the memory of the devices lies in a folder while it is evaluated.
 
@@ -67,20 +74,40 @@ def report_perplexity(
         CheckpointError: one cannot be loaded.
     """
     results = []
-    device = own_device(reference.device, processes)
-    for checkpoint, text in sides:
-        listener.stage(f"Loading {checkpoint.source}", 1)
-        with scratch_folder() as folder:
-            model = load_model(checkpoint, device, reference.dtype, folder)
-            listener.advance(1)
-            batch = options.batch_size or min(processes.gather(_batch_size(model, text.windows)))
-            listener.stage(f"Evaluating {checkpoint.source}", len(processes.share(text.windows, batch)))
-            final = evaluate_perplexity(model, text.windows, batch, lambda state: _tell(listener, state), processes)
-            peak = max(processes.gather(peak_memory_bytes(model)))
-            del model
-        results.append(_eval_result(checkpoint, final, text.windows.shape[1], peak))
+    with scratch_folder() as states:
+        first = FirstModel(states) if len(sides) > 1 else None
+        for number, side in enumerate(sides):
+            alike = number == 0 or torch.equal(side[1].windows, sides[0][1].windows)
+            if not alike:
+                listener.warn(f"{side[0].source} has another tokenizer, so its perplexity is of other tokens.")
+            against = first if alike else None
+            results.append(_evaluate(side, reference, options, listener, processes, against, number == 0))
     origin = sides[0][1].corpus.origin
     return EvalReport(SCHEMA_VERSION, options.dataset, origin, options.split, tuple(results))
+
+
+def _evaluate(
+    side: tuple[Checkpoint, EvalText],
+    reference: ModelReference,
+    options: Evaluation,
+    listener: Listener,
+    processes: Processes,
+    first: FirstModel | None,
+    is_first: bool,
+) -> EvalResult:
+    """Load a model and evaluate it."""
+    checkpoint, text = side
+    device = own_device(reference.device, processes)
+    with scratch_folder() as folder:
+        listener.stage(f"Loading {checkpoint.source}", 1)
+        model = load_model(checkpoint, device, reference.dtype, folder)
+        listener.advance(1)
+        batch = options.batch_size or min(processes.gather(_batch_size(model, text.windows)))
+        listener.stage(f"Evaluating {checkpoint.source}", len(processes.share(text.windows, batch)))
+        tell = partial(_tell, listener)
+        final = evaluate_perplexity(model, text.windows, batch, tell, processes, first, is_first)
+        peak = max(processes.gather(peak_memory_bytes(model)))
+        return _eval_result(checkpoint, final, text.windows.shape[1], peak)
 
 
 def _batch_size(model: PreTrainedModel, windows: torch.Tensor) -> int:
@@ -113,6 +140,7 @@ def _eval_result(checkpoint: Checkpoint, state: RunningPerplexity, window: int, 
         model=checkpoint.source,
         perplexity=state.perplexity,
         mean_nll=state.mean_nll,
+        kl=state.kl,
         windows=state.windows,
         tokens=state.tokens,
         max_seq_len=window,

@@ -76,6 +76,7 @@ class EvalResult:
     model: str
     perplexity: float
     mean_nll: float  # nats per token
+    kl: float | None  # mean KL(first model ‖ this one) of the next token, nats; None for the first and other windows
     windows: int
     tokens: int
     max_seq_len: int
@@ -147,6 +148,7 @@ class PruneResult:
     output: str | None  # None for a dry run, or where the result was temporary
     target: str | None  # the size asked for, in words; None where widths were
     protected_layers: tuple[int, ...]  # that no one may change
+    dropped_layers: tuple[int, ...]  # by their numbers before pruning
     importance: str
     refit: str
     seed: int

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -18,6 +19,7 @@ from accelerate.utils import find_executable_batch_size
 from torch.nn import functional
 
 from llmprune_cli.processes import ALONE, Processes
+from llmprune_cli.run.states import new_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,6 +42,7 @@ class RunningPerplexity:
     tokens: int  # tokens read so far
     seconds: float
     mean_nll: float  # mean over the windows so far of their mean negative log-likelihood, nats per token
+    kl: float | None = None  # mean KL(first ‖ this) of the next token, nats; None where nothing was compared
 
     @property
     def perplexity(self) -> float:
@@ -69,18 +72,68 @@ def largest_batch(model: PreTrainedModel, windows: torch.Tensor) -> int:
     return int(fitting())
 
 
+class FirstModel:
+    """What the first of several models predicts on some windows, for the divergence of the others from it.
+
+    Of the model only what makes logits of its last hidden states is kept, and these states in a file without a name.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """With a folder for the states."""
+        self._folder = folder
+        self._states: torch.Tensor | None = None  # [N, T-1, D] of this process's share
+        self._model: PreTrainedModel | None = None
+
+    def keep(self, model: PreTrainedModel, place: slice, hidden: torch.Tensor, windows: int) -> None:
+        """Keep hidden states [B, T-1, D] of some of the windows."""
+        if self._states is None:
+            self._states = new_states((windows, *hidden.shape[1:]), self._folder, hidden.dtype)
+        self._states[place] = hidden.to(self._states.device)
+        self._model = model
+
+    def shrink(self) -> None:
+        """Let the weights of all layers go."""
+        model = self._model
+        if model is None:
+            return
+        within = {*model.base_model.modules()}
+        needed = {id(p) for m in model.modules() if m not in within for p in m.parameters(recurse=False)}
+        for parameter in model.base_model.parameters():
+            if id(parameter) not in needed and not parameter.is_meta:
+                parameter.data = torch.empty(0, dtype=parameter.dtype)
+
+    def divergence(self, windows: slice, places: slice, logits: torch.Tensor) -> torch.Tensor | None:
+        """Σ over places of KL(first ‖ other) of each window, [B]; None where the vocabularies differ.
+
+        Args:
+            logits: of the other model, float32 [B, T', V].
+        """
+        assert self._states is not None and self._model is not None
+        place = next((p.device for p in self._model.parameters() if p.numel() and not p.is_meta), logits.device)
+        own = head_logits(self._model, self._states[windows, places].to(place)).float().to(logits.device)
+        if own.shape != logits.shape:
+            return None
+        other, ours = functional.log_softmax(logits, -1), functional.log_softmax(own, -1)
+        kl = functional.kl_div(other, ours, reduction="none", log_target=True).sum(-1)
+        return kl.sum(1, dtype=torch.float64).cpu()
+
+
 def evaluate_perplexity(
     model: PreTrainedModel,
     windows: torch.Tensor,
     batch_size: int,
     progress: Callable[[RunningPerplexity], None],
     processes: Processes = ALONE,
+    first: FirstModel | None = None,
+    is_first: bool = False,
 ) -> RunningPerplexity:
     """Exponent of the mean over windows of the mean negative log-likelihood of each window's tokens but the first.
 
     Args:
         windows: token ids, [N, T], of which each process runs its share.
         progress: told where this process's share stands.
+        first: the model that this one is held against, or that this one is.
+        is_first: whether it is.
 
     Returns:
         Where all windows stand, and the seconds of the slowest process. What the windows add up to does not depend on
@@ -88,36 +141,79 @@ def evaluate_perplexity(
     """
     share = processes.share(windows, batch_size)
     started, sums, total = time.perf_counter(), [], 0.0
+    kls: list[float | None] = []
     state = RunningPerplexity(0, len(share), 0, 0.0, math.nan)
     with torch.inference_mode():
         for batch in share.split(batch_size) if len(share) else ():
-            sums.append(float(window_nll(model, batch).sum()))
-            total += sums[-1]
             done = state.windows_done + len(batch)
+            place = slice(state.windows_done, done)
+            if first is not None and is_first:
+                hidden = last_states(model, batch)
+                first.keep(model, place, hidden, len(share))
+                sums.append(float(window_nll(model, batch, hidden).sum()))
+            else:
+                nll, kl = _nll_and_kl(model, batch, None, (first, place) if first else None)
+                sums.append(float(nll.sum()))
+                kls.append(None if kl is None else float(kl.sum()))
+            total += sums[-1]
             seconds = time.perf_counter() - started
             state = RunningPerplexity(done, len(share), state.tokens + batch.numel(), seconds, total / done)
             progress(state)
     total = functools.reduce(operator.add, itertools.chain(*processes.gather(sums)), 0.0)  # `sum` would round otherwise
     slowest = max(processes.gather(state.seconds))
-    return RunningPerplexity(len(windows), len(windows), windows.numel(), slowest, total / len(windows))
+    divergence = _mean_kl([*itertools.chain(*processes.gather(kls))], windows[:, 1:].numel())
+    if first is not None and is_first:
+        first.shrink()
+    return RunningPerplexity(len(windows), len(windows), windows.numel(), slowest, total / len(windows), divergence)
 
 
-def window_nll(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
-    """Mean negative log-likelihood of each window, [B]; logits are formed for a chunk of positions at a time."""
+def _mean_kl(sums: list[float | None], tokens: int) -> float | None:
+    """The mean over tokens; None where a part of the text was not compared, or nothing was."""
+    known = [own for own in sums if own is not None]
+    return max(0.0, sum(known) / tokens) if known and len(known) == len(sums) else None
+
+
+def window_nll(model: PreTrainedModel, batch: torch.Tensor, hidden: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean negative log-likelihood of each window, [B]; logits are formed for a chunk of positions at a time.
+
+    Args:
+        hidden: what `last_states` gives, where it is known.
+    """
+    return _nll_and_kl(model, batch, hidden, None)[0]
+
+
+def last_states(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
+    """Hidden states behind the last layer and its norm, [B, T-1, D], of all places that something follows."""
     place = next(model.get_input_embeddings().parameters()).device
     if place.type != "meta":  # where an embedding lies on disk, accelerate moves what it is given
         batch = batch.to(place)
-    hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state[:, :-1]
+    states: torch.Tensor = model.base_model(input_ids=batch, use_cache=False).last_hidden_state[:, :-1]
+    return states
+
+
+def _nll_and_kl(
+    model: PreTrainedModel,
+    batch: torch.Tensor,
+    hidden: torch.Tensor | None,
+    against: tuple[FirstModel, slice] | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `window_nll` gives, and the summed divergence of each window from the first model, [B] both."""
+    hidden = last_states(model, batch) if hidden is None else hidden
     targets = batch[:, 1:]
     vocabulary = model.config.get_text_config().vocab_size
     chunk = max(1, LOGIT_ELEMENTS // (vocabulary * len(batch)))
     total = torch.zeros(len(batch), dtype=torch.float64)
+    kl: torch.Tensor | None = total.clone() if against else None
     for start in range(0, targets.shape[1], chunk):
         logits = head_logits(model, hidden[:, start : start + chunk]).float()
         wanted = targets[:, start : start + chunk].to(logits.device)
         losses = functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
         total += losses.view(wanted.shape).sum(dim=1, dtype=torch.float64).cpu()
-    return total / targets.shape[1]
+        if against is not None and kl is not None:
+            first, windows = against
+            own = first.divergence(windows, slice(start, start + wanted.shape[1]), logits)
+            kl = None if own is None else kl + own
+    return total / targets.shape[1], kl
 
 
 class _Given:

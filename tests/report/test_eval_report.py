@@ -22,8 +22,41 @@ def test_two_models_side_by_side(tiny_llama: Path, tmp_path: Path, text_file: Pa
     big, small = report["results"]
     assert small["parameters"] < big["parameters"]
     assert small["perplexity"] == evaluated(tmp_path / "small", *options)["results"][0]["perplexity"]
-    table = run_cli("eval", tiny_llama, "--compare", tmp_path / "small", *options).stdout
+    table = run_cli("eval", tiny_llama, "--compare", tmp_path / "small", *options, "-v").stdout
     assert "perplexity" in table and f"{big['parameters']:,}" in table and f"{small['parameters']:,}" in table
+
+
+def test_any_number_of_models_are_held_against_the_first(
+    tiny_llama: Path, make_tiny: Callable[..., Path], tmp_path: Path, text_file: Path
+) -> None:
+    """The divergence is the one that transformers gives; a model with another vocabulary has none."""
+    import torch
+    from torch.nn import functional
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    small, other = tmp_path / "small", make_tiny("gpt2", vocab_size=104)
+    run = run_cli("prune", tiny_llama, *BY_MAGNITUDE, "--intermediate-size", "24", "--output", small)
+    assert run.code == 0, run.stderr
+    options = ["--dataset", text_file, "--max-seq-len", str(WINDOW), "--limit", "3", "--batch-size", "2"]
+    report = evaluated(tiny_llama, small, "--compare", tiny_llama, "--compare", other, *options)
+    first, second, same, foreign = report["results"]
+    assert first["kl"] is None and foreign["kl"] is None and same["kl"] == pytest.approx(0, abs=1e-6)
+    assert same["perplexity"] == first["perplexity"]
+    ids = AutoTokenizer.from_pretrained(tiny_llama)(text_file.read_text(), return_tensors="pt")["input_ids"]
+    windows = ids[0, : 3 * WINDOW].view(3, WINDOW)
+    with torch.inference_mode():
+        dense, pruned = (
+            functional.log_softmax(AutoModelForCausalLM.from_pretrained(folder)(windows).logits[:, :-1].double(), -1)
+            for folder in (tiny_llama, small)
+        )
+    expected = (dense.exp() * (dense - pruned)).sum(-1).mean()
+    assert second["kl"] == pytest.approx(float(expected), rel=5e-3)
+    shown = run_cli("eval", tiny_llama, small, *options, "-q")
+    ratio = second["perplexity"] / first["perplexity"]
+    assert f"×{ratio:.4g}" in shown.stdout and f"{second['kl']:.3f}" in shown.stdout and shown.stderr == ""
+    recipe = tmp_path / "compare.yaml"
+    recipe.write_text(f"model: {tiny_llama}\ncompare: {small}\n")
+    assert evaluated("--config", recipe, *options)["results"][1]["kl"] == second["kl"]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("family", "stays"), [("llama", True), ("mixtral", False)])
