@@ -19,6 +19,8 @@ from llmprune_cli.sizes import (
     check_device,
     check_ratio,
     parse_batch,
+    parse_budget,
+    parse_dtype,
     parse_layers,
     parse_parameters,
     parse_ratio,
@@ -42,14 +44,15 @@ class Option:
     left_out: str = ""  # what happens where it is not given, in words; else its default is shown
     is_common: bool = False  # shown first
     check: Callable[[Any], None] | None = None  # raises UsageError
-    parse: Callable[[str], Any] | None = None  # from one text to several values
+    parse: Callable[[str], Any] | None = None  # from a text to the value
+    short: str = ""  # another flag, for people at a keyboard
 
 
-def _ratio(what: str, is_common: bool = False) -> Option:
+def _ratio(what: str, short: str = "", is_common: bool = False) -> Option:
     about = (
         f"Fraction to remove of the {what}, such as 0.25 or 25%." if is_common else f"Fraction to remove of the {what}."
     )
-    return Option(about, GOES, check=check_ratio, is_common=is_common, parse=parse_ratio)
+    return Option(about, GOES, check=check_ratio, is_common=is_common, parse=parse_ratio, short=short)
 
 
 def _size(what: str) -> Option:
@@ -64,7 +67,10 @@ class ModelReference:
     revision: Annotated[str | None, Option("Branch, tag or commit of a hub id.", MACHINE)] = None
     trust_remote_code: Annotated[bool, Option("Run code that comes with the checkpoint.", MACHINE)] = False
     dtype: Annotated[
-        str | None, Option("Dtype to load in, and to dequantize to.", MACHINE, left_out="as stored; else bfloat16")
+        str | None,
+        Option(
+            "Dtype to load in, and to dequantize to.", MACHINE, left_out="as stored; else bfloat16", parse=parse_dtype
+        ),
     ] = None
     device: Annotated[str, Option("auto, cpu, cuda, cuda:N or mps.", MACHINE, check=check_device)] = "auto"
 
@@ -74,10 +80,12 @@ class WidthRequest:
     """The widths that the user asked for; an exact size beats a ratio, a width's own ratio beats `pruning_ratio`."""
 
     pruning_ratio: Annotated[float | None, _ratio("hidden size, heads and MLP, together")] = None
-    hidden_pruning_ratio: Annotated[float | None, _ratio("hidden channels")] = None
-    head_pruning_ratio: Annotated[float | None, _ratio("query heads, evenly in every KV group")] = None
-    kv_group_pruning_ratio: Annotated[float | None, _ratio("KV groups, with their query heads")] = None
-    intermediate_pruning_ratio: Annotated[float | None, _ratio("MLP neurons of every kind", is_common=True)] = None
+    hidden_pruning_ratio: Annotated[float | None, _ratio("hidden channels", "--hidden")] = None
+    head_pruning_ratio: Annotated[float | None, _ratio("query heads, evenly in every KV group", "--heads")] = None
+    kv_group_pruning_ratio: Annotated[float | None, _ratio("KV groups, with their query heads", "--kv-groups")] = None
+    intermediate_pruning_ratio: Annotated[
+        float | None, _ratio("MLP neurons of every kind", "--mlp", is_common=True)
+    ] = None
     hidden_size: Annotated[int | None, _size("hidden size")] = None
     num_attention_heads: Annotated[int | None, _size("number of query heads")] = None
     num_key_value_heads: Annotated[int | None, _size("number of KV groups")] = None
@@ -153,9 +161,11 @@ class Choice:
     """What decides the weights that are written, beside the model and the text."""
 
     widths: WidthRequest = field(default_factory=WidthRequest)
-    target_params: Annotated[
-        str | None, Option("Choose widths that leave at most so many, such as 6B or 80%.", SIZE, is_common=True)
+    target: Annotated[
+        str | None,
+        Option("Choose widths that leave at most so much: 85%, 6B parameters or 4GiB.", SIZE, is_common=True),
     ] = None
+    target_params: Annotated[str | None, Option("The same as a number of parameters, such as 6B or 80%.", SIZE)] = None
     target_size: Annotated[str | None, Option("The same as a size of the weights, such as 4GiB.", SIZE)] = None
     importance: Annotated[
         str | None, Option("How units are ranked.", METHOD, left_out="consensus; magnitude where there is no text")
@@ -175,7 +185,10 @@ class Choice:
         int, Option("Seed of random importance and of the windows that are drawn from the text.", METHOD)
     ] = 0
     compute_dtype: Annotated[
-        str, Option("Dtype of products on calibration text; auto: the model's where that is native.", MACHINE)
+        str,
+        Option(
+            "Dtype of products on calibration text; auto: the model's where that is native.", MACHINE, parse=parse_dtype
+        ),
     ] = "auto"
 
     def __post_init__(self) -> None:
@@ -194,17 +207,18 @@ class Choice:
         Raises:
             UsageError: two of them, or one that cannot be read.
         """
-        if self.target_params is not None and self.target_size is not None:
-            raise UsageError("--target-params and --target-size say the same thing; give one of them.")
-        if self.target_size is not None:
+        said = {"--target": self.target, "--target-params": self.target_params, "--target-size": self.target_size}
+        given = {name: text for name, text in said.items() if text is not None}
+        if len(given) > 1:
+            raise UsageError(f"{' and '.join(given)} say the same thing; give one of them.")
+        for name, text in given.items():
             try:
-                return Budget(parse_size(self.target_size), "bytes")
+                if name == "--target-size":
+                    return Budget(parse_size(text), "bytes")
+                return parse_budget(text) if name == "--target" else parse_parameters(text)
             except UsageError as error:
-                raise UsageError(f"--target-size: {error}") from None
-        try:
-            return None if self.target_params is None else parse_parameters(self.target_params)
-        except UsageError as error:
-            raise UsageError(f"--target-params: {error}") from None
+                raise UsageError(f"{name}: {error}") from None
+        return None
 
     @property
     def settled(self) -> Choice:
@@ -246,7 +260,7 @@ class Text:
 class Delivery:
     """What is written, and where to."""
 
-    output: Annotated[Path | None, Option("Folder to write.", OUTPUT, is_common=True)] = None
+    output: Annotated[Path | None, Option("Folder to write.", OUTPUT, is_common=True, short="-o")] = None
     overwrite: Annotated[bool, Option("Replace the model folder that --output names.", OUTPUT)] = False
     dry_run: Annotated[bool, Option("Show what would be done, and write no model.", OUTPUT)] = False
     text_only: Annotated[bool, Option("Of a multimodal model, write the language model alone.", OUTPUT)] = False
@@ -310,6 +324,7 @@ class Conversion:
             OUTPUT,
             left_out="as stored",
             is_common=True,
+            parse=parse_dtype,
         ),
     ] = None
     verify: Annotated[

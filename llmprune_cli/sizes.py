@@ -37,6 +37,22 @@ def _meant(text: str, unit: str) -> str:
     return f" Did you mean {number:g}{unit}?" if number > 0 else ""
 
 
+# What other programs call the dtypes.
+DTYPES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "f16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "f32": "float32",
+}
+
+
+def parse_dtype(text: str) -> str:
+    """A dtype by torch's name, for `bf16` and the like, too."""
+    return DTYPES.get(text.lower(), text)
+
+
 def parse_ratio(text: str) -> float:
     """The fraction in `0.25` or `25%`.
 
@@ -68,6 +84,17 @@ class Budget:
         return share if self.kind == "share" else f"{self.amount:,.0f} {self.kind}"
 
 
+def parse_budget(text: str) -> Budget:
+    """`6B` or `80%` of parameters, or `4GiB` of weights.
+
+    Raises:
+        UsageError: none of these.
+    """
+    if re.fullmatch(r"\s*[0-9.]+\s*[KMG]i?B\s*", text, re.IGNORECASE):
+        return Budget(parse_size(text), "bytes")
+    return parse_parameters(text)
+
+
 def parse_parameters(text: str) -> Budget:
     """`6B`, `350M`, `1500000` or `80%`.
 
@@ -76,7 +103,7 @@ def parse_parameters(text: str) -> Budget:
     """
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMBT%]?)\s*", text, re.IGNORECASE)
     if not found or not float(found[1]):
-        raise UsageError(f"{text!r} is not a number of parameters such as 6B, 350M or 80%.")
+        raise UsageError(f"{text!r} is not a number of parameters such as 6B, 350M or 80%, or a size such as 4GiB.")
     amount, unit = float(found[1]), found[2].upper()
     if not unit and amount < LEAST_PLAIN:
         meant = (

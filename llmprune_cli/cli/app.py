@@ -20,7 +20,7 @@ app = typer.Typer(
     name="llmprune",
     help="Prune large language models into smaller dense checkpoints that stock software loads.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -28,6 +28,19 @@ app = typer.Typer(
 
 # What Typer raises for wrong usage, in whichever package its copy of click is.
 WrongUsage: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
+# What other programs call our options.
+MEANT = {
+    **dict.fromkeys(("--sparsity", "--ratio", "--prune-ratio", "--amount", "--pruning-amount"), "--pruning-ratio"),
+    **dict.fromkeys(("--output-dir", "--out", "--save-dir", "--save-path", "--save"), "--output"),
+    **dict.fromkeys(("--num-layers", "--n-layers"), "--layers"),
+    **dict.fromkeys(("--calibration-data", "--calib", "--calibration-dataset"), "--calibration"),
+    **dict.fromkeys(("--method", "--criterion"), "--importance"),
+    **dict.fromkeys(("--torch-dtype", "--precision"), "--dtype"),
+    **dict.fromkeys(("--seqlen", "--context", "--ctx"), "--max-seq-len"),
+    **dict.fromkeys(("--force", "-f", "-y"), "--overwrite"),
+}
 
 
 def run(arguments: list[str] | None) -> None:
@@ -39,19 +52,48 @@ def run(arguments: list[str] | None) -> None:
     try:
         code = app(arguments, prog_name="llmprune", standalone_mode=False)
     except WrongUsage as error:
+        if (meant := MEANT.get(getattr(error, "option_name", ""))) is not None:
+            error.possibilities = [meant]
         error.show()
         raise SystemExit(error.exit_code) from None
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
-def _example(*lines: str) -> str:
-    return "Example: " + "; ".join(f"[bold]llmprune {line}[/bold]" for line in lines)
+def _examples(*lines: str) -> str:
+    return "Examples:\n\n" + "\n\n".join(f"[bold]llmprune {line}[/bold]" for line in lines)
 
 
-app.command("inspect", epilog=_example("inspect meta-llama/Llama-3.1-8B --pruning-ratio 0.5"))(inspect_command)
-app.command("prune", epilog=_example("prune meta-llama/Llama-3.1-8B --target-params 6B --output pruned"))(prune_command)
-app.command("eval", epilog=_example("eval meta-llama/Llama-3.1-8B pruned --limit 20"))(eval_command)
-app.command("export", epilog=_example("export pruned --format gguf --dtype q8_0 --output pruned-gguf"))(export_command)
+INSPECTED = _examples(
+    "inspect meta-llama/Llama-3.1-8B", "inspect meta-llama/Llama-3.1-8B --mlp 25%", "inspect pruned --verify"
+)
+PRUNED = _examples(
+    "prune meta-llama/Llama-3.1-8B --target 85% -o pruned",
+    "prune meta-llama/Llama-3.1-8B --mlp 25% --calibration chat.jsonl -o leaner",
+    "prune meta-llama/Llama-3.1-8B --target 4GiB --dry-run",
+)
+EVALUATED = _examples(
+    "eval meta-llama/Llama-3.1-8B pruned --limit 20", "eval pruned --dataset own.txt", "eval a b c --max-seq-len 2048"
+)
+EXPORTED = _examples(
+    "export pruned --format gguf --dtype q8_0 -o pruned-gguf",
+    "export pruned --dtype fp16 -o pruned-f16",
+    "export pruned --format onnx -o pruned-onnx",
+)
+app.command("inspect", epilog=INSPECTED)(inspect_command)
+app.command("prune", epilog=PRUNED)(prune_command)
+app.command("eval", epilog=EVALUATED)(eval_command)
+app.command("export", epilog=EXPORTED)(export_command)
+
+
+@app.command("env")
+def env_command() -> None:
+    """Show versions and devices, for bug reports."""
+    from llmprune_cli.startup.environment import describe_environment
+
+    found = describe_environment()
+    width = max(map(len, found))
+    for name, value in found.items():
+        typer.echo(f"{name:<{width}}  {value}")
 
 
 def _version(value: bool) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmprune_cli.cli.parameters import COMMON, AsJson, takes
+from llmprune_cli.cli.parameters import COMMON, AsJson, Quiet, takes
 from llmprune_cli.cli.tables import new_console, print_json, size_text
 from llmprune_cli.commands.requests import check_export
 from llmprune_cli.options import OUTPUT, Conversion, ModelReference
@@ -16,7 +16,7 @@ from llmprune_cli.startup.loading import loading
 if TYPE_CHECKING:
     from llmprune_cli.report.results import ExportResult
 
-Output = Annotated[Path, typer.Option(help="Folder to write.", rich_help_panel=COMMON)]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", rich_help_panel=COMMON)]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the model folder that --output names.", rich_help_panel=OUTPUT)
 ]
@@ -29,6 +29,7 @@ def export_command(
     output: Output,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write a checkpoint in another format, dtype or shard size, and prove it in the runtime that reads it."""
     check_export(model, output, overwrite)
@@ -36,7 +37,7 @@ def export_command(
         from llmprune_cli.cli.progress import progress_on_stderr
         from llmprune_cli.commands.export import export
 
-    with progress_on_stderr() as listener:
+    with progress_on_stderr(quiet) as listener:
         result = export(model, output, overwrite, conversion, listener)
     (print_json if as_json else print_export)(result)
 

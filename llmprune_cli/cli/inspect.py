@@ -25,7 +25,8 @@ from llmprune_cli.cli.tables import (
 )
 from llmprune_cli.errors import UsageError
 from llmprune_cli.options import ModelReference, WidthRequest
-from llmprune_cli.startup.model_argument import check_model
+from llmprune_cli.startup.loading import loading
+from llmprune_cli.startup.model_argument import ENCODERS, check_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -45,9 +46,65 @@ Verify = Annotated[
 ]
 
 
+def _list_families(wanted: bool) -> None:
+    """Show which families there are, and end."""
+    if not wanted:
+        return
+    with loading():
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    console, names = new_console(), sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - {*ENCODERS})
+    console.print(f"transformers knows {len(names)} families of causal language models:")
+    console.print(", ".join(names), highlight=False, soft_wrap=False)
+    console.print("Any of them may be tried: what is not right on a small twin is refused before anything is written.")
+    raise typer.Exit
+
+
+def _list_formats(wanted: bool) -> None:
+    """Show which formats `export` writes, and end."""
+    if not wanted:
+        return
+    with loading():
+        from llmprune_cli.formats import FORMATS, load_format
+
+    table = Table("format", "runs in", "dtypes", **NARROW)
+    for name in FORMATS:
+        form = load_format(name)
+        table.add_row(name, form.runs_in, ", ".join(form.dtypes))
+    new_console().print(table)
+    raise typer.Exit
+
+
+Families = Annotated[
+    bool,
+    typer.Option(
+        "--families",
+        help="List the families of models, and no more.",
+        rich_help_panel=COMMON,
+        is_eager=True,
+        callback=_list_families,
+    ),
+]
+Formats = Annotated[
+    bool,
+    typer.Option(
+        "--formats",
+        help="List the formats of export, and no more.",
+        rich_help_panel=COMMON,
+        is_eager=True,
+        callback=_list_formats,
+    ),
+]
+
+
 @takes("dtype", "device", "keep_layers")
 def inspect_command(
-    model: ModelReference, widths: WidthRequest, verify: Verify = False, as_json: AsJson = False
+    model: ModelReference,
+    widths: WidthRequest,
+    verify: Verify = False,
+    families: Families = False,
+    formats: Formats = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show modules, widths and totals from headers and configuration; with a width option, after pruning too."""
     from llmprune_cli.commands.inspect import inspect, verify_folder

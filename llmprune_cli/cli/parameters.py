@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, is_dataclass
+from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -96,13 +97,14 @@ def _of(own: NamedOption) -> inspect.Parameter:
     option, kind = own.option, own.kind
     flag = own.name.replace("_", "-")
     names = [f"--{flag}/--no-{flag}" if own.name in SWITCHES else f"--{flag}"]
+    names = [option.short, *names] if option.short else names  # first, since help cuts long lists of names
     is_optional = isinstance(kind, UnionType)
     plain = next(part for part in get_args(kind) if part is not type(None)) if is_optional else kind
     default, metavar = None if own.default is MISSING else own.default, METAVARS.get(plain, "TEXT")
+    if option.parse is not None and default is not None and not isinstance(default, str):
+        default = None
     if option.parse is not None:
-        plain, default = str, None
-    if own.choices:
-        plain = Literal[own.choices]
+        plain = str
     declared = typer.Option(
         *names,
         help=f"{option.help.rstrip('.')}: {', '.join(own.choices)}." if own.choices else option.help,
@@ -110,14 +112,24 @@ def _of(own: NamedOption) -> inspect.Parameter:
         rich_help_panel=COMMON if option.is_common else option.panel,
         min=option.least,
         callback=_callback(own),
+        autocompletion=_completion(own.choices),
         show_default=option.left_out or default not in (None, False),
     )
     return _parameter(own.name, Annotated[plain | None if default is None else plain, declared], default)
 
 
+def _completion(choices: tuple[str, ...]) -> Callable[[str], list[str]] | None:
+    """What a shell offers."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
+    return complete if choices else None
+
+
 def _callback(own: NamedOption) -> Callable[[Any], Any] | None:
     check, parse = own.option.check, own.option.parse
-    if check is None and parse is None:
+    if check is None and parse is None and not own.choices:
         return None
 
     def checked(value: Any) -> Any:
@@ -125,6 +137,10 @@ def _callback(own: NamedOption) -> Callable[[Any], Any] | None:
             return None
         try:
             parsed = parse(value) if parse is not None and isinstance(value, str) else value
+            if own.choices and parsed not in own.choices:
+                near = get_close_matches(str(parsed), own.choices, 1)
+                meant = f" Did you mean {near[0]}?" if near else ""
+                raise UsageError(f"{parsed!r} is none of {', '.join(own.choices)}.{meant}")
             if check is not None:
                 check(parsed)
             return parsed

@@ -38,7 +38,13 @@ if TYPE_CHECKING:
 
 BAR_CELLS = 24  # of the longest bar
 EIGHTHS = " ▏▎▍▌▋▊▉"
-TARGETS = ("target_params", "target_size", "layer_importance", "keep_layers")  # that a dry run has made widths of
+TARGETS = (
+    "target",
+    "target_params",
+    "target_size",
+    "layer_importance",
+    "keep_layers",
+)  # that a dry run has made widths of
 # What a saved plan leaves to be said.
 PLANNED = (
     *("model", "revision", "dtype", "device", "refit", "seed", "compute_dtype", "calibration", "text_column"),

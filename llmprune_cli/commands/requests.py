@@ -78,7 +78,7 @@ class PruneRequest:
         if plan is not None and (asked or widths.keep_layers):
             raise UsageError("a plan already says which widths; give --plan or width options, not both.")
         if plan is None and not asked:
-            raise UsageError("say what to prune: --target-params, --pruning-ratio, a width of its own, or --plan.")
+            raise UsageError("say what to prune: --target, --pruning-ratio, a width of its own, or --plan.")
 
     @property
     def needs_text(self) -> bool:
