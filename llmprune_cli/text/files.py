@@ -166,7 +166,7 @@ def _decoded(path: Path, content: bytes, line: int | None = None, is_cut: bool =
     try:
         return content.decode("utf-8-sig" if line in (None, 1) else "utf-8")
     except UnicodeDecodeError as error:
-        if is_cut and len(content) - error.start < 4:
+        if is_cut and len(content) == SAMPLE_BYTES and error.reason == "unexpected end of data":
             return content[: error.start].decode()
         place = f", line {line}" if line is not None else ""
         encoding = next((name for mark, name in MARKS.items() if content.startswith(mark)), OFTEN)

@@ -1,0 +1,164 @@
+"""Text as people have it: each kind of file and of conversation is the text that it spells."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmprune_cli.errors import CheckpointError, MissingPackageError, UsageError
+from llmprune_cli.text import files
+from llmprune_cli.text.columns import find_columns, texts_in
+from llmprune_cli.text.files import check_file, read_rows, read_text
+from llmprune_cli.text.names import Part, parts_of
+from support.cli import evaluated, run_cli
+from support.refusals import CHECKPOINT, assert_refused
+
+ASKED, ANSWERED = "Why is the sky blue? ", "Since air scatters short waves most. "
+TURNS = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": ANSWERED}]
+SHARED = [{"from": "human", "value": ASKED}, {"from": "gpt", "value": ANSWERED}]
+PARTS = [{"role": "user", "content": [{"type": "text", "text": ASKED}, {"type": "image"}]}, TURNS[1]]
+CHATS: dict[str, dict[str, Any]] = {
+    "messages": {"messages": TURNS},
+    "messages in parts": {"messages": PARTS},
+    "conversations": {"conversations": SHARED},
+    "prompt and completion": {"prompt": ASKED, "completion": ANSWERED},
+    "prompt and completion as turns": {"prompt": TURNS[:1], "completion": TURNS[1:]},
+    "instruction and output": {"instruction": ASKED, "input": "", "output": ANSWERED},
+}
+
+
+@pytest.fixture(scope="module")
+def marked(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose chat template marks the roles, so that losing one is seen."""
+    folder = Path(shutil.copytree(tiny_llama, tmp_path_factory.mktemp("marked") / "model"))
+    template = "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+SPELLED = f"[user] {ASKED}\n[assistant] {ANSWERED}\n"
+WINDOWS = ("--max-seq-len", "32", "--limit", "4", "-q")
+
+
+def nll(model: Path, text: Path, *options: str) -> float:
+    found: float = evaluated(model, "--dataset", text, *WINDOWS, *options)["results"][0]["mean_nll"]
+    return found
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_a_conversation_is_spelled_by_the_models_template(marked: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "plain.txt").write_text(SPELLED * 3)
+    (tmp_path / "chat.jsonl").write_text(f"{json.dumps(CHATS[name])}\n" * 3)
+    assert nll(marked, tmp_path / "chat.jsonl") == nll(marked, tmp_path / "plain.txt")
+
+
+def write_gz(path: Path, text: str) -> None:
+    path.write_bytes(gzip.compress(text.encode()))
+
+
+ROWS = ["Once upon a time. " * 8, 'A "quoted", text. ' * 8]
+KINDS: dict[str, Callable[[Path], object]] = {
+    "a.jsonl": lambda path: path.write_text("".join(f"{json.dumps({'text': row})}\n" for row in ROWS)),
+    "a.json": lambda path: path.write_text(json.dumps([{"text": row} for row in ROWS], indent=1)),
+    "a.jsonl.gz": lambda path: write_gz(path, "".join(f"{json.dumps({'text': row})}\n" for row in ROWS)),
+    "a.txt.gz": lambda path: write_gz(path, "\n\n".join(ROWS)),
+    "a.csv": lambda path: path.write_text(
+        "id,text\n" + "".join(f'{n},"{row.replace(chr(34), chr(34) * 2)}"\n' for n, row in enumerate(ROWS))
+    ),
+    "a.tsv": lambda path: path.write_text("body\n" + f"{ROWS[0]}\n" + ROWS[1].replace('"', "'") + "\n"),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_file_holds_the_same_text(tmp_path: Path, name: str) -> None:
+    KINDS[name](tmp_path / name)
+    check_file(tmp_path / name)
+    if ".txt" in name:
+        assert read_text(tmp_path / name) == "\n\n".join(ROWS)
+        return
+    rows = list(read_rows(tmp_path / name))
+    columns = find_columns(name, list(rows[0]), ["body"], None)
+    texts, is_chat = texts_in(name, rows, columns, lambda turns: "")
+    assert [text.replace("'", '"') for text in texts] == ROWS and not is_chat
+
+
+def test_a_column_may_be_named(tiny_llama: Path, tmp_path: Path) -> None:
+    row = {"title": "A tale. " * 20, "body": "Once upon a time. " * 20}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    for column, text in row.items():
+        (tmp_path / "plain.txt").write_text(text)
+        found = nll(tiny_llama, tmp_path / "a.jsonl", "--text-column", column)
+        assert found == nll(tiny_llama, tmp_path / "plain.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", '{"text": "x"}\n\n{"text": \n', ("a.jsonl, line 3 is not JSON", "Mend or remove")),
+        ("a.jsonl", '{"text": "x"}\n[1]\n', ("a.jsonl, line 2 holds a JSON list",)),
+        ("a.json", '[{"text": "x"},\n{"text" "y"}]', ("a.json, line 2 is not JSON",)),
+        ("a.csv", "id,text\n1,x\n2,y,z\n", ("a.csv, line 3 has another number of columns", "id, text")),
+        ("a.jsonl", '{"messages": [{"who": "me"}]}\n', ("row 1: messages hold no conversation",)),
+        ("a.jsonl", "", ("a.jsonl holds no rows",)),
+    ],
+)
+def test_what_is_broken_is_named_by_its_line(
+    tiny_llama: Path, tmp_path: Path, name: str, content: str, words: tuple[str, ...]
+) -> None:
+    (tmp_path / name).write_text(content)
+    assert_refused(run_cli("eval", tiny_llama, "--dataset", tmp_path / name, *WINDOWS), CHECKPOINT, *words)
+
+
+def test_another_encoding_is_named_with_the_command_that_converts_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    for content, encoding in (("Käse".encode("latin-1"), "WINDOWS-1252"), ("Käse".encode("utf-16"), "UTF-16")):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=f"iconv -f {encoding} -t UTF-8 .*a.txt > a-utf8.txt"):
+            check_file(path)
+    path.write_bytes(b"\xef\xbb\xbfWith a mark")
+    assert read_text(path) == "With a mark"
+    path.write_bytes("ä".encode() * files.SAMPLE_BYTES + b"x")  # whatever a cut does to a letter
+    check_file(path)
+
+
+def test_zstd_without_its_package_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    monkeypatch.setattr(files, "find_spec", lambda name: None)
+    with pytest.raises(MissingPackageError, match="pip install zstandard"):
+        check_file(tmp_path / "a.jsonl.zst")
+
+
+def test_a_mixture_has_shares() -> None:
+    assert parts_of("a.txt") == (Part("a.txt", 1.0),) and parts_of("org/name:plain") == (Part("org/name:plain", 1.0),)
+    assert parts_of("a.jsonl:3,b:1") == (Part("a.jsonl", 0.75), Part("b", 0.25))
+    assert parts_of("a.txt, b.txt") == (Part("a.txt", 0.5), Part("b.txt", 0.5))
+    for wrong in ("a:0.5,b", "a:0,b:1", "a,,b"):
+        with pytest.raises(UsageError):
+            parts_of(wrong)
+
+
+def test_several_texts_are_calibrated_on_in_their_shares(tiny_llama: Path, tmp_path: Path) -> None:
+    for name, word in (("a.txt", "alpha "), ("b.txt", "beta ")):
+        (tmp_path / name).write_text(word * 400)
+    asked = ("--calibration", f"{tmp_path / 'a.txt'}:0.75,{tmp_path / 'b.txt'}:0.25", "--calibration-seq-len", "40")
+    way = ("--intermediate-size", "24", "--importance", "range", "--refit", "none", "--calibration-tokens", "640")
+    run = run_cli("prune", tiny_llama, *way, *asked, "-o", tmp_path / "out", "--json")
+    assert run.code == 0, run.stderr
+    card = json.loads(run.stdout)["calibration"]
+    assert card["tokens"] == 640 and "a.txt" in card["origin"] and "b.txt" in card["origin"]
+
+
+def test_fewer_tokens_than_a_window_are_said_to_be_one_window(
+    tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    way = ("--intermediate-size", "24", "--importance", "range", "--refit", "none", "--calibration-tokens", "10")
+    run = run_cli(
+        "prune", tiny_llama, *way, "--calibration", text_file, "--calibration-seq-len", "40", "-o", tmp_path / "o"
+    )
+    assert run.code == 0 and "--calibration-tokens 10 is less than one window of 40" in run.stderr
