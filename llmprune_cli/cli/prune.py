@@ -93,6 +93,11 @@ def _going_on(result: PruneResult, request: PruneRequest) -> str:
     if request.delivery.save_plan is not None:
         kept = {name: value for name, value in recipe.items() if name in PLANNED}
         return as_words({**kept, "plan": str(request.delivery.save_plan)})
+    statistics = request.scratch.statistics
+    if request.keeps_measurements:
+        from llmprune_cli.startup.remembered import statistics_folder
+
+        statistics = statistics_folder()
     if request.choice.budget is not None:
         before, after = asdict(result.before.widths), asdict(result.after.widths)
         found: dict[str, Any] = {n: size for n, size in after.items() if size != before[n] and n != "num_hidden_layers"}
@@ -101,7 +106,7 @@ def _going_on(result: PruneResult, request: PruneRequest) -> str:
         if result.dropped_layers:
             found["drop_layers"] = list(result.dropped_layers)
         recipe = {name: value for name, value in recipe.items() if name not in TARGETS} | found
-    return as_words(recipe)
+    return as_words({**recipe, **({"statistics": str(statistics)} if statistics else {})})
 
 
 def print_prune(result: PruneResult, request: PruneRequest, is_verbose: bool = False) -> None:

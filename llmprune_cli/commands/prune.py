@@ -57,6 +57,7 @@ from llmprune_cli.run.calibration import warn_of_shared_text
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.sizes import parse_size
 from llmprune_cli.source.opening import open_checkpoint, part_to_write
+from llmprune_cli.startup.remembered import statistics_folder
 
 
 def prune(request: PruneRequest, listener: Listener) -> PruneResult | None:
@@ -68,6 +69,8 @@ def prune(request: PruneRequest, listener: Listener) -> PruneResult | None:
         LlmpruneError: see there.
     """
     started, processes, delivery = time.perf_counter(), join(request.model.device), request.delivery
+    if request.keeps_measurements:
+        request = replace(request, scratch=replace(request.scratch, statistics=statistics_folder()))
     if processes.is_first and delivery.report is not None:
         check_chart_target(delivery.report, delivery.output)
     with ExitStack() as stack:

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from llmprune_cli.choose import IMPORTANCES, LAYER_IMPORTANCES, needs_text
+from llmprune_cli.choose import IMPORTANCES, LAYER_IMPORTANCES, needs_text, reads_text
 from llmprune_cli.errors import UsageError
 from llmprune_cli.formats import FORMATS
 from llmprune_cli.options import (
@@ -84,6 +84,12 @@ class PruneRequest:
     def needs_text(self) -> bool:
         """Whether anything is measured on calibration text."""
         return needs_text(self.choice, self.delivery.plan is not None)
+
+    @property
+    def keeps_measurements(self) -> bool:
+        """Whether a dry run measures what the run that goes on from it needs, and was told no place to keep it in."""
+        has_use = reads_text(self.choice) or self.choice.settled.refit != "none"
+        return self.delivery.dry_run and self.choice.budget is not None and has_use and self.scratch.statistics is None
 
     @property
     def needs_weights(self) -> bool:

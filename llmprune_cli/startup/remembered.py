@@ -39,6 +39,19 @@ def remembered_in(kind: str, *known: Any) -> Path | None:
     return cache / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 
+def statistics_folder() -> Path | None:
+    """Where a dry run keeps what it measured, for the run that goes on from it; None without a cache to write to."""
+    cache = _cache()
+    if cache is None:
+        return None
+    folder = cache / "statistics"
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    return None
+
+
 def versions() -> list[str]:
     """The versions of the libraries, as far as they are installed."""
     found = []
