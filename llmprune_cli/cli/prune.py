@@ -221,11 +221,8 @@ def _print_calibration(console: Console, card: CalibrationResult, protected: tup
     table.add_column("after", justify="right")
     table.add_row("perplexity", number_text(card.perplexity_before), number_text(card.perplexity_after))
     table.add_row("KL divergence", "", f"{card.kl:.3f} nats")
-    speeds = (card.prefill_tokens_per_second_before, card.prefill_tokens_per_second_after)
-    table.add_row(f"prefill tokens per second, {card.device}", *(f"{speed:,.0f}" for speed in speeds))
     console.print(table)
     console.print(f"Calibrated on {card.tokens:,} tokens of {card.origin}.", highlight=False)
-    console.print("Speeds are of one layer at a time, without loading it.", highlight=False)
 
 
 def _layer_table(layers: tuple[LayerResult, ...], protected: tuple[int, ...]) -> Table:

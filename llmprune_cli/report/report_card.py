@@ -17,6 +17,7 @@ from llmprune_cli.processes import ALONE
 from llmprune_cli.repair.layer_refit import LayerRepair, relative_distance
 from llmprune_cli.report.results import CalibrationResult, LayerResult
 from llmprune_cli.report.throughput import Clock
+from llmprune_cli.run.calibration import CalibrationText
 from llmprune_cli.run.divergence import Divergence, Side, compare, tokens_at_a_time
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.workbench import Workbench
@@ -33,8 +34,7 @@ def report_card(
     """
     dense, text, listener = bench.model, bench.text, bench.listener
     assert text is not None
-    chosen_on = judged_windows(text) if choice.budget else 0
-    windows = text.held_out[chosen_on:] if len(text.held_out) > chosen_on else text.held_out
+    windows = max(text.judged, _not_chosen_by(text, choice), key=len)
     with open_checkpoint(ModelReference(str(folder)), need_weights=True) as checkpoint, torch.inference_mode():
         architecture = dense.architecture
         pruned = replace(architecture, config=checkpoint.config, widths=read_widths(checkpoint.config))
@@ -65,6 +65,12 @@ def report_card(
         prefill_tokens_per_second_after=after.tokens_per_second,
         device=dense.device,
     )
+
+
+def _not_chosen_by(text: CalibrationText, choice: Choice) -> torch.Tensor:
+    """Held-out windows [N, T] of a short text, where there are enough those by which no candidate was chosen."""
+    chosen_by = judged_windows(text) if choice.budget else 0
+    return text.held_out[chosen_by:] if len(text.held_out) > chosen_by else text.held_out
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HELD_OUT_SHARE = 8  # one window in so many is held out, one at least
+JUDGED_TOKENS = 16_384  # that are predicted of further text, on which the result is judged, where there are as many
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class CalibrationText:
 
     corpus: Corpus
     fitted: torch.Tensor  # token ids, [N, T]
-    held_out: torch.Tensor  # token ids, [M, T]; no statistic sees them
+    held_out: torch.Tensor  # token ids, [M, T]; no statistic sees them, but candidates are chosen by them
+    judged: torch.Tensor  # token ids, [K, T]; nothing sees them before the result; empty where no text is left
 
     @property
     def without_corpus(self) -> CalibrationText:
@@ -52,7 +55,7 @@ def prepare_calibration(
     Raises:
         CheckpointError: no such text, less than two windows of it, or a tokenizer of another model.
     """
-    parts = _load(options, tokenizer, warn)
+    parts = load_calibration(options, tokenizer, warn)
     length = min(options.calibration_seq_len, longest or options.calibration_seq_len)
     if options.calibration_tokens < length:
         warn(
@@ -60,21 +63,24 @@ def prepare_calibration(
             "fitted on. --calibration-seq-len makes windows shorter."
         )
     wanted = max(1, options.calibration_tokens // length)
-    fitted, held_out = [], []
+    drawn = []
     for corpus, share in parts:
         windows = cut_windows(corpus, tokenizer, vocabulary, length, None)
-        drawn, judged = _drawn(corpus, windows, max(1, round(wanted * share)), seed, warn)
-        fitted.append(drawn)
-        held_out.append(judged)
-    return CalibrationText(
-        _together(options.calibration, [corpus for corpus, _ in parts]), _mixed(fitted), _mixed(held_out)
-    )
+        drawn.append(_drawn(corpus, windows, max(1, round(wanted * share)), share, seed, warn))
+    together = _together(options.calibration, [corpus for corpus, _ in parts])
+    return CalibrationText(together, *(_mixed([*own]) for own in zip(*drawn, strict=True)))
 
 
 def _drawn(
-    corpus: Corpus, windows: torch.Tensor, wanted: int, seed: int, warn: Callable[[str], None]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Windows to fit on and others to judge by, [N, T] and [M, T]."""
+    corpus: Corpus, windows: torch.Tensor, wanted: int, share: float, seed: int, warn: Callable[[str], None]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Windows to fit on, to choose by and to judge by; the last are the same, however many the others are.
+
+    Args:
+        windows: token ids, [N, T].
+        wanted: windows to fit on.
+        share: of the tokens to judge by that is of this corpus.
+    """
     length = windows.shape[1]
     if len(windows) < 2:
         raise CheckpointError(
@@ -86,8 +92,11 @@ def _drawn(
     if fitted < wanted:
         warn(f"{corpus.origin} has {fitted * length:,} tokens to calibrate on instead of {wanted * length:,}.")
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    drawn, judged = order[:fitted].sort().values, order[fitted : fitted + held_out].sort().values
-    return windows[drawn], windows[judged]
+    left = len(windows) - fitted - held_out
+    judged = min(left, max(1, math.ceil(share * JUDGED_TOKENS / (length - 1))))
+    places = (order[:fitted], order[fitted : fitted + held_out], order[len(windows) - judged :])
+    drawn, chosen_by, judged_by = (windows[place.sort().values] for place in places)
+    return drawn, chosen_by, judged_by
 
 
 def _mixed(windows: list[torch.Tensor]) -> torch.Tensor:
@@ -121,8 +130,14 @@ def warn_of_shared_text(calibration: Corpus, evaluated: Corpus, warn: Callable[[
         )
 
 
-def _load(options: Text, tokenizer: PreTrainedTokenizerBase, warn: Callable[[str], None]) -> list[tuple[Corpus, float]]:
-    """The texts, each with its share of the tokens."""
+def load_calibration(
+    options: Text, tokenizer: PreTrainedTokenizerBase, warn: Callable[[str], None]
+) -> list[tuple[Corpus, float]]:
+    """The texts asked for, each with its share of the tokens; by default WikiText-2, or else Python's documentation.
+
+    Raises:
+        CheckpointError: see `load_corpus`.
+    """
     split = options.calibration_split
     if options.calibration is not None:
         parts = parts_of(options.calibration)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llmprune_cli.errors import CheckpointError, MissingPackageError, UsageError
 from llmprune_cli.text import files
@@ -162,3 +164,29 @@ def test_fewer_tokens_than_a_window_are_said_to_be_one_window(
         "prune", tiny_llama, *way, "--calibration", text_file, "--calibration-seq-len", "40", "-o", tmp_path / "o"
     )
     assert run.code == 0 and "--calibration-tokens 10 is less than one window of 40" in run.stderr
+
+
+def test_the_result_is_judged_on_the_same_text_apart_whatever_is_fitted_on(tiny_llama: Path, tmp_path: Path) -> None:
+    """The card says on how many tokens, and what they are depends on nothing but the text and the seed."""
+    from transformers import AutoTokenizer
+
+    from llmprune_cli.options import Text
+    from llmprune_cli.run.calibration import JUDGED_TOKENS, prepare_calibration
+
+    text = tmp_path / "long.txt"
+    text.write_text(" ".join(f"{number} is followed by {number + 1}." for number in range(2000)))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    found = [
+        prepare_calibration(
+            Text(str(text), calibration_tokens=count, calibration_seq_len=60), tokenizer, 96, 64, 0, print
+        )
+        for count in (600, 6000)
+    ]
+    assert found[0].judged.tolist() == found[1].judged.tolist()
+    for own in found:
+        seen, judged = ({*map(tuple, part.tolist())} for part in (torch.cat([own.fitted, own.held_out]), own.judged))
+        assert not seen & judged and own.judged[:, 1:].numel() >= JUDGED_TOKENS
+    way = ("--intermediate-size", "24", "--importance", "range", "--refit", "none", "--calibration-tokens", "600")
+    run = run_cli("prune", tiny_llama, *way, "--calibration", text, "--calibration-seq-len", "60", "-o", tmp_path / "o")
+    (said,) = re.findall(r"judged on ([0-9,]+) others", run.stdout)
+    assert int(said.replace(",", "")) == found[0].judged[:, 1:].numel(), run.stderr
