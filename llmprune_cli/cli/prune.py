@@ -177,10 +177,12 @@ def _times(old: float, new: float) -> str:
 
 def _what_went(result: PruneResult) -> Iterator[str]:
     """Which layers went, and what the figures were measured on."""
-    gone = result.dropped_layers
+    gone = ranges_text(result.dropped_layers)
+    before, after = result.before.widths.num_hidden_layers, result.after.widths.num_hidden_layers
     if gone:
-        before, after = result.before.widths.num_hidden_layers, result.after.widths.num_hidden_layers
-        yield f"Layers {before} → {after}: {ranges_text(gone)} {'went' if result.output else 'go'}."
+        yield f"Layers {before} → {after}: {gone} {'went' if result.output else 'go'}."
+    elif after < before:
+        yield f"Layers {before} → {after}: which go is measured on text; with --save-plan in a dry run, too."
     if result.calibration is not None:
         card = result.calibration
         yield (

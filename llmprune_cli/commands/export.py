@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from llmprune_cli.commands.prune import source_folder, warn_of_large_shards
+from llmprune_cli.commands.prune import source_folder
 from llmprune_cli.errors import UnsupportedError, UsageError, VerificationError
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.integrity import list_files
 from llmprune_cli.folder.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
+from llmprune_cli.folder.shards import warn_of_large_shards
 from llmprune_cli.folder.staging import claimed
 from llmprune_cli.folder.tensors import SHORT_DTYPES
 from llmprune_cli.formats import load_format
@@ -52,7 +53,7 @@ def export(
                 listener.stage("Exporting", checkpoint.size_bytes)
                 options = asked if form.keeps_dtypes else replace(asked, dtype=dtype)
                 checksums = form.write(checkpoint, staging, options, listener.advance)
-                warn_of_large_shards(staging, asked.max_shard_bytes, listener)
+                warn_of_large_shards(staging, asked.max_shard_bytes, listener.warn)
                 if not reason:
                     listener.stage("Verifying", len(PROMPTS))
                     verification = verify(checkpoint, form, staging, dtype, listener.advance)

@@ -15,6 +15,7 @@ from typing import Any
 from llmprune_cli.apply.proof import prove_target
 from llmprune_cli.apply.pruned_folder import make_manifest, prune_twin, write_pruned
 from llmprune_cli.apply.second_opinion import hold_against_torch_pruning
+from llmprune_cli.choose import ranks_layers
 from llmprune_cli.choose.selection import Selection, select, target_of
 from llmprune_cli.choose.target_search import Candidate
 from llmprune_cli.commands.decision import Decided, decide, layered, rotate_model, settle
@@ -27,6 +28,7 @@ from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.integrity import list_files
 from llmprune_cli.folder.manifest import Numbers, write_manifest
 from llmprune_cli.folder.scratch import check_folder, scratch_folder
+from llmprune_cli.folder.shards import warn_of_large_shards
 from llmprune_cli.folder.staging import Claim, check_target, claimed
 from llmprune_cli.formats import load_format
 from llmprune_cli.journal.journal import Journal, kept_folder
@@ -260,7 +262,7 @@ def _fill(
     parameters, sizes = Numbers(before.parameters, after.parameters), Numbers(before.size_bytes, after.size_bytes)
     manifest = make_manifest(subject.checkpoint, plan, parameters, sizes, _options(request, outcome), recipe)
     checksums = write_pruned(repaired, plan, staging, manifest, most, listener)
-    warn_of_large_shards(staging, most, listener)
+    warn_of_large_shards(staging, most, listener.warn)
     card = None
     if bench.text is not None:
         card = report_card(bench, staging, plan, outcome.choice, request.text.calibration_split, repairs)
@@ -314,7 +316,7 @@ def _report(
         output=None if delivery.dry_run or delivery.output is None else str(delivery.output),
         target=str(choice.budget) if choice.budget else None,
         protected_layers=target.protected,
-        dropped_layers=tuple(sorted({*range(outcome.before.widths.num_hidden_layers)} - {*target.layers})),
+        dropped_layers=_dropped(outcome),
         importance=plan.importance if plan else choice.importance or "",
         refit=choice.refit or "",
         seed=plan.seed if plan else choice.seed,
@@ -331,14 +333,14 @@ def _report(
     )
 
 
+def _dropped(outcome: _Outcome) -> tuple[int, ...]:
+    """Numbers of the layers that go; none where that is measured on text and was not."""
+    if outcome.plan is None and ranks_layers(outcome.choice):
+        return ()
+    return tuple(sorted({*range(outcome.before.widths.num_hidden_layers)} - {*outcome.target.layers}))
+
+
 def source_folder(reference: ModelReference, checkpoint: Checkpoint) -> Path | None:
     """The user's own folder or file that must stay untouched."""
     path = Path(reference.name)
     return path if path.exists() else checkpoint.folder
-
-
-def warn_of_large_shards(folder: Path, most_bytes: int, listener: Listener) -> None:
-    """Warn where a tensor alone is larger than a shard may be."""
-    large = sum(path.stat().st_size > most_bytes for path in folder.glob("*.safetensors"))
-    if large:
-        listener.warn(f"Shards larger than --max-shard-size: {large}. Each holds one tensor, which cannot be split.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -223,6 +223,13 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
             f"{name} would be written with NaN or infinity as {str(tensor.dtype).removeprefix('torch.')}, so nothing "
             "was kept. If the input holds them, it is damaged; otherwise a wider --dtype or another --refit may help."
         )
+
+
+def warn_of_large_shards(folder: Path, most_bytes: int, warn: Callable[[str], None]) -> None:
+    """Warn where a tensor alone is larger than a shard may be."""
+    large = sum(path.stat().st_size > most_bytes for path in folder.glob("*.safetensors"))
+    if large:
+        warn(f"Shards larger than --max-shard-size: {large}. Each holds one tensor, which cannot be split.")
 
 
 def _encode_header(entries: Sequence[TensorEntry]) -> bytes:

@@ -148,7 +148,7 @@ class PruneResult:
     output: str | None  # None for a dry run, or where the result was temporary
     target: str | None  # the size asked for, in words; None where widths were
     protected_layers: tuple[int, ...]  # that no one may change
-    dropped_layers: tuple[int, ...]  # by their numbers before pruning
+    dropped_layers: tuple[int, ...]  # by their numbers before pruning; empty where text decides and was not read
     importance: str
     refit: str
     seed: int
