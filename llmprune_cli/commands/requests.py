@@ -109,7 +109,7 @@ def check_prune(request: PruneRequest) -> None:
     Raises:
         LlmpruneError: see there.
     """
-    from llmprune_cli.folder.documents import read_json
+    from llmprune_cli.folder.documents import MOST_JSON_BYTES, is_there, read_json
     from llmprune_cli.folder.staging import check_target as check_output
     from llmprune_cli.report.chart import check_chart_target
     from llmprune_cli.startup.model_argument import check_layers, check_model, check_target, check_tokenizer
@@ -121,8 +121,8 @@ def check_prune(request: PruneRequest) -> None:
     check_layers(request.model.name, request.choice.widths)
     if request.evaluation is not None or (request.needs_text and request.needs_weights):
         check_tokenizer(request.model.name)
-    if delivery.plan is not None:
-        read_json(delivery.plan, most_bytes=None)
+    if delivery.plan is not None and not (is_there(delivery.plan) and delivery.plan.stat().st_size > MOST_JSON_BYTES):
+        read_json(delivery.plan)  # how large a plan may be depends on the model
     if request.text.calibration is not None and request.needs_text:
         for part in parts_of(request.text.calibration):
             check_text(part.name, request.text.text_column)
