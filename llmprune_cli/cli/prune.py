@@ -123,6 +123,8 @@ def print_prune(result: PruneResult, request: PruneRequest, is_verbose: bool = F
             print_eval(result.evaluation)
     elif result.candidates and not result.output:
         _print_candidates(console, result.candidates)
+    if not (is_verbose or result.output or result.evaluation):
+        print_runtimes(console, result.runtimes)  # which may change what is asked for
     if is_verbose or not result.output:
         print_deviations(console, result.deviations)  # with an output they were warnings already
     console.print(_summary(result))
