@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from llmprune_cli.cli.parameters import COMMON, AsJson, takes
-from llmprune_cli.cli.tables import new_console, number_text, print_json, size_text
+from llmprune_cli.cli.screen.tables import new_console, number_text, print_json, size_text
 from llmprune_cli.options import Evaluation, ModelReference
 from llmprune_cli.startup.loading import loading
 
@@ -25,7 +25,7 @@ def eval_command(
 ) -> None:
     """Measure perplexity: mean over windows of the mean negative log-likelihood, exponentiated."""
     with loading():
-        from llmprune_cli.cli.progress import progress_on_stderr
+        from llmprune_cli.cli.screen.progress import progress_on_stderr
         from llmprune_cli.commands.evaluate import evaluate
 
     other = replace(model, name=compare, revision=None) if compare else None

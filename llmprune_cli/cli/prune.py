@@ -12,7 +12,7 @@ from rich.table import Table
 from llmprune_cli.cli.evaluate import print_eval
 from llmprune_cli.cli.inspect import modules_table
 from llmprune_cli.cli.parameters import COMMON, AsJson, takes
-from llmprune_cli.cli.tables import (
+from llmprune_cli.cli.screen.tables import (
     WIDTH_LABELS,
     new_console,
     number_text,
@@ -50,7 +50,7 @@ def prune_command(
     """Remove channels, heads, neurons, experts and layers, and write a smaller checkpoint."""
     request = PruneRequest(model, choice, text, delivery, scratch, evaluation if evaluate else None)
     with loading():
-        from llmprune_cli.cli.progress import progress_on_stderr
+        from llmprune_cli.cli.screen.progress import progress_on_stderr
         from llmprune_cli.commands.prune import prune
 
     with progress_on_stderr() as listener:
