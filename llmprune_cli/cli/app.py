@@ -12,9 +12,10 @@ from llmprune_cli.cli.evaluate import eval_command
 from llmprune_cli.cli.export import export_command
 from llmprune_cli.cli.inspect import inspect_command
 from llmprune_cli.cli.prune import prune_command
+from llmprune_cli.cli.recover import recover_command
 from llmprune_cli.processes import is_first
 
-SHARED_COMMANDS = ("prune", "eval")  # in whose work all processes of a run take part
+SHARED_COMMANDS = ("prune", "recover", "eval")  # in whose work all processes of a run take part
 
 app = typer.Typer(
     name="llmprune",
@@ -50,6 +51,7 @@ def _example(*lines: str) -> str:
 
 app.command("inspect", epilog=_example("inspect meta-llama/Llama-3.1-8B --pruning-ratio 0.5"))(inspect_command)
 app.command("prune", epilog=_example("prune meta-llama/Llama-3.1-8B --target-params 6B --output pruned"))(prune_command)
+app.command("recover", epilog=_example("recover pruned --tokens 1M --output healed"))(recover_command)
 app.command("eval", epilog=_example("eval pruned --compare meta-llama/Llama-3.1-8B --limit 20"))(eval_command)
 app.command("export", epilog=_example("export pruned --format gguf --dtype q8_0 --output pruned-gguf"))(export_command)
 

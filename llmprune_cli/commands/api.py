@@ -18,12 +18,21 @@ from llmprune_cli.commands import evaluate as evaluating
 from llmprune_cli.commands import export as exporting
 from llmprune_cli.commands import inspect as inspecting
 from llmprune_cli.commands import prune as pruning
+from llmprune_cli.commands import recover as recovering
 from llmprune_cli.commands.recipe import read_recipe
-from llmprune_cli.commands.requests import NamedOption, PruneRequest, make, options_of, refuse_unknown
+from llmprune_cli.commands.requests import NamedOption, PruneRequest, RecoverRequest, make, options_of, refuse_unknown
 from llmprune_cli.errors import UsageError, memory_explained
+from llmprune_cli.heal.options import Healed, Healing, Teaching
 from llmprune_cli.options import Choice, Conversion, Delivery, Evaluation, ModelReference, Scratch, Text, WidthRequest
 from llmprune_cli.progress import Listener, Told
-from llmprune_cli.report.results import EvalReport, ExportResult, InspectResult, PruneResult, VerifyResult
+from llmprune_cli.report.results import (
+    EvalReport,
+    ExportResult,
+    InspectResult,
+    PruneResult,
+    RecoverResult,
+    VerifyResult,
+)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -109,6 +118,36 @@ def prune(
     request = PruneRequest(_reference(name, given), choice, text, delivery, scratch, evaluation if judged else None)
     with _at_work():
         return pruning.prune(request, Listener(progress))
+
+
+@_takes(ModelReference, Healing, Teaching, Healed, without=("dtype",))
+def recover(
+    model: str | Path | None = None,
+    *,
+    config: str | Path | None = None,
+    progress: Told | None = None,
+    **options: Any,
+) -> RecoverResult | None:
+    """Heal a pruned model: train it to predict what the unpruned one predicts.
+
+    Args:
+        model: folder that `prune` wrote; a recipe may say it instead.
+        config: a recipe; arguments beat it.
+        progress: told how far it is.
+        options: of the command, by name.
+
+    Returns:
+        What `--json` prints; None in all but the first of several processes.
+
+    Raises:
+        LlmpruneError: see there; `UsageError` where options are wrong.
+    """
+    kinds = (ModelReference, Healing, Teaching, Healed)
+    name, given = _gather("recover", model, config, options, kinds, ("dtype",))
+    healing, teaching, delivery = (make(kind, given) for kind in kinds[1:])
+    request = RecoverRequest(_reference(name, given), healing, teaching, delivery)
+    with _at_work():
+        return recovering.recover(request, Listener(progress))
 
 
 @_takes(ModelReference, Evaluation)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from llmprune_cli.choose import IMPORTANCES, LAYER_IMPORTANCES, needs_text
 from llmprune_cli.errors import UsageError
 from llmprune_cli.formats import FORMATS
+from llmprune_cli.heal import LOSSES, TEACHER_MODES, TRAINED
+from llmprune_cli.heal.options import Healed, Healing, Teaching
 from llmprune_cli.options import (
     ROTATES,
     Choice,
@@ -30,6 +33,10 @@ CHOICES: dict[tuple[type, str], tuple[str, ...]] = {
     (Choice, "layer_importance"): tuple(LAYER_IMPORTANCES),
     (Choice, "refit"): tuple(REFITS),
     (Choice, "compute_dtype"): ("auto", *DTYPES),
+    (Healing, "loss"): LOSSES,
+    (Healing, "train"): TRAINED,
+    (Healing, "compute_dtype"): ("auto", "float32", "bfloat16"),
+    (Teaching, "teacher_mode"): TEACHER_MODES,
     (ModelReference, "dtype"): DTYPES,
     (Conversion, "format"): tuple(FORMATS),
 }
@@ -93,6 +100,34 @@ class PruneRequest:
     def writes(self) -> bool:
         """Whether a model is written, if only to be evaluated."""
         return not self.delivery.dry_run and (self.delivery.output is not None or self.evaluation is not None)
+
+
+@dataclass(frozen=True)
+class RecoverRequest:
+    """What `recover` takes."""
+
+    model: ModelReference
+    healing: Healing = field(default_factory=Healing)
+    teaching: Teaching = field(default_factory=Teaching)
+    delivery: Healed = field(default_factory=Healed)
+
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself, or would do nothing."""
+        if self.delivery.output is None:
+            raise UsageError("give --output DIR.")
+        if self.teaching.teacher_cache is not None and self.teaching.teacher_mode == "resident":
+            raise UsageError("--teacher-cache is for a streamed teacher; leave out --teacher-mode resident.")
+        if self.model.device.startswith("cuda:"):
+            raise UsageError(
+                f"training takes the first GPU that it sees; set CUDA_VISIBLE_DEVICES to choose one, "
+                f"and leave out --device {self.model.device}."
+            )
+
+    @property
+    def output(self) -> Path:
+        """The folder to write."""
+        assert self.delivery.output is not None
+        return self.delivery.output
 
 
 # --- options by name ------------------------------------------------------------------------------------------------

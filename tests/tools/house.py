@@ -18,9 +18,30 @@ MOST_VISITS = 12  # files that a part of the options is named in
 PARTS = ("Choice", "Text", "Delivery", "Scratch")
 # What `--help` loads: no library but Typer and Rich.
 LIGHT = {"errors", "interruption", "options", "processes", "progress", "sizes", "__main__", "__init__"}
-LIGHT |= {"commands", "commands.requests", "choose", "repair", "formats", "cli", "startup", "startup.loading"}
+LIGHT |= {
+    "commands",
+    "commands.requests",
+    "choose",
+    "repair",
+    "heal",
+    "heal.options",
+    "formats",
+    "cli",
+    "startup",
+    "startup.loading",
+}
 HEAVY = {"torch", "transformers", "pydantic", "accelerate", "safetensors", "huggingface_hub", "datasets", "yaml"}
-LATE = {"datasets", "matplotlib", "gguf", "onnx", "onnxruntime", "onnxruntime_genai", "xllamacpp", "torch_pruning"}
+LATE = {
+    "datasets",
+    "matplotlib",
+    "gguf",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime_genai",
+    "xllamacpp",
+    "torch_pruning",
+    "peft",
+}
 # The only folders that may name a library.
 HOMES = {
     "typer": {"cli"},
@@ -29,6 +50,7 @@ HOMES = {
     "datasets": {"run"},
     "accelerate": {"run", "processes"},
     "torch_pruning": {"apply"},
+    "peft": {"heal"},
     "xllamacpp": {"formats"},
     "matplotlib": {"report"},
     "filelock": {"folder"},

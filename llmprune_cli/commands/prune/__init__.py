@@ -323,6 +323,7 @@ def _report(
         ),
         seconds=seconds,
         calibration=outcome.card,
+        recovery=None,
         evaluation=evaluated,
     )
 

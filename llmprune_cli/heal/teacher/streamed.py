@@ -1,0 +1,158 @@
+"""A teacher that runs once, one decoder layer in memory at a time, and whose likeliest tokens are kept in files."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from llmprune_cli.errors import OutputError, PlanError
+from llmprune_cli.folder.documents import read_json, replace_file
+from llmprune_cli.heal.loss import Goal, Predicted
+from llmprune_cli.journal.keys import differences, model_identity, text_identity, versions
+from llmprune_cli.progress import Listener
+from llmprune_cli.run.divergence import predicted
+from llmprune_cli.run.layered_model import LayeredModel
+from llmprune_cli.run.states import allocate
+
+RECORD = "teacher.json"  # written last: what the other files hold
+LOGS, TOKENS = "log-probabilities.bin", "tokens.bin"
+LIKELIEST = 128  # tokens that are kept of each prediction
+
+
+@dataclass(frozen=True)
+class StreamedTeacher:
+    """What a teacher predicted on some windows, in files that are mapped into memory."""
+
+    logs: torch.Tensor  # log-probabilities of its likeliest tokens, the last that of all others, float16 [N, T−1, K+1]
+    tokens: torch.Tensor  # ids of the likeliest, int32 [N, T−1, K]
+    knows_all: bool  # whether there are no others
+
+    def goal(self, windows: torch.Tensor, numbers: torch.Tensor) -> Goal:
+        """What it predicted on the windows with these numbers, [B]."""
+        rows = numbers.cpu()
+        logs = self.logs[rows].to(windows.device).float().flatten(0, 1).log_softmax(-1)  # what rounding left
+        return _StreamedGoal(logs, self.tokens[rows].to(windows.device).long().flatten(0, 1), self.knows_all)
+
+
+@dataclass(frozen=True)
+class _StreamedGoal:
+    logs: torch.Tensor  # [n, K+1]
+    tokens: torch.Tensor  # [n, K]
+    knows_all: bool
+
+    def at(self, places: slice) -> Predicted:
+        logs = self.logs[places]
+        return Predicted(logs[:, :-1], self.tokens[places], None if self.knows_all else logs[:, -1])
+
+
+def cache_key(model: LayeredModel, windows: torch.Tensor, temperature: float) -> dict[str, Any]:
+    """Everything that decides what is kept of a teacher on windows [N, T]."""
+    identity = {f"teacher's {name}": value for name, value in model_identity(model.checkpoint).items()}
+    return {
+        **identity,
+        "text": text_identity(windows),
+        "temperature": temperature,
+        "likeliest tokens": LIKELIEST,
+        "compute dtype": str(model.compute),
+        "versions": versions(),
+    }
+
+
+def check_room(model: LayeredModel, windows: torch.Tensor, folder: Path) -> None:
+    """Make sure that a folder has room for what is kept, and meanwhile for hidden states.
+
+    Raises:
+        OutputError: it does not.
+    """
+    kept, states = _bytes_of(model, windows), 4 * windows.numel() * model.widths.hidden_size
+    free = shutil.disk_usage(folder).free
+    if kept + states > free:
+        raise OutputError(
+            f"{folder} has room for {free:,} bytes, and what the teacher predicts takes {kept:,}, with {states:,} more "
+            "while it runs. Name another folder with --teacher-cache, or give fewer --tokens."
+        )
+
+
+def stream_teacher(
+    model: LayeredModel, windows: torch.Tensor, temperature: float, folder: Path, listener: Listener
+) -> StreamedTeacher:
+    """Run a teacher over windows [N, T], unless a folder holds what it predicts there already.
+
+    Raises:
+        PlanError: the folder holds what another one predicts, or on other text.
+        OutputError: there is no room.
+    """
+    shapes, key = _shapes(model, windows), json.loads(json.dumps(cache_key(model, windows, temperature)))
+    paths, record = (folder / LOGS, folder / TOKENS), folder / RECORD
+    if record.exists():
+        different = differences(read_json(record, None), key)
+        if different:
+            raise PlanError(
+                f"{folder} holds what another teacher predicts, or on other text: {'; '.join(different)}. Choose "
+                "another --teacher-cache."
+            )
+        return _mapped(paths, shapes, model)
+    check_room(model, windows, folder)
+    try:
+        for path, shape, dtype in zip(paths, shapes, (torch.float16, torch.int32), strict=True):
+            with path.open("wb") as file:
+                allocate(file.fileno(), math.prod(shape) * dtype.itemsize)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be written: {error.strerror}. Choose another --teacher-cache.") from error
+    teacher = _mapped(paths, shapes, model)
+    with torch.inference_mode():
+        _fill(teacher, model, windows, temperature, folder, listener)
+    replace_file(record, [json.dumps(key).encode()])
+    return teacher
+
+
+def _fill(
+    teacher: StreamedTeacher,
+    model: LayeredModel,
+    windows: torch.Tensor,
+    temperature: float,
+    folder: Path,
+    listener: Listener,
+) -> None:
+    listener.stage("Running the teacher", model.layers)
+    for states, items in model.walk(windows, folder=folder):  # noqa: B007 - those behind the last layer are wanted
+        listener.advance(1)
+    ends = model.load_ends(exact=True, compute=model.compute)
+    listener.stage("Keeping what it predicts", len(windows))
+    for number, places, _ in predicted(ends, windows):
+        logs = functional.log_softmax(ends.logits(states[number : number + 1, places], items)[0] / temperature, -1)
+        likeliest = logs.topk(teacher.tokens.shape[-1])
+        teacher.logs[number, places, :-1] = likeliest.values.cpu().to(torch.float16)
+        teacher.tokens[number, places] = likeliest.indices.cpu().to(torch.int32)
+        others = logs.scatter(-1, likeliest.indices, -torch.inf).logsumexp(-1)
+        teacher.logs[number, places, -1] = others.cpu().to(torch.float16)
+        if places.start == 0:
+            listener.advance(1)
+
+
+def _shapes(model: LayeredModel, windows: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    likeliest = min(LIKELIEST, int(model.architecture.config.get_text_config().vocab_size))
+    count, length = windows.shape
+    return (count, length - 1, likeliest + 1), (count, length - 1, likeliest)
+
+
+def _bytes_of(model: LayeredModel, windows: torch.Tensor) -> int:
+    logs, tokens = _shapes(model, windows)
+    return 2 * math.prod(logs) + 4 * math.prod(tokens)
+
+
+def _mapped(paths: Sequence[Path], shapes: Sequence[tuple[int, ...]], model: LayeredModel) -> StreamedTeacher:
+    found = [
+        torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(*shape)
+        for path, shape, dtype in zip(paths, shapes, (torch.float16, torch.int32), strict=True)
+    ]
+    knows_all = shapes[1][-1] == int(model.architecture.config.get_text_config().vocab_size)
+    return StreamedTeacher(found[0], found[1], knows_all)
