@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,8 @@ def load_trained(checkpoint: Checkpoint, device: str, healing: Healing) -> Train
     """
     model = load_model(checkpoint, device, "float32")
     model.config.use_cache = False
+    if healing.gradient_checkpointing:
+        _compute_twice(model)
     names = {name for name, _ in model.named_parameters() if healing.train in ("all", _part_of(model, name))}
     if not names:
         raise UnsupportedError(f"{checkpoint.config.model_type} has no weights that --train {healing.train} names.")
@@ -66,9 +69,22 @@ def load_trained(checkpoint: Checkpoint, device: str, healing: Healing) -> Train
         return _adapted(model, names, healing.lora)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
-    if healing.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     return TrainedModel(model)
+
+
+def _compute_twice(model: PreTrainedModel) -> None:
+    """Have activations computed again where gradients need them.
+
+    Raises:
+        UnsupportedError: the family cannot.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # newer name first
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UnsupportedError(
+            f"{model.config.model_type} cannot compute activations twice. Leave out --gradient-checkpointing."
+        ) from error
 
 
 def _part_of(model: nn.Module, name: str) -> str:
@@ -95,7 +111,9 @@ def _adapted(model: PreTrainedModel, names: set[str], rank: int) -> TrainedModel
     if not matrices:
         raise UnsupportedError(f"{model.config.model_type} has no matrices for --lora. Leave it out.")
     config = LoraConfig(r=rank, lora_alpha=SCALE * rank, lora_dropout=0.0, target_modules=matrices)
-    adapted = get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # it asks transformers by older names
+        adapted = get_peft_model(model, config)
     return TrainedModel(adapted.get_base_model(), adapted)
 
 
