@@ -17,7 +17,7 @@ from llmprune_cli.commands.prune import source_folder, warn_of_large_shards
 from llmprune_cli.commands.prune.decision import layer_device
 from llmprune_cli.commands.requests import RecoverRequest
 from llmprune_cli.coupling.subject import understand
-from llmprune_cli.errors import OutputError
+from llmprune_cli.errors import CheckpointError, OutputError
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.integrity import list_files
 from llmprune_cli.folder.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
@@ -111,7 +111,7 @@ def recover(request: RecoverRequest, listener: Listener) -> RecoverResult | None
         own = pruned.companions / MANIFEST_NAME
         manifest = read_manifest(pruned.companions) if own.is_file() else None
         reference = teacher_reference(request.teaching.teacher, request.model, manifest)
-        teacher = stack.enter_context(open_checkpoint(reference, need_weights=True))
+        teacher = _open_teacher(reference, request, stack)
         check_teacher(pruned, manifest, teacher)
         claim = None
         if processes.is_first:
@@ -123,6 +123,23 @@ def recover(request: RecoverRequest, listener: Listener) -> RecoverResult | None
     if result is not None and delivery.report is not None:
         draw_curve(result, delivery.report)
     return result
+
+
+def _open_teacher(reference: ModelReference, request: RecoverRequest, stack: ExitStack) -> Checkpoint:
+    """The model to learn from.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        return stack.enter_context(open_checkpoint(reference, need_weights=True))
+    except CheckpointError as error:
+        if request.teaching.teacher is not None:
+            raise
+        raise CheckpointError(
+            f"{request.model.name} was made from {reference.name}, which cannot be read: {error} Give --teacher if it "
+            "lies elsewhere."
+        ) from error
 
 
 def _prepare(

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import llmprune_cli
 from support.cli import run_cli
+from support.full import examples
 from support.heal_runs import recover
 from support.stock import written_tensors
 
@@ -18,9 +19,9 @@ from support.stock import written_tensors
 def test_a_healed_model_is_nearer_to_its_teacher_and_stock(pruned: Path, text_file: Path, tmp_path: Path) -> None:
     healed, curve = tmp_path / "healed", tmp_path / "curve.svg"
     result = recover(pruned, text_file, healed, "--report", curve)
-    assert result["after"]["kl"] < 0.5 * result["before"]["kl"] and result["is_better"]
+    assert result["after"]["kl"] < 0.6 * result["before"]["kl"] and result["is_better"]
     assert result["after"]["perplexity"] < result["before"]["perplexity"]
-    assert [judged["tokens"] for judged in result["curve"]] == [2048, 4096]
+    assert [judged["tokens"] for judged in result["curve"]] == [2048]
     assert "KL divergence" in curve.read_text()
     before, after = written_tensors(pruned), written_tensors(healed)
     assert {name: (own.shape, own.dtype) for name, own in before.items()} == {
@@ -35,13 +36,13 @@ def test_a_healed_model_is_nearer_to_its_teacher_and_stock(pruned: Path, text_fi
     manifest = json.loads((healed / "llmprune.json").read_text())
     assert manifest["source"] == result["teacher"] and manifest["healing"]["model"] == str(pruned)
     assert manifest["widths"] == json.loads((pruned / "llmprune.json").read_text())["widths"]
-    assert "Then it was trained on 4,096 tokens" in (healed / "README.md").read_text()
+    assert "Then it was trained on 2,048 tokens" in (healed / "README.md").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curve.svg", "healed"]
 
 
 @pytest.mark.parametrize(
     ("part", "changed"),
-    [("norms", "norm"), ("mlp", ".mlp."), ("attention", ".self_attn.")],
+    examples([("norms", "norm"), ("mlp", ".mlp."), ("attention", ".self_attn.")], [("mlp", ".mlp.")]),
 )
 def test_only_what_is_asked_for_is_trained(
     pruned: Path, text_file: Path, tmp_path: Path, part: str, changed: str
@@ -75,7 +76,7 @@ def test_a_result_that_is_no_better_says_so(pruned: Path, text_file: Path, tmp_p
 
 def test_python_heals_as_the_command_does(pruned: Path, text_file: Path, tmp_path: Path) -> None:
     result = recover(pruned, text_file, tmp_path / "cli")
-    options = {"text": str(text_file), "tokens": "4096", "batch_tokens": 128, "seq_len": 32, "learning_rate": 0.003}
+    options = {"text": str(text_file), "tokens": "2048", "batch_tokens": 128, "seq_len": 32, "learning_rate": 0.003}
     told: list[llmprune_cli.Progress] = []
     own = llmprune_cli.recover(pruned, output=tmp_path / "python", progress=told.append, **options)
     assert own is not None and own.after.kl == result["after"]["kl"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from support.cli import Run, run_cli
 
-QUICK = ("--tokens", "4096", "--batch-tokens", "128", "--seq-len", "32", "--learning-rate", "0.003")
+QUICK = ("--tokens", "2048", "--batch-tokens", "128", "--seq-len", "32", "--learning-rate", "0.003")
 
 
 def run_recover(pruned: Path, text: Path, output: Path, *options: str | Path) -> Run:
