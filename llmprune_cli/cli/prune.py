@@ -12,6 +12,7 @@ from rich.table import Table
 from llmprune_cli.cli.evaluate import print_eval
 from llmprune_cli.cli.inspect import modules_table
 from llmprune_cli.cli.parameters import COMMON, AsJson, takes
+from llmprune_cli.cli.recover import print_recovery
 from llmprune_cli.cli.screen.tables import (
     WIDTH_LABELS,
     new_console,
@@ -36,6 +37,11 @@ CARD_ROWS = 40  # layers of a deeper model share rows
 Evaluate = Annotated[bool, typer.Option("--eval", help="Perplexity before and after.", rich_help_panel=COMMON)]
 
 
+Recover = Annotated[
+    str | None, typer.Option(help="Tokens to heal it on afterwards, such as 1M.", rich_help_panel=COMMON)
+]
+
+
 @takes()
 def prune_command(
     model: ModelReference,
@@ -45,16 +51,18 @@ def prune_command(
     scratch: Scratch,
     evaluation: Evaluation,
     evaluate: Evaluate = False,
+    recover: Recover = None,
     as_json: AsJson = False,
 ) -> None:
     """Remove channels, heads, neurons, experts and layers, and write a smaller checkpoint."""
-    request = PruneRequest(model, choice, text, delivery, scratch, evaluation if evaluate else None)
+    request = PruneRequest(model, choice, text, delivery, scratch, evaluation if evaluate else None, recover)
     with loading():
         from llmprune_cli.cli.screen.progress import progress_on_stderr
         from llmprune_cli.commands.prune import prune
+        from llmprune_cli.commands.recover import prune_and_recover
 
     with progress_on_stderr() as listener:
-        result = prune(request, listener)
+        result = (prune if recover is None else prune_and_recover)(request, listener)
     if result is not None:
         (print_json if as_json else print_prune)(result)
 
@@ -71,6 +79,8 @@ def print_prune(result: PruneResult) -> None:
         _print_candidates(console, result.candidates)
     if result.calibration:
         _print_calibration(console, result.calibration, result.protected_layers)
+    if result.recovery:
+        print_recovery(result.recovery)
     if result.evaluation:
         print_eval(result.evaluation)
     if result.output:

@@ -35,7 +35,13 @@ def recover_command(
 
 
 def print_recover(result: RecoverResult) -> None:
-    """Tables of `recover`."""
+    """What `recover` shows."""
+    print_recovery(result)
+    new_console().print(f"Wrote [bold]{result.output}[/bold] in {result.seconds:.1f} s.", highlight=False)
+
+
+def print_recovery(result: RecoverResult) -> None:
+    """How healing went."""
     console = new_console()
     table = Table(title=f"Held-out text of {result.dataset} ({result.split})")
     for label in ("tokens", "KL divergence, nats", "perplexity", "bits per byte"):
@@ -56,7 +62,6 @@ def print_recover(result: RecoverResult) -> None:
         console.print(f"Stopped early: held-out text gained nothing more after {result.best_tokens:,} tokens.")
     if not result.is_better:
         console.print("Note: held-out text gained nothing from it.", style="yellow")
-    console.print(f"Wrote [bold]{result.output}[/bold] in {result.seconds:.1f} s.", highlight=False)
 
 
 def _figures(figures: HeldOut) -> tuple[str, ...]:

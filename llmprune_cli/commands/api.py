@@ -92,6 +92,7 @@ def prune(
     model: str | Path | None = None,
     *,
     evaluate: bool | None = None,
+    recover: str | None = None,
     config: str | Path | None = None,
     progress: Told | None = None,
     **options: Any,
@@ -101,6 +102,7 @@ def prune(
     Args:
         model: folder, `.gguf` file or hub id; a recipe may say it instead.
         evaluate: perplexity before and after.
+        recover: tokens to heal the pruned model on, such as "1M".
         config: a recipe, or a folder that `prune` wrote; arguments beat it.
         progress: told how far it is.
         options: of the command, by name.
@@ -112,12 +114,15 @@ def prune(
         LlmpruneError: see there; `UsageError` where options are wrong.
     """
     kinds = (ModelReference, Choice, Text, Delivery, Scratch, Evaluation)
-    name, given = _gather("prune", model, config, options, kinds, (), ("evaluate",))
+    name, given = _gather("prune", model, config, options, kinds, (), ("evaluate", "recover"))
     judged = given.pop("evaluate", False) if evaluate is None else evaluate
+    tokens = given.pop("recover", None) if recover is None else recover
     choice, text, delivery, scratch, evaluation = (make(kind, given) for kind in kinds[1:])
-    request = PruneRequest(_reference(name, given), choice, text, delivery, scratch, evaluation if judged else None)
+    judge = evaluation if judged else None
+    request = PruneRequest(_reference(name, given), choice, text, delivery, scratch, judge, tokens)
+    run = pruning.prune if tokens is None else recovering.prune_and_recover
     with _at_work():
-        return pruning.prune(request, Listener(progress))
+        return run(request, Listener(progress))
 
 
 @_takes(ModelReference, Healing, Teaching, Healed, without=("dtype",))

@@ -13,21 +13,23 @@ from typing import Any
 import psutil
 import torch
 
-from llmprune_cli.commands.prune import source_folder, warn_of_large_shards
+from llmprune_cli.commands.evaluate import evaluate
+from llmprune_cli.commands.prune import prune, source_folder, warn_of_large_shards
 from llmprune_cli.commands.prune.decision import layer_device
-from llmprune_cli.commands.requests import RecoverRequest
+from llmprune_cli.commands.requests import PruneRequest, RecoverRequest
 from llmprune_cli.coupling.subject import understand
 from llmprune_cli.errors import CheckpointError, OutputError
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.integrity import list_files
 from llmprune_cli.folder.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
-from llmprune_cli.folder.scratch import check_folder
+from llmprune_cli.folder.scratch import check_folder, scratch_folder
 from llmprune_cli.folder.staging import Claim, check_target, claimed, hidden_folder
 from llmprune_cli.folder.tensors import BY_NAME, DTYPES
 from llmprune_cli.formats import load_format
 from llmprune_cli.heal.healed_folder import write_healed
 from llmprune_cli.heal.judging import HeldOut, judge
 from llmprune_cli.heal.loss import Student
+from llmprune_cli.heal.options import Healed
 from llmprune_cli.heal.student import TrainedModel, check_packages, load_trained
 from llmprune_cli.heal.teacher import Teacher
 from llmprune_cli.heal.teacher.identity import check_teacher, check_tokenizers, teacher_reference
@@ -43,7 +45,7 @@ from llmprune_cli.processes import ALONE, Processes, join
 from llmprune_cli.progress import Listener
 from llmprune_cli.report.chart import check_chart_target, draw_curve
 from llmprune_cli.report.model_card import write_card
-from llmprune_cli.report.results import SCHEMA_VERSION, RecoverResult
+from llmprune_cli.report.results import SCHEMA_VERSION, PruneResult, RecoverResult
 from llmprune_cli.report.runtimes import runtime_fits
 from llmprune_cli.run.layer import native_dtype
 from llmprune_cli.run.layered_model import LayeredModel
@@ -92,10 +94,42 @@ class _Task:
         }
 
 
-def recover(request: RecoverRequest, listener: Listener) -> RecoverResult | None:
+def prune_and_recover(request: PruneRequest, listener: Listener) -> PruneResult | None:
+    """Prune into a temporary folder, heal what lies there, and write that.
+
+    Raises:
+        LlmpruneError: see `prune` and `recover`.
+    """
+    started, output, processes = time.perf_counter(), request.delivery.output, join(request.model.device)
+    assert output is not None
+    if processes.is_first:
+        check_target(output, request.delivery.overwrite, Path(request.model.name))
+    with scratch_folder() as own:
+        place = Path(processes.broadcast(str(own))) / "pruned"
+        pruned = prune(replace(request, delivery=replace(request.delivery, output=place, overwrite=False)), listener)
+        processes.broadcast(None)  # what the first one wrote, all of them read
+        delivery = Healed(output, request.delivery.overwrite, request.delivery.max_shard_size)
+        reference = replace(request.model, name=str(place), revision=None, dtype=None)
+        name = f"{request.model.name} (pruned)"
+        healed = recover(RecoverRequest(reference, request.healing, delivery=delivery), listener, name)
+        if pruned is None or healed is None:
+            return None
+        evaluation = pruned.evaluation
+        if evaluation is not None and request.evaluation is not None:
+            last = evaluate(replace(reference, name=str(output)), None, request.evaluation, listener)
+            dense, cut = evaluation.results
+            evaluation = replace(evaluation, results=(dense, replace(cut, model=name), *last.results))
+    seconds = time.perf_counter() - started
+    return replace(pruned, output=str(output), recovery=healed, evaluation=evaluation, seconds=seconds)
+
+
+def recover(request: RecoverRequest, listener: Listener, name: str | None = None) -> RecoverResult | None:
     """Train a pruned model on what its teacher predicts, and write it; of several processes the first one reports.
 
     Whatever can be refused is refused before anything is trained.
+
+    Args:
+        name: what the pruned model is called, where that is not its folder.
 
     Raises:
         LlmpruneError: see there.
@@ -108,6 +142,7 @@ def recover(request: RecoverRequest, listener: Listener) -> RecoverResult | None
             check_chart_target(delivery.report, request.output)
     with ExitStack() as stack:
         pruned = stack.enter_context(open_checkpoint(request.model, need_weights=True))
+        pruned = replace(pruned, source=name or pruned.source)
         own = pruned.companions / MANIFEST_NAME
         manifest = read_manifest(pruned.companions) if own.is_file() else None
         reference = teacher_reference(request.teaching.teacher, request.model, manifest)

@@ -52,6 +52,7 @@ class PruneRequest:
     delivery: Delivery = field(default_factory=Delivery)
     scratch: Scratch = field(default_factory=Scratch)
     evaluation: Evaluation | None = None  # None: nothing is evaluated
+    recover: str | None = None  # tokens to heal on afterwards; None: nothing is trained
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself, or would do nothing."""
@@ -70,10 +71,35 @@ class PruneRequest:
                 "--report draws what calibration measures on a pruned model: give --output or --eval, and a --refit or "
                 "an --importance that reads text."
             )
+        self._check_recover()
         folders = (("--statistics", scratch.statistics), ("--offload-dir", scratch.offload_dir))
         for name, value in (*folders, ("--resume", scratch.resume)):
             if value and not self.needs_text:
                 raise UsageError(f"{name} is for runs that calibrate; give another --importance or --refit.")
+
+    def _check_recover(self) -> None:
+        if self.recover is None:
+            return
+        if self.delivery.output is None or self.delivery.dry_run:
+            raise UsageError("--recover heals a model that is written; give its --output, and no --dry-run.")
+        if self.scratch.resume:
+            raise UsageError("--resume goes on with one command; run prune, and then recover, which has its own.")
+        try:
+            _ = self.healing.token_count
+        except UsageError as error:
+            raise UsageError(f"--recover: {error}") from None
+
+    @property
+    def healing(self) -> Healing:
+        """How the pruned model is healed: on the text that it was calibrated on."""
+        text = self.text
+        return Healing(
+            tokens=self.recover or "0",
+            text=text.calibration,
+            text_split=text.calibration_split,
+            seq_len=text.calibration_seq_len,
+            seed=self.choice.seed,
+        )
 
     def _check_what_goes(self) -> None:
         widths, plan = self.choice.widths, self.delivery.plan

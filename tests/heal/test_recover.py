@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import llmprune_cli
-from support.cli import run_cli
-from support.full import examples
+from support.cli import BY_MAGNITUDE, run_cli
+from support.full import in_full
 from support.heal_runs import recover
 from support.stock import written_tensors
 
@@ -42,7 +42,11 @@ def test_a_healed_model_is_nearer_to_its_teacher_and_stock(pruned: Path, text_fi
 
 @pytest.mark.parametrize(
     ("part", "changed"),
-    examples([("norms", "norm"), ("mlp", ".mlp."), ("attention", ".self_attn.")], [("mlp", ".mlp.")]),
+    [
+        pytest.param("norms", "norm", marks=in_full),
+        ("mlp", ".mlp."),
+        pytest.param("attention", ".self_attn.", marks=in_full),
+    ],
 )
 def test_only_what_is_asked_for_is_trained(
     pruned: Path, text_file: Path, tmp_path: Path, part: str, changed: str
@@ -81,3 +85,22 @@ def test_python_heals_as_the_command_does(pruned: Path, text_file: Path, tmp_pat
     own = llmprune_cli.recover(pruned, output=tmp_path / "python", progress=told.append, **options)
     assert own is not None and own.after.kl == result["after"]["kl"]
     assert {"Healing", "Writing"} <= {now.stage for now in told}
+
+
+def test_prune_heals_in_the_same_run(dense: Path, text_file: Path, tmp_path: Path) -> None:
+    run = run_cli(
+        *("prune", dense, *BY_MAGNITUDE, "--intermediate-pruning-ratio", "0.5", "--output", tmp_path / "out"),
+        *("--recover", "2048", "--calibration", text_file, "--calibration-seq-len", "32", "--json"),
+        *("--eval", "--dataset", text_file, "--max-seq-len", "32", "--limit", "4"),
+    )
+    assert run.code == 0, run.stderr
+    result = json.loads(run.stdout)
+    assert result["output"] == str(tmp_path / "out") and result["recovery"]["is_better"]
+    whole, cut, healed = (own["perplexity"] for own in result["evaluation"]["results"])
+    assert whole != cut != healed
+    manifest = json.loads((tmp_path / "out" / "llmprune.json").read_text())
+    assert manifest["recipe"]["recover"] == "2048" and manifest["healing"]["model"].endswith("(pruned)")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    again = run_cli("prune", "--config", tmp_path / "out", "--output", tmp_path / "again", dense)
+    assert again.code == 0, again.stderr
+    assert written_tensors(tmp_path / "again").keys() == written_tensors(tmp_path / "out").keys()

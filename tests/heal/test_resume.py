@@ -14,7 +14,7 @@ import torch
 
 from llmprune_cli.heal.training import trainer
 from support.checkpoints import flip
-from support.full import examples, in_full
+from support.full import in_full
 from support.heal_runs import QUICK, recover, run_recover
 from support.refusals import CHECKPOINT, INTERRUPTED, PLAN, assert_refused
 from support.stock import written_tensors
@@ -42,7 +42,7 @@ def interrupt_at(patched: pytest.MonkeyPatch, step: int, marked: bool) -> None:
     patched.setattr(trainer, "mark_whole", interrupted)
 
 
-@pytest.mark.parametrize(("step", "marked"), examples([(16, True), (32, False)], [(32, False)]))
+@pytest.mark.parametrize(("step", "marked"), [pytest.param(16, True, marks=in_full), (32, False)])
 def test_a_resumed_run_comes_to_the_same(
     pruned: Path, text_file: Path, tmp_path: Path, step: int, marked: bool
 ) -> None:
