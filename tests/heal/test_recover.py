@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import llmprune_cli
+from llmprune_cli.report.documents import DOCUMENTS, adapter_of
 from support.cli import BY_MAGNITUDE, run_cli
 from support.full import in_full
 from support.heal_runs import recover
@@ -23,6 +24,7 @@ def test_a_healed_model_is_nearer_to_its_teacher_and_stock(pruned: Path, text_fi
     assert result["after"]["perplexity"] < result["before"]["perplexity"]
     assert [judged["tokens"] for judged in result["curve"]] == [2048]
     assert "KL divergence" in curve.read_text()
+    adapter_of(DOCUMENTS["recover"]).validate_json(json.dumps(result), strict=True)
     before, after = written_tensors(pruned), written_tensors(healed)
     assert {name: (own.shape, own.dtype) for name, own in before.items()} == {
         name: (own.shape, own.dtype) for name, own in after.items()
