@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmprune_cli.apply.multimodal import names_within, put_back
 from llmprune_cli.errors import VerificationError
-from llmprune_cli.family.written import write_config
+from llmprune_cli.family.written import write_config, write_whole_config
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.shards import read_index, write_shards
 from llmprune_cli.folder.tensors import DTYPES
@@ -42,10 +43,16 @@ def write_healed(
             yield entry, stored[entry.name].to("cpu", DTYPES[entry.dtype].torch)
             listener.advance(entry.size_bytes)
 
-    checksums = write_shards(folder, pruned.entries, tensors(), max_shard_bytes)
-    write_config(pruned.config, folder)
+    entries, stream = pruned.entries, tensors()
+    if pruned.whole is None:
+        write_config(pruned.config, folder)
+    else:
+        names = names_within(pruned, {entry.name: entry.name for entry in entries})
+        entries, stream = put_back(pruned, pruned.whole, names, entries, stream)
+        write_whole_config(pruned.whole.config, pruned.config, pruned.config, folder)
+    checksums = write_shards(folder, entries, stream, max_shard_bytes)
     copy_companions(pruned, folder)
     written = {entry.name: (entry.shape, entry.dtype) for entry in read_index(folder)}
-    if written != {entry.name: (entry.shape, entry.dtype) for entry in pruned.entries}:
+    if written != {entry.name: (entry.shape, entry.dtype) for entry in entries}:
         raise VerificationError("The written headers differ from the pruned model's. Please report this.")
     return checksums

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import llmprune_cli
-from llmprune_cli.report.documents import DOCUMENTS, adapter_of
+from llmprune_cli.report.schemas import DOCUMENTS, adapter_of
 from support.cli import BY_MAGNITUDE, run_cli
 from support.full import in_full
 from support.heal_runs import recover
