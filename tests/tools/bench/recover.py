@@ -41,11 +41,21 @@ def llmprune(*arguments: str | Path) -> dict[str, Any]:
     return document
 
 
-def perplexities(folder: Path) -> list[float]:
-    """Of a model, on all texts."""
-    options = ("--max-seq-len", str(WINDOW), "--limit", str(WINDOWS))
+def perplexities(folder: Path, windows: int) -> list[float]:
+    """Of a model, on all texts, in the dtype that is fast here."""
+    dtype = str(fast_dtype()).removeprefix("torch.")
+    options = ("--max-seq-len", str(WINDOW), "--limit", str(windows), "--dtype", dtype)
     runs = [llmprune("eval", folder, "--dataset", text, *options) for text in TEXTS.values()]
     return [run["results"][0]["perplexity"] for run in runs]
+
+
+def fast_dtype() -> Any:
+    """The dtype in which this machine multiplies what is stored in bfloat16."""
+    import torch
+
+    from llmprune_cli.run.layer import native_dtype
+
+    return native_dtype(torch.bfloat16, torch.device("cpu"))
 
 
 def plain_loop(dense: Path, pruned: Path, output: Path, tokens: int) -> None:
@@ -57,7 +67,8 @@ def plain_loop(dense: Path, pruned: Path, output: Path, tokens: int) -> None:
     from llmprune_cli.run.corpus import load_corpus
 
     torch.manual_seed(0)
-    teacher = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16).eval()
+    dtype = fast_dtype()
+    teacher = AutoModelForCausalLM.from_pretrained(dense, dtype=dtype).eval()
     student = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(dense)
     ids = tokenizer(load_corpus("wikitext2", "validation").text, return_tensors="pt", verbose=False).input_ids[0]
@@ -70,7 +81,7 @@ def plain_loop(dense: Path, pruned: Path, output: Path, tokens: int) -> None:
         batch = windows[order[step * each : (step + 1) * each]]
         with torch.no_grad():
             wanted = teacher(batch).logits.float().log_softmax(-1)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             logits = student(batch).logits
         logs = logits.float().log_softmax(-1)
         loss = functional.kl_div(logs.flatten(0, 1), wanted.flatten(0, 1), reduction="batchmean", log_target=True)
@@ -83,7 +94,7 @@ def plain_loop(dense: Path, pruned: Path, output: Path, tokens: int) -> None:
     tokenizer.save_pretrained(output)
 
 
-def make(kind: str, dense: Path, pruned: Path, tokens: int) -> dict[str, Any]:
+def make(kind: str, dense: Path, pruned: Path, tokens: int, windows: int) -> dict[str, Any]:
     """A healed model and what it cost, kept for the next time."""
     folder = OUTPUT / f"{kind.replace(' ', '-')}-{tokens}"
     record = folder.with_suffix(".json")
@@ -100,7 +111,7 @@ def make(kind: str, dense: Path, pruned: Path, tokens: int) -> dict[str, Any]:
     if status:
         sys.exit(f"{kind} with {tokens:,} tokens ended with status {status}.")
     cost = {"seconds": time.perf_counter() - started, "cpu_seconds": used.ru_utime, "peak_kib": used.ru_maxrss}
-    row = {**cost, "perplexities": perplexities(folder)}
+    row = {**cost, "perplexities": perplexities(folder, windows)}
     record.write_text(json.dumps(row))
     return row
 
@@ -110,6 +121,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no further row is begun")
     parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS, help="that are trained on, of each row")
+    parser.add_argument("--windows", type=int, default=WINDOWS, help="of 512 tokens that perplexity is measured on")
     parser.add_argument("--model", type=Path, help="the dense model (default: SmolLM2 from its wheel)")
     parser.add_argument("--pruned", type=Path, help="the pruned one (default: a quarter of its MLP removed)")
     parser.add_argument("--plain", nargs=4, help=argparse.SUPPRESS)
@@ -125,14 +137,14 @@ def main() -> int:
         make_whole(dense)
     if not pruned.exists():
         llmprune("prune", dense, "--intermediate-pruning-ratio", "0.25", "--output", pruned)
-    whole, cut = perplexities(dense), perplexities(pruned)
+    whole, cut = (perplexities(folder, asked.windows) for folder in (dense, pruned))
     rows = [["dense", "", *map(_two, whole), "", "", ""], ["pruned", "0", *map(_two, cut), "", "", ""]]
     bounds = []
     for tokens in asked.tokens:
         if time.perf_counter() - started > 60 * asked.minutes:
             say(f"Left out for lack of time: {tokens:,} tokens.")
             continue
-        made = {kind: make(kind, dense, pruned, tokens) for kind in KINDS}
+        made = {kind: make(kind, dense, pruned, tokens, asked.windows) for kind in KINDS}
         for kind, row in made.items():
             cost = [f"{row['seconds']:.0f} s", f"{row['cpu_seconds']:.0f} s", f"{row['peak_kib'] / 2**20:.2f} GiB"]
             rows.append([kind, f"{tokens:,}", *map(_two, row["perplexities"]), *cost])
