@@ -16,8 +16,14 @@ from llmprune_cli.heal.training import trainer
 from support.checkpoints import flip
 from support.full import in_full
 from support.heal_runs import QUICK, recover, run_recover
-from support.refusals import CHECKPOINT, INTERRUPTED, PLAN, assert_refused
+from support.refusals import CHECKPOINT, INTERRUPTED, OUTPUT, PLAN, assert_refused
 from support.stock import written_tensors
+
+resource: Any
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
 LONG = ("--tokens", "6144")  # three judgements
 
@@ -68,6 +74,23 @@ def test_a_damaged_checkpoint_and_another_run_are_refused(pruned: Path, text_fil
     flip(work / "checkpoint-16" / "model.safetensors")
     damaged = run_recover(pruned, text_file, tmp_path / "out", *LONG, "--resume")
     assert_refused(damaged, CHECKPOINT, "checkpoint-16 is damaged", "--resume")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(resource is None, reason="this system has no limit of file sizes")
+@pytest.mark.parametrize("most_bytes", [100_000, 200_000])  # less than the weights, and than the optimizer's moments
+def test_a_checkpoint_that_cannot_be_written_is_said(
+    pruned: Path, text_file: Path, tmp_path: Path, most_bytes: int
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, limits[1]))
+        run = run_recover(pruned, text_file, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert_refused(run, OUTPUT, "cannot be kept", "--output")
     assert not (tmp_path / "out").exists()
 
 

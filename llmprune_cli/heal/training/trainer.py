@@ -27,6 +27,7 @@ USUAL_RATE, USUAL_SIZE = 3e-4, 135e6  # a learning rate that heals a model of th
 MOST_RATE = 1e-3
 WARM_UP = 0.1  # share of the steps
 BETAS = 0.9, 0.95
+UNWRITTEN = ("PytorchStreamWriter", "inline_container", "iostream")  # in what torch says of a file that it cannot write
 PATIENCE = 3  # judgements without a better one, after which training ends
 
 
@@ -202,7 +203,9 @@ def train(student: Student, lesson: Lesson, folder: Path) -> Training:
     try:
         trainer = _Distiller(student, lesson, folder, next(student.parameters()).device.type == "cpu")
         trainer.train(resume_from_checkpoint=str(begun) if begun else None)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in UNWRITTEN):
+            raise
         raise OutputError(
             f"The training cannot be kept in {folder}: {first_line(error)}. Make room there, or choose another "
             "--output."
