@@ -88,7 +88,7 @@ def recover(request: RecoverRequest, listener: Listener, name: str | None = None
     started, processes, delivery = time.perf_counter(), join(request.model.device), request.delivery
     check_packages(request.healing)
     if processes.is_first:
-        check_target(request.output, delivery.overwrite or delivery.resume)
+        check_target(request.output, delivery.overwrite)
         if delivery.report is not None:
             check_chart_target(delivery.report, request.output)
     with ExitStack() as stack:
