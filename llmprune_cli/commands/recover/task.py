@@ -58,7 +58,8 @@ class Task:
     @property
     def learning_rate(self) -> float:
         """The largest one."""
-        return self.request.healing.learning_rate or usual_learning_rate(self.pruned.parameter_count)
+        usual = usual_learning_rate(self.pruned.parameter_count, self.text.schedule.steps)
+        return self.request.healing.learning_rate or usual
 
     def key(self) -> dict[str, Any]:
         """Everything that decides what is written."""

@@ -23,7 +23,8 @@ from llmprune_cli.heal.training_text import TrainingText
 from llmprune_cli.processes import Processes
 from llmprune_cli.progress import Listener
 
-USUAL_RATE, USUAL_SIZE = 3e-4, 135e6  # a learning rate that heals a model of this many parameters well
+USUAL_RATE, USUAL_SIZE = 3e-4, 135e6  # a learning rate that heals a model of this many parameters well,
+USUAL_STEPS = 128  # in at least so many steps: fewer, of which each has moments of few gradients, need a smaller one
 MOST_RATE = 1e-3
 WARM_UP = 0.1  # share of the steps
 BETAS = 0.9, 0.95
@@ -70,9 +71,10 @@ class Lesson:
         return judge(student, self.teacher, self.text, self.healing.temperature, self.processes)
 
 
-def usual_learning_rate(parameters: int) -> float:
-    """Less for larger models, as the fourth root of their size."""
-    return float(min(MOST_RATE, USUAL_RATE * (USUAL_SIZE / parameters) ** 0.25))
+def usual_learning_rate(parameters: int, steps: int) -> float:
+    """Less for larger models, by the fourth root of their size, and for few steps, by the square root of their number."""
+    for_size = min(MOST_RATE, USUAL_RATE * (USUAL_SIZE / parameters) ** 0.25)
+    return float(for_size * min(1.0, steps / USUAL_STEPS) ** 0.5)
 
 
 class _Windows(Dataset[dict[str, torch.Tensor]]):

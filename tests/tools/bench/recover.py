@@ -26,7 +26,6 @@ OUTPUT = Path("bench-recover-output")
 TEXTS = {"WikiText-2": "wikitext2", "Python's documentation": "python-docs"}
 WINDOW, WINDOWS = 512, 12  # that perplexity is measured on
 BATCH, LENGTH = 1024, 256  # tokens of a step and of a window of the plain loop
-RATE = 3e-4
 TOKENS = (65536, 262144, 1048576)
 KINDS = ("recovered", "plain loop")
 
@@ -64,6 +63,7 @@ def plain_loop(dense: Path, pruned: Path, output: Path, tokens: int) -> None:
     from torch.nn import functional
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from llmprune_cli.heal.training.trainer import usual_learning_rate
     from llmprune_cli.run.corpus import load_corpus
 
     torch.manual_seed(0)
@@ -75,8 +75,9 @@ def plain_loop(dense: Path, pruned: Path, output: Path, tokens: int) -> None:
     windows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
     each, steps = BATCH // LENGTH, tokens // BATCH
     order = torch.cat([torch.randperm(len(windows)) for _ in range(steps * each // len(windows) + 1)])
-    optimizer = torch.optim.AdamW(student.parameters(), lr=RATE, weight_decay=0.0, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
+    rate = usual_learning_rate(student.num_parameters(), steps)  # as llmprune's
+    optimizer = torch.optim.AdamW(student.parameters(), lr=rate, weight_decay=0.0, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     for step in range(steps):
         batch = windows[order[step * each : (step + 1) * each]]
         with torch.no_grad():
@@ -104,8 +105,19 @@ def make(kind: str, dense: Path, pruned: Path, tokens: int, windows: int) -> dic
     own = [sys.executable, __file__, "--plain", str(dense), str(pruned), str(folder), str(tokens)]
     if kind == "recovered":
         own = [sys.executable, "-m", "llmprune_cli", "recover", str(pruned), "--teacher", str(dense)]
-        own += ["--tokens", str(tokens), "--learning-rate", str(RATE), "--seq-len", str(LENGTH)]
-        own += ["--batch-tokens", str(BATCH), "--output", str(folder), "--overwrite", "--text", "wikitext2"]
+        own += [
+            "--tokens",
+            str(tokens),
+            "--seq-len",
+            str(LENGTH),
+            "--batch-tokens",
+            str(BATCH),
+            "--output",
+            str(folder),
+            "--overwrite",
+            "--text",
+            "wikitext2",
+        ]
     process = subprocess.Popen(own)
     _, status, used = os.wait4(process.pid, 0)
     if status:
