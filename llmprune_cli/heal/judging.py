@@ -22,6 +22,10 @@ class HeldOut:
     perplexity: float  # exponent of the mean over tokens
     bits_per_byte: float  # of UTF-8
 
+    def loss(self, kind: str) -> float:
+        """What is learned of it, see `LOSSES`, nats per token."""
+        return ("kl" in kind) * self.kl + ("ce" in kind) * math.log(self.perplexity)
+
 
 def judge(student: Student, teacher: Teacher, text: TrainingText, temperature: float, processes: Processes) -> HeldOut:
     """Run held-out text, of which each process takes its share.

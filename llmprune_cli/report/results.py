@@ -162,7 +162,7 @@ class RecoverResult:
     stopped_early: bool  # because held-out text gained no more
     before: HeldOut
     after: HeldOut  # of what was written
-    is_better: bool  # whether its divergence is less than before
+    is_better: bool  # whether it lost less of what was learned than before
     best_tokens: int  # after which the weights that were written stood
     curve: tuple[Judgement, ...]
     seconds: float

@@ -83,8 +83,8 @@ def test_a_result_that_is_no_better_says_so(pruned: Path, text_file: Path, tmp_p
 def test_python_heals_as_the_command_does(pruned: Path, text_file: Path, tmp_path: Path) -> None:
     options = {"text": str(text_file), "tokens": "1k", "batch_tokens": 128, "seq_len": 32, "learning_rate": 0.003}
     told: list[llmprune_cli.Progress] = []
-    own = llmprune_cli.recover(pruned, output=tmp_path / "python", progress=told.append, **options)
-    assert own is not None and own.after.kl < own.before.kl and own.learning_rate == 0.003
+    own = llmprune_cli.recover(pruned, output=tmp_path / "python", loss="ce", progress=told.append, **options)
+    assert own is not None and own.after.perplexity < own.before.perplexity and own.learning_rate == 0.003
     assert {"Healing", "Writing"} <= {now.stage for now in told}
 
 

@@ -136,9 +136,10 @@ def _heal(task: Task, claim: Claim | None, started: float, stack: ExitStack) -> 
         after = _judge_written(task, teacher, staging)
         result = _report(task, training, after, mode, count, time.perf_counter() - started, peak)
         if not result.is_better:
+            losses = [found.loss(healing.loss) for found in (training.before, after)]
             task.listener.warn(
-                f"{request.output} is no better than {task.pruned.source} on held-out text: KL {after.kl:.4f} nats, "
-                f"and {training.before.kl:.4f} before. Try a smaller --learning-rate, or more text."
+                f"{request.output} is no better than {task.pruned.source} on held-out text: its loss is "
+                f"{losses[1]:.4f} nats, and {losses[0]:.4f} before. Try a smaller --learning-rate, or more text."
             )
         _describe(task, result, staging, checksums)
     return result
@@ -182,7 +183,7 @@ def _report(
         stopped_early=training.stopped_early,
         before=training.before,
         after=after,
-        is_better=after.kl < training.before.kl,
+        is_better=after.loss(healing.loss) < training.before.loss(healing.loss),
         best_tokens=training.best.tokens,
         curve=training.curve,
         seconds=seconds,

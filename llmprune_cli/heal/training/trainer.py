@@ -48,11 +48,7 @@ class Training:
     curve: tuple[Judgement, ...]
     steps: int  # that were taken
     stopped_early: bool
-
-    @property
-    def best(self) -> Judgement:
-        """The least divergence."""
-        return min(self.curve, key=lambda judged: judged.held_out.kl)
+    best: Judgement  # with the least loss
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ class Lesson:
 
 
 def usual_learning_rate(parameters: int, steps: int) -> float:
-    """Less for larger models, by the fourth root of their size, and for few steps, by the square root of their number."""
+    """Less for larger models, by the fourth root of their size, and for few steps, by the root of their number."""
     for_size = min(MOST_RATE, USUAL_RATE * (USUAL_SIZE / parameters) ** 0.25)
     return float(for_size * min(1.0, steps / USUAL_STEPS) ** 0.5)
 
@@ -114,7 +110,7 @@ class _Distiller(Trainer):
             save_steps=schedule.between,
             save_total_limit=1,
             load_best_model_at_end=True,
-            metric_for_best_model="eval_kl",
+            metric_for_best_model="eval_loss",
             greater_is_better=False,
             restore_callback_states_from_checkpoint=True,
             logging_strategy="no",
@@ -149,12 +145,13 @@ class _Distiller(Trainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         found = self._lesson.judge(cast(Student, self.model))
-        if not math.isfinite(found.kl):
+        if not math.isfinite(found.loss(self._lesson.healing.loss)):
             raise VerificationError(
                 f"After {self.state.global_step} steps the model predicts NaN, so nothing was written. Give a smaller "
                 f"--learning-rate than {self._lesson.learning_rate:g}."
             )
         metrics = {
+            "eval_loss": found.loss(self._lesson.healing.loss),
             "eval_kl": found.kl,
             "eval_perplexity": found.perplexity,
             "eval_bits_per_byte": found.bits_per_byte,
@@ -221,4 +218,5 @@ def train(student: Student, lesson: Lesson, folder: Path) -> Training:
         for entry in state.log_history
         if "eval_kl" in entry
     )
-    return Training(before, curve, state.global_step, state.global_step < state.max_steps)
+    best = min(curve, key=lambda judged: judged.held_out.loss(lesson.healing.loss))
+    return Training(before, curve, state.global_step, state.global_step < state.max_steps, best)

@@ -105,19 +105,8 @@ def make(kind: str, dense: Path, pruned: Path, tokens: int, windows: int) -> dic
     own = [sys.executable, __file__, "--plain", str(dense), str(pruned), str(folder), str(tokens)]
     if kind == "recovered":
         own = [sys.executable, "-m", "llmprune_cli", "recover", str(pruned), "--teacher", str(dense)]
-        own += [
-            "--tokens",
-            str(tokens),
-            "--seq-len",
-            str(LENGTH),
-            "--batch-tokens",
-            str(BATCH),
-            "--output",
-            str(folder),
-            "--overwrite",
-            "--text",
-            "wikitext2",
-        ]
+        own += ["--tokens", str(tokens), "--seq-len", str(LENGTH), "--batch-tokens", str(BATCH)]
+        own += ["--output", str(folder), "--overwrite", "--text", "wikitext2"]
     process = subprocess.Popen(own)
     _, status, used = os.wait4(process.pid, 0)
     if status:
