@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from support.heal_runs import recover, run_recover
-from support.refusals import OUTPUT, PLAN, assert_refused, state_of
+from support.refusals import CHECKPOINT, OUTPUT, PLAN, assert_refused, state_of
 from support.tiny import save_tiny
 
 STREAMED = ("--teacher-mode", "streamed")
@@ -42,6 +42,11 @@ def test_what_a_teacher_predicts_is_kept_for_other_students_of_it_alone(
     assert_refused(run, PLAN, "another teacher", "weights differs", "--teacher-cache")
     run = run_recover(pruned, text_file, tmp_path / "out", "--teacher-cache", cache, "--seed", "3")
     assert_refused(run, PLAN, "text differs", "--teacher-cache")
+    with (cache / "tokens.bin").open("r+b") as file:
+        file.truncate(1000)
+    before = state_of(tmp_path)
+    run = run_recover(pruned, text_file, tmp_path / "out", "--teacher-cache", cache)
+    assert_refused(run, CHECKPOINT, "tokens.bin is damaged")
     assert state_of(tmp_path) == before
 
 

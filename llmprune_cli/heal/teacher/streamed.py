@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from llmprune_cli.errors import OutputError, PlanError
+from llmprune_cli.errors import CheckpointError, OutputError, PlanError
 from llmprune_cli.folder.documents import read_json, replace_file
 from llmprune_cli.heal.loss import Goal, Predicted
 from llmprune_cli.journal.keys import differences, model_identity, text_identity, versions
@@ -72,7 +71,8 @@ def check_room(model: LayeredModel, windows: torch.Tensor, folder: Path) -> None
     Raises:
         OutputError: it does not.
     """
-    kept, states = _bytes_of(model, windows), 4 * windows.numel() * model.widths.hidden_size
+    kept = sum(file.size_bytes for file in _files(model, windows, folder))
+    states = 4 * windows.numel() * model.widths.hidden_size
     free = shutil.disk_usage(folder).free
     if kept + states > free:
         raise OutputError(
@@ -88,10 +88,11 @@ def stream_teacher(
 
     Raises:
         PlanError: the folder holds what another one predicts, or on other text.
+        CheckpointError: what it holds is damaged.
         OutputError: there is no room.
     """
-    shapes, key = _shapes(model, windows), json.loads(json.dumps(cache_key(model, windows, temperature)))
-    paths, record = (folder / LOGS, folder / TOKENS), folder / RECORD
+    files = _files(model, windows, folder)
+    key, record = json.loads(json.dumps(cache_key(model, windows, temperature))), folder / RECORD
     if record.exists():
         different = differences(read_json(record, None), key)
         if different:
@@ -99,15 +100,18 @@ def stream_teacher(
                 f"{folder} holds what another teacher predicts, or on other text: {'; '.join(different)}. Choose "
                 "another --teacher-cache."
             )
-        return _mapped(paths, shapes, model)
+        for file in files:
+            if not file.path.is_file() or file.path.stat().st_size != file.size_bytes:
+                raise CheckpointError(f"{file.path} is damaged. Remove {folder}, and the teacher runs again.")
+        return _mapped(files, model, is_new=False)
     check_room(model, windows, folder)
     try:
-        for path, shape, dtype in zip(paths, shapes, (torch.float16, torch.int32), strict=True):
-            with path.open("wb") as file:
-                allocate(file.fileno(), math.prod(shape) * dtype.itemsize)
+        for file in files:
+            with file.path.open("wb") as opened:
+                allocate(opened.fileno(), file.size_bytes)
     except OSError as error:
         raise OutputError(f"{folder} cannot be written: {error.strerror}. Choose another --teacher-cache.") from error
-    teacher = _mapped(paths, shapes, model)
+    teacher = _mapped(files, model, is_new=True)
     with torch.inference_mode():
         _fill(teacher, model, windows, temperature, folder, listener)
     replace_file(record, [json.dumps(key).encode()])
@@ -138,21 +142,35 @@ def _fill(
             listener.advance(1)
 
 
-def _shapes(model: LayeredModel, windows: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    likeliest = min(LIKELIEST, int(model.architecture.config.get_text_config().vocab_size))
-    count, length = windows.shape
-    return (count, length - 1, likeliest + 1), (count, length - 1, likeliest)
+@dataclass(frozen=True)
+class _File:
+    """A tensor in a file."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
-def _bytes_of(model: LayeredModel, windows: torch.Tensor) -> int:
-    logs, tokens = _shapes(model, windows)
-    return 2 * math.prod(logs) + 4 * math.prod(tokens)
+def _files(model: LayeredModel, windows: torch.Tensor, folder: Path) -> tuple[_File, _File]:
+    """Where log-probabilities and tokens are kept, see `StreamedTeacher`."""
+    (count, length), likeliest = windows.shape, min(LIKELIEST, _vocabulary(model))
+    logs = _File(folder / LOGS, (count, length - 1, likeliest + 1), torch.float16)
+    return logs, _File(folder / TOKENS, (count, length - 1, likeliest), torch.int32)
 
 
-def _mapped(paths: Sequence[Path], shapes: Sequence[tuple[int, ...]], model: LayeredModel) -> StreamedTeacher:
-    found = [
-        torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(*shape)
-        for path, shape, dtype in zip(paths, shapes, (torch.float16, torch.int32), strict=True)
-    ]
-    knows_all = shapes[1][-1] == int(model.architecture.config.get_text_config().vocab_size)
-    return StreamedTeacher(found[0], found[1], knows_all)
+def _mapped(files: tuple[_File, _File], model: LayeredModel, is_new: bool) -> StreamedTeacher:
+    """Tensors that lie in the files; what is written to them is kept where these are new."""
+    logs, tokens = (
+        torch.from_file(str(own.path), shared=is_new, size=math.prod(own.shape), dtype=own.dtype).view(*own.shape)
+        for own in files
+    )
+    return StreamedTeacher(logs, tokens, tokens.shape[-1] == _vocabulary(model))
+
+
+def _vocabulary(model: LayeredModel) -> int:
+    return int(model.architecture.config.get_text_config().vocab_size)
