@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 class Predicted:
     """What a teacher predicts after n tokens: log-probabilities at the temperature of the loss."""
 
-    logs: torch.Tensor  # of the K likeliest tokens, of all V where `tokens` is None, [n, K]
-    tokens: torch.Tensor | None = None  # their ids, [n, K]
-    rest: torch.Tensor | None = None  # of all other tokens together, [n]
+    logs: torch.Tensor  # of all tokens, [n, V], or of K among them
+    tokens: torch.Tensor | None = None  # the ids of these, [n, K]
+    weights: torch.Tensor | None = None  # how much each of them counts: its probability, or that of those it stands for
 
 
 class Goal(Protocol):
@@ -36,7 +36,7 @@ class Goal(Protocol):
 def divergence(logits: torch.Tensor, predicted: Predicted, temperature: float) -> torch.Tensor:
     """Sum over tokens of KL(teacher ‖ student) · τ², logits divided by τ (arXiv 1503.02531, section 2).
 
-    Where the teacher's likeliest tokens alone are known, all others count as one token.
+    Where some of the teacher's tokens alone are known, this is what the sum over all of them is in the mean.
 
     Args:
         logits: of the student, float32 [n, V].
@@ -44,11 +44,8 @@ def divergence(logits: torch.Tensor, predicted: Predicted, temperature: float) -
     logs = functional.log_softmax(logits / temperature, -1)
     if predicted.tokens is None:
         return functional.kl_div(logs, predicted.logs, reduction="sum", log_target=True) * temperature**2
-    total = (predicted.logs.exp() * (predicted.logs - logs.gather(-1, predicted.tokens))).sum()
-    if predicted.rest is not None:
-        others = logs.scatter(-1, predicted.tokens, -torch.inf).logsumexp(-1)
-        total = total + (predicted.rest.exp() * (predicted.rest - others)).sum()
-    return total * temperature**2
+    assert predicted.weights is not None
+    return (predicted.weights * (predicted.logs - logs.gather(-1, predicted.tokens))).sum() * temperature**2
 
 
 def hidden_states(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor:

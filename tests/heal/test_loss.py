@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from llmprune_cli.heal import loss as losses
 from llmprune_cli.heal.loss import Predicted, Student, divergence
 from llmprune_cli.heal.teacher.resident import ResidentTeacher
+from llmprune_cli.heal.teacher.streamed import DRAWN, LIKELIEST, StreamedTeacher
 
 KINDS = ("kl", "ce", "kl+ce")
 
@@ -42,14 +43,15 @@ def test_loss_and_gradients_are_those_of_all_tokens_at_once(
         torch.testing.assert_close(own.grad, 3 * plain[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_the_likeliest_tokens_and_all_others_as_one_are_nearly_the_whole_divergence() -> None:
+def test_tokens_that_are_kept_of_a_teacher_stand_for_all() -> None:
     generator = torch.Generator().manual_seed(0)
-    teacher, student = (6 * torch.randn(40, 96, generator=generator) for _ in range(2))
-    logs = teacher.log_softmax(-1)
-    exact = divergence(student, Predicted(logs), 1.0)
-    for count, tolerance in ((96, 1e-6), (24, 0.01)):
-        likeliest = logs.topk(count)
-        others = logs.scatter(-1, likeliest.indices, -torch.inf).logsumexp(-1)
-        kept = Predicted(likeliest.values, likeliest.indices, others if count < 96 else None)
-        found = divergence(student, kept, 1.0)
-        assert exact * (1 - tolerance) <= found <= exact * 1.000001
+    teacher = 3 * torch.randn(4000, 200, generator=generator)
+    student = teacher + torch.randn(4000, 200, generator=generator)
+    exact = divergence(student, Predicted(teacher.log_softmax(-1)), 1.0)
+    logs = torch.empty(1, 4000, LIKELIEST + 1 + DRAWN, dtype=torch.float16)
+    tokens = torch.empty(1, 4000, LIKELIEST + DRAWN, dtype=torch.int32)
+    kept = StreamedTeacher(logs, tokens, LIKELIEST)
+    kept.keep(0, slice(None), teacher.log_softmax(-1), generator)
+    goal = kept.goal(torch.zeros(1, 4001), torch.zeros(1, dtype=torch.long))
+    assert divergence(student, goal.at(slice(None)), 1.0) == pytest.approx(float(exact), rel=0.005)
+    assert abs(float(divergence(teacher, goal.at(slice(None)), 1.0)) / float(exact)) < 0.002

@@ -23,33 +23,57 @@ from llmprune_cli.run.states import allocate
 
 RECORD = "teacher.json"  # written last: what the other files hold
 LOGS, TOKENS = "log-probabilities.bin", "tokens.bin"
-LIKELIEST = 128  # tokens that are kept of each prediction
+LEAST = -60000.0  # a log-probability that float16 holds
+LIKELIEST = 64  # tokens that are kept of each prediction,
+DRAWN = 64  # and how many are drawn from all others, by their probabilities, to stand for them (arXiv 2503.16870)
 
 
 @dataclass(frozen=True)
 class StreamedTeacher:
     """What a teacher predicted on some windows, in files that are mapped into memory."""
 
-    logs: torch.Tensor  # log-probabilities of its likeliest tokens, the last that of all others, float16 [N, T−1, K+1]
-    tokens: torch.Tensor  # ids of the likeliest, int32 [N, T−1, K]
-    knows_all: bool  # whether there are no others
+    logs: torch.Tensor  # log-probabilities of K likeliest tokens, of all others, of S of these, float16 [N, T−1, K+1+S]
+    tokens: torch.Tensor  # ids of the likeliest and of those that were drawn, int32 [N, T−1, K+S]
+    likeliest: int  # K
 
     def goal(self, windows: torch.Tensor, numbers: torch.Tensor) -> Goal:
         """What it predicted on the windows with these numbers, [B]."""
-        rows = numbers.cpu()
-        logs = self.logs[rows].to(windows.device).float().flatten(0, 1).log_softmax(-1)  # what rounding left
-        return _StreamedGoal(logs, self.tokens[rows].to(windows.device).long().flatten(0, 1), self.knows_all)
+        rows, place = numbers.cpu(), windows.device
+        logs = self.logs[rows].to(place).float().flatten(0, 1)
+        return _StreamedGoal(logs, self.tokens[rows].to(place).long().flatten(0, 1), self.likeliest)
+
+    def keep(self, number: int, places: slice, logs: torch.Tensor, generator: torch.Generator) -> None:
+        """Keep what it predicts at some places of a window.
+
+        Args:
+            logs: log-probabilities of all tokens, float32 [n, V].
+        """
+        likeliest = logs.topk(self.likeliest)
+        others = logs.scatter(-1, likeliest.indices, -torch.inf)
+        count = self.tokens.shape[-1] - self.likeliest
+        drawn = likeliest.indices[:, :0]
+        if count:
+            chances = others.softmax(-1).nan_to_num(1.0)  # where nothing is left for others, any of them counts nothing
+            drawn = torch.multinomial(chances.cpu(), count, replacement=True, generator=generator).to(logs.device)
+        tokens = torch.cat([likeliest.indices, drawn], -1)
+        kept = [likeliest.values, others.logsumexp(-1, keepdim=True), logs.gather(-1, drawn)]
+        self.logs[number, places] = torch.cat(kept, -1).clamp_min(LEAST).cpu().to(torch.float16)
+        self.tokens[number, places] = tokens.cpu().to(torch.int32)
 
 
 @dataclass(frozen=True)
 class _StreamedGoal:
-    logs: torch.Tensor  # [n, K+1]
-    tokens: torch.Tensor  # [n, K]
-    knows_all: bool
+    logs: torch.Tensor  # [n, K+1+S]
+    tokens: torch.Tensor  # [n, K+S]
+    likeliest: int
 
     def at(self, places: slice) -> Predicted:
-        logs = self.logs[places]
-        return Predicted(logs[:, :-1], self.tokens[places], None if self.knows_all else logs[:, -1])
+        known = self.logs[places, : self.likeliest + 1].log_softmax(-1)  # what rounding left
+        drawn = self.logs[places, self.likeliest + 1 :]
+        logs = torch.cat([known[:, :-1], drawn], -1)
+        each = known[:, -1:].exp() / max(1, drawn.shape[-1])
+        weights = torch.cat([known[:, :-1].exp(), each.expand(drawn.shape)], -1)
+        return Predicted(logs, self.tokens[places], weights)
 
 
 def cache_key(model: LayeredModel, windows: torch.Tensor, temperature: float) -> dict[str, Any]:
@@ -59,7 +83,7 @@ def cache_key(model: LayeredModel, windows: torch.Tensor, temperature: float) ->
         **identity,
         "text": text_identity(windows),
         "temperature": temperature,
-        "likeliest tokens": LIKELIEST,
+        "tokens kept": [LIKELIEST, DRAWN],
         "compute dtype": str(model.compute),
         "versions": versions(),
     }
@@ -103,7 +127,7 @@ def stream_teacher(
         for file in files:
             if not file.path.is_file() or file.path.stat().st_size != file.size_bytes:
                 raise CheckpointError(f"{file.path} is damaged. Remove {folder}, and the teacher runs again.")
-        return _mapped(files, model, is_new=False)
+        return _mapped(files, is_new=False)
     check_room(model, windows, folder)
     try:
         for file in files:
@@ -111,7 +135,7 @@ def stream_teacher(
                 allocate(opened.fileno(), file.size_bytes)
     except OSError as error:
         raise OutputError(f"{folder} cannot be written: {error.strerror}. Choose another --teacher-cache.") from error
-    teacher = _mapped(files, model, is_new=True)
+    teacher = _mapped(files, is_new=True)
     with torch.inference_mode():
         _fill(teacher, model, windows, temperature, folder, listener)
     replace_file(record, [json.dumps(key).encode()])
@@ -129,15 +153,12 @@ def _fill(
     listener.stage("Running the teacher", model.layers)
     for states, items in model.walk(windows, folder=folder):  # noqa: B007 - those behind the last layer are wanted
         listener.advance(1)
+    generator = torch.Generator().manual_seed(0)
     ends = model.load_ends(exact=True, compute=model.compute)
     listener.stage("Keeping what it predicts", len(windows))
     for number, places, _ in predicted(ends, windows):
         logs = functional.log_softmax(ends.logits(states[number : number + 1, places], items)[0] / temperature, -1)
-        likeliest = logs.topk(teacher.tokens.shape[-1])
-        teacher.logs[number, places, :-1] = likeliest.values.cpu().to(torch.float16)
-        teacher.tokens[number, places] = likeliest.indices.cpu().to(torch.int32)
-        others = logs.scatter(-1, likeliest.indices, -torch.inf).logsumexp(-1)
-        teacher.logs[number, places, -1] = others.cpu().to(torch.float16)
+        teacher.keep(number, places, logs, generator)
         if places.start == 0:
             listener.advance(1)
 
@@ -158,19 +179,17 @@ class _File:
 
 def _files(model: LayeredModel, windows: torch.Tensor, folder: Path) -> tuple[_File, _File]:
     """Where log-probabilities and tokens are kept, see `StreamedTeacher`."""
-    (count, length), likeliest = windows.shape, min(LIKELIEST, _vocabulary(model))
-    logs = _File(folder / LOGS, (count, length - 1, likeliest + 1), torch.float16)
-    return logs, _File(folder / TOKENS, (count, length - 1, likeliest), torch.int32)
+    (count, length), vocabulary = windows.shape, int(model.architecture.config.get_text_config().vocab_size)
+    likeliest = min(LIKELIEST, vocabulary)
+    kept = likeliest + (DRAWN if likeliest < vocabulary else 0)
+    logs = _File(folder / LOGS, (count, length - 1, kept + 1), torch.float16)
+    return logs, _File(folder / TOKENS, (count, length - 1, kept), torch.int32)
 
 
-def _mapped(files: tuple[_File, _File], model: LayeredModel, is_new: bool) -> StreamedTeacher:
+def _mapped(files: tuple[_File, _File], is_new: bool) -> StreamedTeacher:
     """Tensors that lie in the files; what is written to them is kept where these are new."""
     logs, tokens = (
         torch.from_file(str(own.path), shared=is_new, size=math.prod(own.shape), dtype=own.dtype).view(*own.shape)
         for own in files
     )
-    return StreamedTeacher(logs, tokens, tokens.shape[-1] == _vocabulary(model))
-
-
-def _vocabulary(model: LayeredModel) -> int:
-    return int(model.architecture.config.get_text_config().vocab_size)
+    return StreamedTeacher(logs, tokens, min(LIKELIEST, tokens.shape[-1]))
