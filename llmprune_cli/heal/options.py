@@ -45,7 +45,12 @@ class Healing:
     ] = "1M"
     text: Annotated[
         str | None,
-        Option("Text to train on, as --dataset.", METHOD, left_out="wikitext2, or python-docs", is_common=True),
+        Option(
+            "Text to train on: python-docs, a file, a folder or a hub dataset.",
+            METHOD,
+            left_out="wikitext2, or python-docs",
+            is_common=True,
+        ),
     ] = None
     text_split: Annotated[str, Option("Split of that dataset.", METHOD)] = "validation"
     seq_len: Annotated[int, Option("Tokens in a window.", METHOD, least=2)] = 512
@@ -57,7 +62,12 @@ class Healing:
     ] = 1.0
     learning_rate: Annotated[
         float | None,
-        Option("Largest learning rate of AdamW.", METHOD, left_out="by the model's size", check=check_positive),
+        Option(
+            "Largest learning rate of AdamW.",
+            METHOD,
+            left_out="by the model's size and the number of steps",
+            check=check_positive,
+        ),
     ] = None
     batch_tokens: Annotated[
         int | None, Option("Tokens in a step of the optimizer.", METHOD, least=2, left_out="by the number of tokens")
