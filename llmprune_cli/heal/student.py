@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from llmprune_cli.errors import MissingPackageError, UnsupportedError
-from llmprune_cli.family.skeleton import on_disk
+from llmprune_cli.family.skeleton import build_skeleton, on_disk
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.tensors import split_name
 from llmprune_cli.heal.options import Healing
@@ -118,5 +118,8 @@ def _adapted(model: PreTrainedModel, names: set[str], rank: int) -> TrainedModel
 
 
 def stored_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """All tensors of a model as on disk, tied ones once."""
-    return on_disk(model, {name: tensor.detach() for name, tensor in model.state_dict().items()})
+    """All tensors of a model as on disk, tied ones once, under their names of today, wherever it was loaded from."""
+    skeleton = build_skeleton(
+        model.config
+    )  # a loaded one would give tensors back the names that they were stored under
+    return on_disk(skeleton, {name: tensor.detach() for name, tensor in model.state_dict().items()})

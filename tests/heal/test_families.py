@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from support.families import FAMILIES, SIZES, TRIED, model_type
 from support.full import examples
@@ -26,3 +27,17 @@ def test_a_few_steps_bring_it_nearer_to_its_teacher(
     load_stock(tmp_path / "healed")
     before, after = written_tensors(student), written_tensors(tmp_path / "healed")
     assert {name: own.shape for name, own in before.items()} == {name: own.shape for name, own in after.items()}
+
+
+def test_a_model_with_older_names_is_written_with_those_of_today(
+    tiny_of: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    settings = {**SIZES, **FAMILIES["gpt2"], "initializer_range": 0.05}
+    student = save_tiny(tmp_path / "student", "gpt2", shard="1GB", **settings)
+    today = load_file(student / "model.safetensors")
+    older = {name.removeprefix("transformer."): tensor for name, tensor in today.items()}
+    save_file(older, student / "model.safetensors", metadata={"format": "pt"})
+    options = ("--teacher", tiny_of("gpt2"), "--tokens", "256", "--batch-tokens", "64")
+    recover(student, text_file, tmp_path / "healed", *options)
+    load_stock(tmp_path / "healed")
+    assert written_tensors(tmp_path / "healed").keys() == today.keys() != older.keys()
