@@ -11,7 +11,7 @@ MINUTES ?= 10
 
 BASE ?= HEAD~1
 
-.PHONY: demo matrix schemas golden test test-all check lint fix fuzz faults bench bench-8b bench-calibrated bench-exports bench-memory bench-processes bench-quality bench-start check-consumers check-gpu check-ranges check-runtimes clean
+.PHONY: demo matrix schemas golden test test-all check lint fix fuzz faults bench bench-8b bench-calibrated bench-exports bench-memory bench-processes bench-quality bench-recover bench-start check-consumers check-gpu check-ranges check-runtimes clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -92,13 +92,16 @@ bench-calibrated: $(OPTIPFAIR)  ## what a calibrated prune costs, beside a plain
 bench-quality: $(OPTIPFAIR)  ## compare what pruned models are still worth, with other methods at equal size
 	$(BIN)/python tests/tools/bench/quality.py
 
+bench-recover: $(INSTALLED)  ## what healing makes of a pruned model, beside a plain loop with the teacher in memory
+	$(BIN)/python tests/tools/bench/recover.py
+
 $(OLDER)/.installed:
 	$(PYTHON) -m venv $(OLDER)
 	$(OLDER)/bin/pip install --quiet --disable-pip-version-check transformers==4.57.6 torch safetensors
 	touch $@
 
 check-consumers: $(CONSUMERS) $(OLDER)/.installed  ## run pruned folders through lm-eval, peft, mlx-lm and transformers 4
-	LLMPRUNE_OLDER_PYTHON=$(CURDIR)/$(OLDER)/bin/python $(BIN)/python -m pytest tests/end_to_end/models/test_consumers.py tests/end_to_end/models/test_older_transformers.py
+	LLMPRUNE_OLDER_PYTHON=$(CURDIR)/$(OLDER)/bin/python $(BIN)/python -m pytest tests/end_to_end/models/test_consumers.py tests/end_to_end/models/test_older_transformers.py tests/heal/test_recover.py
 
 check-gpu: $(INSTALLED)  ## the calibrated path on a CUDA device; skipped, with the reason, where there is none
 	$(BIN)/python -m pytest -n0 -rs tests/end_to_end/test_gpu.py
@@ -127,4 +130,4 @@ check-ranges:  ## run the core suite on the lowest versions that pyproject.toml 
 	$(VENV)-lowest/bin/python -m pytest -n auto --dist worksteal -W default
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(OLDER) demo-output bench-quality-output
+	rm -rf $(VENV) $(VENV)-lowest $(OLDER) demo-output bench-quality-output bench-recover-output

@@ -95,7 +95,8 @@ def memory_explained() -> Iterator[None]:
             raise
         raise ResourceError(
             f"Memory ran out: {first_line(shortage)}. `eval` needs less with a smaller --max-seq-len or --batch-size, "
-            "`prune` with fewer --calibration-tokens or with --offload-dir; --device names another one."
+            "`prune` with fewer --calibration-tokens or with --offload-dir, `recover` with --lora or --train, "
+            "--gradient-checkpointing, --teacher-mode streamed or smaller --batch-tokens; --device names another one."
         ) from error
 
 

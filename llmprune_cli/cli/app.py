@@ -12,9 +12,10 @@ from llmprune_cli.cli.evaluate import eval_command
 from llmprune_cli.cli.export import export_command
 from llmprune_cli.cli.inspect import inspect_command
 from llmprune_cli.cli.prune import prune_command
+from llmprune_cli.cli.recover import recover_command
 from llmprune_cli.processes import is_first
 
-SHARED_COMMANDS = ("prune", "eval")  # in whose work all processes of a run take part
+SHARED_COMMANDS = ("prune", "recover", "eval")  # in whose work all processes of a run take part
 
 app = typer.Typer(
     name="llmprune",
@@ -71,6 +72,11 @@ PRUNED = _examples(
     "prune meta-llama/Llama-3.1-8B --mlp 25% --calibration chat.jsonl -o leaner",
     "prune meta-llama/Llama-3.1-8B --target 4GiB --dry-run",
 )
+RECOVERED = _examples(
+    "recover pruned --tokens 1M -o healed",
+    "recover pruned --teacher meta-llama/Llama-3.1-8B --text chat.jsonl -o healed",
+    "recover pruned --lora 16 --teacher-mode streamed -o healed",
+)
 EVALUATED = _examples(
     "eval meta-llama/Llama-3.1-8B pruned --limit 20", "eval pruned --dataset own.txt", "eval a b c --max-seq-len 2048"
 )
@@ -81,6 +87,7 @@ EXPORTED = _examples(
 )
 app.command("inspect", epilog=INSPECTED)(inspect_command)
 app.command("prune", epilog=PRUNED)(prune_command)
+app.command("recover", epilog=RECOVERED)(recover_command)
 app.command("eval", epilog=EVALUATED)(eval_command)
 app.command("export", epilog=EXPORTED)(export_command)
 

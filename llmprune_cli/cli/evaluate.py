@@ -10,8 +10,8 @@ import typer
 from rich.table import Table
 
 from llmprune_cli.cli.parameters import COMMON, AsJson, Quiet, Verbose, takes
-from llmprune_cli.cli.progress import progress_on_stderr
-from llmprune_cli.cli.tables import NARROW, count_text, folded, new_console, number_text, print_json, size_text
+from llmprune_cli.cli.screen.progress import progress_on_stderr
+from llmprune_cli.cli.screen.tables import NARROW, count_text, folded, new_console, number_text, print_json, size_text
 from llmprune_cli.commands.requests import check_eval
 from llmprune_cli.options import Evaluation, ModelReference
 from llmprune_cli.startup.loading import loading

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmprune_cli.cli.parameters import COMMON, AsJson, Quiet, takes
-from llmprune_cli.cli.tables import new_console, print_json, size_text
+from llmprune_cli.cli.screen.tables import new_console, print_json, size_text
 from llmprune_cli.commands.requests import check_export
 from llmprune_cli.options import OUTPUT, Conversion, ModelReference
 from llmprune_cli.startup.loading import loading
@@ -34,7 +34,7 @@ def export_command(
     """Write a checkpoint in another format, dtype or shard size, and prove it in the runtime that reads it."""
     check_export(model, output, overwrite)
     with loading():
-        from llmprune_cli.cli.progress import progress_on_stderr
+        from llmprune_cli.cli.screen.progress import progress_on_stderr
         from llmprune_cli.commands.export import export
 
     with progress_on_stderr(quiet) as listener:

@@ -10,8 +10,8 @@ import typer
 from rich.table import Table
 
 from llmprune_cli.cli.parameters import COMMON, AsJson, takes
-from llmprune_cli.cli.progress import progress_on_stderr
-from llmprune_cli.cli.tables import (
+from llmprune_cli.cli.screen.progress import progress_on_stderr
+from llmprune_cli.cli.screen.tables import (
     NARROW,
     WIDTH_LABELS,
     count_text,

@@ -26,6 +26,16 @@ Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Show no progress, only warnings and results.", rich_help_panel=OUTPUT)
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show all tables.", rich_help_panel=OUTPUT)]
+Detail = Annotated[  # the two above as one
+    bool | None,
+    typer.Option(
+        "--verbose/--quiet",
+        "-v/-q",
+        help="Show all tables; or no progress, only warnings and results.",
+        rich_help_panel=OUTPUT,
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel=OUTPUT)]
 
 

@@ -15,9 +15,10 @@ from rich.table import Table
 
 from llmprune_cli.cli.evaluate import print_eval
 from llmprune_cli.cli.inspect import modules_table
-from llmprune_cli.cli.parameters import COMMON, AsJson, Quiet, Verbose, takes
-from llmprune_cli.cli.progress import in_words, progress_on_stderr
-from llmprune_cli.cli.tables import (
+from llmprune_cli.cli.parameters import COMMON, AsJson, Detail, takes
+from llmprune_cli.cli.recover import print_recovery
+from llmprune_cli.cli.screen.progress import in_words, progress_on_stderr
+from llmprune_cli.cli.screen.tables import (
     NARROW,
     WIDTH_LABELS,
     count_text,
@@ -56,6 +57,11 @@ CARD_ROWS = 40  # layers of a deeper model share rows
 Evaluate = Annotated[bool, typer.Option("--eval", help="Perplexity before and after.", rich_help_panel=COMMON)]
 
 
+Recover = Annotated[
+    str | None, typer.Option(help="Tokens to heal it on afterwards, such as 1M.", rich_help_panel=COMMON)
+]
+
+
 @takes()
 def prune_command(
     model: ModelReference,
@@ -65,24 +71,26 @@ def prune_command(
     scratch: Scratch,
     evaluation: Evaluation,
     evaluate: Evaluate = False,
+    recover: Recover = None,
     as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    detail: Detail = None,
 ) -> None:
     """Remove channels, heads, neurons, experts and layers, and write a smaller checkpoint."""
-    request = PruneRequest(model, choice, text, delivery, scratch, evaluation if evaluate else None)
+    judged = evaluation if evaluate else None
+    request = PruneRequest(model, choice, text, delivery, scratch, judged, recover)
     check_prune(request)
     with loading():
         from llmprune_cli.commands.prune import prune
+        from llmprune_cli.commands.recover import prune_and_recover
 
-    with progress_on_stderr(quiet) as listener:
-        result = prune(request, listener)
+    with progress_on_stderr(detail is False) as listener:
+        result = (prune if recover is None else prune_and_recover)(request, listener)
     if result is None:
         return
     if as_json:
         print_json(result)
     else:
-        print_prune(result, request, verbose)
+        print_prune(result, request, bool(detail))
 
 
 def _going_on(result: PruneResult, request: PruneRequest) -> str:
@@ -130,6 +138,8 @@ def print_prune(result: PruneResult, request: PruneRequest, is_verbose: bool = F
     console.print(_summary(result))
     for line in _what_went(result):
         console.print(line, highlight=False)
+    if result.recovery:
+        print_recovery(result.recovery)
     if result.output:
         console.print(f"Wrote [bold]{result.output}[/bold] in {in_words(result.seconds)}. Next:", highlight=False)
     elif result.evaluation:
@@ -202,6 +212,8 @@ def _next(result: PruneResult, request: PruneRequest) -> Iterator[str]:
         return
     output, model = shlex.quote(result.output), shlex.quote(result.model)
     yield f"llmprune eval {output} --compare {model}"
+    if result.recovery is None:
+        yield f"llmprune recover {output} --tokens 1M --output {shlex.quote(result.output + '-healed')}"
     yield f"llmprune export {output} --format gguf --dtype q8_0 --output {shlex.quote(result.output + '-gguf')}"
     yield f"hf upload YOUR_NAME/{shlex.quote(Path(result.output).name)} {output} --private"
 

@@ -18,10 +18,12 @@ from llmprune_cli.commands import evaluate as evaluating
 from llmprune_cli.commands import export as exporting
 from llmprune_cli.commands import inspect as inspecting
 from llmprune_cli.commands import prune as pruning
+from llmprune_cli.commands import recover as recovering
 from llmprune_cli.commands.recipe import read_recipe
 from llmprune_cli.commands.requests import (
     NamedOption,
     PruneRequest,
+    RecoverRequest,
     check_eval,
     check_prune,
     make,
@@ -29,9 +31,17 @@ from llmprune_cli.commands.requests import (
     refuse_unknown,
 )
 from llmprune_cli.errors import UsageError, memory_explained
+from llmprune_cli.heal.options import Healed, Healing, Teaching
 from llmprune_cli.options import Choice, Conversion, Delivery, Evaluation, ModelReference, Scratch, Text, WidthRequest
 from llmprune_cli.progress import Listener, Told
-from llmprune_cli.report.results import EvalReport, ExportResult, InspectResult, PruneResult, VerifyResult
+from llmprune_cli.report.results import (
+    EvalReport,
+    ExportResult,
+    InspectResult,
+    PruneResult,
+    RecoverResult,
+    VerifyResult,
+)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -91,6 +101,7 @@ def prune(
     model: str | Path | None = None,
     *,
     evaluate: bool | None = None,
+    recover: str | None = None,
     config: str | Path | None = None,
     progress: Told | None = None,
     **options: Any,
@@ -100,6 +111,7 @@ def prune(
     Args:
         model: folder, `.gguf` file or hub id; a recipe may say it instead.
         evaluate: perplexity before and after.
+        recover: tokens to heal the pruned model on, such as "1M".
         config: a recipe, or a folder that `prune` wrote; arguments beat it.
         progress: told how far it is.
         options: of the command, by name.
@@ -111,13 +123,46 @@ def prune(
         LlmpruneError: see there; `UsageError` where options are wrong.
     """
     kinds = (ModelReference, Choice, Text, Delivery, Scratch, Evaluation)
-    name, given = _gather("prune", model, config, options, kinds, (), ("evaluate",))
+    name, given = _gather("prune", model, config, options, kinds, (), ("evaluate", "recover"))
     judged = given.pop("evaluate", False) if evaluate is None else evaluate
+    tokens = given.pop("recover", None) if recover is None else recover
     choice, text, delivery, scratch, evaluation = (make(kind, given) for kind in kinds[1:])
-    request = PruneRequest(_reference(name, given), choice, text, delivery, scratch, evaluation if judged else None)
+    judge = evaluation if judged else None
+    request = PruneRequest(_reference(name, given), choice, text, delivery, scratch, judge, tokens)
     check_prune(request)
+    run = pruning.prune if tokens is None else recovering.prune_and_recover
     with _at_work():
-        return pruning.prune(request, Listener(progress))
+        return run(request, Listener(progress))
+
+
+@_takes(ModelReference, Healing, Teaching, Healed, without=("dtype",))
+def recover(
+    model: str | Path | None = None,
+    *,
+    config: str | Path | None = None,
+    progress: Told | None = None,
+    **options: Any,
+) -> RecoverResult | None:
+    """Heal a pruned model: train it to predict what the unpruned one predicts.
+
+    Args:
+        model: folder that `prune` wrote; a recipe may say it instead.
+        config: a recipe; arguments beat it.
+        progress: told how far it is.
+        options: of the command, by name.
+
+    Returns:
+        What `--json` prints; None in all but the first of several processes.
+
+    Raises:
+        LlmpruneError: see there; `UsageError` where options are wrong.
+    """
+    kinds = (ModelReference, Healing, Teaching, Healed)
+    name, given = _gather("recover", model, config, options, kinds, ("dtype",))
+    healing, teaching, delivery = (make(kind, given) for kind in kinds[1:])
+    request = RecoverRequest(_reference(name, given), healing, teaching, delivery)
+    with _at_work():
+        return recovering.recover(request, Listener(progress))
 
 
 @_takes(ModelReference, Evaluation)

@@ -19,7 +19,7 @@ from llmprune_cli.options import Choice, Delivery, ModelReference, Text
 from llmprune_cli.run.calibration import CalibrationText
 
 MOST_BYTES = 2**20
-COMMAND, MODEL = "command", "model"
+COMMAND, MODEL, RECOVER = "command", "model", "recover"
 # What a recipe does not hold: where results go, how far a run is, and whom the user trusts.
 ELSEWHERE = {"output", "overwrite", "dry_run", "save_plan", "save_config", "report", "trust_remote_code"}
 
@@ -40,7 +40,7 @@ def recipe_of(request: PruneRequest, choice: Choice, text: CalibrationText | Non
         for name, value in _given(part).items():
             if name not in ELSEWHERE:
                 found[name] = value
-    return found
+    return found | ({RECOVER: request.recover} if request.recover is not None else {})
 
 
 def _given(part: ModelReference | Choice | Text | Delivery) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _of_manifest(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         raise UsageError(f"{path} was written without a recipe, so that it cannot be repeated.")
     known = {own.name for kind in (ModelReference, Choice, Text, Delivery) for own in options_of(kind)} - ELSEWHERE
-    refuse_unknown(recipe.keys() - {COMMAND, MODEL}, known, f"The recipe in {path}")
+    refuse_unknown(recipe.keys() - {COMMAND, MODEL, RECOVER}, known, f"The recipe in {path}")
     return dict(recipe)
 
 

@@ -11,6 +11,8 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from llmprune_cli.choose import IMPORTANCES, LAYER_IMPORTANCES, needs_text, reads_text
 from llmprune_cli.errors import UsageError
 from llmprune_cli.formats import FORMATS
+from llmprune_cli.heal import LOSSES, TEACHER_MODES, TRAINED
+from llmprune_cli.heal.options import Healed, Healing, Teaching
 from llmprune_cli.options import (
     ROTATES,
     Choice,
@@ -32,6 +34,10 @@ CHOICES: dict[tuple[type, str], tuple[str, ...]] = {
     (Choice, "layer_importance"): tuple(LAYER_IMPORTANCES),
     (Choice, "refit"): tuple(REFITS),
     (Choice, "compute_dtype"): ("auto", *DTYPES),
+    (Healing, "loss"): LOSSES,
+    (Healing, "train"): TRAINED,
+    (Healing, "compute_dtype"): ("auto", "float32", "bfloat16"),
+    (Teaching, "teacher_mode"): TEACHER_MODES,
     (ModelReference, "dtype"): DTYPES,
     (Conversion, "format"): tuple(FORMATS),
 }
@@ -47,6 +53,7 @@ class PruneRequest:
     delivery: Delivery = field(default_factory=Delivery)
     scratch: Scratch = field(default_factory=Scratch)
     evaluation: Evaluation | None = None  # None: nothing is evaluated
+    recover: str | None = None  # tokens to heal on afterwards; None: nothing is trained
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself, or would do nothing."""
@@ -65,10 +72,35 @@ class PruneRequest:
                 "--report draws what calibration measures on a pruned model: give --output or --eval, and a --refit or "
                 "an --importance that reads text."
             )
+        self._check_recover()
         folders = (("--statistics", scratch.statistics), ("--offload-dir", scratch.offload_dir))
         for name, value in (*folders, ("--resume", scratch.resume)):
             if value and not self.needs_text:
                 raise UsageError(f"{name} is for runs that calibrate; give another --importance or --refit.")
+
+    def _check_recover(self) -> None:
+        if self.recover is None:
+            return
+        if self.delivery.output is None or self.delivery.dry_run:
+            raise UsageError("--recover heals a model that is written; give its --output, and no --dry-run.")
+        if self.scratch.resume:
+            raise UsageError("--resume goes on with one command; run prune, and then recover, which has its own.")
+        try:
+            _ = self.healing.token_count
+        except UsageError as error:
+            raise UsageError(f"--recover: {error}") from None
+
+    @property
+    def healing(self) -> Healing:
+        """How the pruned model is healed: on the text that it was calibrated on."""
+        text = self.text
+        return Healing(
+            tokens=self.recover or "0",
+            text=text.calibration,
+            text_split=text.calibration_split,
+            seq_len=text.calibration_seq_len,
+            seed=self.choice.seed,
+        )
 
     def _check_what_goes(self) -> None:
         widths, plan = self.choice.widths, self.delivery.plan
@@ -154,6 +186,34 @@ def check_export(model: ModelReference, output: Path, overwrite: bool) -> None:
     check_model(model, needs_weights=True)
     source = Path(model.name)
     check_output(output, overwrite, source if source.exists() else None)
+
+
+@dataclass(frozen=True)
+class RecoverRequest:
+    """What `recover` takes."""
+
+    model: ModelReference
+    healing: Healing = field(default_factory=Healing)
+    teaching: Teaching = field(default_factory=Teaching)
+    delivery: Healed = field(default_factory=Healed)
+
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself, or would do nothing."""
+        if self.delivery.output is None:
+            raise UsageError("give --output DIR.")
+        if self.teaching.teacher_cache is not None and self.teaching.teacher_mode == "resident":
+            raise UsageError("--teacher-cache is for a streamed teacher; leave out --teacher-mode resident.")
+        if self.model.device.startswith("cuda:"):
+            raise UsageError(
+                f"training takes the first GPU that it sees; set CUDA_VISIBLE_DEVICES to choose one, "
+                f"and leave out --device {self.model.device}."
+            )
+
+    @property
+    def output(self) -> Path:
+        """The folder to write."""
+        assert self.delivery.output is not None
+        return self.delivery.output
 
 
 # --- options by name ------------------------------------------------------------------------------------------------

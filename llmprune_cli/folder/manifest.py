@@ -59,6 +59,7 @@ class Manifest:
     renamed_tensors: dict[str, str] | None = None  # stored name and name today
     recipe: dict[str, Any] | None = None  # the command and its options, to run it again
     calibration: dict[str, Any] | None = None  # how pruned and dense model compare on text
+    healing: dict[str, Any] | None = None  # how it was trained after pruning, and what came of it
     files: dict[str, FileRecord] | None = None  # by their paths within the folder
     export: dict[str, Any] | None = None  # the format that it was exported to, and how that compares
     other: dict[str, Any] = field(default_factory=dict)  # fields that are unknown here

@@ -24,7 +24,7 @@ from llmprune_cli.processes import ALONE, Processes
 from llmprune_cli.progress import LOGGER
 
 RUN, LAYER, STATISTICS = "run.json", "layer.json", "statistics"
-STARTED = ("judged-*", "choice*", LAYER)  # what makes it worth going on
+STARTED = ("judged-*", "choice*", LAYER, "checkpoint-*", "teacher/teacher.json")  # what makes it worth going on
 
 Value = TypeVar("Value")
 
@@ -195,7 +195,7 @@ def _begin(folder: Path, key: dict[str, Any], resume: bool) -> None:
 
 
 def _is_worth_keeping(folder: Path) -> bool:
-    """Whether a candidate was judged, units were chosen or a layer was refitted."""
+    """Whether a candidate was judged, units were chosen, a layer was refitted, or a teacher or a student ran."""
     return any(next(folder.glob(pattern), None) is not None for pattern in STARTED)
 
 

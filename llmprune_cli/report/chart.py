@@ -1,4 +1,4 @@
-"""A chart of the report card: how far each layer is from what it did, before and after its refit."""
+"""Charts: how far each layer is from what it did before and after its refit, and how healing went."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmprune_cli.errors import OutputError, UnsupportedError
 from llmprune_cli.folder.documents import replace_file
 
 if TYPE_CHECKING:
-    from llmprune_cli.report.results import CalibrationResult, LayerResult, PruneResult
+    from llmprune_cli.report.results import CalibrationResult, LayerResult, PruneResult, RecoverResult
 
 INCHES = (8.0, 24.0)  # least and largest width
 INCHES_PER_LAYER = 0.22
@@ -50,7 +50,6 @@ def draw_chart(result: PruneResult, card: CalibrationResult, path: Path) -> None
     Raises:
         OutputError: the file cannot be written.
     """
-    import matplotlib
     from matplotlib.figure import Figure
 
     refitted = [row for row in card.layers if row.removal_error is not None and row.refit_error is not None]
@@ -61,6 +60,39 @@ def draw_chart(result: PruneResult, card: CalibrationResult, path: Path) -> None
         _draw_repairs(panels[0], refitted)
     _draw_stream(panels[-1], result, card)
     figure.suptitle(_title(result, card), fontsize=10)
+    _save(figure, path)
+
+
+def draw_curve(result: RecoverResult, path: Path) -> None:
+    """Draw how held-out text gained by training into a .png or .svg file.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(INCHES[0], 4.0), layout="constrained")
+    axes: Any = figure.subplots()
+    places = [(0, result.before.kl), *((judged.tokens, judged.held_out.kl) for judged in result.curve)]
+    axes.plot(*zip(*places, strict=True), "o-", color=COLOURS["refit"])
+    axes.axvline(result.best_tokens, color="0.8", zorder=0)
+    axes.set_xlabel("tokens of training text; the line shows where what was written stood")
+    axes.set_ylabel("KL divergence from the teacher, nats\n(held-out text)")
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    before, after = result.before, result.after
+    figure.suptitle(
+        f"{_shown(result.model)}, healed\n"
+        f"perplexity {before.perplexity:,.4g} → {after.perplexity:,.4g}, "
+        f"KL divergence {before.kl:.3f} → {after.kl:.3f} nats on {result.held_out_tokens:,} held-out tokens",
+        fontsize=10,
+    )
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    import matplotlib
+
     plain: Any = {"svg.hashsalt": "llmprune", "svg.fonttype": "none"}  # equal bytes every time, and text that is text
     kind, drawn = path.suffix[1:].lower(), io.BytesIO()
     with matplotlib.rc_context(plain):
@@ -101,11 +133,15 @@ def _finish(axes: Any) -> None:
 
 
 def _title(result: PruneResult, card: CalibrationResult) -> str:
-    name = result.model if len(result.model) <= MODEL_CHARACTERS else f"…{result.model[-MODEL_CHARACTERS:]}"
     before, after = result.before.parameters, result.after.parameters
     target = f" (target: {result.target})" if result.target else ""
     return (
-        f"{name}\n{before:,} → {after:,} parameters, {100 * after / before:.1f}%{target}; refit: {result.refit}\n"
+        f"{_shown(result.model)}\n"
+        f"{before:,} → {after:,} parameters, {100 * after / before:.1f}%{target}; refit: {result.refit}\n"
         f"perplexity {card.perplexity_before:,.4g} → {card.perplexity_after:,.4g}, KL divergence {card.kl:.3f} nats "
         f"on {card.held_out_tokens:,} held-out tokens"
     )
+
+
+def _shown(model: str) -> str:
+    return model if len(model) <= MODEL_CHARACTERS else f"…{model[-MODEL_CHARACTERS:]}"

@@ -122,7 +122,19 @@ def _pruning(manifest: Manifest) -> tuple[list[tuple[str, str, str]], str]:
     text = f" on {card['tokens']:,} tokens of {_code(card['origin'])}" if card else ""
     whole, layers = widths.before["num_hidden_layers"], len(manifest.layers)
     kept = f" {layers} of {whole} layers stay." if layers < whole else ""
-    return rows, f"{how}{text}. Nothing was trained.{kept} All of it is in `{MANIFEST_NAME}`."
+    return rows, f"{how}{text}. {_training(manifest)}{kept} All of it is in `{MANIFEST_NAME}`."
+
+
+def _training(manifest: Manifest) -> str:
+    """Whether and how it was trained afterwards."""
+    healing = manifest.healing
+    if healing is None:
+        return "Nothing was trained."
+    return (
+        f"Then it was trained on {healing['tokens']:,} tokens of {_code(healing['origin'])} to predict what "
+        f"{_code(healing['teacher'])} predicts (`{healing['loss']}`), which took the KL divergence on held-out text "
+        f"from {healing['before']['kl']:.3f} to {healing['after']['kl']:.3f} nats."
+    )
 
 
 def _part(checkpoint: Checkpoint) -> str:

@@ -11,6 +11,8 @@ from pydantic import TypeAdapter
 from llmprune_cli.family.widths import Widths
 from llmprune_cli.folder.tensors import Shape, TensorEntry, split_name
 from llmprune_cli.formats.format import Verification
+from llmprune_cli.heal.judging import HeldOut
+from llmprune_cli.heal.training.trainer import Judgement
 from llmprune_cli.report.runtimes import RuntimeFit
 
 SCHEMA_VERSION = 1
@@ -139,6 +141,36 @@ class CandidateResult:
 
 
 @dataclass(frozen=True)
+class RecoverResult:
+    """What `recover` reports."""
+
+    schema_version: int
+    model: str
+    teacher: str
+    teacher_mode: str  # "resident" or "streamed"
+    output: str
+    dataset: str
+    origin: str
+    split: str
+    tokens: int  # that were learned from, each as often as it was
+    batch_tokens: int
+    seq_len: int
+    held_out_tokens: int
+    loss: str
+    learning_rate: float
+    trained_parameters: int
+    steps: int
+    stopped_early: bool  # because held-out text gained no more
+    before: HeldOut
+    after: HeldOut  # of what was written
+    is_better: bool  # whether it lost less of what was learned than before
+    best_tokens: int  # after which the weights that were written stood
+    curve: tuple[Judgement, ...]
+    seconds: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
 class PruneResult:
     """What `prune` reports."""
 
@@ -159,6 +191,7 @@ class PruneResult:
     candidates: tuple[CandidateResult, ...]  # best first; empty where the widths were given
     seconds: float
     calibration: CalibrationResult | None
+    recovery: RecoverResult | None
     evaluation: EvalReport | None
 
 

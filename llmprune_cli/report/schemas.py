@@ -8,13 +8,21 @@ from pydantic import TypeAdapter
 
 from llmprune_cli.folder.manifest import Manifest
 from llmprune_cli.plan.document import PLAN_VERSION, Plan
-from llmprune_cli.report.results import EvalReport, ExportResult, InspectResult, PruneResult, VerifyResult
+from llmprune_cli.report.results import (
+    EvalReport,
+    ExportResult,
+    InspectResult,
+    PruneResult,
+    RecoverResult,
+    VerifyResult,
+)
 
 # Every document that is printed or written, by the name of its schema.
 DOCUMENTS: dict[str, type] = {
     "inspect": InspectResult,
     "inspect-verify": VerifyResult,
     "prune": PruneResult,
+    "recover": RecoverResult,
     "eval": EvalReport,
     "export": ExportResult,
     "plan": Plan,

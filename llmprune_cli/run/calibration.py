@@ -67,8 +67,8 @@ def prepare_calibration(
     for corpus, share in parts:
         windows = cut_windows(corpus, tokenizer, vocabulary, length, None)
         drawn.append(_drawn(corpus, windows, max(1, round(wanted * share)), share, seed, warn))
-    together = _together(options.calibration, [corpus for corpus, _ in parts])
-    return CalibrationText(together, *(_mixed([*own]) for own in zip(*drawn, strict=True)))
+    corpus = together(options.calibration, [corpus for corpus, _ in parts])
+    return CalibrationText(corpus, *(mixed([*own]) for own in zip(*drawn, strict=True)))
 
 
 def _drawn(
@@ -99,7 +99,7 @@ def _drawn(
     return drawn, chosen_by, judged_by
 
 
-def _mixed(windows: list[torch.Tensor]) -> torch.Tensor:
+def mixed(windows: list[torch.Tensor]) -> torch.Tensor:
     """The windows of several texts spread over each other, so that any run of them has something of all."""
     if len(windows) == 1:
         return windows[0]
@@ -107,11 +107,21 @@ def _mixed(windows: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(windows)[places.sort(stable=True).indices]
 
 
-def _together(name: str | None, corpora: list[Corpus]) -> Corpus:
+def together(name: str | None, corpora: list[Corpus]) -> Corpus:
+    """Several texts as one."""
     if len(corpora) == 1:
         return corpora[0]
     texts, origins = ("\n\n".join(c.text for c in corpora), ", ".join(c.origin for c in corpora))
     return Corpus(name or "", texts, origins)
+
+
+def windows_of(
+    parts: list[tuple[Corpus, float]], tokenizer: PreTrainedTokenizerBase, vocabulary: int, length: int
+) -> torch.Tensor:
+    """Windows [N, T] of several texts, of each as large a share as is asked for, and as many as that allows."""
+    cut = [cut_windows(corpus, tokenizer, vocabulary, length, None) for corpus, _ in parts]
+    total = min(len(own) / share for own, (_, share) in zip(cut, parts, strict=True))
+    return mixed([own[: max(1, int(total * share))] for own, (_, share) in zip(cut, parts, strict=True)])
 
 
 def spread_windows(windows: torch.Tensor, tokens: int) -> torch.Tensor:

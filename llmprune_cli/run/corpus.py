@@ -147,7 +147,7 @@ def cut_windows(
     if windows == 0:
         raise CheckpointError(
             f"{corpus.origin} has {len(tokens)} tokens, less than one window of {window_tokens}. "
-            "Give more text, or ask for shorter windows (--max-seq-len, --calibration-seq-len)."
+            "Give more text, or ask for shorter windows (--max-seq-len, --calibration-seq-len, --seq-len)."
         )
     if int(tokens.max()) >= vocabulary:
         raise CheckpointError(

@@ -326,18 +326,22 @@ class LayeredModel:
         return stream
 
     def walk(
-        self, windows: torch.Tensor, advance: Callable[[Layer, torch.Tensor], None] | None = None
+        self,
+        windows: torch.Tensor,
+        advance: Callable[[Layer, torch.Tensor], None] | None = None,
+        folder: Path | None = None,
     ) -> Iterator[tuple[torch.Tensor, int]]:
         """Token ids [N, T] through one layer after the other, none of which is in memory when its result is given.
 
         Args:
             advance: what to call in the place of `Layer.advance`.
+            folder: see `new_states`.
 
         Yields:
             The hidden states behind each layer, float32 [N, T, D], always the same tensor, and how many items layers
             return.
         """
-        stream = self.embed(windows)
+        stream = self.embed(windows, folder)
         for number in range(self.layers):
             layer = self.load_layer(number)
             (advance or Layer.advance)(layer, stream)

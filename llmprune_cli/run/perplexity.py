@@ -18,6 +18,7 @@ import torch
 from accelerate.utils import find_executable_batch_size
 from torch.nn import functional
 
+from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.processes import ALONE, Processes
 from llmprune_cli.run.states import new_states
 
@@ -232,16 +233,30 @@ class _Given:
 def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """Hidden states [B, T, D] to logits [B, T, V] by the model's own forward, so that soft-capping and scales stay.
 
-    For this one call the base model's forward hands out the given hidden states.
+    For this one call the base model's forward hands out the given hidden states, and so does that of a decoder within
+    it, which some families ask instead (OPT).
+
+    Raises:
+        UnsupportedError: the model asks neither.
     """
-    base = model.base_model
-    original = base.forward
-    base.forward = lambda *args, **options: _Given(hidden)
+    asked: list[Any] = []
+
+    def hand_out(*args: Any, **options: Any) -> _Given:
+        asked.append(options)
+        return _Given(hidden)
+
+    parts = [part for part in (model.base_model, getattr(model.base_model, "decoder", None)) if part is not None]
+    originals = [part.forward for part in parts]
     try:
+        for part in parts:
+            part.forward = hand_out
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     finally:
-        base.forward = original
+        for part, original in zip(parts, originals, strict=True):
+            part.forward = original
+    if not asked:
+        raise UnsupportedError(f"{model.config.model_type} forms its logits in a way that is unknown here.")
     return logits
 
 

@@ -35,7 +35,7 @@ def new_states(shape: Sequence[int], folder: Path | None, dtype: torch.dtype = t
     size_bytes = dtype.itemsize * math.prod(shape)
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".llmprune-") as file:
-            _allocate(file.fileno(), size_bytes)
+            allocate(file.fileno(), size_bytes)
             states = torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype)
     except OSError as error:
         raise _no_room(folder, size_bytes, error) from error
@@ -83,7 +83,7 @@ class DenseStates:
                 return
             self._file = tempfile.TemporaryFile(dir=self.folder, prefix=".llmprune-")  # noqa: SIM115
             weakref.finalize(self, self._file.close)
-            _allocate(self._file.fileno(), size_bytes)
+            allocate(self._file.fileno(), size_bytes)
         except OSError as error:
             self._file = None
             if is_needed:
@@ -154,7 +154,7 @@ def _no_room(folder: Path, size_bytes: int, error: OSError) -> OutputError:
     )
 
 
-def _allocate(file: int, size_bytes: int) -> None:
+def allocate(file: int, size_bytes: int) -> None:
     """Give a file its size and, where the system can, the blocks for it: a full disk is an error only here."""
     if hasattr(os, "posix_fallocate") and size_bytes:
         os.posix_fallocate(file, 0, size_bytes)

@@ -99,7 +99,7 @@ def test_a_family_that_does_not_run_in_half_precision_is_run_in_float32(
     assert half.runs()
     model = save_tiny(tmp_path / "half", dtype="bfloat16")
     asked = ("--intermediate-pruning-ratio", "0.5", "--calibration", text_file, *CALIBRATED)
-    monkeypatch.setattr("llmprune_cli.commands.decision.native_dtype", lambda stored, device: stored)
+    monkeypatch.setattr("llmprune_cli.commands.prune.decision.native_dtype", lambda stored, device: stored)
     used = []
     for name in ("runs", "fails"):
         run = run_cli("prune", model, *asked, "--output", tmp_path / name)

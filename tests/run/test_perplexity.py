@@ -38,6 +38,7 @@ def test_a_perplexity_that_overflows_is_null(make_tiny: Callable[..., Path], tex
         ("cohere", {"logit_scale": 3.0}),
         ("granite", {"logits_scaling": 0.25}),
         ("gpt2", {"n_inner": 48}),
+        ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 64}),
         ("mixtral", {"num_local_experts": 3}),
     ],
 )

@@ -28,13 +28,25 @@ LIGHT |= {
     "commands.requests",
     "choose",
     "repair",
+    "heal",
+    "heal.options",
     "formats",
     "cli",
     "startup",
     "startup.loading",
 }
 HEAVY = {"torch", "transformers", "pydantic", "accelerate", "safetensors", "huggingface_hub", "datasets", "yaml"}
-LATE = {"datasets", "matplotlib", "gguf", "onnx", "onnxruntime", "onnxruntime_genai", "xllamacpp", "torch_pruning"}
+LATE = {
+    "datasets",
+    "matplotlib",
+    "gguf",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime_genai",
+    "xllamacpp",
+    "torch_pruning",
+    "peft",
+}
 # The only folders that may name a library.
 HOMES = {
     "typer": {"cli"},
@@ -43,6 +55,7 @@ HOMES = {
     "datasets": {"run"},
     "accelerate": {"run", "processes"},
     "torch_pruning": {"apply"},
+    "peft": {"heal"},
     "xllamacpp": {"formats"},
     "matplotlib": {"report"},
     "filelock": {"folder"},

@@ -18,7 +18,7 @@ from llmprune_cli.apply.second_opinion import hold_against_torch_pruning
 from llmprune_cli.choose import ranks_layers
 from llmprune_cli.choose.selection import Selection, select, target_of
 from llmprune_cli.choose.target_search import Candidate
-from llmprune_cli.commands.decision import Decided, decide, layered, rotate_model, settle
+from llmprune_cli.commands.prune.decision import Decided, decide, layered, rotate_model, settle
 from llmprune_cli.commands.recipe import recipe_of, save_recipe
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.coupling.subject import Subject, understand
@@ -329,6 +329,7 @@ def _report(
         ),
         seconds=seconds,
         calibration=outcome.card,
+        recovery=None,
         evaluation=evaluated,
     )
 

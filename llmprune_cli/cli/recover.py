@@ -1,0 +1,73 @@
+"""`llmprune recover`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from llmprune_cli.cli.parameters import AsJson, Quiet, takes
+from llmprune_cli.cli.screen.tables import new_console, number_text, print_json, size_text
+from llmprune_cli.commands.requests import RecoverRequest
+from llmprune_cli.heal.options import Healed, Healing, Teaching
+from llmprune_cli.options import ModelReference
+from llmprune_cli.startup.loading import loading
+
+if TYPE_CHECKING:
+    from llmprune_cli.heal.judging import HeldOut
+    from llmprune_cli.report.results import RecoverResult
+
+
+@takes("dtype")
+def recover_command(
+    model: ModelReference,
+    healing: Healing,
+    teaching: Teaching,
+    delivery: Healed,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Heal a pruned model: train it to predict what the unpruned one predicts."""
+    request = RecoverRequest(model, healing, teaching, delivery)
+    with loading():
+        from llmprune_cli.cli.screen.progress import progress_on_stderr
+        from llmprune_cli.commands.recover import recover
+
+    with progress_on_stderr(quiet) as listener:
+        result = recover(request, listener)
+    if result is not None:
+        (print_json if as_json else print_recover)(result)
+
+
+def print_recover(result: RecoverResult) -> None:
+    """What `recover` shows."""
+    print_recovery(result)
+    new_console().print(f"Wrote [bold]{result.output}[/bold] in {result.seconds:.1f} s.", highlight=False)
+
+
+def print_recovery(result: RecoverResult) -> None:
+    """How healing went."""
+    console = new_console()
+    table = Table(title=f"Held-out text of {result.dataset} ({result.split})")
+    for label in ("tokens", "KL divergence, nats", "perplexity", "bits per byte"):
+        table.add_column(label, justify="right")
+    table.add_row("0", *_figures(result.before))
+    for judged in result.curve:
+        table.add_row(f"{judged.tokens:,}", *_figures(judged.held_out))
+    table.add_section()
+    table.add_row("written", *_figures(result.after))
+    console.print(table)
+    console.print(
+        f"Trained {result.trained_parameters:,} parameters on {result.tokens:,} tokens of {result.origin} in "
+        f"{result.steps:,} steps ({result.loss}, learning rate {result.learning_rate:g}), with {result.teacher} as its "
+        f"{result.teacher_mode} teacher; {size_text(result.peak_memory_bytes)} at most.",
+        highlight=False,
+    )
+    if result.stopped_early:
+        console.print(f"Stopped early: held-out text gained nothing more after {result.best_tokens:,} tokens.")
+    if not result.is_better:
+        console.print("Note: held-out text gained nothing from it.", style="yellow")
+
+
+def _figures(figures: HeldOut) -> tuple[str, ...]:
+    return f"{figures.kl:.4f}", number_text(figures.perplexity), f"{figures.bits_per_byte:.4f}"

@@ -1,0 +1,177 @@
+"""What is healed, by whom and on what: everything that is known before anything is trained."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from llmprune_cli.commands.prune.decision import layer_device
+from llmprune_cli.commands.requests import RecoverRequest
+from llmprune_cli.coupling.subject import understand
+from llmprune_cli.errors import CheckpointError, OutputError
+from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.folder.manifest import Manifest
+from llmprune_cli.folder.scratch import check_folder
+from llmprune_cli.folder.tensors import BY_NAME, DTYPES
+from llmprune_cli.heal.student import TrainedModel
+from llmprune_cli.heal.teacher import Teacher
+from llmprune_cli.heal.teacher.identity import check_tokenizers
+from llmprune_cli.heal.teacher.resident import ResidentTeacher
+from llmprune_cli.heal.teacher.streamed import stream_teacher
+from llmprune_cli.heal.training.checkpoints import bytes_of
+from llmprune_cli.heal.training.trainer import usual_learning_rate
+from llmprune_cli.heal.training_text import TrainingText, prepare_training
+from llmprune_cli.journal.keys import model_identity, text_identity, versions
+from llmprune_cli.options import ModelReference
+from llmprune_cli.processes import Processes
+from llmprune_cli.progress import Listener
+from llmprune_cli.run.layer import native_dtype
+from llmprune_cli.run.layered_model import LayeredModel
+from llmprune_cli.source.full_model import load_model
+from llmprune_cli.source.opening import open_checkpoint
+from llmprune_cli.source.tokenizer import load_tokenizer
+
+BYTES_PER_WEIGHT = 16  # that is trained: itself, its gradient, and two moments of that, in float32
+MOST_OF_MEMORY = 0.8  # that a resident teacher may take together with the training
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is healed, by whom and on what: known before anything is trained."""
+
+    request: RecoverRequest
+    pruned: Checkpoint
+    manifest: Manifest | None  # of the pruned model
+    teacher: Checkpoint
+    text: TrainingText
+    device: str
+    compute: torch.dtype  # of products
+    processes: Processes
+    listener: Listener
+
+    @property
+    def learning_rate(self) -> float:
+        """The largest one."""
+        usual = usual_learning_rate(self.pruned.parameter_count, self.text.schedule.steps)
+        return self.request.healing.learning_rate or usual
+
+    def key(self) -> dict[str, Any]:
+        """Everything that decides what is written."""
+        sides = (("pruned", self.pruned), ("teacher", self.teacher))
+        identities = {f"{side} {name}": v for side, own in sides for name, v in model_identity(own).items()}
+        return {
+            **identities,
+            "text": text_identity(self.text.windows, self.text.order, self.text.held_out),
+            "schedule": asdict(self.text.schedule),
+            "device": self.device,
+            "compute": str(self.compute),
+            "processes": self.processes.count,
+            "versions": versions(),
+            **asdict(self.request.healing),
+        }
+
+
+def open_teacher(reference: ModelReference, request: RecoverRequest, stack: ExitStack) -> Checkpoint:
+    """The model to learn from.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        return stack.enter_context(open_checkpoint(reference, need_weights=True))
+    except CheckpointError as error:
+        if request.teaching.teacher is not None:
+            raise
+        raise CheckpointError(
+            f"{request.model.name} was made from {reference.name}, which cannot be read: {error} Give --teacher if it "
+            "lies elsewhere."
+        ) from error
+
+
+def prepare(
+    request: RecoverRequest,
+    pruned: Checkpoint,
+    manifest: Manifest | None,
+    teacher: Checkpoint,
+    processes: Processes,
+    listener: Listener,
+) -> Task:
+    """The text, and where and how everything is computed."""
+    tokenizer = load_tokenizer(pruned)
+    check_tokenizers((pruned, tokenizer), (teacher, load_tokenizer(teacher)))
+    settings = pruned.config.get_text_config()
+    longest = getattr(settings, "max_position_embeddings", None)
+    warn = listener.warn if processes.is_first else lambda _: None
+    text = prepare_training(request.healing, tokenizer, settings.vocab_size, longest, processes.count, warn)
+    device = layer_device(request.model.device)
+    device = f"cuda:{processes.local_rank}" if device == "cuda" else device
+    compute = _compute(request, pruned, device)
+    return Task(request, pruned, manifest, teacher, text, device, compute, processes, listener)
+
+
+def _compute(request: RecoverRequest, pruned: Checkpoint, device: str) -> torch.dtype:
+    """The dtype of products; where it was left open, bfloat16 for what is stored in half precision, if it is native."""
+    asked = request.healing.compute_dtype
+    if asked != "auto":
+        return BY_NAME[asked].torch
+    is_half = stored_dtype(pruned).itemsize == 2
+    return native_dtype(torch.bfloat16, torch.device(device)) if is_half else torch.float32
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of the largest tensor."""
+    return DTYPES[max(checkpoint.entries, key=lambda entry: entry.numel).dtype].torch
+
+
+def check_room(task: Task, trained: TrainedModel, folder: Path) -> None:
+    """Make sure that the checkpoints and the result will find room.
+
+    Raises:
+        OutputError: they will not.
+    """
+    if not task.processes.is_first:
+        return
+    needed, free = bytes_of(trained.trained) + task.pruned.size_bytes, shutil.disk_usage(folder).free
+    if needed > free:
+        raise OutputError(
+            f"{folder.parent} has room for {free:,} bytes, and the checkpoints of the training and the result take "
+            f"{needed:,}. Make room there, choose another --output, or train less: --train mlp, --lora 16."
+        )
+
+
+def choose_teacher(task: Task, trained: TrainedModel, folder: Path) -> tuple[str, Teacher]:
+    """The teacher, and the mode that it runs in."""
+    teaching, temperature = task.request.teaching, task.request.healing.temperature
+    stored = stored_dtype(task.teacher)
+    dtype = stored if native_dtype(stored, torch.device(task.device)) == stored else torch.float32
+    mode = teaching.teacher_mode
+    if mode == "auto":
+        size_bytes = dtype.itemsize * task.teacher.parameter_count + BYTES_PER_WEIGHT * trained.trained
+        is_small = teaching.teacher_cache is None and size_bytes < MOST_OF_MEMORY * _free_memory(task.device)
+        mode = "resident" if is_small else "streamed"
+    if mode == "resident":
+        task.listener.stage("Loading the teacher", 1)
+        model = load_model(task.teacher, task.device, str(dtype).removeprefix("torch."))
+        task.listener.advance(1)
+        return mode, ResidentTeacher(model.requires_grad_(False), temperature, task.compute)
+    place = teaching.teacher_cache or folder / "teacher"
+    windows = torch.cat([task.text.windows, task.text.held_out])
+    layered = LayeredModel(understand(task.teacher), task.device.partition(":")[0], task.compute)
+    streamed = None
+    if task.processes.is_first:
+        check_folder(place, "--teacher-cache")
+        streamed = stream_teacher(layered, windows, temperature, place, task.listener)
+    task.processes.broadcast(None)  # the others read what the first one wrote
+    return mode, streamed or stream_teacher(layered, windows, temperature, place, task.listener)
+
+
+def _free_memory(device: str) -> int:
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

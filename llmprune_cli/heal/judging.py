@@ -1,0 +1,56 @@
+"""How well a model does on held-out text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from llmprune_cli.heal.loss import Student, divergence, parts
+from llmprune_cli.heal.teacher import Teacher
+from llmprune_cli.heal.training_text import TrainingText
+from llmprune_cli.processes import Processes
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Figures over the windows of held-out text."""
+
+    kl: float  # mean over tokens of KL(teacher ‖ student) at the temperature of the loss, nats
+    perplexity: float  # exponent of the mean over tokens
+    bits_per_byte: float  # of UTF-8
+
+    def loss(self, kind: str) -> float:
+        """What is learned of it, see `LOSSES`, nats per token."""
+        return ("kl" in kind) * self.kl + ("ce" in kind) * math.log(self.perplexity)
+
+
+def judge(student: Student, teacher: Teacher, text: TrainingText, temperature: float, processes: Processes) -> HeldOut:
+    """Run held-out text, of which each process takes its share.
+
+    Args:
+        teacher: whose numbers of held-out windows follow those of the others.
+    """
+    shares = processes.share(torch.arange(len(text.held_out)))
+    kl, lost = 0.0, 0.0
+    device = next(student.parameters()).device
+    with torch.no_grad():
+        for number in shares.tolist():
+            window = text.held_out[number : number + 1].to(device)
+            goal = teacher.goal(window, torch.tensor([len(text.windows) + number]))
+            hidden, following = student.hidden_states(window), window[0, 1:]
+            for places in parts(len(hidden), student.vocabulary):
+                logits = student.logits(hidden[places])
+                kl += float(divergence(logits, goal.at(places), temperature)) / temperature**2
+                lost += float(functional.cross_entropy(logits, following[places], reduction="sum"))
+    kl, lost = processes.add_up(kl, lost)
+    return held_out(kl, lost, text)
+
+
+def held_out(kl: float, lost: float, text: TrainingText) -> HeldOut:
+    """From sums over all held-out tokens, in nats."""
+    tokens = text.held_out[:, 1:].numel()
+    perplexity = math.exp(min(lost / tokens, 700)) if math.isfinite(lost) else math.inf
+    return HeldOut(max(0.0, kl / tokens), perplexity, lost / math.log(2) / text.held_out_bytes)

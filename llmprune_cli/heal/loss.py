@@ -1,0 +1,157 @@
+"""What a pruned model loses on the tokens that follow, a few tokens' logits at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from llmprune_cli.run.layer import multiplying_in
+from llmprune_cli.run.perplexity import LOGIT_ELEMENTS, head_logits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a teacher predicts after n tokens: log-probabilities at the temperature of the loss."""
+
+    logs: torch.Tensor  # of all tokens, [n, V], or of K among them
+    tokens: torch.Tensor | None = None  # the ids of these, [n, K]
+    weights: torch.Tensor | None = None  # how much each of them counts: its probability, or that of those it stands for
+
+
+class Goal(Protocol):
+    """What a teacher predicts after each token of some windows but their last, one window after the other."""
+
+    def at(self, places: slice) -> Predicted:
+        """A part of it."""
+
+
+def divergence(logits: torch.Tensor, predicted: Predicted, temperature: float) -> torch.Tensor:
+    """Sum over tokens of KL(teacher ‖ student) · τ², logits divided by τ (arXiv 1503.02531, section 2).
+
+    Where some of the teacher's tokens alone are known, this is what the sum over all of them is in the mean.
+
+    Args:
+        logits: of the student, float32 [n, V].
+    """
+    logs = functional.log_softmax(logits / temperature, -1)
+    if predicted.tokens is None:
+        return functional.kl_div(logs, predicted.logs, reduction="sum", log_target=True) * temperature**2
+    assert predicted.weights is not None
+    return (predicted.weights * (predicted.logs - logs.gather(-1, predicted.tokens))).sum() * temperature**2
+
+
+def hidden_states(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor:
+    """What a model's head is given for every token of windows [B, T] but their last, [B·(T−1), D]."""
+    output: torch.Tensor = model.base_model(input_ids=windows, use_cache=False).last_hidden_state
+    return output[:, :-1].flatten(0, 1)
+
+
+def parts(count: int, vocabulary: int) -> Iterator[slice]:
+    """Places of so many tokens, cut so that the logits of one part are few."""
+    size = max(1, LOGIT_ELEMENTS // vocabulary)
+    for first in range(0, count, size):
+        yield slice(first, min(first + size, count))
+
+
+class _InParts(torch.autograd.Function):
+    """A sum over parts of hidden states whose gradients are formed with it, so that one part is in memory."""
+
+    @staticmethod
+    def forward(
+        context: Any, part_of: Callable[[torch.Tensor, slice], torch.Tensor], vocabulary: int, *tensors: torch.Tensor
+    ) -> torch.Tensor:
+        hidden, *weights = tensors
+        gradients = [torch.zeros_like(tensor) for tensor in tensors]
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for places in parts(len(hidden), vocabulary):
+            with torch.enable_grad():
+                own = hidden[places].detach().requires_grad_()
+                part = part_of(own, places)
+                found = torch.autograd.grad(part, [own, *weights], allow_unused=True)
+            total += part.detach()
+            gradients[0][places] = found[0]
+            for gradient, more in zip(gradients[1:], found[1:], strict=True):
+                if more is not None:
+                    gradient += more
+        context.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    def backward(context: Any, scale: torch.Tensor) -> Any:
+        return None, None, *(gradient * scale for gradient in context.saved_tensors)
+
+
+class Student(nn.Module):
+    """A pruned model together with what it loses: what a trainer trains.
+
+    It always runs as it will be used, without dropout. Its state is that of the weights that are trained, each once.
+    """
+
+    def __init__(self, model: PreTrainedModel, kind: str, temperature: float, compute: torch.dtype) -> None:
+        """Wrap a model.
+
+        Args:
+            kind: one of `LOSSES`.
+            compute: dtype of products.
+        """
+        super().__init__()
+        self.model = model
+        self._kind, self._temperature, self._compute = kind, temperature, compute
+
+    @property
+    def vocabulary(self) -> int:
+        """Logits of a token."""
+        return int(self.model.config.get_text_config().vocab_size)
+
+    def forward(self, input_ids: torch.Tensor, goal: Goal) -> torch.Tensor:
+        """Mean over tokens of the loss on windows [B, T], in nats."""
+        hidden, following = self.hidden_states(input_ids), input_ids[:, 1:].flatten()
+
+        def part_of(own: torch.Tensor, places: slice) -> torch.Tensor:
+            logits = self.logits(own)
+            lost = logits.new_zeros(())
+            if "kl" in self._kind:
+                lost = lost + divergence(logits, goal.at(places), self._temperature)
+            if "ce" in self._kind:
+                lost = lost + functional.cross_entropy(logits, following[places], reduction="sum")
+            return lost / len(following)
+
+        weights = [own for own in self.model.get_output_embeddings().parameters() if own.requires_grad]
+        return _InParts.apply(part_of, self.vocabulary, hidden, *weights)  # type: ignore[no-any-return,no-untyped-call]
+
+    def hidden_states(self, windows: torch.Tensor) -> torch.Tensor:
+        """What the head is given for every token of windows [B, T] but their last, [B·(T−1), D]."""
+        with multiplying_in(self._compute, windows.device):
+            return hidden_states(self.model, windows)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [n, D] to logits, float32 [n, V]."""
+        with multiplying_in(self._compute, hidden.device):
+            return head_logits(self.model, hidden[None])[0].float()
+
+    def train(self, mode: bool = True) -> Student:
+        """Let layers whose activations are computed twice know that they are trained, and nothing else."""
+        super().train(False)
+        for module in self.model.modules():
+            module.training = mode and bool(getattr(module, "gradient_checkpointing", False))
+        return self
+
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The weights that are trained, by name."""
+        return {name: own.detach() for name, own in self.named_parameters() if own.requires_grad}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Replace them."""
+        own = self.state_dict()
+        for name in own.keys() & state_dict.keys():
+            own[name].copy_(state_dict[name])
+        missing, unexpected = own.keys() - state_dict.keys(), state_dict.keys() - own.keys()
+        return nn.modules.module._IncompatibleKeys([*missing], [*unexpected])

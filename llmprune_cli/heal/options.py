@@ -1,0 +1,125 @@
+"""What `recover` is asked for, see `llmprune_cli.options`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from llmprune_cli.errors import UsageError
+from llmprune_cli.options import MACHINE, METHOD, OUTPUT, Option
+from llmprune_cli.sizes import check_chart, parse_parameters, parse_size
+
+
+def count_tokens(text: str) -> int:
+    """A number of tokens such as `65k` or `1M`.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        budget = parse_parameters(text)
+    except UsageError:
+        budget = None
+    if budget is None or budget.kind != "parameters" or budget.amount < 1:
+        raise UsageError(f"{text!r} is not a number of tokens such as 65k, 0.25M or 1M.")
+    return int(budget.amount)
+
+
+def check_positive(value: float) -> None:
+    """A learning rate or a temperature.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if not 0 < value < float("inf"):
+        raise UsageError("give a number greater than 0.")
+
+
+@dataclass(frozen=True)
+class Healing:
+    """What decides the weights that are learned, beside the two models."""
+
+    tokens: Annotated[
+        str, Option("Tokens to train on, such as 65k or 1M.", METHOD, is_common=True, check=count_tokens)
+    ] = "1M"
+    text: Annotated[
+        str | None,
+        Option(
+            "Text to train on: python-docs, a file, a folder or a hub dataset.",
+            METHOD,
+            left_out="wikitext2, or python-docs",
+            is_common=True,
+        ),
+    ] = None
+    text_split: Annotated[str, Option("Split of that dataset.", METHOD)] = "validation"
+    seq_len: Annotated[int, Option("Tokens in a window.", METHOD, least=2)] = 512
+    loss: Annotated[str, Option("What is learned: the teacher's predictions (kl), the text (ce), or both.", METHOD)] = (
+        "kl"
+    )
+    temperature: Annotated[
+        float, Option("What logits are divided by before the kl of both sides.", METHOD, check=check_positive)
+    ] = 1.0
+    learning_rate: Annotated[
+        float | None,
+        Option(
+            "Largest learning rate of AdamW.",
+            METHOD,
+            left_out="by the model's size and the number of steps",
+            check=check_positive,
+        ),
+    ] = None
+    batch_tokens: Annotated[
+        int | None, Option("Tokens in a step of the optimizer.", METHOD, least=2, left_out="by the number of tokens")
+    ] = None
+    train: Annotated[str, Option("Which weights are trained.", METHOD)] = "all"
+    lora: Annotated[
+        int | None, Option("Train adapters of this rank, and merge them at the end (peft).", METHOD, least=1)
+    ] = None
+    seed: Annotated[int, Option("Seed of the order of the text.", METHOD)] = 0
+    gradient_checkpointing: Annotated[
+        bool, Option("Compute activations twice instead of keeping them: slower, in less memory.", MACHINE)
+    ] = False
+    compute_dtype: Annotated[
+        str, Option("Dtype of products; weights are float32; auto: bfloat16 where that is native.", MACHINE)
+    ] = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself."""
+        if self.lora is not None and self.train == "norms":
+            raise UsageError("--lora is about matrices, and norms have none; leave out --train norms.")
+
+    @property
+    def token_count(self) -> int:
+        """Tokens to train on."""
+        return count_tokens(self.tokens)
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """Whom to learn from, and how that model runs."""
+
+    teacher: Annotated[
+        str | None,
+        Option("The unpruned model: folder, hub id, or .gguf file.", METHOD, left_out="as llmprune.json says"),
+    ] = None
+    teacher_mode: Annotated[
+        str,
+        Option("In memory all the time, or once before the training, layer by layer.", MACHINE),
+    ] = "auto"
+    teacher_cache: Annotated[
+        Path | None, Option("Folder for what a streamed teacher predicts, for other pruned models.", MACHINE)
+    ] = None
+
+
+@dataclass(frozen=True)
+class Healed:
+    """What is written, and where to."""
+
+    output: Annotated[Path | None, Option("Folder to write.", OUTPUT, is_common=True)] = None
+    overwrite: Annotated[bool, Option("Replace the model folder that --output names.", OUTPUT)] = False
+    max_shard_size: Annotated[str, Option("Largest shard, such as 500MB or 5GB.", OUTPUT, check=parse_size)] = "5GB"
+    report: Annotated[
+        Path | None, Option("Draw the learning curve into a .png or .svg file.", OUTPUT, check=check_chart)
+    ] = None
+    resume: Annotated[bool, Option("Go on with a run that was cut short.", OUTPUT)] = False

@@ -1,0 +1,125 @@
+"""The pruned model as it is trained: in float32, with the weights that were asked for, perhaps as adapters."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from llmprune_cli.errors import MissingPackageError, UnsupportedError
+from llmprune_cli.family.skeleton import build_skeleton, on_disk
+from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.folder.tensors import split_name
+from llmprune_cli.heal.options import Healing
+from llmprune_cli.source.full_model import load_model
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+MIXERS = ("attention", "mixer", "mamba", "conv", "deltanet")  # in names of classes: what lets tokens see each other
+SCALE = 2  # of adapters: alpha by rank
+
+
+def check_packages(healing: Healing) -> None:
+    """Make sure that what was asked for is installed.
+
+    Raises:
+        MissingPackageError: it is not.
+    """
+    if healing.lora is not None and find_spec("peft") is None:
+        raise MissingPackageError("--lora needs the peft package: pip install 'llmprune[lora]'. Or leave it out.")
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model some of whose weights are trained."""
+
+    model: PreTrainedModel  # adapters, if there are any, are parts of its modules
+    adapted: Any = None  # peft's wrapping of it; None without adapters
+
+    @property
+    def trained(self) -> int:
+        """How many numbers are trained."""
+        return sum(own.numel() for own in self.model.parameters() if own.requires_grad)
+
+    def merged(self) -> PreTrainedModel:
+        """The model without adapters: they are added to what they adapt."""
+        return self.model if self.adapted is None else self.adapted.merge_and_unload()
+
+
+def load_trained(checkpoint: Checkpoint, device: str, healing: Healing) -> TrainedModel:
+    """Load a pruned model in float32, and say which of its weights are trained.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+        UnsupportedError: it has no such weights.
+    """
+    model = load_model(checkpoint, device, "float32")
+    model.config.use_cache = False
+    if healing.gradient_checkpointing:
+        _compute_twice(model)
+    names = {name for name, _ in model.named_parameters() if healing.train in ("all", _part_of(model, name))}
+    if not names:
+        raise UnsupportedError(f"{checkpoint.config.model_type} has no weights that --train {healing.train} names.")
+    if healing.lora is not None:
+        return _adapted(model, names, healing.lora)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+    return TrainedModel(model)
+
+
+def _compute_twice(model: PreTrainedModel) -> None:
+    """Have activations computed again where gradients need them.
+
+    Raises:
+        UnsupportedError: the family cannot.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # newer name first
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UnsupportedError(
+            f"{model.config.model_type} cannot compute activations twice. Leave out --gradient-checkpointing."
+        ) from error
+
+
+def _part_of(model: nn.Module, name: str) -> str:
+    """Which part a parameter belongs to: norms, attention (or what stands in its place), mlp, or else none."""
+    path = name.split(".")[:-1]
+    kinds = [type(model.get_submodule(".".join(path[:end]))).__name__.lower() for end in range(1, len(path) + 1)]
+    if "norm" in kinds[-1]:
+        return "norms"
+    if not split_name(name)[1]:
+        return ""
+    return "attention" if any(mixer in kind for kind in kinds for mixer in MIXERS) else "mlp"
+
+
+def _adapted(model: PreTrainedModel, names: set[str], rank: int) -> TrainedModel:
+    """With adapters beside every matrix of the decoder layers among the parameters of these names."""
+    from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    matrices = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and f"{name}.weight" in names and split_name(name)[1]
+    ]
+    if not matrices:
+        raise UnsupportedError(f"{model.config.model_type} has no matrices for --lora. Leave it out.")
+    config = LoraConfig(r=rank, lora_alpha=SCALE * rank, lora_dropout=0.0, target_modules=matrices)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # it asks transformers by older names
+        adapted = get_peft_model(model, config)
+    return TrainedModel(adapted.get_base_model(), adapted)
+
+
+def stored_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """All tensors of a model as on disk, tied ones once, under their names of today, wherever it was loaded from."""
+    skeleton = build_skeleton(
+        model.config
+    )  # a loaded one would give tensors back the names that they were stored under
+    return on_disk(skeleton, {name: tensor.detach() for name, tensor in model.state_dict().items()})

@@ -1,0 +1,42 @@
+"""A teacher that is in memory all the time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+from llmprune_cli.heal.loss import Goal, Predicted, hidden_states
+from llmprune_cli.run.layer import multiplying_in
+from llmprune_cli.run.perplexity import head_logits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class ResidentTeacher:
+    """A teacher that is in memory all the time."""
+
+    model: PreTrainedModel
+    temperature: float
+    compute: torch.dtype  # of products
+
+    def goal(self, windows: torch.Tensor, numbers: torch.Tensor) -> Goal:
+        """What it predicts on windows [B, T], whatever their numbers."""
+        with torch.no_grad(), multiplying_in(self.compute, windows.device):
+            return _ResidentGoal(self, hidden_states(self.model, windows))
+
+
+@dataclass(frozen=True)
+class _ResidentGoal:
+    teacher: ResidentTeacher
+    hidden: torch.Tensor  # [n, D]
+
+    def at(self, places: slice) -> Predicted:
+        teacher = self.teacher
+        with torch.no_grad(), multiplying_in(teacher.compute, self.hidden.device):
+            logits = head_logits(teacher.model, self.hidden[None, places])[0].float()
+            return Predicted(functional.log_softmax(logits / teacher.temperature, -1))

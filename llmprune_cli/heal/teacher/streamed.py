@@ -1,0 +1,195 @@
+"""A teacher that runs once, one decoder layer in memory at a time, and whose likeliest tokens are kept in files."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from llmprune_cli.errors import CheckpointError, OutputError, PlanError
+from llmprune_cli.folder.documents import read_json, replace_file
+from llmprune_cli.heal.loss import Goal, Predicted
+from llmprune_cli.journal.keys import differences, model_identity, text_identity, versions
+from llmprune_cli.progress import Listener
+from llmprune_cli.run.divergence import predicted
+from llmprune_cli.run.layered_model import LayeredModel
+from llmprune_cli.run.states import allocate
+
+RECORD = "teacher.json"  # written last: what the other files hold
+LOGS, TOKENS = "log-probabilities.bin", "tokens.bin"
+LEAST = -60000.0  # a log-probability that float16 holds
+LIKELIEST = 64  # tokens that are kept of each prediction,
+DRAWN = 64  # and how many are drawn from all others, by their probabilities, to stand for them (arXiv 2503.16870)
+
+
+@dataclass(frozen=True)
+class StreamedTeacher:
+    """What a teacher predicted on some windows, in files that are mapped into memory."""
+
+    logs: torch.Tensor  # log-probabilities of K likeliest tokens, of all others, of S of these, float16 [N, T−1, K+1+S]
+    tokens: torch.Tensor  # ids of the likeliest and of those that were drawn, int32 [N, T−1, K+S]
+    likeliest: int  # K
+
+    def goal(self, windows: torch.Tensor, numbers: torch.Tensor) -> Goal:
+        """What it predicted on the windows with these numbers, [B]."""
+        rows, place = numbers.cpu(), windows.device
+        logs = self.logs[rows].to(place).float().flatten(0, 1)
+        return _StreamedGoal(logs, self.tokens[rows].to(place).long().flatten(0, 1), self.likeliest)
+
+    def keep(self, number: int, places: slice, logs: torch.Tensor, generator: torch.Generator) -> None:
+        """Keep what it predicts at some places of a window.
+
+        Args:
+            logs: log-probabilities of all tokens, float32 [n, V].
+        """
+        likeliest = logs.topk(self.likeliest)
+        others = logs.scatter(-1, likeliest.indices, -torch.inf)
+        count = self.tokens.shape[-1] - self.likeliest
+        drawn = likeliest.indices[:, :0]
+        if count:
+            chances = others.softmax(-1).nan_to_num(1.0)  # where nothing is left for others, any of them counts nothing
+            drawn = torch.multinomial(chances.cpu(), count, replacement=True, generator=generator).to(logs.device)
+        tokens = torch.cat([likeliest.indices, drawn], -1)
+        kept = [likeliest.values, others.logsumexp(-1, keepdim=True), logs.gather(-1, drawn)]
+        self.logs[number, places] = torch.cat(kept, -1).clamp_min(LEAST).cpu().to(torch.float16)
+        self.tokens[number, places] = tokens.cpu().to(torch.int32)
+
+
+@dataclass(frozen=True)
+class _StreamedGoal:
+    logs: torch.Tensor  # [n, K+1+S]
+    tokens: torch.Tensor  # [n, K+S]
+    likeliest: int
+
+    def at(self, places: slice) -> Predicted:
+        known = self.logs[places, : self.likeliest + 1].log_softmax(-1)  # what rounding left
+        drawn = self.logs[places, self.likeliest + 1 :]
+        logs = torch.cat([known[:, :-1], drawn], -1)
+        each = known[:, -1:].exp() / max(1, drawn.shape[-1])
+        weights = torch.cat([known[:, :-1].exp(), each.expand(drawn.shape)], -1)
+        return Predicted(logs, self.tokens[places], weights)
+
+
+def cache_key(model: LayeredModel, windows: torch.Tensor, temperature: float) -> dict[str, Any]:
+    """Everything that decides what is kept of a teacher on windows [N, T]."""
+    identity = {f"teacher's {name}": value for name, value in model_identity(model.checkpoint).items()}
+    return {
+        **identity,
+        "text": text_identity(windows),
+        "temperature": temperature,
+        "tokens kept": [LIKELIEST, DRAWN],
+        "compute dtype": str(model.compute),
+        "versions": versions(),
+    }
+
+
+def check_room(model: LayeredModel, windows: torch.Tensor, folder: Path) -> None:
+    """Make sure that a folder has room for what is kept, and meanwhile for hidden states.
+
+    Raises:
+        OutputError: it does not.
+    """
+    kept = sum(file.size_bytes for file in _files(model, windows, folder))
+    states = 4 * windows.numel() * model.widths.hidden_size
+    free = shutil.disk_usage(folder).free
+    if kept + states > free:
+        raise OutputError(
+            f"{folder} has room for {free:,} bytes, and what the teacher predicts takes {kept:,}, with {states:,} more "
+            "while it runs. Name another folder with --teacher-cache, or give fewer --tokens."
+        )
+
+
+def stream_teacher(
+    model: LayeredModel, windows: torch.Tensor, temperature: float, folder: Path, listener: Listener
+) -> StreamedTeacher:
+    """Run a teacher over windows [N, T], unless a folder holds what it predicts there already.
+
+    Raises:
+        PlanError: the folder holds what another one predicts, or on other text.
+        CheckpointError: what it holds is damaged.
+        OutputError: there is no room.
+    """
+    files = _files(model, windows, folder)
+    key, record = json.loads(json.dumps(cache_key(model, windows, temperature))), folder / RECORD
+    if record.exists():
+        different = differences(read_json(record, None), key)
+        if different:
+            raise PlanError(
+                f"{folder} holds what another teacher predicts, or on other text: {'; '.join(different)}. Choose "
+                "another --teacher-cache."
+            )
+        for file in files:
+            if not file.path.is_file() or file.path.stat().st_size != file.size_bytes:
+                raise CheckpointError(f"{file.path} is damaged. Remove {folder}, and the teacher runs again.")
+        return _mapped(files, is_new=False)
+    check_room(model, windows, folder)
+    try:
+        for file in files:
+            with file.path.open("wb") as opened:
+                allocate(opened.fileno(), file.size_bytes)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be written: {error.strerror}. Choose another --teacher-cache.") from error
+    teacher = _mapped(files, is_new=True)
+    with torch.inference_mode():
+        _fill(teacher, model, windows, temperature, folder, listener)
+    replace_file(record, [json.dumps(key).encode()])
+    return teacher
+
+
+def _fill(
+    teacher: StreamedTeacher,
+    model: LayeredModel,
+    windows: torch.Tensor,
+    temperature: float,
+    folder: Path,
+    listener: Listener,
+) -> None:
+    listener.stage("Running the teacher", model.layers)
+    for states, items in model.walk(windows, folder=folder):  # noqa: B007 - those behind the last layer are wanted
+        listener.advance(1)
+    generator = torch.Generator().manual_seed(0)
+    ends = model.load_ends(exact=True, compute=model.compute)
+    listener.stage("Keeping what it predicts", len(windows))
+    for number, places, _ in predicted(ends, windows):
+        logs = functional.log_softmax(ends.logits(states[number : number + 1, places], items)[0] / temperature, -1)
+        teacher.keep(number, places, logs, generator)
+        if places.start == 0:
+            listener.advance(1)
+
+
+@dataclass(frozen=True)
+class _File:
+    """A tensor in a file."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _files(model: LayeredModel, windows: torch.Tensor, folder: Path) -> tuple[_File, _File]:
+    """Where log-probabilities and tokens are kept, see `StreamedTeacher`."""
+    (count, length), vocabulary = windows.shape, int(model.architecture.config.get_text_config().vocab_size)
+    likeliest = min(LIKELIEST, vocabulary)
+    kept = likeliest + (DRAWN if likeliest < vocabulary else 0)
+    logs = _File(folder / LOGS, (count, length - 1, kept + 1), torch.float16)
+    return logs, _File(folder / TOKENS, (count, length - 1, kept), torch.int32)
+
+
+def _mapped(files: tuple[_File, _File], is_new: bool) -> StreamedTeacher:
+    """Tensors that lie in the files; what is written to them is kept where these are new."""
+    logs, tokens = (
+        torch.from_file(str(own.path), shared=is_new, size=math.prod(own.shape), dtype=own.dtype).view(*own.shape)
+        for own in files
+    )
+    return StreamedTeacher(logs, tokens, min(LIKELIEST, tokens.shape[-1]))

@@ -1,0 +1,222 @@
+"""The training: transformers' Trainer with a loss, a judge and a folder of its own."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from torch.utils.data import Dataset
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from llmprune_cli.errors import OutputError, VerificationError, first_line
+from llmprune_cli.heal.judging import HeldOut, judge
+from llmprune_cli.heal.loss import Student
+from llmprune_cli.heal.options import Healing
+from llmprune_cli.heal.teacher import Teacher
+from llmprune_cli.heal.training.checkpoints import last_checkpoint, mark_whole
+from llmprune_cli.heal.training_text import TrainingText
+from llmprune_cli.processes import Processes
+from llmprune_cli.progress import Listener
+
+USUAL_RATE, USUAL_SIZE = 3e-4, 135e6  # a learning rate that heals a model of this many parameters well,
+USUAL_STEPS = 128  # in at least so many steps: fewer, of which each has moments of few gradients, need a smaller one
+MOST_RATE = 1e-3
+WARM_UP = 0.1  # share of the steps
+BETAS = 0.9, 0.95
+UNWRITTEN = ("PytorchStreamWriter", "inline_container", "iostream")  # in what torch says of a file that it cannot write
+PATIENCE = 3  # judgements without a better one, after which training ends
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """How a model stands after some steps."""
+
+    tokens: int  # that were learned from so far
+    held_out: HeldOut
+
+
+@dataclass(frozen=True)
+class Training:
+    """What came of a training; the model holds the best weights that were judged."""
+
+    before: HeldOut
+    curve: tuple[Judgement, ...]
+    steps: int  # that were taken
+    stopped_early: bool
+    best: Judgement  # with the least loss
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Everything that a training needs beside the student."""
+
+    healing: Healing
+    teacher: Teacher
+    text: TrainingText
+    learning_rate: float
+    processes: Processes
+    listener: Listener
+
+    def judge(self, student: Student) -> HeldOut:
+        """How a student stands on held-out text."""
+        return judge(student, self.teacher, self.text, self.healing.temperature, self.processes)
+
+
+def usual_learning_rate(parameters: int, steps: int) -> float:
+    """Less for larger models, by the fourth root of their size, and for few steps, by the root of their number."""
+    for_size = min(MOST_RATE, USUAL_RATE * (USUAL_SIZE / parameters) ** 0.25)
+    return float(for_size * min(1.0, steps / USUAL_STEPS) ** 0.5)
+
+
+class _Windows(Dataset[dict[str, torch.Tensor]]):
+    """Windows in the order in which they are learned from, with their numbers."""
+
+    def __init__(self, text: TrainingText) -> None:
+        self._text = text
+
+    def __len__(self) -> int:
+        return len(self._text.order)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        number = self._text.order[index]
+        return {"input_ids": self._text.windows[number], "number": number}
+
+
+class _Distiller(Trainer):
+    """A Trainer whose loss is what the student loses against a teacher, and which judges as we do."""
+
+    def __init__(self, student: Student, lesson: Lesson, folder: Path, on_cpu: bool) -> None:
+        self._lesson = lesson
+        schedule = lesson.text.schedule
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=schedule.steps,
+            per_device_train_batch_size=schedule.together,
+            gradient_accumulation_steps=schedule.accumulated,
+            learning_rate=lesson.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=math.ceil(WARM_UP * schedule.steps),
+            adam_beta1=BETAS[0],
+            adam_beta2=BETAS[1],
+            max_grad_norm=1.0,
+            eval_strategy="steps",
+            eval_steps=schedule.between,
+            save_strategy="steps",
+            save_steps=schedule.between,
+            save_total_limit=1,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_loss",
+            greater_is_better=False,
+            restore_callback_states_from_checkpoint=True,
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            label_names=[],
+            dataloader_pin_memory=not on_cpu,
+            use_cpu=on_cpu,
+            seed=lesson.healing.seed,
+        )
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for several processes
+        callbacks: list[Any] = [EarlyStoppingCallback(PATIENCE), _Reports(lesson)]
+        windows = _Windows(lesson.text)
+        super().__init__(student, arguments, train_dataset=windows, eval_dataset=windows, callbacks=callbacks)
+        self.remove_callback(PrinterCallback)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return torch.utils.data.SequentialSampler(range(len(self._lesson.text.order)))
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        windows = inputs["input_ids"]
+        loss = model(input_ids=windows, goal=self._lesson.teacher.goal(windows, inputs["number"]))
+        if not bool(loss.isfinite()):
+            raise VerificationError(
+                f"The loss became NaN or infinite in step {self.state.global_step + 1}, so nothing was written. Give a "
+                f"smaller --learning-rate than {self._lesson.learning_rate:g}."
+            )
+        return loss
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        found = self._lesson.judge(cast(Student, self.model))
+        if not math.isfinite(found.loss(self._lesson.healing.loss)):
+            raise VerificationError(
+                f"After {self.state.global_step} steps the model predicts NaN, so nothing was written. Give a smaller "
+                f"--learning-rate than {self._lesson.learning_rate:g}."
+            )
+        metrics = {
+            "eval_loss": found.loss(self._lesson.healing.loss),
+            "eval_kl": found.kl,
+            "eval_perplexity": found.perplexity,
+            "eval_bits_per_byte": found.bits_per_byte,
+        }
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class _Reports(TrainerCallback):
+    """Says how far the training is, and marks checkpoints that are whole."""
+
+    def __init__(self, lesson: Lesson) -> None:
+        self._lesson, self._note = lesson, ""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._lesson.listener.stage("Healing", state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._lesson.listener.stand_at(state.global_step, self._note)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        metrics = given["metrics"]
+        self._note = f"KL {metrics['eval_kl']:.4f}, perplexity {metrics['eval_perplexity']:,.2f}"
+        self._lesson.listener.stand_at(state.global_step, self._note)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            mark_whole(Path(args.output_dir), state.global_step)
+
+
+def train(student: Student, lesson: Lesson, folder: Path) -> Training:
+    """Train a student; what a folder holds of the same run goes on from there.
+
+    Args:
+        folder: for checkpoints.
+
+    Raises:
+        CheckpointError: a checkpoint in the folder is damaged.
+        VerificationError: the loss is no number.
+        OutputError: a checkpoint cannot be written.
+    """
+    lesson.listener.stage("Judging on held-out text", 1)
+    before = lesson.judge(student)
+    lesson.listener.advance(1)
+    begun = last_checkpoint(folder)
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    try:
+        trainer = _Distiller(student, lesson, folder, next(student.parameters()).device.type == "cpu")
+        trainer.train(resume_from_checkpoint=str(begun) if begun else None)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in UNWRITTEN):
+            raise
+        raise OutputError(
+            f"The training cannot be kept in {folder}: {first_line(error)}. Make room there, or choose another "
+            "--output."
+        ) from error
+    state = trainer.state
+    each = lesson.text.trained_tokens // lesson.text.schedule.steps
+    curve = tuple(
+        Judgement(
+            each * int(entry["step"]), HeldOut(entry["eval_kl"], entry["eval_perplexity"], entry["eval_bits_per_byte"])
+        )
+        for entry in state.log_history
+        if "eval_kl" in entry
+    )
+    best = min(curve, key=lambda judged: judged.held_out.loss(lesson.healing.loss))
+    return Training(before, curve, state.global_step, state.global_step < state.max_steps, best)

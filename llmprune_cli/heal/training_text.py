@@ -1,0 +1,120 @@
+"""The text of a healing: windows to learn from, in which order, and others to judge by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from llmprune_cli.errors import CheckpointError
+from llmprune_cli.heal.options import Healing
+from llmprune_cli.options import Text
+from llmprune_cli.run.calibration import load_calibration, together, windows_of
+from llmprune_cli.run.corpus import Corpus
+from llmprune_cli.run.layer import BATCH_TOKENS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HELD_OUT_SHARE = 8  # one window in so many is held out, one at least
+MOST_HELD_OUT = 8192  # tokens that are
+BATCHES = 256  # optimizer steps by default, as long as a batch has neither too few tokens nor too many
+LEAST_BATCH, MOST_BATCH = 1024, 65536  # tokens
+STEPS_BETWEEN = 16  # judgements, at least
+MOST_JUDGEMENTS = 8
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How text is cut into steps."""
+
+    together: int  # windows that a process runs at a time
+    accumulated: int  # such batches of each process in a step
+    steps: int  # of the optimizer; a multiple of `between`
+    between: int  # steps from one judgement to the next
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """Windows of tokens, drawn from all over a corpus."""
+
+    corpus: Corpus
+    windows: torch.Tensor  # token ids, [N, T]; each is learned from at least once
+    order: torch.Tensor  # numbers of windows, as they are learned from, [S]
+    held_out: torch.Tensor  # token ids, [M, T]; nothing is learned from them
+    held_out_bytes: int  # of UTF-8, of all tokens but the first of each window
+    schedule: Schedule
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that are learned from, each as often as it is."""
+        return len(self.order) * self.windows.shape[1]
+
+
+def prepare_training(
+    healing: Healing,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int,
+    longest: int | None,
+    processes: int,
+    warn: Callable[[str], None],
+) -> TrainingText:
+    """Draw windows from a corpus, and repeat them where it has too few.
+
+    Args:
+        vocabulary: token ids that the models know.
+        longest: tokens that they can attend to, if they say so.
+        processes: that share every batch.
+
+    Raises:
+        CheckpointError: no such text, less than a batch of it, or a tokenizer of another model.
+    """
+    parts = load_calibration(Text(calibration=healing.text, calibration_split=healing.text_split), tokenizer, warn)
+    corpus = together(healing.text, [own for own, _ in parts])
+    length = min(healing.seq_len, longest or healing.seq_len)
+    windows = windows_of(parts, tokenizer, vocabulary, length)
+    wanted = max(1, healing.token_count // length)
+    held_out = max(1, min(len(windows), wanted, MOST_HELD_OUT // length * HELD_OUT_SHARE) // HELD_OUT_SHARE)
+    present = (len(windows) - held_out) * length
+    batch = healing.batch_tokens or max(length, min(_default_batch(healing.token_count), present))
+    if batch > present:
+        raise CheckpointError(
+            f"{corpus.origin} has {present:,} tokens to train on, less than a batch of {batch:,}. Give more text, or "
+            "smaller --batch-tokens or --seq-len."
+        )
+    schedule = _schedule(healing.token_count, batch, length, processes)
+    count = schedule.steps * schedule.accumulated * schedule.together * processes
+    generator = torch.Generator().manual_seed(healing.seed)
+    drawn = torch.randperm(len(windows), generator=generator)
+    judged, trained = drawn[:held_out].sort().values, drawn[held_out:][:count].sort().values
+    if count > len(trained):
+        warn(
+            f"{corpus.origin} has {present:,} tokens to train on, which are seen {count / len(trained):.1f} times each."
+        )
+    rounds = [torch.randperm(len(trained), generator=generator) for _ in range(-(-count // len(trained)))]
+    held = windows[judged]
+    return TrainingText(
+        corpus, windows[trained], torch.cat(rounds)[:count], held, _count_bytes(held, tokenizer), schedule
+    )
+
+
+def _default_batch(tokens: int) -> int:
+    return min(max(tokens // BATCHES, LEAST_BATCH), MOST_BATCH)
+
+
+def _schedule(tokens: int, batch_tokens: int, length: int, processes: int) -> Schedule:
+    """Steps of about so many tokens, of which some are judged."""
+    windows = max(1, batch_tokens // length)
+    together = min(max(1, BATCH_TOKENS // length), -(-windows // processes))
+    accumulated = max(1, round(windows / (together * processes)))
+    steps = max(1, round(tokens / (accumulated * together * processes * length)))
+    judgements = max(1, min(MOST_JUDGEMENTS, steps // STEPS_BETWEEN))
+    between = -(-steps // judgements)
+    return Schedule(together, accumulated, between * judgements, between)
+
+
+def _count_bytes(windows: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> int:
+    texts = [str(tokenizer.decode(window[1:])) for window in windows]
+    return sum(len(text.encode(errors="replace")) for text in texts)

@@ -1,0 +1,57 @@
+"""The loss, formed a few tokens at a time, is the loss of all tokens at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from llmprune_cli.heal import loss as losses
+from llmprune_cli.heal.loss import Predicted, Student, divergence
+from llmprune_cli.heal.teacher.resident import ResidentTeacher
+from llmprune_cli.heal.teacher.streamed import DRAWN, LIKELIEST, StreamedTeacher
+
+KINDS = ("kl", "ce", "kl+ce")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_gradients_are_those_of_all_tokens_at_once(
+    dense: Path, pruned: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "LOGIT_ELEMENTS", 7 * 96)  # logits of seven tokens
+    teacher, model = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (dense, pruned))
+    windows = torch.randint(0, 96, (3, 24), generator=torch.Generator().manual_seed(1))
+    logits, wanted = model(windows).logits[:, :-1] / 2, teacher(windows).logits[:, :-1] / 2
+    kl = functional.kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), reduction="none", log_target=True)
+    expected = torch.zeros(())
+    if "kl" in kind:
+        expected = expected + 4 * kl.sum(-1).mean()
+    if "ce" in kind:
+        expected = expected + functional.cross_entropy(2 * logits.flatten(0, 1), windows[:, 1:].flatten())
+    expected.backward()
+    plain = {name: own.grad for name, own in model.named_parameters()}
+    model.zero_grad()
+    student = Student(model, kind, 2.0, torch.float32)
+    goal = ResidentTeacher(teacher, 2.0, torch.float32).goal(windows, torch.arange(3))
+    found = student(windows, goal)
+    (3 * found).backward()
+    torch.testing.assert_close(found, expected)
+    for name, own in model.named_parameters():
+        torch.testing.assert_close(own.grad, 3 * plain[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_tokens_that_are_kept_of_a_teacher_stand_for_all() -> None:
+    generator = torch.Generator().manual_seed(0)
+    teacher = 3 * torch.randn(4000, 200, generator=generator)
+    student = teacher + torch.randn(4000, 200, generator=generator)
+    exact = divergence(student, Predicted(teacher.log_softmax(-1)), 1.0)
+    logs = torch.empty(1, 4000, LIKELIEST + 1 + DRAWN, dtype=torch.float16)
+    tokens = torch.empty(1, 4000, LIKELIEST + DRAWN, dtype=torch.int32)
+    kept = StreamedTeacher(logs, tokens, LIKELIEST)
+    kept.keep(0, slice(None), teacher.log_softmax(-1), generator)
+    goal = kept.goal(torch.zeros(1, 4001), torch.zeros(1, dtype=torch.long))
+    assert divergence(student, goal.at(slice(None)), 1.0) == pytest.approx(float(exact), rel=0.005)
+    assert abs(float(divergence(teacher, goal.at(slice(None)), 1.0)) / float(exact)) < 0.002

@@ -1,0 +1,107 @@
+"""Healing: a pruned model learns what the unpruned one predicts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import llmprune_cli
+from llmprune_cli.report.schemas import DOCUMENTS, adapter_of
+from support.cli import BY_MAGNITUDE, run_cli
+from support.full import in_full
+from support.heal_runs import recover
+from support.stock import written_tensors
+
+
+def test_a_healed_model_is_nearer_to_its_teacher_and_stock(pruned: Path, text_file: Path, tmp_path: Path) -> None:
+    healed, curve = tmp_path / "healed", tmp_path / "curve.svg"
+    result = recover(pruned, text_file, healed, "--report", curve)
+    assert result["after"]["kl"] < 0.6 * result["before"]["kl"] and result["is_better"]
+    assert result["after"]["perplexity"] < result["before"]["perplexity"]
+    assert [judged["tokens"] for judged in result["curve"]] == [2048]
+    assert "KL divergence" in curve.read_text()
+    adapter_of(DOCUMENTS["recover"]).validate_json(json.dumps(result), strict=True)
+    before, after = written_tensors(pruned), written_tensors(healed)
+    assert {name: (own.shape, own.dtype) for name, own in before.items()} == {
+        name: (own.shape, own.dtype) for name, own in after.items()
+    }
+    assert "lm_head.weight" not in after and not torch.equal(
+        before["model.embed_tokens.weight"], after["model.embed_tokens.weight"]
+    )
+    _, info = AutoModelForCausalLM.from_pretrained(healed, output_loading_info=True)
+    assert not any(info.values())
+    assert run_cli("inspect", healed, "--verify").code == 0
+    manifest = json.loads((healed / "llmprune.json").read_text())
+    assert manifest["source"] == result["teacher"] and manifest["healing"]["model"] == str(pruned)
+    assert manifest["widths"] == json.loads((pruned / "llmprune.json").read_text())["widths"]
+    assert "Then it was trained on 2,048 tokens" in (healed / "README.md").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curve.svg", "healed"]
+
+
+@pytest.mark.parametrize(
+    ("part", "changed"),
+    [
+        pytest.param("norms", "norm", marks=in_full),
+        ("mlp", ".mlp."),
+        pytest.param("attention", ".self_attn.", marks=in_full),
+    ],
+)
+def test_only_what_is_asked_for_is_trained(
+    pruned: Path, text_file: Path, tmp_path: Path, part: str, changed: str
+) -> None:
+    recover(pruned, text_file, tmp_path / "healed", "--train", part, "--loss", "kl+ce", "--gradient-checkpointing")
+    before, after = written_tensors(pruned), written_tensors(tmp_path / "healed")
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        name for name in before if changed in name
+    }
+
+
+def test_adapters_are_merged_and_ties_kept(pruned: Path, text_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    result = recover(pruned, text_file, tmp_path / "healed", "--lora", "4")
+    assert result["is_better"]
+    before, after = written_tensors(pruned), written_tensors(tmp_path / "healed")
+    assert before.keys() == after.keys()
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        name for name in before if "_proj" in name
+    }
+
+
+def test_a_result_that_is_no_better_says_so(pruned: Path, text_file: Path, tmp_path: Path) -> None:
+    run = run_cli(
+        *("recover", pruned, "--text", text_file, "--output", tmp_path / "healed", "--tokens", "1k"),
+        *("--batch-tokens", "128", "--seq-len", "32", "--learning-rate", "0.5"),
+    )
+    assert run.code == 0, run.stderr
+    assert "no better than" in run.stderr and "gained nothing" in run.stdout
+
+
+def test_python_heals_as_the_command_does(pruned: Path, text_file: Path, tmp_path: Path) -> None:
+    options = {"text": str(text_file), "tokens": "1k", "batch_tokens": 128, "seq_len": 32, "learning_rate": 0.003}
+    told: list[llmprune_cli.Progress] = []
+    own = llmprune_cli.recover(pruned, output=tmp_path / "python", loss="ce", progress=told.append, **options)
+    assert own is not None and own.after.perplexity < own.before.perplexity and own.learning_rate == 0.003
+    assert {"Healing", "Writing"} <= {now.stage for now in told}
+
+
+def test_prune_heals_in_the_same_run(dense: Path, text_file: Path, tmp_path: Path) -> None:
+    run = run_cli(
+        *("prune", dense, *BY_MAGNITUDE, "--intermediate-pruning-ratio", "0.5", "--output", tmp_path / "out"),
+        *("--recover", "2048", "--calibration", text_file, "--calibration-seq-len", "32", "--json"),
+        *("--eval", "--dataset", text_file, "--max-seq-len", "32", "--limit", "4"),
+    )
+    assert run.code == 0, run.stderr
+    result = json.loads(run.stdout)
+    assert result["output"] == str(tmp_path / "out") and result["recovery"]["is_better"]
+    whole, cut, healed = (own["perplexity"] for own in result["evaluation"]["results"])
+    assert whole != cut != healed
+    manifest = json.loads((tmp_path / "out" / "llmprune.json").read_text())
+    assert manifest["recipe"]["recover"] == "2048" and manifest["healing"]["model"].endswith("(pruned)")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    again = run_cli("prune", "--config", tmp_path / "out", "--output", tmp_path / "again", dense)
+    assert again.code == 0, again.stderr
+    assert written_tensors(tmp_path / "again").keys() == written_tensors(tmp_path / "out").keys()

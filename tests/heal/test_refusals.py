@@ -1,0 +1,120 @@
+"""What cannot be healed is refused in one message, early, and leaves nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from support.heal_runs import run_recover
+from support.refusals import CHECKPOINT, OUTPUT, UNSUPPORTED, USAGE, VERIFICATION, assert_refused, edit_json, state_of
+from support.tiny import save_tiny
+
+LIKE_DENSE = {"initializer_range": 0.2, "tie_word_embeddings": True}
+
+
+def assert_recover_refused(
+    pruned: Path, text: Path, place: Path, code: int, *words: str, options: tuple[str | Path, ...] = ()
+) -> None:
+    before = state_of(place)
+    run = run_recover(pruned, text, place / "out", *options)
+    assert_refused(run, code, *words)
+    assert run.stderr.count("Error") == 1
+    assert state_of(place) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--tokens", "many"), ("'many'", "65k, 0.25M or 1M")),
+        (("--tokens", "80%"), ("--tokens",)),
+        (("--learning-rate", "0"), ("--learning-rate", "greater than 0")),
+        (("--temperature", "nan"), ("--temperature",)),
+        (("--loss", "hope"), ("--loss",)),
+        (("--lora", "4", "--train", "norms"), ("--train norms",)),
+        (("--device", "cuda:1"), ("CUDA_VISIBLE_DEVICES",)),
+        (("--teacher-mode", "resident", "--teacher-cache", "cache"), ("--teacher-cache",)),
+    ],
+)
+def test_options_that_say_nothing_sensible(
+    pruned: Path, text_file: Path, tmp_path: Path, options: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    assert_recover_refused(pruned, text_file, tmp_path, USAGE, *words, options=options)
+
+
+def test_a_teacher_of_another_family(pruned: Path, text_file: Path, tmp_path: Path) -> None:
+    teacher = save_tiny(tmp_path / "teacher", "qwen2")
+    options = ("--teacher", teacher)
+    assert_recover_refused(pruned, text_file, tmp_path, CHECKPOINT, "qwen2", "llama", "--teacher", options=options)
+
+
+def test_a_teacher_that_the_model_was_not_made_from(pruned: Path, text_file: Path, tmp_path: Path) -> None:
+    teacher = save_tiny(tmp_path / "teacher", intermediate_size=56, **LIKE_DENSE)
+    words = ("was not made from", "intermediate_size is 56 and not 48")
+    assert_recover_refused(pruned, text_file, tmp_path, CHECKPOINT, *words, options=("--teacher", teacher))
+
+
+def test_a_teacher_with_another_tokenizer(pruned: Path, dense: Path, text_file: Path, tmp_path: Path) -> None:
+    teacher = Path(shutil.copytree(dense, tmp_path / "teacher"))
+
+    def exchange(tokenizer: dict[str, dict[str, dict[str, int]]]) -> None:
+        vocabulary = tokenizer["model"]["vocab"]
+        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+
+    edit_json(teacher / "tokenizer.json", exchange)
+    words = ("different tokenizers", "--teacher")
+    assert_recover_refused(pruned, text_file, tmp_path, CHECKPOINT, *words, options=("--teacher", teacher))
+
+
+def test_a_model_that_names_no_teacher(pruned: Path, text_file: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(pruned, tmp_path / "model"))
+    (model / "llmprune.json").unlink()
+    assert_recover_refused(model, text_file, tmp_path, CHECKPOINT, "Give --teacher")
+
+
+def test_a_model_whose_teacher_is_gone(pruned: Path, text_file: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(pruned, tmp_path / "model"))
+    edit_json(model / "llmprune.json", lambda manifest: manifest.update(source=str(tmp_path / "gone")))
+    assert_recover_refused(model, text_file, tmp_path, CHECKPOINT, str(tmp_path / "gone"), "--teacher")
+
+
+def test_text_shorter_than_a_batch(pruned: Path, text_file: Path, tmp_path: Path) -> None:
+    options = ("--batch-tokens", "4096")
+    words = ("less than a batch of 4,096", "--batch-tokens")
+    assert_recover_refused(pruned, text_file, tmp_path, CHECKPOINT, *words, options=options)
+
+
+def test_text_without_a_column_that_fits(pruned: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"question": "Why?", "answer": "Because."}) + "\n")
+    assert_recover_refused(pruned, text, tmp_path, CHECKPOINT, "no column 'text'", "question, answer")
+
+
+def test_an_output_that_exists(pruned: Path, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").touch()
+    assert_recover_refused(pruned, text_file, tmp_path, OUTPUT, "is not empty", "--overwrite")
+
+
+def test_an_output_that_is_one_of_the_models(pruned: Path, dense: Path, text_file: Path) -> None:
+    for model in (pruned, dense):
+        before = state_of(model)
+        run = run_recover(pruned, text_file, model, "--overwrite")
+        assert_refused(run, OUTPUT, "overlap")
+        assert state_of(model) == before
+
+
+def test_a_learning_rate_that_is_too_large(pruned: Path, text_file: Path, tmp_path: Path) -> None:
+    options = ("--learning-rate", "1e30", "--seed", "1")
+    assert_recover_refused(
+        pruned, text_file, tmp_path, VERIFICATION, "smaller --learning-rate than 1e+30", options=options
+    )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is not None, reason="peft is installed")
+def test_adapters_without_peft(pruned: Path, text_file: Path, tmp_path: Path) -> None:
+    words = ("peft", "pip install")
+    assert_recover_refused(pruned, text_file, tmp_path, UNSUPPORTED, *words, options=("--lora", "4"))

@@ -1,0 +1,113 @@
+"""A healing that is cut short goes on where it was."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmprune_cli.heal.training import trainer
+from support.checkpoints import flip
+from support.full import in_full
+from support.heal_runs import QUICK, recover, run_recover
+from support.refusals import CHECKPOINT, INTERRUPTED, OUTPUT, PLAN, assert_refused
+from support.stock import written_tensors
+
+resource: Any
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
+
+LONG = ("--tokens", "4096")  # two judgements
+
+
+def assert_alike(one: Path, other: Path) -> None:
+    expected, found = written_tensors(one), written_tensors(other)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6, msg=name)
+
+
+def interrupt_at(patched: pytest.MonkeyPatch, step: int, marked: bool) -> None:
+    """Press Ctrl-C when the checkpoint of a step is written, before or after it is known to be whole."""
+    mark = trainer.mark_whole
+
+    def interrupted(folder: Path, number: int) -> None:
+        if marked or number != step:
+            mark(folder, number)
+        if number == step:
+            raise KeyboardInterrupt
+
+    patched.setattr(trainer, "mark_whole", interrupted)
+
+
+@pytest.mark.parametrize(("step", "marked"), [pytest.param(16, True, marks=in_full), (32, False)])
+def test_a_resumed_run_comes_to_the_same(
+    pruned: Path, text_file: Path, tmp_path: Path, step: int, marked: bool
+) -> None:
+    whole = recover(pruned, text_file, tmp_path / "whole", *LONG)
+    with pytest.MonkeyPatch.context() as patched:
+        interrupt_at(patched, step, marked)
+        cut = run_recover(pruned, text_file, tmp_path / "out", *LONG)
+    assert cut.code == INTERRUPTED and "--resume goes on from there" in " ".join(cut.stderr.split())
+    assert not (tmp_path / "out").exists()
+    resumed = recover(pruned, text_file, tmp_path / "out", *LONG, "--resume")
+    assert resumed["curve"] == whole["curve"] and resumed["after"] == whole["after"]
+    assert_alike(tmp_path / "whole", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_a_damaged_checkpoint_and_another_run_are_refused(pruned: Path, text_file: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        interrupt_at(patched, 16, marked=True)
+        run_recover(pruned, text_file, tmp_path / "out", *LONG)
+    work = tmp_path / ".out.llmprune-work"
+    other = run_recover(pruned, text_file, tmp_path / "out", *LONG, "--loss", "ce", "--resume")
+    assert_refused(other, PLAN, "loss was kl and is ce")
+    flip(work / "checkpoint-16" / "model.safetensors")
+    damaged = run_recover(pruned, text_file, tmp_path / "out", *LONG, "--resume")
+    assert_refused(damaged, CHECKPOINT, "checkpoint-16 is damaged", "--resume")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(resource is None, reason="this system has no limit of file sizes")
+@pytest.mark.parametrize(
+    "most_bytes", [pytest.param(100_000, marks=in_full), 200_000]
+)  # less than the weights, and than the optimizer's moments
+def test_a_checkpoint_that_cannot_be_written_is_said(
+    pruned: Path, text_file: Path, tmp_path: Path, most_bytes: int
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, limits[1]))
+        run = run_recover(pruned, text_file, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert_refused(run, OUTPUT, "cannot be kept", "--output")
+    assert not (tmp_path / "out").exists()
+
+
+@in_full
+@pytest.mark.parametrize("delay", [0.0, 0.3, 0.7])
+def test_a_killed_run_goes_on(pruned: Path, text_file: Path, tmp_path: Path, delay: float) -> None:
+    recover(pruned, text_file, tmp_path / "whole", *LONG)
+    arguments = ["recover", pruned, "--text", text_file, "--output", tmp_path / "out", *QUICK, *LONG]
+    command = [sys.executable, "-m", "llmprune_cli", *map(str, arguments)]
+    process: Any = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    work = tmp_path / ".out.llmprune-work"
+    while not any(work.glob("checkpoint-*")) and process.poll() is None:
+        time.sleep(0.002)
+    time.sleep(delay)
+    process.kill()
+    if process.wait() == -signal.SIGKILL:
+        recover(pruned, text_file, tmp_path / "out", *LONG, "--resume")
+    assert_alike(tmp_path / "whole", tmp_path / "out")
