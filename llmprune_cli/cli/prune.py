@@ -141,7 +141,8 @@ def print_prune(result: PruneResult, request: PruneRequest, is_verbose: bool = F
     if result.recovery:
         print_recovery(result.recovery)
     if result.output:
-        console.print(f"Wrote [bold]{result.output}[/bold] in {in_words(result.seconds)}. Next:", highlight=False)
+        wrote = f"Wrote [bold]{result.output}[/bold] in {in_words(result.seconds)}. Next:"
+        console.print(wrote, highlight=False, soft_wrap=True)
     elif result.evaluation:
         console.print("Nothing was kept: give --output to save the pruned model.")
     else:
@@ -153,7 +154,7 @@ def print_prune(result: PruneResult, request: PruneRequest, is_verbose: bool = F
 def _summary(result: PruneResult) -> Table:
     """Widths that changed, size, and quality, before and after."""
     before, after = result.before, result.after
-    table = Table("", **NARROW)
+    table = Table("", **{**NARROW, "box": None})
     for head in ("before", "after", "change"):
         table.add_column(head, justify="right", no_wrap=True)
     for name, label in WIDTH_LABELS.items():

@@ -14,7 +14,7 @@ from llmprune_cli.options import ModelReference
 from llmprune_cli.startup.loading import loading
 
 if TYPE_CHECKING:
-    from llmprune_cli.heal.judging import HeldOut
+    from llmprune_cli.heal.figures import HeldOut
     from llmprune_cli.report.results import RecoverResult
 
 

@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 
+from llmprune_cli.heal.figures import HeldOut
 from llmprune_cli.heal.loss import Student, divergence, parts
 from llmprune_cli.heal.teacher import Teacher
 from llmprune_cli.heal.training_text import TrainingText
 from llmprune_cli.processes import Processes
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Figures over the windows of held-out text."""
-
-    kl: float  # mean over tokens of KL(teacher ‖ student) at the temperature of the loss, nats
-    perplexity: float  # exponent of the mean over tokens
-    bits_per_byte: float  # of UTF-8
-
-    def loss(self, kind: str) -> float:
-        """What is learned of it, see `LOSSES`, nats per token."""
-        return ("kl" in kind) * self.kl + ("ce" in kind) * math.log(self.perplexity)
 
 
 def judge(student: Student, teacher: Teacher, text: TrainingText, temperature: float, processes: Processes) -> HeldOut:

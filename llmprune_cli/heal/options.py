@@ -17,6 +17,8 @@ def count_tokens(text: str) -> int:
     Raises:
         UsageError: it is none.
     """
+    if text.strip().isdecimal() and int(text):
+        return int(text)
     try:
         budget = parse_parameters(text)
     except UsageError:

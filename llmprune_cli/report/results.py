@@ -11,8 +11,7 @@ from pydantic import TypeAdapter
 from llmprune_cli.family.widths import Widths
 from llmprune_cli.folder.tensors import Shape, TensorEntry, split_name
 from llmprune_cli.formats.format import Verification
-from llmprune_cli.heal.judging import HeldOut
-from llmprune_cli.heal.training.trainer import Judgement
+from llmprune_cli.heal.figures import HeldOut, Judgement
 from llmprune_cli.report.runtimes import RuntimeFit
 
 SCHEMA_VERSION = 1

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from llmprune_cli.cli.progress import Lines, in_words
-from llmprune_cli.cli.tables import count_text, folded
+from llmprune_cli.cli.screen.progress import Lines, in_words
+from llmprune_cli.cli.screen.tables import count_text, folded
 from llmprune_cli.progress import Listener
 from support.cli import BY_CHANCE, run_cli
 from support.tiny import save_tiny
@@ -82,7 +82,7 @@ def test_prune_ends_with_at_most_15_lines(tiny_llama: Path, text_file: Path, tmp
     assert max(map(len, lines)) <= COLUMNS and "…" not in shown and len(shown.splitlines()) <= 16, shown
     for said in ("parameters", "51.5k", "size", "perplexity", "KL ", "Layers 2 → 1: 0 went.", "tokens of corpus.txt"):
         assert said in shown, shown
-    for command in ("llmprune eval", "llmprune export", "hf upload"):
+    for command in ("llmprune eval", "llmprune recover", "llmprune export", "hf upload"):
         assert f"  {command} " in shown
     assert "Modules" not in shown and "Where it runs" not in shown
 

@@ -20,8 +20,9 @@ from llmprune_cli.folder.scratch import scratch_folder
 from llmprune_cli.folder.shards import warn_of_large_shards
 from llmprune_cli.folder.staging import Claim, check_target, claimed, hidden_folder
 from llmprune_cli.formats import load_format
+from llmprune_cli.heal.figures import HeldOut
 from llmprune_cli.heal.healed_folder import write_healed
-from llmprune_cli.heal.judging import HeldOut, judge
+from llmprune_cli.heal.judging import judge
 from llmprune_cli.heal.loss import Student
 from llmprune_cli.heal.options import Healed
 from llmprune_cli.heal.student import check_packages, load_trained

@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from llmprune_cli.errors import OutputError, VerificationError, first_line
-from llmprune_cli.heal.judging import HeldOut, judge
+from llmprune_cli.heal.figures import HeldOut, Judgement
+from llmprune_cli.heal.judging import judge
 from llmprune_cli.heal.loss import Student
 from llmprune_cli.heal.options import Healing
 from llmprune_cli.heal.teacher import Teacher
@@ -30,14 +31,6 @@ WARM_UP = 0.1  # share of the steps
 BETAS = 0.9, 0.95
 UNWRITTEN = ("PytorchStreamWriter", "inline_container", "iostream")  # in what torch says of a file that it cannot write
 PATIENCE = 3  # judgements without a better one, after which training ends
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """How a model stands after some steps."""
-
-    tokens: int  # that were learned from so far
-    held_out: HeldOut
 
 
 @dataclass(frozen=True)
