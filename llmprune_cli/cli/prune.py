@@ -24,6 +24,7 @@ from llmprune_cli.cli.tables import (
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.options import Choice, Delivery, Evaluation, ModelReference, Scratch, Text
 from llmprune_cli.startup.loading import loading
+from llmprune_cli.vocabulary.request import VocabularyRequest
 
 if TYPE_CHECKING:
     from llmprune_cli.family.widths import Widths
@@ -44,11 +45,12 @@ def prune_command(
     delivery: Delivery,
     scratch: Scratch,
     evaluation: Evaluation,
+    vocabulary: VocabularyRequest,
     evaluate: Evaluate = False,
     as_json: AsJson = False,
 ) -> None:
     """Remove channels, heads, neurons, experts and layers, and write a smaller checkpoint."""
-    request = PruneRequest(model, choice, text, delivery, scratch, evaluation if evaluate else None)
+    request = PruneRequest(model, choice, text, delivery, scratch, evaluation if evaluate else None, vocabulary)
     with loading():
         from llmprune_cli.cli.progress import progress_on_stderr
         from llmprune_cli.commands.prune import prune

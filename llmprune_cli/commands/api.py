@@ -24,6 +24,7 @@ from llmprune_cli.errors import UsageError, memory_explained
 from llmprune_cli.options import Choice, Conversion, Delivery, Evaluation, ModelReference, Scratch, Text, WidthRequest
 from llmprune_cli.progress import Listener, Told
 from llmprune_cli.report.results import EvalReport, ExportResult, InspectResult, PruneResult, VerifyResult
+from llmprune_cli.vocabulary.request import VocabularyRequest
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -78,7 +79,7 @@ def inspect(
         return inspecting.verify_folder(Path(name))
 
 
-@_takes(ModelReference, Choice, Text, Delivery, Scratch, Evaluation)
+@_takes(ModelReference, Choice, Text, Delivery, Scratch, Evaluation, VocabularyRequest)
 def prune(
     model: str | Path | None = None,
     *,
@@ -102,11 +103,12 @@ def prune(
     Raises:
         LlmpruneError: see there; `UsageError` where options are wrong.
     """
-    kinds = (ModelReference, Choice, Text, Delivery, Scratch, Evaluation)
+    kinds = (ModelReference, Choice, Text, Delivery, Scratch, Evaluation, VocabularyRequest)
     name, given = _gather("prune", model, config, options, kinds, (), ("evaluate",))
     judged = given.pop("evaluate", False) if evaluate is None else evaluate
-    choice, text, delivery, scratch, evaluation = (make(kind, given) for kind in kinds[1:])
-    request = PruneRequest(_reference(name, given), choice, text, delivery, scratch, evaluation if judged else None)
+    choice, text, delivery, scratch, evaluation, vocabulary = (make(kind, given) for kind in kinds[1:])
+    judging = evaluation if judged else None
+    request = PruneRequest(_reference(name, given), choice, text, delivery, scratch, judging, vocabulary)
     with _at_work():
         return pruning.prune(request, Listener(progress))
 

@@ -14,10 +14,11 @@ from typing import Any
 
 from llmprune_cli.apply.proof import prove_target
 from llmprune_cli.apply.pruned_folder import make_manifest, prune_twin, write_pruned
+from llmprune_cli.apply.rows import cut_entries
 from llmprune_cli.apply.second_opinion import hold_against_torch_pruning
 from llmprune_cli.choose.selection import Selection, select, target_of
 from llmprune_cli.choose.target_search import Candidate
-from llmprune_cli.commands.decision import Decided, decide, layered, rotate_model, settle
+from llmprune_cli.commands.decision import Decided, cut_axes, decide, layered, rotate_model, settle, with_vocabulary
 from llmprune_cli.commands.recipe import recipe_of, save_recipe
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.coupling.subject import Subject, understand
@@ -172,6 +173,8 @@ def _choose_and_write(
     elif request.needs_weights:
         selection = select(bench, decided.target, choice)
         target = target_of(selection.plan)
+    if selection is not None:
+        selection = replace(selection, plan=with_vocabulary(request, selection.plan, decided, bench))
     if subject.processes.is_first and target.layers != decided.target.layers:
         prove_target(subject, target, prune_twin)
     target = _tell(request, choice, selection, decided, target, bench)
@@ -181,7 +184,10 @@ def _choose_and_write(
         repaired, repairs = repair(bench, selection.plan, choice.refit or "")
     if not subject.processes.is_first:
         return None
-    after = summarize((*predict(subject, target), *subject.surroundings), target.widths)
+    tensors = predict(subject, target)
+    if decided.vocab_size is not None:
+        tensors = cut_entries(tensors, cut_axes(subject, target), decided.vocab_size)
+    after = summarize((*tensors, *subject.surroundings), target.widths)
     outcome = _Outcome(
         subject=subject,
         choice=choice,
@@ -259,7 +265,7 @@ def _fill(
     checksums = write_pruned(repaired, plan, staging, manifest, most, listener)
     warn_of_large_shards(staging, most, listener)
     card = None
-    if bench.text is not None:
+    if bench.text is not None and plan.vocabulary is None:  # else both models read other tokens
         card = report_card(bench, staging, plan, outcome.choice, request.text.calibration_split, repairs)
         manifest = replace(manifest, calibration=asdict(card))
     config = with_widths(subject.architecture, plan.after, plan.layers)
@@ -274,6 +280,7 @@ def _options(request: PruneRequest, outcome: _Outcome) -> dict[str, Any]:
     assert plan is not None
     return {
         **asdict(choice.widths),
+        **{name: str(value) for name, value in asdict(request.vocabulary).items() if value is not None},
         "target": asdict(choice.budget) if choice.budget else None,
         "importance": plan.importance,
         "layer_importance": choice.layer_importance,

@@ -22,6 +22,7 @@ from llmprune_cli.options import (
     Text,
 )
 from llmprune_cli.repair import REFITS
+from llmprune_cli.vocabulary.request import VocabularyRequest
 
 DTYPES = ("float32", "float16", "bfloat16")
 # The values that an option has to be one of.
@@ -45,6 +46,7 @@ class PruneRequest:
     delivery: Delivery = field(default_factory=Delivery)
     scratch: Scratch = field(default_factory=Scratch)
     evaluation: Evaluation | None = None  # None: nothing is evaluated
+    vocabulary: VocabularyRequest = field(default_factory=VocabularyRequest)
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself, or would do nothing."""
@@ -70,7 +72,15 @@ class PruneRequest:
 
     def _check_what_goes(self) -> None:
         widths, plan = self.choice.widths, self.delivery.plan
-        asked = not widths.is_empty or self.choice.budget is not None
+        asked = not widths.is_empty or self.choice.budget is not None or self.vocabulary.vocab_size is not None
+        if self.vocabulary.vocab_size is not None:
+            if self.choice.budget is not None or self.choice.rotate:
+                raise UsageError("--vocab-size goes with widths; leave out targets and --rotate.")
+            if self.scratch.resume or self.evaluation is not None or self.delivery.report is not None:
+                raise UsageError(
+                    "--vocab-size changes the tokens that a text has, so that --eval, --report and --resume do not go "
+                    "with it. Prune first."
+                )
         if self.choice.budget is not None and plan is not None:
             raise UsageError("a target chooses the widths; leave out the width options and --plan.")
         if plan is not None and (asked or widths.keep_layers):

@@ -51,7 +51,7 @@ def prepare_calibration(
     Raises:
         CheckpointError: no such text, less than two windows of it, or a tokenizer of another model.
     """
-    corpus = _load(options, warn)
+    corpus = load_calibration(options, warn)
     length = min(options.calibration_seq_len, longest or options.calibration_seq_len)
     windows = cut_windows(corpus, tokenizer, vocabulary, length, None)
     if len(windows) < 2:
@@ -87,7 +87,12 @@ def warn_of_shared_text(calibration: Corpus, evaluated: Corpus, warn: Callable[[
         )
 
 
-def _load(options: Text, warn: Callable[[str], None]) -> Corpus:
+def load_calibration(options: Text, warn: Callable[[str], None]) -> Corpus:
+    """The text to calibrate on, by default WikiText-2, or else Python's documentation.
+
+    Raises:
+        CheckpointError: there is no such text.
+    """
     if options.calibration is not None:
         return load_corpus(options.calibration, options.calibration_split)
     try:

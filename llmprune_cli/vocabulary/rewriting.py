@@ -102,8 +102,8 @@ def open_tokens(checkpoint: Checkpoint) -> Tokens:
     path = checkpoint.companions / "tokenizer.json"
     if not path.is_file():
         raise UnsupportedError(
-            f"{checkpoint.source} has no tokenizer.json, and no other tokenizer can be cut. Save its fast tokenizer with "
-            "transformers, or leave --vocab-size out."
+            f"{checkpoint.source} has no tokenizer.json, and no other tokenizer can be cut. Save its fast tokenizer "
+            "with transformers, or leave --vocab-size out."
         )
     return read_tokens(read_json(path, MOST_COMPANION_BYTES), checkpoint.source)
 

@@ -6,12 +6,14 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from llmprune_cli.errors import UnsupportedError
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a byte of what has no token, in tokenizers that fall back to bytes
 BYTE_LEVEL_SIZE = 256
+AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")  # of older BPE, which makes other tokens inside words
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,7 @@ class Tokens:
             return None
         passed.update(self.ids[part] for part in parts)
         while len(parts) > 1:
-            ranks = [
-                (self.merges.get(pair, -1), place) for place, pair in enumerate(zip(parts, parts[1:], strict=False))
-            ]
+            ranks = [(self.merges.get(pair, -1), place) for place, pair in enumerate(pairwise(parts))]
             possible = [ranked for ranked in ranks if ranked[0] >= 0]
             if not possible:
                 return None
@@ -100,9 +100,7 @@ def read_tokens(document: dict[str, Any], source: str) -> Tokens:
     """
     model = document.get("model")
     kind = model.get("type") if isinstance(model, dict) else None
-    affixes = [
-        isinstance(model, dict) and model.get(name) for name in ("continuing_subword_prefix", "end_of_word_suffix")
-    ]
+    affixes = [isinstance(model, dict) and model.get(name) for name in AFFIXES]
     if kind not in ("BPE", "Unigram") or any(affixes):
         shown = f"{kind} with a prefix or suffix inside words" if any(affixes) else kind or "an unknown kind"
         raise UnsupportedError(
