@@ -31,7 +31,7 @@ from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.full_model import pick_device
 from llmprune_cli.source.tokenizer import load_tokenizer
 from llmprune_cli.vocabulary.choice import choose_tokens, must_stay, rank_tokens
-from llmprune_cli.vocabulary.rewriting import cut_tokens, open_tokens
+from llmprune_cli.vocabulary.rewriting import LEFT_OUT, cut_tokens, open_tokens
 from llmprune_cli.vocabulary.size import check_rows, resolve_size, vocabulary_axes
 
 
@@ -100,6 +100,12 @@ def with_vocabulary(request: PruneRequest, plan: Plan, decided: Decided, bench: 
     if decided.vocab_size is None or plan.vocabulary is not None or not bench.model.processes.is_first:
         return plan
     rows, tokens = int(checkpoint.config.vocab_size), open_tokens(checkpoint)
+    left_out = [name for name in LEFT_OUT if (checkpoint.companions / name).is_file()]
+    if left_out:
+        bench.listener.warn(f"{', '.join(left_out)} left out: tokenizer.json says what stays of it.")
+    bench.listener.warn(
+        f"{decided.vocab_size:,} of {rows:,} tokens stay. There is no report card, since both models read other tokens."
+    )
     if asked.vocab_text is not None:
         corpus = load_corpus(asked.vocab_text, request.text.calibration_split)
     else:

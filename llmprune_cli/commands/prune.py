@@ -180,7 +180,8 @@ def _choose_and_write(
     target = _tell(request, choice, selection, decided, target, bench)
     repairs: tuple[LayerRepair, ...] = ()
     repaired = subject
-    if selection is not None and request.writes:
+    only_tokens_go = decided.vocab_size is not None and not target.widths.changed_from(subject.widths)
+    if selection is not None and request.writes and not only_tokens_go:
         repaired, repairs = repair(bench, selection.plan, choice.refit or "")
     if not subject.processes.is_first:
         return None
