@@ -265,6 +265,7 @@ class Delivery:
     dry_run: Annotated[bool, Option("Show what would be done, and write no model.", OUTPUT)] = False
     text_only: Annotated[bool, Option("Of a multimodal model, write the language model alone.", OUTPUT)] = False
     max_shard_size: Annotated[str, Option("Largest shard, such as 500MB or 5GB.", OUTPUT, check=parse_size)] = "5GB"
+    recover: Annotated[str | None, Option("Tokens to heal it on then, such as 1M.", METHOD, is_common=True)] = None
     plan: Annotated[Path | None, Option("Replay a saved plan instead of choosing.", OUTPUT)] = None
     save_plan: Annotated[Path | None, Option("Save the plan as JSON.", OUTPUT)] = None
     save_config: Annotated[

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmprune_cli.apply.multimodal import names_within, put_back
+from llmprune_cli.apply.rows import cut_rows
 from llmprune_cli.apply.surgery import pruned_entries, pruned_tensors, remaining
 from llmprune_cli.choose.selection import make_random_plan
 from llmprune_cli.coupling.subject import Subject
@@ -22,6 +23,8 @@ from llmprune_cli.plan.document import Plan
 from llmprune_cli.plan.requested_widths import Target
 from llmprune_cli.progress import QUIET, Listener
 from llmprune_cli.source.tokenizer import copy_companions
+from llmprune_cli.vocabulary.rewriting import write_tokenizer
+from llmprune_cli.vocabulary.size import cut_config, vocabulary_axes
 
 
 def write_pruned(
@@ -45,6 +48,9 @@ def write_pruned(
     listener.stage("Writing", checkpoint.size_bytes)
     tensors = pruned_tensors(checkpoint, subject.trace, plan, listener.advance, subject.folded_norms)
     config = with_widths(subject.architecture, plan.after, plan.layers)
+    if plan.vocabulary is not None:
+        entries, tensors = cut_rows(entries, tensors, vocabulary_axes(config), plan.vocabulary.kept)
+        config = cut_config(config, plan.vocabulary.kept)
     if checkpoint.whole is None:
         write_config(config, folder)
     else:
@@ -53,6 +59,8 @@ def write_pruned(
         write_whole_config(checkpoint.whole.config, checkpoint.config, config, folder)
     checksums = write_shards(folder, entries, tensors, max_shard_bytes)
     copy_companions(checkpoint, folder)
+    if plan.vocabulary is not None:
+        write_tokenizer(checkpoint, folder, plan.vocabulary.kept)
     write_manifest(folder, manifest)
     written = {entry.name: entry.shape for entry in read_index(folder)}
     if written != {entry.name: entry.shape for entry in entries}:
@@ -74,6 +82,8 @@ def make_manifest(
         options: that were asked for.
         recipe: what repeats the run, see `recipe_of`.
     """
+    vocabulary = plan.vocabulary
+    rows = ({"vocab_size": vocabulary.before}, {"vocab_size": len(vocabulary.kept)}) if vocabulary else ({}, {})
     return Manifest(
         source=checkpoint.source,
         revision=checkpoint.revision,
@@ -81,7 +91,7 @@ def make_manifest(
         versions=versions(),
         options=options,
         recipe=recipe,
-        widths=WidthNumbers(asdict(plan.before), asdict(plan.after)),
+        widths=WidthNumbers({**asdict(plan.before), **rows[0]}, {**asdict(plan.after), **rows[1]}),
         layers=plan.layers,
         protected_layers=plan.protected,
         parameters=parameters,

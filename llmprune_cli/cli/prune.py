@@ -33,6 +33,7 @@ from llmprune_cli.cli.screen.tables import (
 from llmprune_cli.commands.requests import PruneRequest, check_prune
 from llmprune_cli.options import Choice, Delivery, Evaluation, ModelReference, Scratch, Text
 from llmprune_cli.startup.loading import loading
+from llmprune_cli.vocabulary.request import VocabularyRequest
 
 if TYPE_CHECKING:
     from llmprune_cli.report.results import CalibrationResult, CandidateResult, LayerResult, PruneResult
@@ -57,11 +58,6 @@ CARD_ROWS = 40  # layers of a deeper model share rows
 Evaluate = Annotated[bool, typer.Option("--eval", help="Perplexity before and after.", rich_help_panel=COMMON)]
 
 
-Recover = Annotated[
-    str | None, typer.Option(help="Tokens to heal it on afterwards, such as 1M.", rich_help_panel=COMMON)
-]
-
-
 @takes()
 def prune_command(
     model: ModelReference,
@@ -70,21 +66,21 @@ def prune_command(
     delivery: Delivery,
     scratch: Scratch,
     evaluation: Evaluation,
+    vocabulary: VocabularyRequest,
     evaluate: Evaluate = False,
-    recover: Recover = None,
     as_json: AsJson = False,
     detail: Detail = None,
 ) -> None:
     """Remove channels, heads, neurons, experts and layers, and write a smaller checkpoint."""
     judged = evaluation if evaluate else None
-    request = PruneRequest(model, choice, text, delivery, scratch, judged, recover)
+    request = PruneRequest(model, choice, text, delivery, scratch, judged, vocabulary)
     check_prune(request)
     with loading():
         from llmprune_cli.commands.prune import prune
         from llmprune_cli.commands.recover import prune_and_recover
 
     with progress_on_stderr(detail is False) as listener:
-        result = (prune if recover is None else prune_and_recover)(request, listener)
+        result = (prune if delivery.recover is None else prune_and_recover)(request, listener)
     if result is None:
         return
     if as_json:

@@ -42,6 +42,7 @@ from llmprune_cli.report.results import (
     RecoverResult,
     VerifyResult,
 )
+from llmprune_cli.vocabulary.request import VocabularyRequest
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -96,12 +97,11 @@ def inspect(
         return inspecting.verify_folder(Path(name))
 
 
-@_takes(ModelReference, Choice, Text, Delivery, Scratch, Evaluation)
+@_takes(ModelReference, Choice, Text, Delivery, Scratch, Evaluation, VocabularyRequest)
 def prune(
     model: str | Path | None = None,
     *,
     evaluate: bool | None = None,
-    recover: str | None = None,
     config: str | Path | None = None,
     progress: Told | None = None,
     **options: Any,
@@ -111,7 +111,6 @@ def prune(
     Args:
         model: folder, `.gguf` file or hub id; a recipe may say it instead.
         evaluate: perplexity before and after.
-        recover: tokens to heal the pruned model on, such as "1M".
         config: a recipe, or a folder that `prune` wrote; arguments beat it.
         progress: told how far it is.
         options: of the command, by name.
@@ -122,15 +121,14 @@ def prune(
     Raises:
         LlmpruneError: see there; `UsageError` where options are wrong.
     """
-    kinds = (ModelReference, Choice, Text, Delivery, Scratch, Evaluation)
-    name, given = _gather("prune", model, config, options, kinds, (), ("evaluate", "recover"))
+    kinds = (ModelReference, Choice, Text, Delivery, Scratch, Evaluation, VocabularyRequest)
+    name, given = _gather("prune", model, config, options, kinds, (), ("evaluate",))
     judged = given.pop("evaluate", False) if evaluate is None else evaluate
-    tokens = given.pop("recover", None) if recover is None else recover
-    choice, text, delivery, scratch, evaluation = (make(kind, given) for kind in kinds[1:])
+    choice, text, delivery, scratch, evaluation, vocabulary = (make(kind, given) for kind in kinds[1:])
     judge = evaluation if judged else None
-    request = PruneRequest(_reference(name, given), choice, text, delivery, scratch, judge, tokens)
+    request = PruneRequest(_reference(name, given), choice, text, delivery, scratch, judge, vocabulary)
     check_prune(request)
-    run = pruning.prune if tokens is None else recovering.prune_and_recover
+    run = pruning.prune if delivery.recover is None else recovering.prune_and_recover
     with _at_work():
         return run(request, Listener(progress))
 

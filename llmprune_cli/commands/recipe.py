@@ -17,9 +17,11 @@ from llmprune_cli.folder.documents import read_json, replace_file
 from llmprune_cli.folder.manifest import MANIFEST_NAME
 from llmprune_cli.options import Choice, Delivery, ModelReference, Text
 from llmprune_cli.run.calibration import CalibrationText
+from llmprune_cli.vocabulary.request import VocabularyRequest
 
 MOST_BYTES = 2**20
-COMMAND, MODEL, RECOVER = "command", "model", "recover"
+RECIPE_KINDS = (ModelReference, Choice, Text, Delivery, VocabularyRequest)
+COMMAND, MODEL = "command", "model"
 # What a recipe does not hold: where results go, how far a run is, and whom the user trusts.
 ELSEWHERE = {"output", "overwrite", "dry_run", "save_plan", "save_config", "report", "trust_remote_code"}
 
@@ -34,16 +36,16 @@ def recipe_of(request: PruneRequest, choice: Choice, text: CalibrationText | Non
     calibration = request.text
     if text is not None:
         calibration = replace(calibration, calibration=text.corpus.name)
-    parts = (request.model, choice, calibration, request.delivery)
+    parts = (request.model, choice, calibration, request.delivery, request.vocabulary)
     found: dict[str, Any] = {COMMAND: "prune", MODEL: request.model.name}
     for part in parts:
         for name, value in _given(part).items():
             if name not in ELSEWHERE:
                 found[name] = value
-    return found | ({RECOVER: request.recover} if request.recover is not None else {})
+    return found
 
 
-def _given(part: ModelReference | Choice | Text | Delivery) -> dict[str, Any]:
+def _given(part: ModelReference | Choice | Text | Delivery | VocabularyRequest) -> dict[str, Any]:
     """The options of a value that are not at their defaults, ready for JSON."""
     found = {}
     for own in options_of(type(part)):
@@ -106,8 +108,8 @@ def _of_manifest(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     recipe = manifest.get("recipe")
     if not isinstance(recipe, dict):
         raise UsageError(f"{path} was written without a recipe, so that it cannot be repeated.")
-    known = {own.name for kind in (ModelReference, Choice, Text, Delivery) for own in options_of(kind)} - ELSEWHERE
-    refuse_unknown(recipe.keys() - {COMMAND, MODEL, RECOVER}, known, f"The recipe in {path}")
+    known = {own.name for kind in RECIPE_KINDS for own in options_of(kind)} - ELSEWHERE
+    refuse_unknown(recipe.keys() - {COMMAND, MODEL}, known, f"The recipe in {path}")
     return dict(recipe)
 
 

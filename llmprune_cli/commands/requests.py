@@ -26,6 +26,7 @@ from llmprune_cli.options import (
 )
 from llmprune_cli.processes import is_first
 from llmprune_cli.repair import REFITS
+from llmprune_cli.vocabulary.request import VocabularyRequest
 
 DTYPES = ("float32", "float16", "bfloat16")
 # The values that an option has to be one of.
@@ -53,7 +54,7 @@ class PruneRequest:
     delivery: Delivery = field(default_factory=Delivery)
     scratch: Scratch = field(default_factory=Scratch)
     evaluation: Evaluation | None = None  # None: nothing is evaluated
-    recover: str | None = None  # tokens to heal on afterwards; None: nothing is trained
+    vocabulary: VocabularyRequest = field(default_factory=VocabularyRequest)
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself, or would do nothing."""
@@ -77,6 +78,11 @@ class PruneRequest:
         for name, value in (*folders, ("--resume", scratch.resume)):
             if value and not self.needs_text:
                 raise UsageError(f"{name} is for runs that calibrate; give another --importance or --refit.")
+
+    @property
+    def recover(self) -> str | None:
+        """Tokens to heal on afterwards; None: nothing is trained."""
+        return self.delivery.recover
 
     def _check_recover(self) -> None:
         if self.recover is None:
@@ -102,9 +108,26 @@ class PruneRequest:
             seed=self.choice.seed,
         )
 
+    def check_tokens_may_go(self) -> None:
+        """Refuse what does not go with a smaller vocabulary, asked for or replayed.
+
+        Raises:
+            UsageError: see above.
+        """
+        if self.choice.budget is not None or self.choice.rotate:
+            raise UsageError("--vocab-size goes with widths; leave out targets and --rotate.")
+        alike = (self.scratch.resume, self.evaluation, self.delivery.report, self.recover)
+        if any(alike):
+            raise UsageError(
+                "a smaller vocabulary changes the tokens that a text has, so that --eval, --report, --resume and "
+                "--recover do not go with it. Prune first."
+            )
+
     def _check_what_goes(self) -> None:
         widths, plan = self.choice.widths, self.delivery.plan
-        asked = not widths.is_empty or self.choice.budget is not None
+        asked = not widths.is_empty or self.choice.budget is not None or self.vocabulary.vocab_size is not None
+        if self.vocabulary.vocab_size is not None:
+            self.check_tokens_may_go()
         if self.choice.budget is not None and plan is not None:
             raise UsageError("a target chooses the widths; leave out the width options and --plan.")
         if plan is not None and (asked or widths.keep_layers):

@@ -22,6 +22,15 @@ PLAN_VERSION = 3
 
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
+class Vocabulary:
+    """The tokens that stay."""
+
+    before: int  # rows of the embedding
+    kept: Numbers  # numbers of the tokens that stay, in their order, which get the numbers from 0
+
+
+@with_config(ConfigDict(extra="forbid"))
+@dataclass(frozen=True)
 class Plan:
     """Everything that surgery needs to know; JSON in, JSON out."""
 
@@ -34,6 +43,7 @@ class Plan:
     layers: Numbers  # numbers of the layers that stay
     protected: Numbers  # numbers of the layers among them that no one may change
     keep: Keep
+    vocabulary: Vocabulary | None = None  # None: all tokens stay
 
     @property
     def changed(self) -> tuple[str, ...]:
@@ -114,6 +124,10 @@ def _contradictions(plan: Plan) -> Iterator[str]:
             yield f"{place} lists {len(kept)} of {whole}, but after.{width} is {part}"
         if kept != tuple(sorted(set(kept))) or (kept and not 0 <= kept[0] <= kept[-1] < whole):
             yield f"{place} must be different numbers from 0 to {whole - 1} in their order"
+    if plan.vocabulary is not None:
+        kept, rows = plan.vocabulary.kept, plan.vocabulary.before
+        if not kept or kept != tuple(sorted(set(kept))) or not 0 <= kept[0] <= kept[-1] < rows:
+            yield f"vocabulary.kept must be different numbers from 0 to {rows - 1} in their order"
     if gone := sorted(set(plan.protected) - set(plan.layers)):
         yield f"protected has layer {gone[0]}, which is not in layers"
     if plan.protected and (shrinking := set(plan.changed) - {Width.LAYERS}):

@@ -8,17 +8,24 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from llmprune_cli.apply.proof import prove_target
 from llmprune_cli.apply.pruned_folder import make_manifest, prune_twin, write_pruned
+from llmprune_cli.apply.rows import cut_entries
 from llmprune_cli.apply.second_opinion import hold_against_torch_pruning
-from llmprune_cli.choose import ranks_layers
 from llmprune_cli.choose.selection import Selection, select, target_of
-from llmprune_cli.choose.target_search import Candidate
-from llmprune_cli.commands.prune.decision import Decided, decide, layered, rotate_model, settle
+from llmprune_cli.commands.prune.decision import (
+    Decided,
+    cut_axes,
+    decide,
+    layered,
+    rotate_model,
+    settle,
+    with_vocabulary,
+)
+from llmprune_cli.commands.prune.outcome import Outcome, evaluate_both, options_said, report
 from llmprune_cli.commands.recipe import recipe_of, save_recipe
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.coupling.subject import Subject, understand
@@ -42,15 +49,11 @@ from llmprune_cli.progress import Listener
 from llmprune_cli.repair.layer_refit import LayerRepair
 from llmprune_cli.repair.refit import repair
 from llmprune_cli.report.chart import check_chart_target, draw_chart
-from llmprune_cli.report.eval_report import EvalText, prepare_text, report_perplexity
+from llmprune_cli.report.eval_report import EvalText, prepare_text
 from llmprune_cli.report.model_card import write_card
 from llmprune_cli.report.report_card import report_card
 from llmprune_cli.report.results import (
-    SCHEMA_VERSION,
     CalibrationResult,
-    CandidateResult,
-    EvalReport,
-    ModelSummary,
     PruneResult,
     summarize,
 )
@@ -85,8 +88,8 @@ def prune(request: PruneRequest, listener: Listener) -> PruneResult | None:
             outcome = _run(request, checkpoint, claim, processes, listener)
         if outcome is None:
             return None
-        evaluated = _evaluate(request, checkpoint, output, outcome, listener)
-        result = _report(request, checkpoint, outcome, evaluated, time.perf_counter() - started)
+        evaluated = evaluate_both(request, checkpoint, output, outcome, listener)
+        result = report(request, checkpoint, outcome, evaluated, time.perf_counter() - started)
     if delivery.report is not None and outcome.card is not None:
         draw_chart(result, outcome.card, delivery.report)
     return result
@@ -115,24 +118,9 @@ def _claimed(
         yield claim
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    """What a run came to, in its first process."""
-
-    subject: Subject
-    choice: Choice
-    target: Target
-    before: ModelSummary
-    after: ModelSummary
-    plan: Plan | None  # None for a dry run of widths alone
-    candidates: tuple[Candidate, ...]
-    card: CalibrationResult | None
-    evaluated: EvalText | None  # what it is to be evaluated on
-
-
 def _run(
     request: PruneRequest, checkpoint: Checkpoint, claim: Claim | None, processes: Processes, listener: Listener
-) -> _Outcome | None:
+) -> Outcome | None:
     """All steps up to the written folder; None in processes that do not report."""
     decided = decide(request, understand(checkpoint, processes))
     subject, target = decided.subject, decided.target
@@ -170,24 +158,30 @@ def _choose_and_write(
     decided: Decided,
     bench: Workbench,
     evaluated: EvalText | None,
-) -> _Outcome | None:
+) -> Outcome | None:
     subject, selection, target = bench.model.subject, None, decided.target
     if decided.plan is not None:
         selection = Selection(decided.plan)
     elif request.needs_weights:
         selection = select(bench, decided.target, choice)
         target = target_of(selection.plan)
+    if selection is not None:
+        selection = replace(selection, plan=with_vocabulary(request, selection.plan, decided, bench))
     if subject.processes.is_first and target.layers != decided.target.layers:
         prove_target(subject, target, prune_twin)
     target = _tell(request, choice, selection, decided, target, bench)
     repairs: tuple[LayerRepair, ...] = ()
     repaired = subject
-    if selection is not None and request.writes:
+    only_tokens_go = decided.vocab_size is not None and not target.widths.changed_from(subject.widths)
+    if selection is not None and request.writes and not only_tokens_go:
         repaired, repairs = repair(bench, selection.plan, choice.refit or "")
     if not subject.processes.is_first:
         return None
-    after = summarize((*predict(subject, target), *subject.surroundings), target.widths)
-    outcome = _Outcome(
+    tensors = predict(subject, target)
+    if decided.vocab_size is not None:
+        tensors = cut_entries(tensors, cut_axes(subject, target), decided.vocab_size)
+    after = summarize((*tensors, *subject.surroundings), target.widths)
+    outcome = Outcome(
         subject=subject,
         choice=choice,
         target=target,
@@ -248,7 +242,7 @@ def _tell(
 def _fill(
     staging: Path,
     request: PruneRequest,
-    outcome: _Outcome,
+    outcome: Outcome,
     plan: Plan,
     repaired: Subject,
     repairs: tuple[LayerRepair, ...],
@@ -260,85 +254,17 @@ def _fill(
     recipe = recipe_of(request, outcome.choice, bench.text)
     before, after = outcome.before, outcome.after
     parameters, sizes = Numbers(before.parameters, after.parameters), Numbers(before.size_bytes, after.size_bytes)
-    manifest = make_manifest(subject.checkpoint, plan, parameters, sizes, _options(request, outcome), recipe)
+    manifest = make_manifest(subject.checkpoint, plan, parameters, sizes, options_said(request, outcome), recipe)
     checksums = write_pruned(repaired, plan, staging, manifest, most, listener)
     warn_of_large_shards(staging, most, listener.warn)
     card = None
-    if bench.text is not None:
+    if bench.text is not None and plan.vocabulary is None:  # else both models read other tokens
         card = report_card(bench, staging, plan, outcome.choice, request.text.calibration_split, repairs)
         manifest = replace(manifest, calibration=asdict(card))
     config = with_widths(subject.architecture, plan.after, plan.layers)
     write_card(staging, subject.checkpoint, manifest, load_format("safetensors"), runtime_fits(config))
     write_manifest(staging, replace(manifest, files=list_files(staging, checksums)))
     return card
-
-
-def _options(request: PruneRequest, outcome: _Outcome) -> dict[str, Any]:
-    """What was asked for, as manifests say it."""
-    choice, plan, stored = outcome.choice, outcome.plan, request.delivery.plan
-    assert plan is not None
-    return {
-        **asdict(choice.widths),
-        "target": asdict(choice.budget) if choice.budget else None,
-        "importance": plan.importance,
-        "layer_importance": choice.layer_importance,
-        "refit": choice.refit,
-        "rotate": choice.rotate,
-        "seed": plan.seed,
-        "plan": str(stored) if stored else None,
-        "dtype": request.model.dtype,
-        "compute_dtype": choice.compute_dtype,
-    }
-
-
-def _evaluate(
-    request: PruneRequest, checkpoint: Checkpoint, output: Path | None, outcome: _Outcome, listener: Listener
-) -> EvalReport | None:
-    """Perplexity before and after."""
-    if request.evaluation is None or outcome.evaluated is None:
-        return None
-    pruned = replace(request.model, name=str(output), revision=None)
-    name = str(request.delivery.output) if request.delivery.output else f"{checkpoint.source} (pruned)"
-    with open_checkpoint(pruned, need_weights=True) as opened:
-        sides = [(checkpoint, outcome.evaluated), (replace(opened, source=name), outcome.evaluated)]
-        return report_perplexity(sides, request.model, request.evaluation, listener)
-
-
-def _report(
-    request: PruneRequest, checkpoint: Checkpoint, outcome: _Outcome, evaluated: EvalReport | None, seconds: float
-) -> PruneResult:
-    choice, plan, target, delivery = outcome.choice, outcome.plan, outcome.target, request.delivery
-    config = with_widths(outcome.subject.architecture, target.widths, target.layers)
-    return PruneResult(
-        schema_version=SCHEMA_VERSION,
-        model=checkpoint.source,
-        revision=checkpoint.revision,
-        output=None if delivery.dry_run or delivery.output is None else str(delivery.output),
-        target=str(choice.budget) if choice.budget else None,
-        protected_layers=target.protected,
-        dropped_layers=_dropped(outcome),
-        importance=plan.importance if plan else choice.importance or "",
-        refit=choice.refit or "",
-        seed=plan.seed if plan else choice.seed,
-        before=outcome.before,
-        after=outcome.after,
-        deviations=target.deviations,
-        runtimes=runtime_fits(config),
-        candidates=tuple(
-            CandidateResult(c.target.widths, c.target.layers, c.parameters, c.kl) for c in outcome.candidates
-        ),
-        seconds=seconds,
-        calibration=outcome.card,
-        recovery=None,
-        evaluation=evaluated,
-    )
-
-
-def _dropped(outcome: _Outcome) -> tuple[int, ...]:
-    """Numbers of the layers that go; none where that is measured on text and was not."""
-    if outcome.plan is None and ranks_layers(outcome.choice):
-        return ()
-    return tuple(sorted({*range(outcome.before.widths.num_hidden_layers)} - {*outcome.target.layers}))
 
 
 def source_folder(reference: ModelReference, checkpoint: Checkpoint) -> Path | None:

@@ -12,11 +12,12 @@ from llmprune_cli.choose import needs_text
 from llmprune_cli.choose.selection import first_target, stored_plan, target_of
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.coupling.subject import Subject
-from llmprune_cli.errors import CheckpointError, MissingPackageError, UnsupportedError
+from llmprune_cli.errors import CheckpointError, MissingPackageError, PlanError, UnsupportedError
+from llmprune_cli.family.architecture import with_widths
 from llmprune_cli.folder.staging import check_room
 from llmprune_cli.folder.tensors import BY_NAME, DTYPES
 from llmprune_cli.options import Choice
-from llmprune_cli.plan.document import Plan
+from llmprune_cli.plan.document import Plan, Vocabulary
 from llmprune_cli.plan.predict import predict
 from llmprune_cli.plan.requested_widths import Target
 from llmprune_cli.processes import Processes
@@ -24,12 +25,15 @@ from llmprune_cli.progress import Listener
 from llmprune_cli.repair.residual_stream import ResidualStream, find_residual_stream
 from llmprune_cli.repair.rotation import principal_components, rotate, untie
 from llmprune_cli.report.results import ModelSummary, summarize
-from llmprune_cli.run.calibration import CalibrationText, prepare_calibration
+from llmprune_cli.run.calibration import CalibrationText, load_calibration, prepare_calibration, windows_of
 from llmprune_cli.run.layer import BATCH_TOKENS, native_dtype, windows_together
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.full_model import pick_device
 from llmprune_cli.source.tokenizer import load_tokenizer
+from llmprune_cli.vocabulary.choice import choose_tokens, must_stay, rank_tokens
+from llmprune_cli.vocabulary.rewriting import LEFT_OUT, cut_tokens, open_tokens
+from llmprune_cli.vocabulary.size import check_rows, resolve_size, vocabulary_axes
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Decided:
     before: ModelSummary
     stream: ResidualStream | None  # that is to be rotated
     untied: int  # parameters that this adds
+    vocab_size: int | None  # rows that the embedding will have, where tokens go
 
 
 def decide(request: PruneRequest, subject: Subject) -> Decided:
@@ -60,7 +65,59 @@ def decide(request: PruneRequest, subject: Subject) -> Decided:
     size_bytes = sum(entry.size_bytes for entry in predict(subject, target))
     if request.writes and subject.processes.is_first:
         check_room(request.delivery.output or Path(tempfile.gettempdir()), size_bytes)
-    return Decided(subject, plan, target, before, stream, untied)
+    return Decided(subject, plan, target, before, stream, untied, _decide_size(request, subject, plan, target))
+
+
+def _decide_size(request: PruneRequest, subject: Subject, plan: Plan | None, target: Target) -> int | None:
+    """The rows of the embedding that are asked for, where the tokenizer and the family can have fewer.
+
+    Raises:
+        PlanError, UnsupportedError: they cannot.
+    """
+    asked, checkpoint = request.vocabulary, subject.checkpoint
+    stored = plan.vocabulary if plan is not None else None
+    if asked.vocab_size is None and stored is None:
+        return None
+    request.check_tokens_may_go()
+    rows = int(checkpoint.config.vocab_size)
+    if checkpoint.whole is not None:
+        raise UnsupportedError(f"{checkpoint.source} is multimodal, whose tokens cannot go. Give --text-only with it.")
+    if stored is not None and stored.before != rows:
+        raise PlanError(f"The plan is for {stored.before:,} tokens, and the model has {rows:,}. Make the plan anew.")
+    tokens = open_tokens(checkpoint)
+    size = len(stored.kept) if stored is not None else resolve_size(asked.vocab_size or "", rows)
+    must_stay(tokens, checkpoint, rows, size, asked.keep_tokens)
+    check_rows(with_widths(subject.architecture, target.widths, target.layers), size, checkpoint)
+    if stored is not None:
+        cut_tokens(tokens, stored.kept)
+    return size
+
+
+def cut_axes(subject: Subject, target: Target) -> dict[str, int]:
+    """The axes of the pruned model's tensors that have a row for each token."""
+    return vocabulary_axes(with_widths(subject.architecture, target.widths, target.layers))
+
+
+def with_vocabulary(request: PruneRequest, plan: Plan, decided: Decided, bench: Workbench) -> Plan:
+    """The plan with the tokens that stay, which only the first process chooses; one that is replayed says it."""
+    asked, checkpoint = request.vocabulary, bench.model.checkpoint
+    if decided.vocab_size is None or plan.vocabulary is not None or not bench.model.processes.is_first:
+        return plan
+    rows, tokens = int(checkpoint.config.vocab_size), open_tokens(checkpoint)
+    left_out = [name for name in LEFT_OUT if (checkpoint.companions / name).is_file()]
+    if left_out:
+        bench.listener.warn(f"{', '.join(left_out)} left out: tokenizer.json says what stays of it.")
+    bench.listener.warn(
+        f"{decided.vocab_size:,} of {rows:,} tokens stay. There is no report card, since both models read other tokens."
+    )
+    text = replace(request.text, calibration=asked.vocab_text or request.text.calibration)
+    tokenizer, longest = load_tokenizer(checkpoint), getattr(checkpoint.config, "max_position_embeddings", None)
+    length = min(request.text.calibration_seq_len, longest or request.text.calibration_seq_len)
+    windows = windows_of(load_calibration(text, tokenizer, bench.listener.warn), tokenizer, rows, length)
+    bench.listener.stage("Ranking tokens", bench.model.layers)
+    scores = rank_tokens(bench.model, windows, request.text.calibration_tokens, rows, bench.listener.advance)
+    stays = must_stay(tokens, checkpoint, rows, decided.vocab_size, asked.keep_tokens)
+    return replace(plan, vocabulary=Vocabulary(rows, choose_tokens(tokens, scores, stays, decided.vocab_size)))
 
 
 def settle(

@@ -1,0 +1,114 @@
+"""What a prune came to, and what is said of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llmprune_cli.choose import ranks_layers
+from llmprune_cli.choose.target_search import Candidate
+from llmprune_cli.commands.requests import PruneRequest
+from llmprune_cli.coupling.subject import Subject
+from llmprune_cli.family.architecture import with_widths
+from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.options import Choice
+from llmprune_cli.plan.document import Plan
+from llmprune_cli.plan.requested_widths import Target
+from llmprune_cli.progress import Listener
+from llmprune_cli.report.eval_report import EvalText, report_perplexity
+from llmprune_cli.report.results import (
+    SCHEMA_VERSION,
+    CalibrationResult,
+    CandidateResult,
+    EvalReport,
+    ModelSummary,
+    PruneResult,
+)
+from llmprune_cli.report.runtimes import runtime_fits
+from llmprune_cli.source.opening import open_checkpoint
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to, in its first process."""
+
+    subject: Subject
+    choice: Choice
+    target: Target
+    before: ModelSummary
+    after: ModelSummary
+    plan: Plan | None  # None for a dry run of widths alone
+    candidates: tuple[Candidate, ...]
+    card: CalibrationResult | None
+    evaluated: EvalText | None  # what it is to be evaluated on
+
+
+def options_said(request: PruneRequest, outcome: Outcome) -> dict[str, Any]:
+    """What was asked for, as manifests say it."""
+    choice, plan, stored = outcome.choice, outcome.plan, request.delivery.plan
+    assert plan is not None
+    return {
+        **asdict(choice.widths),
+        **{name: str(value) for name, value in asdict(request.vocabulary).items() if value is not None},
+        "target": asdict(choice.budget) if choice.budget else None,
+        "importance": plan.importance,
+        "layer_importance": choice.layer_importance,
+        "refit": choice.refit,
+        "rotate": choice.rotate,
+        "seed": plan.seed,
+        "plan": str(stored) if stored else None,
+        "dtype": request.model.dtype,
+        "compute_dtype": choice.compute_dtype,
+    }
+
+
+def evaluate_both(
+    request: PruneRequest, checkpoint: Checkpoint, output: Path | None, outcome: Outcome, listener: Listener
+) -> EvalReport | None:
+    """Perplexity before and after."""
+    if request.evaluation is None or outcome.evaluated is None:
+        return None
+    pruned = replace(request.model, name=str(output), revision=None)
+    name = str(request.delivery.output) if request.delivery.output else f"{checkpoint.source} (pruned)"
+    with open_checkpoint(pruned, need_weights=True) as opened:
+        sides = [(checkpoint, outcome.evaluated), (replace(opened, source=name), outcome.evaluated)]
+        return report_perplexity(sides, request.model, request.evaluation, listener)
+
+
+def report(
+    request: PruneRequest, checkpoint: Checkpoint, outcome: Outcome, evaluated: EvalReport | None, seconds: float
+) -> PruneResult:
+    """The result of the command."""
+    choice, plan, target, delivery = outcome.choice, outcome.plan, outcome.target, request.delivery
+    config = with_widths(outcome.subject.architecture, target.widths, target.layers)
+    return PruneResult(
+        schema_version=SCHEMA_VERSION,
+        model=checkpoint.source,
+        revision=checkpoint.revision,
+        output=None if delivery.dry_run or delivery.output is None else str(delivery.output),
+        target=str(choice.budget) if choice.budget else None,
+        protected_layers=target.protected,
+        dropped_layers=_dropped(outcome),
+        importance=plan.importance if plan else choice.importance or "",
+        refit=choice.refit or "",
+        seed=plan.seed if plan else choice.seed,
+        before=outcome.before,
+        after=outcome.after,
+        deviations=target.deviations,
+        runtimes=runtime_fits(config),
+        candidates=tuple(
+            CandidateResult(c.target.widths, c.target.layers, c.parameters, c.kl) for c in outcome.candidates
+        ),
+        seconds=seconds,
+        calibration=outcome.card,
+        recovery=None,
+        evaluation=evaluated,
+    )
+
+
+def _dropped(outcome: Outcome) -> tuple[int, ...]:
+    """Numbers of the layers that go; none where that is measured on text and was not."""
+    if outcome.plan is None and ranks_layers(outcome.choice):
+        return ()
+    return tuple(sorted({*range(outcome.before.widths.num_hidden_layers)} - {*outcome.target.layers}))

@@ -1,0 +1,119 @@
+"""Which tokens stay."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from llmprune_cli.errors import PlanError, UsageError
+from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.folder.documents import read_json
+from llmprune_cli.run.calibration import spread_windows
+from llmprune_cli.run.divergence import predicted
+from llmprune_cli.run.layered_model import LayeredModel
+from llmprune_cli.vocabulary.numbering import named_tokens
+from llmprune_cli.vocabulary.tokens import Tokens
+
+LITERAL = re.compile(r"'([^'\\]*)'|\"([^\"\\]*)\"")  # text in a chat template
+
+
+def rank_tokens(
+    model: LayeredModel, windows: torch.Tensor, tokens: int, rows: int, progress: Callable[[int], None]
+) -> torch.Tensor:
+    """How much each token is used, [V]: its share of the text plus the mean probability that the model gives it there.
+
+    Args:
+        windows: of the whole text, [N, T].
+        tokens: of it that the model is run on.
+        progress: told after each layer.
+    """
+    counts = torch.bincount(windows.flatten(), minlength=rows).double()
+    part = spread_windows(windows, tokens)
+    expected = torch.zeros(rows, dtype=torch.float64)
+    with torch.inference_mode():
+        for states, items in model.walk(part):  # noqa: B007, what is behind the last layer
+            progress(1)
+        ends = model.load_ends(exact=True)
+        for window, places, _ in predicted(ends, part):
+            logits = ends.logits(states[window : window + 1, places], items)[0]
+            expected += logits.softmax(-1).sum(0).double().cpu()
+    return counts / counts.sum() + expected / expected.sum()
+
+
+def must_stay(tokens: Tokens, checkpoint: Checkpoint, rows: int, size: int, keep_file: Path | None) -> set[int]:
+    """The tokens that stay whatever the text: special ones, those that any text needs, those that settings name.
+
+    Raises:
+        PlanError: they are more than are to stay.
+        UsageError: the file names tokens that there are not.
+    """
+    found = set(tokens.required) | named_tokens(checkpoint.config.to_dict()) | _of_chats(tokens, checkpoint)
+    settings = checkpoint.companions / "generation_config.json"
+    if settings.is_file():
+        found |= named_tokens(read_json(settings))
+    if keep_file is not None:
+        found |= _read_keep_file(keep_file, tokens)
+    found = {number for number in tokens.closed(found) if number < rows}
+    if len(found) > size:
+        raise PlanError(
+            f"{len(found):,} tokens must stay (special ones, characters or bytes, those that --keep-tokens names), "
+            f"which is more than {size:,}. Give a larger --vocab-size."
+        )
+    return found
+
+
+def choose_tokens(tokens: Tokens, scores: torch.Tensor, stays: set[int], size: int) -> tuple[int, ...]:
+    """The most used tokens with all that builds them, up to a number; the rest by the tokenizer's own order.
+
+    Args:
+        scores: see `rank_tokens`.
+        stays: tokens that stay whatever their score.
+
+    Returns:
+        Numbers of tokens, in their order.
+    """
+    found = set(stays)
+    used = scores.argsort(descending=True, stable=True).tolist()
+    for number in (*used, *range(len(scores))):
+        builders = tokens.builders(number)
+        if number in found or builders is None:
+            continue
+        more = {number, *builders} - found
+        if len(found) + len(more) <= size:
+            found |= more
+        if len(found) == size:
+            break
+    spare = [number for number in range(len(scores)) if number not in found and number not in tokens.by_id]
+    rest = [number for number in range(len(scores)) if number not in found and number in tokens.by_id]
+    found.update([*spare, *rest][: size - len(found)])
+    return tuple(sorted(found))
+
+
+def _of_chats(tokens: Tokens, checkpoint: Checkpoint) -> set[int]:
+    """The tokens of what chat templates write themselves."""
+    from tokenizers import Tokenizer
+
+    settings = checkpoint.companions / "tokenizer_config.json"
+    templates = [path.read_text(encoding="utf-8") for path in checkpoint.companions.glob("chat_template.jinja")]
+    own = read_json(settings).get("chat_template") if settings.is_file() else None
+    templates += [own] if isinstance(own, str) else []
+    tokenizer = Tokenizer.from_file(str(checkpoint.companions / "tokenizer.json"))
+    texts = [first or second for template in templates for first, second in LITERAL.findall(template)]
+    return {number for text in texts for number in tokenizer.encode(text, add_special_tokens=False).ids}
+
+
+def _read_keep_file(path: Path, tokens: Tokens) -> set[int]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--keep-tokens {path} is not readable UTF-8 text ({error}).") from error
+    found = set()
+    for line in filter(None, lines):
+        number = tokens.ids.get(line, int(line) if line.isdecimal() and int(line) in tokens.by_id else None)
+        if number is None:
+            raise UsageError(f"--keep-tokens {path} names {line!r}, which is no token of the model.")
+        found.add(number)
+    return found

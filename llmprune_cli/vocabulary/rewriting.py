@@ -1,0 +1,140 @@
+"""A tokenizer without some of its tokens: tokenizer.json and all that names tokens by number beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llmprune_cli.errors import PlanError, UnsupportedError, VerificationError
+from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.folder.documents import read_json, write_json
+from llmprune_cli.source.tokenizer import MOST_COMPANION_BYTES
+from llmprune_cli.vocabulary.numbering import new_numbers, renumbered
+from llmprune_cli.vocabulary.tokens import Tokens, pair_of, read_tokens
+
+# What the tokens of other files would contradict; tokenizer.json says all that they say.
+LEFT_OUT = ("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
+
+
+def cut_tokens(tokens: Tokens, kept: tuple[int, ...]) -> dict[str, Any]:
+    """The tokenizer.json of the tokens that stay, under their new numbers.
+
+    Args:
+        kept: numbers of the tokens that stay, in their order.
+
+    Raises:
+        PlanError: a token that must stay is missing, or what builds one.
+        VerificationError: the tokenizer gives other numbers than it should.
+    """
+    numbers, stays = new_numbers(kept), set(kept)
+    missing = (tokens.required | tokens.closed(number for number in kept if number in tokens.by_id)) - stays
+    if missing:
+        raise PlanError(
+            f"The plan's vocabulary lacks {tokens.by_id[min(missing)]!r}, without which others cannot be built. Make "
+            "the plan anew."
+        )
+    model = {**tokens.model, **_cut_model(tokens.model, numbers)}
+    added = [
+        {**own, "id": numbers[own["id"]]} for own in tokens.document.get("added_tokens") or () if own["id"] in numbers
+    ]
+    changed = {"model": model, "added_tokens": added}
+    for name in ("post_processor", "padding"):
+        if name in tokens.document:
+            changed[name] = _renumber_steps(tokens.document[name], numbers)
+    document = {**tokens.document, **changed}
+    _check(document, tokens, numbers)
+    return document
+
+
+def _cut_model(model: dict[str, Any], numbers: dict[int, int]) -> dict[str, Any]:
+    vocabulary = model["vocab"]
+    if not isinstance(vocabulary, dict):
+        pieces = [piece for number, piece in enumerate(vocabulary) if number in numbers]
+        return {"vocab": pieces, "unk_id": numbers.get(model.get("unk_id", -1))}
+    stays = {token: numbers[number] for token, number in vocabulary.items() if number in numbers}
+    merges = []
+    for merge in model["merges"]:
+        first, second = pair_of(merge)
+        if first in stays and second in stays and first + second in stays:
+            merges.append(merge)
+    return {"vocab": stays, "merges": merges}
+
+
+def _renumber_steps(step: Any, numbers: dict[int, int]) -> Any:
+    """A post-processor or the padding with new numbers in the places of old ones."""
+    if isinstance(step, list):
+        return [_renumber_steps(inner, numbers) for inner in step]
+    if not isinstance(step, dict):
+        return step
+    found = {name: _renumber_steps(inner, numbers) for name, inner in step.items()}
+    if "tokens" in step and "ids" in step:
+        found["ids"] = [numbers[number] for number in step["ids"]]
+    for name in ("sep", "cls"):
+        if isinstance(step.get(name), list):
+            found[name] = [step[name][0], numbers[step[name][1]]]
+    if "pad_id" in step:
+        found["pad_id"] = numbers.get(step["pad_id"], 0)
+    return found
+
+
+def _check(document: dict[str, Any], tokens: Tokens, numbers: dict[int, int]) -> None:
+    """Hold the numbers that the `tokenizers` library gives against those of the rows."""
+    from tokenizers import Tokenizer
+
+    built = Tokenizer.from_str(json.dumps(document)).get_vocab()
+    wanted = {tokens.by_id[old]: new for old, new in numbers.items() if old in tokens.by_id}
+    wrong = [token for token in built.keys() | wanted.keys() if built.get(token) != wanted.get(token)]
+    if wrong:
+        raise VerificationError(
+            f"The token {wrong[0]!r} would have the number {built.get(wrong[0])} and the row "
+            f"{wanted.get(wrong[0])}. Nothing was kept; please report this."
+        )
+
+
+def open_tokens(checkpoint: Checkpoint) -> Tokens:
+    """The tokens of a checkpoint's tokenizer.
+
+    Raises:
+        UnsupportedError: it has no tokenizer.json, or one of another kind.
+        CheckpointError: the file cannot be read.
+    """
+    path = checkpoint.companions / "tokenizer.json"
+    if not path.is_file():
+        raise UnsupportedError(
+            f"{checkpoint.source} has no tokenizer.json, and no other tokenizer can be cut. Save its fast tokenizer "
+            "with transformers, or leave --vocab-size out."
+        )
+    return read_tokens(read_json(path, MOST_COMPANION_BYTES), checkpoint.source)
+
+
+def write_tokenizer(checkpoint: Checkpoint, folder: Path, kept: tuple[int, ...]) -> None:
+    """Write the tokenizer of the tokens that stay over the copies of the old one's files.
+
+    Raises:
+        PlanError, VerificationError: see `cut_tokens`.
+    """
+    document = cut_tokens(open_tokens(checkpoint), kept)
+    numbers = new_numbers(kept)
+    (folder / "tokenizer.json").write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    for name in LEFT_OUT:
+        (folder / name).unlink(missing_ok=True)
+    _rewrite(folder / "tokenizer_config.json", numbers, _renumber_decoder)
+    _rewrite(folder / "added_tokens.json", numbers, lambda own, new: {t: new[i] for t, i in own.items() if i in new})
+    _rewrite(folder / "generation_config.json", numbers, lambda own, new: renumbered(own, new.get))
+
+
+def _rewrite(path: Path, numbers: dict[int, int], change: Any) -> None:
+    if path.is_file():
+        settings = read_json(path, MOST_COMPANION_BYTES)
+        write_json(path, {**settings, **change(settings, numbers)})
+
+
+def _renumber_decoder(settings: dict[str, Any], numbers: dict[int, int]) -> dict[str, Any]:
+    found = renumbered(settings, numbers.get)
+    added = settings.get("added_tokens_decoder")
+    if isinstance(added, dict):
+        found["added_tokens_decoder"] = {
+            str(numbers[int(number)]): token for number, token in added.items() if int(number) in numbers
+        }
+    return found

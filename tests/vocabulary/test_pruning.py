@@ -1,0 +1,90 @@
+"""Tokens go with their rows, and what stays is computed as before."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from support.cli import BY_MAGNITUDE, run_cli
+from support.gguf_exports import export, needs_llamacpp, tiny, verified
+from support.refusals import PLAN, UNSUPPORTED, USAGE, assert_prune_refused, edit_json
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    return ("--calibration", str(path), "--calibration-seq-len", "40", "--calibration-tokens", "400")
+
+
+def cut(model: Path, output: Path, *options: str) -> Path:
+    run = run_cli("prune", model, *BY_MAGNITUDE, "--vocab-size", "320", *options, "--output", output)
+    assert run.code == 0, run.stderr
+    return output
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])
+def test_kept_tokens_keep_their_logits(family: str, tied: bool, text: tuple[str, ...], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if family == "phi" and tied:
+        pytest.skip("its output projection has biases, and stands alone")
+    model = tiny(tmp_path / "model", family, tie_word_embeddings=tied)
+    folder = cut(model, tmp_path / "cut", *text, "--save-plan", str(tmp_path / "plan.json"))
+    kept = json.loads((tmp_path / "plan.json").read_text())["vocabulary"]["kept"]
+    whole, part = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float64).eval() for f in (model, folder))
+    assert part.config.vocab_size == len(kept) == 320
+    assert part.config.eos_token_id == kept.index(whole.config.eos_token_id)
+    before, after = (AutoTokenizer.from_pretrained(f) for f in (model, folder))
+    ids = after("the model and the text")["input_ids"]
+    old = [kept[number] for number in ids]
+    assert after.decode(ids) == before.decode(old)
+    assert after.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "x"
+    with torch.no_grad():
+        logits, cut_logits = whole(torch.tensor([old])).logits[..., kept], part(torch.tensor([ids])).logits
+    assert (logits - cut_logits).abs().max() <= 1e-12
+    again = tmp_path / "again"
+    run = run_cli("prune", model, *BY_MAGNITUDE, "--plan", tmp_path / "plan.json", "--output", again)
+    assert run.code == 0, run.stderr
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        assert (again / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_tokens_go_together_with_neurons(text: tuple[str, ...], byte_level: Path, tmp_path: Path) -> None:
+    folder = cut(byte_level, tmp_path / "cut", *text, "--intermediate-pruning-ratio", "0.5")
+    manifest = json.loads((folder / "llmprune.json").read_text())
+    assert manifest["widths"]["after"]["vocab_size"] == 320
+    assert run_cli("inspect", folder, "--verify").code == 0
+
+
+@needs_llamacpp
+def test_llama_cpp_reads_the_tokens_that_stay(text: tuple[str, ...], byte_level: Path, tmp_path: Path) -> None:
+    verified(export(cut(byte_level, tmp_path / "cut", *text), tmp_path / "gguf", "--dtype", "f32"))
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny(tmp_path_factory.mktemp("byte-level") / "model", "llama")
+
+
+def test_what_cannot_be_cut_is_refused(byte_level: Path, tmp_path: Path) -> None:
+    def refuse(code: int, *words: str, options: tuple[str, ...] = ("--vocab-size", "320")) -> None:
+        assert_prune_refused(tmp_path / "model", tmp_path, code, *words, options=options)
+
+    shutil.copytree(byte_level, tmp_path / "model")
+    refuse(PLAN, "must stay", options=("--vocab-size", "64"))
+    refuse(PLAN, "Give fewer", options=("--vocab-size", "384"))
+    refuse(USAGE, "32000", options=("--vocab-size", "many"))
+    keep = tmp_path / "keep.txt"
+    keep.write_text("e\nno-such-token\n")
+    refuse(USAGE, "no-such-token", options=("--vocab-size", "320", "--keep-tokens", str(keep)))
+    tokenizer = tmp_path / "model" / "tokenizer.json"
+    edit_json(tokenizer, lambda document: document["model"].update(type="WordPiece"))
+    refuse(UNSUPPORTED, "WordPiece")
+    tokenizer.unlink()
+    refuse(UNSUPPORTED, "tokenizer.json")
