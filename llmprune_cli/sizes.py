@@ -117,6 +117,17 @@ def parse_parameters(text: str) -> Budget:
     return Budget(amount / 100, "share")
 
 
+def parse_count(text: str) -> Budget:
+    """A number of tokens: as `parse_parameters`, and small ones, too.
+
+    Raises:
+        UsageError: none, or not positive.
+    """
+    if text.strip().isdecimal() and int(text):
+        return Budget(float(text), "parameters")
+    return parse_parameters(text)
+
+
 def check_ratio(value: float) -> None:
     """A pruning ratio.
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from llmprune_cli.errors import UsageError
 from llmprune_cli.options import MACHINE, METHOD, OUTPUT, Option
-from llmprune_cli.sizes import check_chart, parse_parameters, parse_size
+from llmprune_cli.sizes import check_chart, parse_count, parse_size
 
 
 def count_tokens(text: str) -> int:
@@ -17,10 +17,8 @@ def count_tokens(text: str) -> int:
     Raises:
         UsageError: it is none.
     """
-    if text.strip().isdecimal() and int(text):
-        return int(text)
     try:
-        budget = parse_parameters(text)
+        budget = parse_count(text)
     except UsageError:
         budget = None
     if budget is None or budget.kind != "parameters" or budget.amount < 1:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from llmprune_cli.errors import UsageError
 from llmprune_cli.options import GOES, TEXT, Option
-from llmprune_cli.sizes import parse_parameters
+from llmprune_cli.sizes import parse_count
 
 
 def check_vocab_size(value: str) -> None:
@@ -18,7 +18,7 @@ def check_vocab_size(value: str) -> None:
         UsageError: neither.
     """
     try:
-        parse_parameters(value)
+        parse_count(value)
     except UsageError:
         raise UsageError(f"give a number of tokens such as 32000, or a share such as 50%, not {value!r}.") from None
 

@@ -8,7 +8,7 @@ from llmprune_cli.errors import PlanError, UnsupportedError
 from llmprune_cli.family.architecture import reconfigure
 from llmprune_cli.family.skeleton import expected_index
 from llmprune_cli.folder.checkpoint import Checkpoint
-from llmprune_cli.sizes import parse_parameters
+from llmprune_cli.sizes import parse_count
 from llmprune_cli.vocabulary.numbering import new_numbers, renumbered
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def resolve_size(asked: str, rows: int) -> int:
     Raises:
         PlanError: no row would go.
     """
-    wanted = int(parse_parameters(asked).limit(rows, 0))
+    wanted = int(parse_count(asked).limit(rows, 0))
     size = max(1, -(-wanted // STEP)) * STEP
     if size >= rows:
         raise PlanError(f"--vocab-size {asked} comes to {size:,} tokens, and the model has {rows:,}. Give fewer.")
