@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmprune_cli.apply.proof import prove_target
+from llmprune_cli.apply.proven_widths import leave_unproven
 from llmprune_cli.apply.pruned_folder import make_manifest, prune_twin, write_pruned
 from llmprune_cli.apply.second_opinion import hold_against_torch_pruning
 from llmprune_cli.choose import ranks_layers
@@ -134,7 +135,10 @@ def _run(
     request: PruneRequest, checkpoint: Checkpoint, claim: Claim | None, processes: Processes, listener: Listener
 ) -> _Outcome | None:
     """All steps up to the written folder; None in processes that do not report."""
-    decided = decide(request, understand(checkpoint, processes))
+    subject = understand(checkpoint, processes)
+    if request.choice.budget is not None or request.choice.widths.pruning_ratio is not None:
+        subject = leave_unproven(subject)
+    decided = decide(request, subject)
     subject, target = decided.subject, decided.target
     evaluation = request.evaluation
     evaluated = None
@@ -150,7 +154,8 @@ def _run(
     if processes.is_first:
         with one_thread():
             prove_target(subject, target, prune_twin)
-            hold_against_torch_pruning(subject.architecture, subject.trace)
+            changed = target.widths.changed_from(subject.widths)
+            hold_against_torch_pruning(subject.architecture, subject.trace.limited_to(changed))
     with ExitStack() as stack:
         bench = Workbench(layered(subject, request, choice), text, listener, Journal(subject.processes))
         bench = replace(bench, offload_dir=request.scratch.offload_dir)
