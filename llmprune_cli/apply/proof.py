@@ -199,7 +199,7 @@ def _stored_buffers(model: PreTrainedModel) -> frozenset[str]:
 def _silence_removed(folder: Path, kept: _Kept, buffers: Collection[str]) -> None:
     """In a saved dense twin, zero whatever reads a removed head or neuron and all weights of a removed layer.
 
-    What is stored beside the weights stays: a scale of zero would silence all layers.
+    What is stored beside the weights becomes one there: a scale of zero would silence all layers.
 
     The router's row of a removed expert, and what is added to its score, become so negative that no token with a
     positive sum over its channels picks it, or gives it weight in a softmax.
@@ -211,7 +211,7 @@ def _silence_removed(folder: Path, kept: _Kept, buffers: Collection[str]) -> Non
         for name, tensor in tensors.items():
             template, numbers = split_name(name)
             if numbers and numbers[0] not in kept.layers:
-                tensor.mul_(name in buffers)
+                tensor.fill_(name in buffers)
                 continue
             for binding in kept.trace.on(template):
                 reads = binding in kept.trace.readers

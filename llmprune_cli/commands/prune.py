@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from llmprune_cli.apply.proof import prove_target
-from llmprune_cli.apply.proven_widths import leave_unproven
 from llmprune_cli.apply.pruned_folder import make_manifest, prune_twin, write_pruned
 from llmprune_cli.apply.second_opinion import hold_against_torch_pruning
 from llmprune_cli.choose import ranks_layers
@@ -135,10 +134,7 @@ def _run(
     request: PruneRequest, checkpoint: Checkpoint, claim: Claim | None, processes: Processes, listener: Listener
 ) -> _Outcome | None:
     """All steps up to the written folder; None in processes that do not report."""
-    subject = understand(checkpoint, processes)
-    if request.choice.budget is not None or request.choice.widths.pruning_ratio is not None:
-        subject = leave_unproven(subject)
-    decided = decide(request, subject)
+    decided = decide(request, understand(checkpoint, processes))
     subject, target = decided.subject, decided.target
     evaluation = request.evaluation
     evaluated = None

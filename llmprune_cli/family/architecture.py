@@ -101,8 +101,10 @@ def with_true_neurons(config: PretrainedConfig, shapes: dict[str, Shape]) -> Pre
     """The same configuration with the intermediate size that its model has, where it is unsaid or would be rounded."""
     unsaid = neuron_fields(config)
     if unsaid and all(getattr(config, name) is None for name in unsaid):
-        said = {unsaid[0]: 4 * config.hidden_size}
-        return config if _moves(config, expected_index(config), said) else reconfigure(config, said)
+        before, usual = expected_index(config), 4 * config.hidden_size
+        read = (name for name in unsaid if _moves(config, before, {name: 2 * usual}))
+        name = next(read, None)
+        return reconfigure(config, {name: usual}) if name and not _moves(config, before, {name: usual}) else config
     family = FAMILIES.get(config.model_type, Family())
     if not getattr(config, family.rounds_neurons, False) or family.neurons not in shapes:
         return config
