@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from llmprune_cli.apply.proof import prove
+from llmprune_cli.apply.proof import prove, prove_target
 from llmprune_cli.apply.pruned_folder import prune_twin
 from llmprune_cli.apply.second_opinion import hold_against_torch_pruning
 from llmprune_cli.coupling.subject import Subject, known_architecture
 from llmprune_cli.coupling.twin import one_thread
-from llmprune_cli.errors import LlmpruneError
+from llmprune_cli.errors import LlmpruneError, UnsupportedError
 from llmprune_cli.family.widths import HEAD_COUNTS, Width
+from llmprune_cli.plan.requested_widths import Target
 from llmprune_cli.startup.remembered import recall, remember
 
 
@@ -19,6 +20,23 @@ class Unproven:
     """What the proof refuses, as it is remembered."""
 
     reasons: dict[str, str]  # width → why
+
+
+def check_proof(subject: Subject, target: Target) -> None:
+    """Prove a change of widths, and hold what was found out about them against torch-pruning.
+
+    Raises:
+        PlanError: one of the widths cannot be pruned at all.
+        UnsupportedError: all of them together cannot.
+    """
+    with one_thread():
+        try:
+            prove_target(subject, target, prune_twin)
+        except UnsupportedError:
+            leave_unproven(subject).require(target.widths)
+            raise
+        changed = target.widths.changed_from(subject.widths)
+        hold_against_torch_pruning(subject.architecture, subject.trace.limited_to(changed))
 
 
 def leave_unproven(subject: Subject) -> Subject:

@@ -12,9 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmprune_cli.apply.proof import prove_target
-from llmprune_cli.apply.pruned_folder import make_manifest, prune_twin, write_pruned
-from llmprune_cli.apply.second_opinion import hold_against_torch_pruning
+from llmprune_cli.apply.proven_widths import check_proof
+from llmprune_cli.apply.pruned_folder import make_manifest, write_pruned
 from llmprune_cli.choose import ranks_layers
 from llmprune_cli.choose.selection import Selection, select, target_of
 from llmprune_cli.choose.target_search import Candidate
@@ -22,7 +21,6 @@ from llmprune_cli.commands.decision import Decided, decide, layered, rotate_mode
 from llmprune_cli.commands.recipe import recipe_of, save_recipe
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.coupling.subject import Subject, understand
-from llmprune_cli.coupling.twin import one_thread
 from llmprune_cli.family.architecture import with_widths
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.integrity import list_files
@@ -148,10 +146,7 @@ def _run(
     elif processes.is_first and evaluated is not None:
         warn_of_shared_text(text.corpus, evaluated.corpus, listener.warn)
     if processes.is_first:
-        with one_thread():
-            prove_target(subject, target, prune_twin)
-            changed = target.widths.changed_from(subject.widths)
-            hold_against_torch_pruning(subject.architecture, subject.trace.limited_to(changed))
+        check_proof(subject, target)
     with ExitStack() as stack:
         bench = Workbench(layered(subject, request, choice), text, listener, Journal(subject.processes))
         bench = replace(bench, offload_dir=request.scratch.offload_dir)
@@ -179,7 +174,7 @@ def _choose_and_write(
         selection = select(bench, decided.target, choice)
         target = target_of(selection.plan)
     if subject.processes.is_first and target.layers != decided.target.layers:
-        prove_target(subject, target, prune_twin)
+        check_proof(subject, target)
     target = _tell(request, choice, selection, decided, target, bench)
     repairs: tuple[LayerRepair, ...] = ()
     repaired = subject

@@ -31,7 +31,7 @@ def test_one_ratio_leaves_whole_what_is_not_proven_and_says_so(make_tiny: Callab
     config = load_stock(tmp_path / "out").config
     assert (config.hidden_size, config.num_attention_heads, config.intermediate_size) == (64, 4, 24)
     run = run_cli("prune", folder, *BY_MAGNITUDE, "--hidden-size", "32", "--output", tmp_path / "alone")
-    assert run.code == 4 and "The twin proof fails" in run.stderr
+    assert run.code == 5 and "cannot be pruned in hidden_size: The twin proof fails" in run.stderr
 
 
 def test_heads_whose_number_gives_the_bias_of_positions_are_not_offered(make_tiny: Callable[..., Path]) -> None:
