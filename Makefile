@@ -10,8 +10,9 @@ FUZZ := $(VENV)/.fuzz
 MINUTES ?= 10
 
 BASE ?= HEAD~1
+TYPES ?=
 
-.PHONY: demo matrix schemas golden test test-all check lint fix fuzz faults bench bench-8b bench-calibrated bench-exports bench-memory bench-processes bench-quality bench-recover bench-start check-consumers check-gpu check-ranges check-runtimes clean
+.PHONY: demo families matrix schemas golden test test-all check lint fix fuzz faults bench bench-8b bench-calibrated bench-exports bench-memory bench-processes bench-quality bench-recover bench-start check-consumers check-gpu check-ranges check-runtimes clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +37,9 @@ demo: $(INSTALLED)  ## inspect, prune, evaluate and reload a real model
 
 matrix: $(INSTALLED)  ## write the tables of families, formats and methods into the docs
 	$(BIN)/python tests/tools/support_matrix.py
+
+families: $(INSTALLED)  ## prune a small model of every type that transformers has, or of TYPES="llama qwen3"
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/tools/families/families.py $(TYPES)
 
 schemas: $(INSTALLED)  ## write the JSON schemas of all documents into the docs
 	PYTHONPATH=tests $(BIN)/python tests/tools/schemas.py

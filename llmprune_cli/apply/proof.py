@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from llmprune_cli.apply.answers import Answers, answer, differ
+from llmprune_cli.coupling.products import Product, Products
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.coupling.trace import Binding, Instance, Keep, Trace, kept_mask, new_name, renumbered
 from llmprune_cli.coupling.twin import Twin, build_twin, proof_sizes
@@ -20,7 +21,7 @@ from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.family.architecture import Architecture
 from llmprune_cli.family.kept_layers import check_kept_layers
 from llmprune_cli.family.layers import can_keep_layers
-from llmprune_cli.family.skeleton import expected_index, on_disk
+from llmprune_cli.family.skeleton import expected_index, on_disk, vectors_on_disk
 from llmprune_cli.family.widths import NEURONS, Width, Widths
 from llmprune_cli.folder.scratch import scratch_folder, scratch_space
 from llmprune_cli.folder.tensors import split_name
@@ -198,7 +199,7 @@ def _stored_buffers(model: PreTrainedModel) -> frozenset[str]:
 def _silence_removed(folder: Path, kept: _Kept, buffers: Collection[str]) -> None:
     """In a saved dense twin, zero whatever reads a removed head or neuron and all weights of a removed layer.
 
-    What is stored beside the weights stays: a scale of zero would silence all layers.
+    What is stored beside the weights becomes one there: a scale of zero would silence all layers.
 
     The router's row of a removed expert, and what is added to its score, become so negative that no token with a
     positive sum over its channels picks it, or gives it weight in a softmax.
@@ -210,12 +211,15 @@ def _silence_removed(folder: Path, kept: _Kept, buffers: Collection[str]) -> Non
         for name, tensor in tensors.items():
             template, numbers = split_name(name)
             if numbers and numbers[0] not in kept.layers:
-                tensor.mul_(name in buffers)
+                tensor.fill_(name in buffers)
                 continue
             for binding in kept.trace.on(template):
                 reads = binding in kept.trace.readers
                 routes = binding.width == Width.EXPERTS and Width.EXPERTS in kept.keep
-                routes &= name in buffers if tensor.ndim == 1 else tensor.ndim == 2 and _is_router(kept.trace, template)
+                if tensor.ndim == 1 or tensor.numel() == tensor.shape[binding.axis]:  # what is added to the scores
+                    routes &= name in buffers or tensor.ndim > 1
+                else:
+                    routes &= tensor.ndim == 2 and _is_router(kept.trace, template)
                 if reads or routes:
                     mask = kept_mask(kept.trace, template, binding.axis, numbers, kept.keep, kept.before)
                     tensor.index_fill_(binding.axis, (~mask).nonzero().flatten(), 0 if reads else UNPICKED)
@@ -229,11 +233,11 @@ def _is_router(traced: Trace, template: str) -> bool:
 
 
 def _answer_without(dense: PreTrainedModel, pruned: PreTrainedModel, tokens: torch.Tensor, kept: _Kept) -> Answers:
-    """What the dense twin answers where norms see the kept elements only.
+    """What the dense twin answers where norms see the kept elements only, and routers score no removed expert.
 
     The removed channels' embeddings are zero as well, for families that read the residual stream without a norm.
     """
-    with torch.no_grad(), _norms_of_kept(dense, pruned, kept):
+    with torch.no_grad(), _norms_of_kept(dense, pruned, kept), _routers_of_kept(dense, kept):
         if channels := kept.keep.get(Width.HIDDEN, {}).get(Instance()):
             embedding = next(dense.get_input_embeddings().parameters())
             removed = torch.ones(embedding.shape[1], dtype=torch.bool)
@@ -242,11 +246,33 @@ def _answer_without(dense: PreTrainedModel, pruned: PreTrainedModel, tokens: tor
         return answer(dense, tokens)
 
 
+def _routers_of_kept(dense: PreTrainedModel, kept: _Kept) -> Products:
+    """While active, routers give removed experts a score that no token picks, whatever the norm before them.
+
+    In a norm that takes the mean away the sum over the channels, which `_silence_removed` relies on, has no sign.
+    """
+
+    def score(product: Product) -> torch.Tensor | None:
+        chosen = kept.keep.get(Width.EXPERTS, {}).get(Instance(split_name(product.parameter)[1][0]))
+        if chosen is None or product.result.shape[-1] != kept.before.num_experts:
+            return None
+        gone = torch.ones(kept.before.num_experts, dtype=torch.bool)
+        gone[torch.tensor(chosen)] = False
+        return product.result.masked_fill(gone, UNPICKED)
+
+    routers = kept.trace.routers
+    return Products(((name, own) for name, own in dense.named_parameters() if split_name(name)[0] in routers), score)
+
+
 def _normed(traced: Trace, name: str, module: nn.Module) -> Binding | None:
-    """The axis that a norm runs over: that of its weight, else of the channels; None for other modules."""
+    """The axis that a norm runs over: that of its weight, else of the channels; None for other modules.
+
+    Args:
+        name: of its weight on disk.
+    """
     weight = getattr(module, "weight", None)
     if weight is not None:
-        along = (binding for binding in traced.on(split_name(f"{name}.weight")[0]) if weight.ndim == 1)
+        along = (binding for binding in traced.on(split_name(name)[0]) if weight.ndim == 1)
         return next((binding for binding in along if binding.axis == 0), None)
     if "Norm" in type(module).__name__ and not list(module.children()):
         return next((binding for binding in traced.of(Width.HIDDEN) if binding.is_global), None)
@@ -256,11 +282,11 @@ def _normed(traced: Trace, name: str, module: nn.Module) -> Binding | None:
 @contextmanager
 def _norms_of_kept(model: PreTrainedModel, pruned: PreTrainedModel, kept: _Kept) -> Iterator[None]:
     """Let every norm of pruned elements see the kept ones only: the pruned norm with the dense one's weights."""
-    small_modules, hooks = dict(pruned.named_modules()), []
+    small_modules, names, hooks = dict(pruned.named_modules()), vectors_on_disk(model), []
     for name, module in model.named_modules():
         numbers = split_name(name)[1]
         new = new_name(f"{name}.weight", kept.trace, renumbered(kept.layers), None)
-        normed = _normed(kept.trace, name, module)
+        normed = _normed(kept.trace, names.get(f"{name}.weight", ""), module)
         if new is None or normed is None:
             continue
         mask = kept_mask(kept.trace, normed.template, normed.axis, numbers, kept.keep, kept.before)

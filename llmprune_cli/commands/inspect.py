@@ -59,6 +59,7 @@ def _remembered_in(reference: ModelReference, request: WidthRequest) -> Path | N
 
 def _find_out(reference: ModelReference, request: WidthRequest) -> InspectResult:
     """See `inspect`."""
+    from llmprune_cli.apply.proven_widths import leave_unproven
     from llmprune_cli.coupling.subject import understand
     from llmprune_cli.family.architecture import with_widths
     from llmprune_cli.plan.legal import legal_values
@@ -69,7 +70,7 @@ def _find_out(reference: ModelReference, request: WidthRequest) -> InspectResult
 
     with open_checkpoint(reference, need_weights=False) as opened:
         checkpoint = part_to_write(opened)
-        subject = understand(checkpoint)
+        subject = leave_unproven(understand(checkpoint))
         target = None if request.is_empty else resolve(subject.architecture, subject.trace.refused, request)
         after, config = None, checkpoint.config
         if target is not None:

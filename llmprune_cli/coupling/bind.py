@@ -33,7 +33,7 @@ def bind(
         by_width = _with_bias(name, output_axis, by_width, labels)
         if loose and all(bool((units < 0).all()) for units in by_width.values()):
             continue  # not an axis of heads but one of channels, whose size follows theirs
-        if "num_attention_heads" in by_width:
+        if "num_key_value_heads" in by_width:
             bindings = _bind_heads(template, axis, by_width, widths)
         else:
             ((width, units),) = by_width.items()

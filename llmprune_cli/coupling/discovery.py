@@ -21,14 +21,16 @@ from llmprune_cli.coupling.probe import find_reader, label_units, read_units, re
 from llmprune_cli.coupling.step import Followers, Place, followers_of, own_rule, template_place, within_layers
 from llmprune_cli.coupling.trace import GLOBAL_WIDTHS, Binding, Reader, Trace
 from llmprune_cli.coupling.twin import Twin, build_twin, trace_sizes
-from llmprune_cli.family.architecture import Architecture, rotary_fraction
+from llmprune_cli.family.architecture import Architecture, have_own_heads, rotary_fraction
 from llmprune_cli.family.skeleton import on_disk
-from llmprune_cli.family.widths import HEAD_COUNTS, NEURONS, Widths
+from llmprune_cli.family.widths import HEAD_COUNTS, NEURONS, Width, Widths, varied_widths
 from llmprune_cli.folder.tensors import split_name
 
 ROTARY = "rotary frequencies follow the head dim, so that fewer elements would turn at other speeds"
 PARTLY_ROTARY = "the share of a head that turns, its speeds and the scale of attention follow the head dim"
 UNROTATED = "the scale of attention follows the head dim, so that fewer elements would be weighed differently"
+
+SEVERAL = "its layers have several sizes of it, of which a configuration cannot say fewer"
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ def trace(architecture: Architecture) -> Trace:
 
 def _trace_neurons(twin: Twin, width: str) -> Findings:
     """What follows a width of neurons."""
+    if width in varied_widths(twin.architecture.config):
+        return Findings(refused={width: SEVERAL})
     bound = followers_of(twin, width, 1)
     if bound is None:
         return Findings(refused={width: own_rule(twin, width)})
@@ -126,10 +130,12 @@ def _trace_heads(twin: Twin, hidden: Followers | None) -> Findings:
     widths, spaces = architecture.widths, _head_spaces(architecture.widths)
     bound = followers_of(twin, "head_dim", 2) if architecture.explicit_head_dim else None
     bound = bound or (hidden if architecture.hidden_follows_heads else None)
+    if have_own_heads(architecture.config):
+        return Findings(refused=dict.fromkeys(spaces, SEVERAL))
+    if spaces and architecture.own_heads:
+        return _trace_latent_heads(twin)
     if bound is None or not bound.disk:
-        family = architecture.config.model_type
-        reason = f"the heads of {family} have sizes of their own (latent attention), which stay whole"
-        return Findings(refused=dict.fromkeys(spaces, reason))
+        return Findings(refused=dict.fromkeys(spaces, "no tensor axis follows the size of its heads"))
     reader = find_reader(twin, bound, widths, spaces)
     if reader is None:
         return Findings(refused=dict.fromkeys(spaces, "nothing that reads its heads was found"))
@@ -143,6 +149,15 @@ def _trace_heads(twin: Twin, hidden: Followers | None) -> Findings:
         return Findings(inputs=inputs, refused=dict.fromkeys(spaces, reason))
     whole = bind_whole_heads(twin, bound)
     return Findings((*bindings, *whole), tuple(_reading(twin, bound, reader, bindings)), inputs)
+
+
+def _trace_latent_heads(twin: Twin) -> Findings:
+    """What follows the heads of latent attention, which have sizes of their own and each their keys and values."""
+    bound = followers_of(twin, Width.HEADS, 1)
+    if bound is None or not bound.disk:
+        return Findings(refused=dict.fromkeys(HEAD_COUNTS, "no tensor axis follows the number of its heads"))
+    found = _trace_units(twin, bound, Width.HEADS)
+    return replace(found, refused=dict.fromkeys(HEAD_COUNTS, found.refused[Width.HEADS])) if found.refused else found
 
 
 def _trace_channels(twin: Twin, hidden: Followers | None, taken: set[Place]) -> Findings:

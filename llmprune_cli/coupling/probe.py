@@ -13,7 +13,7 @@ from llmprune_cli.coupling.products import Products
 from llmprune_cli.coupling.step import Followers, Place, shapes_of, template_place
 from llmprune_cli.coupling.twin import Twin, run_twin
 from llmprune_cli.family.skeleton import on_disk
-from llmprune_cli.family.widths import HEAD_COUNTS, Widths
+from llmprune_cli.family.widths import HEAD_COUNTS, Width, Widths
 from llmprune_cli.folder.tensors import split_name
 
 
@@ -48,8 +48,9 @@ def find_reader(
     Args:
         others: readers that are known already; then, as for channels, only what silences a matrix counts.
     """
-    heads = "num_attention_heads" in spaces
-    count = spaces["num_attention_heads"] if heads else next(iter(spaces.values()))
+    latent = twin.architecture.own_heads and Width.HEADS in spaces
+    heads = Width.HEADS in spaces and not latent
+    count = next(iter(spaces.values()))
     chunk = widths.head_dim if heads else 1
     # a whole KV group also silences keys and values, but with one group everything would be zero
     group = widths.heads_per_group if heads and widths.num_key_value_heads > 1 else 1
@@ -69,7 +70,8 @@ def find_reader(
         if best is not None and (template, axis) not in summed:
             break
         seen.add((template, axis))
-        with _zeroed(twin, [*known, (template, axis)], range(group * chunk)):
+        first = range(size // count if latent else group * chunk)
+        with _zeroed(twin, [*known, (template, axis)], first):
             dead = _dead(twin, bound)
         everywhere: dict[Place, bool] = {}  # a reader of heads or neurons silences them in every layer
         for name_on_disk, axis_on_disk in bound.disk:

@@ -11,7 +11,7 @@ from llmprune_cli.coupling.twin import Twin, writes_head_dim
 from llmprune_cli.errors import LlmpruneError
 from llmprune_cli.family.architecture import reconfigure, rotary_changes
 from llmprune_cli.family.skeleton import build_skeleton, on_disk
-from llmprune_cli.family.widths import field_changes
+from llmprune_cli.family.widths import Width, field_changes
 from llmprune_cli.folder.tensors import split_name
 
 Place = tuple[str, int]  # (tensor name or template, axis)
@@ -36,6 +36,8 @@ def followers_of(twin: Twin, width: str, increment: int) -> Followers | None:
             head_dim = twin.architecture.widths.head_dim + steps
             changes.update(rotary_changes(config, head_dim))
             changes.update({"head_dim": head_dim} if writes_head_dim(twin.architecture) else {})
+        if width == Width.HEADS:  # of latent attention, where every head has keys and values of its own
+            changes.update(field_changes(config, Width.GROUPS, changes[next(iter(changes))]))
         try:
             after = shapes_of(reconfigure(config, changes))
         except (ValueError, LlmpruneError):

@@ -96,7 +96,7 @@ def find_coupling(architecture: Architecture) -> tuple[Architecture, Trace]:
     Raises:
         UnsupportedError: no twin can be built.
     """
-    place = _remembered_in(architecture)
+    place = known_architecture("", architecture)
     known = recall(place, Coupling)
     if known is None:
         with one_thread():
@@ -111,11 +111,17 @@ def find_coupling(architecture: Architecture) -> tuple[Architecture, Trace]:
     return settled, known.trace
 
 
-def _remembered_in(architecture: Architecture) -> Path | None:
-    """The file for what is found out about an architecture; None where it runs code that comes with a checkpoint."""
+def known_architecture(kind: str, architecture: Architecture, *more: str) -> Path | None:
+    """The file for what is found out about an architecture; None where it runs code that comes with a checkpoint.
+
+    Args:
+        kind: of what is found out.
+        more: what it follows from as well.
+    """
     config = architecture.config
     if is_remote(config):
         return None
     own = replace(architecture, config=None)  # type: ignore[arg-type]
     settings = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}  # wherever it lies
-    return remembered_in(config.model_type, type(config).__name__, settings, repr(own))
+    name = "-".join(filter(None, (config.model_type, kind)))
+    return remembered_in(name, type(config).__name__, settings, repr(own), *more)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from llmprune_cli.errors import UnsupportedError, first_line
-from llmprune_cli.family.architecture import Architecture, reconfigure, rotary_changes, rotary_fraction
+from llmprune_cli.family.architecture import Architecture, have_own_heads, reconfigure, rotary_changes, rotary_fraction
 from llmprune_cli.family.layers import layer_changes, sample_layers
 from llmprune_cli.family.widths import HEAD_COUNTS, NEURONS, field_changes
 
@@ -20,16 +20,8 @@ WINDOW = 6  # of sliding attention, so that it matters within the input
 WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size", "window_size", "index_topk")
 VOCABULARY = 32
 SEED = 20241  # of the twin's weights; any seed must give the same trace
-# Sizes of latent attention in the twin, and how many heads it has there (they are not traced).
-LATENT = {
-    "q_lora_rank": 8,
-    "kv_lora_rank": 8,
-    "qk_nope_head_dim": 4,
-    "qk_rope_head_dim": 4,
-    "qk_head_dim": 8,
-    "v_head_dim": 4,
-    "head_dim": 4,
-}
+# Ranks of latent attention in the twin, and how many heads it has there; the sizes of a head are the model's own.
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8}
 LATENT_HEADS = 8
 # What state-space layers call their expansion, heads, head dim and groups; heads × head dim is expansion × hidden size.
 STATE_SPACE_HEADS = (
@@ -91,7 +83,8 @@ def build_twin(architecture: Architecture, sizes: TwinSizes) -> Twin:
     real = architecture.widths
     layers = sample_layers(architecture.config, architecture.layer_kinds, sizes.layers_per_kind)
     config = reconfigure(architecture.config, layer_changes(architecture.config, layers))
-    if architecture.own_heads and real.num_attention_heads:
+    latent = architecture.own_heads and not have_own_heads(architecture.config)
+    if latent and real.num_attention_heads:
         real = replace(real, num_attention_heads=LATENT_HEADS, num_key_value_heads=LATENT_HEADS)
     heads = real.num_attention_heads or LATENT_HEADS
     hidden_per_head = sizes.head_dim if architecture.hidden_follows_heads else sizes.channels_per_head
@@ -105,7 +98,7 @@ def build_twin(architecture: Architecture, sizes: TwinSizes) -> Twin:
     )
     changes: dict[str, Any] = {}
     for width in ("hidden_size", "num_attention_heads", "num_key_value_heads", *NEURONS, "num_experts"):
-        if getattr(real, width) and (width not in HEAD_COUNTS or architecture.own_heads):
+        if getattr(real, width) and (width not in HEAD_COUNTS or latent):
             changes.update(field_changes(config, width, getattr(widths, width)))
     changes.update(
         vocab_size=VOCABULARY,

@@ -12,7 +12,16 @@ from llmprune_cli.errors import LlmpruneError
 from llmprune_cli.family.exceptions import FAMILIES, Family
 from llmprune_cli.family.layers import find_layer_kinds, layer_changes, sample_layers
 from llmprune_cli.family.skeleton import expected_index
-from llmprune_cli.family.widths import NEURONS, Widths, field_changes, read_widths
+from llmprune_cli.family.widths import (
+    HEAD_COUNTS,
+    NEURONS,
+    Width,
+    Widths,
+    field_changes,
+    neuron_fields,
+    read_widths,
+    varied_widths,
+)
 from llmprune_cli.folder.tensors import Shape
 
 EXPERT_ALIGNMENT = 8  # torch's grouped matrix product wants rows of whole 16 bytes; 8 elements of two bytes are that
@@ -75,15 +84,27 @@ def discover(config: PretrainedConfig, shapes: dict[str, Shape]) -> Architecture
     before = expected_index(shallow)
     longer = widths.head_dim + 2
     headless = not widths.num_attention_heads
-    explicit = not headless and _moves(shallow, before, {"head_dim": longer, **rotary_changes(config, longer)})
-    own_heads = headless or (not explicit and getattr(config, "kv_lora_rank", None) is not None)
+    own_heads = headless or getattr(config, "kv_lora_rank", None) is not None or have_own_heads(config)
+    explicit = not own_heads and _moves(shallow, before, {"head_dim": longer, **rotary_changes(config, longer)})
     free = Architecture(shallow, replace(widths, num_hidden_layers=len(layers)), explicit, False, False, ())
-    multiple = not headless and not _accepts(free, replace(free.widths, hidden_size=widths.hidden_size + 1))
+    one, more = (replace(free.widths, hidden_size=widths.hidden_size + n) for n in (1, widths.num_attention_heads))
+    multiple = not headless and not _accepts(free, one) and _accepts(free, more)
     return Architecture(config, widths, explicit, not explicit and not own_heads, multiple, kinds)
 
 
+def have_own_heads(config: PretrainedConfig) -> bool:
+    """Whether layers have several numbers or sizes of heads."""
+    return not varied_widths(config).isdisjoint((*HEAD_COUNTS, Width.HEAD_DIM))
+
+
 def with_true_neurons(config: PretrainedConfig, shapes: dict[str, Shape]) -> PretrainedConfig:
-    """The same configuration with the intermediate size that its model has, where the model would round another."""
+    """The same configuration with the intermediate size that its model has, where it is unsaid or would be rounded."""
+    unsaid = neuron_fields(config)
+    if unsaid and all(getattr(config, name) is None for name in unsaid):
+        before, usual = expected_index(config), 4 * config.hidden_size
+        read = (name for name in unsaid if _moves(config, before, {name: 2 * usual}))
+        name = next(read, None)
+        return reconfigure(config, {name: usual}) if name and not _moves(config, before, {name: usual}) else config
     family = FAMILIES.get(config.model_type, Family())
     if not getattr(config, family.rounds_neurons, False) or family.neurons not in shapes:
         return config
@@ -117,13 +138,13 @@ def with_widths(architecture: Architecture, widths: Widths, layers: tuple[int, .
         ValueError: the configuration refuses these widths.
     """
     config, changes = architecture.config, {}
+    if layers is not None and len(layers) < config.num_hidden_layers:
+        config = reconfigure(config, layer_changes(config, layers))
     for width in widths.changed_from(architecture.widths):
         if width != "num_hidden_layers":
             changes.update(field_changes(config, width, getattr(widths, width)))
     if architecture.explicit_head_dim:
         changes["head_dim"] = widths.head_dim
-    if layers is not None and len(layers) < config.num_hidden_layers:
-        changes.update(layer_changes(config, layers))
     return reconfigure(config, changes)
 
 
@@ -139,14 +160,18 @@ def reconfigure(config: PretrainedConfig, changes: dict[str, Any]) -> Pretrained
             setattr(changed, name, value)
         if hasattr(changed, "validate"):
             changed.validate()
-        return type(config).from_dict(changed.to_dict())
+        result = type(config).from_dict(changed.to_dict())
+        for name, value in changes.items():
+            if isinstance(value, list) and getattr(result, name) != value:
+                raise ValueError(f"it has a rule of its own for {name}, which would become {getattr(result, name)}")
+        return result
     except Exception as error:  # every family raises its own kind
         last_line = (str(error).strip() or repr(error)).splitlines()[-1]
         raise ValueError(last_line.strip().removeprefix("ValueError: ")) from error
 
 
 def rotary_changes(config: PretrainedConfig, head_dim: int) -> dict[str, Any]:
-    """The fields to set so that per-dimension factors of the position encoding fit a head dim."""
+    """The fields to set so that per-dimension factors of the position encoding fit a head dim, and sections add up."""
     rotary = getattr(config, "rope_parameters", None)
     if not isinstance(rotary, dict):
         return {}
@@ -155,9 +180,19 @@ def rotary_changes(config: PretrainedConfig, head_dim: int) -> dict[str, Any]:
     def fit(value: Any) -> Any:
         if isinstance(value, dict):
             return {name: fit(item) for name, item in value.items()}
-        return (value + value[-1:] * pairs)[:pairs] if isinstance(value, list) and value else value
+        if not isinstance(value, list) or not value:
+            return value
+        if all(isinstance(item, int) for item in value) and len(value) < sum(value):
+            return _sections(value, pairs)
+        return (value + value[-1:] * pairs)[:pairs]
 
     return {"rope_parameters": fit(rotary)}
+
+
+def _sections(sizes: list[int], total: int) -> list[int]:
+    """Sections of pairs that turn by different positions, in about the same shares of another number of pairs."""
+    others = [total * size // sum(sizes) for size in sizes[1:]]
+    return [total - sum(others), *others]
 
 
 def rotary_fraction(config: PretrainedConfig) -> float:

@@ -63,3 +63,13 @@ def on_disk(model: PreTrainedModel, state: dict[str, Any]) -> dict[str, Any]:
     }
     converted: dict[str, Any] = revert_weight_conversion(model, kept)
     return converted
+
+
+def vectors_on_disk(model: PreTrainedModel) -> dict[str, str]:
+    """What the vectors of a model are called on disk, by their names in memory."""
+    vectors = {name: own for name, own in model.named_parameters() if own.ndim == 1}
+    numbers = dict(enumerate(vectors))
+    marked = {name: torch.full(vectors[name].shape, float(number)) for number, name in numbers.items()}
+    stored = {name: mark for name, mark in on_disk(model, marked).items() if mark.numel()}
+    alike = {name: mark.flatten()[0] for name, mark in stored.items() if bool((mark == mark.flatten()[0]).all())}
+    return {numbers[int(number)]: name for name, number in alike.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -78,7 +79,7 @@ def read_widths(config: PretrainedConfig) -> Widths:
     """The widths of a configuration.
 
     Raises:
-        UnsupportedError: a width is missing, or not the same for every layer.
+        UnsupportedError: a width is missing.
         CheckpointError: a width is not a positive number.
     """
     found = {width: _read(config, width) for width in FIELDS}
@@ -94,14 +95,12 @@ def read_widths(config: PretrainedConfig) -> Widths:
             raise UnsupportedError(f"{config.model_type} has no {width}, so its layers cannot be pruned evenly.")
     if found["head_dim"] is None:
         found["head_dim"] = found["hidden_size"] // max(found["num_attention_heads"], 1)
-    if found["intermediate_size"] is None:
-        found["intermediate_size"] = 4 * found["hidden_size"]
+    if found["intermediate_size"] is None:  # without a field of that name, neurons follow something else
+        found["intermediate_size"] = 4 * found["hidden_size"] if neuron_fields(config) else 0
     for width in OPTIONAL:
         found[width] = found[width] or 0
-    may_be_none = (*OPTIONAL, *HEAD_COUNTS, "head_dim") if headless else OPTIONAL
+    may_be_none = (*OPTIONAL, Width.NEURONS, *((*HEAD_COUNTS, Width.HEAD_DIM) if headless else ()))
     for width, value in found.items():
-        if isinstance(value, list | tuple):
-            raise UnsupportedError(f"{config.model_type} gives every layer its own {width}, which is not supported.")
         if not isinstance(value, int) or isinstance(value, bool) or value < (width not in may_be_none):
             raise CheckpointError(f"config.json has {width} = {value!r}; it must be a positive whole number.")
     if not headless and found["num_attention_heads"] % found["num_key_value_heads"]:
@@ -111,14 +110,41 @@ def read_widths(config: PretrainedConfig) -> Widths:
 
 
 def _read(config: PretrainedConfig, width: str) -> Any:
-    return next((value for name in FIELDS[width] if (value := getattr(config, name, None)) is not None), None)
+    found = next((value for name in FIELDS[width] if (value := getattr(config, name, None)) is not None), None)
+    return found[0] if isinstance(found, list | tuple) and found else found  # see `varied_widths`
 
 
-def field_changes(config: PretrainedConfig, width: str, size: int) -> dict[str, int]:
+def varied_widths(config: PretrainedConfig) -> frozenset[str]:
+    """The widths that are not the same in every layer, by a list of sizes or by settings of single layers."""
+    single = getattr(config, "per_layer_attributes", None) or set()
+    varied = {width for width, names in FIELDS.items() if not single.isdisjoint(names)}
+    varied |= {width for width, sizes in _sizes_by_layer(config) if len(set(sizes)) > 1}
+    return frozenset(map(str, varied))
+
+
+def _sizes_by_layer(config: PretrainedConfig) -> Iterator[tuple[str, list[int]]]:
+    for width, lists in ((width, _lists(config, width)) for width in FIELDS):
+        for sizes in lists.values():
+            yield width, sizes
+
+
+def _lists(config: PretrainedConfig, width: str) -> dict[str, list[int]]:
+    """The fields that give every layer its own size of a width, such as `num_attention_heads_per_layer`."""
+    usual = (*FIELDS[width], *(f"{name}_per_layer" for name in FIELDS[width]))
+    found = {name: getattr(config, name, None) for name in usual}
+    return {name: list(value) for name, value in found.items() if isinstance(value, list | tuple) and value}
+
+
+def neuron_fields(config: PretrainedConfig) -> list[str]:
+    """The fields that count the neurons of an MLP, if only with None for four times the hidden size."""
+    return [name for name in FIELDS[Width.NEURONS] if hasattr(config, name)]
+
+
+def field_changes(config: PretrainedConfig, width: str, size: int) -> dict[str, Any]:
     """The fields to set so that a configuration has a width of this size."""
+    lists = {name: [size] * len(sizes) for name, sizes in _lists(config, width).items()}
     present = [name for name in FIELDS[width] if getattr(config, name, None) is not None]
     if width == Width.GROUPS and not getattr(config, "new_decoder_architecture", True):
         present = ["num_kv_heads"]  # which Falcon reads
-    return {name: size for name in present if getattr(config, name) == getattr(config, present[0])} or {
-        str(width): size
-    }
+    alike = {name: size for name in present if getattr(config, name) == getattr(config, present[0])}
+    return (alike or {str(width): size}) | lists

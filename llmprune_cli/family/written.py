@@ -46,6 +46,7 @@ def write_config(config: PretrainedConfig, folder: Path) -> None:
     config.save_pretrained(folder)
     path = folder / "config.json"
     settings = read_json(path)
+    settings.pop("allow_global_per_layer_attribute_access", None)  # is for this program alone
     if not is_remote(config):
         settings.pop("auto_map", None)  # it names code that is not written
     nth = nth_layers(config.model_type, settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class TensorEntry:
         return self.numel * DTYPES[self.dtype].size_bytes
 
 
+@lru_cache(maxsize=2**16)  # more than any model has
 def split_name(name: str) -> tuple[str, tuple[int, ...]]:
     """A tensor name's template and its numbers: `model.layers.3.mlp.up_proj.weight` gives `…layers.{}.mlp…`, (3,)."""
     parts = name.split(".")

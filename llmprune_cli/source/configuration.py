@@ -75,9 +75,16 @@ def text_part(config: PretrainedConfig) -> PretrainedConfig:
 
     text = getattr(config, "text_config", None)
     if not isinstance(text, PretrainedConfig):
-        return config
+        return _with_sizes_of_all(config)
     text = _as_language_model(text)
     text.tie_word_embeddings = bool(outer_model(config).all_tied_weights_keys)
     text.dtype = text.dtype or config.dtype
     text.architectures = [type(build_skeleton(text)).__name__]
-    return text
+    return _with_sizes_of_all(text)
+
+
+def _with_sizes_of_all(config: PretrainedConfig) -> PretrainedConfig:
+    """The same configuration, of which sizes can be read that single layers have otherwise; see `varied_widths`."""
+    if getattr(config, "is_heterogeneous", False):
+        config.allow_global_per_layer_attribute_access = True
+    return config

@@ -108,7 +108,7 @@ def test_an_indexer_stays_with_the_layers_that_share_its_choice(make_tiny: Calla
 def test_a_table_of_experts_can_lose_none(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
     model = make_tiny("deepseek_v4", **{**SIZES, **HASHED})
     run = run_cli("prune", model, *BY_MAGNITUDE, "--experts", "4", "--output", tmp_path / "out")
-    assert run.code == 4 and "tid2eid names experts by their numbers" in run.stderr, run.stderr
+    assert run.code == 5 and "tid2eid names experts by their numbers" in run.stderr, run.stderr
     legal = json.loads(run_cli("inspect", model, "--json").stdout)["prunable"]["num_experts"]
     assert legal.startswith("no: ") and "tid2eid" in legal
 

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from llmprune_cli.apply import proof
-from llmprune_cli.commands import prune
+from llmprune_cli.apply import proof, proven_widths
 from llmprune_cli.coupling import subject
 from llmprune_cli.family.architecture import Architecture
 
@@ -38,7 +37,8 @@ def share_findings(patched: pytest.MonkeyPatch) -> None:
         (subject, "trace"),
         (proof, "prove"),
         (proof, "check_kept_layers"),
-        (prune, "hold_against_torch_pruning"),
+        (proven_widths, "prove"),
+        (proven_widths, "hold_against_torch_pruning"),
     ):
         patched.setattr(module, name, remembering(getattr(module, name)))
 

@@ -11,10 +11,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from llmprune_cli.apply.proof import prove_target
-from llmprune_cli.apply.pruned_folder import make_manifest, prune_twin, write_pruned
+from llmprune_cli.apply.proven_widths import check_proof
+from llmprune_cli.apply.pruned_folder import make_manifest, write_pruned
 from llmprune_cli.apply.rows import cut_entries
-from llmprune_cli.apply.second_opinion import hold_against_torch_pruning
 from llmprune_cli.choose.selection import Selection, select, target_of
 from llmprune_cli.commands.prune.decision import (
     Decided,
@@ -29,7 +28,6 @@ from llmprune_cli.commands.prune.outcome import Outcome, evaluate_both, options_
 from llmprune_cli.commands.recipe import recipe_of, save_recipe
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.coupling.subject import Subject, understand
-from llmprune_cli.coupling.twin import one_thread
 from llmprune_cli.family.architecture import with_widths
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.integrity import list_files
@@ -136,9 +134,7 @@ def _run(
     elif processes.is_first and evaluated is not None:
         warn_of_shared_text(text.corpus, evaluated.corpus, listener.warn)
     if processes.is_first:
-        with one_thread():
-            prove_target(subject, target, prune_twin)
-            hold_against_torch_pruning(subject.architecture, subject.trace)
+        check_proof(subject, target)
     with ExitStack() as stack:
         bench = Workbench(layered(subject, request, choice), text, listener, Journal(subject.processes))
         bench = replace(bench, offload_dir=request.scratch.offload_dir)
@@ -168,7 +164,7 @@ def _choose_and_write(
     if selection is not None:
         selection = replace(selection, plan=with_vocabulary(request, selection.plan, decided, bench))
     if subject.processes.is_first and target.layers != decided.target.layers:
-        prove_target(subject, target, prune_twin)
+        check_proof(subject, target)
     target = _tell(request, choice, selection, decided, target, bench)
     repairs: tuple[LayerRepair, ...] = ()
     repaired = subject

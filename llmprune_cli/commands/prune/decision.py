@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from llmprune_cli.apply.proven_widths import leave_unproven
 from llmprune_cli.choose import needs_text
 from llmprune_cli.choose.selection import first_target, stored_plan, target_of
 from llmprune_cli.commands.requests import PruneRequest
@@ -50,11 +51,13 @@ class Decided:
 
 
 def decide(request: PruneRequest, subject: Subject) -> Decided:
-    """The widths, and whether this family can have them.
+    """The widths, and whether this family can have them; what is asked of all widths leaves those whole that it cannot.
 
     Raises:
         PlanError, UnsupportedError: it cannot.
     """
+    if request.choice.budget is not None or request.choice.widths.pruning_ratio is not None:
+        subject = leave_unproven(subject)
     before, stream, untied = summarize((*subject.checkpoint.entries, *subject.surroundings), subject.widths), None, 0
     if request.choice.rotate:
         subject, untied = untie(subject)

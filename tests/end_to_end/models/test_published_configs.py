@@ -89,9 +89,7 @@ def check_widths(model: str, before: dict[str, int], after: dict[str, int], prun
 
     heads, groups = before["num_attention_heads"], before["num_key_value_heads"]
     kept_heads = int(heads * (1 - pruning_ratio))
-    if family == "deepseek_v3":  # latent attention stays whole
-        assert (after["num_attention_heads"], after["num_key_value_heads"]) == (heads, groups)
-    elif groups == heads:
+    if groups == heads:
         assert after["num_attention_heads"] == after["num_key_value_heads"] == kept_heads
     else:
         assert after["num_key_value_heads"] == groups

@@ -1,0 +1,95 @@
+"""Which widths a family can really lose: those that are offered are proven on the twin, together or one by one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from llmprune_cli.apply.proof import prove, prove_target
+from llmprune_cli.apply.pruned_folder import prune_twin
+from llmprune_cli.apply.second_opinion import hold_against_torch_pruning
+from llmprune_cli.coupling.subject import Subject, known_architecture
+from llmprune_cli.coupling.twin import one_thread
+from llmprune_cli.errors import LlmpruneError, UnsupportedError
+from llmprune_cli.family.widths import HEAD_COUNTS, Width
+from llmprune_cli.plan.requested_widths import Target
+from llmprune_cli.startup.remembered import recall, remember
+
+
+@dataclass(frozen=True)
+class Unproven:
+    """What the proof refuses, as it is remembered."""
+
+    reasons: dict[str, str]  # width → why
+
+
+def check_proof(subject: Subject, target: Target) -> None:
+    """Prove a change of widths, and hold what was found out about them against torch-pruning.
+
+    Raises:
+        PlanError: one of the widths cannot be pruned at all.
+        UnsupportedError: all of them together cannot.
+    """
+    with one_thread():
+        try:
+            prove_target(subject, target, prune_twin)
+        except UnsupportedError:
+            leave_unproven(subject).require(target.widths)
+            raise
+        changed = target.widths.changed_from(subject.widths)
+        hold_against_torch_pruning(subject.architecture, subject.trace.limited_to(changed))
+
+
+def leave_unproven(subject: Subject) -> Subject:
+    """The same subject, which refuses the widths that its twin does not prove."""
+    place = known_architecture("proof", subject.architecture, *sorted(subject.trace.refused))
+    known = recall(place, Unproven)
+    if known is None:
+        with one_thread():
+            known = Unproven(find_unproven(subject))
+        remember(place, known)
+    refused = {**known.reasons, **subject.trace.refused}
+    return replace(subject, trace=replace(subject.trace, refused=refused))
+
+
+def find_unproven(subject: Subject) -> dict[str, str]:
+    """The widths that are offered and for which the proof fails, with the reason; all at once where they all hold."""
+    parts = _parts(subject)
+    if _why_not(subject, tuple(width for part in parts for width in part)) is None:
+        return {}
+    reasons: dict[str, str] = {}
+    for part in parts:
+        reason = _why_not(subject, part)
+        if reason is not None:
+            reasons |= dict.fromkeys(part, reason.rstrip("."))
+    return reasons
+
+
+def _parts(subject: Subject) -> list[tuple[str, ...]]:
+    """What is offered, widths that go together in one part."""
+    architecture = subject.architecture
+    offered = {binding.width for binding in subject.trace.bindings} | {str(Width.LAYERS)}
+    offered -= subject.trace.refused.keys()
+    heads = () if offered.isdisjoint(HEAD_COUNTS) else tuple(map(str, HEAD_COUNTS))
+    if heads and architecture.hidden_follows_heads:
+        heads = (*heads, str(Width.HIDDEN))
+    return [*([heads] if heads else []), *((width,) for width in sorted(offered - {*heads}))]
+
+
+def _why_not(subject: Subject, widths: tuple[str, ...]) -> str | None:
+    """Why a change of these widths is not proven; None where it is."""
+    try:
+        hold_against_torch_pruning(subject.architecture, subject.trace.limited_to(widths))
+        prove(subject.architecture, subject.trace, widths, prune_twin)
+    except LlmpruneError as error:
+        if Width.LAYERS not in widths or not _last_layers_go(subject, widths):
+            return str(error)
+    return None
+
+
+def _last_layers_go(subject: Subject, widths: tuple[str, ...]) -> bool:
+    """Whether layers can go from the end, so that none that stays gets another number."""
+    try:
+        prove(subject.architecture, subject.trace, widths, prune_twin, False)
+    except LlmpruneError:
+        return False
+    return True

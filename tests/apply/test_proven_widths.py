@@ -1,0 +1,110 @@
+"""What `inspect` offers is what `prune` gives, and one width that is not proven does not keep the others from going."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from support.cli import BY_CHANCE, BY_MAGNITUDE, run_cli
+from support.full import examples, in_full
+from support.stock import load_stock
+
+LATENT = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12}
+MINICPM = {**LATENT, "num_key_value_heads": 8, "dim_model_base": 16, "num_hidden_layers": 4}
+
+
+def prunable(folder: Path) -> dict[str, str]:
+    run = run_cli("inspect", folder, "--json")
+    assert run.code == 0, run.stderr
+    found: dict[str, str] = json.loads(run.stdout)["prunable"]
+    return found
+
+
+def test_one_ratio_leaves_whole_what_is_not_proven_and_says_so(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_tiny("minicpm3", **MINICPM)  # divides its logits by hidden_size / dim_model_base
+    assert prunable(folder)["hidden_size"].startswith("no: The twin proof fails for minicpm3")
+    run = run_cli("prune", folder, *BY_MAGNITUDE, "--pruning-ratio", "0.5", "--output", tmp_path / "out")
+    assert run.code == 0 and "hidden_size stays 64: The twin proof fails" in run.stderr, run.stderr
+    config = load_stock(tmp_path / "out").config
+    assert (config.hidden_size, config.num_attention_heads, config.intermediate_size) == (64, 4, 24)
+    run = run_cli("prune", folder, *BY_MAGNITUDE, "--hidden-size", "32", "--output", tmp_path / "alone")
+    assert run.code == 5 and "cannot be pruned in hidden_size: The twin proof fails" in run.stderr
+
+
+def test_heads_whose_number_gives_the_bias_of_positions_are_not_offered(make_tiny: Callable[..., Path]) -> None:
+    folder = make_tiny("bloom", n_head=4, n_layer=2)
+    said = prunable(folder)
+    assert said["num_attention_heads"].startswith("no: The twin proof fails")
+    assert said["num_hidden_layers"] == "1 to 2"
+
+
+@pytest.mark.parametrize("family", examples(["deepseek_v3", "glm4_moe_lite"], ["deepseek_v3"]))
+def test_heads_of_latent_attention_go_with_their_rows_and_columns(
+    make_tiny: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
+    experts = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+    folder = make_tiny(family, **LATENT, **experts, num_key_value_heads=8, n_group=1, topk_group=1)
+    run = run_cli("prune", folder, *BY_CHANCE, "--num-attention-heads", "6", "--output", tmp_path / "out")
+    assert run.code == 0, run.stderr
+    model = load_stock(tmp_path / "out")
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (6, 6)
+    attention = model.model.layers[0].self_attn
+    rows = (attention.q_b_proj.weight.shape[0], attention.kv_b_proj.weight.shape[0])
+    assert (*rows, attention.o_proj.weight.shape[1]) == (6 * 16, 6 * 20, 6 * 12)
+
+
+def test_neurons_that_are_unsaid_are_written_out(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_tiny("gpt2", n_inner=None, intermediate_size=None)
+    run = run_cli("prune", folder, *BY_CHANCE, "--intermediate-size", "96", "--output", tmp_path / "neurons")
+    assert run.code == 0, run.stderr
+    run = run_cli("prune", folder, *BY_CHANCE, "--head-pruning-ratio", "0.5", "--output", tmp_path / "heads")
+    assert run.code == 0, run.stderr
+    said = {name: json.loads((tmp_path / name / "config.json").read_text()) for name in ("neurons", "heads")}
+    assert (said["neurons"]["n_inner"], said["heads"]["n_inner"], said["heads"]["n_embd"]) == (96, 256, 32)
+
+
+@in_full
+def test_sections_of_positions_add_up_in_every_twin(make_tiny: Callable[..., Path]) -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1]}
+    folder = make_tiny(
+        "qwen3_5_text",
+        head_dim=32,
+        rope_parameters={**rope, "mrope_interleaved": True},
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    )
+    refused = [width for width, said in prunable(folder).items() if said.startswith("no: ")]
+    assert refused == ["head_dim"]
+
+
+def test_sizes_of_single_layers_stay_and_all_else_can_go(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    kinds = ["sliding_attention", "sliding_attention", "full_attention", "full_attention"]
+    folder = make_tiny(
+        "gemma4_text",
+        num_hidden_layers=4,
+        layer_types=kinds,
+        sliding_window=8,
+        head_dim=16,
+        hidden_size_per_layer_input=0,
+        per_layer_config={"2": {"head_dim": 32}, "3": {"head_dim": 32}},
+    )
+    said = prunable(folder)
+    assert "several sizes" in said["num_attention_heads"] and said["num_hidden_layers"] == "1 to 4"
+    options = ("--intermediate-size", "24", "--drop-layers", "1")
+    run = run_cli("prune", folder, *BY_CHANCE, *options, "--output", tmp_path / "out")
+    assert run.code == 0, run.stderr
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {int(layer): own for layer, own in config["per_layer_config"].items()} == {
+        1: {"head_dim": 32},
+        2: {"head_dim": 32},
+    }
+    assert "allow_global_per_layer_attribute_access" not in config
+    load_stock(tmp_path / "out")
+    run = run_cli("prune", folder, *BY_CHANCE, "--drop-layers", "2,3", "--dry-run")
+    assert run.code == 5 and "rule of its own for layer_types" in run.stderr
