@@ -108,20 +108,23 @@ def tried(name: str, work: Path) -> Row:
         row.widths[width] = legal if legal.startswith("no: ") else "only one" if one else "proven"
     options = dict(requested(row.widths, prunable, before))
     together = [option for own in options.values() for option in own]
-    if together and judge(row, model, work / "all", together) is not None:
+    fault = judge(row, model, work / "all", together) if together else None
+    if fault is not None:
         for width, own in options.items():
-            fault = judge(row, model, work / width, own)
-            if fault is not None:
-                row.widths[width] = f"FAULT: {fault}"
-                row.faults.append(f"{width}: {fault}")
+            alone = judge(row, model, work / width, own)
+            if alone is not None:
+                row.widths[width] = f"FAULT: {alone}"
+                row.faults.append(f"{width}: {alone}")
         if not row.faults:
-            row.faults.append("only all widths together differ")
+            row.faults.append(f"all widths together, but none alone: {fault}")
     return row
 
 
 def build(name: str, folder: Path) -> str:
     """Save a small random model; the answer says why there is none."""
     settings = json.loads(CONFIGURATIONS.read_text()).get(name)
+    if settings and "text_config" in settings:
+        return f"a model around {settings['text_config'].get('model_type', 'another one')}"
     if settings is None:
         return "not buildable: no small configuration"
     try:
@@ -166,7 +169,7 @@ def told(row: Row, *options: str | Path) -> dict[str, Any] | None:
     if run.code == 0:
         found: dict[str, Any] = json.loads(run.stdout)
         return found
-    reason = re.sub(r"\S*/model", "MODEL", run.stderr.strip().splitlines()[-1])
+    reason = re.sub(r"\S*/model", "MODEL", ([*run.stderr.strip().splitlines()] or ["no reason"])[-1])
     row.state = f"refused, exit {run.code}: {reason}"
     return None
 
@@ -199,6 +202,8 @@ def judge(row: Row, model: Path, folder: Path, options: list[str]) -> str | None
     row.seconds = max(row.seconds, answer.seconds)
     row.faults += [fault for fault in answer.faults if "takes" in fault]
     if answer.state:
+        if options[0] == "--layers" and "the last ones" in answer.state:
+            return judge(row, model, folder, ["--drop-layers", "-1", *options[2:]])
         return f"{answer.state} {' '.join(answer.faults)}".strip()
     try:
         found = difference(model, folder, plan)

@@ -20,6 +20,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
+COPIES = (torch.Tensor.float, torch.Tensor.type, torch.Tensor.to)  # in another precision
 NEVER = -1e9  # the score of an expert that went
 TOKENS = 24
 FIRST, LAST = 5, 90  # tokens that are not special
@@ -138,12 +139,12 @@ def _norms_of_kept(whole: nn.Module, part: nn.Module, stayed: dict[str, torch.Te
         mask = stayed.get(f"{name}.weight", channels)
         is_cut = weight is None or weight.shape != own.weight.shape
         index = None if mask is None else mask.nonzero().flatten()
-        if index is None or not is_cut:
+        if mask is None or index is None or not is_cut:
             continue
         norm = copy.deepcopy(own)
         for key, parameter in norm.named_parameters(recurse=False):
             parameter.copy_(getattr(module, key)[index])
-        hooks.append(module.register_forward_hook(_normed(norm, index, weight)))
+        hooks.append(module.register_forward_hook(_normed(norm, index, len(mask))))
     try:
         yield
     finally:
@@ -151,9 +152,9 @@ def _norms_of_kept(whole: nn.Module, part: nn.Module, stayed: dict[str, torch.Te
             hook.remove()
 
 
-def _normed(norm: nn.Module, index: torch.Tensor, weight: torch.Tensor | None) -> Any:
+def _normed(norm: nn.Module, index: torch.Tensor, size: int) -> Any:
     def hook(_: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
-        if weight is not None and output.shape[-1] != len(weight):
+        if output.shape[-1] != size:
             return None
         result = torch.zeros_like(output)
         rest = [value[..., index] if isinstance(value, torch.Tensor) else value for value in inputs[1:]]
@@ -177,16 +178,20 @@ class _Routers(TorchFunctionMode):
     def __init__(self, model: nn.Module, stayed: dict[str, torch.Tensor], names: Names) -> None:
         super().__init__()
         self._gone: dict[int, torch.Tensor] = {}
+        self._copies: list[torch.Tensor] = []
         for name, parameter in model.state_dict().items():
             is_router = re.search(r"(gate|router|classifier|layer)(\.\w*)?\.(weight|bias|\w*bias)$", name)
-            if name in stayed and is_router and parameter.ndim < 3 and len(parameter) == names.experts:
+            if name in stayed and is_router and parameter.ndim < 3 and names.experts in parameter.shape:
                 gone = ~stayed[name].reshape(names.experts, -1).any(1)
-                if parameter.ndim == 1:
-                    parameter[gone] = NEVER
+                if parameter.numel() == names.experts:
+                    parameter.view(-1)[gone] = NEVER
                 self._gone[parameter.untyped_storage().data_ptr()] = gone
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
+        if function in COPIES and args[0].untyped_storage().data_ptr() in self._gone:
+            self._copies.append(result)  # kept, so that no other tensor takes its place
+            self._gone[result.untyped_storage().data_ptr()] = self._gone[args[0].untyped_storage().data_ptr()]
         if function is nn.functional.linear:
             gone = self._gone.get(args[1].untyped_storage().data_ptr())
             if gone is not None and result.shape[-1] == len(gone):
