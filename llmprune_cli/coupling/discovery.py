@@ -153,7 +153,8 @@ def _trace_heads(twin: Twin, hidden: Followers | None) -> Findings:
 
 def _trace_latent_heads(twin: Twin) -> Findings:
     """What follows the heads of latent attention, which have sizes of their own and each their keys and values."""
-    bound = followers_of(twin, Width.HEADS, 1)
+    is_shared = twin.architecture.widths.heads_per_group > 1
+    bound = None if is_shared else followers_of(twin, Width.HEADS, 1)
     if bound is None or not bound.disk:
         return Findings(refused=dict.fromkeys(HEAD_COUNTS, "no tensor axis follows the number of its heads"))
     found = _trace_units(twin, bound, Width.HEADS)

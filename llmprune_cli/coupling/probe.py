@@ -115,7 +115,7 @@ def reader_on_disk(twin: Twin, bound: Followers, reader: Place, units: torch.Ten
     marked = {}
     for name, parameter in twin.model.named_parameters():
         mark = torch.zeros_like(parameter)
-        if split_name(name)[0] == template:
+        if split_name(name)[0] == template and parameter.shape[axis] == len(units):
             shape = [1] * parameter.ndim
             shape[axis] = -1
             mark += (units + 1).reshape(shape)

@@ -61,11 +61,11 @@ def understand(checkpoint: Checkpoint, processes: Processes = ALONE) -> Subject:
         processes: that share the text on which the model is run.
 
     Raises:
-        UnsupportedError: no twin can be built, or the shapes follow other rules.
+        UnsupportedError: no twin can be built.
     """
     shapes = {entry.name: entry.shape for entry in checkpoint.entries}
     architecture, traced = find_coupling(discover(checkpoint.config, shapes))
-    traced.check(shapes, architecture.widths)
+    traced = traced.fitting(shapes, architecture.widths)
     if checkpoint.whole is not None:
         traced = replace(traced, refused={**traced.refused, **refused_within(checkpoint.whole.config)})
     return Subject(checkpoint, architecture, traced, processes)

@@ -13,7 +13,7 @@ from pydantic import FailFast
 from pydantic_core import core_schema
 
 from llmprune_cli.errors import UnsupportedError
-from llmprune_cli.family.widths import Width, Widths
+from llmprune_cli.family.widths import HEAD_COUNTS, Width, Widths
 from llmprune_cli.folder.tensors import Shape, split_name
 
 GLOBAL_WIDTHS = (Width.HIDDEN,)  # one choice for the whole residual stream; all else is chosen per layer
@@ -149,6 +149,24 @@ class Trace:
             bindings=tuple(binding for binding in self.bindings if binding.width in widths),
             expert_templates=self.expert_templates if Width.EXPERTS in widths else frozenset(),
         )
+
+    def fitting(self, shapes: dict[str, Shape], widths: Widths) -> Trace:
+        """The same trace, which refuses the widths that a real checkpoint's shapes follow by other rules."""
+        try:
+            self.check(shapes, widths)
+        except UnsupportedError:
+            pass
+        else:
+            return self
+        refused: dict[str, str] = {}
+        for width in sorted({str(binding.width) for binding in self.bindings}):
+            try:
+                self.limited_to((width,)).check(shapes, widths)
+            except UnsupportedError as error:
+                together = HEAD_COUNTS if width in HEAD_COUNTS else (width,)
+                refused |= dict.fromkeys(map(str, together), str(error).removesuffix("."))
+        others = tuple({binding.width for binding in self.bindings} - refused.keys())
+        return replace(self.limited_to(others), refused={**self.refused, **refused})
 
     def check(self, shapes: dict[str, Shape], widths: Widths) -> None:
         """Hold the bindings against a real checkpoint's shapes.

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from llmprune_cli.errors import UnsupportedError, first_line
 from llmprune_cli.family.architecture import Architecture, have_own_heads, reconfigure, rotary_changes, rotary_fraction
 from llmprune_cli.family.layers import layer_changes, sample_layers
-from llmprune_cli.family.widths import HEAD_COUNTS, NEURONS, field_changes
+from llmprune_cli.family.widths import EXPERT_GROUPS, HEAD_COUNTS, NEURONS, PICKED, field_changes
 
 TOKENS = 24  # length of the twin's input
 WINDOW = 6  # of sliding attention, so that it matters within the input
@@ -70,7 +70,9 @@ def trace_sizes(config: PretrainedConfig) -> TwinSizes:
 def proof_sizes(config: PretrainedConfig, drops_layers: bool) -> TwinSizes:
     """Other sizes than those that were traced, large enough to lose half of every width."""
     layers = 3 if drops_layers else 1
-    picked = 2 if getattr(config, "n_group", None) else 3  # of half of 8, so that every token reaches nearly all
+    picked = (
+        2 if any(getattr(config, name, None) for name in EXPERT_GROUPS) else 3
+    )  # of half of 8, so that every token reaches nearly all
     return TwinSizes(_small_head_dims(config)[1], 8, 24, experts=8, experts_per_token=picked, layers_per_kind=layers)
 
 
@@ -83,7 +85,7 @@ def build_twin(architecture: Architecture, sizes: TwinSizes) -> Twin:
     real = architecture.widths
     layers = sample_layers(architecture.config, architecture.layer_kinds, sizes.layers_per_kind)
     config = reconfigure(architecture.config, layer_changes(architecture.config, layers))
-    latent = architecture.own_heads and not have_own_heads(architecture.config)
+    latent = architecture.own_heads and real.heads_per_group == 1 and not have_own_heads(architecture.config)
     if latent and real.num_attention_heads:
         real = replace(real, num_attention_heads=LATENT_HEADS, num_key_value_heads=LATENT_HEADS)
     heads = real.num_attention_heads or LATENT_HEADS
@@ -175,10 +177,10 @@ def _small_fields(config: PretrainedConfig, sizes: TwinSizes, hidden_size: int) 
             changes[name] = {"bos_token_id": 1, "eos_token_id": 2}.get(name)
         elif name in LATENT and isinstance(value, int) and hasattr(config, "kv_lora_rank"):
             changes[name] = LATENT[name]
-        elif name in ("num_experts_per_tok", "moe_topk", "moe_k") and isinstance(value, int):
+        elif name in PICKED and isinstance(value, int):
             changes[name] = sizes.experts_per_token
-        elif name == "n_group" and value:
-            changes.update(n_group=min(value, 2 if sizes.experts % 2 == 0 else 1), topk_group=1)
+        elif name in EXPERT_GROUPS and value:
+            changes.update({name: min(value, 2 if sizes.experts % 2 == 0 else 1), "topk_group": 1})
         elif name in WINDOWS and isinstance(value, int) and value > WINDOW:
             changes[name] = WINDOW
         elif value in ("relu", "relu2") and ("act" in name):

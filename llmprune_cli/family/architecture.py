@@ -13,8 +13,10 @@ from llmprune_cli.family.exceptions import FAMILIES, Family
 from llmprune_cli.family.layers import find_layer_kinds, layer_changes, sample_layers
 from llmprune_cli.family.skeleton import expected_index
 from llmprune_cli.family.widths import (
+    EXPERT_GROUPS,
     HEAD_COUNTS,
     NEURONS,
+    PICKED,
     Width,
     Widths,
     field_changes,
@@ -51,15 +53,13 @@ class Architecture:
     @property
     def experts_per_token(self) -> int:
         """Routed experts that the router picks for a token."""
-        names = ("num_experts_per_tok", "moe_topk", "moe_k")
-        return next(
-            (getattr(self.config, name) for name in names if isinstance(getattr(self.config, name, None), int)), 1
-        )
+        counts = (getattr(self.config, name, None) for name in PICKED)
+        return next((count for count in counts if isinstance(count, int)), 1)
 
     @property
     def expert_groups(self) -> int:
         """Groups of neighbouring experts that the router ranks before it picks, 1 where it does not."""
-        return getattr(self.config, "n_group", None) or 1
+        return next((count for name in EXPERT_GROUPS if (count := getattr(self.config, name, None))), 1)
 
     def step_of(self, width: str) -> int:
         """What sizes of a width must be a multiple of, by the kernels that stock software runs experts with."""
@@ -89,7 +89,8 @@ def discover(config: PretrainedConfig, shapes: dict[str, Shape]) -> Architecture
     free = Architecture(shallow, replace(widths, num_hidden_layers=len(layers)), explicit, False, False, ())
     one, more = (replace(free.widths, hidden_size=widths.hidden_size + n) for n in (1, widths.num_attention_heads))
     multiple = not headless and not _accepts(free, one) and _accepts(free, more)
-    return Architecture(config, widths, explicit, not explicit and not own_heads, multiple, kinds)
+    fill = widths.num_attention_heads * widths.head_dim == widths.hidden_size
+    return Architecture(config, widths, explicit, not explicit and not own_heads and fill, multiple, kinds)
 
 
 def have_own_heads(config: PretrainedConfig) -> bool:

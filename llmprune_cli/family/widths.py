@@ -41,6 +41,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
     Width.EXPERTS: ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
     Width.LAYERS: ("num_hidden_layers",),
 }
+PICKED = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")  # experts of a token
+EXPERT_GROUPS = ("n_group", "num_expert_group")
 HEAD_COUNTS = (Width.HEADS, Width.GROUPS)
 NEURONS = (Width.NEURONS, Width.EXPERT_NEURONS, Width.SHARED_NEURONS)
 OPTIONAL = (Width.EXPERT_NEURONS, Width.SHARED_NEURONS, Width.EXPERTS)

@@ -30,7 +30,7 @@ def choose(scores: Scores, architecture: Architecture, after: Widths) -> Keep:
     if Width.HEADS not in changed:
         return keep
     keep[Width.HEADS], keep[Width.GROUPS] = {}, {}
-    for instance, by_head in scores[Width.HEADS].items():
+    for instance, by_head in scores.get(Width.HEADS, {}).items():
         per_group = by_head.view(before.num_key_value_heads, -1)
         by_group = scores[Width.GROUPS][instance] if before.heads_per_group > 1 else by_head
         groups_kept = _best(by_group, after.num_key_value_heads)
