@@ -33,20 +33,31 @@ def check_proof(subject: Subject, target: Target) -> None:
         try:
             prove_target(subject, target, prune_twin)
         except UnsupportedError:
-            leave_unproven(subject).require(target.widths)
+            _refusing(subject, _known_unproven(subject)).require(target.widths)
             raise
         changed = target.widths.changed_from(subject.widths)
         hold_against_torch_pruning(subject.architecture, subject.trace.limited_to(changed))
 
 
 def leave_unproven(subject: Subject) -> Subject:
-    """The same subject, which refuses the widths that its twin does not prove."""
+    """The same subject, which refuses the widths that its twin does not prove; the first process tells the others."""
+    found = subject.processes.broadcast(_known_unproven(subject) if subject.processes.is_first else None)
+    assert found is not None
+    return _refusing(subject, found)
+
+
+def _known_unproven(subject: Subject) -> Unproven:
+    """What is remembered of a family, or found out now."""
     place = known_architecture("proof", subject.architecture, *sorted(subject.trace.refused))
     known = recall(place, Unproven)
     if known is None:
         with one_thread():
             known = Unproven(find_unproven(subject))
         remember(place, known)
+    return known
+
+
+def _refusing(subject: Subject, known: Unproven) -> Subject:
     refused = {**known.reasons, **subject.trace.refused}
     return replace(subject, trace=replace(subject.trace, refused=refused))
 

@@ -128,7 +128,6 @@ def test_a_target_below_what_a_search_reaches_is_told_before_anything_is_measure
     ("family", "ratio", "why"),
     [
         ("qwen2-mqa", "--kv-group-pruning-ratio", "One of the KV groups stays"),
-        ("deepseek_v3", "--head-pruning-ratio", "cannot be pruned in num_attention_heads"),
     ],
 )
 def test_a_ratio_that_a_family_cannot_give_alone_makes_no_copy(

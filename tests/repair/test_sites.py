@@ -18,7 +18,7 @@ from support.opened import Opened
         ("gpt_neox", ["plain", "plain"], 1),
         ("glm4", ["normed", "normed"], "model.layers.0.post_mlp_layernorm.weight"),
         ("gpt_oss", ["plain", "shared"], 1),
-        ("deepseek_v3", ["shared", "plain"], 1),
+        ("deepseek_v3", ["plain", "shared", "plain"], 1),
         ("qwen2_moe", ["plain", None, "shared"], 1),
     ],
     indirect=["opened"],
