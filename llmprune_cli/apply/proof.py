@@ -96,6 +96,21 @@ def prove(
         )
 
 
+def check_answers(architecture: Architecture) -> None:
+    """Make sure that there is something to compare: a twin that runs and gives numbers.
+
+    Raises:
+        UnsupportedError: there is not.
+    """
+    twin = build_twin(architecture, proof_sizes(architecture.config, False))
+    found = next(iter(answer(twin.model, twin.tokens).values()))
+    if isinstance(found, Exception) or not found.isfinite().all():
+        raise UnsupportedError(
+            f"A small {architecture.config.model_type} model of this config.json gives no finite logits, so that "
+            "nothing can be proven of it. Download config.json again."
+        )
+
+
 def _advice(architecture: Architecture, traced: Trace, changed: tuple[str, ...], prune: Prune, renumbers: bool) -> str:
     """What to do where the proof does not hold."""
     if not renumbers or "num_hidden_layers" not in changed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from llmprune_cli.apply.proof import prove, prove_target
+from llmprune_cli.apply.proof import check_answers, prove, prove_target
 from llmprune_cli.apply.pruned_folder import prune_twin
 from llmprune_cli.apply.second_opinion import hold_against_torch_pruning
 from llmprune_cli.coupling.subject import Subject, known_architecture
@@ -33,40 +33,49 @@ def check_proof(subject: Subject, target: Target) -> None:
         try:
             prove_target(subject, target, prune_twin)
         except UnsupportedError:
-            _refusing(subject, _known_unproven(subject)).require(target.widths)
+            check_answers(subject.architecture)
+            leave_unproven(subject).require(target.widths)
             raise
         changed = target.widths.changed_from(subject.widths)
         hold_against_torch_pruning(subject.architecture, subject.trace.limited_to(changed))
 
 
 def leave_unproven(subject: Subject) -> Subject:
-    """The same subject, which refuses the widths that its twin does not prove; the first process tells the others."""
-    found = subject.processes.broadcast(_known_unproven(subject) if subject.processes.is_first else None)
-    assert found is not None
-    return _refusing(subject, found)
+    """The same subject, which refuses the widths that its twin does not prove."""
+    return refusing(subject, unproven(subject))
 
 
-def _known_unproven(subject: Subject) -> Unproven:
-    """What is remembered of a family, or found out now."""
+def refusing(subject: Subject, reasons: dict[str, str]) -> Subject:
+    """The same subject, which refuses more widths."""
+    refused = {**reasons, **subject.trace.refused}
+    return replace(subject, trace=replace(subject.trace, refused=refused))
+
+
+def unproven(subject: Subject) -> dict[str, str]:
+    """The widths that the twin does not prove, and why: as remembered, or found out now.
+
+    Raises:
+        UnsupportedError: see `find_unproven`.
+    """
     place = known_architecture("proof", subject.architecture, *sorted(subject.trace.refused))
     known = recall(place, Unproven)
     if known is None:
         with one_thread():
             known = Unproven(find_unproven(subject))
         remember(place, known)
-    return known
-
-
-def _refusing(subject: Subject, known: Unproven) -> Subject:
-    refused = {**known.reasons, **subject.trace.refused}
-    return replace(subject, trace=replace(subject.trace, refused=refused))
+    return known.reasons
 
 
 def find_unproven(subject: Subject) -> dict[str, str]:
-    """The widths that are offered and for which the proof fails, with the reason; all at once where they all hold."""
+    """The widths that are offered and for which the proof fails, with the reason; all at once where they all hold.
+
+    Raises:
+        UnsupportedError: a small model of this configuration answers nothing that could be compared.
+    """
     parts = _parts(subject)
     if _why_not(subject, tuple(width for part in parts for width in part)) is None:
         return {}
+    check_answers(subject.architecture)
     reasons: dict[str, str] = {}
     for part in parts:
         reason = _why_not(subject, part)

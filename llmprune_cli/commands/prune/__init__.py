@@ -121,7 +121,7 @@ def _run(
 ) -> Outcome | None:
     """All steps up to the written folder; None in processes that do not report."""
     decided = decide(request, understand(checkpoint, processes))
-    subject, target = decided.subject, decided.target
+    subject = decided.subject
     evaluation = request.evaluation
     evaluated = None
     if processes.is_first and evaluation is not None:
@@ -133,8 +133,6 @@ def _run(
         subject = replace(subject, processes=ALONE)  # the others have nothing to do
     elif processes.is_first and evaluated is not None:
         warn_of_shared_text(text.corpus, evaluated.corpus, listener.warn)
-    if processes.is_first:
-        check_proof(subject, target)
     with ExitStack() as stack:
         bench = Workbench(layered(subject, request, choice), text, listener, Journal(subject.processes))
         bench = replace(bench, offload_dir=request.scratch.offload_dir)
@@ -173,7 +171,8 @@ def _choose_and_write(
         repaired, repairs = repair(bench, selection.plan, choice.refit or "")
     if not subject.processes.is_first:
         return None
-    tensors = predict(subject, target)
+    is_known = (target.widths, target.layers) == (decided.target.widths, decided.target.layers)
+    tensors = decided.tensors if is_known and decided.stream is None else predict(subject, target)
     if decided.vocab_size is not None:
         tensors = cut_entries(tensors, cut_axes(subject, target), decided.vocab_size)
     after = summarize((*tensors, *subject.surroundings), target.widths)

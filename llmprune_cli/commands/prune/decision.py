@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from llmprune_cli.apply.proven_widths import leave_unproven
+from llmprune_cli.apply.proven_widths import check_proof, refusing, unproven
 from llmprune_cli.choose import needs_text
 from llmprune_cli.choose.selection import first_target, stored_plan, target_of
 from llmprune_cli.commands.requests import PruneRequest
@@ -16,7 +16,7 @@ from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.errors import CheckpointError, MissingPackageError, PlanError, UnsupportedError
 from llmprune_cli.family.architecture import with_widths
 from llmprune_cli.folder.staging import check_room
-from llmprune_cli.folder.tensors import BY_NAME, DTYPES
+from llmprune_cli.folder.tensors import BY_NAME, DTYPES, TensorEntry
 from llmprune_cli.options import Choice
 from llmprune_cli.plan.document import Plan, Vocabulary
 from llmprune_cli.plan.predict import predict
@@ -44,6 +44,7 @@ class Decided:
     subject: Subject
     plan: Plan | None  # that is replayed
     target: Target  # with a budget, the least that the search reaches
+    tensors: tuple[TensorEntry, ...]  # what the target leaves of the language model's
     before: ModelSummary
     stream: ResidualStream | None  # that is to be rotated
     untied: int  # parameters that this adds
@@ -51,24 +52,52 @@ class Decided:
 
 
 def decide(request: PruneRequest, subject: Subject) -> Decided:
-    """The widths, and whether this family can have them; what is asked of all widths leaves those whole that it cannot.
+    """The widths, and the proof that this family can have them.
 
     Raises:
         PlanError, UnsupportedError: it cannot.
     """
-    if request.choice.budget is not None or request.choice.widths.pruning_ratio is not None:
-        subject = leave_unproven(subject)
     before, stream, untied = summarize((*subject.checkpoint.entries, *subject.surroundings), subject.widths), None, 0
     if request.choice.rotate:
         subject, untied = untie(subject)
         stream = find_residual_stream(subject.architecture, subject.trace)
     plan = stored_plan(subject, request.delivery.plan) if request.delivery.plan else None
-    target = target_of(plan) if plan is not None else first_target(subject, request.choice)
-    subject.require(target.widths)
-    size_bytes = sum(entry.size_bytes for entry in predict(subject, target))
+    subject, target, tensors = _proven(request, subject, plan)
+    size_bytes = sum(entry.size_bytes for entry in tensors)
     if request.writes and subject.processes.is_first:
         check_room(request.delivery.output or Path(tempfile.gettempdir()), size_bytes)
-    return Decided(subject, plan, target, before, stream, untied, _decide_size(request, subject, plan, target))
+    vocab_size = _decide_size(request, subject, plan, target)
+    return Decided(subject, plan, target, tensors, before, stream, untied, vocab_size)
+
+
+def _proven(
+    request: PruneRequest, subject: Subject, plan: Plan | None
+) -> tuple[Subject, Target, tuple[TensorEntry, ...]]:
+    """The widths that are asked for, proven by the first process; of all together, without those that do not hold."""
+    target = target_of(plan) if plan is not None else first_target(subject, request.choice)
+    subject.require(target.widths)
+    tensors = predict(subject, target)
+    of_all = request.choice.budget is not None or request.choice.widths.pruning_ratio is not None
+
+    def find_faults() -> dict[str, str]:
+        try:
+            check_proof(subject, target)
+        except (PlanError, UnsupportedError):
+            faults = unproven(subject) if of_all else {}
+            if not faults:
+                raise
+            return faults
+        return {}
+
+    faults = subject.processes.broadcast(find_faults() if subject.processes.is_first else None)
+    if not faults:
+        return subject, target, tensors
+    left = refusing(subject, faults)
+    target = first_target(left, request.choice)
+    left.require(target.widths)
+    if left.processes.is_first:
+        check_proof(left, target)
+    return left, target, predict(left, target)
 
 
 def _decide_size(request: PruneRequest, subject: Subject, plan: Plan | None, target: Target) -> int | None:
