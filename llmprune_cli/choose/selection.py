@@ -90,10 +90,11 @@ def select(bench: Workbench, target: Target, choice: Choice) -> Selection:
 
 
 def make_plan(bench: Workbench, target: Target, choice: Choice) -> Plan:
-    """Score all units on the unpruned model and choose those that stay."""
-    measuring = Measuring(bench, bench.text.fitted) if bench.text is not None else None
-    activity = _measure(measuring, choice)
+    """Score all units on the unpruned model and choose those that stay; where none goes, nothing is measured."""
     subject = bench.model.subject
+    changes = bool(target.widths.changed_from(subject.widths))
+    measuring = Measuring(bench, bench.text.fitted) if bench.text is not None and changes else None
+    activity = _measure(measuring, choice)
     if measuring is not None and ranks_layers(choice):
         target = _without_least_layers(subject, target, choice, _score_layers(measuring, choice, activity))
     plan = None

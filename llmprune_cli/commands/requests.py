@@ -166,7 +166,6 @@ def check_prune(request: PruneRequest) -> None:
     """
     from llmprune_cli.folder.documents import MOST_JSON_BYTES, is_there, read_json
     from llmprune_cli.folder.staging import check_target as check_output
-    from llmprune_cli.folder.staging import hidden_folder
     from llmprune_cli.report.chart import check_chart_target
     from llmprune_cli.startup.model_argument import check_layers, check_model, check_target, check_tokenizer
     from llmprune_cli.text.names import check_text, parts_of
@@ -186,8 +185,8 @@ def check_prune(request: PruneRequest) -> None:
         check_text(request.evaluation.dataset, request.evaluation.text_column)
     if is_first() and delivery.report is not None:
         check_chart_target(delivery.report, delivery.output)
-    if is_first() and delivery.output is not None and not hidden_folder(delivery.output).exists():
-        model = Path(request.model.name)  # where a run has died, it is first finished or undone
+    if is_first() and delivery.output is not None:
+        model = Path(request.model.name)
         check_output(delivery.output, delivery.overwrite, model if model.exists() else None)
 
 
@@ -205,13 +204,11 @@ def check_eval(models: Iterable[ModelReference], evaluation: Evaluation) -> None
 def check_export(model: ModelReference, output: Path, overwrite: bool) -> None:
     """The same for `export`."""
     from llmprune_cli.folder.staging import check_target as check_output
-    from llmprune_cli.folder.staging import hidden_folder
     from llmprune_cli.startup.model_argument import check_model
 
     check_model(model, needs_weights=True)
     source = Path(model.name)
-    if not hidden_folder(output).exists():
-        check_output(output, overwrite, source if source.exists() else None)
+    check_output(output, overwrite, source if source.exists() else None)
 
 
 @dataclass(frozen=True)

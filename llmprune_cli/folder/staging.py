@@ -177,7 +177,9 @@ def claimed(output: Path, overwrite: bool, forbidden: Path | None = None) -> Ite
 
 
 def check_target(target: Path, overwrite: bool, forbidden: Path | None = None) -> None:
-    """Refuse a target that holds something or that overlaps the input, where nothing will be written.
+    """Refuse a target that holds something or that overlaps the input, before anything is claimed.
+
+    Where a run has died, what the target holds is only known when that is finished or undone: see `claimed`.
 
     Args:
         forbidden: the input.
@@ -186,7 +188,8 @@ def check_target(target: Path, overwrite: bool, forbidden: Path | None = None) -
         OutputError: see above.
     """
     _check_place(target, forbidden)
-    _check_free(target, overwrite)
+    if not hidden_folder(target).exists():
+        _check_free(target, overwrite)
     parent = target.absolute().parent
     while not parent.exists():
         parent = parent.parent

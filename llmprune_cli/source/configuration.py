@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 from llmprune_cli.errors import CheckpointError, UnsupportedError
 from llmprune_cli.family.skeleton import build_skeleton
-from llmprune_cli.folder.documents import read_json
 from llmprune_cli.source.stored_names import outer_model
-from llmprune_cli.startup.model_argument import MOST_CONFIG_BYTES, check_counts, check_purpose, refuse_without_config
+from llmprune_cli.startup.model_argument import read_settings
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -29,12 +28,7 @@ def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    path = folder / "config.json"
-    if not path.exists():
-        refuse_without_config(folder)
-    raw = read_json(path, MOST_CONFIG_BYTES)
-    check_counts(path, raw)
-    check_purpose(path, raw)
+    path, raw = folder / "config.json", read_settings(folder)
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f"{path} has no model_type, so the kind of model is unknown.")

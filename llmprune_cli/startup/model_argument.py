@@ -134,13 +134,24 @@ def _beginning(path: Path, count: int) -> bytes:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
 
 
-def _check_folder(folder: Path, needs_weights: bool) -> None:
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What `config.json` says, of which no model is refused here that transformers would load.
+
+    Raises:
+        CheckpointError: there is none, or one with numbers that no model has.
+        UnsupportedError: it is of a model that does not go on with a text.
+    """
     path = folder / "config.json"
     if not path.exists():
         refuse_without_config(folder)
     settings = read_json(path, MOST_CONFIG_BYTES)
     check_counts(path, settings)
     check_purpose(path, settings)
+    return settings
+
+
+def _check_folder(folder: Path, needs_weights: bool) -> None:
+    read_settings(folder)
     if needs_weights and not any(True for pattern in WEIGHTS for _ in folder.glob(pattern)):
         adapter = describe_adapter(folder)
         if adapter:

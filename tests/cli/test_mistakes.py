@@ -125,15 +125,16 @@ def test_a_target_below_what_a_search_reaches_is_told_before_anything_is_measure
 
 
 @pytest.mark.parametrize(
-    ("family", "ratio", "why"),
+    ("family", "settings", "ratio", "why"),
     [
-        ("qwen2-mqa", "--kv-group-pruning-ratio", "One of the KV groups stays"),
+        ("qwen2", {"num_key_value_heads": 1}, "--kv-group-pruning-ratio", "One of the KV groups stays"),
+        ("bloom", {"n_head": 4, "n_layer": 2}, "--head-pruning-ratio", "cannot be pruned in num_attention_heads"),
     ],
 )
 def test_a_ratio_that_a_family_cannot_give_alone_makes_no_copy(
-    tiny_of: Callable[[str], Path], make_tiny: Callable[..., Path], tmp_path: Path, family: str, ratio: str, why: str
+    make_tiny: Callable[..., Path], tmp_path: Path, family: str, settings: dict[str, int], ratio: str, why: str
 ) -> None:
-    model = make_tiny("qwen2", num_key_value_heads=1) if family == "qwen2-mqa" else tiny_of(family)
+    model = make_tiny(family, **settings)
     run = run_cli(
         "prune", model, ratio, "0.3", "--importance", "random", "--refit", "none", "--output", tmp_path / "out"
     )
