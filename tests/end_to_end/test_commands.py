@@ -31,7 +31,7 @@ def test_tables_say_what_json_says(tiny_llama: Path, tmp_path: Path) -> None:
     for side in ("before", "after"):
         assert f"{document[side]['parameters']:,}" in table
     gate = next(line for line in table.splitlines() if "mlp.gate_proj" in line)
-    assert gate.split()[1:] == "0-1 48 × 64 24 × 32 1.54k 9.0%".split()
+    assert gate.split()[1:] == ["0-1", "48", "×", "64", "24", "×", "32", "1.54k", "9.0%"]
     written = run_cli("prune", tiny_llama, *BY_MAGNITUDE, "--pruning-ratio", "0.5", "--output", tmp_path / "out").stdout
     assert count_text(document["after"]["parameters"]) in written and str(tmp_path / "out") in written.replace("\n", "")
 
