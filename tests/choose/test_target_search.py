@@ -8,11 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from llmprune_cli.choose.selection import judged_windows
 from llmprune_cli.choose.target_search import check_budget, least_target, measure_size, search_widths
 from llmprune_cli.errors import PlanError
 from llmprune_cli.options import ModelReference, WidthRequest
 from llmprune_cli.plan.requested_widths import Target, resolve
+from llmprune_cli.run.calibration import CalibrationText
+from llmprune_cli.run.corpus import Corpus
 from llmprune_cli.sizes import Budget
 from llmprune_cli.source.full_model import load_model
 from llmprune_cli.source.opening import open_checkpoint
@@ -167,3 +171,9 @@ def test_the_least_is_less_in_every_width() -> None:
     widths = least_target(llama_on_paper(**WIDE)).widths
     assert (widths.num_key_value_heads, widths.num_attention_heads, widths.num_hidden_layers) == (1, 2, 4)
     assert widths.intermediate_size == 28 and widths.hidden_size == 64  # 15% of 192, in steps of two
+
+
+@pytest.mark.parametrize(("length", "windows"), [(512, 4), (2048, 1), (4096, 1), (16, 128)])
+def test_a_candidate_is_judged_on_as_many_tokens_whatever_the_window_is(length: int, windows: int) -> None:
+    text = CalibrationText(Corpus("", "", ""), *(torch.zeros(2, length) for _ in range(3)))
+    assert judged_windows(text) == windows
