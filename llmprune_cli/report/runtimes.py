@@ -17,7 +17,7 @@ FULL_WIDTH_IN_CTRANSLATE2 = ("llama", "qwen2")
 FULL_WIDTH_IN_VLLM = ("qwen2", "qwen2_moe", "granitemoe", "lfm2", "internlm2", "minicpm", "jamba")
 NO_HEADS_IN_VLLM = (16, 40)  # head dims that its attention on a CPU lacks
 EXPERT_STEP = 32  # what the hidden size of experts has to be a multiple of there; in GPT-OSS their own width, too
-NF4_INPUTS = 64  # what bitsandbytes wants inputs to be a multiple of, on a CPU (and outputs of 32)
+NF4_INPUTS = 64  # what bitsandbytes packs inputs by on processors with AVX-512 (outputs by 32); others take any number
 MODELS_OF_TRANSFORMERS = 'model_impl="transformers" loads it'
 
 
@@ -39,7 +39,7 @@ def runtime_fits(config: PretrainedConfig) -> tuple[RuntimeFit, ...]:
         "CTranslate2": _fit_ctranslate2(config),
         "OpenVINO": _fit_openvino(config),
         "mlx-lm": _fit_mlx(config),
-        "bitsandbytes NF4 on a CPU": _fit_nf4(config),
+        "bitsandbytes NF4 on AVX-512": _fit_nf4(config),
     }
     found |= {name: fit for name, fit in others.items() if fit.note}
     return tuple(RuntimeFit(name, fit.loads, fit.note) for name, fit in found.items())
@@ -55,7 +55,7 @@ def _narrow(config: PretrainedConfig) -> str:
 
 
 def _fit_vllm(config: PretrainedConfig) -> Fit:
-    """What vLLM 0.32 was seen to refuse."""
+    """What vLLM 0.32 refuses on a CPU, as seen or, for half of the families, as read in its source."""
     settings = config.to_dict()
     hidden, neurons = settings.get("hidden_size") or 0, settings.get("intermediate_size") or 0
     experts = read_widths(config).num_experts
@@ -95,7 +95,7 @@ def _fit_openvino(config: PretrainedConfig) -> Fit:
 
 
 def _fit_nf4(config: PretrainedConfig) -> Fit:
-    """Whether products with 4-bit weights run: they are both written and read by MLPs."""
+    """Whether products with packed 4-bit weights run, whose inputs and outputs neurons and channels both are."""
     neurons, hidden = getattr(config, "intermediate_size", None), getattr(config, "hidden_size", None)
     for what, size in (("neurons", neurons), ("hidden channels", hidden)):
         if isinstance(size, int) and size % NF4_INPUTS:
