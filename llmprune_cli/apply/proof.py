@@ -75,6 +75,7 @@ def prove(
     drops_layers = Width.LAYERS in changed
     twin = build_twin(architecture, proof_sizes(architecture.config, drops_layers))
     traced.check(expected_index(twin.architecture.config), twin.architecture.widths)
+    _check_logits(twin)
     target = half_of(twin.architecture, changed, renumbers)
     if Width.EXPERTS in changed:
         _keep_positive(twin)
@@ -96,17 +97,24 @@ def prove(
         )
 
 
-def check_answers(architecture: Architecture) -> None:
-    """Make sure that there is something to compare: a twin that runs and gives numbers.
+class NoLogitsError(UnsupportedError):
+    """A configuration whose models give no numbers, so that nothing can be proven of any width."""
+
+
+def _check_logits(twin: Twin) -> None:
+    """Make sure that there is something to compare, before the twin is pruned; one that does not run is told there.
 
     Raises:
-        UnsupportedError: there is not.
+        NoLogitsError: there is not.
     """
-    twin = build_twin(architecture, proof_sizes(architecture.config, False))
-    found = next(iter(answer(twin.model, twin.tokens).values()))
-    if isinstance(found, Exception) or not found.isfinite().all():
-        raise UnsupportedError(
-            f"A small {architecture.config.model_type} model of this config.json gives no finite logits, so that "
+    try:
+        with torch.no_grad():
+            logits = twin.model(input_ids=twin.tokens, use_cache=False).logits
+    except Exception:  # families fail in their own ways
+        return
+    if not logits.isfinite().all():
+        raise NoLogitsError(
+            f"A small {twin.architecture.config.model_type} model of this config.json gives no finite logits, so that "
             "nothing can be proven of it. Download config.json again."
         )
 

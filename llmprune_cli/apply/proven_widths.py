@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from llmprune_cli.apply.proof import check_answers, prove, prove_target
+from llmprune_cli.apply.proof import NoLogitsError, prove, prove_target
 from llmprune_cli.apply.pruned_folder import prune_twin
 from llmprune_cli.apply.second_opinion import hold_against_torch_pruning
 from llmprune_cli.coupling.subject import Subject, known_architecture
@@ -32,8 +32,9 @@ def check_proof(subject: Subject, target: Target) -> None:
     with one_thread():
         try:
             prove_target(subject, target, prune_twin)
+        except NoLogitsError:
+            raise
         except UnsupportedError:
-            check_answers(subject.architecture)
             leave_unproven(subject).require(target.widths)
             raise
         changed = target.widths.changed_from(subject.widths)
@@ -55,7 +56,7 @@ def unproven(subject: Subject) -> dict[str, str]:
     """The widths that the twin does not prove, and why: as remembered, or found out now.
 
     Raises:
-        UnsupportedError: see `find_unproven`.
+        NoLogitsError: see `find_unproven`.
     """
     place = known_architecture("proof", subject.architecture, *sorted(subject.trace.refused))
     known = recall(place, Unproven)
@@ -70,12 +71,11 @@ def find_unproven(subject: Subject) -> dict[str, str]:
     """The widths that are offered and for which the proof fails, with the reason; all at once where they all hold.
 
     Raises:
-        UnsupportedError: a small model of this configuration answers nothing that could be compared.
+        NoLogitsError: a small model of this configuration gives nothing that could be compared.
     """
     parts = _parts(subject)
     if _why_not(subject, tuple(width for part in parts for width in part)) is None:
         return {}
-    check_answers(subject.architecture)
     reasons: dict[str, str] = {}
     for part in parts:
         reason = _why_not(subject, part)
@@ -100,6 +100,8 @@ def _why_not(subject: Subject, widths: tuple[str, ...]) -> str | None:
     try:
         hold_against_torch_pruning(subject.architecture, subject.trace.limited_to(widths))
         prove(subject.architecture, subject.trace, widths, prune_twin)
+    except NoLogitsError:
+        raise
     except LlmpruneError as error:
         if Width.LAYERS not in widths or not _last_layers_go(subject, widths):
             return str(error)

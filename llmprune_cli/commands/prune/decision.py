@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from llmprune_cli.apply.proof import NoLogitsError
 from llmprune_cli.apply.proven_widths import check_proof, refusing, unproven
 from llmprune_cli.choose import needs_text
 from llmprune_cli.choose.selection import first_target, stored_plan, target_of
@@ -82,6 +83,8 @@ def _proven(
     def find_faults() -> dict[str, str]:
         try:
             check_proof(subject, target)
+        except NoLogitsError:
+            raise
         except (PlanError, UnsupportedError):
             faults = unproven(subject) if of_all else {}
             if not faults:
