@@ -3,25 +3,107 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from llmprune_cli import __version__
-from llmprune_cli.cli.evaluate import eval_command
-from llmprune_cli.cli.export import export_command
-from llmprune_cli.cli.inspect import inspect_command
-from llmprune_cli.cli.prune import prune_command
-from llmprune_cli.cli.recover import recover_command
 from llmprune_cli.processes import is_first
 
 SHARED_COMMANDS = ("prune", "recover", "eval")  # in whose work all processes of a run take part
 
+
+@dataclass(frozen=True)
+class Command:
+    """A command that is imported when it is called; the list of all commands needs no more than this."""
+
+    module: str
+    function: str
+    help: str
+    examples: tuple[str, ...]
+
+    def load(self, name: str) -> Any:
+        """The command, with its options."""
+        alone = typer.Typer(add_completion=False, context_settings=CONTEXT, rich_markup_mode="rich")
+        examples = "Examples:\n\n" + "\n\n".join(f"[bold]llmprune {line}[/bold]" for line in self.examples)
+        function = getattr(import_module(self.module), self.function)
+        alone.command(name, help=self.help, epilog=examples)(function)
+        return typer.main.get_command(alone)
+
+
+CONTEXT = {"help_option_names": ["-h", "--help"]}
+COMMANDS = {
+    "inspect": Command(
+        "llmprune_cli.cli.inspect",
+        "inspect_command",
+        "Show modules, widths and totals from headers and configuration; with a width option, after pruning too.",
+        (
+            "inspect meta-llama/Llama-3.1-8B",
+            "inspect meta-llama/Llama-3.1-8B --mlp 25%",
+            "inspect pruned --verify",
+        ),
+    ),
+    "prune": Command(
+        "llmprune_cli.cli.prune",
+        "prune_command",
+        "Remove channels, heads, neurons, experts and layers, and write a smaller checkpoint.",
+        (
+            "prune meta-llama/Llama-3.1-8B --target 85% -o pruned",
+            "prune meta-llama/Llama-3.1-8B --mlp 25% --calibration chat.jsonl -o leaner",
+            "prune meta-llama/Llama-3.1-8B --target 4GiB --dry-run",
+        ),
+    ),
+    "recover": Command(
+        "llmprune_cli.cli.recover",
+        "recover_command",
+        "Heal a pruned model: train it to predict what the unpruned one predicts.",
+        (
+            "recover pruned --tokens 1M -o healed",
+            "recover pruned --teacher meta-llama/Llama-3.1-8B --text chat.jsonl -o healed",
+            "recover pruned --lora 16 --teacher-mode streamed -o healed",
+        ),
+    ),
+    "eval": Command(
+        "llmprune_cli.cli.evaluate",
+        "eval_command",
+        "Measure perplexity: mean over windows of the mean negative log-likelihood, exponentiated.",
+        (
+            "eval meta-llama/Llama-3.1-8B pruned --limit 20",
+            "eval pruned --dataset own.txt",
+            "eval a b c --max-seq-len 2048",
+        ),
+    ),
+    "export": Command(
+        "llmprune_cli.cli.export",
+        "export_command",
+        "Write a checkpoint in another format, dtype or shard size, and prove it in the runtime that reads it.",
+        (
+            "export pruned --format gguf --dtype q8_0 -o pruned-gguf",
+            "export pruned --dtype fp16 -o pruned-f16",
+            "export pruned --format onnx -o pruned-onnx",
+        ),
+    ),
+}
+
+
+class Commands(TyperGroup):
+    """The commands, each imported when it is called: help and the quickest of them need not wait for the others."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """The command that the arguments name, with its options."""
+        name, found, rest = super().resolve_command(ctx, args)
+        return name, COMMANDS[name].load(name) if name in COMMANDS else found, rest
+
+
 app = typer.Typer(
     name="llmprune",
+    cls=Commands,
     help="Prune large language models into smaller dense checkpoints that stock software loads.",
     no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=CONTEXT,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -60,36 +142,12 @@ def run(arguments: list[str] | None) -> None:
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
-def _examples(*lines: str) -> str:
-    return "Examples:\n\n" + "\n\n".join(f"[bold]llmprune {line}[/bold]" for line in lines)
+def _listed() -> None:
+    """Stands in the list of commands for one that is not imported yet."""
 
 
-INSPECTED = _examples(
-    "inspect meta-llama/Llama-3.1-8B", "inspect meta-llama/Llama-3.1-8B --mlp 25%", "inspect pruned --verify"
-)
-PRUNED = _examples(
-    "prune meta-llama/Llama-3.1-8B --target 85% -o pruned",
-    "prune meta-llama/Llama-3.1-8B --mlp 25% --calibration chat.jsonl -o leaner",
-    "prune meta-llama/Llama-3.1-8B --target 4GiB --dry-run",
-)
-RECOVERED = _examples(
-    "recover pruned --tokens 1M -o healed",
-    "recover pruned --teacher meta-llama/Llama-3.1-8B --text chat.jsonl -o healed",
-    "recover pruned --lora 16 --teacher-mode streamed -o healed",
-)
-EVALUATED = _examples(
-    "eval meta-llama/Llama-3.1-8B pruned --limit 20", "eval pruned --dataset own.txt", "eval a b c --max-seq-len 2048"
-)
-EXPORTED = _examples(
-    "export pruned --format gguf --dtype q8_0 -o pruned-gguf",
-    "export pruned --dtype fp16 -o pruned-f16",
-    "export pruned --format onnx -o pruned-onnx",
-)
-app.command("inspect", epilog=INSPECTED)(inspect_command)
-app.command("prune", epilog=PRUNED)(prune_command)
-app.command("recover", epilog=RECOVERED)(recover_command)
-app.command("eval", epilog=EVALUATED)(eval_command)
-app.command("export", epilog=EXPORTED)(export_command)
+for _name, _command in COMMANDS.items():
+    app.command(_name, help=_command.help)(_listed)
 
 
 @app.command("env")

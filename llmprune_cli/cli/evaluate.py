@@ -41,7 +41,7 @@ def eval_command(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure perplexity: mean over windows of the mean negative log-likelihood, exponentiated."""
+    """Check what is asked for, do it, and print it."""
     names = [*(others or ()), *(compare or ())]
     further = [replace(model, name=name, revision=None) for name in names]
     check_eval([model, *further], evaluation)

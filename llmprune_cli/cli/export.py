@@ -31,7 +31,7 @@ def export_command(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a checkpoint in another format, dtype or shard size, and prove it in the runtime that reads it."""
+    """Check what is asked for, do it, and print it."""
     check_export(model, output, overwrite)
     with loading():
         from llmprune_cli.cli.screen.progress import progress_on_stderr

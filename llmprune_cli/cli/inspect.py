@@ -106,7 +106,7 @@ def inspect_command(
     formats: Formats = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show modules, widths and totals from headers and configuration; with a width option, after pruning too."""
+    """Check what is asked for, do it, and print it."""
     from llmprune_cli.commands.inspect import inspect, verify_folder
 
     if not verify:

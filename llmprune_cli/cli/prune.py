@@ -71,7 +71,7 @@ def prune_command(
     as_json: AsJson = False,
     detail: Detail = None,
 ) -> None:
-    """Remove channels, heads, neurons, experts and layers, and write a smaller checkpoint."""
+    """Check what is asked for, do it, and print it."""
     judged = evaluation if evaluate else None
     request = PruneRequest(model, choice, text, delivery, scratch, judged, vocabulary)
     check_prune(request)

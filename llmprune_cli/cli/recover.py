@@ -8,7 +8,7 @@ from rich.table import Table
 
 from llmprune_cli.cli.parameters import AsJson, Quiet, takes
 from llmprune_cli.cli.screen.tables import new_console, number_text, print_json, size_text
-from llmprune_cli.commands.requests import RecoverRequest
+from llmprune_cli.commands.requests import RecoverRequest, check_recover
 from llmprune_cli.heal.options import Healed, Healing, Teaching
 from llmprune_cli.options import ModelReference
 from llmprune_cli.startup.loading import loading
@@ -27,8 +27,9 @@ def recover_command(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Heal a pruned model: train it to predict what the unpruned one predicts."""
+    """Check what is asked for, do it, and print it."""
     request = RecoverRequest(model, healing, teaching, delivery)
+    check_recover(request)
     with loading():
         from llmprune_cli.cli.screen.progress import progress_on_stderr
         from llmprune_cli.commands.recover import recover

@@ -26,6 +26,7 @@ from llmprune_cli.commands.requests import (
     RecoverRequest,
     check_eval,
     check_prune,
+    check_recover,
     make,
     options_of,
     refuse_unknown,
@@ -159,6 +160,7 @@ def recover(
     name, given = _gather("recover", model, config, options, kinds, ("dtype",))
     healing, teaching, delivery = (make(kind, given) for kind in kinds[1:])
     request = RecoverRequest(_reference(name, given), healing, teaching, delivery)
+    check_recover(request)
     with _at_work():
         return recovering.recover(request, Listener(progress))
 

@@ -239,6 +239,25 @@ class RecoverRequest:
         return self.delivery.output
 
 
+def check_recover(request: RecoverRequest) -> None:
+    """The same for `recover`; what the pruned model says of its teacher is looked at later."""
+    from llmprune_cli.folder.staging import check_target as check_output
+    from llmprune_cli.startup.model_argument import check_model, check_tokenizer
+    from llmprune_cli.text.names import check_text, parts_of
+
+    models = [request.model]
+    if request.teaching.teacher is not None:
+        models.append(ModelReference(request.teaching.teacher))
+    for model in models:
+        check_model(model, needs_weights=True)
+        check_tokenizer(model.name)
+    for part in parts_of(request.healing.text) if request.healing.text is not None else ():
+        check_text(part.name)
+    if is_first():
+        source = Path(request.model.name)
+        check_output(request.output, request.delivery.overwrite, source if source.exists() else None)
+
+
 # --- options by name ------------------------------------------------------------------------------------------------
 
 

@@ -116,7 +116,7 @@ class Teaching:
 class Healed:
     """What is written, and where to."""
 
-    output: Annotated[Path | None, Option("Folder to write.", OUTPUT, is_common=True)] = None
+    output: Annotated[Path | None, Option("Folder to write.", OUTPUT, is_common=True, short="-o")] = None
     overwrite: Annotated[bool, Option("Replace the model folder that --output names.", OUTPUT)] = False
     max_shard_size: Annotated[str, Option("Largest shard, such as 500MB or 5GB.", OUTPUT, check=parse_size)] = "5GB"
     report: Annotated[

@@ -58,7 +58,7 @@ def check_model(reference: ModelReference, needs_weights: bool) -> None:
     _check_device(reference.device)
     if not is_there(path):
         if path.suffix == ".gguf" or reference.name.startswith((".", "/", "~")) or reference.name.count("/") > 1:
-            raise CheckpointError(f"{path} does not exist. Check MODEL.")
+            raise CheckpointError(f"{path} does not exist. Check the path of the model.")
         return
     if path.suffix == ".gguf":
         _check_gguf(path)
@@ -170,7 +170,7 @@ def refuse_without_config(folder: Path) -> None:
         raise CheckpointError(f"{folder} holds {adapter} and no model. {MERGE} and give the merged model.")
     if ggufs := sorted(path.name for path in folder.glob("*.gguf")):
         raise CheckpointError(f"{folder} has no config.json, but GGUF files. Give one of them: {folder / ggufs[0]}")
-    raise CheckpointError(f"{folder} has no config.json, so it is not a model folder. Check MODEL.")
+    raise CheckpointError(f"{folder} has no config.json, so it is not a model folder. Check the path of the model.")
 
 
 def describe_adapter(folder: Path) -> str:

@@ -30,6 +30,10 @@ def prune(*words: str) -> tuple[str, ...]:
     return "prune", "model", *words, "--output", "out"
 
 
+def recover(*words: str) -> tuple[str, ...]:
+    return "recover", "model", *words, "-o", "out"
+
+
 HALF = ("--pruning-ratio", "50%")
 MISTAKES = {
     "a target above the model": Mistake(prune("--target-params", "6B"), PLAN, ("51,520", "removes nothing", "85%")),
@@ -65,6 +69,12 @@ MISTAKES = {
         ("prune", "model", *HALF, "--output", "taken"), OUTPUT, ("not empty", "--overwrite")
     ),
     "an output within the input": Mistake(("export", "model", "--output", "model/out"), OUTPUT, ("overlap",)),
+    "a teacher that is not there": Mistake(recover("--teacher", "./nobody"), CHECKPOINT, ("nobody does not exist",)),
+    "an adapter as a teacher": Mistake(recover("--teacher", "adapter"), CHECKPOINT, ("LORA adapter of org/base",)),
+    "a lesson that is not there": Mistake(recover("--text", "nope.txt"), CHECKPOINT, ("nope.txt does not",)),
+    "no tokens to heal on": Mistake(recover("--tokens", "0"), USAGE, ("--tokens", "65k")),
+    "healing into what is taken": Mistake(("recover", "model", "-o", "taken"), OUTPUT, ("not empty", "--overwrite")),
+    "healing without an output": Mistake(("recover", "model"), USAGE, ("--output DIR",)),
 }
 
 
