@@ -69,7 +69,7 @@ COMMANDS = {
     "eval": Command(
         "llmprune_cli.cli.evaluate",
         "eval_command",
-        "Measure perplexity: mean over windows of the mean negative log-likelihood, exponentiated.",
+        "Measure perplexity and bits per byte of one model, or of several side by side.",
         (
             "eval meta-llama/Llama-3.1-8B pruned --limit 20",
             "eval pruned --dataset own.txt",

@@ -19,6 +19,8 @@ from llmprune_cli.startup.loading import loading
 if TYPE_CHECKING:
     from llmprune_cli.report.results import EvalReport, EvalResult
 
+HEADS = ("parameters", "size", "perplexity", "Δ", "ratio", "KL", "bits/byte", "tokens/s")
+LEFT_OUT = ("tokens/s", "Δ", "size")  # where there is no room for all, in this order
 LEAST_NAME = 16  # characters of a model's name in a line
 MOST = 1e6  # a difference beyond is shown in powers of ten
 Others = Annotated[
@@ -57,36 +59,46 @@ def eval_command(
 
 
 def print_eval(report: EvalReport, is_verbose: bool = False) -> None:
-    """Table of `eval`, a row for each model; verbose: what it took, as well."""
+    """Table of `eval`, a row for each model, of what fits beside their names; verbose: what it took, as well."""
     console, first = new_console(), report.results[0]
     windows = f"{first.windows:,} × {first.max_seq_len:,} = {first.tokens:,} tokens"
     console.print(f"Perplexity on {report.dataset} ({report.split}), {windows}", highlight=False)
     rows = [_figures(result, first) for result in report.results]
-    heads = ["parameters", "size", "perplexity", "Δ", "ratio", "KL", "tokens/s"]
-    shown = [place for place in range(len(heads)) if any(row[place] for row in rows)]
-    taken = sum(max(len(heads[place]), *(len(row[place]) for row in rows)) + 2 for place in shown)
+    shown = [head for head in HEADS if any(row[head] for row in rows)]
+    wide = {head: max(len(head), *(len(row[head]) for row in rows)) + 2 for head in shown}
+    room = console.width - 2
+    for head in LEFT_OUT:
+        if head in shown and sum(wide[name] for name in shown) + LEAST_NAME > room:
+            shown.remove(head)
     table = Table("model", **NARROW)
-    for place in shown:
-        table.add_column(heads[place], justify="right", no_wrap=True)
+    for head in shown:
+        table.add_column(head, justify="right", no_wrap=True)
+    left = max(room - sum(wide[name] for name in shown), LEAST_NAME)
     for result, row in zip(report.results, rows, strict=True):
-        table.add_row(folded(result.model, max(console.width - taken - 2, LEAST_NAME)), *(row[p] for p in shown))
+        table.add_row(folded(result.model, left), *(row[head] for head in shown))
     console.print(table)
     if is_verbose:
         for result in report.results:
             console.print(
                 f"{result.model}: {result.parameters:,} parameters, {result.windows:,} windows of "
-                f"{result.max_seq_len:,} tokens in {result.seconds:.1f} s, peak memory so far "
+                f"{result.max_seq_len:,} tokens, {result.bytes:,} bytes, in {result.seconds:.1f} s "
+                f"({result.tokens_per_second:,.0f} tokens/s), peak memory so far "
                 f"{size_text(result.peak_memory_bytes)}.",
                 highlight=False,
             )
 
 
-def _figures(result: EvalResult, first: EvalResult) -> list[str]:
-    """Cells of a model; what compares it with the first is empty for that one."""
-    own = [count_text(result.parameters), size_text(result.size_bytes), number_text(result.perplexity)]
+def _figures(result: EvalResult, first: EvalResult) -> dict[str, str]:
+    """Cells of a model by the column's head; what compares it with the first is empty for that one."""
     delta, ratio = result.perplexity - first.perplexity, result.perplexity / first.perplexity
-    are_numbers = result is not first and math.isfinite(delta) and math.isfinite(ratio)
-    compared = (
-        [f"{delta:+,.2f}" if abs(delta) < MOST else f"{delta:+.3g}", f"×{ratio:.4g}"] if are_numbers else ["", ""]
-    )
-    return [*own, *compared, "" if result.kl is None else f"{result.kl:.3f}", f"{result.tokens_per_second:,.0f}"]
+    is_compared = result is not first and result.same_tokens and math.isfinite(delta) and math.isfinite(ratio)
+    return {
+        "parameters": count_text(result.parameters),
+        "size": size_text(result.size_bytes),
+        "perplexity": number_text(result.perplexity),
+        "Δ": (f"{delta:+,.2f}" if abs(delta) < MOST else f"{delta:+.3g}") if is_compared else "",
+        "ratio": f"×{ratio:.4g}" if is_compared else "",
+        "KL": "" if result.kl is None else f"{result.kl:.3f}",
+        "bits/byte": f"{result.bits_per_byte:.3f}",
+        "tokens/s": f"{result.tokens_per_second:,.0f}",
+    }

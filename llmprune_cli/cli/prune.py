@@ -164,11 +164,18 @@ def _summary(result: PruneResult) -> Table:
     card, rows = result.calibration, result.evaluation.results if result.evaluation else ()
     if card is not None:
         old, new = card.perplexity_before, card.perplexity_after
-        table.add_row(f"perplexity ({_short(card.dataset)})", number_text(old), number_text(new), _times(old, new))
+        if card.kl is not None:
+            table.add_row(f"perplexity ({_short(card.dataset)})", number_text(old), number_text(new), _times(old, new))
+    if card is not None and len(rows) < 2:
+        old, new = card.bits_per_byte_before, card.bits_per_byte_after
+        table.add_row(f"bits per byte ({_short(card.dataset)})", f"{old:.3f}", f"{new:.3f}", _times(old, new))
     if len(rows) > 1 and result.evaluation is not None:
         old, new = rows[0].perplexity, rows[1].perplexity
-        label = f"perplexity ({_short(result.evaluation.dataset)} {result.evaluation.split})"
-        table.add_row(label, number_text(old), number_text(new), _times(old, new))
+        label = f"({_short(result.evaluation.dataset)} {result.evaluation.split})"
+        if rows[1].same_tokens:
+            table.add_row(f"perplexity {label}", number_text(old), number_text(new), _times(old, new))
+        old, new = rows[0].bits_per_byte, rows[1].bits_per_byte
+        table.add_row(f"bits per byte {label}", f"{old:.3f}", f"{new:.3f}", _times(old, new))
     return table
 
 
@@ -195,8 +202,8 @@ def _what_went(result: PruneResult) -> Iterator[str]:
     if result.calibration is not None:
         card = result.calibration
         yield (
-            f"Fitted on {card.tokens:,} tokens of {_short(card.dataset)}, judged on {card.held_out_tokens:,} others: "
-            f"KL {card.kl:.3f} nats a token."
+            f"Fitted on {card.tokens:,} tokens of {_short(card.dataset)}, judged on {card.held_out_tokens:,} others"
+            f"{'.' if card.kl is None else f': KL {card.kl:.3f} nats.'}"
         )
 
 
@@ -227,13 +234,16 @@ def _print_candidates(console: Console, candidates: tuple[CandidateResult, ...])
 
 
 def _print_calibration(console: Console, card: CalibrationResult, protected: tuple[int, ...]) -> None:
-    console.print(_layer_table(card.layers, protected))
+    if card.layers:
+        console.print(_layer_table(card.layers, protected))
     table = Table(title=f"Held-out text of {card.dataset} ({card.split})", title_justify="left", **NARROW)
     table.add_column("")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
     table.add_row("perplexity", number_text(card.perplexity_before), number_text(card.perplexity_after))
-    table.add_row("KL divergence", "", f"{card.kl:.3f} nats")
+    table.add_row("bits per byte", f"{card.bits_per_byte_before:.3f}", f"{card.bits_per_byte_after:.3f}")
+    if card.kl is not None:
+        table.add_row("KL divergence", "", f"{card.kl:.3f} nats")
     console.print(table)
     console.print(f"Calibrated on {card.tokens:,} tokens of {card.origin}.", highlight=False)
 

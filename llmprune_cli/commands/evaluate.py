@@ -1,10 +1,9 @@
-"""`eval`: perplexity of one model, or of several side by side."""
+"""`eval`: perplexity and bits per byte of one model, or of several side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 
 from llmprune_cli.options import Evaluation, ModelReference
 from llmprune_cli.processes import join
@@ -17,7 +16,7 @@ from llmprune_cli.source.opening import open_checkpoint
 def evaluate(
     reference: ModelReference, others: Sequence[ModelReference], evaluation: Evaluation, listener: Listener
 ) -> EvalReport:
-    """Perplexity of one model, or of several side by side on the same text and with windows of the same length.
+    """Perplexity and bits per byte of a model, or of several on the same text with windows of the same length.
 
     Raises:
         LlmpruneError: a model or the text cannot be read.
@@ -29,6 +28,5 @@ def evaluate(
         sides = [(checkpoint, text)]
         for named in others:
             other = stack.enter_context(open_checkpoint(named, need_weights=True))
-            alike = replace(evaluation, max_seq_len=text.windows.shape[1])
-            sides.append((other, prepare_text(other, reference.device, alike, listener)))
+            sides.append((other, prepare_text(other, reference.device, evaluation, listener, text)))
         return report_perplexity(sides, reference, evaluation, listener, processes)

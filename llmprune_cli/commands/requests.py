@@ -116,11 +116,10 @@ class PruneRequest:
         """
         if self.choice.budget is not None or self.choice.rotate:
             raise UsageError("--vocab-size goes with widths; leave out targets and --rotate.")
-        alike = (self.scratch.resume, self.evaluation, self.delivery.report, self.recover)
-        if any(alike):
+        if self.scratch.resume or self.delivery.report or self.recover:
             raise UsageError(
-                "a smaller vocabulary changes the tokens that a text has, so that --eval, --report, --resume and "
-                "--recover do not go with it. Prune first."
+                "a smaller vocabulary changes the tokens that a text has, so that --report, --resume and --recover do "
+                "not go with it. Prune first."
             )
 
     def _check_what_goes(self) -> None:

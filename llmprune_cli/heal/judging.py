@@ -12,6 +12,7 @@ from llmprune_cli.heal.loss import Student, divergence, parts
 from llmprune_cli.heal.teacher import Teacher
 from llmprune_cli.heal.training_text import TrainingText
 from llmprune_cli.processes import Processes
+from llmprune_cli.run.perplexity import bits_per_byte
 
 
 def judge(student: Student, teacher: Teacher, text: TrainingText, temperature: float, processes: Processes) -> HeldOut:
@@ -40,4 +41,4 @@ def held_out(kl: float, lost: float, text: TrainingText) -> HeldOut:
     """From sums over all held-out tokens, in nats."""
     tokens = text.held_out[:, 1:].numel()
     perplexity = math.exp(min(lost / tokens, 700)) if math.isfinite(lost) else math.inf
-    return HeldOut(max(0.0, kl / tokens), perplexity, lost / math.log(2) / text.held_out_bytes)
+    return HeldOut(max(0.0, kl / tokens), perplexity, bits_per_byte(lost, text.held_out_bytes))

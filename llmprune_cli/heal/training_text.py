@@ -12,7 +12,7 @@ from llmprune_cli.errors import CheckpointError
 from llmprune_cli.heal.options import Healing
 from llmprune_cli.options import Text
 from llmprune_cli.run.calibration import load_calibration, together, windows_of
-from llmprune_cli.run.corpus import Corpus
+from llmprune_cli.run.corpus import Corpus, predicted_bytes
 from llmprune_cli.run.layer import BATCH_TOKENS
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def prepare_training(
     rounds = [torch.randperm(len(trained), generator=generator) for _ in range(-(-count // len(trained)))]
     held = windows[judged]
     return TrainingText(
-        corpus, windows[trained], torch.cat(rounds)[:count], held, _count_bytes(held, tokenizer), schedule
+        corpus, windows[trained], torch.cat(rounds)[:count], held, predicted_bytes(tokenizer, held), schedule
     )
 
 
@@ -113,8 +113,3 @@ def _schedule(tokens: int, batch_tokens: int, length: int, processes: int) -> Sc
     judgements = max(1, min(MOST_JUDGEMENTS, steps // STEPS_BETWEEN))
     between = -(-steps // judgements)
     return Schedule(together, accumulated, between * judgements, between)
-
-
-def _count_bytes(windows: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> int:
-    texts = [str(tokenizer.decode(window[1:])) for window in windows]
-    return sum(len(text.encode(errors="replace")) for text in texts)

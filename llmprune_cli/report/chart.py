@@ -138,7 +138,8 @@ def _title(result: PruneResult, card: CalibrationResult) -> str:
     return (
         f"{_shown(result.model)}\n"
         f"{before:,} → {after:,} parameters, {100 * after / before:.1f}%{target}; refit: {result.refit}\n"
-        f"perplexity {card.perplexity_before:,.4g} → {card.perplexity_after:,.4g}, KL divergence {card.kl:.3f} nats "
+        f"perplexity {card.perplexity_before:,.4g} → {card.perplexity_after:,.4g}, bits per byte "
+        f"{card.bits_per_byte_before:.3f} → {card.bits_per_byte_after:.3f}, KL {card.kl:.3f} nats, "
         f"on {card.held_out_tokens:,} held-out tokens"
     )
 

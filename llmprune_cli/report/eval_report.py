@@ -1,8 +1,8 @@
-"""Perplexity of models side by side on one text."""
+"""Perplexity and bits per byte of models side by side on one text."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,10 +14,11 @@ from llmprune_cli.options import Evaluation, ModelReference
 from llmprune_cli.processes import ALONE, Processes
 from llmprune_cli.progress import Listener
 from llmprune_cli.report.results import SCHEMA_VERSION, EvalReport, EvalResult
-from llmprune_cli.run.corpus import Corpus, cut_windows, load_corpus
+from llmprune_cli.run.corpus import Corpus, cut_windows, load_corpus, predicted_bytes, read_tokens, spelled
 from llmprune_cli.run.perplexity import (
     FirstModel,
     RunningPerplexity,
+    bits_per_byte,
     evaluate_perplexity,
     largest_batch,
     peak_memory_bytes,
@@ -39,21 +40,39 @@ class EvalText:
 
     corpus: Corpus
     windows: torch.Tensor  # token ids, [N, T]
+    tail: torch.Tensor  # token ids, [T'], that fill no window and yet belong to the text that is compared; often none
+    characters: int  # of text in the windows
+    bytes: int  # of text, in UTF-8, in the tokens that are predicted
 
 
-def prepare_text(checkpoint: Checkpoint, device: str, options: Evaluation, listener: Listener) -> EvalText:
+def prepare_text(
+    checkpoint: Checkpoint, device: str, options: Evaluation, listener: Listener, first: EvalText | None = None
+) -> EvalText:
     """Cut a corpus into the windows of one model.
+
+    Args:
+        first: the text of the model that this one is held against; where this one reads it as other tokens, it gets
+            the same part of the text in windows of the same length.
 
     Raises:
         CheckpointError: no such device, text or tokenizer.
     """
+    if first is not None:
+        options = replace(options, max_seq_len=first.windows.shape[1])
     pick_device(device)
     tokenizer = load_tokenizer(checkpoint)
     column = None if options.dataset in KNOWN else options.text_column
     corpus = load_corpus(options.dataset, options.split, column, tokenizer)
     window = _window_tokens(checkpoint, options, listener)
     vocabulary = checkpoint.config.get_text_config().vocab_size
-    return EvalText(corpus, cut_windows(corpus, tokenizer, vocabulary, window, options.limit))
+    windows = cut_windows(corpus, tokenizer, vocabulary, window, options.limit)
+    tail = windows.new_empty(0)
+    if first is not None and not torch.equal(windows, first.windows):
+        tokens = read_tokens(replace(corpus, text=corpus.text[: first.characters]), tokenizer, vocabulary)
+        whole = len(tokens) // window * window
+        windows, tail = (tokens[:whole].view(-1, window), tokens[whole:]) if whole else (tokens[None], tail)
+    read = spelled(tokenizer, windows.flatten()).removeprefix(tokenizer.bos_token or "")
+    return EvalText(corpus, windows, tail, len(read), predicted_bytes(tokenizer, (*windows, tail)))
 
 
 def report_perplexity(
@@ -79,9 +98,13 @@ def report_perplexity(
         for number, side in enumerate(sides):
             alike = number == 0 or torch.equal(side[1].windows, sides[0][1].windows)
             if not alike:
-                listener.warn(f"{side[0].source} has another tokenizer, so its perplexity is of other tokens.")
+                listener.warn(
+                    f"{side[0].source} has another tokenizer, so its perplexity is of other tokens. Compare bits per "
+                    "byte, which are of the same text."
+                )
             against = first if alike else None
-            results.append(_evaluate(side, reference, options, listener, processes, against, number == 0))
+            result = _evaluate(side, reference, options, listener, processes, against, number == 0)
+            results.append(replace(result, same_tokens=alike))
     origin = sides[0][1].corpus.origin
     return EvalReport(SCHEMA_VERSION, options.dataset, origin, options.split, tuple(results))
 
@@ -106,8 +129,12 @@ def _evaluate(
         listener.stage(f"Evaluating {checkpoint.source}", len(processes.share(text.windows, batch)))
         tell = partial(_tell, listener)
         final = evaluate_perplexity(model, text.windows, batch, tell, processes, first, is_first)
+        nats = final.mean_nll * text.windows[:, 1:].numel()
+        if len(text.tail) > 1:
+            more = evaluate_perplexity(model, text.tail[None], 1, lambda state: None, processes)
+            nats += more.mean_nll * (len(text.tail) - 1)
         peak = max(processes.gather(peak_memory_bytes(model)))
-        return _eval_result(checkpoint, final, text.windows.shape[1], peak)
+        return _eval_result(checkpoint, final, text, bits_per_byte(nats, text.bytes), peak)
 
 
 def _batch_size(model: PreTrainedModel, windows: torch.Tensor) -> int:
@@ -135,15 +162,20 @@ def _window_tokens(checkpoint: Checkpoint, options: Evaluation, listener: Listen
     return options.max_seq_len
 
 
-def _eval_result(checkpoint: Checkpoint, state: RunningPerplexity, window: int, peak: int) -> EvalResult:
+def _eval_result(
+    checkpoint: Checkpoint, state: RunningPerplexity, text: EvalText, bits: float, peak: int
+) -> EvalResult:
     return EvalResult(
         model=checkpoint.source,
         perplexity=state.perplexity,
         mean_nll=state.mean_nll,
+        bits_per_byte=bits,
+        bytes=text.bytes,
+        same_tokens=True,
         kl=state.kl,
         windows=state.windows,
         tokens=state.tokens,
-        max_seq_len=window,
+        max_seq_len=text.windows.shape[1],
         seconds=state.seconds,
         tokens_per_second=state.tokens / max(state.seconds, 1e-9),
         peak_memory_bytes=peak,

@@ -113,9 +113,14 @@ def _pruning(manifest: Manifest) -> tuple[list[tuple[str, str, str]], str]:
     rows += [(n, f"{old:,}", f"{widths.after[n]:,}") for n, old in widths.before.items() if old != widths.after[n]]
     card = manifest.calibration
     if card:
-        shown = f"perplexity on held-out text of {card['dataset']}"
-        rows.append((shown, f"{card['perplexity_before']:,.2f}", f"{card['perplexity_after']:,.2f}"))
-        rows.append(("mean KL divergence of the next token there, nats", "", f"{card['kl']:.3f}"))
+        where = f"on held-out text of {card['dataset']}"
+        if "bits_per_byte_after" in card:  # which manifests of 0.1 lack
+            before, after = card["bits_per_byte_before"], card["bits_per_byte_after"]
+            rows.append((f"bits per byte {where}", f"{before:.3f}", f"{after:.3f}"))
+        if card["kl"] is not None:
+            shown = f"perplexity {where}"
+            rows.append((shown, f"{card['perplexity_before']:,.2f}", f"{card['perplexity_after']:,.2f}"))
+            rows.append(("mean KL divergence of the next token there, nats", "", f"{card['kl']:.3f}"))
     how = f"Units were chosen by `{options['importance']}`"
     repaired = options["refit"] != "none"
     how += f", and what reads the removed ones was solved anew (`{options['refit']}`)" if repaired else ""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,10 +20,16 @@ from llmprune_cli.repair.layer_refit import LayerRepair, relative_distance
 from llmprune_cli.report.results import CalibrationResult, LayerResult
 from llmprune_cli.report.throughput import Clock
 from llmprune_cli.run.calibration import CalibrationText
-from llmprune_cli.run.divergence import Divergence, Side, compare, tokens_at_a_time
+from llmprune_cli.run.corpus import predicted_bytes, spelled
+from llmprune_cli.run.divergence import Side, compare, losses, tokens_at_a_time
 from llmprune_cli.run.layered_model import LayeredModel
+from llmprune_cli.run.perplexity import bits_per_byte
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.opening import open_checkpoint
+from llmprune_cli.source.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def report_card(
@@ -35,16 +43,19 @@ def report_card(
     dense, text, listener = bench.model, bench.text, bench.listener
     assert text is not None
     windows = max(text.judged, _not_chosen_by(text, choice), key=len)
+    whole = load_tokenizer(dense.subject.checkpoint)
     with open_checkpoint(ModelReference(str(folder)), need_weights=True) as checkpoint, torch.inference_mode():
         architecture = dense.architecture
         pruned = replace(architecture, config=checkpoint.config, widths=read_widths(checkpoint.config))
         subject = replace(dense.subject, checkpoint=checkpoint, architecture=pruned, processes=ALONE)
         listener.stage("Judging on held-out text", dense.layers)
         models = dense, LayeredModel(subject, dense.device, dense.compute)
-        found = _run_side_by_side(*models, plan, windows, listener.advance)
+        own = load_tokenizer(checkpoint) if plan.vocabulary is not None else whole
+        told = windows if own is whole else _told(windows, whole, own)
+        found = _run_side_by_side(*models, plan, (windows, told), listener.advance)
     refitted = {row.layer: row for row in repairs if row.layer not in plan.protected}
     layers = []
-    for number, stream_error in zip(plan.layers, found.stream_errors, strict=True):
+    for number, stream_error in zip(plan.layers, found.stream_errors, strict=False):  # none where tokens differ
         row = refitted.get(number)
         removal, refit = (row.removal_error, row.refit_error) if row else (None, None)
         layers.append(LayerResult(number, removal, refit, stream_error))
@@ -56,10 +67,12 @@ def report_card(
         tokens=text.fitted.numel(),
         seq_len=text.fitted.shape[1],
         seed=choice.seed,
-        held_out_tokens=found.divergence.tokens,
-        perplexity_before=found.divergence.perplexity_before,
-        perplexity_after=found.divergence.perplexity_after,
-        kl=found.divergence.kl,
+        held_out_tokens=windows[:, 1:].numel(),
+        perplexity_before=found.perplexity(0),
+        perplexity_after=found.perplexity(1),
+        bits_per_byte_before=bits_per_byte(found.nats[0], predicted_bytes(whole, windows)),
+        bits_per_byte_after=bits_per_byte(found.nats[1], predicted_bytes(own, told)),
+        kl=found.kl,
         layers=tuple(layers),
         prefill_tokens_per_second_before=before.tokens_per_second,
         prefill_tokens_per_second_after=after.tokens_per_second,
@@ -73,36 +86,64 @@ def _not_chosen_by(text: CalibrationText, choice: Choice) -> torch.Tensor:
     return text.held_out[chosen_by:] if len(text.held_out) > chosen_by else text.held_out
 
 
+def _told(windows: torch.Tensor, whole: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase) -> torch.Tensor:
+    """The text of windows [N, T] in the tokens of a smaller vocabulary, [N, T']; what is more than T is left out."""
+    texts = [spelled(whole, window) for window in windows]
+    read = [own(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+    length = min(windows.shape[1], *map(len, read))
+    return torch.tensor([ids[:length] for ids in read])
+
+
 @dataclass(frozen=True)
 class _Comparison:
-    """What two models make of the same windows."""
+    """What the dense model and the pruned one make of the same text."""
 
-    divergence: Divergence
-    stream_errors: tuple[float, ...]  # behind each layer that stays
-    clocks: tuple[Clock, Clock]  # of the dense model and of the pruned one
+    tokens: tuple[int, int]  # that were predicted
+    nats: tuple[float, float]  # their negative log-likelihood
+    kl: float | None  # mean KL(dense ‖ pruned) of the next token, nats; None where the tokens differ
+    stream_errors: tuple[float, ...]  # behind each layer that stays; none where the tokens differ
+    clocks: tuple[Clock, Clock]
+
+    def perplexity(self, side: int) -> float:
+        """Of all tokens together."""
+        return math.exp(min(self.nats[side] / self.tokens[side], 700))
 
 
 def _run_side_by_side(
-    dense: LayeredModel, pruned: LayeredModel, plan: Plan, windows: torch.Tensor, progress: Callable[[int], None]
+    dense: LayeredModel,
+    pruned: LayeredModel,
+    plan: Plan,
+    windows: tuple[torch.Tensor, torch.Tensor],
+    progress: Callable[[int], None],
 ) -> _Comparison:
     """Run both models in turns, layer by layer, so that whatever else the machine does slows both alike.
 
     Args:
-        windows: token ids, [N, T].
+        windows: token ids, [N, T], of each model; the same tensor where both read the same tokens.
         progress: told after each layer of the dense model.
     """
+    are_same = windows[0] is windows[1]
     channels = plan.keep.get(Width.HIDDEN, {}).get(Instance())
     clocks, errors = (Clock(), Clock()), []
-    ahead, behind = (model.walk(windows, clock.advance) for model, clock in zip((dense, pruned), clocks, strict=True))
+    ahead, behind = (
+        model.walk(own, clock.advance) for model, own, clock in zip((dense, pruned), windows, clocks, strict=True)
+    )
     for number, dense_end in enumerate(ahead):
         if number in plan.layers:
             after, pruned_items = next(behind)
             before = dense_end[0]
-            errors.append(relative_distance(after, before if channels is None else before[..., list(channels)]))
+            if are_same:
+                errors.append(relative_distance(after, before if channels is None else before[..., list(channels)]))
         progress(1)
     ends = dense.load_ends(exact=True)
-    other = ends if channels is None else pruned.load_ends(exact=True)  # with the same channels only layers differ
+    other = ends if are_same and channels is None else pruned.load_ends(exact=True)  # else only layers differ
     sides = Side(ends, *dense_end), Side(other, after, pruned_items)
     for clock, side in zip(clocks, sides, strict=True):
         clock.finish(side.ends, side.states[:1, : tokens_at_a_time(side.ends)], side.items)
-    return _Comparison(compare(*sides, windows), tuple(errors), clocks)
+    tokens = (windows[0][:, 1:].numel(), windows[1][:, 1:].numel())
+    if are_same:
+        found = compare(*sides, windows[0])
+        nats = math.log(found.perplexity_before) * tokens[0], math.log(found.perplexity_after) * tokens[1]
+        return _Comparison(tokens, nats, found.kl, tuple(errors), clocks)
+    nats = losses(sides[0], windows[0]), losses(sides[1], windows[1])
+    return _Comparison(tokens, nats, None, (), clocks)

@@ -72,11 +72,14 @@ class VerifyResult:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Perplexity of one model."""
+    """Perplexity and bits per byte of one model."""
 
     model: str
     perplexity: float
     mean_nll: float  # nats per token
+    bits_per_byte: float  # of text in the tokens that are predicted
+    bytes: int  # of that text, in UTF-8
+    same_tokens: bool  # whether it reads the text as the first model does; perplexities can be compared only then
     kl: float | None  # mean KL(first model ‖ this one) of the next token, nats; None for the first and other windows
     windows: int
     tokens: int
@@ -121,9 +124,11 @@ class CalibrationResult:
     seed: int  # by which windows were drawn
     held_out_tokens: int
     perplexity_before: float
-    perplexity_after: float
-    kl: float  # mean KL(dense ‖ pruned) of the next token, nats
-    layers: tuple[LayerResult, ...]  # those that stay
+    perplexity_after: float  # of its own tokens, where the vocabulary is smaller
+    bits_per_byte_before: float
+    bits_per_byte_after: float
+    kl: float | None  # mean KL(dense ‖ pruned) of the next token, nats; None where the vocabulary is smaller
+    layers: tuple[LayerResult, ...]  # those that stay; none where the vocabulary is smaller
     prefill_tokens_per_second_before: float  # float32, window by window, one layer at a time, loading excluded
     prefill_tokens_per_second_after: float
     device: str  # on which that was measured

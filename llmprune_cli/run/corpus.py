@@ -142,17 +142,44 @@ def cut_windows(
     Raises:
         CheckpointError: the text is shorter than one window, or the tokenizer is that of another model.
     """
-    tokens = torch.tensor(tokenizer(corpus.text, verbose=False)["input_ids"], dtype=torch.long)
+    tokens = read_tokens(corpus, tokenizer, vocabulary)
     windows = len(tokens) // window_tokens
     if windows == 0:
         raise CheckpointError(
             f"{corpus.origin} has {len(tokens)} tokens, less than one window of {window_tokens}. "
             "Give more text, or ask for shorter windows (--max-seq-len, --calibration-seq-len, --seq-len)."
         )
-    if int(tokens.max()) >= vocabulary:
+    kept = windows if limit is None else min(limit, windows)
+    return tokens[: kept * window_tokens].view(kept, window_tokens)
+
+
+def read_tokens(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> torch.Tensor:
+    """Token ids [L] of a text, with the tokenizer's default special tokens.
+
+    Args:
+        vocabulary: token ids that the model knows.
+
+    Raises:
+        CheckpointError: the tokenizer is that of another model.
+    """
+    tokens = torch.tensor(tokenizer(corpus.text, verbose=False)["input_ids"], dtype=torch.long)
+    if len(tokens) and int(tokens.max()) >= vocabulary:
         raise CheckpointError(
             f"The tokenizer gives token {int(tokens.max())}, but the model knows {vocabulary} tokens, so it is the "
             "tokenizer of another model. Put the right one beside the weights."
         )
-    kept = windows if limit is None else min(limit, windows)
-    return tokens[: kept * window_tokens].view(kept, window_tokens)
+    return tokens
+
+
+def predicted_bytes(tokenizer: PreTrainedTokenizerBase, windows: Iterable[torch.Tensor]) -> int:
+    """UTF-8 bytes of text in the tokens of windows, [T] each, that are predicted: in all but the first."""
+    total = 0
+    for window in windows:
+        whole, first = (spelled(tokenizer, ids).encode(errors="replace") for ids in (window, window[:1]))
+        total += len(whole) - len(first)
+    return total
+
+
+def spelled(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> str:
+    """The text of token ids, [T], special ones included."""
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))

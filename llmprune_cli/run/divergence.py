@@ -73,6 +73,20 @@ def compare(dense: Side, pruned: Side, windows: torch.Tensor, processes: Process
     return Divergence(int(tokens), before, after, kl)
 
 
+def losses(side: Side, windows: torch.Tensor) -> float:
+    """Negative log-likelihood of the tokens of windows [N, T] that are predicted, summed, in nats.
+
+    Raises:
+        CheckpointError: see `check_loss`.
+    """
+    total = 0.0
+    for window, places, wanted in predicted(side.ends, windows):
+        logits = side.ends.logits(side.states[window : window + 1, places], side.items)[0]
+        total += float(functional.cross_entropy(logits, wanted, reduction="sum"))
+    check_loss(total)
+    return total
+
+
 def check_loss(loss: float) -> None:
     """Hold that the unpruned model, whose hidden states are numbers, predicts something.
 

@@ -51,6 +51,15 @@ class RunningPerplexity:
         return math.exp(self.mean_nll) if self.mean_nll < 700 else math.inf
 
 
+def bits_per_byte(nats: float, text_bytes: int) -> float:
+    """Negative log-likelihood of a text, in nats, as bits per byte of it; the same whatever the tokens are.
+
+    Gao et al., "The Pile", arXiv 2101.00027, section 3.1: BPB = (L_T / L_B) · ℓ / ln 2, for L_T tokens of L_B bytes
+    and the mean loss ℓ of a token.
+    """
+    return nats / math.log(2) / text_bytes if text_bytes else math.nan
+
+
 def largest_batch(model: PreTrainedModel, windows: torch.Tensor) -> int:
     """How many windows, [N, T], fit into the device's memory at a time: halved from many until they do.
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +62,52 @@ def test_tokens_go_together_with_neurons(text: tuple[str, ...], byte_level: Path
     manifest = json.loads((folder / "llmprune.json").read_text())
     assert manifest["widths"]["after"]["vocab_size"] == 320
     assert run_cli("inspect", folder, "--verify").code == 0
+
+
+def test_both_models_are_judged_by_the_bytes_of_the_same_text(
+    text: tuple[str, ...], byte_level: Path, tmp_path: Path
+) -> None:
+    """Bits per byte are those that transformers gives for the text that the first model's windows hold."""
+    corpus, folder = Path(text[1]), tmp_path / "cut"
+    limited = ("--dataset", corpus, "--max-seq-len", "32", "--limit", "9")
+    run = run_cli(
+        *("prune", byte_level, *BY_MAGNITUDE, "--vocab-size", "320", *text, "--output", folder, "--json"),
+        *("--intermediate-pruning-ratio", "0.5", "--importance", "activation", "--eval", *limited),
+    )
+    assert run.code == 0, run.stderr
+    document = json.loads(run.stdout)
+    assert "vocabulary" not in run.stderr and "Compare bits per byte" in run.stderr
+    card, (first, second) = document["calibration"], document["evaluation"]["results"]
+    assert card["kl"] is None and card["bits_per_byte_before"] > 0 and card["bits_per_byte_after"] > 0
+    assert [first["same_tokens"], second["same_tokens"], second["kl"]] == [True, False, None]
+    whole, part = (nats_and_bytes(model, corpus, first) for model in (byte_level, folder))
+    assert first["bits_per_byte"] == pytest.approx(whole[0] / math.log(2) / whole[1], rel=1e-4)
+    assert second["bits_per_byte"] == pytest.approx(part[0] / math.log(2) / part[1], rel=1e-4)
+    assert (first["bytes"], second["bytes"]) == (whole[1], part[1])
+    shown = run_cli("eval", byte_level, folder, *limited, "-q").stdout
+    assert "bits/byte" in shown and f"{second['bits_per_byte']:.3f}" in shown and "ratio" not in shown
+
+
+def nats_and_bytes(model: Path, corpus: Path, first: dict[str, Any]) -> tuple[float, int]:
+    """Negative log-likelihood of the text in the first model's windows, cut into windows of 32, and its bytes."""
+    from torch.nn import functional
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    text = corpus.read_text(encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if "cut" in model.name:
+        whole = AutoTokenizer.from_pretrained(first["model"])
+        text = whole.decode(whole(text)["input_ids"][: 9 * 32])
+    ids = tokenizer(text)["input_ids"]
+    ids = ids if "cut" in model.name else ids[: 9 * 32]
+    loaded, nats, count = AutoModelForCausalLM.from_pretrained(model), 0.0, 0
+    for start in range(0, len(ids), 32):
+        window = torch.tensor([ids[start : start + 32]])
+        with torch.no_grad():
+            logits = loaded(window).logits[0, :-1].float()
+        nats += float(functional.cross_entropy(logits, window[0, 1:], reduction="sum")) if window.shape[1] > 1 else 0
+        count += len(tokenizer.decode(window[0, 1:]).encode())
+    return nats, count
 
 
 @needs_llamacpp

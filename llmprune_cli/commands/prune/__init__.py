@@ -253,7 +253,7 @@ def _fill(
     checksums = write_pruned(repaired, plan, staging, manifest, most, listener)
     warn_of_large_shards(staging, most, listener.warn)
     card = None
-    if bench.text is not None and plan.vocabulary is None:  # else both models read other tokens
+    if bench.text is not None:
         card = report_card(bench, staging, plan, outcome.choice, request.text.calibration_split, repairs)
         manifest = replace(manifest, calibration=asdict(card))
     config = with_widths(subject.architecture, plan.after, plan.layers)

@@ -16,7 +16,7 @@ from llmprune_cli.options import Choice
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.plan.requested_widths import Target
 from llmprune_cli.progress import Listener
-from llmprune_cli.report.eval_report import EvalText, report_perplexity
+from llmprune_cli.report.eval_report import EvalText, prepare_text, report_perplexity
 from llmprune_cli.report.results import (
     SCHEMA_VERSION,
     CalibrationResult,
@@ -72,7 +72,10 @@ def evaluate_both(
     pruned = replace(request.model, name=str(output), revision=None)
     name = str(request.delivery.output) if request.delivery.output else f"{checkpoint.source} (pruned)"
     with open_checkpoint(pruned, need_weights=True) as opened:
-        sides = [(checkpoint, outcome.evaluated), (replace(opened, source=name), outcome.evaluated)]
+        text = outcome.evaluated
+        if outcome.plan is not None and outcome.plan.vocabulary is not None:
+            text = prepare_text(opened, request.model.device, request.evaluation, listener, outcome.evaluated)
+        sides = [(checkpoint, outcome.evaluated), (replace(opened, source=name), text)]
         return report_perplexity(sides, request.model, request.evaluation, listener)
 
 
