@@ -16,13 +16,15 @@ def end_tidily() -> None:
         signal.signal(signal.SIGHUP, _hang_up)
 
 
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+def _interrupt(number: int, _frame: FrameType | None) -> None:
+    """End once: a terminal that closes may say so twice, and what tidies up is not to be stopped by the second."""
+    signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
-def _hang_up(_signal: int, _frame: FrameType | None) -> None:
+def _hang_up(number: int, frame: FrameType | None) -> None:
     """End as after Ctrl-C, without a terminal to write to."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(nowhere, stream)
-    raise KeyboardInterrupt
+    _interrupt(number, frame)
