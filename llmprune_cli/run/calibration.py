@@ -130,6 +130,14 @@ def spread_windows(windows: torch.Tensor, tokens: int) -> torch.Tensor:
     return windows[torch.linspace(0, len(windows) - 1, count).long()]
 
 
+def windows_apart(windows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """The windows [N, T] that are none of others, [M, T]; all of them where that would leave none."""
+    is_other = torch.zeros(len(windows), dtype=torch.bool)
+    for other in others:
+        is_other |= (windows == other).all(1)
+    return windows if bool(is_other.all()) else windows[~is_other]
+
+
 def warn_of_shared_text(calibration: Corpus, evaluated: Corpus, warn: Callable[[str], None]) -> None:
     """Warn where one text is a part of the other: perplexity then tells how well it was fitted."""
     shorter, longer = sorted((calibration.text, evaluated.text), key=len)

@@ -27,7 +27,13 @@ from llmprune_cli.progress import Listener
 from llmprune_cli.repair.residual_stream import ResidualStream, find_residual_stream
 from llmprune_cli.repair.rotation import principal_components, rotate, untie
 from llmprune_cli.report.results import ModelSummary, summarize
-from llmprune_cli.run.calibration import CalibrationText, load_calibration, prepare_calibration, windows_of
+from llmprune_cli.run.calibration import (
+    CalibrationText,
+    load_calibration,
+    prepare_calibration,
+    windows_apart,
+    windows_of,
+)
 from llmprune_cli.run.layer import BATCH_TOKENS, native_dtype, windows_together
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.workbench import Workbench
@@ -142,13 +148,13 @@ def with_vocabulary(request: PruneRequest, plan: Plan, decided: Decided, bench: 
     left_out = [name for name in LEFT_OUT if (checkpoint.companions / name).is_file()]
     if left_out:
         bench.listener.warn(f"{', '.join(left_out)} left out: tokenizer.json says what stays of it.")
-    bench.listener.warn(
-        f"{decided.vocab_size:,} of {rows:,} tokens stay. There is no report card, since both models read other tokens."
-    )
+    bench.listener.warn(f"{decided.vocab_size:,} of {rows:,} tokens stay, so text that uses others gets more of them.")
     text = replace(request.text, calibration=asked.vocab_text or request.text.calibration)
     tokenizer, longest = load_tokenizer(checkpoint), getattr(checkpoint.config, "max_position_embeddings", None)
     length = min(request.text.calibration_seq_len, longest or request.text.calibration_seq_len)
     windows = windows_of(load_calibration(text, tokenizer, bench.listener.warn), tokenizer, rows, length)
+    if bench.text is not None and windows.shape[1] == bench.text.judged.shape[1]:  # by which the result is judged
+        windows = windows_apart(windows, torch.cat((bench.text.judged, bench.text.held_out)))
     bench.listener.stage("Ranking tokens", bench.model.layers)
     scores = rank_tokens(bench.model, windows, request.text.calibration_tokens, rows, bench.listener.advance)
     stays = must_stay(tokens, checkpoint, rows, decided.vocab_size, asked.keep_tokens)
