@@ -116,10 +116,10 @@ class PruneRequest:
         """
         if self.choice.budget is not None or self.choice.rotate:
             raise UsageError("--vocab-size goes with widths; leave out targets and --rotate.")
-        if self.scratch.resume or self.delivery.report or self.recover:
+        if self.scratch.resume or self.delivery.report:
             raise UsageError(
-                "a smaller vocabulary changes the tokens that a text has, so that --report, --resume and --recover do "
-                "not go with it. Prune first."
+                "a smaller vocabulary changes the tokens that a text has, so that --report and --resume do not go with "
+                "it. Prune first."
             )
 
     def _check_what_goes(self) -> None:

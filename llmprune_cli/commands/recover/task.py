@@ -21,9 +21,9 @@ from llmprune_cli.folder.scratch import check_folder
 from llmprune_cli.folder.tensors import BY_NAME, DTYPES
 from llmprune_cli.heal.student import TrainedModel
 from llmprune_cli.heal.teacher import Teacher
-from llmprune_cli.heal.teacher.identity import check_tokenizers
 from llmprune_cli.heal.teacher.resident import ResidentTeacher
 from llmprune_cli.heal.teacher.streamed import stream_teacher
+from llmprune_cli.heal.teacher.token_map import TokenMap, map_tokens
 from llmprune_cli.heal.training.checkpoints import bytes_of
 from llmprune_cli.heal.training.trainer import usual_learning_rate
 from llmprune_cli.heal.training_text import TrainingText, prepare_training
@@ -49,6 +49,7 @@ class Task:
     pruned: Checkpoint
     manifest: Manifest | None  # of the pruned model
     teacher: Checkpoint
+    tokens: TokenMap | None  # how the pruned model's are the teacher's, where it has fewer
     text: TrainingText
     device: str
     compute: torch.dtype  # of products
@@ -104,7 +105,7 @@ def prepare(
 ) -> Task:
     """The text, and where and how everything is computed."""
     tokenizer = load_tokenizer(pruned)
-    check_tokenizers((pruned, tokenizer), (teacher, load_tokenizer(teacher)))
+    tokens = map_tokens((pruned, tokenizer), (teacher, load_tokenizer(teacher)))
     settings = pruned.config.get_text_config()
     longest = getattr(settings, "max_position_embeddings", None)
     warn = listener.warn if processes.is_first else lambda _: None
@@ -112,7 +113,7 @@ def prepare(
     device = layer_device(request.model.device)
     device = f"cuda:{processes.local_rank}" if device == "cuda" else device
     compute = _compute(request, pruned, device)
-    return Task(request, pruned, manifest, teacher, text, device, compute, processes, listener)
+    return Task(request, pruned, manifest, teacher, tokens, text, device, compute, processes, listener)
 
 
 def _compute(request: RecoverRequest, pruned: Checkpoint, device: str) -> torch.dtype:
@@ -159,16 +160,16 @@ def choose_teacher(task: Task, trained: TrainedModel, folder: Path) -> tuple[str
         task.listener.stage("Loading the teacher", 1)
         model = load_model(task.teacher, task.device, str(dtype).removeprefix("torch."))
         task.listener.advance(1)
-        return mode, ResidentTeacher(model.requires_grad_(False), temperature, task.compute)
+        return mode, ResidentTeacher(model.requires_grad_(False), temperature, task.compute, task.tokens)
     place = teaching.teacher_cache or folder / "teacher"
     windows = torch.cat([task.text.windows, task.text.held_out])
     layered = LayeredModel(understand(task.teacher), task.device.partition(":")[0], task.compute)
     streamed = None
     if task.processes.is_first:
         check_folder(place, "--teacher-cache")
-        streamed = stream_teacher(layered, windows, temperature, place, task.listener)
+        streamed = stream_teacher(layered, windows, temperature, place, task.listener, task.tokens)
     task.processes.broadcast(None)  # the others read what the first one wrote
-    return mode, streamed or stream_teacher(layered, windows, temperature, place, task.listener)
+    return mode, streamed or stream_teacher(layered, windows, temperature, place, task.listener, task.tokens)
 
 
 def _free_memory(device: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from llmprune_cli.errors import CheckpointError, UnsupportedError
 from llmprune_cli.family.widths import read_widths
@@ -11,11 +10,6 @@ from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.manifest import Manifest
 from llmprune_cli.options import ModelReference
 from llmprune_cli.plan.document import fingerprint
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-SAMPLE = "The quick brown fox, né 1999, jumps over 13 lazy dogs: «Grüße», 你好!\n\n\tdef f(x): return x**2  # ok"
 
 
 def teacher_reference(given: str | None, pruned: ModelReference, manifest: Manifest | None) -> ModelReference:
@@ -57,28 +51,10 @@ def check_teacher(pruned: Checkpoint, manifest: Manifest | None, teacher: Checkp
     except UnsupportedError:
         widths = {}
     before = manifest.widths.before
-    differing = [name for name in before if widths.get(name) != before[name]]
+    differing = [name for name in before if name in widths and widths[name] != before[name]]
     if manifest.source_fingerprint != fingerprint(teacher) and differing:
         name = differing[0]
         raise CheckpointError(
             f"{pruned.source} was not made from {teacher.source}, whose {name} is {widths.get(name)} and not "
             f"{before[name]}: llmprune.json names {manifest.source}. Give that as --teacher."
-        )
-
-
-def check_tokenizers(
-    pruned: tuple[Checkpoint, PreTrainedTokenizerBase], teacher: tuple[Checkpoint, PreTrainedTokenizerBase]
-) -> None:
-    """Make sure that both models number the same tokens alike.
-
-    Raises:
-        CheckpointError: they do not.
-    """
-    (model, own), (other, its) = pruned, teacher
-    sizes = [checkpoint.config.get_text_config().vocab_size for checkpoint in (model, other)]
-    alike = own.get_vocab() == its.get_vocab() and own(SAMPLE)["input_ids"] == its(SAMPLE)["input_ids"]
-    if not alike or sizes[0] != sizes[1]:
-        raise CheckpointError(
-            f"{model.source} and {other.source} have different tokenizers, so that neither can learn what the other "
-            "predicts. Give the --teacher that it was made from."
         )

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from llmprune_cli.heal.loss import Goal, Predicted, hidden_states
+from llmprune_cli.heal.teacher.token_map import TokenMap
 from llmprune_cli.run.layer import multiplying_in
 from llmprune_cli.run.perplexity import head_logits
 
@@ -23,9 +24,12 @@ class ResidentTeacher:
     model: PreTrainedModel
     temperature: float
     compute: torch.dtype  # of products
+    tokens: TokenMap | None = None  # where the student has fewer
 
     def goal(self, windows: torch.Tensor, numbers: torch.Tensor) -> Goal:
         """What it predicts on windows [B, T], whatever their numbers."""
+        if self.tokens is not None:
+            windows = self.tokens.read(windows)
         with torch.no_grad(), multiplying_in(self.compute, windows.device):
             return _ResidentGoal(self, hidden_states(self.model, windows))
 
@@ -39,4 +43,5 @@ class _ResidentGoal:
         teacher = self.teacher
         with torch.no_grad(), multiplying_in(teacher.compute, self.hidden.device):
             logits = head_logits(teacher.model, self.hidden[None, places])[0].float()
-            return Predicted(functional.log_softmax(logits / teacher.temperature, -1))
+            logs = functional.log_softmax(logits / teacher.temperature, -1)
+            return Predicted(logs if teacher.tokens is None else teacher.tokens.regroup(logs))

@@ -15,6 +15,7 @@ from torch.nn import functional
 from llmprune_cli.errors import CheckpointError, OutputError, PlanError
 from llmprune_cli.folder.documents import read_json, replace_file
 from llmprune_cli.heal.loss import Goal, Predicted
+from llmprune_cli.heal.teacher.token_map import TokenMap
 from llmprune_cli.journal.keys import differences, model_identity, text_identity, versions
 from llmprune_cli.progress import Listener
 from llmprune_cli.run.divergence import predicted
@@ -76,7 +77,9 @@ class _StreamedGoal:
         return Predicted(logs, self.tokens[places], weights)
 
 
-def cache_key(model: LayeredModel, windows: torch.Tensor, temperature: float) -> dict[str, Any]:
+def cache_key(
+    model: LayeredModel, windows: torch.Tensor, temperature: float, tokens: TokenMap | None
+) -> dict[str, Any]:
     """Everything that decides what is kept of a teacher on windows [N, T]."""
     identity = {f"teacher's {name}": value for name, value in model_identity(model.checkpoint).items()}
     return {
@@ -85,17 +88,18 @@ def cache_key(model: LayeredModel, windows: torch.Tensor, temperature: float) ->
         "temperature": temperature,
         "tokens kept": [LIKELIEST, DRAWN],
         "compute dtype": str(model.compute),
+        "vocabulary": text_identity(tokens.numbers, tokens.owners) if tokens else None,
         "versions": versions(),
     }
 
 
-def check_room(model: LayeredModel, windows: torch.Tensor, folder: Path) -> None:
+def check_room(model: LayeredModel, windows: torch.Tensor, vocabulary: int, folder: Path) -> None:
     """Make sure that a folder has room for what is kept, and meanwhile for hidden states.
 
     Raises:
         OutputError: it does not.
     """
-    kept = sum(file.size_bytes for file in _files(model, windows, folder))
+    kept = sum(file.size_bytes for file in _files(windows, vocabulary, folder))
     states = 4 * windows.numel() * model.widths.hidden_size
     free = shutil.disk_usage(folder).free
     if kept + states > free:
@@ -106,17 +110,26 @@ def check_room(model: LayeredModel, windows: torch.Tensor, folder: Path) -> None
 
 
 def stream_teacher(
-    model: LayeredModel, windows: torch.Tensor, temperature: float, folder: Path, listener: Listener
+    model: LayeredModel,
+    windows: torch.Tensor,
+    temperature: float,
+    folder: Path,
+    listener: Listener,
+    tokens: TokenMap | None = None,
 ) -> StreamedTeacher:
     """Run a teacher over windows [N, T], unless a folder holds what it predicts there already.
+
+    Args:
+        tokens: where the student, whose the windows are, has fewer.
 
     Raises:
         PlanError: the folder holds what another one predicts, or on other text.
         CheckpointError: what it holds is damaged.
         OutputError: there is no room.
     """
-    files = _files(model, windows, folder)
-    key, record = json.loads(json.dumps(cache_key(model, windows, temperature))), folder / RECORD
+    vocabulary = int(model.architecture.config.get_text_config().vocab_size) if tokens is None else len(tokens.numbers)
+    files = _files(windows, vocabulary, folder)
+    key, record = json.loads(json.dumps(cache_key(model, windows, temperature, tokens))), folder / RECORD
     if record.exists():
         different = differences(read_json(record, None), key)
         if different:
@@ -128,7 +141,7 @@ def stream_teacher(
             if not file.path.is_file() or file.path.stat().st_size != file.size_bytes:
                 raise CheckpointError(f"{file.path} is damaged. Remove {folder}, and the teacher runs again.")
         return _mapped(files, is_new=False)
-    check_room(model, windows, folder)
+    check_room(model, windows, vocabulary, folder)
     try:
         for file in files:
             with file.path.open("wb") as opened:
@@ -137,7 +150,7 @@ def stream_teacher(
         raise OutputError(f"{folder} cannot be written: {error.strerror}. Choose another --teacher-cache.") from error
     teacher = _mapped(files, is_new=True)
     with torch.inference_mode():
-        _fill(teacher, model, windows, temperature, folder, listener)
+        _fill(teacher, model, windows, temperature, folder, listener, tokens)
     replace_file(record, [json.dumps(key).encode()])
     return teacher
 
@@ -149,7 +162,10 @@ def _fill(
     temperature: float,
     folder: Path,
     listener: Listener,
+    tokens: TokenMap | None,
 ) -> None:
+    if tokens is not None:
+        windows = tokens.read(windows)
     listener.stage("Running the teacher", model.layers)
     for states, items in model.walk(windows, folder=folder):  # noqa: B007 - those behind the last layer are wanted
         listener.advance(1)
@@ -158,7 +174,7 @@ def _fill(
     listener.stage("Keeping what it predicts", len(windows))
     for number, places, _ in predicted(ends, windows):
         logs = functional.log_softmax(ends.logits(states[number : number + 1, places], items)[0] / temperature, -1)
-        teacher.keep(number, places, logs, generator)
+        teacher.keep(number, places, logs if tokens is None else tokens.regroup(logs), generator)
         if places.start == 0:
             listener.advance(1)
 
@@ -177,9 +193,9 @@ class _File:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def _files(model: LayeredModel, windows: torch.Tensor, folder: Path) -> tuple[_File, _File]:
+def _files(windows: torch.Tensor, vocabulary: int, folder: Path) -> tuple[_File, _File]:
     """Where log-probabilities and tokens are kept, see `StreamedTeacher`."""
-    (count, length), vocabulary = windows.shape, int(model.architecture.config.get_text_config().vocab_size)
+    count, length = windows.shape
     likeliest = min(LIKELIEST, vocabulary)
     kept = likeliest + (DRAWN if likeliest < vocabulary else 0)
     logs = _File(folder / LOGS, (count, length - 1, kept + 1), torch.float16)
