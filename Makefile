@@ -12,7 +12,7 @@ MINUTES ?= 10
 BASE ?= HEAD~1
 TYPES ?=
 
-.PHONY: demo families matrix schemas golden test test-all check lint fix fuzz faults bench bench-8b bench-calibrated bench-exports bench-memory bench-processes bench-quality bench-recover bench-start check-consumers check-gpu check-ranges check-runtimes clean
+.PHONY: demo families matrix schemas golden test test-all check lint fix fuzz faults bench bench-8b bench-calibrated bench-exports bench-memory bench-processes bench-quality bench-recover bench-start bench-vocab check-consumers check-gpu check-ranges check-runtimes clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -98,6 +98,9 @@ bench-quality: $(OPTIPFAIR)  ## compare what pruned models are still worth, with
 
 bench-recover: $(INSTALLED)  ## what healing makes of a pruned model, beside a plain loop with the teacher in memory
 	$(BIN)/python tests/tools/bench/recover.py
+
+bench-vocab: $(INSTALLED)  ## bits per byte, tokens and speed of a real model with ever smaller vocabularies
+	$(BIN)/python tests/tools/bench/vocabulary.py
 
 $(OLDER)/.installed:
 	$(PYTHON) -m venv $(OLDER)

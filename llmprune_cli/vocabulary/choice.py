@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,18 +21,23 @@ LITERAL = re.compile(r"'([^'\\]*)'|\"([^\"\\]*)\"")  # text in a chat template
 
 
 def rank_tokens(
-    model: LayeredModel, windows: torch.Tensor, tokens: int, rows: int, progress: Callable[[int], None]
+    model: LayeredModel,
+    texts: Sequence[tuple[torch.Tensor, float]],
+    tokens: int,
+    rows: int,
+    progress: Callable[[int], None],
 ) -> torch.Tensor:
     """How much each token is used, [V]: its share of the text plus the mean probability that the model gives it there.
 
     Args:
-        windows: of the whole text, [N, T].
-        tokens: of it that the model is run on.
+        texts: windows of the whole of each text, [N, T], and what it counts for, however long it is.
+        tokens: of them that the model is run on.
         progress: told after each layer.
     """
-    counts = torch.bincount(windows.flatten(), minlength=rows).double()
-    part = spread_windows(windows, tokens)
-    expected = torch.zeros(rows, dtype=torch.float64)
+    counts, expected = (torch.zeros(rows, dtype=torch.float64) for _ in range(2))
+    for windows, share in texts:
+        counts += share / windows.numel() * torch.bincount(windows.flatten(), minlength=rows)
+    part = torch.cat([spread_windows(windows, int(tokens * share)) for windows, share in texts])
     with torch.inference_mode():
         for states, items in model.walk(part):  # noqa: B007, what is behind the last layer
             progress(1)

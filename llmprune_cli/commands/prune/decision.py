@@ -32,8 +32,8 @@ from llmprune_cli.run.calibration import (
     load_calibration,
     prepare_calibration,
     windows_apart,
-    windows_of,
 )
+from llmprune_cli.run.corpus import cut_windows
 from llmprune_cli.run.layer import BATCH_TOKENS, native_dtype, windows_together
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.workbench import Workbench
@@ -152,11 +152,14 @@ def with_vocabulary(request: PruneRequest, plan: Plan, decided: Decided, bench: 
     text = replace(request.text, calibration=asked.vocab_text or request.text.calibration)
     tokenizer, longest = load_tokenizer(checkpoint), getattr(checkpoint.config, "max_position_embeddings", None)
     length = min(request.text.calibration_seq_len, longest or request.text.calibration_seq_len)
-    windows = windows_of(load_calibration(text, tokenizer, bench.listener.warn), tokenizer, rows, length)
-    if bench.text is not None and windows.shape[1] == bench.text.judged.shape[1]:  # by which the result is judged
-        windows = windows_apart(windows, torch.cat((bench.text.judged, bench.text.held_out)))
+    texts = []
+    for corpus, share in load_calibration(text, tokenizer, bench.listener.warn):
+        windows = cut_windows(corpus, tokenizer, rows, length, None)
+        if bench.text is not None and length == bench.text.judged.shape[1]:  # by which the result is judged
+            windows = windows_apart(windows, torch.cat((bench.text.judged, bench.text.held_out)))
+        texts.append((windows, share))
     bench.listener.stage("Ranking tokens", bench.model.layers)
-    scores = rank_tokens(bench.model, windows, request.text.calibration_tokens, rows, bench.listener.advance)
+    scores = rank_tokens(bench.model, texts, request.text.calibration_tokens, rows, bench.listener.advance)
     stays = must_stay(tokens, checkpoint, rows, decided.vocab_size, asked.keep_tokens)
     return replace(plan, vocabulary=Vocabulary(rows, choose_tokens(tokens, scores, stays, decided.vocab_size)))
 
