@@ -244,7 +244,7 @@ class Text:
     calibration: Annotated[
         str | None,
         Option(
-            "Text to calibrate on, as --dataset; several are written a.jsonl:0.7,b.txt:0.3.",
+            "Text to calibrate on, as --dataset, or self; several are written a.jsonl:0.7,b.txt:0.3.",
             TEXT,
             left_out="wikitext2, or python-docs",
             is_common=True,

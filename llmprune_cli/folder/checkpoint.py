@@ -14,7 +14,7 @@ import torch
 from llmprune_cli.errors import CheckpointError
 from llmprune_cli.folder.documents import is_there
 from llmprune_cli.folder.shards import open_shard
-from llmprune_cli.folder.tensors import TensorEntry
+from llmprune_cli.folder.tensors import DTYPES, TensorEntry
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -68,6 +68,11 @@ class Checkpoint:
     def parameter_count(self) -> int:
         """Number of stored parameters (a tied tensor counts once)."""
         return sum(entry.numel for entry in self.entries)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of the largest tensor."""
+        return DTYPES[max(self.entries, key=lambda entry: entry.numel).dtype].torch
 
     @property
     def size_bytes(self) -> int:

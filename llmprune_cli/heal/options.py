@@ -46,7 +46,7 @@ class Healing:
     text: Annotated[
         str | None,
         Option(
-            "Text to train on: python-docs, a file, a folder or a hub dataset.",
+            "Text to train on: self (what the teacher writes), a file, a folder or a hub dataset.",
             METHOD,
             left_out="wikitext2, or python-docs",
             is_common=True,

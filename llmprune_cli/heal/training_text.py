@@ -11,7 +11,7 @@ import torch
 from llmprune_cli.errors import CheckpointError
 from llmprune_cli.heal.options import Healing
 from llmprune_cli.options import Text
-from llmprune_cli.run.calibration import load_calibration, together, windows_of
+from llmprune_cli.run.calibration import Writer, load_calibration, together, windows_of
 from llmprune_cli.run.corpus import Corpus, predicted_bytes
 from llmprune_cli.run.layer import BATCH_TOKENS
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HELD_OUT_SHARE = 8  # one window in so many is held out, one at least
+MOST_WRITTEN = 65536  # tokens that a teacher writes itself; they are repeated where more are asked for
 MOST_HELD_OUT = 8192  # tokens that are
 BATCHES = 256  # optimizer steps by default, as long as a batch has neither too few tokens nor too many
 LEAST_BATCH, MOST_BATCH = 1024, 65536  # tokens
@@ -60,6 +61,7 @@ def prepare_training(
     longest: int | None,
     processes: int,
     warn: Callable[[str], None],
+    write: Writer | None = None,
 ) -> TrainingText:
     """Draw windows from a corpus, and repeat them where it has too few.
 
@@ -67,11 +69,13 @@ def prepare_training(
         vocabulary: token ids that the models know.
         longest: tokens that they can attend to, if they say so.
         processes: that share every batch.
+        write: what makes the teacher write text itself.
 
     Raises:
         CheckpointError: no such text, less than a batch of it, or a tokenizer of another model.
     """
-    parts = load_calibration(Text(calibration=healing.text, calibration_split=healing.text_split), tokenizer, warn)
+    options = Text(calibration=healing.text, calibration_split=healing.text_split)
+    parts = load_calibration(options, tokenizer, warn, write, min(healing.token_count, MOST_WRITTEN))
     corpus = together(healing.text, [own for own, _ in parts])
     length = min(healing.seq_len, longest or healing.seq_len)
     windows = windows_of(parts, tokenizer, vocabulary, length)

@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from llmprune_cli.errors import CheckpointError
 from llmprune_cli.options import Text
 from llmprune_cli.run.corpus import Corpus, cut_windows, load_corpus
-from llmprune_cli.text.names import PYTHON_DOCS, WIKITEXT2, parts_of
+from llmprune_cli.text.names import PYTHON_DOCS, SELF, WIKITEXT2, parts_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from transformers import PreTrainedTokenizerBase
 
+Writer: TypeAlias = "Callable[[int], Corpus]"  # a text of so many tokens, that a model writes itself
 HELD_OUT_SHARE = 8  # one window in so many is held out, one at least
 JUDGED_TOKENS = 16_384  # that are predicted of further text, on which the result is judged, where there are as many
 
@@ -45,17 +46,19 @@ def prepare_calibration(
     longest: int | None,
     seed: int,
     warn: Callable[[str], None],
+    write: Writer | None = None,
 ) -> CalibrationText:
     """Draw windows from a corpus: as many as asked for, or as there are.
 
     Args:
         vocabulary: token ids that the model knows.
         longest: tokens that the model can attend to, if it says so.
+        write: see `load_calibration`.
 
     Raises:
         CheckpointError: no such text, less than two windows of it, or a tokenizer of another model.
     """
-    parts = load_calibration(options, tokenizer, warn)
+    parts = load_calibration(options, tokenizer, warn, write, tokens_to_write(options))
     length = min(options.calibration_seq_len, longest or options.calibration_seq_len)
     if options.calibration_tokens < length:
         warn(
@@ -148,10 +151,24 @@ def warn_of_shared_text(calibration: Corpus, evaluated: Corpus, warn: Callable[[
         )
 
 
+def tokens_to_write(options: Text) -> int:
+    """How many a model has to write itself to be calibrated on, to choose by, and to be judged by."""
+    windows = options.calibration_tokens * (HELD_OUT_SHARE + 1) // HELD_OUT_SHARE + 2 * options.calibration_seq_len
+    return windows + JUDGED_TOKENS
+
+
 def load_calibration(
-    options: Text, tokenizer: PreTrainedTokenizerBase, warn: Callable[[str], None]
+    options: Text,
+    tokenizer: PreTrainedTokenizerBase,
+    warn: Callable[[str], None],
+    write: Writer | None = None,
+    tokens: int = 0,
 ) -> list[tuple[Corpus, float]]:
     """The texts asked for, each with its share of the tokens; by default WikiText-2, or else Python's documentation.
+
+    Args:
+        write: what makes the model write text itself.
+        tokens: that it is to write, if that is all that is asked for.
 
     Raises:
         CheckpointError: see `load_corpus`.
@@ -159,7 +176,14 @@ def load_calibration(
     split = options.calibration_split
     if options.calibration is not None:
         parts = parts_of(options.calibration)
-        return [(load_corpus(part.name, split, options.text_column, tokenizer), part.share) for part in parts]
+        found = []
+        for part in parts:
+            if part.name == SELF and write is not None:
+                corpus = write(math.ceil(tokens * part.share))
+            else:
+                corpus = load_corpus(part.name, split, options.text_column, tokenizer)
+            found.append((corpus, part.share))
+        return found
     try:
         return [(load_corpus(WIKITEXT2, split), 1.0)]
     except CheckpointError:

@@ -15,7 +15,7 @@ from llmprune_cli.errors import CheckpointError, first_line
 from llmprune_cli.progress import LOGGER
 from llmprune_cli.text.columns import Message, find_columns, texts_in
 from llmprune_cli.text.files import COLUMNS, PLAIN, Row, check_file, kind_of, looks_like_a_file, read_rows, read_text
-from llmprune_cli.text.names import PYTHON_DOCS, WIKITEXT2
+from llmprune_cli.text.names import PYTHON_DOCS, SELF, WIKITEXT2
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,6 +49,8 @@ def load_corpus(
         CheckpointError: unknown, unreadable, or without text.
     """
     path = Path(dataset)
+    if dataset == SELF:
+        raise CheckpointError(f"{SELF!r} is text that a model writes itself, by which it is not judged. Give a text.")
     if dataset == WIKITEXT2:
         local = os.environ.get("LLMPRUNE_WIKITEXT2")
         origin = local or "/".join(WIKITEXT2_ON_HUB)
@@ -71,6 +73,11 @@ def load_corpus(
     name, _, configuration = dataset.partition(":")
     rows = _load(name, configuration or None, split)
     return Corpus(dataset, _joined(dataset, rows, column, tokenizer), dataset)
+
+
+def own_corpus(documents: list[str], source: str) -> Corpus:
+    """Documents that a model wrote itself."""
+    return Corpus(SELF, BETWEEN.join(documents), f"text that {source} wrote itself")
 
 
 def _load(name: str, configuration: str | None, split: str, **options: Any) -> Any:

@@ -12,7 +12,8 @@ from llmprune_cli.text.files import COLUMNS, PLAIN, check_file, first_rows, kind
 
 PYTHON_DOCS = "python-docs"  # English that every CPython carries
 WIKITEXT2 = "wikitext2"
-KNOWN = (WIKITEXT2, PYTHON_DOCS)
+SELF = "self"  # what the model writes itself
+KNOWN = (WIKITEXT2, PYTHON_DOCS, SELF)
 
 
 @dataclass(frozen=True)

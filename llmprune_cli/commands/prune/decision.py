@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.errors import CheckpointError, MissingPackageError, PlanError, UnsupportedError
 from llmprune_cli.family.architecture import with_widths
 from llmprune_cli.folder.staging import check_room
-from llmprune_cli.folder.tensors import BY_NAME, DTYPES, TensorEntry
+from llmprune_cli.folder.tensors import BY_NAME, TensorEntry
 from llmprune_cli.options import Choice
 from llmprune_cli.plan.document import Plan, Vocabulary
 from llmprune_cli.plan.predict import predict
@@ -33,11 +34,12 @@ from llmprune_cli.run.calibration import (
     prepare_calibration,
     windows_apart,
 )
-from llmprune_cli.run.corpus import cut_windows
+from llmprune_cli.run.corpus import Corpus, cut_windows, own_corpus
 from llmprune_cli.run.layer import BATCH_TOKENS, native_dtype, windows_together
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.full_model import pick_device
+from llmprune_cli.source.own_text import Place, write_text
 from llmprune_cli.source.tokenizer import load_tokenizer
 from llmprune_cli.vocabulary.choice import choose_tokens, must_stay, rank_tokens
 from llmprune_cli.vocabulary.rewriting import LEFT_OUT, cut_tokens, open_tokens
@@ -152,14 +154,15 @@ def with_vocabulary(request: PruneRequest, plan: Plan, decided: Decided, bench: 
     text = replace(request.text, calibration=asked.vocab_text or request.text.calibration)
     tokenizer, longest = load_tokenizer(checkpoint), getattr(checkpoint.config, "max_position_embeddings", None)
     length = min(request.text.calibration_seq_len, longest or request.text.calibration_seq_len)
-    texts = []
-    for corpus, share in load_calibration(text, tokenizer, bench.listener.warn):
+    texts, wanted = [], request.text.calibration_tokens
+    write = partial(_write_text, request, bench.model.subject, bench.listener)
+    for corpus, share in load_calibration(text, tokenizer, bench.listener.warn, write, wanted):
         windows = cut_windows(corpus, tokenizer, rows, length, None)
         if bench.text is not None and length == bench.text.judged.shape[1]:  # by which the result is judged
             windows = windows_apart(windows, torch.cat((bench.text.judged, bench.text.held_out)))
         texts.append((windows, share))
     bench.listener.stage("Ranking tokens", bench.model.layers)
-    scores = rank_tokens(bench.model, texts, request.text.calibration_tokens, rows, bench.listener.advance)
+    scores = rank_tokens(bench.model, texts, wanted, rows, bench.listener.advance)
     stays = must_stay(tokens, checkpoint, rows, decided.vocab_size, asked.keep_tokens)
     return replace(plan, vocabulary=Vocabulary(rows, choose_tokens(tokens, scores, stays, decided.vocab_size)))
 
@@ -197,7 +200,7 @@ def _compute_dtype(request: PruneRequest, subject: Subject) -> str:
     """The dtype of matrix products; where it was left open, what suits weights, device and family."""
     if request.choice.compute_dtype != "auto":
         return request.choice.compute_dtype
-    stored = DTYPES[max(subject.checkpoint.entries, key=lambda entry: entry.numel).dtype].torch
+    stored = subject.checkpoint.stored_dtype
     device = layer_device(request.model.device)
     dtype = native_dtype(stored, torch.device(device))
     if dtype != torch.float32 and request.needs_text and request.needs_weights:
@@ -220,10 +223,19 @@ def _prepare_text(request: PruneRequest, subject: Subject, listener: Listener) -
     longest = getattr(checkpoint.config, "max_position_embeddings", None)
     vocabulary = checkpoint.config.get_text_config().vocab_size
     tokenizer = load_tokenizer(checkpoint)
-    text = prepare_calibration(request.text, tokenizer, vocabulary, longest, choice.seed, listener.warn)
+    write = partial(_write_text, request, subject, listener)
+    text = prepare_calibration(request.text, tokenizer, vocabulary, longest, choice.seed, listener.warn, write)
     if choice.importance is None or choice.refit is None:
         LayeredModel(subject, device).load_layer(0)  # where that fails, there is a way without
     return text
+
+
+def _write_text(request: PruneRequest, subject: Subject, listener: Listener, tokens: int) -> Corpus:
+    """Text that the whole model writes itself."""
+    checkpoint, device = subject.checkpoint, request.model.device
+    place = Place(device, native_dtype(checkpoint.stored_dtype, torch.device(layer_device(device))))
+    texts = write_text(checkpoint, load_tokenizer(checkpoint), place, tokens, request.choice.seed, listener)
+    return own_corpus(texts, checkpoint.source)
 
 
 def _warn_of_idle_processes(text: CalibrationText, processes: Processes, listener: Listener) -> None:

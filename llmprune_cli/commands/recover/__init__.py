@@ -12,7 +12,7 @@ import torch
 
 from llmprune_cli.commands.evaluate import evaluate
 from llmprune_cli.commands.prune import prune, source_folder
-from llmprune_cli.commands.recover.task import Task, check_room, choose_teacher, open_teacher, prepare, stored_dtype
+from llmprune_cli.commands.recover.task import Task, check_room, choose_teacher, open_teacher, prepare
 from llmprune_cli.commands.requests import PruneRequest, RecoverRequest
 from llmprune_cli.folder.integrity import list_files
 from llmprune_cli.folder.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
@@ -152,7 +152,7 @@ def _judge_written(task: Task, teacher: Teacher, folder: Path) -> HeldOut:
     healing = task.request.healing
     task.listener.stage("Judging what was written", 1)
     with open_checkpoint(ModelReference(str(folder), trust_remote_code=task.pruned.trust_remote_code), True) as written:
-        dtype = str(stored_dtype(written) if task.compute == torch.bfloat16 else torch.float32)
+        dtype = str(written.stored_dtype if task.compute == torch.bfloat16 else torch.float32)
         model = load_model(written, task.device, dtype.removeprefix("torch."))
         student = Student(model, healing.loss, healing.temperature, task.compute)
         found = judge(student, teacher, task.text, healing.temperature, ALONE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from llmprune_cli.errors import CheckpointError, OutputError
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.manifest import Manifest
 from llmprune_cli.folder.scratch import check_folder
-from llmprune_cli.folder.tensors import BY_NAME, DTYPES
+from llmprune_cli.folder.tensors import BY_NAME
 from llmprune_cli.heal.student import TrainedModel
 from llmprune_cli.heal.teacher import Teacher
 from llmprune_cli.heal.teacher.resident import ResidentTeacher
@@ -31,10 +32,12 @@ from llmprune_cli.journal.keys import model_identity, text_identity, versions
 from llmprune_cli.options import ModelReference
 from llmprune_cli.processes import Processes
 from llmprune_cli.progress import Listener
+from llmprune_cli.run.corpus import Corpus, own_corpus
 from llmprune_cli.run.layer import native_dtype
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.source.full_model import load_model
 from llmprune_cli.source.opening import open_checkpoint
+from llmprune_cli.source.own_text import Place, write_text
 from llmprune_cli.source.tokenizer import load_tokenizer
 
 BYTES_PER_WEIGHT = 16  # that is trained: itself, its gradient, and two moments of that, in float32
@@ -109,11 +112,24 @@ def prepare(
     settings = pruned.config.get_text_config()
     longest = getattr(settings, "max_position_embeddings", None)
     warn = listener.warn if processes.is_first else lambda _: None
-    text = prepare_training(request.healing, tokenizer, settings.vocab_size, longest, processes.count, warn)
+    write = partial(_write_text, request, teacher, processes, listener)
+    text = prepare_training(request.healing, tokenizer, settings.vocab_size, longest, processes.count, warn, write)
     device = layer_device(request.model.device)
     device = f"cuda:{processes.local_rank}" if device == "cuda" else device
     compute = _compute(request, pruned, device)
     return Task(request, pruned, manifest, teacher, tokens, text, device, compute, processes, listener)
+
+
+def _write_text(
+    request: RecoverRequest, teacher: Checkpoint, processes: Processes, listener: Listener, tokens: int
+) -> Corpus:
+    """Text that the teacher writes itself, in the first process, for all."""
+    documents: list[str] = []
+    device = request.model.device
+    if processes.is_first:
+        place = Place(device, native_dtype(teacher.stored_dtype, torch.device(layer_device(device))))
+        documents = write_text(teacher, load_tokenizer(teacher), place, tokens, request.healing.seed, listener)
+    return own_corpus(processes.broadcast(documents), teacher.source)
 
 
 def _compute(request: RecoverRequest, pruned: Checkpoint, device: str) -> torch.dtype:
@@ -121,13 +137,8 @@ def _compute(request: RecoverRequest, pruned: Checkpoint, device: str) -> torch.
     asked = request.healing.compute_dtype
     if asked != "auto":
         return BY_NAME[asked].torch
-    is_half = stored_dtype(pruned).itemsize == 2
+    is_half = pruned.stored_dtype.itemsize == 2
     return native_dtype(torch.bfloat16, torch.device(device)) if is_half else torch.float32
-
-
-def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype of the largest tensor."""
-    return DTYPES[max(checkpoint.entries, key=lambda entry: entry.numel).dtype].torch
 
 
 def check_room(task: Task, trained: TrainedModel, folder: Path) -> None:
@@ -149,7 +160,7 @@ def check_room(task: Task, trained: TrainedModel, folder: Path) -> None:
 def choose_teacher(task: Task, trained: TrainedModel, folder: Path) -> tuple[str, Teacher]:
     """The teacher, and the mode that it runs in."""
     teaching, temperature = task.request.teaching, task.request.healing.temperature
-    stored = stored_dtype(task.teacher)
+    stored = task.teacher.stored_dtype
     dtype = stored if native_dtype(stored, torch.device(task.device)) == stored else torch.float32
     mode = teaching.teacher_mode
     if mode == "auto":
