@@ -26,7 +26,7 @@ from llmprune_cli.options import (
 )
 from llmprune_cli.processes import is_first
 from llmprune_cli.repair import REFITS
-from llmprune_cli.vocabulary.request import VocabularyRequest
+from llmprune_cli.vocabulary.request import VocabularyRequest, read_keep_file, resolve_size
 
 DTYPES = ("float32", "float16", "bfloat16")
 # The values that an option has to be one of.
@@ -180,6 +180,7 @@ def check_prune(request: PruneRequest) -> None:
     if request.text.calibration is not None and request.needs_text:
         for part in parts_of(request.text.calibration):
             check_text(part.name, request.text.text_column)
+    _check_vocabulary(request)
     if request.evaluation is not None:
         check_text(request.evaluation.dataset, request.evaluation.text_column)
     if is_first() and delivery.report is not None:
@@ -187,6 +188,20 @@ def check_prune(request: PruneRequest) -> None:
     if is_first() and delivery.output is not None:
         model = Path(request.model.name)
         check_output(delivery.output, delivery.overwrite, model if model.exists() else None)
+
+
+def _check_vocabulary(request: PruneRequest) -> None:
+    from llmprune_cli.startup.model_argument import vocabulary_of
+    from llmprune_cli.text.names import check_text, parts_of
+
+    asked = request.vocabulary
+    if asked.keep_tokens is not None:
+        read_keep_file(asked.keep_tokens)
+    for part in parts_of(asked.vocab_text) if asked.vocab_text is not None else ():
+        check_text(part.name)
+    rows = vocabulary_of(request.model.name)
+    if asked.vocab_size is not None and rows is not None:
+        resolve_size(asked.vocab_size, rows)
 
 
 def check_eval(models: Iterable[ModelReference], evaluation: Evaluation) -> None:

@@ -81,6 +81,15 @@ def check_layers(model: str, widths: WidthRequest) -> None:
         widths.check_layer_numbers(whole)
 
 
+def vocabulary_of(model: str) -> int | None:
+    """The tokens that a folder's configuration says the model knows, if it does."""
+    path = Path(model) / "config.json"
+    settings = read_json(path, MOST_CONFIG_BYTES) if path.is_file() else {}
+    own = settings["text_config"] if isinstance(settings.get("text_config"), dict) else settings
+    rows = own.get("vocab_size")
+    return rows if isinstance(rows, int) else None
+
+
 def check_tokenizer(model: str) -> None:
     """Refuse a tokenizer that packages are missing for.
 

@@ -15,6 +15,7 @@ from llmprune_cli.run.calibration import spread_windows
 from llmprune_cli.run.divergence import predicted
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.vocabulary.numbering import named_tokens
+from llmprune_cli.vocabulary.request import read_keep_file
 from llmprune_cli.vocabulary.tokens import Tokens
 
 LITERAL = re.compile(r"'([^'\\]*)'|\"([^\"\\]*)\"")  # text in a chat template
@@ -111,12 +112,8 @@ def _of_chats(tokens: Tokens, checkpoint: Checkpoint) -> set[int]:
 
 
 def _read_keep_file(path: Path, tokens: Tokens) -> set[int]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--keep-tokens {path} is not readable UTF-8 text ({error}).") from error
     found = set()
-    for line in filter(None, lines):
+    for line in read_keep_file(path):
         number = tokens.ids.get(line, int(line) if line.isdecimal() and int(line) in tokens.by_id else None)
         if number is None:
             raise UsageError(f"--keep-tokens {path} names {line!r}, which is no token of the model.")

@@ -4,33 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmprune_cli.errors import PlanError, UnsupportedError
+from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.family.architecture import reconfigure
 from llmprune_cli.family.skeleton import expected_index
 from llmprune_cli.folder.checkpoint import Checkpoint
-from llmprune_cli.sizes import parse_count
 from llmprune_cli.vocabulary.numbering import new_numbers, renumbered
+from llmprune_cli.vocabulary.request import STEP
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-STEP = 64  # rows that kernels like a multiple of
-
-
-def resolve_size(asked: str, rows: int) -> int:
-    """The rows that stay: as many as asked for, rounded up to a multiple of 64.
-
-    Args:
-        asked: a number such as `32000`, or a share of the rows such as `50%`.
-
-    Raises:
-        PlanError: no row would go.
-    """
-    wanted = int(parse_count(asked).limit(rows, 0))
-    size = max(1, -(-wanted // STEP)) * STEP
-    if size >= rows:
-        raise PlanError(f"--vocab-size {asked} comes to {size:,} tokens, and the model has {rows:,}. Give fewer.")
-    return size
 
 
 def vocabulary_axes(config: PretrainedConfig) -> dict[str, int]:

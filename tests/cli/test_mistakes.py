@@ -69,6 +69,13 @@ MISTAKES = {
         ("prune", "model", *HALF, "--output", "taken"), OUTPUT, ("not empty", "--overwrite")
     ),
     "an output within the input": Mistake(("export", "model", "--output", "model/out"), OUTPUT, ("overlap",)),
+    "more tokens than there are": Mistake(prune("--vocab-size", "500000"), PLAN, ("500,032", "has 96", "Give fewer")),
+    "tokens by no text": Mistake(
+        prune("--vocab-size", "50%", "--vocab-text", "nope.txt"), CHECKPOINT, ("nope.txt does not",)
+    ),
+    "tokens to keep of no file": Mistake(
+        prune("--vocab-size", "50%", "--keep-tokens", "nope.txt"), USAGE, ("nope.txt cannot be read: No such file",)
+    ),
     "a teacher that is not there": Mistake(recover("--teacher", "./nobody"), CHECKPOINT, ("nobody does not exist",)),
     "an adapter as a teacher": Mistake(recover("--teacher", "adapter"), CHECKPOINT, ("LORA adapter of org/base",)),
     "a lesson that is not there": Mistake(recover("--text", "nope.txt"), CHECKPOINT, ("nope.txt does not",)),

@@ -42,8 +42,9 @@ from llmprune_cli.source.full_model import pick_device
 from llmprune_cli.source.own_text import Place, write_text
 from llmprune_cli.source.tokenizer import load_tokenizer
 from llmprune_cli.vocabulary.choice import choose_tokens, must_stay, rank_tokens
+from llmprune_cli.vocabulary.request import resolve_size
 from llmprune_cli.vocabulary.rewriting import LEFT_OUT, cut_tokens, open_tokens
-from llmprune_cli.vocabulary.size import check_rows, resolve_size, vocabulary_axes
+from llmprune_cli.vocabulary.size import check_rows, vocabulary_axes
 
 
 @dataclass(frozen=True)
