@@ -59,7 +59,8 @@ def _documents(
     config = model.config.get_text_config()
     length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH) - 1
     start = _start_token(model, tokenizer)
-    begun = torch.full((TOGETHER, 1), start, device=model.device)
+    together = min(TOGETHER, -(-tokens // length))
+    begun = torch.full((together, 1), start, device=model.device)
     found: list[str] = []
     written = 0
     generate: Any = model.generate
