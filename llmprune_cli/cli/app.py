@@ -86,6 +86,16 @@ COMMANDS = {
             "export pruned --format onnx -o pruned-onnx",
         ),
     ),
+    "push": Command(
+        "llmprune_cli.cli.export",
+        "push_command",
+        "Upload a folder that llmprune wrote to the hub, once it is what was written; private by default.",
+        (
+            "push pruned your-name/pruned",
+            "push pruned-gguf your-org/pruned-gguf --public",
+            "push healed your-name/healed --json",
+        ),
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""`llmprune export`."""
+"""`llmprune export` and `llmprune push`: a model for other software, and for other people."""
 
 from __future__ import annotations
 
@@ -9,16 +9,22 @@ import typer
 
 from llmprune_cli.cli.parameters import COMMON, AsJson, Quiet, takes
 from llmprune_cli.cli.screen.tables import new_console, print_json, size_text
+from llmprune_cli.commands.push import check_push
 from llmprune_cli.commands.requests import check_export
 from llmprune_cli.options import OUTPUT, Conversion, ModelReference
 from llmprune_cli.startup.loading import loading
 
 if TYPE_CHECKING:
-    from llmprune_cli.report.results import ExportResult
+    from llmprune_cli.report.results import ExportResult, PushResult
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", rich_help_panel=COMMON)]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the model folder that --output names.", rich_help_panel=OUTPUT)
+]
+Folder = Annotated[Path, typer.Argument(help="Folder that llmprune wrote.", metavar="FOLDER")]
+Repository = Annotated[str, typer.Argument(help="Where to on the hub; made where there is none.", metavar="ORG/NAME")]
+Public = Annotated[
+    bool, typer.Option("--public/--private", help="Whether everybody may see it.", rich_help_panel=COMMON)
 ]
 
 
@@ -61,3 +67,26 @@ def print_export(result: ExportResult) -> None:
         f"{found.kl_limit:g}), largest difference of a log-probability {found.largest_difference:.2g}.",
         highlight=False,
     )
+
+
+def push_command(
+    folder: Folder, repository: Repository, public: Public = False, as_json: AsJson = False, quiet: Quiet = False
+) -> None:
+    """Check what is asked for, do it, and print it."""
+    check_push(folder, repository)
+    from llmprune_cli.cli.screen.progress import progress_on_stderr
+    from llmprune_cli.commands.push import upload
+
+    with progress_on_stderr(quiet) as listener:
+        result = upload(folder, repository, public, listener)
+    (print_json if as_json else print_push)(result)
+
+
+def print_push(result: PushResult) -> None:
+    """Where it is now."""
+    console, seen_by = new_console(), "private" if result.private else "public"
+    files = f"{len(result.files)} files, {size_text(result.size_bytes)}"
+    console.print(f"Pushed [bold]{result.folder}[/bold]: {files}, {seen_by}, to", highlight=False, soft_wrap=True)
+    console.print(result.url, highlight=False, soft_wrap=True)
+    if result.removed:
+        console.print(f"Removed there: {', '.join(result.removed)}.", highlight=False, soft_wrap=True)

@@ -219,7 +219,7 @@ def _next(result: PruneResult, request: PruneRequest) -> Iterator[str]:
     if result.recovery is None:
         yield f"llmprune recover {output} --tokens 1M --output {shlex.quote(result.output + '-healed')}"
     yield f"llmprune export {output} --format gguf --dtype q8_0 --output {shlex.quote(result.output + '-gguf')}"
-    yield f"hf upload YOUR_NAME/{shlex.quote(Path(result.output).name)} {output} --private"
+    yield f"llmprune push {output} YOUR_NAME/{shlex.quote(Path(result.output).name)}"
 
 
 def _print_candidates(console: Console, candidates: tuple[CandidateResult, ...]) -> None:

@@ -216,6 +216,21 @@ class ExportResult:
     unverified: str  # why nothing was verified
 
 
+@dataclass(frozen=True)
+class PushResult:
+    """What `push` reports."""
+
+    schema_version: int
+    folder: str
+    repository: str
+    url: str
+    commit: str
+    private: bool  # whether only the members of its organisation see it
+    files: tuple[str, ...]
+    size_bytes: int  # of all files
+    removed: tuple[str, ...]  # weights that were in the repository before, under other names
+
+
 def to_json(result: Any) -> str:
     """A result as indented JSON; a number that JSON lacks becomes null."""
     return TypeAdapter(type(result)).dump_json(result, indent=2).decode()

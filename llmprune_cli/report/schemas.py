@@ -13,6 +13,7 @@ from llmprune_cli.report.results import (
     ExportResult,
     InspectResult,
     PruneResult,
+    PushResult,
     RecoverResult,
     VerifyResult,
 )
@@ -25,6 +26,7 @@ DOCUMENTS: dict[str, type] = {
     "recover": RecoverResult,
     "eval": EvalReport,
     "export": ExportResult,
+    "push": PushResult,
     "plan": Plan,
     "manifest": Manifest,
 }

@@ -82,7 +82,7 @@ def test_prune_ends_with_at_most_15_lines(tiny_llama: Path, text_file: Path, tmp
     assert max(map(len, lines)) <= COLUMNS and "…" not in shown and len(shown.splitlines()) <= 16, shown
     for said in ("parameters", "51.5k", "size", "perplexity", "KL ", "Layers 2 → 1: 0 went.", "tokens of corpus.txt"):
         assert said in shown, shown
-    for command in ("llmprune eval", "llmprune recover", "llmprune export", "hf upload"):
+    for command in ("llmprune eval", "llmprune recover", "llmprune export", "llmprune push"):
         assert f"  {command} " in shown
     assert "Modules" not in shown and "Where it runs" not in shown
 

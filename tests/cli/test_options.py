@@ -65,7 +65,7 @@ def test_a_wrong_name_is_answered_with_the_right_one(words: tuple[str, ...], mea
 
 
 def test_help_has_a_short_name_and_examples() -> None:
-    for command in ("inspect", "prune", "eval", "export"):
+    for command in ("inspect", "prune", "eval", "export", "push"):
         shown = run_cli(command, "-h")
         assert shown.code == 0 and shown.stdout.count(f"llmprune {command} ") >= 3 + 1, shown.stdout
 

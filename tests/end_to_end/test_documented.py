@@ -19,11 +19,13 @@ from support import ROOT
 from support.cli import BY_MAGNITUDE, run_cli
 from support.families import HEADS_OF_16
 from support.full import examples, in_full
+from support.hub import hub_that_takes, log_in
 from support.tiny import BYTE_LEVEL_VOCABULARY, save_byte_level, save_tiny
 from tools import schemas, support_matrix
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 MODEL = Path("meta-llama", "Llama-3.1-8B")  # what the pages call it; here a folder of that name
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # what huggingface_hub is told
 SHOWN = (ROOT / "README.md", ROOT / "docs" / "guide.md")  # run by default
 SENTENCES = {"test": 240, "validation": 80}  # a window of 4,096 tokens to evaluate, one of 2,048 to calibrate on
 REGISTRIES = ("importances", "layer importances", "refits")  # tables that need no model
@@ -51,8 +53,8 @@ WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in which the names of the pages mean something small."""
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder in which the names of the pages mean something small, and a hub that takes what is pushed."""
     monkeypatch.chdir(tmp_path)
     settings = {**HEADS_OF_16, "vocab_size": BYTE_LEVEL_VOCABULARY}
     save_tiny(MODEL, num_hidden_layers=4, initializer_range=0.15, **settings)
@@ -63,7 +65,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for split, count in SENTENCES.items():
         Path("wikitext", f"{split}.jsonl").write_text(json.dumps({"text": f"{split}: {sentence * count}"}) + "\n")
     monkeypatch.setenv("LLMPRUNE_WIKITEXT2", str(tmp_path / "wikitext"))
-    return tmp_path
+    with hub_that_takes() as hub:
+        log_in(monkeypatch, hub, tmp_path)
+        yield tmp_path
 
 
 @pytest.mark.parametrize("page", examples(PAGES, SHOWN), ids=lambda page: page.name)

@@ -26,6 +26,7 @@ LIGHT |= {
     "startup.model_argument",
     "commands",
     "commands.requests",
+    "commands.push",
     "choose",
     "repair",
     "heal",
@@ -59,7 +60,7 @@ HOMES = {
     "xllamacpp": {"formats"},
     "matplotlib": {"report"},
     "filelock": {"folder"},
-    "huggingface_hub": {"source", "report"},
+    "huggingface_hub": {"source", "report", "commands"},
     "onnxruntime": {"formats"},
 }
 
