@@ -301,7 +301,9 @@ class Evaluation:
     max_seq_len: Annotated[
         int | None, Option("Tokens in a window.", EVALUATION, least=2, left_out="the model's maximum")
     ] = None
-    limit: Annotated[int | None, Option("Evaluate the first N windows only.", EVALUATION, least=1)] = None
+    limit: Annotated[
+        int | None, Option("Evaluate the first N windows only, and of each task N questions.", EVALUATION, least=1)
+    ] = None
     batch_size: Annotated[
         int | None,
         Option(

@@ -69,11 +69,11 @@ COMMANDS = {
     "eval": Command(
         "llmprune_cli.cli.evaluate",
         "eval_command",
-        "Measure perplexity and bits per byte of one model, or of several side by side.",
+        "Measure perplexity, bits per byte and answers to tasks, of one model or of several side by side.",
         (
             "eval meta-llama/Llama-3.1-8B pruned --limit 20",
             "eval pruned --dataset own.txt",
-            "eval a b c --max-seq-len 2048",
+            "eval a b c --tasks arc_easy,hellaswag --limit 200",
         ),
     ),
     "export": Command(

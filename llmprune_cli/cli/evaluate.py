@@ -10,10 +10,12 @@ import typer
 from rich.table import Table
 
 from llmprune_cli.cli.parameters import COMMON, AsJson, Quiet, Verbose, takes
+from llmprune_cli.cli.screen.answers import answers_table
 from llmprune_cli.cli.screen.progress import progress_on_stderr
 from llmprune_cli.cli.screen.tables import NARROW, count_text, folded, new_console, number_text, print_json, size_text
 from llmprune_cli.commands.requests import check_eval
 from llmprune_cli.options import Evaluation, ModelReference
+from llmprune_cli.run.questions.request import TaskRequest
 from llmprune_cli.startup.loading import loading
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ Compare = Annotated[
 def eval_command(
     model: ModelReference,
     evaluation: Evaluation,
+    asked: TaskRequest,
     others: Others = None,
     compare: Compare = None,
     as_json: AsJson = False,
@@ -46,12 +49,12 @@ def eval_command(
     """Check what is asked for, do it, and print it."""
     names = [*(others or ()), *(compare or ())]
     further = [replace(model, name=name, revision=None) for name in names]
-    check_eval([model, *further], evaluation)
+    check_eval([model, *further], evaluation, asked.tasks)
     with loading():
         from llmprune_cli.commands.evaluate import evaluate
 
     with progress_on_stderr(quiet) as listener:
-        report = evaluate(model, further, evaluation, listener)
+        report = evaluate(model, further, evaluation, listener, asked)
     if as_json:
         print_json(report)
     else:
@@ -77,6 +80,8 @@ def print_eval(report: EvalReport, is_verbose: bool = False) -> None:
     for result, row in zip(report.results, rows, strict=True):
         table.add_row(folded(result.model, left), *(row[head] for head in shown))
     console.print(table)
+    if first.tasks:
+        console.print(answers_table(report.results, console.width))
     if is_verbose:
         for result in report.results:
             console.print(

@@ -43,6 +43,7 @@ from llmprune_cli.report.results import (
     RecoverResult,
     VerifyResult,
 )
+from llmprune_cli.run.questions.request import TaskRequest
 from llmprune_cli.vocabulary.request import VocabularyRequest
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -165,7 +166,7 @@ def recover(
         return recovering.recover(request, Listener(progress))
 
 
-@_takes(ModelReference, Evaluation)
+@_takes(ModelReference, Evaluation, TaskRequest)
 def evaluate(
     model: str | Path | None = None,
     *,
@@ -186,16 +187,17 @@ def evaluate(
     Raises:
         LlmpruneError: see there; `UsageError` where options are wrong.
     """
-    name, given = _gather("eval", model, config, options, (ModelReference, Evaluation), (), ("compare",))
+    kinds = (ModelReference, Evaluation, TaskRequest)
+    name, given = _gather("eval", model, config, options, kinds, (), ("compare",))
     second = given.pop("compare", None) if compare is None else compare
     reference = _reference(name, given)
     given.pop("revision", None)
     names = [second] if isinstance(second, str | Path) else second or []
     others = [_reference(str(name), given) for name in names]
-    evaluation = make(Evaluation, given)
-    check_eval([reference, *others], evaluation)
+    evaluation, asked = make(Evaluation, given), make(TaskRequest, given)
+    check_eval([reference, *others], evaluation, asked.tasks)
     with _at_work():
-        return evaluating.evaluate(reference, others, evaluation, Listener(progress))
+        return evaluating.evaluate(reference, others, evaluation, Listener(progress), asked)
 
 
 @_takes(ModelReference, Conversion, without=("device",))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -204,8 +204,9 @@ def _check_vocabulary(request: PruneRequest) -> None:
         resolve_size(asked.vocab_size, rows)
 
 
-def check_eval(models: Iterable[ModelReference], evaluation: Evaluation) -> None:
+def check_eval(models: Iterable[ModelReference], evaluation: Evaluation, tasks: Sequence[str] = ()) -> None:
     """The same for `eval`."""
+    from llmprune_cli.run.questions.request import check_tasks
     from llmprune_cli.startup.model_argument import check_model, check_tokenizer
     from llmprune_cli.text.names import check_text
 
@@ -213,6 +214,7 @@ def check_eval(models: Iterable[ModelReference], evaluation: Evaluation) -> None
         check_model(model, needs_weights=True)
         check_tokenizer(model.name)
     check_text(evaluation.dataset, evaluation.text_column)
+    check_tasks(tasks)
 
 
 def check_export(model: ModelReference, output: Path, overwrite: bool) -> None:

@@ -23,6 +23,7 @@ from llmprune_cli.run.perplexity import (
     largest_batch,
     peak_memory_bytes,
 )
+from llmprune_cli.run.questions.tasks import TaskResult, Tasks, ask
 from llmprune_cli.source.full_model import load_model, own_device, pick_device
 from llmprune_cli.source.tokenizer import load_tokenizer
 from llmprune_cli.text.names import KNOWN
@@ -81,6 +82,7 @@ def report_perplexity(
     options: Evaluation,
     listener: Listener,
     processes: Processes = ALONE,
+    tasks: Tasks | None = None,
 ) -> EvalReport:
     """Evaluate models one after the other, each on its own windows of the same text; the others against the first.
 
@@ -88,6 +90,7 @@ def report_perplexity(
 
     Args:
         reference: that says how they are loaded, and where they run.
+        tasks: that all of them are asked, in the first process.
 
     Raises:
         CheckpointError: one cannot be loaded.
@@ -103,7 +106,7 @@ def report_perplexity(
                     "byte, which are of the same text."
                 )
             against = first if alike else None
-            result = _evaluate(side, reference, options, listener, processes, against, number == 0)
+            result = _evaluate(side, reference, options, listener, processes, against, number == 0, tasks)
             results.append(replace(result, same_tokens=alike))
     origin = sides[0][1].corpus.origin
     return EvalReport(SCHEMA_VERSION, options.dataset, origin, options.split, tuple(results))
@@ -117,6 +120,7 @@ def _evaluate(
     processes: Processes,
     first: FirstModel | None,
     is_first: bool,
+    tasks: Tasks | None,
 ) -> EvalResult:
     """Load a model and evaluate it."""
     checkpoint, text = side
@@ -125,6 +129,10 @@ def _evaluate(
         listener.stage(f"Loading {checkpoint.source}", 1)
         model = load_model(checkpoint, device, reference.dtype, folder)
         listener.advance(1)
+        answers: tuple[TaskResult, ...] = ()
+        if tasks is not None and processes.is_first:  # before anything of the model goes
+            asked = model, load_tokenizer(checkpoint)
+            answers = ask(checkpoint.source, *asked, tasks, options.limit, options.batch_size, listener)
         batch = options.batch_size or min(processes.gather(_batch_size(model, text.windows)))
         listener.stage(f"Evaluating {checkpoint.source}", len(processes.share(text.windows, batch)))
         tell = partial(_tell, listener)
@@ -134,7 +142,8 @@ def _evaluate(
             more = evaluate_perplexity(model, text.tail[None], 1, lambda state: None, processes)
             nats += more.mean_nll * (len(text.tail) - 1)
         peak = max(processes.gather(peak_memory_bytes(model)))
-        return _eval_result(checkpoint, final, text, bits_per_byte(nats, text.bytes), peak)
+        result = _eval_result(checkpoint, final, text, bits_per_byte(nats, text.bytes), peak)
+        return replace(result, tasks=answers)
 
 
 def _batch_size(model: PreTrainedModel, windows: torch.Tensor) -> int:

@@ -13,6 +13,7 @@ from llmprune_cli.folder.tensors import Shape, TensorEntry, split_name
 from llmprune_cli.formats.format import Verification
 from llmprune_cli.heal.figures import HeldOut, Judgement
 from llmprune_cli.report.runtimes import RuntimeFit
+from llmprune_cli.run.questions.tasks import TaskResult
 
 SCHEMA_VERSION = 1
 
@@ -89,6 +90,7 @@ class EvalResult:
     peak_memory_bytes: int  # of this process, on CUDA of the device
     parameters: int
     size_bytes: int
+    tasks: tuple[TaskResult, ...] = ()  # what it answered
 
 
 @dataclass(frozen=True)

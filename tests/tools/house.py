@@ -24,6 +24,9 @@ LIGHT |= {
     "text.columns",
     "text.names",
     "startup.model_argument",
+    "run",
+    "run.questions",
+    "run.questions.request",
     "commands",
     "commands.requests",
     "commands.push",
@@ -47,6 +50,7 @@ LATE = {
     "xllamacpp",
     "torch_pruning",
     "peft",
+    "lm_eval",
 }
 # The only folders that may name a library.
 HOMES = {
@@ -57,6 +61,7 @@ HOMES = {
     "accelerate": {"run", "processes"},
     "torch_pruning": {"apply"},
     "peft": {"heal"},
+    "lm_eval": {"run"},
     "xllamacpp": {"formats"},
     "matplotlib": {"report"},
     "filelock": {"folder"},

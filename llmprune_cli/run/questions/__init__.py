@@ -1,0 +1,1 @@
+"""Questions to a whole model: tasks of lm-evaluation-harness."""
