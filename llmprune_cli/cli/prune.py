@@ -246,6 +246,10 @@ def _print_calibration(console: Console, card: CalibrationResult, protected: tup
         table.add_row("KL divergence", "", f"{card.kl:.3f} nats")
     console.print(table)
     console.print(f"Calibrated on {card.tokens:,} tokens of {card.origin}.", highlight=False)
+    for own in card.answers:
+        console.print(f"\n{own.prompt}", style="bold", highlight=False)
+        for when, said in (("before", own.before), ("after", own.after)):
+            console.print(f"  {when}: {' '.join(said.split())}", highlight=False, markup=False)
 
 
 def _layer_table(layers: tuple[LayerResult, ...], protected: tuple[int, ...]) -> Table:

@@ -66,6 +66,10 @@ def write_card(
         title=f"{_code(Path(source).name)}{', pruned' if manifest else ''}",
         written_by=f"Written by llmprune {__version__} from {_code(source)}.",
         rows=rows,
+        answers=[
+            (own["prompt"], _code(own["before"]), _code(own["after"]))
+            for own in ((manifest.calibration or {}).get("answers", ()) if manifest else ())
+        ],
         how=how,
         loading=_loading(folder, form, checkpoint),
         note=" ".join(f"{text[0].upper()}{text[1:]}." for text in (note, _part(checkpoint)) if text),

@@ -13,6 +13,7 @@ from llmprune_cli.folder.tensors import Shape, TensorEntry, split_name
 from llmprune_cli.formats.format import Verification
 from llmprune_cli.heal.figures import HeldOut, Judgement
 from llmprune_cli.report.runtimes import RuntimeFit
+from llmprune_cli.run.questions.prompts import Answered
 from llmprune_cli.run.questions.tasks import TaskResult
 
 SCHEMA_VERSION = 1
@@ -134,6 +135,7 @@ class CalibrationResult:
     prefill_tokens_per_second_before: float  # float32, window by window, one layer at a time, loading excluded
     prefill_tokens_per_second_after: float
     device: str  # on which that was measured
+    answers: tuple[Answered, ...] = ()  # of a model that chats
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from llmprune_cli.commands.prune.decision import (
     settle,
     with_vocabulary,
 )
-from llmprune_cli.commands.prune.outcome import Outcome, evaluate_both, options_said, report
+from llmprune_cli.commands.prune.outcome import Outcome, answer_both, evaluate_both, options_said, report
 from llmprune_cli.commands.recipe import recipe_of, save_recipe
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.coupling.subject import Subject, understand
@@ -255,6 +255,7 @@ def _fill(
     card = None
     if bench.text is not None:
         card = report_card(bench, staging, plan, outcome.choice, request.text.calibration_split, repairs)
+        card = replace(card, answers=answer_both(subject.checkpoint, staging, bench))
         manifest = replace(manifest, calibration=asdict(card))
     config = with_widths(subject.architecture, plan.after, plan.layers)
     write_card(staging, subject.checkpoint, manifest, load_format("safetensors"), runtime_fits(config))

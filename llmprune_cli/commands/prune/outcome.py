@@ -10,9 +10,10 @@ from llmprune_cli.choose import ranks_layers
 from llmprune_cli.choose.target_search import Candidate
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.coupling.subject import Subject
+from llmprune_cli.errors import first_line
 from llmprune_cli.family.architecture import with_widths
 from llmprune_cli.folder.checkpoint import Checkpoint
-from llmprune_cli.options import Choice
+from llmprune_cli.options import Choice, ModelReference
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.plan.requested_widths import Target
 from llmprune_cli.progress import Listener
@@ -26,6 +27,8 @@ from llmprune_cli.report.results import (
     PruneResult,
 )
 from llmprune_cli.report.runtimes import runtime_fits
+from llmprune_cli.run.questions.prompts import PROMPTS, Answered, answer_prompts
+from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.opening import open_checkpoint
 
 
@@ -61,6 +64,26 @@ def options_said(request: PruneRequest, outcome: Outcome) -> dict[str, Any]:
         "dtype": request.model.dtype,
         "compute_dtype": choice.compute_dtype,
     }
+
+
+def answer_both(checkpoint: Checkpoint, folder: Path, bench: Workbench) -> tuple[Answered, ...]:
+    """What a model that chats answers before and after pruning; nothing where it does not, or is large.
+
+    Args:
+        folder: of the pruned one.
+    """
+    how = bench.model.device, bench.model.compute, bench.listener
+    try:
+        before = answer_prompts(checkpoint, *how)
+        if not before:
+            return ()
+        reference = ModelReference(str(folder), trust_remote_code=checkpoint.trust_remote_code)
+        with open_checkpoint(reference, need_weights=True) as pruned:
+            after = answer_prompts(pruned, *how)
+    except Exception as error:  # what is only shown shall not undo hours of work, whatever templates and models raise
+        bench.listener.warn(f"The report card shows no answers, as the model gave none: {first_line(error)}")
+        return ()
+    return tuple(Answered(*row) for row in zip(PROMPTS, before, after, strict=False))
 
 
 def evaluate_both(

@@ -1,1 +1,1 @@
-"""Questions to a whole model: tasks of lm-evaluation-harness."""
+"""Questions to a whole model: tasks of lm-evaluation-harness, and prompts to those that chat."""
