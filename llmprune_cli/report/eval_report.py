@@ -23,7 +23,8 @@ from llmprune_cli.run.perplexity import (
     largest_batch,
     peak_memory_bytes,
 )
-from llmprune_cli.run.questions.tasks import TaskResult, Tasks, ask
+from llmprune_cli.run.questions.figures import TaskResult
+from llmprune_cli.run.questions.tasks import Tasks, ask
 from llmprune_cli.source.full_model import load_model, own_device, pick_device
 from llmprune_cli.source.tokenizer import load_tokenizer
 from llmprune_cli.text.names import KNOWN

@@ -13,8 +13,7 @@ from llmprune_cli.folder.tensors import Shape, TensorEntry, split_name
 from llmprune_cli.formats.format import Verification
 from llmprune_cli.heal.figures import HeldOut, Judgement
 from llmprune_cli.report.runtimes import RuntimeFit
-from llmprune_cli.run.questions.prompts import Answered
-from llmprune_cli.run.questions.tasks import TaskResult
+from llmprune_cli.run.questions.figures import Answered, TaskResult
 
 SCHEMA_VERSION = 1
 

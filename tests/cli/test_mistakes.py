@@ -81,6 +81,8 @@ MISTAKES = {
     "a lesson that is not there": Mistake(recover("--text", "nope.txt"), CHECKPOINT, ("nope.txt does not",)),
     "no tokens to heal on": Mistake(recover("--tokens", "0"), USAGE, ("--tokens", "65k")),
     "healing into what is taken": Mistake(("recover", "model", "-o", "taken"), OUTPUT, ("not empty", "--overwrite")),
+    "a task that is not there": Mistake(("eval", "model", "--tasks", "nope.yaml"), CHECKPOINT, ("nope.yaml does not",)),
+    "a task without a name": Mistake(("eval", "model", "--tasks", "a,,b"), USAGE, ("arc_easy,hellaswag",)),
     "a push to no repository": Mistake(("push", "model", "pruned"), USAGE, ("'pruned'", "ORG/NAME")),
     "a push of what others made": Mistake(("push", "model", "me/pruned"), CHECKPOINT, ("llmprune.json", "hf upload")),
     "a push of nothing": Mistake(("push", "nowhere", "me/pruned"), CHECKPOINT, ("nowhere is no folder",)),

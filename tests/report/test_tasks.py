@@ -15,7 +15,7 @@ import pytest
 from llmprune_cli import evaluate
 from llmprune_cli.cli.screen.answers import answers_table
 from llmprune_cli.report.results import EvalResult
-from llmprune_cli.run.questions.tasks import TaskResult
+from llmprune_cli.run.questions.figures import TaskResult
 from support.cli import BY_MAGNITUDE, evaluated, run_cli
 from support.refusals import CHECKPOINT, UNSUPPORTED, USAGE, assert_refused
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from llmprune_cli.report.results import EvalResult
-    from llmprune_cli.run.questions.tasks import TaskResult
+    from llmprune_cli.run.questions.figures import TaskResult
 
 HEADS = ("questions", "value", "±", "Δ")
 LEAST_NAME = 12  # characters of a task's name in a line, and of a model's

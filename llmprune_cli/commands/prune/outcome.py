@@ -27,7 +27,8 @@ from llmprune_cli.report.results import (
     PruneResult,
 )
 from llmprune_cli.report.runtimes import runtime_fits
-from llmprune_cli.run.questions.prompts import PROMPTS, Answered, answer_prompts
+from llmprune_cli.run.questions.figures import Answered
+from llmprune_cli.run.questions.prompts import PROMPTS, answer_prompts
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.opening import open_checkpoint
 

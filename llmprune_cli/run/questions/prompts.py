@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import psutil
@@ -24,15 +23,6 @@ PROMPTS = (
 )
 ANSWER_TOKENS = 24  # at most
 MOST_OF_MEMORY = 1 / 4  # of what is free: a prune streams, and what it shows at the end shall not need more
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A prompt, and the beginnings of two answers to it."""
-
-    prompt: str
-    before: str  # by the model before pruning
-    after: str
 
 
 def answer_prompts(checkpoint: Checkpoint, device: str, dtype: torch.dtype, listener: Listener) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ import torch
 
 from llmprune_cli.errors import CheckpointError, UnsupportedError, first_line
 from llmprune_cli.progress import Listener
+from llmprune_cli.run.questions.figures import TaskResult
 from llmprune_cli.run.questions.request import HARNESS, is_file
 
 if TYPE_CHECKING:
@@ -26,21 +27,6 @@ SEEDS = 0, 1234  # of Python's numbers, and of all others, as the harness has th
 RESAMPLED = 1000  # times, for standard errors of what is no mean
 ALONE = "DISABLE_MULTIPROC"  # says that standard errors are resampled in this process
 PLAIN = "none"  # the filter that changes no answer
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """One figure of one task."""
-
-    task: str  # as the harness calls it
-    metric: str  # such as acc, or exact_match,strict-match where answers are filtered
-    value: float
-    stderr: float | None  # standard error of the value; None where the harness knows none
-    questions: int
-    shots: int  # answered examples before each question
-    version: str
-    higher_is_better: bool | None  # None where that is not known
-    part_of: str | None  # the group of tasks that it belongs to
 
 
 @dataclass(frozen=True)
