@@ -6,17 +6,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmprune_cli.commands.api import evaluate, export, inspect, prune, recover
+    from llmprune_cli.commands.api import evaluate, export, inspect, prune, recover, sweep
     from llmprune_cli.errors import LlmpruneError, UsageError
     from llmprune_cli.plan.document import Plan
     from llmprune_cli.progress import Progress
 
 __version__ = "0.1.0"
-__all__ = ["LlmpruneError", "Plan", "Progress", "UsageError", "evaluate", "export", "inspect", "prune", "recover"]
+__all__ = [
+    "LlmpruneError",
+    "Plan",
+    "Progress",
+    "UsageError",
+    "evaluate",
+    "export",
+    "inspect",
+    "prune",
+    "recover",
+    "sweep",
+]
 
 # Where each name is from; it is imported when it is asked for, so that `--help` stays quick.
 _HOMES = {
-    **dict.fromkeys(("inspect", "prune", "recover", "evaluate", "export"), "commands.api"),
+    **dict.fromkeys(("inspect", "prune", "sweep", "recover", "evaluate", "export"), "commands.api"),
     **dict.fromkeys(("LlmpruneError", "UsageError"), "errors"),
     "Plan": "plan.document",
     "Progress": "progress",

@@ -14,6 +14,7 @@ from llmprune_cli.report.results import (
     InspectResult,
     PruneResult,
     RecoverResult,
+    SweepResult,
     VerifyResult,
 )
 
@@ -23,6 +24,7 @@ DOCUMENTS: dict[str, type] = {
     "inspect-verify": VerifyResult,
     "prune": PruneResult,
     "recover": RecoverResult,
+    "sweep": SweepResult,
     "eval": EvalReport,
     "export": ExportResult,
     "plan": Plan,

@@ -14,7 +14,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "llmprune_cli"
 MOST_FILES, MOST_LINES = 9, 350  # of a folder, of a file
 MOST_FUNCTION_LINES, MOST_PARAMETERS = 60, 10
-MOST_VISITS = 12  # files that a part of the options is named in
+MOST_VISITS = 13  # files that a part of the options is named in
 PARTS = ("Choice", "Text", "Delivery", "Scratch")
 # What `--help` loads: no library but Typer and Rich.
 LIGHT = {"errors", "interruption", "options", "processes", "progress", "sizes", "__main__", "__init__"}
@@ -26,6 +26,8 @@ LIGHT |= {
     "startup.model_argument",
     "commands",
     "commands.requests",
+    "commands.sweep",
+    "commands.sweep.request",
     "choose",
     "repair",
     "heal",
