@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +109,20 @@ def test_what_all_sizes_share_is_measured_once_and_everything_is_kept(swept: tup
 def test_the_table_fits_into_80_columns_and_says_how_to_go_on(
     swept: tuple[Path, Run], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    print_sweep(adapter_of(DOCUMENTS["sweep"]).validate_json(swept[1].stdout))
+    result = adapter_of(DOCUMENTS["sweep"]).validate_json(swept[1].stdout)
+    print_sweep(result)
     shown = capsys.readouterr().out
     lines = [line for line in shown.splitlines() if "sizes" not in line]
     assert max(map(len, lines)) <= COLUMNS and "…" not in shown, shown
-    for said in ("unpruned", "85%", "60%", "perplexity", "neurons", "KL", "byte", "Wrote", "  llmprune eval"):
+    for said in ("unpruned", "85%", "60%", "plexity", "neurons", "KL", "byte", "Wrote", "  llmprune eval"):
         assert said in shown, shown
     assert "hidden" not in shown, "only what varies has a column"
+    wide = replace(result.dense.widths, num_attention_heads=128, num_key_value_heads=16, intermediate_size=53_248)
+    dense = replace(result.dense, widths=wide, parameters=405 * 10**9, size_bytes=811 * 10**9, perplexity=1e12)
+    for widths in (wide, replace(wide, num_experts=128, hidden_size=16_384)):
+        print_sweep(replace(result, dense=replace(dense, widths=widths), output=None))
+        shown = capsys.readouterr().out
+        assert max(map(len, shown.splitlines())) <= COLUMNS and "…" not in shown and "53,248" in shown, shown
 
 
 def test_work_goes_on_after_the_last_finished_size(

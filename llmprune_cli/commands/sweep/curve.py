@@ -67,7 +67,7 @@ def sweep(model: ModelReference, asked: Sweep, listener: Listener) -> SweepResul
         check_chart_target(delivery.report, delivery.output)
     with ExitStack() as stack:
         checkpoint = part_to_write(stack.enter_context(open_checkpoint(model, need_weights=True)), text_only=False)
-        claim = _claim(asked, source_folder(model, checkpoint), stack) if processes.is_first else None
+        claim = _claim(asked, source_folder(model, checkpoint), processes.is_first, stack)
         subject = understand(checkpoint, processes)
         points = _decide(asked.requests(model, delivery.output or Path()), subject)
         choice, text = settle(points[0].request, subject, processes, listener)
@@ -88,13 +88,16 @@ def sweep(model: ModelReference, asked: Sweep, listener: Listener) -> SweepResul
     return result
 
 
-def _claim(asked: Sweep, forbidden: Path | None, stack: ExitStack) -> Claim | None:
-    """The right to write the output, where there is one, and proof that the user's other folders can be written."""
-    for folder, option in ((asked.scratch.statistics, "--statistics"), (asked.scratch.offload_dir, "--offload-dir")):
-        if folder is not None:
-            check_folder(folder, option)
-    output = asked.delivery.output
-    return stack.enter_context(claimed(output, asked.delivery.overwrite, forbidden)) if output is not None else None
+def _claim(asked: Sweep, forbidden: Path | None, is_first: bool, stack: ExitStack) -> Claim | None:
+    """The right to write the output, for the first process, and proof that the user's other folders can be written."""
+    scratch, delivery = asked.scratch, asked.delivery
+    if scratch.offload_dir is not None:
+        check_folder(scratch.offload_dir, "--offload-dir")
+    if is_first and scratch.statistics is not None:
+        check_folder(scratch.statistics, "--statistics")
+    if not is_first or delivery.output is None:
+        return None
+    return stack.enter_context(claimed(delivery.output, delivery.overwrite, forbidden))
 
 
 def _decide(requests: dict[str, PruneRequest], subject: Subject) -> list[Point]:
@@ -186,7 +189,7 @@ def _emptied(folder: Path) -> Iterator[Path]:
 
 def _row(point: Point, outcome: Outcome, seconds: float, asked: Sweep) -> Row:
     card, plan = outcome.card, outcome.plan
-    assert card is not None and plan is not None
+    assert card is not None and card.kl is not None and plan is not None
     dense = _side(UNPRUNED, outcome.before, tuple(range(plan.before.num_hidden_layers)), card, "before")
     pruned = replace(
         _side(point.name, outcome.after, plan.layers, card, "after"),
