@@ -12,7 +12,7 @@ MINUTES ?= 10
 BASE ?= HEAD~1
 TYPES ?=
 
-.PHONY: demo families matrix schemas golden test test-all check lint fix fuzz faults bench bench-8b bench-calibrated bench-exports bench-memory bench-processes bench-quality bench-recover bench-start bench-vocab check-consumers check-gpu check-ranges check-runtimes clean
+.PHONY: demo families matrix schemas golden test test-all check lint fix fuzz faults bench bench-8b bench-calibrated bench-exports bench-memory bench-processes bench-quality bench-recover bench-start bench-sweep bench-vocab check-consumers check-gpu check-ranges check-runtimes clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -95,6 +95,9 @@ bench-calibrated: $(OPTIPFAIR)  ## what a calibrated prune costs, beside a plain
 
 bench-quality: $(OPTIPFAIR)  ## compare what pruned models are still worth, with other methods at equal size
 	$(BIN)/python tests/tools/bench/quality.py
+
+bench-sweep: $(INSTALLED)  ## what a sweep over four sizes costs, in prunes to one of them
+	$(BIN)/python tests/tools/bench/sweep.py
 
 bench-recover: $(INSTALLED)  ## what healing makes of a pruned model, beside a plain loop with the teacher in memory
 	$(BIN)/python tests/tools/bench/recover.py

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmprune_cli.commands.api import evaluate, export, inspect, prune, recover
+    from llmprune_cli.commands.api import evaluate, export, inspect, prune, recover, sweep
     from llmprune_cli.commands.push import push
     from llmprune_cli.errors import LlmpruneError, UsageError
     from llmprune_cli.plan.document import Plan
@@ -24,11 +24,12 @@ __all__ = [
     "prune",
     "push",
     "recover",
+    "sweep",
 ]
 
 # Where each name is from; it is imported when it is asked for, so that `--help` stays quick.
 _HOMES = {
-    **dict.fromkeys(("inspect", "prune", "recover", "evaluate", "export"), "commands.api"),
+    **dict.fromkeys(("inspect", "prune", "sweep", "recover", "evaluate", "export"), "commands.api"),
     **dict.fromkeys(("LlmpruneError", "UsageError"), "errors"),
     "push": "commands.push",
     "Plan": "plan.document",

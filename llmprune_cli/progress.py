@@ -36,6 +36,14 @@ class Listener:
         self._told = told
         self._now = Progress("", 0, 0)
 
+    def within(self, name: str) -> Listener:
+        """One that reports here, with a name before that of each stage and before each warning."""
+        told, warn = self._told, self.warn
+        return Listener(
+            told and (lambda now: told(replace(now, stage=f"{name}: {now.stage}"))),
+            lambda text: warn(f"{name}: {text}"),
+        )
+
     def stage(self, name: str, total: int) -> None:
         """A stage begins."""
         self._tell(Progress(name, 0, total))

@@ -27,7 +27,6 @@ from llmprune_cli.repair.dense_goals import Streams, walk_dense
 from llmprune_cli.repair.refit import refit
 from llmprune_cli.run.calibration import CalibrationText
 from llmprune_cli.run.divergence import Side, compare
-from llmprune_cli.run.states import DenseStates
 from llmprune_cli.run.workbench import Workbench
 
 SEARCH_TOKENS = 4096  # of calibration text on which a candidate is refitted; half as many are held out to judge it
@@ -72,18 +71,19 @@ def first_target(subject: Subject, choice: Choice) -> Target:
     return resolve(subject.architecture, subject.trace.refused, choice.widths)
 
 
-def select(bench: Workbench, target: Target, choice: Choice) -> Selection:
+def select(bench: Workbench, target: Target, choice: Choice, bound: Target | None = None) -> Selection:
     """Choose the units that stay, with a budget the widths as well.
 
     All processes of a run come to the same selection; what was chosen before this run was cut short is not chosen anew.
 
     Args:
         target: of `first_target`.
+        bound: see `search_widths`.
     """
 
     def make() -> Selection:
         if choice.budget is not None and bench.text is not None:
-            return search_plan(bench, bench.text, choice)
+            return search_plan(bench, bench.text, choice, bound)
         return Selection(make_plan(bench, target, choice))
 
     return bench.journal.recall("choice", Json(Selection), make)
@@ -138,10 +138,13 @@ def _plan_of(subject: Subject, target: Target, choice: Choice, scores: Scores) -
     )
 
 
-def search_plan(bench: Workbench, text: CalibrationText, choice: Choice) -> Selection:
+def search_plan(bench: Workbench, text: CalibrationText, choice: Choice, bound: Target | None = None) -> Selection:
     """The plan that diverges least from the dense model among those that fit a budget, and the candidates it beat.
 
     Activity is measured once; each candidate is refitted on a part of the text and judged on what is held out.
+
+    Args:
+        bound: see `search_widths`.
     """
     assert choice.budget is not None
     subject, keep_layers = bench.model.subject, choice.widths.keep_layers
@@ -151,7 +154,6 @@ def search_plan(bench: Workbench, text: CalibrationText, choice: Choice) -> Sele
     every = replace(least, layers=tuple(range(subject.widths.num_hidden_layers)))
     scores = _score_units(subject, every, choice, activity, bench.listener)
     layer_scores = _score_layers(measuring, choice, activity)
-    states = DenseStates(bench.all_layers_dir)
 
     def judge(target: Target) -> float:
         """How far a candidate diverges, as remembered or after a short refit."""
@@ -159,28 +161,24 @@ def search_plan(bench: Workbench, text: CalibrationText, choice: Choice) -> Sele
 
         def refit_and_compare() -> float:
             plan = _of_first(subject, _plan_of(subject, target, choice, scores))
-            return _diverge(bench, text, plan, choice.settled.refit or "", states)
+            return _diverge(bench, text, plan, choice.settled.refit or "")
 
         return bench.journal.recall(f"judged-{mark}", Json(float), refit_and_compare)
 
-    candidates = search_widths(subject, choice.budget, layer_scores, judge, keep_layers)
+    candidates = search_widths(subject, choice.budget, layer_scores, judge, keep_layers, bound)
     best = _of_first(subject, _plan_of(subject, candidates[0].target, choice, scores))
     return Selection(best, candidates)
 
 
-def _diverge(bench: Workbench, text: CalibrationText, plan: Plan, method: str, states: DenseStates) -> float:
-    """How far the model diverges on held-out text when a plan is followed and some text refitted, nats per token.
-
-    Args:
-        states: that keep from one plan to the next what the dense model makes of the text.
-    """
+def _diverge(bench: Workbench, text: CalibrationText, plan: Plan, method: str) -> float:
+    """How far the model diverges on held-out text when a plan is followed and some text refitted, nats per token."""
     model = bench.model
     fitted = model.share(text.fitted[: _windows_of(SEARCH_TOKENS, text)])
     judged = model.share(text.held_out[: judged_windows(text)])
     bench.listener.stage(f"Trying {_in_words(target_of(plan))}", model.layers)
     with torch.inference_mode():
         windows = torch.cat([fitted, judged])
-        kept = walk_dense(model, windows, states, lambda layers: None)
+        kept = walk_dense(model, windows, bench.tried, lambda layers: None)
         start = model.embed(windows)
         streams = Streams(start, start.clone(), len(fitted), kept=kept)
         refit(model, plan, streams, method, bench.listener.advance, with_errors=False)

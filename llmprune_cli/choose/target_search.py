@@ -47,6 +47,12 @@ def measure_size(subject: Subject, target: Target) -> tuple[int, int]:
     return parameters, size
 
 
+def share_of(subject: Subject, budget: Budget) -> float:
+    """How large a part of the model a budget is, of its parameters or of its bytes."""
+    whole = measure_size(subject, Target(subject.widths, tuple(range(subject.widths.num_hidden_layers)), ()))
+    return budget.limit(*whole) / whole[1 if budget.kind == "bytes" else 0]
+
+
 def check_budget(subject: Subject, budget: Budget, keep_layers: tuple[int, ...] = ()) -> None:
     """Refuse a size that leaves the model as it is, or that the search cannot reach, before anything is measured.
 
@@ -94,6 +100,7 @@ def search_widths(
     layer_scores: tuple[float, ...],
     judge: Judge,
     keep_layers: tuple[int, ...] = (),
+    bound: Target | None = None,
 ) -> tuple[Candidate, ...]:
     """The candidates that were judged, best first: each has the widest MLP that fits beside the rest.
 
@@ -104,6 +111,7 @@ def search_widths(
     Args:
         layer_scores: of each layer; those with the least go first.
         keep_layers: see `WidthRequest`.
+        bound: what a smaller budget is best spent on: no more layers, groups, heads or experts go than there.
 
     Raises:
         PlanError: nothing fits.
@@ -120,7 +128,7 @@ def search_widths(
             if target is None:
                 base = request if best == float("inf") else base  # not enough on its own: other ways go on from here
                 continue
-            if (target.widths, target.layers) in judged:
+            if (target.widths, target.layers) in judged or (bound is not None and _goes_beyond(target, bound)):
                 continue
             kl = judge(target)
             judged[target.widths, target.layers] = Candidate(target, measure_size(subject, target)[0], kl)
@@ -138,6 +146,17 @@ def search_widths(
             "Ask for more, or give the widths yourself."
         )
     return tuple(sorted(judged.values(), key=lambda candidate: candidate.kl))
+
+
+def _goes_beyond(target: Target, bound: Target) -> bool:
+    """Whether more layers, KV groups, query heads of a group or experts go than with another target."""
+    own, other = target.widths, bound.widths
+    return (
+        len(target.layers) < len(bound.layers)
+        or own.num_key_value_heads < other.num_key_value_heads
+        or own.heads_per_group < other.heads_per_group
+        or own.num_experts < other.num_experts
+    )
 
 
 def _fewer_layers(subject: Subject, base: WidthRequest, layer_scores: tuple[float, ...]) -> Iterator[WidthRequest]:

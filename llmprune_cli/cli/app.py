@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 from llmprune_cli import __version__
 from llmprune_cli.processes import is_first
 
-SHARED_COMMANDS = ("prune", "recover", "eval")  # in whose work all processes of a run take part
+SHARED_COMMANDS = ("prune", "sweep", "recover", "eval")  # in whose work all processes of a run take part
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,16 @@ COMMANDS = {
             "prune meta-llama/Llama-3.1-8B --target 85% -o pruned",
             "prune meta-llama/Llama-3.1-8B --mlp 25% --calibration chat.jsonl -o leaner",
             "prune meta-llama/Llama-3.1-8B --target 4GiB --dry-run",
+        ),
+    ),
+    "sweep": Command(
+        "llmprune_cli.cli.sweep",
+        "sweep_command",
+        "Prune to several sizes in one run, and show what each is worth.",
+        (
+            "sweep meta-llama/Llama-3.1-8B --targets 90%,80%,70%,60% -o sizes",
+            "sweep meta-llama/Llama-3.1-8B --mlp 10%,20%,30% --report sizes.svg",
+            "sweep meta-llama/Llama-3.1-8B --targets 6B,4GiB -o sizes --keep-models",
         ),
     ),
     "recover": Command(

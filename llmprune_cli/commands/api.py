@@ -31,6 +31,8 @@ from llmprune_cli.commands.requests import (
     options_of,
     refuse_unknown,
 )
+from llmprune_cli.commands.sweep import curve as sweeping
+from llmprune_cli.commands.sweep.request import LEFT_OUT, Sweep, check_sweep
 from llmprune_cli.errors import UsageError, memory_explained
 from llmprune_cli.heal.options import Healed, Healing, Teaching
 from llmprune_cli.options import Choice, Conversion, Delivery, Evaluation, ModelReference, Scratch, Text, WidthRequest
@@ -41,6 +43,7 @@ from llmprune_cli.report.results import (
     InspectResult,
     PruneResult,
     RecoverResult,
+    SweepResult,
     VerifyResult,
 )
 from llmprune_cli.run.questions.request import TaskRequest
@@ -133,6 +136,35 @@ def prune(
     run = pruning.prune if delivery.recover is None else recovering.prune_and_recover
     with _at_work():
         return run(request, Listener(progress))
+
+
+@_takes(ModelReference, Sweep, without=LEFT_OUT)
+def sweep(
+    model: str | Path | None = None,
+    *,
+    config: str | Path | None = None,
+    progress: Told | None = None,
+    **options: Any,
+) -> SweepResult | None:
+    """Prune to several sizes in one run, and say what each is worth.
+
+    Args:
+        model: folder, `.gguf` file or hub id; a recipe may say it instead.
+        config: a recipe; arguments beat it.
+        progress: told how far it is.
+        options: of the command, by name.
+
+    Returns:
+        What `--json` prints; None in all but the first of several processes.
+
+    Raises:
+        LlmpruneError: see there; `UsageError` where options are wrong.
+    """
+    name, given = _gather("sweep", model, config, options, (ModelReference, Sweep), LEFT_OUT)
+    reference, asked = _reference(name, given), make(Sweep, given)
+    check_sweep(reference, asked)
+    with _at_work():
+        return sweeping.sweep(reference, asked, Listener(progress))
 
 
 @_takes(ModelReference, Healing, Teaching, Healed, without=("dtype",))
@@ -270,8 +302,8 @@ def _gather(
 def _checked(own: NamedOption, value: Any) -> Any:
     option = own.option
     try:
-        if option.parse is not None and isinstance(value, str):
-            value = option.parse(value)
+        if option.parse is not None and value and isinstance(value, str | list | tuple):
+            value = option.parse(value if isinstance(value, str) else ",".join(map(str, value)))
         value = TypeAdapter(own.kind).validate_python(str(value) if isinstance(value, Path) else value)
         if option.check is not None:
             option.check(value)

@@ -20,6 +20,7 @@ from llmprune_cli.folder.documents import fsync, missing_parents, read_json, rem
 from llmprune_cli.folder.manifest import MANIFEST_NAME
 
 NEW, OLD, DONE = "new", "old", "done"
+SWEEP = "sweep.json"  # in a folder of plans and figures
 UNLISTED = (MANIFEST_NAME, "README.md", "LICENSE", "LICENCE", "NOTICE")  # how names begin that no manifest lists
 
 
@@ -229,7 +230,8 @@ def _check_free(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputError(f"{target} is not empty. Choose another --output, or pass --overwrite to replace it.")
-    if not (target / "config.json").exists() and not _is_export(target):
+    is_ours = any((target / name).exists() for name in ("config.json", SWEEP))
+    if not is_ours and not _is_export(target):
         raise OutputError(f"{target} is not a model folder, so --overwrite leaves it alone. Empty it yourself.")
 
 

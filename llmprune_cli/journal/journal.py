@@ -24,7 +24,8 @@ from llmprune_cli.processes import ALONE, Processes
 from llmprune_cli.progress import LOGGER
 
 RUN, LAYER, STATISTICS = "run.json", "layer.json", "statistics"
-STARTED = ("judged-*", "choice*", LAYER, "checkpoint-*", "teacher/teacher.json")  # what makes it worth going on
+# What makes it worth going on; of a sweep, the work on its points.
+STARTED = ("judged-*", "choice*", LAYER, "checkpoint-*", "teacher/teacher.json", "points/*/*", "point-*")
 
 Value = TypeVar("Value")
 

@@ -13,7 +13,7 @@ from llmprune_cli.folder.shards import open_shard
 from llmprune_cli.folder.tensors import TensorEntry
 from llmprune_cli.journal.journal import Journal
 from llmprune_cli.plan.document import Plan
-from llmprune_cli.repair.dense_goals import Streams, advance_dense
+from llmprune_cli.repair.dense_goals import Streams, advance_dense, walk_dense
 from llmprune_cli.repair.layer_refit import LayerRefit, LayerRepair, layer_file
 from llmprune_cli.run.layer import check_states
 from llmprune_cli.run.layered_model import LayeredModel
@@ -35,6 +35,8 @@ def repair(bench: Workbench, plan: Plan, method: str) -> tuple[Subject, tuple[La
     bench.listener.stage(f"Refitting ({method})", model.layers)
     with torch.inference_mode():
         windows, folder = model.share(text.fitted), bench.offload_dir
+        if bench.serves_several:
+            walk_dense(model, windows, bench.dense, lambda layers: None)
         kept, start = bench.dense.covering(windows), model.embed(windows, folder)
         streams = Streams(start, copy_states(start, folder), len(start), folder, kept)
         repairs = refit(model, plan, streams, method, bench.listener.advance, bench.journal)

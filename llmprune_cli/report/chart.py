@@ -1,4 +1,4 @@
-"""Charts: how far each layer is from what it did before and after its refit, and how healing went."""
+"""Charts: how far each layer is from what it did before and after its refit, how healing went, what sizes cost."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ from llmprune_cli.errors import OutputError, UnsupportedError
 from llmprune_cli.folder.documents import replace_file
 
 if TYPE_CHECKING:
-    from llmprune_cli.report.results import CalibrationResult, LayerResult, PruneResult, RecoverResult
+    from llmprune_cli.report.results import CalibrationResult, LayerResult, PruneResult, RecoverResult, SweepResult
 
 INCHES = (8.0, 24.0)  # least and largest width
 INCHES_PER_LAYER = 0.22
 MODEL_CHARACTERS = 80  # of a model's name, from its end
+LOGARITHMIC = 20  # times the least figure, from which on a panel of sizes has another scale
+SIZE_PANELS = {  # figures of a `SweepPoint`, with words and colours
+    "bits_per_byte": ("bits per byte\n(held-out text)", "removal"),
+    "kl": ("KL divergence, nats", "refit"),
+    "prefill_tokens_per_second": ("tokens per second,\nprefill", "stream"),
+}
 COLOURS = {"removal": "#c8553d", "refit": "#2a6f97", "stream": "#6c757d"}
 
 
@@ -85,6 +91,39 @@ def draw_curve(result: RecoverResult, path: Path) -> None:
         f"{_shown(result.model)}, healed\n"
         f"perplexity {before.perplexity:,.4g} → {after.perplexity:,.4g}, "
         f"KL divergence {before.kl:.3f} → {after.kl:.3f} nats on {result.held_out_tokens:,} held-out tokens",
+        fontsize=10,
+    )
+    _save(figure, path)
+
+
+def draw_sizes(result: SweepResult, path: Path) -> None:
+    """Draw what the sizes of a sweep are worth into a .png or .svg file, a panel for each figure.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    points = (result.dense, *result.points)
+    sizes = [point.parameters / 1e6 for point in points]
+    figure = Figure(figsize=(INCHES[0], 2.2 * len(SIZE_PANELS) + 1), layout="constrained")
+    panels = figure.subplots(len(SIZE_PANELS), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (name, (label, colour)) in zip(panels, SIZE_PANELS.items(), strict=True):
+        heights = [getattr(point, name) for point in points]
+        axes.plot(sizes, heights, "o-", color=COLOURS[colour])
+        axes.set_ylabel(label)
+        if max(heights) > LOGARITHMIC * min(heights) > 0:
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    for size, point in zip(sizes, points, strict=True):
+        place = (size, getattr(point, next(iter(SIZE_PANELS))))
+        panels[0].annotate(point.name, place, textcoords="offset points", xytext=(0, 6), ha="center", fontsize=8)
+    panels[-1].set_xlabel("parameters, millions")
+    figure.suptitle(
+        f"{_shown(result.model)}, pruned to several sizes\n"
+        f"refit: {result.refit}; on {result.held_out_tokens:,} held-out tokens",
         fontsize=10,
     )
     _save(figure, path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ import torch
 from llmprune_cli.choose.selection import judged_windows
 from llmprune_cli.coupling.trace import Instance
 from llmprune_cli.family.widths import Width, read_widths
-from llmprune_cli.options import Choice, ModelReference
+from llmprune_cli.options import ModelReference
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.processes import ALONE
 from llmprune_cli.repair.layer_refit import LayerRepair, relative_distance
@@ -24,6 +24,7 @@ from llmprune_cli.run.corpus import predicted_bytes, spelled
 from llmprune_cli.run.divergence import Side, compare, losses, tokens_at_a_time
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.perplexity import bits_per_byte
+from llmprune_cli.run.states import new_states
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.opening import open_checkpoint
 from llmprune_cli.source.tokenizer import load_tokenizer
@@ -33,26 +34,34 @@ if TYPE_CHECKING:
 
 
 def report_card(
-    bench: Workbench, folder: Path, plan: Plan, choice: Choice, split: str, repairs: tuple[LayerRepair, ...]
+    bench: Workbench,
+    folder: Path,
+    plan: Plan,
+    repairs: tuple[LayerRepair, ...],
+    split: str,
+    seed: int,
+    was_searched: bool,
 ) -> CalibrationResult:
     """What a pruned checkpoint does on text that neither fitted it nor, where there is enough, chose it.
 
     Args:
+        seed: by which the windows were drawn.
+        was_searched: whether candidates were held against each other on a part of the held-out windows.
         split: of the dataset that the text is from.
     """
     dense, text, listener = bench.model, bench.text, bench.listener
     assert text is not None
-    windows = max(text.judged, _not_chosen_by(text, choice), key=len)
+    windows = max(text.judged, _not_chosen_by(text, was_searched), key=len)
     whole = load_tokenizer(dense.subject.checkpoint)
     with open_checkpoint(ModelReference(str(folder)), need_weights=True) as checkpoint, torch.inference_mode():
         architecture = dense.architecture
         pruned = replace(architecture, config=checkpoint.config, widths=read_widths(checkpoint.config))
         subject = replace(dense.subject, checkpoint=checkpoint, architecture=pruned, processes=ALONE)
         listener.stage("Judging on held-out text", dense.layers)
-        models = dense, LayeredModel(subject, dense.device, dense.compute)
+        cut = LayeredModel(subject, dense.device, dense.compute)
         own = load_tokenizer(checkpoint) if plan.vocabulary is not None else whole
         told = windows if own is whole else _told(windows, whole, own)
-        found = _run_side_by_side(*models, plan, (windows, told), listener.advance)
+        found = _run_side_by_side(bench, cut, plan, (windows, told))
     refitted = {row.layer: row for row in repairs if row.layer not in plan.protected}
     layers = []
     for number, stream_error in zip(plan.layers, found.stream_errors, strict=False):  # none where tokens differ
@@ -66,7 +75,7 @@ def report_card(
         split=split,
         tokens=text.fitted.numel(),
         seq_len=text.fitted.shape[1],
-        seed=choice.seed,
+        seed=seed,
         held_out_tokens=windows[:, 1:].numel(),
         perplexity_before=found.perplexity(0),
         perplexity_after=found.perplexity(1),
@@ -80,9 +89,9 @@ def report_card(
     )
 
 
-def _not_chosen_by(text: CalibrationText, choice: Choice) -> torch.Tensor:
+def _not_chosen_by(text: CalibrationText, was_searched: bool) -> torch.Tensor:
     """Held-out windows [N, T] of a short text, where there are enough those by which no candidate was chosen."""
-    chosen_by = judged_windows(text) if choice.budget else 0
+    chosen_by = judged_windows(text) if was_searched else 0
     return text.held_out[chosen_by:] if len(text.held_out) > chosen_by else text.held_out
 
 
@@ -110,31 +119,24 @@ class _Comparison:
 
 
 def _run_side_by_side(
-    dense: LayeredModel,
-    pruned: LayeredModel,
-    plan: Plan,
-    windows: tuple[torch.Tensor, torch.Tensor],
-    progress: Callable[[int], None],
+    bench: Workbench, pruned: LayeredModel, plan: Plan, windows: tuple[torch.Tensor, torch.Tensor]
 ) -> _Comparison:
     """Run both models in turns, layer by layer, so that whatever else the machine does slows both alike.
 
     Args:
         windows: token ids, [N, T], of each model; the same tensor where both read the same tokens.
-        progress: told after each layer of the dense model.
     """
-    are_same = windows[0] is windows[1]
+    dense, are_same = bench.model, windows[0] is windows[1]
     channels = plan.keep.get(Width.HIDDEN, {}).get(Instance())
     clocks, errors = (Clock(), Clock()), []
-    ahead, behind = (
-        model.walk(own, clock.advance) for model, own, clock in zip((dense, pruned), windows, clocks, strict=True)
-    )
+    ahead, behind = _walk_once(bench, windows[0], clocks[0]), pruned.walk(windows[1], clocks[1].advance)
     for number, dense_end in enumerate(ahead):
         if number in plan.layers:
             after, pruned_items = next(behind)
             before = dense_end[0]
             if are_same:
                 errors.append(relative_distance(after, before if channels is None else before[..., list(channels)]))
-        progress(1)
+        bench.listener.advance(1)
     ends = dense.load_ends(exact=True)
     other = ends if are_same and channels is None else pruned.load_ends(exact=True)  # else only layers differ
     sides = Side(ends, *dense_end), Side(other, after, pruned_items)
@@ -147,3 +149,28 @@ def _run_side_by_side(
         return _Comparison(tokens, nats, found.kl, tuple(errors), clocks)
     nats = losses(sides[0], windows[0]), losses(sides[1], windows[1])
     return _Comparison(tokens, nats, None, (), clocks)
+
+
+def _walk_once(bench: Workbench, windows: torch.Tensor, clock: Clock) -> Iterator[tuple[torch.Tensor, int]]:
+    """The dense model over windows [N, T], see `LayeredModel.walk`; where it serves several results, it runs once.
+
+    Args:
+        clock: that times the layers, or is told how long they took.
+    """
+    dense, states = bench.model, bench.judged
+    kept = states.covering(windows)
+    if kept is not None:
+        stream = new_states((*windows.shape, dense.widths.hidden_size), None)
+        for number in range(dense.layers):
+            seconds, items = states.notes[number]
+            clock.seconds.append(seconds)
+            yield kept.read_into(stream, (number + 1, "")), items
+        return
+    if bench.serves_several and dense.device == "cpu":  # a GPU computes them faster than it would read them
+        states.begin(windows, dense.widths.hidden_size, dense.layers)
+    for number, (stream, items) in enumerate(dense.walk(windows, clock.advance)):
+        if states.is_open:
+            states.put((number + 1, ""), 0, stream)
+            states.notes[number] = clock.seconds[-1], items
+        yield stream, items
+    states.is_whole = states.is_open

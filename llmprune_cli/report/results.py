@@ -203,6 +203,47 @@ class PruneResult:
 
 
 @dataclass(frozen=True)
+class SweepPoint:
+    """One size of a model, and what it is worth on held-out text."""
+
+    name: str  # as it was asked for, "80%" or "mlp-25%"; "unpruned" for the whole model
+    widths: Widths
+    layers: tuple[int, ...]  # numbers before pruning of those that it has
+    parameters: int
+    size_bytes: int
+    kv_cache_bytes_per_token: int
+    perplexity: float
+    bits_per_byte: float  # of text in the tokens that are predicted
+    kl: float  # mean KL(dense ‖ this) of the next token, nats
+    prefill_tokens_per_second: float  # see `CalibrationResult`
+    deviations: tuple[str, ...]
+    seconds: float  # that it took
+    plan: str | None  # file in the output, for `prune --plan`
+    folder: str | None  # of the model in the output; None where it was not kept
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What `sweep` reports."""
+
+    schema_version: int
+    model: str
+    revision: str | None
+    output: str | None
+    importance: str
+    refit: str
+    dataset: str
+    origin: str
+    split: str
+    tokens: int  # that were fitted
+    held_out_tokens: int
+    device: str  # on which speed was measured
+    dense: SweepPoint
+    points: tuple[SweepPoint, ...]  # the largest first
+    seconds: float
+
+
+@dataclass(frozen=True)
 class ExportResult:
     """What `export` reports."""
 

@@ -15,6 +15,7 @@ from llmprune_cli.report.results import (
     PruneResult,
     PushResult,
     RecoverResult,
+    SweepResult,
     VerifyResult,
 )
 
@@ -24,6 +25,7 @@ DOCUMENTS: dict[str, type] = {
     "inspect-verify": VerifyResult,
     "prune": PruneResult,
     "recover": RecoverResult,
+    "sweep": SweepResult,
     "eval": EvalReport,
     "export": ExportResult,
     "push": PushResult,

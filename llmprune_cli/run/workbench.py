@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 from llmprune_cli.journal.journal import Journal
@@ -23,13 +22,28 @@ class Workbench:
     listener: Listener
     journal: Journal = field(default_factory=Journal)
     offload_dir: Path | None = None  # for the hidden states of calibration text; None keeps them in memory
+    serves_several: bool = False  # pruned models, so that it is worth keeping what the unpruned one makes of all text
+    known: dict[str, DenseStates] = field(default_factory=dict, compare=False, repr=False)  # by what the text is for
 
     @property
     def all_layers_dir(self) -> Path:
         """Where the hidden states of all layers lie, which are too many for memory."""
         return self.offload_dir or Path(tempfile.gettempdir())
 
-    @cached_property
+    @property
     def dense(self) -> DenseStates:
         """What the unpruned model has made of the calibration text so far."""
-        return DenseStates(self.all_layers_dir)
+        return self._states("fitted")
+
+    @property
+    def tried(self) -> DenseStates:
+        """The same of the text on which candidates of a search are refitted and judged."""
+        return self._states("tried")
+
+    @property
+    def judged(self) -> DenseStates:
+        """The same of the text on which results are judged, behind whole layers."""
+        return self._states("judged")
+
+    def _states(self, text: str) -> DenseStates:
+        return self.known.setdefault(text, DenseStates(self.all_layers_dir))

@@ -134,6 +134,20 @@ def test_a_way_ends_when_it_gets_worse() -> None:
     ]  # 64 channels are no multiple of 6 heads
 
 
+@pytest.mark.parametrize("judge", [missing_layers, missing_neurons])
+def test_no_more_goes_than_where_a_smaller_budget_is_spent_best(judge: Callable[[Target], float]) -> None:
+    subject = llama_on_paper(**WIDE)
+    (bound, *_) = search_widths(subject, Budget(0.5, "share"), LESS_IS_WORSE, judge)
+    free = search_widths(subject, Budget(0.8, "share"), LESS_IS_WORSE, judge)
+    bounded = search_widths(subject, Budget(0.8, "share"), LESS_IS_WORSE, judge, bound=bound.target)
+    most = bound.target.widths
+    for candidate in bounded:
+        own = candidate.target.widths
+        assert len(candidate.target.layers) >= len(bound.target.layers)
+        assert own.num_key_value_heads >= most.num_key_value_heads and own.heads_per_group >= most.heads_per_group
+    assert len(bounded) <= len(free) and bounded[0] == free[0]
+
+
 def test_refused_widths_are_left_whole() -> None:
     subject = llama_on_paper(("num_key_value_heads", "num_attention_heads"), **WIDE)
     for candidate in search_widths(subject, Budget(0.6, "share"), LESS_IS_WORSE, missing_neurons):

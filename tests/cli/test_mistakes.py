@@ -34,6 +34,10 @@ def recover(*words: str) -> tuple[str, ...]:
     return "recover", "model", *words, "-o", "out"
 
 
+def sweep(*words: str) -> tuple[str, ...]:
+    return "sweep", "model", *words
+
+
 HALF = ("--pruning-ratio", "50%")
 MISTAKES = {
     "a target above the model": Mistake(prune("--target-params", "6B"), PLAN, ("51,520", "removes nothing", "85%")),
@@ -87,6 +91,25 @@ MISTAKES = {
     "a push of what others made": Mistake(("push", "model", "me/pruned"), CHECKPOINT, ("llmprune.json", "hf upload")),
     "a push of nothing": Mistake(("push", "nowhere", "me/pruned"), CHECKPOINT, ("nowhere is no folder",)),
     "healing without an output": Mistake(("recover", "model"), USAGE, ("--output DIR",)),
+    "a sweep of nothing": Mistake(sweep(), USAGE, ("say what to try", "--targets 90%,80%,70%")),
+    "a sweep of two things": Mistake(
+        sweep("--targets", "90%,80%", "--mlp", "10%"), USAGE, ("--targets and --mlp one at a time",)
+    ),
+    "targets that are none": Mistake(sweep("--targets", "90%,small"), USAGE, ("--targets", "'small'", "such as 6B")),
+    "targets without their signs": Mistake(sweep("--targets", "0.9,0.8"), USAGE, ("--targets", "90%?")),
+    "a target that is there twice": Mistake(sweep("--targets", "80%,90%,80.0%"), USAGE, ("80.0% is there twice",)),
+    "ratios that are none": Mistake(sweep("--mlp", "10%,half"), USAGE, ("--mlp", "'half'")),
+    "a ratio of nothing": Mistake(sweep("--mlp", "0,10%"), USAGE, ("--mlp", "removes nothing")),
+    "one target above the model": Mistake(sweep("--targets", "90%,6B"), PLAN, ("51,520", "removes nothing")),
+    "one target below all": Mistake(sweep("--targets", "90%,2%"), PLAN, ("out of reach",)),
+    "a sweep into what is taken": Mistake(
+        sweep("--targets", "90%,80%", "-o", "taken"), OUTPUT, ("not empty", "--overwrite")
+    ),
+    "models to keep, and no place": Mistake(sweep("--mlp", "10%", "--keep-models"), USAGE, ("give --output DIR",)),
+    "going on with what was not kept": Mistake(sweep("--mlp", "10%", "--resume"), USAGE, ("give --output DIR",)),
+    "a text for a sweep that is not there": Mistake(
+        sweep("--mlp", "10%,20%", "--calibration", "nope.txt"), CHECKPOINT, ("nope.txt does not",)
+    ),
 }
 
 

@@ -42,6 +42,10 @@ COMMANDS: dict[str, tuple[str, ...]] = {  # OUT is the folder of the processes t
         *("--save-plan", "OUT/search.json", "--statistics", "OUT/statistics", "--offload-dir", "OUT/states"),
     ),
     "magnitude": ("prune", "llama", *BY_MAGNITUDE, "--pruning-ratio", "0.5", "--output", "OUT/magnitude"),
+    "sweep": (
+        *("sweep", "llama", "--mlp", "50%", "--importance", "range", *CALIBRATED),
+        *("--output", "OUT/sweep", "--keep-models"),
+    ),
     "inspect": ("inspect", "llama", "--json"),
 }
 FULL_FOR_TWO = ("prune", "llama", *CUT, "--output", "two/resumed")
@@ -134,6 +138,12 @@ def test_two_processes_write_what_one_writes(alone: Path, both: dict[str, list[R
     plans = [alone / side / f"{name}.json" for side in ("one", "two")]
     assert [plan.exists() for plan in plans] == [name == "default"] * 2
     assert name != "default" or plans[0].read_bytes() == plans[1].read_bytes()
+
+
+def test_two_processes_sweep_as_one_does(alone: Path, both: dict[str, list[Run]]) -> None:
+    assert both["sweep"][0].code == 0, both["sweep"][0].stderr
+    assert run_cli(*at_work("sweep", "one")).code == 0
+    assert largest_difference(alone / "one" / "sweep" / "mlp-50%", alone / "two" / "sweep" / "mlp-50%") < 1e-5
 
 
 def test_two_processes_find_what_one_finds(alone: Path, both: dict[str, list[Run]]) -> None:

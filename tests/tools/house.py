@@ -30,6 +30,8 @@ LIGHT |= {
     "commands",
     "commands.requests",
     "commands.push",
+    "commands.sweep",
+    "commands.sweep.request",
     "choose",
     "repair",
     "heal",

@@ -6,8 +6,8 @@ What only one may do, such as writing, the first process does, while the others 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -142,22 +142,30 @@ def _run(
             bench = replace(bench, model=layered(rotated, request, choice))
         journal = stack.enter_context(_journal(request, choice, claim, decided.plan, bench))
         bench = replace(bench, journal=journal)
-        return _choose_and_write(request, choice, claim, decided, bench, evaluated)
+        return choose_and_write(request, choice, claim.staged if claim else None, decided, bench, evaluated)
 
 
-def _choose_and_write(
+def choose_and_write(
     request: PruneRequest,
     choice: Choice,
-    claim: Claim | None,
+    staged: Callable[[], AbstractContextManager[Path]] | None,
     decided: Decided,
     bench: Workbench,
-    evaluated: EvalText | None,
+    evaluated: EvalText | None = None,
+    bound: Target | None = None,
 ) -> Outcome | None:
+    """Choose what stays, repair, write and judge; None in processes that do not report.
+
+    Args:
+        choice: see `settle`.
+        staged: opens the folder to write into; None where nothing is written.
+        bound: see `search_widths`.
+    """
     subject, selection, target = bench.model.subject, None, decided.target
     if decided.plan is not None:
         selection = Selection(decided.plan)
     elif request.needs_weights:
-        selection = select(bench, decided.target, choice)
+        selection = select(bench, decided.target, choice, bound)
         target = target_of(selection.plan)
     if selection is not None:
         selection = replace(selection, plan=with_vocabulary(request, selection.plan, decided, bench))
@@ -187,9 +195,9 @@ def _choose_and_write(
         card=None,
         evaluated=evaluated,
     )
-    if claim is None or selection is None:
+    if staged is None or selection is None:
         return outcome
-    with claim.staged() as staging:
+    with staged() as staging:
         return replace(outcome, card=_fill(staging, request, outcome, selection.plan, repaired, repairs, bench))
 
 
@@ -254,7 +262,8 @@ def _fill(
     warn_of_large_shards(staging, most, listener.warn)
     card = None
     if bench.text is not None:
-        card = report_card(bench, staging, plan, outcome.choice, request.text.calibration_split, repairs)
+        split, was_searched = request.text.calibration_split, outcome.choice.budget is not None
+        card = report_card(bench, staging, plan, repairs, split, outcome.choice.seed, was_searched)
         card = replace(card, answers=answer_both(subject.checkpoint, staging, bench))
         manifest = replace(manifest, calibration=asdict(card))
     config = with_widths(subject.architecture, plan.after, plan.layers)

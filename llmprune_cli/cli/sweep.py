@@ -1,0 +1,109 @@
+"""`llmprune sweep`."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from llmprune_cli.cli.parameters import AsJson, Quiet, takes
+from llmprune_cli.cli.screen.tables import (
+    NARROW,
+    count_text,
+    new_console,
+    number_text,
+    print_json,
+    size_text,
+)
+from llmprune_cli.commands.sweep.request import LEFT_OUT, Sweep, check_sweep
+from llmprune_cli.options import ModelReference
+from llmprune_cli.startup.loading import loading
+
+if TYPE_CHECKING:
+    from llmprune_cli.report.results import SweepPoint, SweepResult
+
+# Widths that have a column where they vary.
+SHAPES = {
+    "hidden_size": "hidden",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "KV",
+    "intermediate_size": "neurons",
+    "moe_intermediate_size": "expert\nneurons",
+    "num_experts": "experts",
+    "num_hidden_layers": "layers",
+}
+MOST_SHAPES = 4  # columns of widths beside which the others fit into 80; more of them are listed below the table
+SHORT, TENS = 1e4, 10  # a perplexity from which on, and a size below which, digits behind the first few are left out
+
+
+@takes(*LEFT_OUT)
+def sweep_command(model: ModelReference, asked: Sweep, as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """Check what is asked for, do it, and print it."""
+    check_sweep(model, asked)
+    with loading():
+        from llmprune_cli.cli.screen.progress import progress_on_stderr
+        from llmprune_cli.commands.sweep.curve import sweep
+
+    with progress_on_stderr(quiet) as listener:
+        result = sweep(model, asked, listener)
+    if result is not None:
+        (print_json if as_json else print_sweep)(result)
+
+
+def print_sweep(result: SweepResult) -> None:
+    """What `sweep` shows."""
+    console = new_console()
+    points = (result.dense, *result.points)
+    shapes = {name: head for name, head in SHAPES.items() if len({getattr(p.widths, name) for p in points}) > 1}
+    fits = len(shapes) <= MOST_SHAPES
+    console.print(_table(points, shapes if fits else {}))
+    for point in () if fits else points:
+        sizes = (f"{getattr(point.widths, name):,} {head}".replace("\n", " ") for name, head in shapes.items())
+        console.print(f"{point.name}: {', '.join(sizes)}", highlight=False)
+    name, held_out = Path(result.dataset).name, result.held_out_tokens
+    console.print(f"Fitted on {result.tokens:,} tokens of {name}, judged on {held_out:,} others.", highlight=False)
+    console.print("KL: nats a token from the unpruned model. Tokens/s: of prefill.", highlight=False)
+    if result.output is None:
+        console.print("Nothing was kept: --output DIR keeps the plans, --keep-models the models, too.")
+        return
+    console.print(f"Wrote [bold]{result.output}[/bold]. Next, with the size that you choose:", soft_wrap=True)
+    for line in _next(result):
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _table(points: tuple[SweepPoint, ...], shapes: dict[str, str]) -> Table:
+    """A row for each size, with columns for some widths."""
+    table = Table("", **{**NARROW, "box": None})
+    for head in ("para-\nmeters", "size", *shapes.values(), "per-\nplexity", "bits/\nbyte", "KL", "tokens\n/s"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for point in points:
+        table.add_row(
+            point.name,
+            count_text(point.parameters),
+            _bytes(point.size_bytes),
+            *(f"{getattr(point.widths, name):,}" for name in shapes),
+            number_text(point.perplexity) if point.perplexity < SHORT else f"{point.perplexity:.3g}",
+            f"{point.bits_per_byte:.3f}",
+            f"{point.kl:.3f}",
+            f"{point.prefill_tokens_per_second:,.0f}",
+        )
+    return table
+
+
+def _bytes(count: int) -> str:
+    """A size in whole units."""
+    number, unit = size_text(count).split()
+    return f"{float(number):.0f} {unit}" if float(number) >= TENS else f"{float(number):.2g} {unit}"
+
+
+def _next(result: SweepResult) -> Iterator[str]:
+    """Commands that go on from here."""
+    point, folder = result.points[0], Path(result.output or "")
+    model = shlex.quote(result.model)
+    if point.folder is not None:
+        yield f"llmprune eval {model} {shlex.quote(str(folder / point.folder))}"
+    elif point.plan is not None:
+        yield f"llmprune prune {model} --plan {shlex.quote(str(folder / point.plan))} -o pruned"

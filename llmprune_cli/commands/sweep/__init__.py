@@ -1,0 +1,1 @@
+"""`sweep`: several sizes of one model, pruned and judged in one run that measures once."""
