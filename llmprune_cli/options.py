@@ -266,6 +266,10 @@ class Delivery:
     text_only: Annotated[bool, Option("Of a multimodal model, write the language model alone.", OUTPUT)] = False
     max_shard_size: Annotated[str, Option("Largest shard, such as 500MB or 5GB.", OUTPUT, check=parse_size)] = "5GB"
     recover: Annotated[str | None, Option("Tokens to heal it on then, such as 1M.", METHOD, is_common=True)] = None
+    gguf: Annotated[
+        str | None,
+        Option("Export it as GGUF too, such as q4_k_m, to OUTPUT-gguf.", OUTPUT, is_common=True, parse=parse_dtype),
+    ] = None
     plan: Annotated[Path | None, Option("Replay a saved plan instead of choosing.", OUTPUT)] = None
     save_plan: Annotated[Path | None, Option("Save the plan as JSON.", OUTPUT)] = None
     save_config: Annotated[
@@ -323,7 +327,7 @@ class Conversion:
     dtype: Annotated[
         str | None,
         Option(
-            "Dtype to write; for gguf also q8_0 and the like, for genai int4 and int8.",
+            "Dtype to write; for gguf also q4_k_m and the like, for genai int4 and int8.",
             OUTPUT,
             left_out="as stored",
             is_common=True,

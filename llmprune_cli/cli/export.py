@@ -38,7 +38,7 @@ def export_command(
     quiet: Quiet = False,
 ) -> None:
     """Check what is asked for, do it, and print it."""
-    check_export(model, output, overwrite)
+    check_export(model, output, overwrite, conversion)
     with loading():
         from llmprune_cli.cli.screen.progress import progress_on_stderr
         from llmprune_cli.commands.export import export

@@ -17,14 +17,15 @@ from transformers.utils import logging as transformers_logging
 from llmprune_cli.commands import evaluate as evaluating
 from llmprune_cli.commands import export as exporting
 from llmprune_cli.commands import inspect as inspecting
-from llmprune_cli.commands import prune as pruning
 from llmprune_cli.commands import recover as recovering
+from llmprune_cli.commands.delivery import deliver
 from llmprune_cli.commands.recipe import read_recipe
 from llmprune_cli.commands.requests import (
     NamedOption,
     PruneRequest,
     RecoverRequest,
     check_eval,
+    check_export,
     check_prune,
     check_recover,
     make,
@@ -130,9 +131,8 @@ def prune(
     judge = evaluation if judged else None
     request = PruneRequest(_reference(name, given), choice, text, delivery, scratch, judge, vocabulary)
     check_prune(request)
-    run = pruning.prune if delivery.recover is None else recovering.prune_and_recover
     with _at_work():
-        return run(request, Listener(progress))
+        return deliver(request, Listener(progress))
 
 
 @_takes(ModelReference, Healing, Teaching, Healed, without=("dtype",))
@@ -230,6 +230,7 @@ def export(
         raise UsageError("say where to write: output.")
     conversion, reference = make(Conversion, given), _reference(name, given)
     overwrite = overwrite or bool(given.get("overwrite"))
+    check_export(reference, Path(target), overwrite, conversion)
     with _at_work():
         return exporting.export(reference, Path(target), overwrite, conversion, Listener(progress))
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from llmprune_cli.commands.prune import source_folder
-from llmprune_cli.errors import UnsupportedError, UsageError, VerificationError
+from llmprune_cli.errors import UnsupportedError, VerificationError
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.integrity import list_files
 from llmprune_cli.folder.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
@@ -34,12 +34,13 @@ def export(
     """Write a checkpoint in another format, and hold it against transformers in the runtime that reads it.
 
     Raises:
-        UsageError: options that the format does not have.
         UnsupportedError: no runtime of this format takes the model.
         VerificationError: it is not the same model there, or cannot be compared and has to be.
     """
     form = load_format(conversion.format)
-    asked = _options(form, output, conversion)
+    asked = ExportOptions(
+        conversion.dtype, parse_size(conversion.max_shard_size), conversion.converter, conversion.kv_cache
+    )
     reference = replace(reference, dtype=asked.dtype if asked.dtype in LOADED else None)
     with open_checkpoint(reference, need_weights=True) as opened:
         checkpoint = text_alone(opened)
@@ -81,28 +82,6 @@ def export(
             verification=verification,
             unverified=reason or "",
         )
-
-
-def _options(form: Format, output: Path, conversion: Conversion) -> ExportOptions:
-    """What the format is told.
-
-    Raises:
-        UsageError: options that it does not have.
-    """
-    name, dtype = conversion.format, conversion.dtype
-    dtype = SHORT_DTYPES.get(dtype, dtype) if dtype else None
-    if dtype is not None and dtype not in form.dtypes:
-        raise UsageError(f"--format {name} has no --dtype {dtype}; it has {', '.join(form.dtypes)}.")
-    if output.suffix in (".gguf", ".onnx", ".pt2", ".safetensors"):
-        raise UsageError(f"--output names a folder, and {output} looks like a file.")
-    if conversion.converter is not None and name != "gguf":
-        raise UsageError("--converter writes gguf; give --format gguf with it.")
-    if conversion.converter is not None and not conversion.converter.is_file():
-        raise UsageError(f"--converter: {conversion.converter} is not a file.")
-    if not conversion.kv_cache and name != "onnx":
-        raise UsageError("--no-kv-cache is about onnx; give --format onnx with it.")
-    most = parse_size(conversion.max_shard_size)
-    return ExportOptions(dtype, most, conversion.converter, conversion.kv_cache)
 
 
 def _why_not_verified(form: Format, checkpoint: Checkpoint, conversion: Conversion) -> str | None:

@@ -35,6 +35,7 @@ LIGHT |= {
     "heal",
     "heal.options",
     "formats",
+    "formats.request",
     "cli",
     "startup",
     "startup.loading",
