@@ -33,8 +33,9 @@ from llmprune_cli.commands.requests import (
     refuse_unknown,
 )
 from llmprune_cli.errors import UsageError, memory_explained
+from llmprune_cli.formats.request import Conversion
 from llmprune_cli.heal.options import Healed, Healing, Teaching
-from llmprune_cli.options import Choice, Conversion, Delivery, Evaluation, ModelReference, Scratch, Text, WidthRequest
+from llmprune_cli.options import Choice, Delivery, Evaluation, ModelReference, Scratch, Text, WidthRequest
 from llmprune_cli.progress import Listener, Told
 from llmprune_cli.report.results import (
     EvalReport,

@@ -11,12 +11,12 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from llmprune_cli.choose import IMPORTANCES, LAYER_IMPORTANCES, needs_text, reads_text
 from llmprune_cli.errors import UsageError
 from llmprune_cli.formats import FORMATS
+from llmprune_cli.formats.request import Conversion, check_conversion
 from llmprune_cli.heal import LOSSES, TEACHER_MODES, TRAINED
 from llmprune_cli.heal.options import Healed, Healing, Teaching
 from llmprune_cli.options import (
     ROTATES,
     Choice,
-    Conversion,
     Delivery,
     Evaluation,
     ModelReference,
@@ -233,11 +233,15 @@ def check_eval(models: Iterable[ModelReference], evaluation: Evaluation, tasks: 
 def check_export(model: ModelReference, output: Path, overwrite: bool, conversion: Conversion) -> None:
     """The same for `export`."""
     from llmprune_cli.folder.staging import check_target as check_output
-    from llmprune_cli.formats.request import check_conversion
-    from llmprune_cli.startup.model_argument import check_model
+    from llmprune_cli.startup.model_argument import check_model, check_tokenizer
+    from llmprune_cli.text.names import check_text, parts_of
 
     check_conversion(conversion, output)
     check_model(model, needs_weights=True)
+    if conversion.imatrix is not None:
+        check_tokenizer(model.name)
+        for part in parts_of(conversion.imatrix):
+            check_text(part.name)
     source = Path(model.name)
     check_output(output, overwrite, source if source.exists() else None)
 

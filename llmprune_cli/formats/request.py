@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Annotated
 
 from llmprune_cli.errors import MissingPackageError, UsageError
 from llmprune_cli.folder.tensors import SHORT_DTYPES
-from llmprune_cli.options import Conversion
+from llmprune_cli.options import EVALUATION, METHOD, OUTPUT, Option
+from llmprune_cli.sizes import parse_dtype, parse_size
 
 FLOATS = tuple(SHORT_DTYPES.values())
 LEGACY = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")  # blocks of one kind, which the gguf package encodes
@@ -22,6 +25,42 @@ FORMAT_DTYPES = {
     "torch-export": FLOATS,
 }
 FILES = (".gguf", ".onnx", ".pt2", ".safetensors")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What an export writes."""
+
+    format: Annotated[str, Option("What to write.", OUTPUT, is_common=True)] = "safetensors"
+    dtype: Annotated[
+        str | None,
+        Option(
+            "Dtype to write; for gguf also q4_k_m and the like, for genai int4 and int8.",
+            OUTPUT,
+            left_out="as stored",
+            is_common=True,
+            parse=parse_dtype,
+        ),
+    ] = None
+    verify: Annotated[
+        bool | None,
+        Option(
+            "Compare with transformers in the runtime of the format.",
+            EVALUATION,
+            left_out="where it is installed",
+            is_common=True,
+        ),
+    ] = None
+    converter: Annotated[Path | None, Option("llama.cpp's convert_hf_to_gguf.py, to write gguf with.", METHOD)] = None
+    imatrix: Annotated[
+        str | None,
+        Option("Text, as --dataset, on which a gguf mix measures where to round with more care.", METHOD),
+    ] = None
+    compat: Annotated[
+        bool, Option("Changes nothing: config.json is always written for readers of older ones too.", METHOD)
+    ] = False
+    kv_cache: Annotated[bool, Option("Whether an onnx graph has a key-value cache.", METHOD)] = True
+    max_shard_size: Annotated[str, Option("Largest shard, such as 500MB or 5GB.", OUTPUT, check=parse_size)] = "5GB"
 
 
 def check_conversion(conversion: Conversion, output: Path) -> None:
@@ -40,6 +79,8 @@ def check_conversion(conversion: Conversion, output: Path) -> None:
         raise UsageError("--converter writes gguf; give --format gguf with it.")
     if conversion.converter is not None and not conversion.converter.is_file():
         raise UsageError(f"--converter: {conversion.converter} is not a file.")
+    if conversion.imatrix is not None and (conversion.dtype not in MIXES or conversion.converter is not None):
+        raise UsageError(f"--imatrix is about gguf in {', '.join(MIXES)}; give one of them as --dtype.")
     if not conversion.kv_cache and name != "onnx":
         raise UsageError("--no-kv-cache is about onnx; give --format onnx with it.")
     if name == "gguf":

@@ -54,11 +54,14 @@ class Layout:
     parts: dict[str, tuple[Part, ...]]  # by the stored tensor's name
 
 
-def lay_out(entries: Iterable[TensorEntry], config: PretrainedConfig, family: GgufFamily, dtype: str) -> Layout:
+def lay_out(
+    entries: Iterable[TensorEntry], config: PretrainedConfig, family: GgufFamily, dtype: str, is_weighted: bool
+) -> Layout:
     """Name, reshape and type every tensor.
 
     Args:
         dtype: of the file, by llama.cpp's name. Matrices whose rows no block divides become float16, vectors float32.
+        is_weighted: see `Model`.
 
     Raises:
         UnsupportedError: a tensor that llama.cpp has no name for.
@@ -77,7 +80,8 @@ def lay_out(entries: Iterable[TensorEntry], config: PretrainedConfig, family: Gg
             stacked |= {part.target} if part.expert is not None else set()
     heads = heads_of(config, family)
     grouped = heads.query // heads.key
-    model = Model(family.architecture, int(config.num_hidden_layers), grouped, experts_of(config), OUTPUT not in shapes)
+    layers, is_tied = int(config.num_hidden_layers), OUTPUT not in shapes
+    model = Model(family.architecture, layers, grouped, experts_of(config), is_weighted, is_tied)
     tensors = (
         FileTensor(
             name, (*((experts_of(config),) if name in stacked else ()), *shape), _kind(name, shape, dtype, model)

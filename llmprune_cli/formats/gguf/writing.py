@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -68,11 +68,12 @@ def write_gguf(
     writer = GGUFWriter(path, family.architecture)
     try:
         _describe(writer, checkpoint, family, kind)
-        layout = _declare(writer, checkpoint, family, kind)
+        layout = _declare(writer, checkpoint, family, kind, options.importance is not None)
         _write_header(writer)
         assert writer.fout is not None
         check_room(path, sum(map(_size, layout.tensors)))
-        _write_tensors(writer.fout[0], checkpoint, layout, rope_factors(checkpoint.config, family), progress)
+        extra = rope_factors(checkpoint.config, family)
+        _write_tensors(writer.fout[0], checkpoint, layout, extra, options.importance or {}, progress)
     finally:
         writer.close()
     return {}
@@ -88,14 +89,14 @@ def _describe(writer: GGUFWriter, checkpoint: Checkpoint, family: GgufFamily, ki
     writer.add_quantization_version(GGML_QUANT_VERSION)
 
 
-def _declare(writer: GGUFWriter, checkpoint: Checkpoint, family: GgufFamily, kind: str) -> Layout:
+def _declare(writer: GGUFWriter, checkpoint: Checkpoint, family: GgufFamily, kind: str, is_weighted: bool) -> Layout:
     """Say which tensors will follow, those that no stored one gives first."""
     import numpy
     from gguf import GGMLQuantizationType
 
     single = GGMLQuantizationType.F32
     extra = [FileTensor(n, tuple(t.shape), single) for n, t in rope_factors(checkpoint.config, family).items()]
-    layout = lay_out(checkpoint.entries, checkpoint.config, family, kind)
+    layout = lay_out(checkpoint.entries, checkpoint.config, family, kind, is_weighted)
     layout = replace(layout, tensors=(*extra, *layout.tensors))
     for tensor in layout.tensors:
         dtype = numpy.dtype(numpy.float32)  # any but bytes: the shape is one of elements
@@ -121,6 +122,7 @@ def _write_tensors(
     checkpoint: Checkpoint,
     layout: Layout,
     extra: dict[str, torch.Tensor],
+    importance: Mapping[str, torch.Tensor],
     progress: Callable[[int], None],
 ) -> None:
     """Read every tensor once, in the order of the checkpoint, and write it at its place."""
@@ -134,24 +136,27 @@ def _write_tensors(
     by_name = {tensor.name: tensor for tensor in layout.tensors}
     for name, values in extra.items():
         file.seek(offsets[name])
-        _write_rows(file, values, by_name[name])
+        _write_rows(file, values, by_name[name], None)
     for entry, stored in checkpoint.tensors():
         for part in layout.parts[entry.name]:
             target, values = by_name[part.target], part.change(stored)
             skipped = 0 if part.expert is None else _size(target) // target.shape[0] * part.expert
             file.seek(offsets[part.target] + skipped)
-            _write_rows(file, values, target)
+            _write_rows(file, values, target, importance.get(entry.name))
         progress(entry.size_bytes)
 
 
-def _write_rows(file: IO[bytes], tensor: torch.Tensor, target: FileTensor) -> None:
+def _write_rows(file: IO[bytes], tensor: torch.Tensor, target: FileTensor, weights: torch.Tensor | None) -> None:
     rows = tensor.reshape(-1, tensor.shape[-1])
     for some in rows.split(max(1, CHUNK // rows.shape[-1])):
-        file.write(encode(some, target).data)
+        file.write(encode(some, target, weights).data)
 
 
-def encode(rows: torch.Tensor, target: FileTensor) -> numpy.ndarray:
+def encode(rows: torch.Tensor, target: FileTensor, weights: torch.Tensor | None) -> numpy.ndarray:
     """Rows of a tensor as the bytes that llama.cpp reads.
+
+    Args:
+        weights: how much each column matters; None where all do alike.
 
     Raises:
         VerificationError: they hold NaN or infinity, or what blocks cannot hold.
@@ -165,9 +170,10 @@ def encode(rows: torch.Tensor, target: FileTensor) -> numpy.ndarray:
         return plain.view(torch.int16).numpy()
     if target.kind in (GGMLQuantizationType.F16, GGMLQuantizationType.F32):
         return plain.numpy()
-    if target.kind.name.lower() in LEGACY:
+    if target.kind.name.lower() in LEGACY and weights is None:
         return quantize(plain.numpy(), target.kind)
-    return encode_blocks(plain.numpy(), target.kind, target.name, torch.get_num_threads())
+    given = weights.numpy() if weights is not None else None
+    return encode_blocks(plain.numpy(), target.kind, target.name, torch.get_num_threads(), given)
 
 
 # --- llama.cpp's own converter -------------------------------------------------------------------------------------

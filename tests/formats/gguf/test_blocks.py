@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from support.cli import BY_MAGNITUDE, run_cli
-from support.full import examples
+from support.full import examples, in_full
 from support.gguf_exports import export, needs_llamacpp, tiny, verified
-from support.refusals import OUTPUT, UNSUPPORTED, USAGE, assert_refused
+from support.refusals import CHECKPOINT, OUTPUT, UNSUPPORTED, USAGE, assert_refused
 from support.stock import written_tensors
 
 pytestmark = needs_llamacpp
@@ -36,7 +36,7 @@ COUNTED = {
 def test_llama_2_7b_has_the_kinds_that_llama_quantize_gives_it(mix: str) -> None:
     from llmprune_cli.formats.gguf.blocks.mixes import Model, mixed_kind
 
-    model = Model("llama", layers=32, queries_per_key=1, experts=0, is_tied=False)
+    model = Model("llama", layers=32, queries_per_key=1, experts=0, is_weighted=False, is_tied=False)
     names = ["token_embd.weight", "output.weight", *(f"blk.{n}.{role}.weight" for n in range(32) for role in ROLES)]
     columns = {name: 11008 if "ffn_down" in name else 4096 for name in names}
     assert Counter(mixed_kind(mix, name, columns[name], model) for name in names) == COUNTED[mix]
@@ -56,6 +56,7 @@ def test_llama_2_7b_has_the_kinds_that_llama_quantize_gives_it(mix: str) -> None
         ("q4_k_m", "blk.8.attn_q.weight", 100, {}, "F16"),
         ("iq4_nl", "blk.8.attn_v.weight", 512, {"queries_per_key": 4}, "Q5_K"),
         ("iq4_nl", "blk.0.ffn_down.weight", 512, {}, "Q5_K"),
+        ("iq4_nl", "blk.0.ffn_down.weight", 512, {"is_weighted": True}, "IQ4_NL"),
         ("iq4_nl", "blk.8.ffn_down.weight", 512, {}, "IQ4_NL"),
         ("q4_k_m", "blk.8.attn_k.weight", 512, {"experts": 8}, "Q8_0"),
         ("q4_k_m", "blk.8.attn_v.weight", 512, {"experts": 8}, "Q8_0"),
@@ -73,7 +74,14 @@ def test_what_a_matrix_gets_depends_on(
 ) -> None:
     from llmprune_cli.formats.gguf.blocks.mixes import Model, mixed_kind
 
-    plain = {"architecture": "llama", "layers": 32, "queries_per_key": 1, "experts": 0, "is_tied": False}
+    plain = {
+        "architecture": "llama",
+        "layers": 32,
+        "queries_per_key": 1,
+        "experts": 0,
+        "is_weighted": False,
+        "is_tied": False,
+    }
     assert mixed_kind(mix, name, columns, Model(**{**plain, **settings})) == kind  # type: ignore[arg-type]
 
 
@@ -84,7 +92,7 @@ def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny(tmp_path_factory.mktemp("wide") / "model", "llama", **sizes, initializer_range=0.05)
 
 
-@pytest.mark.parametrize("mix", examples(MIXES, ["q4_k_m", "iq4_nl"]))
+@pytest.mark.parametrize("mix", examples(MIXES, ["q4_k_m"]))
 def test_a_mix_runs_in_llama_cpp_and_takes_the_bytes_of_its_blocks(mix: str, wide_llama: Path, tmp_path: Path) -> None:
     import numpy
     from gguf import GGML_QUANT_SIZES, GGUFReader, LlamaFileType
@@ -137,6 +145,67 @@ def test_elements_beyond_the_scales_of_blocks_are_refused() -> None:
         encode_blocks(rows, GGMLQuantizationType.Q4_K, "attn_q", 1)
 
 
+@pytest.mark.parametrize("family", examples(["llama", "gpt2", "falcon", "phi3", "mixtral", "qwen3_moe"], ["llama"]))
+def test_importance_is_what_comes_into_each_stored_matrix(family: str, tmp_path: Path) -> None:
+    """Beside hooks on the whole model in transformers, in whose modules matrices have their stored names, or slices."""
+    import torch
+
+    from llmprune_cli.formats.gguf.blocks.importance import measure_importance
+    from support.opened import open_family
+
+    expected: dict[str, torch.Tensor] = {}
+
+    def follow(module: torch.nn.Module, name: str) -> None:
+        def keep(module: torch.nn.Module, given: tuple[torch.Tensor, ...], result: torch.Tensor) -> None:
+            expected[name] = given[0].reshape(-1, given[0].shape[-1]).square().mean(0)
+
+        module.register_forward_hook(keep)
+
+    with open_family(family, tmp_path) as opened, torch.inference_mode():
+        found = measure_importance(opened.layered, opened.tokens, lambda layers: None)
+        own = [name for name, values in opened.model.named_parameters() if name in found and values.ndim == 2]
+        for name in own:
+            follow(opened.model.get_submodule(name.removesuffix(".weight")), name)
+        opened.model(input_ids=opened.tokens)
+        config = opened.model.config
+        stacked = {entry.name for entry in opened.subject.checkpoint.entries if ".experts." in entry.name}
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values.clamp_min(1e-6 * values.mean()), rtol=1e-3, atol=1e-6)
+    assert len(expected) == len(own) >= 4 * config.num_hidden_layers
+    assert {name for name in found if ".experts." in name} == stacked
+
+
+def test_importance_rounds_with_more_care_where_it_counts(wide_llama: Path, tmp_path: Path) -> None:
+    import numpy
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    from llmprune_cli.formats.gguf.blocks.encoding import encode_blocks
+
+    seeded = numpy.random.default_rng(0)
+    rows, weights = seeded.normal(size=(64, 256)).astype("float32"), seeded.exponential(size=256).astype("float32") ** 3
+    for kind in (GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q5_0, GGMLQuantizationType.IQ4_NL):
+        errors = [
+            (weights * numpy.square(dequantize(encode_blocks(rows, kind, "x", 1, given), kind) - rows)).sum()
+            for given in (weights, None)
+        ]
+        assert errors[0] < 0.95 * errors[1], kind
+
+
+def test_an_export_measures_importance_on_the_text_that_is_named(
+    wide_llama: Path, tmp_path: Path, text_file: Path
+) -> None:
+    words = ("export", wide_llama, "--format", "gguf", "--dtype", "q4_k_m", "-o")
+    run = run_cli(*words, tmp_path / "weighted", "--imatrix", text_file, "--no-verify")
+    assert run.code == 0, run.stderr
+    assert run_cli(*words, tmp_path / "plain", "--no-verify").code == 0
+    files = [(tmp_path / name / "model-q4_k_m.gguf").read_bytes() for name in ("weighted", "plain")]
+    assert len(files[0]) == len(files[1]) and files[0] != files[1]
+    run = run_cli(*words[:4], "--dtype", "q8_0", "-o", tmp_path / "x", "--imatrix", text_file)
+    assert_refused(run, USAGE, "--imatrix is about gguf in q6_k, q5_k_m")
+    assert_refused(run_cli(*words, tmp_path / "x", "--imatrix", "nope.txt"), CHECKPOINT, "nope.txt does not")
+
+
 def test_a_prune_exports_in_one_go(byte_level_llama: Path, tmp_path: Path) -> None:
     from gguf import GGUFReader
 
@@ -154,6 +223,7 @@ def test_a_prune_exports_in_one_go(byte_level_llama: Path, tmp_path: Path) -> No
     assert_refused(run_cli(*words), OUTPUT, "out-gguf is not empty", "--overwrite")
 
 
+@in_full
 def test_what_llama_cpp_does_not_take_is_told_before_a_prune(tmp_path: Path) -> None:
     model = tiny(tmp_path / "model", "opt")
     run = run_cli(

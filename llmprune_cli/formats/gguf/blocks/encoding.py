@@ -22,12 +22,15 @@ SIGNATURES = {
 }
 
 
-def encode_blocks(rows: numpy.ndarray, kind: GGMLQuantizationType, name: str, threads: int) -> numpy.ndarray:
+def encode_blocks(
+    rows: numpy.ndarray, kind: GGMLQuantizationType, name: str, threads: int, weights: numpy.ndarray | None = None
+) -> numpy.ndarray:
     """Rows [R, C] in float32 as blocks: bytes [R, C / elements of a block · bytes of a block].
 
     Args:
         name: of the tensor, for messages.
         threads: that share the rows.
+        weights: float32 [C], by which the squares of errors in each column count.
 
     Raises:
         UnsupportedError: xllamacpp is missing, or does not show ggml's functions.
@@ -40,11 +43,12 @@ def encode_blocks(rows: numpy.ndarray, kind: GGMLQuantizationType, name: str, th
     count, columns = rows.shape
     blocks = numpy.empty((count, columns // elements * size_bytes), numpy.uint8)
     share = -(-count // threads)
+    given = None if weights is None else weights.ctypes.data
 
     def encode(first: int) -> None:
         chosen = min(share, count - first)
         start = first * columns
-        library.ggml_quantize_chunk(kind, rows.ctypes.data, blocks.ctypes.data, start, chosen, columns, None)
+        library.ggml_quantize_chunk(kind, rows.ctypes.data, blocks.ctypes.data, start, chosen, columns, given)
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(encode, range(0, count, share)))

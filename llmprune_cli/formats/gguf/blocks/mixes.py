@@ -1,4 +1,4 @@
-"""Which kind of blocks each matrix of a mix gets: those that llama-quantize chooses, without an importance matrix.
+"""Which kind of blocks each matrix of a mix gets: those that llama-quantize chooses.
 
 A mix has one kind for most matrices, and finer ones where rounding does most harm: the output, the values of attention
 and the way down from the MLP, these in some layers only. The rules are those of `llama_tensor_get_type_impl` and
@@ -33,6 +33,7 @@ class Model:
     layers: int
     queries_per_key: int  # heads
     experts: int
+    is_weighted: bool  # whether it is known how much each input matters
     is_tied: bool  # whether the file has no output matrix beside the embedding
 
     @property
@@ -113,7 +114,7 @@ def _of_way_down(mix: str, layer: int, model: Model) -> str:
         return "Q6_K" if layer < layers // 16 else "Q5_K" if deserves else "Q4_K"
     if mix in ("q4_k_m", "q5_k_m") and deserves:
         return "Q6_K"
-    if layer < layers // 8 and (mix in NON_LINEAR or (mix == "q4_k_s" and not is_falcon)):
+    if layer < layers // 8 and ((mix in NON_LINEAR and not model.is_weighted) or (mix == "q4_k_s" and not is_falcon)):
         return "Q5_K"
     return USUAL[mix]
 
