@@ -20,7 +20,7 @@ from llmprune_cli.folder.shards import check_finite
 from llmprune_cli.folder.staging import check_room
 from llmprune_cli.folder.tensors import SHORT_DTYPES
 from llmprune_cli.formats.format import FLOAT_LIMITS, ExportOptions, Fit, Format, Limits
-from llmprune_cli.formats.gguf.blocks.encoding import encode_blocks
+from llmprune_cli.formats.gguf.blocks.encoding import can_encode, encode_blocks
 from llmprune_cli.formats.gguf.families import GgufFamily, written_family
 from llmprune_cli.formats.gguf.llamacpp import open_llamacpp
 from llmprune_cli.formats.gguf.metadata import add_metadata, rope_factors
@@ -170,8 +170,8 @@ def encode(rows: torch.Tensor, target: FileTensor, weights: torch.Tensor | None)
         return plain.view(torch.int16).numpy()
     if target.kind in (GGMLQuantizationType.F16, GGMLQuantizationType.F32):
         return plain.numpy()
-    if target.kind.name.lower() in LEGACY and weights is None:
-        return quantize(plain.numpy(), target.kind)
+    if target.kind.name.lower() in LEGACY and not can_encode():
+        return quantize(plain.numpy(), target.kind)  # the same bits, more slowly
     given = weights.numpy() if weights is not None else None
     return encode_blocks(plain.numpy(), target.kind, target.name, torch.get_num_threads(), given)
 

@@ -133,6 +133,18 @@ def test_threads_and_pieces_change_no_bit(wide_llama: Path) -> None:
         assert (whole == encode_blocks(rows, kind, "x", 3)).all() and (whole == numpy.concatenate(pieces)).all()
 
 
+def test_what_the_gguf_package_encodes_as_well_is_the_same() -> None:
+    import numpy
+    from gguf import GGMLQuantizationType, quantize
+
+    from llmprune_cli.formats.gguf.blocks.encoding import encode_blocks
+
+    rows = numpy.random.default_rng(0).normal(size=(16, 256)).astype("float32")
+    for name in ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"):
+        kind = GGMLQuantizationType[name]
+        assert (encode_blocks(rows, kind, "x", 1) == quantize(rows, kind)).all(), name
+
+
 def test_elements_beyond_the_scales_of_blocks_are_refused() -> None:
     import numpy
     from gguf import GGMLQuantizationType

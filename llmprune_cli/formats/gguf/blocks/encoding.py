@@ -57,6 +57,15 @@ def encode_blocks(
     return blocks
 
 
+def can_encode() -> bool:
+    """Whether llama.cpp's code is there."""
+    try:
+        _ggml()
+    except UnsupportedError:
+        return False
+    return True
+
+
 @cache
 def _ggml() -> ctypes.CDLL:
     package = find_spec("xllamacpp")
