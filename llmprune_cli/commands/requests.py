@@ -233,15 +233,10 @@ def check_eval(models: Iterable[ModelReference], evaluation: Evaluation, tasks: 
 def check_export(model: ModelReference, output: Path, overwrite: bool, conversion: Conversion) -> None:
     """The same for `export`."""
     from llmprune_cli.folder.staging import check_target as check_output
-    from llmprune_cli.startup.model_argument import check_model, check_tokenizer
-    from llmprune_cli.text.names import check_text, parts_of
+    from llmprune_cli.startup.model_argument import check_model
 
     check_conversion(conversion, output)
     check_model(model, needs_weights=True)
-    if conversion.imatrix is not None:
-        check_tokenizer(model.name)
-        for part in parts_of(conversion.imatrix):
-            check_text(part.name)
     source = Path(model.name)
     check_output(output, overwrite, source if source.exists() else None)
 

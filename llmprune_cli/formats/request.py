@@ -12,6 +12,7 @@ from llmprune_cli.errors import MissingPackageError, UsageError
 from llmprune_cli.folder.tensors import SHORT_DTYPES
 from llmprune_cli.options import EVALUATION, METHOD, OUTPUT, Option
 from llmprune_cli.sizes import parse_dtype, parse_size
+from llmprune_cli.text.names import check_text, parts_of
 
 FLOATS = tuple(SHORT_DTYPES.values())
 LEGACY = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")  # blocks of one kind, which the gguf package encodes
@@ -69,6 +70,7 @@ def check_conversion(conversion: Conversion, output: Path) -> None:
     Raises:
         UsageError: options that it does not have.
         MissingPackageError: see above.
+        CheckpointError: no such text.
     """
     name = conversion.format
     if conversion.dtype is not None and conversion.dtype not in FORMAT_DTYPES[name]:
@@ -85,6 +87,8 @@ def check_conversion(conversion: Conversion, output: Path) -> None:
         raise UsageError("--no-kv-cache is about onnx; give --format onnx with it.")
     if name == "gguf":
         _check_packages(conversion)
+    for part in parts_of(conversion.imatrix) if conversion.imatrix is not None else ():
+        check_text(part.name)
 
 
 def _other(dtype: str, form: str) -> str:
