@@ -12,7 +12,7 @@ MINUTES ?= 10
 BASE ?= HEAD~1
 TYPES ?=
 
-.PHONY: demo families matrix schemas golden test test-all check lint fix fuzz faults bench bench-8b bench-calibrated bench-exports bench-memory bench-processes bench-quality bench-recover bench-start bench-sweep bench-vocab check-consumers check-gpu check-ranges check-runtimes clean
+.PHONY: demo families matrix schemas golden test test-all check lint fix fuzz faults bench bench-8b bench-calibrated bench-exports bench-memory bench-processes bench-quality bench-quantized bench-recover bench-start bench-sweep bench-vocab check-consumers check-gpu check-ranges check-runtimes clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -74,6 +74,14 @@ bench-start: $(INSTALLED)  ## how soon commands start, beside the imports of tor
 
 bench-exports: $(INSTALLED)  ## a real model in every export format, and the cost of a large GGUF file
 	$(BIN)/python tests/tools/bench/exports.py
+
+bench-quantized: $(INSTALLED) $(VENV)-cyllama/.installed  ## GGUF mixes beside those that llama.cpp's own quantizer makes
+	$(BIN)/python tests/tools/bench/quantized.py $(VENV)-cyllama/bin/python
+
+$(VENV)-cyllama/.installed:
+	$(PYTHON) -m venv $(VENV)-cyllama
+	$(VENV)-cyllama/bin/pip install --quiet --disable-pip-version-check --no-deps cyllama==0.2.18
+	touch $@
 
 fuzz: $(FUZZ)  ## feed the readers of other people's files with bytes that break readers
 	$(BIN)/python tests/tools/fuzz/fuzz.py --minutes $(MINUTES)

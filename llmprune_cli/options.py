@@ -266,6 +266,10 @@ class Delivery:
     text_only: Annotated[bool, Option("Of a multimodal model, write the language model alone.", OUTPUT)] = False
     max_shard_size: Annotated[str, Option("Largest shard, such as 500MB or 5GB.", OUTPUT, check=parse_size)] = "5GB"
     recover: Annotated[str | None, Option("Tokens to heal it on then, such as 1M.", METHOD, is_common=True)] = None
+    gguf: Annotated[
+        str | None,
+        Option("Export it as GGUF too, such as q4_k_m, to OUTPUT-gguf.", OUTPUT, is_common=True, parse=parse_dtype),
+    ] = None
     plan: Annotated[Path | None, Option("Replay a saved plan instead of choosing.", OUTPUT)] = None
     save_plan: Annotated[Path | None, Option("Save the plan as JSON.", OUTPUT)] = None
     save_config: Annotated[
@@ -313,35 +317,3 @@ class Evaluation:
             parse=parse_batch,
         ),
     ] = None
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What an export writes."""
-
-    format: Annotated[str, Option("What to write.", OUTPUT, is_common=True)] = "safetensors"
-    dtype: Annotated[
-        str | None,
-        Option(
-            "Dtype to write; for gguf also q8_0 and the like, for genai int4 and int8.",
-            OUTPUT,
-            left_out="as stored",
-            is_common=True,
-            parse=parse_dtype,
-        ),
-    ] = None
-    verify: Annotated[
-        bool | None,
-        Option(
-            "Compare with transformers in the runtime of the format.",
-            EVALUATION,
-            left_out="where it is installed",
-            is_common=True,
-        ),
-    ] = None
-    converter: Annotated[Path | None, Option("llama.cpp's convert_hf_to_gguf.py, to write gguf with.", METHOD)] = None
-    compat: Annotated[
-        bool, Option("Changes nothing: config.json is always written for readers of older ones too.", METHOD)
-    ] = False
-    kv_cache: Annotated[bool, Option("Whether an onnx graph has a key-value cache.", METHOD)] = True
-    max_shard_size: Annotated[str, Option("Largest shard, such as 500MB or 5GB.", OUTPUT, check=parse_size)] = "5GB"

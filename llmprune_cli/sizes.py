@@ -49,8 +49,8 @@ DTYPES = {
 
 
 def parse_dtype(text: str) -> str:
-    """A dtype by torch's name, for `bf16` and the like, too."""
-    return DTYPES.get(text.lower(), text)
+    """A dtype by torch's name, for `bf16` and the like, too; other names as they are, in small letters."""
+    return DTYPES.get(text.lower(), text.lower())
 
 
 def parse_ratio(text: str) -> float:

@@ -91,7 +91,7 @@ COMMANDS = {
         "export_command",
         "Write a checkpoint in another format, dtype or shard size, and prove it in the runtime that reads it.",
         (
-            "export pruned --format gguf --dtype q8_0 -o pruned-gguf",
+            "export pruned --format gguf --dtype q4_k_m -o pruned-gguf",
             "export pruned --dtype fp16 -o pruned-f16",
             "export pruned --format onnx -o pruned-onnx",
         ),

@@ -11,7 +11,8 @@ from llmprune_cli.cli.parameters import COMMON, AsJson, Quiet, takes
 from llmprune_cli.cli.screen.tables import new_console, print_json, size_text
 from llmprune_cli.commands.push import check_push
 from llmprune_cli.commands.requests import check_export
-from llmprune_cli.options import OUTPUT, Conversion, ModelReference
+from llmprune_cli.formats.request import Conversion
+from llmprune_cli.options import OUTPUT, ModelReference
 from llmprune_cli.startup.loading import loading
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def export_command(
     quiet: Quiet = False,
 ) -> None:
     """Check what is asked for, do it, and print it."""
-    check_export(model, output, overwrite)
+    check_export(model, output, overwrite, conversion)
     with loading():
         from llmprune_cli.cli.screen.progress import progress_on_stderr
         from llmprune_cli.commands.export import export

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llmprune_cli.cli.evaluate import print_eval
+from llmprune_cli.cli.export import print_export
 from llmprune_cli.cli.inspect import modules_table
 from llmprune_cli.cli.parameters import COMMON, AsJson, Detail, takes
 from llmprune_cli.cli.recover import print_recovery
@@ -76,11 +77,10 @@ def prune_command(
     request = PruneRequest(model, choice, text, delivery, scratch, judged, vocabulary)
     check_prune(request)
     with loading():
-        from llmprune_cli.commands.prune import prune
-        from llmprune_cli.commands.recover import prune_and_recover
+        from llmprune_cli.commands.delivery import deliver
 
     with progress_on_stderr(detail is False) as listener:
-        result = (prune if delivery.recover is None else prune_and_recover)(request, listener)
+        result = deliver(request, listener)
     if result is None:
         return
     if as_json:
@@ -136,6 +136,8 @@ def print_prune(result: PruneResult, request: PruneRequest, is_verbose: bool = F
         console.print(line, highlight=False)
     if result.recovery:
         print_recovery(result.recovery)
+    if result.export:
+        print_export(result.export)
     if result.output:
         wrote = f"Wrote [bold]{result.output}[/bold] in {in_words(result.seconds)}. Next:"
         console.print(wrote, highlight=False, soft_wrap=True)
@@ -218,7 +220,8 @@ def _next(result: PruneResult, request: PruneRequest) -> Iterator[str]:
     yield f"llmprune eval {output} --compare {model}"
     if result.recovery is None:
         yield f"llmprune recover {output} --tokens 1M --output {shlex.quote(result.output + '-healed')}"
-    yield f"llmprune export {output} --format gguf --dtype q8_0 --output {shlex.quote(result.output + '-gguf')}"
+    if result.export is None:
+        yield f"llmprune export {output} --format gguf --dtype q4_k_m --output {shlex.quote(result.output + '-gguf')}"
     yield f"llmprune push {output} YOUR_NAME/{shlex.quote(Path(result.output).name)}"
 
 

@@ -17,14 +17,15 @@ from transformers.utils import logging as transformers_logging
 from llmprune_cli.commands import evaluate as evaluating
 from llmprune_cli.commands import export as exporting
 from llmprune_cli.commands import inspect as inspecting
-from llmprune_cli.commands import prune as pruning
 from llmprune_cli.commands import recover as recovering
+from llmprune_cli.commands.delivery import deliver
 from llmprune_cli.commands.recipe import read_recipe
 from llmprune_cli.commands.requests import (
     NamedOption,
     PruneRequest,
     RecoverRequest,
     check_eval,
+    check_export,
     check_prune,
     check_recover,
     make,
@@ -34,8 +35,9 @@ from llmprune_cli.commands.requests import (
 from llmprune_cli.commands.sweep import curve as sweeping
 from llmprune_cli.commands.sweep.request import LEFT_OUT, Sweep, check_sweep
 from llmprune_cli.errors import UsageError, memory_explained
+from llmprune_cli.formats.request import Conversion
 from llmprune_cli.heal.options import Healed, Healing, Teaching
-from llmprune_cli.options import Choice, Conversion, Delivery, Evaluation, ModelReference, Scratch, Text, WidthRequest
+from llmprune_cli.options import Choice, Delivery, Evaluation, ModelReference, Scratch, Text, WidthRequest
 from llmprune_cli.progress import Listener, Told
 from llmprune_cli.report.results import (
     EvalReport,
@@ -133,9 +135,8 @@ def prune(
     judge = evaluation if judged else None
     request = PruneRequest(_reference(name, given), choice, text, delivery, scratch, judge, vocabulary)
     check_prune(request)
-    run = pruning.prune if delivery.recover is None else recovering.prune_and_recover
     with _at_work():
-        return run(request, Listener(progress))
+        return deliver(request, Listener(progress))
 
 
 @_takes(ModelReference, Sweep, without=LEFT_OUT)
@@ -262,6 +263,7 @@ def export(
         raise UsageError("say where to write: output.")
     conversion, reference = make(Conversion, given), _reference(name, given)
     overwrite = overwrite or bool(given.get("overwrite"))
+    check_export(reference, Path(target), overwrite, conversion)
     with _at_work():
         return exporting.export(reference, Path(target), overwrite, conversion, Listener(progress))
 

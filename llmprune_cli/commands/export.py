@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
+
 from llmprune_cli.commands.prune import source_folder
-from llmprune_cli.errors import UnsupportedError, UsageError, VerificationError
+from llmprune_cli.commands.prune.decision import layer_device
+from llmprune_cli.coupling.subject import understand
+from llmprune_cli.errors import UnsupportedError, VerificationError
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.integrity import list_files
 from llmprune_cli.folder.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
@@ -15,16 +19,21 @@ from llmprune_cli.folder.staging import claimed
 from llmprune_cli.folder.tensors import SHORT_DTYPES
 from llmprune_cli.formats import load_format
 from llmprune_cli.formats.format import ExportOptions, Fit, Format
+from llmprune_cli.formats.request import Conversion
 from llmprune_cli.formats.verification import PROMPTS, missing_memory, missing_runtime, verify
 from llmprune_cli.journal.keys import versions
-from llmprune_cli.options import Conversion, ModelReference
+from llmprune_cli.options import ModelReference, Text
 from llmprune_cli.progress import Listener
 from llmprune_cli.report.model_card import write_card
 from llmprune_cli.report.results import SCHEMA_VERSION, ExportResult
 from llmprune_cli.report.runtimes import runtime_fits
+from llmprune_cli.run.calibration import prepare_calibration
+from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.sizes import parse_size
 from llmprune_cli.source.opening import open_checkpoint, text_alone
+from llmprune_cli.source.tokenizer import load_tokenizer
 
+SEED = 0  # of the windows that are drawn from text
 LOADED = SHORT_DTYPES.values()  # dtypes that a model can be loaded in; others are a format's own
 
 
@@ -34,12 +43,13 @@ def export(
     """Write a checkpoint in another format, and hold it against transformers in the runtime that reads it.
 
     Raises:
-        UsageError: options that the format does not have.
         UnsupportedError: no runtime of this format takes the model.
         VerificationError: it is not the same model there, or cannot be compared and has to be.
     """
     form = load_format(conversion.format)
-    asked = _options(form, output, conversion)
+    asked = ExportOptions(
+        conversion.dtype, parse_size(conversion.max_shard_size), conversion.converter, conversion.kv_cache
+    )
     reference = replace(reference, dtype=asked.dtype if asked.dtype in LOADED else None)
     with open_checkpoint(reference, need_weights=True) as opened:
         checkpoint = text_alone(opened)
@@ -50,8 +60,11 @@ def export(
             dtype, reason = asked.dtype or form.dtype_for(checkpoint), _why_not_verified(form, checkpoint, conversion)
             manifest, verification = source_manifest(checkpoint), None
             with claim.staged() as staging:
-                listener.stage("Exporting", checkpoint.size_bytes)
                 options = asked if form.keeps_dtypes else replace(asked, dtype=dtype)
+                if conversion.imatrix is not None:
+                    importance = _importance(checkpoint, conversion.imatrix, reference.device, listener)
+                    options = replace(options, importance=importance)
+                listener.stage("Exporting", checkpoint.size_bytes)
                 checksums = form.write(checkpoint, staging, options, listener.advance)
                 warn_of_large_shards(staging, asked.max_shard_bytes, listener.warn)
                 if not reason:
@@ -83,26 +96,21 @@ def export(
         )
 
 
-def _options(form: Format, output: Path, conversion: Conversion) -> ExportOptions:
-    """What the format is told.
+def _importance(checkpoint: Checkpoint, text: str, device: str, listener: Listener) -> dict[str, torch.Tensor]:
+    """How much each input of each matrix matters on a text, see `measure_importance`.
 
     Raises:
-        UsageError: options that it does not have.
+        CheckpointError: no such text, or no tokenizer.
     """
-    name, dtype = conversion.format, conversion.dtype
-    dtype = SHORT_DTYPES.get(dtype, dtype) if dtype else None
-    if dtype is not None and dtype not in form.dtypes:
-        raise UsageError(f"--format {name} has no --dtype {dtype}; it has {', '.join(form.dtypes)}.")
-    if output.suffix in (".gguf", ".onnx", ".pt2", ".safetensors"):
-        raise UsageError(f"--output names a folder, and {output} looks like a file.")
-    if conversion.converter is not None and name != "gguf":
-        raise UsageError("--converter writes gguf; give --format gguf with it.")
-    if conversion.converter is not None and not conversion.converter.is_file():
-        raise UsageError(f"--converter: {conversion.converter} is not a file.")
-    if not conversion.kv_cache and name != "onnx":
-        raise UsageError("--no-kv-cache is about onnx; give --format onnx with it.")
-    most = parse_size(conversion.max_shard_size)
-    return ExportOptions(dtype, most, conversion.converter, conversion.kv_cache)
+    from llmprune_cli.formats.gguf.blocks.importance import measure_importance
+
+    longest = getattr(checkpoint.config, "max_position_embeddings", None)
+    vocabulary, tokenizer = checkpoint.config.get_text_config().vocab_size, load_tokenizer(checkpoint)
+    asked = Text(calibration=text)
+    windows = prepare_calibration(asked, tokenizer, vocabulary, longest, SEED, listener.warn).fitted
+    model = LayeredModel(understand(checkpoint), layer_device(device))
+    listener.stage(f"Measuring importance on {windows.numel():,} tokens", model.layers)
+    return measure_importance(model, windows, listener.advance)
 
 
 def _why_not_verified(form: Format, checkpoint: Checkpoint, conversion: Conversion) -> str | None:

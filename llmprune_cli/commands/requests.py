@@ -11,12 +11,12 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from llmprune_cli.choose import IMPORTANCES, LAYER_IMPORTANCES, needs_text, reads_text
 from llmprune_cli.errors import UsageError
 from llmprune_cli.formats import FORMATS
+from llmprune_cli.formats.request import Conversion, check_conversion
 from llmprune_cli.heal import LOSSES, TEACHER_MODES, TRAINED
 from llmprune_cli.heal.options import Healed, Healing, Teaching
 from llmprune_cli.options import (
     ROTATES,
     Choice,
-    Conversion,
     Delivery,
     Evaluation,
     ModelReference,
@@ -74,6 +74,8 @@ class PruneRequest:
                 "an --importance that reads text."
             )
         self._check_recover()
+        if delivery.gguf is not None and (delivery.output is None or delivery.dry_run):
+            raise UsageError("--gguf exports a model that is written; give its --output, and no --dry-run.")
         folders = (("--statistics", scratch.statistics), ("--offload-dir", scratch.offload_dir))
         for name, value in (*folders, ("--resume", scratch.resume)):
             if value and not self.needs_text:
@@ -95,6 +97,14 @@ class PruneRequest:
             _ = self.healing.token_count
         except UsageError as error:
             raise UsageError(f"--recover: {error}") from None
+
+    @property
+    def export(self) -> tuple[Conversion, Path] | None:
+        """What is exported afterwards, and where to."""
+        output, dtype = self.delivery.output, self.delivery.gguf
+        if output is None or dtype is None:
+            return None
+        return Conversion("gguf", dtype), output.with_name(f"{output.name}-gguf")
 
     @property
     def healing(self) -> Healing:
@@ -188,6 +198,9 @@ def check_prune(request: PruneRequest) -> None:
     if is_first() and delivery.output is not None:
         model = Path(request.model.name)
         check_output(delivery.output, delivery.overwrite, model if model.exists() else None)
+    if request.export is not None:
+        conversion, folder = request.export
+        check_export(request.model, folder, delivery.overwrite, conversion)
 
 
 def _check_vocabulary(request: PruneRequest) -> None:
@@ -217,11 +230,12 @@ def check_eval(models: Iterable[ModelReference], evaluation: Evaluation, tasks: 
     check_tasks(tasks)
 
 
-def check_export(model: ModelReference, output: Path, overwrite: bool) -> None:
+def check_export(model: ModelReference, output: Path, overwrite: bool, conversion: Conversion) -> None:
     """The same for `export`."""
     from llmprune_cli.folder.staging import check_target as check_output
     from llmprune_cli.startup.model_argument import check_model
 
+    check_conversion(conversion, output)
     check_model(model, needs_weights=True)
     source = Path(model.name)
     check_output(output, overwrite, source if source.exists() else None)

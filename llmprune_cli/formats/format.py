@@ -25,6 +25,7 @@ class ExportOptions:
     max_shard_bytes: int = 5 * 10**9
     converter: Path | None = None  # llama.cpp's convert_hf_to_gguf.py, which then writes instead
     kv_cache: bool = True  # whether a graph takes and gives keys and values
+    importance: Mapping[str, torch.Tensor] | None = None  # of the inputs of matrices, see `measure_importance`
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from llmprune_cli.formats.graphs import (
     without_cache,
     write_beside,
 )
+from llmprune_cli.formats.request import FORMAT_DTYPES
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -166,7 +167,7 @@ def open_onnx(folder: Path) -> Iterator[OnnxModel]:
 
 ONNX = Format(
     runs_in="ONNX Runtime",
-    dtypes=("float32", "float16"),
+    dtypes=FORMAT_DTYPES["onnx"],
     write=write_onnx,
     fit=fit_onnx,
     loading='`onnxruntime.InferenceSession("FILE")`: token ids and a key-value cache in, logits and the cache out.',

@@ -11,8 +11,9 @@ import torch
 from llmprune_cli.family.written import write_config
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.shards import write_shards
-from llmprune_cli.folder.tensors import BY_NAME, DTYPES, SHORT_DTYPES, TensorEntry
+from llmprune_cli.folder.tensors import BY_NAME, DTYPES, TensorEntry
 from llmprune_cli.formats.format import ExportOptions, Fit, Format
+from llmprune_cli.formats.request import FORMAT_DTYPES
 from llmprune_cli.source.tokenizer import copy_companions
 
 
@@ -45,7 +46,7 @@ def write_safetensors(
 
 SAFETENSORS = Format(
     runs_in="transformers",
-    dtypes=tuple(SHORT_DTYPES.values()),
+    dtypes=FORMAT_DTYPES["safetensors"],
     write=write_safetensors,
     fit=lambda config: Fit(loads=True),
     loading="""```python

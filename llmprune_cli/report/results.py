@@ -200,6 +200,7 @@ class PruneResult:
     calibration: CalibrationResult | None
     recovery: RecoverResult | None
     evaluation: EvalReport | None
+    export: ExportResult | None
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,15 @@ MISTAKES = {
     "tokens to keep of no file": Mistake(
         prune("--vocab-size", "50%", "--keep-tokens", "nope.txt"), USAGE, ("nope.txt cannot be read: No such file",)
     ),
+    "a type that is not there": Mistake(
+        ("export", "model", "--format", "gguf", "--dtype", "q4_k", "-o", "out"), USAGE, ("Did you mean q4_k_m?", "q8_0")
+    ),
+    "a type of another format": Mistake(
+        ("export", "model", "--dtype", "q4_k_m", "-o", "out"), USAGE, ("safetensors has no --dtype q4_k_m", "float16")
+    ),
+    "a type to prune to that is not there": Mistake(prune(*HALF, "--gguf", "q5"), USAGE, ("Did you mean q5_k_m?",)),
+    "a GGUF of nothing": Mistake(("prune", "model", *HALF, "--dry-run", "--gguf", "q4_k_m"), USAGE, ("--output",)),
+    "a file for a folder": Mistake(("export", "model", "-o", "out.gguf"), USAGE, ("names a folder", "out.gguf")),
     "a teacher that is not there": Mistake(recover("--teacher", "./nobody"), CHECKPOINT, ("nobody does not exist",)),
     "an adapter as a teacher": Mistake(recover("--teacher", "adapter"), CHECKPOINT, ("LORA adapter of org/base",)),
     "a lesson that is not there": Mistake(recover("--text", "nope.txt"), CHECKPOINT, ("nope.txt does not",)),

@@ -37,6 +37,7 @@ LIGHT |= {
     "heal",
     "heal.options",
     "formats",
+    "formats.request",
     "cli",
     "startup",
     "startup.loading",

@@ -17,6 +17,7 @@ from llmprune_cli.apply.rows import cut_entries
 from llmprune_cli.choose.selection import Selection, select, target_of
 from llmprune_cli.commands.prune.decision import (
     Decided,
+    check_export_fits,
     cut_axes,
     decide,
     layered,
@@ -171,6 +172,7 @@ def choose_and_write(
         selection = replace(selection, plan=with_vocabulary(request, selection.plan, decided, bench))
     if subject.processes.is_first and target.layers != decided.target.layers:
         check_proof(subject, target)
+    check_export_fits(request, subject, target)
     target = _tell(request, choice, selection, decided, target, bench)
     repairs: tuple[LayerRepair, ...] = ()
     repaired = subject

@@ -19,6 +19,7 @@ from llmprune_cli.errors import CheckpointError, MissingPackageError, PlanError,
 from llmprune_cli.family.architecture import with_widths
 from llmprune_cli.folder.staging import check_room
 from llmprune_cli.folder.tensors import BY_NAME, TensorEntry
+from llmprune_cli.formats import load_format
 from llmprune_cli.options import Choice
 from llmprune_cli.plan.document import Plan, Vocabulary
 from llmprune_cli.plan.predict import predict
@@ -76,8 +77,22 @@ def decide(request: PruneRequest, subject: Subject) -> Decided:
     size_bytes = sum(entry.size_bytes for entry in tensors)
     if request.writes and subject.processes.is_first:
         check_room(request.delivery.output or Path(tempfile.gettempdir()), size_bytes)
+    check_export_fits(request, subject, target)
     vocab_size = _decide_size(request, subject, plan, target)
     return Decided(subject, plan, target, tensors, before, stream, untied, vocab_size)
+
+
+def check_export_fits(request: PruneRequest, subject: Subject, target: Target) -> None:
+    """Refuse widths in which what comes afterwards does not take the model.
+
+    Raises:
+        UnsupportedError: see above.
+    """
+    if request.export is None:
+        return
+    fit = load_format(request.export[0].format).fit(with_widths(subject.architecture, target.widths, target.layers))
+    if not fit.loads:
+        raise UnsupportedError(f"The pruned model cannot be exported: {fit.note}. Leave out --gguf.")
 
 
 def _proven(

@@ -131,6 +131,7 @@ def report(
         calibration=outcome.card,
         recovery=None,
         evaluation=evaluated,
+        export=None,
     )
 
 

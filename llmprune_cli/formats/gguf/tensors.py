@@ -11,6 +11,7 @@ import torch
 
 from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.folder.tensors import TensorEntry
+from llmprune_cli.formats.gguf.blocks.mixes import USUAL, Model, fitting, mixed_kind
 from llmprune_cli.formats.gguf.families import GgufFamily, Heads, experts_of, heads_of
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ Change = Callable[["torch.Tensor"], "torch.Tensor"]
 EXPERT = re.compile(r"(?P<block>.*)\.experts\.(?P<number>\d+)\.(?P<role>\w+)\.weight")
 FUSED = ("qkv_proj.weight", "gate_up_proj.weight")
 EXPERT_ROLES = {"w1": "gate", "w2": "down", "w3": "up", "gate_proj": "gate", "down_proj": "down", "up_proj": "up"}
+OUTPUT = "output.weight"
 LAYER = re.compile(r"\.(?:layers|h)\.(\d+)\.")
 # Matrices that llama.cpp's own converter keeps in float32: routers, and positions that are added.
 PRECISE = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "position_embd.weight", "_norm.weight")
@@ -53,12 +55,13 @@ class Layout:
 
 
 def lay_out(
-    entries: Iterable[TensorEntry], config: PretrainedConfig, family: GgufFamily, kind: GGMLQuantizationType
+    entries: Iterable[TensorEntry], config: PretrainedConfig, family: GgufFamily, dtype: str, is_weighted: bool
 ) -> Layout:
     """Name, reshape and type every tensor.
 
     Args:
-        kind: of matrices whose rows it divides; other matrices become float16, and vectors float32.
+        dtype: of the file, by llama.cpp's name. Matrices whose rows no block divides become float16, vectors float32.
+        is_weighted: see `Model`.
 
     Raises:
         UnsupportedError: a tensor that llama.cpp has no name for.
@@ -67,23 +70,35 @@ def lay_out(
 
     architecture = next(key for key, name in MODEL_ARCH_NAMES.items() if name == family.architecture)
     names = get_tensor_name_map(architecture, int(config.num_hidden_layers))
-    tensors: dict[str, FileTensor] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    stacked: set[str] = set()
     parts: dict[str, tuple[Part, ...]] = {}
     for entry in entries:
         parts[entry.name] = tuple(_parts(entry, config, family, names))
         for part in parts[entry.name]:
-            shape = tuple(part.change(torch.empty(entry.shape, device="meta")).shape)
-            stack = () if part.expert is None else (experts_of(config),)
-            tensors[part.target] = FileTensor(part.target, (*stack, *shape), _kind(part.target, shape, kind))
-    return Layout(tuple(tensors.values()), parts)
+            shapes[part.target] = tuple(part.change(torch.empty(entry.shape, device="meta")).shape)
+            stacked |= {part.target} if part.expert is not None else set()
+    heads = heads_of(config, family)
+    grouped = heads.query // heads.key
+    layers, is_tied = int(config.num_hidden_layers), OUTPUT not in shapes
+    model = Model(family.architecture, layers, grouped, experts_of(config), is_weighted, is_tied)
+    tensors = (
+        FileTensor(
+            name, (*((experts_of(config),) if name in stacked else ()), *shape), _kind(name, shape, dtype, model)
+        )
+        for name, shape in shapes.items()
+    )
+    return Layout(tuple(tensors), parts)
 
 
-def _kind(name: str, shape: tuple[int, ...], wanted: GGMLQuantizationType) -> GGMLQuantizationType:
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+def _kind(name: str, shape: tuple[int, ...], dtype: str, model: Model) -> GGMLQuantizationType:
+    from gguf import GGMLQuantizationType
 
     if len(shape) == 1 or name.endswith(PRECISE):
         return GGMLQuantizationType.F32
-    return wanted if shape[-1] % GGML_QUANT_SIZES[wanted][0] == 0 else GGMLQuantizationType.F16
+    if dtype in USUAL:
+        return GGMLQuantizationType[mixed_kind(dtype, name, shape[-1], model)]
+    return GGMLQuantizationType[fitting(shape[-1], dtype.upper())]
 
 
 def _parts(entry: TensorEntry, config: PretrainedConfig, family: GgufFamily, names: TensorNameMap) -> Iterator[Part]:
@@ -98,11 +113,11 @@ def _parts(entry: TensorEntry, config: PretrainedConfig, family: GgufFamily, nam
             yield Part(f"{names.get_name(name)}.weight", change)
         return
     target = names.get_name(entry.name, try_suffixes=(".weight", ".bias"))
-    if target is None or (target == "output.weight" and not family.has_head):
+    if target is None or (target == OUTPUT and not family.has_head):
         raise UnsupportedError(f"llama.cpp's {family.architecture} has no tensor for {entry.name}.")
     yield Part(target, _change(entry.name, config, family))
     if target == "token_embd.weight" and family.own_head and config.tie_word_embeddings:
-        yield Part("output.weight", _same)
+        yield Part(OUTPUT, _same)
 
 
 def _split(name: str, config: PretrainedConfig, family: GgufFamily) -> Iterator[tuple[str, Change]]:

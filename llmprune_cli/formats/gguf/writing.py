@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,17 +13,20 @@ from typing import IO, TYPE_CHECKING
 
 import torch
 
-from llmprune_cli.errors import CheckpointError, UnsupportedError
+from llmprune_cli.errors import CheckpointError
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.scratch import scratch_folder
 from llmprune_cli.folder.shards import check_finite
+from llmprune_cli.folder.staging import check_room
 from llmprune_cli.folder.tensors import SHORT_DTYPES
 from llmprune_cli.formats.format import FLOAT_LIMITS, ExportOptions, Fit, Format, Limits
+from llmprune_cli.formats.gguf.blocks.encoding import can_encode, encode_blocks
 from llmprune_cli.formats.gguf.families import GgufFamily, written_family
 from llmprune_cli.formats.gguf.llamacpp import open_llamacpp
 from llmprune_cli.formats.gguf.metadata import add_metadata, rope_factors
 from llmprune_cli.formats.gguf.tensors import FileTensor, Layout, lay_out
 from llmprune_cli.formats.gguf.vocabulary import add_vocabulary
+from llmprune_cli.formats.request import FORMAT_DTYPES, LEGACY
 from llmprune_cli.formats.safetensors import write_safetensors
 
 if TYPE_CHECKING:
@@ -49,15 +52,12 @@ def write_gguf(
     """Write weights, configuration, tokenizer and chat template as one file into a staging folder.
 
     Raises:
-        UnsupportedError: a model or tokenizer that llama.cpp does not know, or the gguf package is missing.
+        UnsupportedError: a model or tokenizer that llama.cpp does not know.
         CheckpointError: no tokenizer.
+        OutputError: the disk has no room for the file.
     """
-    try:
-        from gguf import GGUFWriter
-    except ImportError as error:
-        raise UnsupportedError(
-            f"Writing GGUF needs the gguf package: pip install 'llmprune[gguf]' ({error})."
-        ) from error
+    from gguf import GGUFWriter
+
     assert options.dtype is not None
     kind = FLOAT_KINDS.get(options.dtype, options.dtype)
     path = folder / f"model-{kind}.gguf"
@@ -68,10 +68,12 @@ def write_gguf(
     writer = GGUFWriter(path, family.architecture)
     try:
         _describe(writer, checkpoint, family, kind)
-        layout = _declare(writer, checkpoint, family, kind)
+        layout = _declare(writer, checkpoint, family, kind, options.importance is not None)
         _write_header(writer)
         assert writer.fout is not None
-        _write_tensors(writer.fout[0], checkpoint, layout, rope_factors(checkpoint.config, family), progress)
+        check_room(path, sum(map(_size, layout.tensors)))
+        extra = rope_factors(checkpoint.config, family)
+        _write_tensors(writer.fout[0], checkpoint, layout, extra, options.importance or {}, progress)
     finally:
         writer.close()
     return {}
@@ -87,14 +89,14 @@ def _describe(writer: GGUFWriter, checkpoint: Checkpoint, family: GgufFamily, ki
     writer.add_quantization_version(GGML_QUANT_VERSION)
 
 
-def _declare(writer: GGUFWriter, checkpoint: Checkpoint, family: GgufFamily, kind: str) -> Layout:
+def _declare(writer: GGUFWriter, checkpoint: Checkpoint, family: GgufFamily, kind: str, is_weighted: bool) -> Layout:
     """Say which tensors will follow, those that no stored one gives first."""
     import numpy
     from gguf import GGMLQuantizationType
 
     single = GGMLQuantizationType.F32
     extra = [FileTensor(n, tuple(t.shape), single) for n, t in rope_factors(checkpoint.config, family).items()]
-    layout = lay_out(checkpoint.entries, checkpoint.config, family, GGMLQuantizationType[kind.upper()])
+    layout = lay_out(checkpoint.entries, checkpoint.config, family, kind, is_weighted)
     layout = replace(layout, tensors=(*extra, *layout.tensors))
     for tensor in layout.tensors:
         dtype = numpy.dtype(numpy.float32)  # any but bytes: the shape is one of elements
@@ -120,6 +122,7 @@ def _write_tensors(
     checkpoint: Checkpoint,
     layout: Layout,
     extra: dict[str, torch.Tensor],
+    importance: Mapping[str, torch.Tensor],
     progress: Callable[[int], None],
 ) -> None:
     """Read every tensor once, in the order of the checkpoint, and write it at its place."""
@@ -133,27 +136,30 @@ def _write_tensors(
     by_name = {tensor.name: tensor for tensor in layout.tensors}
     for name, values in extra.items():
         file.seek(offsets[name])
-        _write_rows(file, values, by_name[name])
+        _write_rows(file, values, by_name[name], None)
     for entry, stored in checkpoint.tensors():
         for part in layout.parts[entry.name]:
             target, values = by_name[part.target], part.change(stored)
             skipped = 0 if part.expert is None else _size(target) // target.shape[0] * part.expert
             file.seek(offsets[part.target] + skipped)
-            _write_rows(file, values, target)
+            _write_rows(file, values, target, importance.get(entry.name))
         progress(entry.size_bytes)
 
 
-def _write_rows(file: IO[bytes], tensor: torch.Tensor, target: FileTensor) -> None:
+def _write_rows(file: IO[bytes], tensor: torch.Tensor, target: FileTensor, weights: torch.Tensor | None) -> None:
     rows = tensor.reshape(-1, tensor.shape[-1])
     for some in rows.split(max(1, CHUNK // rows.shape[-1])):
-        file.write(encode(some, target).data)
+        file.write(encode(some, target, weights).data)
 
 
-def encode(rows: torch.Tensor, target: FileTensor) -> numpy.ndarray:
+def encode(rows: torch.Tensor, target: FileTensor, weights: torch.Tensor | None) -> numpy.ndarray:
     """Rows of a tensor as the bytes that llama.cpp reads.
 
+    Args:
+        weights: how much each column matters; None where all do alike.
+
     Raises:
-        VerificationError: they hold NaN or infinity.
+        VerificationError: they hold NaN or infinity, or what blocks cannot hold.
     """
     from gguf import GGMLQuantizationType, quantize
 
@@ -164,7 +170,10 @@ def encode(rows: torch.Tensor, target: FileTensor) -> numpy.ndarray:
         return plain.view(torch.int16).numpy()
     if target.kind in (GGMLQuantizationType.F16, GGMLQuantizationType.F32):
         return plain.numpy()
-    return quantize(plain.numpy(), target.kind)
+    if target.kind.name.lower() in LEGACY and not can_encode():
+        return quantize(plain.numpy(), target.kind)  # the same bits, more slowly
+    given = weights.numpy() if weights is not None else None
+    return encode_blocks(plain.numpy(), target.kind, target.name, torch.get_num_threads(), given)
 
 
 # --- llama.cpp's own converter -------------------------------------------------------------------------------------
@@ -198,7 +207,7 @@ def _complete_folder(checkpoint: Checkpoint) -> Iterator[Path]:
 
 GGUF = Format(
     runs_in="llama.cpp",
-    dtypes=(*FLOAT_KINDS, "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
+    dtypes=FORMAT_DTYPES["gguf"],
     write=write_gguf,
     fit=fit_llamacpp,
     loading="`llama-cli -m FILE`, and whatever else is built on llama.cpp.",
@@ -209,7 +218,9 @@ GGUF = Format(
     limits={
         **FLOAT_LIMITS,
         "q8_0": Limits(1e-2, same_tokens=False),
-        **dict.fromkeys(("q5_1", "q5_0"), Limits(0.25, same_tokens=False)),
-        **dict.fromkeys(("q4_1", "q4_0"), Limits(0.5, same_tokens=False)),
+        "q6_k": Limits(0.1, same_tokens=False),
+        **dict.fromkeys(("q5_1", "q5_0", "q5_k_m", "q5_k_s"), Limits(0.25, same_tokens=False)),
+        **dict.fromkeys(("q4_1", "q4_0", "q4_k_m", "q4_k_s", "iq4_nl", "iq4_xs"), Limits(0.5, same_tokens=False)),
+        "q3_k_m": Limits(1.0, same_tokens=False),
     },
 )

@@ -1,0 +1,34 @@
+"""Everything that one `prune` is asked for, one after the other: a pruned model, healed, and exported."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from llmprune_cli.commands.export import export
+from llmprune_cli.commands.prune import prune
+from llmprune_cli.commands.recover import prune_and_recover
+from llmprune_cli.commands.requests import PruneRequest
+from llmprune_cli.errors import LlmpruneError
+from llmprune_cli.progress import Listener
+from llmprune_cli.report.results import PruneResult
+
+
+def deliver(request: PruneRequest, listener: Listener) -> PruneResult | None:
+    """Prune, and as far as asked heal and export; of several processes the first one reports.
+
+    Raises:
+        LlmpruneError: see `prune`, `recover` and `export`; a model that is written by then stays.
+    """
+    started = time.perf_counter()
+    result = (prune if request.recover is None else prune_and_recover)(request, listener)
+    if result is None or result.output is None or request.export is None:
+        return result
+    conversion, folder = request.export
+    pruned = replace(request.model, name=result.output, revision=None, dtype=None)
+    try:
+        exported = export(pruned, folder, request.delivery.overwrite, conversion, listener)
+    except LlmpruneError as error:
+        error.args = (f"{error} The pruned model itself is in {result.output}.",)
+        raise
+    return replace(result, export=exported, seconds=time.perf_counter() - started)

@@ -1,0 +1,1 @@
+"""Blocks of quantized elements: which kind each matrix gets, and what encodes them."""

@@ -1,0 +1,280 @@
+"""Blocks of quantized elements: which kind each matrix gets, what is in the file, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from support.cli import BY_MAGNITUDE, run_cli
+from support.full import examples, in_full
+from support.gguf_exports import export, needs_llamacpp, tiny, verified
+from support.refusals import CHECKPOINT, OUTPUT, UNSUPPORTED, USAGE, assert_refused
+from support.stock import written_tensors
+
+pytestmark = needs_llamacpp
+
+MIXES = ("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "iq4_nl", "iq4_xs", "q3_k_m")
+ROLES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+# Matrices of each kind in files of Llama 2 7B that llama-quantize wrote, as llama.cpp counts them when it loads one.
+COUNTED = {
+    "q3_k_m": {"Q3_K": 129, "Q4_K": 92, "Q5_K": 4, "Q6_K": 1},
+    "q4_k_m": {"Q4_K": 193, "Q6_K": 33},
+    "q4_k_s": {"Q4_K": 217, "Q5_K": 8, "Q6_K": 1},
+    "q5_k_m": {"Q5_K": 193, "Q6_K": 33},
+    "q5_k_s": {"Q5_K": 225, "Q6_K": 1},
+    "q6_k": {"Q6_K": 226},
+}
+
+
+@pytest.mark.parametrize("mix", COUNTED)
+def test_llama_2_7b_has_the_kinds_that_llama_quantize_gives_it(mix: str) -> None:
+    from llmprune_cli.formats.gguf.blocks.mixes import Model, mixed_kind
+
+    model = Model("llama", layers=32, queries_per_key=1, experts=0, is_weighted=False, is_tied=False)
+    names = ["token_embd.weight", "output.weight", *(f"blk.{n}.{role}.weight" for n in range(32) for role in ROLES)]
+    columns = {name: 11008 if "ffn_down" in name else 4096 for name in names}
+    assert Counter(mixed_kind(mix, name, columns[name], model) for name in names) == COUNTED[mix]
+
+
+@pytest.mark.parametrize(
+    ("mix", "name", "columns", "settings", "kind"),
+    [
+        ("q4_k_m", "token_embd.weight", 512, {"is_tied": True}, "Q6_K"),
+        ("q4_k_m", "token_embd.weight", 576, {"is_tied": True}, "Q8_0"),
+        ("q4_k_m", "token_embd.weight", 576, {}, "Q5_0"),
+        ("q4_k_m", "blk.8.attn_q.weight", 576, {}, "Q5_0"),
+        ("q5_k_m", "blk.8.attn_q.weight", 576, {}, "Q5_1"),
+        ("q6_k", "blk.8.attn_q.weight", 576, {}, "Q8_0"),
+        ("q3_k_m", "blk.8.attn_q.weight", 576, {}, "Q4_0"),
+        ("iq4_xs", "blk.8.attn_q.weight", 576, {}, "IQ4_NL"),
+        ("q4_k_m", "blk.8.attn_q.weight", 100, {}, "F16"),
+        ("iq4_nl", "blk.8.attn_v.weight", 512, {"queries_per_key": 4}, "Q5_K"),
+        ("iq4_nl", "blk.0.ffn_down.weight", 512, {}, "Q5_K"),
+        ("iq4_nl", "blk.0.ffn_down.weight", 512, {"is_weighted": True}, "IQ4_NL"),
+        ("iq4_nl", "blk.8.ffn_down.weight", 512, {}, "IQ4_NL"),
+        ("q4_k_m", "blk.8.attn_k.weight", 512, {"experts": 8}, "Q8_0"),
+        ("q4_k_m", "blk.8.attn_v.weight", 512, {"experts": 8}, "Q8_0"),
+        ("q4_k_m", "blk.8.attn_output.weight", 512, {"experts": 8}, "Q5_K"),
+        ("q4_k_m", "blk.0.ffn_down_exps.weight", 512, {"experts": 8}, "Q6_K"),
+        ("q4_k_m", "blk.5.attn_v.weight", 512, {"layers": 80, "queries_per_key": 8}, "Q6_K"),
+        ("q4_k_m", "blk.10.attn_v.weight", 512, {"layers": 80, "queries_per_key": 8}, "Q5_K"),
+        ("q4_k_m", "output.weight", 512, {"architecture": "falcon"}, "Q8_0"),
+        ("q4_k_m", "blk.6.ffn_down.weight", 512, {"architecture": "falcon"}, "Q5_K"),
+        ("q3_k_m", "blk.8.ffn_down.weight", 512, {"architecture": "falcon"}, "Q3_K"),
+    ],
+)
+def test_what_a_matrix_gets_depends_on(
+    mix: str, name: str, columns: int, settings: dict[str, object], kind: str
+) -> None:
+    from llmprune_cli.formats.gguf.blocks.mixes import Model, mixed_kind
+
+    plain = {
+        "architecture": "llama",
+        "layers": 32,
+        "queries_per_key": 1,
+        "experts": 0,
+        "is_weighted": False,
+        "is_tied": False,
+    }
+    assert mixed_kind(mix, name, columns, Model(**{**plain, **settings})) == kind  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of 256, which every block divides, and rows of 288 into its MLP, which only short ones do."""
+    sizes = {"hidden_size": 256, "intermediate_size": 288, "head_dim": 32, "tie_word_embeddings": False}
+    return tiny(tmp_path_factory.mktemp("wide") / "model", "llama", **sizes, initializer_range=0.05)
+
+
+@pytest.mark.parametrize("mix", examples(MIXES, ["q4_k_m"]))
+def test_a_mix_runs_in_llama_cpp_and_takes_the_bytes_of_its_blocks(mix: str, wide_llama: Path, tmp_path: Path) -> None:
+    import numpy
+    from gguf import GGML_QUANT_SIZES, GGUFReader, LlamaFileType
+    from gguf.quants import dequantize
+
+    from llmprune_cli.formats.gguf.blocks.mixes import SHORTER, USUAL
+
+    document = verified(export(wide_llama, tmp_path / "gguf", "--dtype", mix.upper()))
+    path = tmp_path / "gguf" / f"model-{mix}.gguf"
+    assert document["dtype"] == mix and path.is_file()
+    read = GGUFReader(path)
+    assert read.fields["general.file_type"].contents() == LlamaFileType[f"MOSTLY_{mix.upper()}"]
+    found = {tensor.name: tensor for tensor in read.tensors}
+    kinds = {name: tensor.tensor_type.name for name, tensor in found.items()}
+    assert kinds["blk.1.ffn_gate.weight"] == USUAL[mix] and kinds["output.weight"] == "Q6_K"
+    assert kinds["blk.1.ffn_down.weight"] in {*SHORTER.values(), "IQ4_NL"}
+    size_bytes = 0
+    for tensor in read.tensors:
+        elements, block_bytes = GGML_QUANT_SIZES[tensor.tensor_type]
+        size_bytes += -(-math.prod(tensor.shape.tolist()) // elements * block_bytes // 32) * 32
+    assert path.stat().st_size == min(tensor.data_offset for tensor in read.tensors) + size_bytes
+    stored = written_tensors(wide_llama)["model.layers.2.mlp.up_proj.weight"].float().numpy()
+    given = found["blk.2.ffn_up.weight"]
+    error = numpy.square(dequantize(given.data, given.tensor_type).reshape(stored.shape) - stored).mean()
+    assert 0 < error < {"q3_k_m": 0.03}.get(mix, 0.01) * numpy.square(stored).mean()
+
+
+def test_threads_and_pieces_change_no_bit(wide_llama: Path) -> None:
+    import numpy
+    from gguf import GGMLQuantizationType
+
+    from llmprune_cli.formats.gguf.blocks.encoding import encode_blocks
+
+    rows = numpy.random.default_rng(0).normal(size=(7, 512)).astype("float32")
+    for kind in (GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q6_K, GGMLQuantizationType.IQ4_NL):
+        whole = encode_blocks(rows, kind, "x", 1)
+        pieces = [encode_blocks(rows[n : n + 1], kind, "x", 1) for n in range(7)]
+        assert (whole == encode_blocks(rows, kind, "x", 3)).all() and (whole == numpy.concatenate(pieces)).all()
+
+
+def test_what_the_gguf_package_encodes_as_well_is_the_same() -> None:
+    import numpy
+    from gguf import GGMLQuantizationType, quantize
+
+    from llmprune_cli.formats.gguf.blocks.encoding import encode_blocks
+
+    rows = numpy.random.default_rng(0).normal(size=(16, 256)).astype("float32")
+    for name in ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"):
+        kind = GGMLQuantizationType[name]
+        assert (encode_blocks(rows, kind, "x", 1) == quantize(rows, kind)).all(), name
+
+
+def test_elements_beyond_the_scales_of_blocks_are_refused() -> None:
+    import numpy
+    from gguf import GGMLQuantizationType
+
+    from llmprune_cli.errors import VerificationError
+    from llmprune_cli.formats.gguf.blocks.encoding import encode_blocks
+
+    rows = numpy.full((1, 256), 1e9, "float32")
+    with pytest.raises(VerificationError, match="attn_q has elements that are too large for Q4_K"):
+        encode_blocks(rows, GGMLQuantizationType.Q4_K, "attn_q", 1)
+
+
+@pytest.mark.parametrize("family", examples(["llama", "gpt2", "falcon", "phi3", "mixtral", "qwen3_moe"], ["llama"]))
+def test_importance_is_what_comes_into_each_stored_matrix(family: str, tmp_path: Path) -> None:
+    """Beside hooks on the whole model in transformers, in whose modules matrices have their stored names, or slices."""
+    import torch
+
+    from llmprune_cli.formats.gguf.blocks.importance import measure_importance
+    from support.opened import open_family
+
+    expected: dict[str, torch.Tensor] = {}
+
+    def follow(module: torch.nn.Module, name: str) -> None:
+        def keep(module: torch.nn.Module, given: tuple[torch.Tensor, ...], result: torch.Tensor) -> None:
+            expected[name] = given[0].reshape(-1, given[0].shape[-1]).square().mean(0)
+
+        module.register_forward_hook(keep)
+
+    with open_family(family, tmp_path) as opened, torch.inference_mode():
+        found = measure_importance(opened.layered, opened.tokens, lambda layers: None)
+        own = [name for name, values in opened.model.named_parameters() if name in found and values.ndim == 2]
+        for name in own:
+            follow(opened.model.get_submodule(name.removesuffix(".weight")), name)
+        opened.model(input_ids=opened.tokens)
+        config = opened.model.config
+        stacked = {entry.name for entry in opened.subject.checkpoint.entries if ".experts." in entry.name}
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values.clamp_min(1e-6 * values.mean()), rtol=1e-3, atol=1e-6)
+    assert len(expected) == len(own) >= 4 * config.num_hidden_layers
+    assert {name for name in found if ".experts." in name} == stacked
+
+
+def test_importance_rounds_with_more_care_where_it_counts(wide_llama: Path, tmp_path: Path) -> None:
+    import numpy
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    from llmprune_cli.formats.gguf.blocks.encoding import encode_blocks
+
+    seeded = numpy.random.default_rng(0)
+    rows, weights = seeded.normal(size=(64, 256)).astype("float32"), seeded.exponential(size=256).astype("float32") ** 3
+    for kind in (GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q5_0, GGMLQuantizationType.IQ4_NL):
+        errors = [
+            (weights * numpy.square(dequantize(encode_blocks(rows, kind, "x", 1, given), kind) - rows)).sum()
+            for given in (weights, None)
+        ]
+        assert errors[0] < 0.95 * errors[1], kind
+
+
+def test_an_export_measures_importance_on_the_text_that_is_named(
+    wide_llama: Path, tmp_path: Path, text_file: Path
+) -> None:
+    words = ("export", wide_llama, "--format", "gguf", "--dtype", "q4_k_m", "-o")
+    run = run_cli(*words, tmp_path / "weighted", "--imatrix", text_file, "--no-verify")
+    assert run.code == 0, run.stderr
+    assert run_cli(*words, tmp_path / "plain", "--no-verify").code == 0
+    files = [(tmp_path / name / "model-q4_k_m.gguf").read_bytes() for name in ("weighted", "plain")]
+    assert len(files[0]) == len(files[1]) and files[0] != files[1]
+    run = run_cli(*words[:4], "--dtype", "q8_0", "-o", tmp_path / "x", "--imatrix", text_file)
+    assert_refused(run, USAGE, "--imatrix is about gguf in q6_k, q5_k_m")
+    assert_refused(run_cli(*words, tmp_path / "x", "--imatrix", "nope.txt"), CHECKPOINT, "nope.txt does not")
+
+
+def test_a_prune_exports_in_one_go(byte_level_llama: Path, tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    words = ("prune", byte_level_llama, "--mlp", "0.5", *BY_MAGNITUDE, "-o", tmp_path / "out", "--gguf", "q4_k_m")
+    run = run_cli(*words)
+    assert run.code == 0, run.stderr
+    said = " ".join(run.stdout.split())
+    assert "out-gguf: gguf, q4_k_m" in said and "Verified with xllamacpp" in said and "llmprune export" not in said
+    header = GGUFReader(tmp_path / "out-gguf" / "model-q4_k_m.gguf").fields
+    assert header["llama.feed_forward_length"].contents() == 24
+    manifest = json.loads((tmp_path / "out-gguf" / "llmprune.json").read_text())
+    assert manifest["export"]["dtype"] == "q4_k_m" and manifest["widths"]["after"]["intermediate_size"] == 24
+    assert_refused(run_cli(*words), OUTPUT, "out is not empty")
+    shutil.rmtree(tmp_path / "out")
+    assert_refused(run_cli(*words), OUTPUT, "out-gguf is not empty", "--overwrite")
+
+
+@in_full
+def test_what_llama_cpp_does_not_take_is_told_before_a_prune(tmp_path: Path) -> None:
+    model = tiny(tmp_path / "model", "opt")
+    run = run_cli(
+        "prune", model, "--intermediate-size", "32", *BY_MAGNITUDE, "-o", tmp_path / "out", "--gguf", "q4_k_m"
+    )
+    assert_refused(run, UNSUPPORTED, "cannot be exported", "written are llama", "Leave out --gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_package_that_is_missing_is_named_before_anything_is_read(
+    wide_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    words = ("export", wide_llama, "--format", "gguf", "--output", tmp_path / "gguf", "--dtype")
+    assert_refused(run_cli(*words, "q4_k_m"), UNSUPPORTED, "xllamacpp", "'llmprune[gguf,llamacpp]'", "q5_0")
+    assert run_cli(*words, "q5_0").code == 0
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert_refused(run_cli(*words, "q5_0", "--overwrite"), UNSUPPORTED, "'llmprune[gguf]'")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "meant"), {"q4_k": "q4_k_m", "Q5_K": "q5_k_m", "q4km": "q4_k_m", "q6": "q6_k", "q8": "q8_0"}.items()
+)
+def test_a_type_that_is_not_there_brings_one_with_nearly_its_name(
+    dtype: str, meant: str, wide_llama: Path, tmp_path: Path
+) -> None:
+    run = run_cli("export", wide_llama, "--format", "gguf", "--dtype", dtype, "--output", tmp_path / "gguf")
+    assert_refused(run, USAGE, f"Did you mean {meant}?", "bf16, q6_k, q5_k_m", "q4_0.")
+    run = run_cli("prune", wide_llama, "--mlp", "50%", "--gguf", dtype, "--output", tmp_path / "out")
+    assert_refused(run, USAGE, f"Did you mean {meant}?")
+
+
+def test_a_disk_without_room_for_the_file_is_told_before_a_tensor_is_written(
+    wide_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmprune_cli.folder import staging
+
+    usage = staging.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    run = export(wide_llama, tmp_path / "gguf", "--dtype", "q4_k_m")
+    assert_refused(run, OUTPUT, "bytes", "has room for 1,000", "another --output")
+    assert not list(tmp_path.iterdir())
