@@ -99,6 +99,8 @@ def read_widths(config: PretrainedConfig) -> Widths:
         found["head_dim"] = found["hidden_size"] // max(found["num_attention_heads"], 1)
     if found["intermediate_size"] is None:  # without a field of that name, neurons follow something else
         found["intermediate_size"] = 4 * found["hidden_size"] if neuron_fields(config) else 0
+    if getattr(config, "attribute_map", {}).get("intermediate_size") in FIELDS[Width.EXPERT_NEURONS]:
+        found["intermediate_size"] = 0  # another name of the experts' neurons: no layer is dense
     for width in OPTIONAL:
         found[width] = found[width] or 0
     may_be_none = (*OPTIONAL, Width.NEURONS, *((*HEAD_COUNTS, Width.HEAD_DIM) if headless else ()))

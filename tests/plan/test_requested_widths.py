@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmprune_cli.errors import PlanError
-from llmprune_cli.family.widths import NEURONS
+from llmprune_cli.family.widths import NEURONS, read_widths
 from llmprune_cli.options import WidthRequest
 from llmprune_cli.plan.requested_widths import resolve
 from support.architectures import REFUSED, RULES, architecture_of
@@ -229,3 +229,10 @@ def test_neurons_that_a_ratio_of_their_own_keeps_are_a_multiple_of_64(asked: dic
     assert any("1105" in text and "--round-to 1" in text for text in target.deviations) == (not asked)
     together = resolve(architecture, {}, WidthRequest(pruning_ratio=0.28)).widths
     assert together.intermediate_size == 1105
+
+
+def test_a_second_name_of_the_neurons_of_experts_is_no_width_of_its_own() -> None:
+    from transformers import AutoConfig
+
+    widths = read_widths(AutoConfig.for_model("deepseek_v4", moe_intermediate_size=256))
+    assert widths.moe_intermediate_size == 256 and widths.intermediate_size == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from support.cli import run_cli
 from support.families import EVERY
 from support.full import examples
 from support.published_configs import CONFIGS, PARAMETERS
+from support.recent_configs import RECENT
 
 SOME = ["DeepSeek-V3", "Llama-3.1-405B", "Qwen3-30B-A3B", "Gemma-3-27B"]  # run by default
+SOME_RECENT = ["Devstral-2-123B"]
 PRUNING_RATIOS = (0.1, 0.25, 0.5) if EVERY else (0.25,)
 TIME_LIMIT = 10.0  # seconds of CPU time for each dry run, whatever the model's size and whatever else the machine does
 # Configuration field → the width that it holds, written out for every family so as not to lean on the tool's own table.
@@ -133,3 +136,30 @@ def test_dry_run_counts_what_the_published_model_would_become(tmp_path: Path, mo
 
 def test_every_published_configuration_has_a_count_by_hand() -> None:
     assert CONFIGS.keys() == PARAMETERS.keys()
+
+
+@pytest.mark.parametrize("model", examples(RECENT, SOME_RECENT))
+def test_dry_run_counts_what_transformers_builds_of_a_recent_model(tmp_path: Path, model: str) -> None:
+    config = RECENT[model]["config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    run = run_cli("prune", tmp_path, "--mlp", "25%", "--dry-run", "--json")
+    assert run.code == 0, run.stderr
+    result = json.loads(run.stdout)
+    before, after = result["before"], result["after"]
+    assert before["parameters"] == count_parameters(config, tmp_path / "whole")
+    cut = {width: kept for width, kept in after["widths"].items() if kept != before["widths"][width]}
+    assert cut and all(before["widths"][width] == config[width] for width in cut)
+    for width, kept in cut.items():  # down to a multiple of 64
+        assert width.endswith("intermediate_size") and 0.7 * config[width] < kept <= 0.75 * config[width], (width, kept)
+    assert after["parameters"] == count_parameters({**config, **cut}, tmp_path / "pruned")
+
+
+@pytest.mark.parametrize("model", examples(filter(re.compile(r"-\d+B").search, RECENT), SOME_RECENT))
+def test_a_recent_model_has_as_many_parameters_as_its_name_says(tmp_path: Path, model: str) -> None:
+    (said,) = re.findall(r"-(\d+)B", model)
+    assert count_parameters(RECENT[model]["config"], tmp_path / "model") / 1e9 == pytest.approx(int(said), rel=0.06)
+
+
+def test_forty_published_configurations_are_tried_and_half_of_them_are_recent() -> None:
+    assert len(CONFIGS) + len(RECENT) >= 40 and len(RECENT) >= 20
+    assert all(known["source"] for known in RECENT.values())
