@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # transformers 5.23.0 and 4.57.6: a `tokenizer.json` that splits numbers into digits before byte-level BPE, whose
-# `tokenizer_config.json` names the class GPT2Tokenizer: the form in which SmolLM2 and StarCoder 2 are published.
+# `tokenizer_config.json` names the class GPT2Tokenizer.
 #
 # Bet: `tokenizer.json` is what runs, as the library tokenizers runs it.
 # Seen: the newer one takes vocabulary and merges out of the file and builds GPT-2's own splitting around them, without a
-# word. Calibration text, perplexity and training then have numbers that the model never saw.
+# word. Where the merges were learned with another splitting, as here, text is read as other tokens; merges that were
+# learned with the splitting of the file leave nothing to see.
 #
 #   tokenizers: ['in', 'Ġ', '2', '0', '2', '4']
 #   4.57.6: ['in', 'Ġ', '2', '0', '2', '4']

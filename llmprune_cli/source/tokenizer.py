@@ -12,6 +12,8 @@ from llmprune_cli.folder.documents import is_there, read_json
 from llmprune_cli.startup.model_argument import SENTENCEPIECE, missing_packages, refuse_without_packages
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import PreTrainedTokenizerBase
 
 MOST_COMPANION_BYTES = 2**28  # the largest tokenizers have 35 MB
@@ -29,6 +31,8 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
+AS_IT_IS = ("TokenizersBackend", "PreTrainedTokenizerFast")  # classes that run tokenizer.json as it is
+SPLIT_SAMPLE = "In 2024, 12,345 dogs didn't walk;  \n\n\tif x == 10: return 'né'"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")  # of what is seen
 
 
@@ -51,6 +55,27 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"{checkpoint.source} has no usable tokenizer, which this needs.") from error
     result: PreTrainedTokenizerBase = tokenizer
     return result
+
+
+def warn_of_other_splitting(
+    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, warn: Callable[[str], None]
+) -> None:
+    """Warn where the class that the tokenizer names splits text otherwise than its `tokenizer.json` says."""
+    from tokenizers import Tokenizer
+
+    path, name = checkpoint.companions / "tokenizer.json", type(tokenizer).__name__
+    if name in AS_IT_IS or not path.is_file() or not hasattr(tokenizer, "backend_tokenizer"):
+        return
+    try:
+        said = Tokenizer.from_file(str(path)).encode(SPLIT_SAMPLE, add_special_tokens=False).ids
+    except Exception:  # a file that the library cannot read says nothing; the class could
+        return
+    if said != tokenizer(SPLIT_SAMPLE, add_special_tokens=False)["input_ids"]:
+        warn(
+            f"transformers reads the tokenizer of {checkpoint.source} as a {name}, which splits text otherwise than "
+            f'its tokenizer.json says, so it may not be read as it was in training. "tokenizer_class": '
+            '"PreTrainedTokenizerFast" in tokenizer_config.json makes it read the file.'
+        )
 
 
 def copy_companions(checkpoint: Checkpoint, target: Path) -> None:

@@ -38,7 +38,7 @@ from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.source.full_model import load_model
 from llmprune_cli.source.opening import open_checkpoint
 from llmprune_cli.source.own_text import Place, write_text
-from llmprune_cli.source.tokenizer import load_tokenizer
+from llmprune_cli.source.tokenizer import load_tokenizer, warn_of_other_splitting
 
 BYTES_PER_WEIGHT = 16  # that is trained: itself, its gradient, and two moments of that, in float32
 MOST_OF_MEMORY = 0.8  # that a resident teacher may take together with the training
@@ -108,6 +108,8 @@ def prepare(
 ) -> Task:
     """The text, and where and how everything is computed."""
     tokenizer = load_tokenizer(pruned)
+    if processes.is_first:
+        warn_of_other_splitting(pruned, tokenizer, listener.warn)
     tokens = map_tokens((pruned, tokenizer), (teacher, load_tokenizer(teacher)))
     settings = pruned.config.get_text_config()
     longest = getattr(settings, "max_position_embeddings", None)

@@ -1,0 +1,27 @@
+"""A tokenizer is read as transformers reads it, and where that is not what its file says, a warning tells."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer, pre_tokenizers
+
+from support.cli import run_cli
+from support.tiny import BYTE_LEVEL_VOCABULARY, save_byte_level, save_tiny
+
+
+def test_a_class_that_splits_text_otherwise_than_the_file_is_told(text_file: Path, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", vocab_size=BYTE_LEVEL_VOCABULARY)
+    save_byte_level(model)
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    spaces = pre_tokenizers.Split(" ", "isolated")  # of whose merges with letters the tokenizer has some
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([spaces, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.save(str(model / "tokenizer.json"))
+    words = ("eval", model, "--dataset", text_file, "--max-seq-len", "32", "--limit", "2", "-q")
+    assert run_cli(*words).stderr == ""
+    settings = model / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "tokenizer_class": "GPT2Tokenizer"}))
+    run = run_cli(*words)
+    assert run.code == 0 and "a GPT2Tokenizer, which splits text otherwise" in run.stderr
+    assert '"PreTrainedTokenizerFast" in tokenizer_config.json' in run.stderr
