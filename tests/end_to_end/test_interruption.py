@@ -43,6 +43,12 @@ def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def hear_signals() -> None:
+    """Undo what shells do to what they run behind, and nohup to what it runs."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 @pytest.mark.parametrize("interruption", examples(["SIGINT", "SIGTERM", "SIGHUP"], ["SIGTERM"]))
 def test_an_interrupted_prune_leaves_nothing(large_model: Path, tmp_path: Path, interruption: str) -> None:
@@ -53,7 +59,7 @@ def test_an_interrupted_prune_leaves_nothing(large_model: Path, tmp_path: Path, 
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells ignore it for what they run behind
+        preexec_fn=hear_signals,
     )
     deadline = time.monotonic() + 120
     while not (tmp_path / ".out.llmprune-work" / "new" / "model.safetensors").exists():
@@ -78,13 +84,18 @@ def test_a_terminal_that_goes_away(large_model: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "llmprune_cli", "prune", large_model, *BY_MAGNITUDE, "--intermediate-size", "4090"]
     command += ["--importance", "random", "--output", tmp_path / "out"]
     terminal, its_end = pty.openpty()
+
+    def take_terminal() -> None:
+        hear_signals()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
     child = subprocess.Popen(
         list(map(str, command)),
         stdin=its_end,
         stdout=its_end,
         stderr=its_end,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=take_terminal,
     )
     os.close(its_end)
     os.set_blocking(terminal, False)
