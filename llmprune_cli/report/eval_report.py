@@ -185,7 +185,7 @@ def _eval_result(
         same_tokens=True,
         kl=state.kl,
         windows=state.windows,
-        tokens=state.tokens,
+        tokens=state.tokens + len(text.tail),
         max_seq_len=text.windows.shape[1],
         seconds=state.seconds,
         tokens_per_second=state.tokens / max(state.seconds, 1e-9),

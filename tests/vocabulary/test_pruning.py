@@ -84,6 +84,7 @@ def test_both_models_are_judged_by_the_bytes_of_the_same_text(
     assert first["bits_per_byte"] == pytest.approx(whole[0] / math.log(2) / whole[1], rel=1e-4)
     assert second["bits_per_byte"] == pytest.approx(part[0] / math.log(2) / part[1], rel=1e-4)
     assert (first["bytes"], second["bytes"]) == (whole[1], part[1])
+    assert first["tokens"] == 9 * 32 < second["tokens"]  # of the same text
     shown = run_cli("eval", byte_level, folder, *limited, "-q").stdout
     assert "bits/byte" in shown and f"{second['bits_per_byte']:.3f}" in shown and "ratio" not in shown
 
