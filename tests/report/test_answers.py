@@ -82,6 +82,12 @@ def test_what_would_take_much_memory_is_not_asked_nor_what_does_not_chat(
     assert answers() == ()
 
 
+def test_a_sweep_asks_nothing_that_it_does_not_show(chatting: Path, text_file: Path) -> None:
+    measured = ("--importance", "activation", "--refit", "none", "--calibration", text_file, *CALIBRATED)
+    run = run_cli("sweep", chatting, "--mlp", "25%,50%", *measured)
+    assert run.code == 0 and "Judging" in run.stderr and "Answering" not in run.stderr, run.stderr
+
+
 def test_a_template_that_fails_is_said_and_undoes_nothing(chatting: Path, text_file: Path, tmp_path: Path) -> None:
     (chatting / "chat_template.jinja").write_text("{{ raise_exception('only for tools') }}")
     card = prune(chatting, text_file, tmp_path / "out")

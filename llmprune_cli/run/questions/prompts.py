@@ -31,11 +31,14 @@ def answer_prompts(checkpoint: Checkpoint, device: str, dtype: torch.dtype, list
     Returns:
         Nothing where it does not chat, or takes much of the memory of the device.
     """
-    spelled = _spelled(checkpoint)
+    try:
+        tokenizer = load_tokenizer(checkpoint)
+    except CheckpointError:
+        return ()
+    spelled = _spelled(tokenizer)
     if not spelled or checkpoint.parameter_count * dtype.itemsize > MOST_OF_MEMORY * _free_bytes(device):
         return ()
     listener.stage("Answering prompts", 1)
-    tokenizer = load_tokenizer(checkpoint)
     model = load_model(checkpoint, device, str(dtype).removeprefix("torch."))
     ids, mask = _padded([tokenizer.encode(text, add_special_tokens=False) for text in spelled])
     with torch.inference_mode():
@@ -54,12 +57,8 @@ def answer_prompts(checkpoint: Checkpoint, device: str, dtype: torch.dtype, list
     return tuple(str(tokenizer.decode(own, skip_special_tokens=True)).strip() for own in written[:, ids.shape[1] :])
 
 
-def _spelled(checkpoint: Checkpoint) -> list[str]:
+def _spelled(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The prompts as the model's chat template has them; none where that is missing, or adds nothing to them."""
-    try:
-        tokenizer = load_tokenizer(checkpoint)
-    except CheckpointError:
-        return []
     if getattr(tokenizer, "chat_template", None) is None:
         return []
     talks = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
