@@ -54,8 +54,8 @@ class RunningPerplexity:
 def bits_per_byte(nats: float, text_bytes: int) -> float:
     """Negative log-likelihood of a text, in nats, as bits per byte of it; the same whatever the tokens are.
 
-    Gao et al., "The Pile", arXiv 2101.00027, section 3.1: BPB = (L_T / L_B) · ℓ / ln 2, for L_T tokens of L_B bytes
-    and the mean loss ℓ of a token.
+    Gao et al., "The Pile", arXiv 2101.00027: BPB = (L_T / L_B) · ℓ / ln 2, for L_T tokens of L_B bytes and the mean
+    loss ℓ of a token.
     """
     return nats / math.log(2) / text_bytes if text_bytes else math.nan
 

@@ -34,8 +34,8 @@ def write_text(
 ) -> list[str]:
     """Sample documents from the model's own start token, at temperature 1, until there are so many tokens.
 
-    Williams et al., "Self-calibration for Language Model Quantization and Pruning", arXiv 2410.17170, section 3: the
-    calibration set is x ~ p_θ(· | BOS).
+    After Williams et al., "Self-calibration for Language Model Quantization and Pruning", arXiv 2410.17170: text is
+    x ~ p_θ(· | BOS).
 
     Raises:
         CheckpointError: the model does not fit into memory, or writes nothing.

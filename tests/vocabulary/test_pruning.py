@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from llmprune_cli.options import Text
+from llmprune_cli.run.calibration import prepare_calibration
 from support.cli import BY_MAGNITUDE, run_cli
 from support.gguf_exports import export, needs_llamacpp, tiny, verified
 from support.refusals import PLAN, UNSUPPORTED, USAGE, assert_prune_refused, edit_json
+from support.tiny import BYTE_LEVEL_VOCABULARY
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +81,9 @@ def test_both_models_are_judged_by_the_bytes_of_the_same_text(
     document = json.loads(run.stdout)
     assert "vocabulary" not in run.stderr and "Compare bits per byte" in run.stderr
     card, (first, second) = document["calibration"], document["evaluation"]["results"]
-    assert card["kl"] is None and card["bits_per_byte_before"] > 0 and card["bits_per_byte_after"] > 0
+    assert card["kl"] is None and card["layers"] == []
+    for model, bits in ((byte_level, card["bits_per_byte_before"]), (folder, card["bits_per_byte_after"])):
+        assert bits == pytest.approx(judged_bits(byte_level, model, text), rel=1e-3)
     assert [first["same_tokens"], second["same_tokens"], second["kl"]] == [True, False, None]
     whole, part = (nats_and_bytes(model, corpus, first) for model in (byte_level, folder))
     assert first["bits_per_byte"] == pytest.approx(whole[0] / math.log(2) / whole[1], rel=1e-4)
@@ -87,6 +92,23 @@ def test_both_models_are_judged_by_the_bytes_of_the_same_text(
     assert first["tokens"] == 9 * 32 < second["tokens"]  # of the same text
     shown = run_cli("eval", byte_level, folder, *limited, "-q").stdout
     assert "bits/byte" in shown and f"{second['bits_per_byte']:.3f}" in shown and "ratio" not in shown
+
+
+def judged_bits(whole: Path, model: Path, text: tuple[str, ...]) -> float:
+    """Bits per byte of the text that the report card judges by, read with a model's own tokens by transformers."""
+    from torch.nn import functional
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    readers = [AutoTokenizer.from_pretrained(folder) for folder in (whole, model)]
+    options = Text(calibration=text[1], calibration_tokens=400, calibration_seq_len=40)
+    drawn = prepare_calibration(options, readers[0], BYTE_LEVEL_VOCABULARY, None, 0, print)
+    told = [readers[1](readers[0].decode(w), add_special_tokens=False)["input_ids"] for w in drawn.judged]
+    length = min(40, *map(len, told))
+    windows = torch.tensor([ids[:length] for ids in told])
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(model)(windows).logits[:, :-1].float()
+    nats = float(functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum"))
+    return nats / math.log(2) / sum(len(readers[1].decode(w[1:]).encode()) for w in windows)
 
 
 def nats_and_bytes(model: Path, corpus: Path, first: dict[str, Any]) -> tuple[float, int]:
