@@ -23,7 +23,7 @@ from llmprune_cli.errors import LlmpruneError, UnsupportedError
 from llmprune_cli.family.architecture import Architecture, discover
 from llmprune_cli.family.skeleton import expected_index
 from llmprune_cli.family.widths import Widths
-from support.families import EVERY, FAMILIES, SIZES, TRIED, model_type
+from support.families import EVERY, FAMILIES, SIZES, TRIED_SLOWLY, model_type
 from support.tiny import tiny_config
 
 BINDINGS_BROKEN = 2 if EVERY else 1  # of each width, drawn anew for every family
@@ -87,7 +87,7 @@ def logits_of_pruned_twin(architecture: Architecture, traced: Trace, changed: tu
     return logits
 
 
-@pytest.mark.parametrize("family", TRIED)
+@pytest.mark.parametrize("family", TRIED_SLOWLY)
 def test_every_broken_group_is_caught(family: str, record_property: Callable[[str, Any], None]) -> None:
     config: Any = tiny_config(model_type(family), **{**SIZES, **FAMILIES[family]})
     architecture = settle_head_dim(discover(config, expected_index(config)))

@@ -13,6 +13,7 @@ import pytest
 
 import llmprune_cli
 from support import TESTS
+from support.full import in_full
 
 PACKAGE = Path(llmprune_cli.__file__).parent
 FUNCTION = '''
@@ -80,6 +81,7 @@ def run(root: Path, *commands: tuple[str | Path, ...]) -> list[str]:
     return [stdout for _, stdout, _ in ended]
 
 
+@in_full
 def test_a_new_importance_or_format_is_one_function_or_module_and_one_line(extended: Path, tiny_llama: Path) -> None:
     prune = ("prune", tiny_llama, "--intermediate-size", "24", "--importance", "first", "--refit", "none")
     prune += ("--output", extended / "out", "--save-plan", extended / "plan.json")

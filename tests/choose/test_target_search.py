@@ -27,7 +27,7 @@ from support.full import examples
 from support.tiny import save_tiny
 
 
-@pytest.mark.parametrize("family", examples(["llama", "gpt2", "qwen3_moe", "gemma2"], ["llama", "qwen3_moe"]))
+@pytest.mark.parametrize("family", examples(["llama", "gpt2", "qwen3_moe", "gemma2"], ["llama"]))
 @pytest.mark.parametrize("share", examples(["85%", "60%"], ["60%"]))
 def test_a_target_is_reached_and_never_exceeded(family: str, share: str, tmp_path: Path, text_file: Path) -> None:
     settings = {**families.SIZES, **families.FAMILIES[family]}

@@ -16,6 +16,7 @@ import llmprune_cli
 from llmprune_cli import LlmpruneError, Plan, Progress, UsageError, evaluate, export, inspect, prune
 from llmprune_cli.report.results import to_json
 from support.cli import BY_MAGNITUDE, run_cli
+from support.full import in_full
 from support.stock import written_tensors
 
 VARYING = ("seconds", "tokens_per_second", "peak_memory_bytes", "output", "model", "files")
@@ -127,6 +128,7 @@ def test_the_name_of_a_stage_does_not_hide_a_function() -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+@in_full
 def test_a_notebook_runs(tiny_llama: Path, tmp_path: Path) -> None:
     nbformat = pytest.importorskip("nbformat", reason="pip install 'llmprune[notebook]'")
     pytest.importorskip("nbconvert")

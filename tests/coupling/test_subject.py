@@ -18,7 +18,7 @@ from llmprune_cli.startup import remembered
 from support import families
 from support.opened import Opened
 
-every_family = pytest.mark.parametrize("opened", families.TRIED, indirect=True)
+every_family = pytest.mark.parametrize("opened", families.TRIED_SLOWLY, indirect=True)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 from support import TESTS
 
-PAIRS = [("prune, overwriting", kind) for kind in ("kill", "read-only", "other shard")]
+PAIRS = [("prune, overwriting", kind) for kind in ("kill", "other shard")]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forked")

@@ -21,7 +21,7 @@ from support.refusals import INTERRUPTED, MEMORY, assert_refused
 
 @pytest.fixture(scope="module")
 def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 540 MB, all zeros, whose writing takes long enough to be interrupted."""
+    """A Llama of 270 MB, all zeros, whose writing takes long enough to be interrupted."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig
@@ -32,7 +32,7 @@ def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = LlamaConfig(
         hidden_size=1024,
         intermediate_size=4096,
-        num_hidden_layers=16,
+        num_hidden_layers=8,
         num_attention_heads=16,
         vocab_size=512,
         architectures=["LlamaForCausalLM"],

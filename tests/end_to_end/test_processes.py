@@ -13,6 +13,8 @@ import pytest
 
 from support import TESTS
 from support.cli import BY_MAGNITUDE, Run, run_cli
+from support.families import EVERY
+from support.full import examples, in_full
 from support.sharing import made_once
 from support.stock import written_tensors
 from support.tiny import save_tiny
@@ -48,6 +50,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {  # OUT is the folder of the processes t
     ),
     "inspect": ("inspect", "llama", "--json"),
 }
+if not EVERY:
+    del COMMANDS["rotate"], COMMANDS["sweep"]
 FULL_FOR_TWO = ("prune", "llama", *CUT, "--output", "two/resumed")
 FULL_FOR_ONE = ("prune", "llama", *CUT, "--output", "one/resumed")
 
@@ -114,6 +118,7 @@ def largest_difference(one: Path, two: Path) -> float:
     return max(float((a[name].double() - b[name].double()).norm() / a[name].double().norm()) for name in a)
 
 
+@in_full
 def test_accelerate_launch_evaluates_as_one_process_does(alone: Path) -> None:
     run = launch(*ACCELERATE, "-m", "llmprune_cli", *at_work("eval", "two"), cwd=alone)
     assert run.code == 0, run.stderr
@@ -130,7 +135,7 @@ def test_a_process_may_have_no_window(alone: Path, both: dict[str, list[Run]]) -
     assert found["perplexity"] == expected["perplexity"] and found["windows"] == 1
 
 
-@pytest.mark.parametrize("name", ["default", "experts", "rotate", "magnitude"])
+@pytest.mark.parametrize("name", examples(["default", "experts", "rotate", "magnitude"], [*COMMANDS]))
 def test_two_processes_write_what_one_writes(alone: Path, both: dict[str, list[Run]], name: str) -> None:
     assert both[name][0].code == 0, both[name][0].stderr
     assert run_cli(*at_work(name, "one")).code == 0
@@ -140,6 +145,7 @@ def test_two_processes_write_what_one_writes(alone: Path, both: dict[str, list[R
     assert name != "default" or plans[0].read_bytes() == plans[1].read_bytes()
 
 
+@in_full
 def test_two_processes_sweep_as_one_does(alone: Path, both: dict[str, list[Run]]) -> None:
     assert both["sweep"][0].code == 0, both["sweep"][0].stderr
     assert run_cli(*at_work("sweep", "one")).code == 0

@@ -21,6 +21,7 @@ from llmprune_cli.folder.staging import claimed
 from llmprune_cli.journal.forms import Json
 from llmprune_cli.journal.journal import Journal
 from support.cli import BY_MAGNITUDE, Run, run_cli
+from support.full import in_full
 from support.stock import written_tensors
 from support.tiny import save_tiny
 
@@ -198,6 +199,7 @@ def test_options_that_would_do_nothing_are_refused(tiny_llama: Path, options: li
     assert run_cli("prune", tiny_llama, *options).code == 2
 
 
+@in_full
 def test_statistics_are_measured_once_for_several_targets(
     deep_llama: Path, calibrated: Arguments, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from llmprune_cli.family.layers import every_nth
 from support import families
 from support.cli import BY_MAGNITUDE, run_cli
+from support.full import examples
 from support.refusals import edit_json
 from support.stock import load_stock
 from support.tiny import save_tiny
@@ -44,7 +45,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", examples(CASES, [*CASES][:3]))
 def test_older_settings_stand_beside_those_of_today(case: str, tmp_path: Path) -> None:
     family, changes, older = CASES[case]
     settings = {**families.SIZES, **families.FAMILIES[family], **changes, "initializer_range": 0.3}
@@ -109,7 +110,7 @@ EVERY = {  # family, kinds of layers, layers to drop, the number of every n-th l
 }
 
 
-@pytest.mark.parametrize("case", EVERY)
+@pytest.mark.parametrize("case", examples(EVERY, ["gemma3", "gemma3, no rhythm", "qwen3_next"]))
 def test_the_number_of_every_nth_layer_follows_the_layers(
     case: str, make_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:

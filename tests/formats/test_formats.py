@@ -14,11 +14,11 @@ from llmprune_cli.formats.graphs import SCANNING
 from support import ROOT, families
 from support.cli import run_cli
 from support.exports import export, needs_genai, needs_onnx
-from support.full import in_full
+from support.full import examples, in_full
 from support.tiny import BYTE_LEVEL_VOCABULARY, save_byte_level, save_tiny, tiny_config
 
 
-@pytest.mark.parametrize("family", SCANNING)
+@pytest.mark.parametrize("family", examples(SCANNING, ["mamba", "qwen3_next"]))
 def test_what_scans_in_steps_is_refused_before_it_is_traced(family: str, tmp_path: Path) -> None:
     settings = {**families.SIZES, **families.FAMILIES[family]}
     tiny_config(family, **settings).save_pretrained(tmp_path / "model")  # type: ignore[attr-defined]

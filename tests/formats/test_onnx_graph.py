@@ -36,6 +36,7 @@ def test_an_onnx_graph_reads_prompts_and_goes_on_with_its_cache(family: str, tmp
 
 
 @needs_onnx
+@in_full
 def test_an_onnx_graph_without_a_cache_takes_token_ids_only(tmp_path: Path) -> None:
     from llmprune_cli.formats.onnx_graph import open_onnx
 

@@ -28,9 +28,14 @@ from llmprune_cli.source.full_model import load_model
 from llmprune_cli.source.opening import open_checkpoint
 from support import families
 from support.cli import CALIBRATED, run_cli
+from support.full import examples
 from support.opened import Opened
 
-every_family = pytest.mark.parametrize("opened", families.TRIED, indirect=True)
+FOLLOWED = ["llama", "gpt_neox", "granite", "cohere", "gemma2", "olmo2", "mixtral", "jamba"]
+WHOLE = ["llama", "granite", "gpt2", "opt", "falcon", "phi", "qwen3_moe", "glm4", "gpt_oss"]
+BY_LAYER = ["llama", "gpt_neox", "gemma2", "mixtral"]
+WRITTEN = ["llama", "gpt2", "gemma2", "mixtral", "gpt_oss", "deepseek_v3"]
+every_family = pytest.mark.parametrize("opened", families.TRIED_SLOWLY, indirect=True)
 
 
 @every_family
@@ -61,18 +66,14 @@ def refitted(opened: Opened, method: str, folder: Path) -> tuple[Checkpoint, Pla
     return checkpoint, plan, streams, reports[-1].stream_error
 
 
-@pytest.mark.parametrize(
-    "opened", ["llama", "gpt_neox", "granite", "cohere", "gemma2", "olmo2", "mixtral", "jamba"], indirect=True
-)
+@pytest.mark.parametrize("opened", examples(FOLLOWED, ["gpt_neox", "granite", "olmo2", "jamba"]), indirect=True)
 def test_the_residual_refit_follows_the_dense_stream(opened: Opened, tmp_path: Path) -> None:
     """Blocks in sequence, in parallel, scaled, with a norm behind them, of experts: less and less error is left."""
     none, local, residual = (refitted(opened, method, tmp_path)[3] for method in ("none", "local", "residual"))
     assert residual < 0.9 * local < local < none
 
 
-@pytest.mark.parametrize(
-    "opened", ["llama", "granite", "gpt2", "opt", "falcon", "phi", "qwen3_moe", "glm4", "gpt_oss"], indirect=True
-)
+@pytest.mark.parametrize("opened", examples(WHOLE, ["granite", "gpt2", "opt", "falcon", "gpt_oss"]), indirect=True)
 def test_a_refit_of_what_lost_nothing_changes_nothing(opened: Opened, tmp_path: Path) -> None:
     subject = opened.subject
     target = resolve(subject.architecture, subject.trace.refused, WidthRequest())
@@ -90,7 +91,7 @@ def test_a_refit_of_what_lost_nothing_changes_nothing(opened: Opened, tmp_path: 
     assert all(report.stream_error < 1e-6 for report in reports)
 
 
-@pytest.mark.parametrize("opened", ["llama", "gpt2", "gemma2", "mixtral", "gpt_oss", "deepseek_v3"], indirect=True)
+@pytest.mark.parametrize("opened", examples(WRITTEN, ["gpt2", "gemma2", "gpt_oss"]), indirect=True)
 def test_the_pruned_stream_is_what_the_written_model_computes(opened: Opened, tmp_path: Path) -> None:
     subject = opened.subject
     checkpoint, plan, streams, _ = refitted(opened, "residual", tmp_path)
@@ -104,7 +105,7 @@ def test_the_pruned_stream_is_what_the_written_model_computes(opened: Opened, tm
         torch.testing.assert_close(ends.logits(streams.pruned, items), logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("opened", ["llama", "gpt_neox", "gemma2", "mixtral"], indirect=True)
+@pytest.mark.parametrize("opened", examples(BY_LAYER, ["gpt_neox", "mixtral"]), indirect=True)
 def test_the_local_refit_repairs_too(opened: Opened, text_file: Path, tmp_path: Path) -> None:
     assert_repaired(opened.subject, "local", text_file, tmp_path / "out")
 

@@ -25,7 +25,7 @@ from llmprune_cli.run.workbench import Workbench
 from support import families
 from support.opened import Opened
 
-every_family = pytest.mark.parametrize("opened", families.TRIED, indirect=True)
+every_family = pytest.mark.parametrize("opened", families.TRIED_SLOWLY, indirect=True)
 
 
 def half_the_neurons(opened: Opened) -> Plan:

@@ -21,6 +21,7 @@ from llmprune_cli.source.opening import open_checkpoint
 from support import families
 from support.checkpoints import rewrite
 from support.cli import run_cli
+from support.full import examples
 from support.stock import load_stock
 from support.tiny import save_tiny
 
@@ -34,6 +35,7 @@ REFUSED = {
     "olmo": "has no weights",
     "opt": "subtracts the mean",
 }
+SHOWN = ["llama", "llama-mha", "phi3", "granite", "qwen2_moe", "deepseek_v3", "mamba"]
 TEXT = ("--calibration-tokens", "1200", "--calibration-seq-len", "40")
 
 
@@ -55,7 +57,7 @@ def stream_of(subject: Subject) -> ResidualStream:
     return find_residual_stream(subject.architecture, subject.trace)
 
 
-@pytest.mark.parametrize("opened", TURNED, indirect=True)
+@pytest.mark.parametrize("opened", examples(TURNED, SHOWN), indirect=True)
 def test_a_rotated_model_computes_what_it_did(
     opened: tuple[Path, Subject, int], tokens: torch.Tensor, tmp_path: Path
 ) -> None:

@@ -20,10 +20,8 @@ from support.full import examples
 from support.opened import Opened
 from support.tiny import save_tiny
 
-every_family = pytest.mark.parametrize("opened", families.TRIED, indirect=True)
 
-
-@every_family
+@pytest.mark.parametrize("opened", families.TRIED, indirect=True)
 def test_layers_in_bfloat16_follow_the_stock_model(opened: Opened) -> None:
     half = replace(opened.layered, compute=torch.bfloat16)
     with torch.inference_mode():
@@ -35,7 +33,7 @@ def test_layers_in_bfloat16_follow_the_stock_model(opened: Opened) -> None:
     assert 0 < gap < 0.2  # a state space amplifies what is rounded, the others stay below 0.03
 
 
-@every_family
+@pytest.mark.parametrize("opened", families.TRIED_SLOWLY, indirect=True)
 def test_gradients_in_bfloat16_rank_units_alike(opened: Opened, tmp_path: Path) -> None:
     half = replace(opened.layered, compute=torch.bfloat16)
     whole = measure_gradients(opened.layered, opened.tokens, DenseStates(tmp_path), lambda n: None).scores
@@ -63,7 +61,7 @@ def test_what_is_multiplied_is_bfloat16_and_what_is_added_up_float32(opened: Ope
     assert output is not None and output.dtype == torch.float32 and {*results} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("family", examples(["llama", "qwen3_moe", "jamba", "gpt2"], ["qwen3_moe", "gpt2"]))
+@pytest.mark.parametrize("family", examples(["llama", "qwen3_moe", "jamba", "gpt2"], ["gpt2"]))
 def test_a_calibrated_prune_in_bfloat16_is_as_good(family: str, tiny_of, text_file: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     cards = {}
     for dtype in ("float32", "bfloat16"):

@@ -19,13 +19,14 @@ from llmprune_cli.source.gguf.configuration import read_configuration
 from llmprune_cli.source.opening import open_checkpoint
 from support.checkpoints import Tensors, prune, rewrite
 from support.cli import run_cli
+from support.full import examples
 from support.gguf_files import EPSILON, GGUF_FAMILIES, GgufFamily, gguf_pair, write_gguf
 from support.refusals import UNSUPPORTED, assert_refused
 from support.stock import load_stock, written_tensors
 from support.tiny import BYTE_LEVEL_VOCABULARY, save_byte_level, save_tiny
 
 
-@pytest.mark.parametrize("family", GGUF_FAMILIES)
+@pytest.mark.parametrize("family", examples(GGUF_FAMILIES, ["llama", "gemma3_text"]))
 def test_a_gguf_file_prunes_as_the_checkpoint_it_was_made_from(tmp_path: Path, family: str) -> None:
     plain, path = gguf_pair(tmp_path, family)
     options = ("--intermediate-size", "24")

@@ -159,9 +159,12 @@ CLASSES = (
     "jamba",  # state spaces, attention and experts by rhythms
     "mamba",  # no attention
 )
+# What differs most of these: for tests that take seconds for each family.
+FEW = ("llama", "gpt2", "qwen2_moe", "jamba")
 EXPORT_CLASSES = ("llama", "gemma2", "qwen3_moe", "gpt2", "phi3")
 EVERY = bool(os.environ.get("LLMPRUNE_TEST_ALL"))
 TRIED = {family: FAMILIES[family] for family in (FAMILIES if EVERY else CLASSES)}
+TRIED_SLOWLY = {family: FAMILIES[family] for family in (FAMILIES if EVERY else FEW)}
 TRIED_EXPORTS = {family: EXPORTED[family] for family in (EXPORTED if EVERY else EXPORT_CLASSES)}
 HEADS_OF_16 = {"hidden_size": 128}  # with the eight heads of `tiny_config`
 SIZES: dict[str, Any] = {"num_hidden_layers": 4, "pad_token_id": None}

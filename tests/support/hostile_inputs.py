@@ -1,13 +1,12 @@
 """Inputs that somebody made to break a reader: how each is made, the command that meets it, and its exit code.
 
-`python -m support.hostile_inputs`, run from `tests/`, tries all of them in forked processes, which have imported
+`python -m support.hostile_inputs`, run from `tests/`, tries all of them in a forked process, which has imported
 everything already, and prints a line of JSON for each: its name, the exit code, the seconds, the memory that was taken
-in bytes, and what was printed.
+in bytes, and what was printed and left.
 """
 
 from __future__ import annotations
 
-import gc
 import io
 import json
 import os
@@ -535,50 +534,64 @@ def make_model(folder: Path) -> None:
 
 
 def attempt(case: Hostile, good: Path, place: Path) -> dict[str, Any]:
-    """Meet one input in a forked process."""
+    """Meet one input."""
     folder = place / "model"
     shutil.copytree(good / "model", folder)
     case.make(folder)
     words = {"OUT": str(place / "out"), "PLAN": str(folder / PLAN), "TEXT": str(good / "text.txt")}
     arguments = [words.get(word, word.replace("MODEL", str(folder))) for word in case.command]
-    reader, writer = os.pipe()
-    process = os.fork()
-    if process == 0:
-        run_in_child(arguments, writer)
-    os.close(writer)
-    with os.fdopen(reader) as file:
-        said = file.read()
-    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    left = sorted(path.name for path in place.iterdir() if path.name not in ("model", "elsewhere"))
-    found: dict[str, Any] = json.loads(said) if said else {"seconds": SECONDS, "bytes": 0, "printed": "killed"}
-    return {**found, "code": code if not said else found["code"], "left": left}
-
-
-def run_in_child(arguments: list[str], writer: int) -> None:
-    """Run the command line, and write down how it went."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is held now
+    started, before = time.perf_counter(), status_bytes("VmRSS")
     signal.alarm(SECONDS)
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (data_bytes() + 4 * 10**9, hard))  # so that the machine survives
-    started, before = time.perf_counter(), usage.ru_maxrss
-    code, printed = 1, ""
     try:
         run = run_cli(*arguments)
         code, printed = run.code, run.stdout + run.stderr
     except BaseException:
-        printed = traceback.format_exc()
-    taken = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    result = {"code": code, "seconds": time.perf_counter() - started, "bytes": taken, "printed": printed[-3000:]}
-    os.write(writer, json.dumps(result).encode())
-    os._exit(0)
+        code, printed = 1, traceback.format_exc()
+    signal.alarm(0)
+    return {
+        "code": code,
+        "seconds": time.perf_counter() - started,
+        "bytes": status_bytes("VmHWM") - before,
+        "printed": printed[-3000:],
+        "left": sorted(path.name for path in place.iterdir() if path.name not in ("model", "elsewhere")),
+    }
 
 
-def data_bytes() -> int:
-    """The data segment of this process."""
+def status_bytes(field: str) -> int:
+    """What Linux says of this process's memory."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmData:"):
+        if line.startswith(f"{field}:"):
             return 1024 * int(line.split()[1])
     return 0
+
+
+def attempt_all(names: list[str], good: Path) -> None:
+    """Meet inputs one after the other, and print a line of JSON for each."""
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (status_bytes("VmData") + 4 * 10**9, hard))  # the machine survives
+    for name in names:
+        with tempfile.TemporaryDirectory(dir=good.parent) as place:
+            print(json.dumps({"name": name, **attempt(INPUTS[name], good, Path(place))}), flush=True)
+
+
+def attempt_in_children(names: list[str], good: Path) -> None:
+    """Meet inputs in a forked process, and in another from the next input on if one of them ends it."""
+    while names:
+        reader, writer = os.pipe()
+        process = os.fork()
+        if process == 0:
+            os.dup2(writer, sys.stdout.fileno())
+            attempt_all(names, good)
+            os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader) as lines:
+            met = [print(line, end="", flush=True) for line in lines]
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        if code:
+            ended = {"name": names[len(met)], "code": code, "seconds": SECONDS, "bytes": 0, "printed": "", "left": []}
+            print(json.dumps(ended), flush=True)
+        names = names[len(met) + 1 :]
 
 
 def main() -> None:
@@ -589,13 +602,7 @@ def main() -> None:
         good = Path(name, "good")
         good.mkdir()
         make_model(good)
-        gc.freeze()  # else the first collection of every forked process copies all that there is
-        for number, (name, case) in enumerate(INPUTS.items()):
-            if word in name:
-                place = Path(good.parent, str(number))
-                place.mkdir()
-                print(json.dumps({"name": name, **attempt(case, good, place)}), flush=True)
-                shutil.rmtree(place)
+        attempt_in_children([name for name in INPUTS if word in name], good)
         print(json.dumps({"name": "ran code", "code": int(MARK.exists())}))
 
 

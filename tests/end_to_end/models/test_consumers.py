@@ -14,6 +14,7 @@ import torch
 
 from support import ROOT
 from support.cli import BY_MAGNITUDE, run_cli
+from support.full import in_full
 from support.stock import load_stock
 
 CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Germany": "Berlin"}
@@ -106,6 +107,7 @@ def test_mlx_computes_the_same(pruned: Path, tmp_path: Path) -> None:
 BLOCKS = {"transformers": "AutoModelForCausalLM", "vllm": "import LLM", "mlx_lm": "mlx_lm.generate"}
 
 
+@in_full
 @pytest.mark.parametrize("runtime", BLOCKS)
 def test_the_documented_block_generates_text(runtime: str, pruned: Path, tmp_path: Path) -> None:
     pytest.importorskip(runtime, reason=f"{runtime} is not installed; run make check-consumers")

@@ -14,6 +14,12 @@ from support.full import examples, in_full
 from support.stock import WIKITEXT2, load_stock, plain_perplexity
 
 PARAMETERS = 134_515_008
+CUTS = [
+    ("--hidden-size", "504"),  # Llama wants a multiple of the 9 query heads
+    ("--num-attention-heads", "6"),
+    ("--num-key-value-heads", "2"),
+    ("--intermediate-size", "1280"),
+]
 
 
 def document(*command: str | Path) -> dict[str, Any]:
@@ -49,16 +55,7 @@ def test_prune_writes_the_same_from_the_gguf_and_from_the_folder(
     assert model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, do_sample=False, pad_token_id=0).shape[1] > 3
 
 
-@pytest.mark.parametrize(
-    "cut",
-    [
-        ("--hidden-size", "504"),  # Llama wants a multiple of the 9 query heads
-        ("--num-attention-heads", "6"),
-        ("--num-key-value-heads", "2"),
-        ("--intermediate-size", "1280"),
-    ],
-    ids=lambda cut: cut[0],
-)
+@pytest.mark.parametrize("cut", examples(CUTS, CUTS[2:3]), ids=lambda cut: cut[0])
 def test_single_widths(smollm2: Path, tmp_path: Path, cut: tuple[str, str]) -> None:
     result = document("prune", smollm2, *BY_MAGNITUDE, *cut, "--output", tmp_path / "out")
     assert result["after"]["widths"][cut[0][2:].replace("-", "_")] == int(cut[1])
@@ -73,7 +70,8 @@ def test_a_hidden_size_that_llama_refuses_names_its_neighbours(smollm2: Path, tm
     assert result["after"]["widths"]["hidden_size"] == 513 and result["deviations"]
 
 
-@pytest.mark.parametrize("window", examples([48, 256], [48]))
+@in_full
+@pytest.mark.parametrize("window", [48, 256])
 def test_eval_agrees_with_a_plain_loop(smollm2: Path, smollm2_gguf: Path, window: int) -> None:
     if not WIKITEXT2.is_dir():
         pytest.skip("WikiText-2 is not here: LLMPRUNE_WIKITEXT2 names its folder")

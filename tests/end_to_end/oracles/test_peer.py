@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from support.cli import BY_MAGNITUDE, run_cli
+from support.full import examples
 from support.stock import written_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unwrapped parameters detected")  # RMSNorm: pruned as it should be
@@ -58,7 +59,7 @@ def prune_as_the_example_does(folder: Path, pruning_ratio: float, dtype: str) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pruning_ratio", [0.5, 0.25])
+@pytest.mark.parametrize("pruning_ratio", examples([0.5, 0.25], [0.5]))
 @pytest.mark.parametrize(
     ("family", "tied"), [("llama", False), ("llama", True), ("phi3", False)], ids=["llama", "llama-tied", "phi3"]
 )

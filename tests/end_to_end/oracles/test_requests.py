@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from support.cli import BY_MAGNITUDE, run_cli
-from support.families import FAMILIES, SIZES, TRIED, model_type
+from support.families import FAMILIES, SIZES, TRIED_SLOWLY, model_type
 from support.stock import load_stock
 from support.tiny import save_tiny
 
@@ -52,7 +52,7 @@ def is_legal(family: str, width: str, size: int, widths: dict[str, int]) -> bool
     return width != own or not experts or size % 8 == 0 or size == widths[width]
 
 
-@pytest.mark.parametrize("family", [family for family in TRIED if family != "phi3-partial"])
+@pytest.mark.parametrize("family", [family for family in TRIED_SLOWLY if family != "phi3-partial"])
 @settings(max_examples=2, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_request_is_met_exactly_or_refused_with_the_legal_values(family: str, data: st.DataObject) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from support import families
 from support.cli import BY_MAGNITUDE, run_cli
+from support.full import examples
 from support.gguf_exports import export, needs_llamacpp, tiny, verified
 
 pytestmark = needs_llamacpp
@@ -60,7 +61,10 @@ def test_llama_cpp_runs_every_architecture_pruned_or_it_is_refused(family: str, 
         assert verified(export(tmp_path / "half", tmp_path / "full", "--dtype", "f32"))["note"] == ""
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen2_moe", "phi3", "olmo2", "starcoder2"])
+NEED_FULL_WIDTH = ["qwen2", "qwen2_moe", "phi3", "olmo2", "starcoder2"]
+
+
+@pytest.mark.parametrize("family", examples(NEED_FULL_WIDTH, ["qwen2_moe", "olmo2"]))
 def test_llama_cpp_indeed_loads_no_such_widths(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 

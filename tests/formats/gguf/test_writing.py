@@ -13,7 +13,7 @@ import pytest
 
 from support import ROOT
 from support.cli import BY_MAGNITUDE, run_cli
-from support.full import examples, in_full
+from support.full import in_full
 from support.gguf_exports import export, needs_llamacpp, tiny, verified
 from support.stock import written_tensors
 
@@ -127,6 +127,7 @@ def test_a_converter_writes_instead_and_is_held_to_the_same(byte_level_llama: Pa
     assert str(script) in verified(export(byte_level_llama, output, "--dtype", "f32", "--converter", script))["note"]
 
 
+@in_full
 def test_the_documented_block_generates_text(byte_level_llama: Path, tmp_path: Path) -> None:
     page = (ROOT / "docs" / "exports.md").read_text(encoding="utf-8")
     script = next(block for block in page.split("```") if block.startswith("sh\n") and "import xllamacpp" in block)[3:]
@@ -138,7 +139,8 @@ def test_the_documented_block_generates_text(byte_level_llama: Path, tmp_path: P
     assert "Verified with xllamacpp" in report and len(generated.partition("\n")[2]) > 8
 
 
-@pytest.mark.parametrize("layers", examples([2, 30], [2]))
+@in_full
+@pytest.mark.parametrize("layers", [2, 30])
 def test_smollm2_runs_in_llama_cpp_with_the_tokenizer_of_its_own_file(
     smollm2: Path, smollm2_gguf: Path, tmp_path: Path, layers: int
 ) -> None:
