@@ -47,7 +47,7 @@ schemas: $(INSTALLED)  ## write the JSON schemas of all documents into the docs
 golden: $(INSTALLED)  ## compare what this build and another revision write, byte for byte
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python tests/tools/golden_bytes.py $(BASE)
 
-test: $(INSTALLED)  ## run the tests, on a family of every layout
+test: $(INSTALLED)  ## run the tests, on families of every layout
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-all: $(INSTALLED)  ## run the tests on every family and every export format of each

@@ -41,16 +41,16 @@ def main() -> None:
         run("llmprune", "inspect", str(gguf))
         run(
             *("llmprune", "prune", str(gguf), "--intermediate-pruning-ratio", "0.25"),
-            *("--calibration", calibration, "--calibration-tokens", "8192"),
+            *("--calibration", calibration, "--calibration-tokens", "2048"),
             *("--output", str(PRUNED), "--overwrite", "--eval", "--dataset", dataset),
             *("--max-seq-len", "512", "--limit", "4"),
         )
         generate(PRUNED, "A quarter of the MLP neurons is gone, and nothing was trained.")
         run(
-            *("llmprune", "recover", str(PRUNED), "--text", calibration, "--tokens", "6k"),
+            *("llmprune", "recover", str(PRUNED), "--text", calibration, "--tokens", "4k"),
             *("--output", str(HEALED), "--overwrite"),
         )
-        generate(HEALED, "The same after training on six thousand tokens; `make bench-recover` trains on more.")
+        generate(HEALED, "The same after training on four thousand tokens; `make bench-recover` trains on more.")
     except DemoError as error:
         sys.exit(f"The demo failed: {error}")
     say(f"\nThe models are in {OUTPUT.resolve()} ({time.perf_counter() - started:.0f} s in all).")
