@@ -8,7 +8,7 @@ from rich.table import Table
 
 from llmprune_cli.cli.parameters import AsJson, Quiet, takes
 from llmprune_cli.cli.screen.tables import new_console, number_text, print_json, size_text
-from llmprune_cli.commands.requests import RecoverRequest, check_recover
+from llmprune_cli.commands.recover.request import RecoverRequest, check_recover
 from llmprune_cli.heal.options import Healed, Healing, Teaching
 from llmprune_cli.options import ModelReference
 from llmprune_cli.startup.loading import loading
@@ -32,7 +32,7 @@ def recover_command(
     check_recover(request)
     with loading():
         from llmprune_cli.cli.screen.progress import progress_on_stderr
-        from llmprune_cli.commands.recover import recover
+        from llmprune_cli.commands.recover.recovery import recover
 
     with progress_on_stderr(quiet) as listener:
         result = recover(request, listener)
@@ -60,14 +60,27 @@ def print_recovery(result: RecoverResult) -> None:
     console.print(table)
     console.print(
         f"Trained {result.trained_parameters:,} parameters on {result.tokens:,} tokens of {result.origin} in "
-        f"{result.steps:,} steps ({result.loss}, learning rate {result.learning_rate:g}), with {result.teacher} as its "
-        f"{result.teacher_mode} teacher; {size_text(result.peak_memory_bytes)} at most.",
+        f"{result.steps:,} steps ({_learned(result)}, learning rate {result.learning_rate:g}), with {result.teacher} "
+        f"as its {result.teacher_mode} teacher; {size_text(result.peak_memory_bytes)} at most.",
         highlight=False,
     )
+    if result.tried_rates:
+        tried = sorted(result.tried_rates, key=lambda trial: trial.learning_rate)
+        losses = [f"{own.learning_rate:g}: {'NaN' if own.loss is None else f'{own.loss:.4f}'}" for own in tried]
+        console.print(
+            f"The learning rate was found by {tried[0].steps} steps each (loss on held-out text): {', '.join(losses)}.",
+            highlight=False,
+        )
     if result.stopped_early:
         console.print(f"Stopped early: held-out text gained nothing more after {result.best_tokens:,} tokens.")
     if not result.is_better:
         console.print("Note: held-out text gained nothing from it.", style="yellow")
+
+
+def _learned(result: RecoverResult) -> str:
+    if result.mode == "blocks":
+        return "layer by layer"
+    return f"{result.loss} + {result.hidden_weight:g} × hidden" if result.hidden_weight else result.loss
 
 
 def _figures(figures: HeldOut) -> tuple[str, ...]:

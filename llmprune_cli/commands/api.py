@@ -17,17 +17,16 @@ from transformers.utils import logging as transformers_logging
 from llmprune_cli.commands import evaluate as evaluating
 from llmprune_cli.commands import export as exporting
 from llmprune_cli.commands import inspect as inspecting
-from llmprune_cli.commands import recover as recovering
 from llmprune_cli.commands.delivery import deliver
 from llmprune_cli.commands.recipe import read_recipe
+from llmprune_cli.commands.recover import recovery
+from llmprune_cli.commands.recover.request import RecoverRequest, check_recover
 from llmprune_cli.commands.requests import (
     NamedOption,
     PruneRequest,
-    RecoverRequest,
     check_eval,
     check_export,
     check_prune,
-    check_recover,
     make,
     options_of,
     refuse_unknown,
@@ -196,7 +195,7 @@ def recover(
     request = RecoverRequest(_reference(name, given), healing, teaching, delivery)
     check_recover(request)
     with _at_work():
-        return recovering.recover(request, Listener(progress))
+        return recovery.recover(request, Listener(progress))
 
 
 @_takes(ModelReference, Evaluation, TaskRequest)

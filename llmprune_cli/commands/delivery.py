@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from llmprune_cli.commands.export import export
 from llmprune_cli.commands.prune import prune
-from llmprune_cli.commands.recover import prune_and_recover
+from llmprune_cli.commands.recover.pruned_and_healed import prune_and_recover
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.errors import LlmpruneError
 from llmprune_cli.progress import Listener

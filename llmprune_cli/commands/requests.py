@@ -12,8 +12,8 @@ from llmprune_cli.choose import IMPORTANCES, LAYER_IMPORTANCES, needs_text, read
 from llmprune_cli.errors import UsageError
 from llmprune_cli.formats import FORMATS
 from llmprune_cli.formats.request import Conversion, check_conversion
-from llmprune_cli.heal import LOSSES, TEACHER_MODES, TRAINED
-from llmprune_cli.heal.options import Healed, Healing, Teaching
+from llmprune_cli.heal import LOSSES, MODES, TEACHER_MODES, TRAINED
+from llmprune_cli.heal.options import Healing, Teaching
 from llmprune_cli.options import (
     ROTATES,
     Choice,
@@ -35,6 +35,7 @@ CHOICES: dict[tuple[type, str], tuple[str, ...]] = {
     (Choice, "layer_importance"): tuple(LAYER_IMPORTANCES),
     (Choice, "refit"): tuple(REFITS),
     (Choice, "compute_dtype"): ("auto", *DTYPES),
+    (Healing, "mode"): MODES,
     (Healing, "loss"): LOSSES,
     (Healing, "train"): TRAINED,
     (Healing, "compute_dtype"): ("auto", "float32", "bfloat16"),
@@ -239,53 +240,6 @@ def check_export(model: ModelReference, output: Path, overwrite: bool, conversio
     check_model(model, needs_weights=True)
     source = Path(model.name)
     check_output(output, overwrite, source if source.exists() else None)
-
-
-@dataclass(frozen=True)
-class RecoverRequest:
-    """What `recover` takes."""
-
-    model: ModelReference
-    healing: Healing = field(default_factory=Healing)
-    teaching: Teaching = field(default_factory=Teaching)
-    delivery: Healed = field(default_factory=Healed)
-
-    def __post_init__(self) -> None:
-        """Refuse what contradicts itself, or would do nothing."""
-        if self.delivery.output is None:
-            raise UsageError("give --output DIR.")
-        if self.teaching.teacher_cache is not None and self.teaching.teacher_mode == "resident":
-            raise UsageError("--teacher-cache is for a streamed teacher; leave out --teacher-mode resident.")
-        if self.model.device.startswith("cuda:"):
-            raise UsageError(
-                f"training takes the first GPU that it sees; set CUDA_VISIBLE_DEVICES to choose one, "
-                f"and leave out --device {self.model.device}."
-            )
-
-    @property
-    def output(self) -> Path:
-        """The folder to write."""
-        assert self.delivery.output is not None
-        return self.delivery.output
-
-
-def check_recover(request: RecoverRequest) -> None:
-    """The same for `recover`; what the pruned model says of its teacher is looked at later."""
-    from llmprune_cli.folder.staging import check_target as check_output
-    from llmprune_cli.startup.model_argument import check_model, check_tokenizer
-    from llmprune_cli.text.names import check_text, parts_of
-
-    models = [request.model]
-    if request.teaching.teacher is not None:
-        models.append(ModelReference(request.teaching.teacher))
-    for model in models:
-        check_model(model, needs_weights=True)
-        check_tokenizer(model.name)
-    for part in parts_of(request.healing.text) if request.healing.text is not None else ():
-        check_text(part.name)
-    if is_first():
-        source = Path(request.model.name)
-        check_output(request.output, request.delivery.overwrite, source if source.exists() else None)
 
 
 # --- options by name ------------------------------------------------------------------------------------------------

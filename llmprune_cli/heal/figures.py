@@ -25,3 +25,33 @@ class Judgement:
 
     tokens: int  # that were learned from so far
     held_out: HeldOut
+
+
+@dataclass(frozen=True)
+class RateTrial:
+    """What a learning rate came to in a few steps."""
+
+    learning_rate: float
+    steps: int
+    loss: float | None  # on held-out text then; None where it became NaN
+
+
+@dataclass(frozen=True)
+class HealedLayer:
+    """How near a layer brings the pruned model's residual stream to the teacher's, on held-out text."""
+
+    layer: int  # its number in the pruned model
+    error_before: float  # mean over tokens of ‖h − h'‖²/‖h'‖² behind it, the layers before it being healed
+    error_after: float
+    trained_parameters: int  # 0 where it stayed as it was
+
+
+@dataclass(frozen=True)
+class Training:
+    """What came of a training; the model has the best weights that were judged."""
+
+    before: HeldOut
+    curve: tuple[Judgement, ...]
+    steps: int  # that were taken
+    stopped_early: bool
+    best: Judgement  # with the least loss

@@ -11,23 +11,28 @@ from llmprune_cli.family.written import write_config, write_whole_config
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.shards import read_index, write_shards
 from llmprune_cli.folder.tensors import DTYPES
-from llmprune_cli.heal.student import stored_tensors
 from llmprune_cli.progress import Listener
 from llmprune_cli.source.tokenizer import copy_companions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     import torch
-    from transformers import PreTrainedModel
 
     from llmprune_cli.folder.tensors import TensorEntry
 
 
 def write_healed(
-    pruned: Checkpoint, model: PreTrainedModel, folder: Path, max_shard_bytes: int, listener: Listener
+    pruned: Checkpoint,
+    trained: Iterable[tuple[TensorEntry, torch.Tensor]],
+    folder: Path,
+    max_shard_bytes: int,
+    listener: Listener,
 ) -> dict[str, str]:
     """Write a trained model with the names, shapes and dtypes that it had, and everything beside the weights.
+
+    Args:
+        trained: all its tensors, in the order of the pruned model's.
 
     Returns:
         The SHA-256 of each shard, by file name.
@@ -35,12 +40,11 @@ def write_healed(
     Raises:
         VerificationError: what was written is not what was there before.
     """
-    stored = stored_tensors(model)
     listener.stage("Writing", pruned.size_bytes)
 
     def tensors() -> Iterator[tuple[TensorEntry, torch.Tensor]]:
-        for entry in pruned.entries:
-            yield entry, stored[entry.name].to("cpu", DTYPES[entry.dtype].torch)
+        for entry, tensor in trained:
+            yield entry, tensor.to("cpu", DTYPES[entry.dtype].torch)
             listener.advance(entry.size_bytes)
 
     entries, stream = pruned.entries, tensors()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from llmprune_cli.heal.layers import following, relative_error
 from llmprune_cli.run.layer import multiplying_in
 from llmprune_cli.run.perplexity import LOGIT_ELEMENTS, head_logits
 
@@ -28,6 +29,10 @@ class Predicted:
 
 class Goal(Protocol):
     """What a teacher predicts after each token of some windows but their last, one window after the other."""
+
+    @property
+    def streams(self) -> Sequence[torch.Tensor]:
+        """Its residual stream behind each layer that is followed, [B, T, D]; none where none is."""
 
     def at(self, places: slice) -> Predicted:
         """A part of it."""
@@ -95,16 +100,20 @@ class Student(nn.Module):
     It always runs as it will be used, without dropout. Its state is that of the weights that are trained, each once.
     """
 
-    def __init__(self, model: PreTrainedModel, kind: str, temperature: float, compute: torch.dtype) -> None:
+    def __init__(
+        self, model: PreTrainedModel, kind: str, temperature: float, compute: torch.dtype, hidden_weight: float = 0.0
+    ) -> None:
         """Wrap a model.
 
         Args:
             kind: one of `LOSSES`.
             compute: dtype of products.
+            hidden_weight: of the relative error of the residual stream, mean over layers, beside that.
         """
         super().__init__()
         self.model = model
         self._kind, self._temperature, self._compute = kind, temperature, compute
+        self._hidden_weight = hidden_weight
 
     @property
     def vocabulary(self) -> int:
@@ -113,7 +122,9 @@ class Student(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, goal: Goal) -> torch.Tensor:
         """Mean over tokens of the loss on windows [B, T], in nats."""
-        hidden, following = self.hidden_states(input_ids), input_ids[:, 1:].flatten()
+        with following(self.model, None if self._hidden_weight else ()) as streams:
+            hidden = self.hidden_states(input_ids)
+        wanted = input_ids[:, 1:].flatten()
 
         def part_of(own: torch.Tensor, places: slice) -> torch.Tensor:
             logits = self.logits(own)
@@ -121,11 +132,15 @@ class Student(nn.Module):
             if "kl" in self._kind:
                 lost = lost + divergence(logits, goal.at(places), self._temperature)
             if "ce" in self._kind:
-                lost = lost + functional.cross_entropy(logits, following[places], reduction="sum")
-            return lost / len(following)
+                lost = lost + functional.cross_entropy(logits, wanted[places], reduction="sum")
+            return lost / len(wanted)
 
         weights = [own for own in self.model.get_output_embeddings().parameters() if own.requires_grad]
-        return _InParts.apply(part_of, self.vocabulary, hidden, *weights)  # type: ignore[no-any-return,no-untyped-call]
+        lost: torch.Tensor = _InParts.apply(part_of, self.vocabulary, hidden, *weights)  # type: ignore[no-untyped-call]
+        if self._hidden_weight:
+            errors = [relative_error(*pair) for pair in zip(streams, goal.streams, strict=True)]
+            lost = lost + self._hidden_weight * torch.stack(errors).mean()
+        return lost
 
     def hidden_states(self, windows: torch.Tensor) -> torch.Tensor:
         """What the head is given for every token of windows [B, T] but their last, [B·(T−1), D]."""

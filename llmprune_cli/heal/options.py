@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from llmprune_cli.errors import UsageError
 from llmprune_cli.options import MACHINE, METHOD, OUTPUT, Option
 from llmprune_cli.sizes import check_chart, parse_count, parse_size
+
+ABOUT_ALL_LAYERS = ("loss", "temperature", "hidden_weight", "lora", "gradient_checkpointing")  # not for single ones
 
 
 def count_tokens(text: str) -> int:
@@ -36,6 +38,36 @@ def check_positive(value: float) -> None:
         raise UsageError("give a number greater than 0.")
 
 
+def parse_rate(text: str) -> float | Literal["auto"]:
+    """A learning rate, or `auto`.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if text == "auto":
+        return "auto"
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"{text!r} is neither a number nor auto.") from None
+
+
+def check_rate(value: float | Literal["auto"]) -> None:
+    """See `check_positive`."""
+    if value != "auto":
+        check_positive(value)
+
+
+def check_weight(value: float) -> None:
+    """What a part of the loss counts.
+
+    Raises:
+        UsageError: it is no such number.
+    """
+    if not 0 <= value < float("inf"):
+        raise UsageError("give a number from 0 on.")
+
+
 @dataclass(frozen=True)
 class Healing:
     """What decides the weights that are learned, beside the two models."""
@@ -54,19 +86,27 @@ class Healing:
     ] = None
     text_split: Annotated[str, Option("Split of that dataset.", METHOD)] = "validation"
     seq_len: Annotated[int, Option("Tokens in a window.", METHOD, least=2)] = 512
+    mode: Annotated[
+        str, Option("The whole model at a time, or one layer after the other, in the memory of one layer.", METHOD)
+    ] = "end-to-end"
     loss: Annotated[str, Option("What is learned: the teacher's predictions (kl), the text (ce), or both.", METHOD)] = (
         "kl"
     )
     temperature: Annotated[
         float, Option("What logits are divided by before the kl of both sides.", METHOD, check=check_positive)
     ] = 1.0
+    hidden_weight: Annotated[
+        float,
+        Option("Weight of the error of the hidden states behind all layers, beside that.", METHOD, check=check_weight),
+    ] = 0.0
     learning_rate: Annotated[
-        float | None,
+        float | Literal["auto"] | None,
         Option(
-            "Largest learning rate of AdamW.",
+            "Largest learning rate of AdamW, or auto: the best of a few short trials.",
             METHOD,
             left_out="by the model's size and the number of steps",
-            check=check_positive,
+            check=check_rate,
+            parse=parse_rate,
         ),
     ] = None
     batch_tokens: Annotated[
@@ -88,6 +128,14 @@ class Healing:
         """Refuse what contradicts itself."""
         if self.lora is not None and self.train == "norms":
             raise UsageError("--lora is about matrices, and norms have none; leave out --train norms.")
+        if self.mode == "blocks":
+            usual = {own.name: own.default for own in fields(self)}
+            given = [name for name in ABOUT_ALL_LAYERS if getattr(self, name) != usual[name]]
+            if given:
+                raise UsageError(
+                    f"--{given[0].replace('_', '-')} is about the whole model, and --mode blocks trains one layer "
+                    "after the other on its hidden states; give one of them."
+                )
 
     @property
     def token_count(self) -> int:

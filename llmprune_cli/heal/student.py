@@ -62,7 +62,7 @@ def load_trained(checkpoint: Checkpoint, device: str, healing: Healing) -> Train
     model.config.use_cache = False
     if healing.gradient_checkpointing:
         _compute_twice(model)
-    names = {name for name, _ in model.named_parameters() if healing.train in ("all", _part_of(model, name))}
+    names = trained_names(model, healing.train)
     if not names:
         raise UnsupportedError(f"{checkpoint.config.model_type} has no weights that --train {healing.train} names.")
     if healing.lora is not None:
@@ -85,6 +85,15 @@ def _compute_twice(model: PreTrainedModel) -> None:
         raise UnsupportedError(
             f"{model.config.model_type} cannot compute activations twice. Leave out --gradient-checkpointing."
         ) from error
+
+
+def trained_names(model: nn.Module, train: str) -> set[str]:
+    """Names of the parameters that are trained.
+
+    Args:
+        train: one of `TRAINED`.
+    """
+    return {name for name, _ in model.named_parameters() if train in ("all", _part_of(model, name))}
 
 
 def _part_of(model: nn.Module, name: str) -> str:

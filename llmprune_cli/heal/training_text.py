@@ -82,7 +82,7 @@ def prepare_training(
     wanted = max(1, healing.token_count // length)
     held_out = max(1, min(len(windows), wanted, MOST_HELD_OUT // length * HELD_OUT_SHARE) // HELD_OUT_SHARE)
     present = (len(windows) - held_out) * length
-    batch = healing.batch_tokens or max(length, min(_default_batch(healing.token_count), present))
+    batch = healing.batch_tokens or max(length, min(_default_batch(healing), present))
     if batch > present:
         raise CheckpointError(
             f"{corpus.origin} has {present:,} tokens to train on, less than a batch of {batch:,}. Give more text, or "
@@ -104,8 +104,9 @@ def prepare_training(
     )
 
 
-def _default_batch(tokens: int) -> int:
-    return min(max(tokens // BATCHES, LEAST_BATCH), MOST_BATCH)
+def _default_batch(healing: Healing) -> int:
+    least = 1 if healing.mode == "blocks" else LEAST_BATCH  # a single layer gains more by more steps
+    return min(max(healing.token_count // BATCHES, least), MOST_BATCH)
 
 
 def _schedule(tokens: int, batch_tokens: int, length: int, processes: int) -> Schedule:

@@ -25,7 +25,7 @@ from llmprune_cli.progress import LOGGER
 
 RUN, LAYER, STATISTICS = "run.json", "layer.json", "statistics"
 # What makes it worth going on; of a sweep, the work on its points.
-STARTED = ("judged-*", "choice*", LAYER, "checkpoint-*", "teacher/teacher.json", "points/*/*", "point-*")
+STARTED = ("judged-*", "choice*", LAYER, "block-*", "checkpoint-*", "teacher/teacher.json", "points/*/*", "point-*")
 
 Value = TypeVar("Value")
 

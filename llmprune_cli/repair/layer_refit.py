@@ -89,9 +89,6 @@ class LayerRefit:
 
     def store(self, folder: Path) -> None:
         """Write the readers as they are on disk."""
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         for name, tensor in self.exact.items():
             self.layer.model.get_parameter(name).data = tensor
         tensors = {}
@@ -99,14 +96,8 @@ class LayerRefit:
             real = self._real_name(name)
             if real is not None:
                 tensors[real] = tensor.to("cpu", DTYPES[self.whole.checkpoint.by_name[real].dtype].torch).contiguous()
-        if not tensors:
-            return
-        path = folder / layer_file(self.number)
-        try:
-            save_file(tensors, path)
-            fsync(path)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(f"{path} cannot be written: {error}. Make room, or choose another --output.") from error
+        if tensors:
+            store_layer(folder, self.number, tensors)
 
     def _real_name(self, name: str) -> str | None:
         """The name in the checkpoint of a tensor of a reader; None for any other tensor."""
@@ -269,6 +260,23 @@ class LayerRefit:
 def layer_file(number: int) -> str:
     """The name of the file that holds the new weights of a layer."""
     return f"layer-{number:05d}.safetensors"
+
+
+def store_layer(folder: Path, number: int, tensors: dict[str, torch.Tensor]) -> None:
+    """Write the new weights of a layer, by their names on disk.
+
+    Raises:
+        OutputError: they cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path = folder / layer_file(number)
+    try:
+        save_file(tensors, path)
+        fsync(path)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{path} cannot be written: {error}. Make room, or choose another --output.") from error
 
 
 @dataclass(frozen=True)

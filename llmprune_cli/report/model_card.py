@@ -139,10 +139,13 @@ def _training(manifest: Manifest) -> str:
     healing = manifest.healing
     if healing is None:
         return "Nothing was trained."
+    what = f"to predict what {_code(healing['teacher'])} predicts (`{healing['loss']}`)"
+    if healing.get("mode") == "blocks":
+        what = f"layer by layer, to turn its hidden states into those of {_code(healing['teacher'])}"
+    kl = f"{healing['before']['kl']:.3f} to {healing['after']['kl']:.3f} nats"
     return (
-        f"Then it was trained on {healing['tokens']:,} tokens of {_code(healing['origin'])} to predict what "
-        f"{_code(healing['teacher'])} predicts (`{healing['loss']}`), which took the KL divergence on held-out text "
-        f"from {healing['before']['kl']:.3f} to {healing['after']['kl']:.3f} nats."
+        f"Then it was trained on {healing['tokens']:,} tokens of {_code(healing['origin'])} {what}, which took the KL "
+        f"divergence on held-out text from {kl}."
     )
 
 

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from llmprune_cli.family.widths import Widths
 from llmprune_cli.folder.tensors import Shape, TensorEntry, split_name
 from llmprune_cli.formats.format import Verification
-from llmprune_cli.heal.figures import HeldOut, Judgement
+from llmprune_cli.heal.figures import HealedLayer, HeldOut, Judgement, RateTrial
 from llmprune_cli.report.runtimes import RuntimeFit
 from llmprune_cli.run.questions.figures import Answered, TaskResult
 
@@ -163,8 +163,11 @@ class RecoverResult:
     batch_tokens: int
     seq_len: int
     held_out_tokens: int
-    loss: str
+    mode: str  # "end-to-end" or "blocks"
+    loss: str  # that is judged, and but for blocks is learned
+    hidden_weight: float  # of the error of hidden states beside it
     learning_rate: float
+    tried_rates: tuple[RateTrial, ...]  # those that it was chosen by; none where it was given or is the usual one
     trained_parameters: int
     steps: int
     stopped_early: bool  # because held-out text gained no more
@@ -173,6 +176,7 @@ class RecoverResult:
     is_better: bool  # whether it lost less of what was learned than before
     best_tokens: int  # after which the weights that were written stood
     curve: tuple[Judgement, ...]
+    layers: tuple[HealedLayer, ...]  # those that were trained one after the other
     seconds: float
     peak_memory_bytes: int
 

@@ -93,6 +93,15 @@ MISTAKES = {
     "an adapter as a teacher": Mistake(recover("--teacher", "adapter"), CHECKPOINT, ("LORA adapter of org/base",)),
     "a lesson that is not there": Mistake(recover("--text", "nope.txt"), CHECKPOINT, ("nope.txt does not",)),
     "no tokens to heal on": Mistake(recover("--tokens", "0"), USAGE, ("--tokens", "65k")),
+    "a learning rate in words": Mistake(recover("--learning-rate", "small"), USAGE, ("'small'", "nor auto")),
+    "hidden states that count less than nothing": Mistake(recover("--hidden-weight", "-1"), USAGE, ("from 0 on",)),
+    "hidden states that are not kept": Mistake(
+        recover("--hidden-weight", "1", "--teacher-mode", "streamed"), USAGE, ("leave out --teacher-mode streamed",)
+    ),
+    "a way to heal that is not there": Mistake(recover("--mode", "block"), USAGE, ("Did you mean blocks?",)),
+    "adapters of single layers": Mistake(
+        recover("--mode", "blocks", "--lora", "4"), USAGE, ("--lora is about the whole model", "--mode blocks")
+    ),
     "healing into what is taken": Mistake(("recover", "model", "-o", "taken"), OUTPUT, ("not empty", "--overwrite")),
     "a task that is not there": Mistake(("eval", "model", "--tasks", "nope.yaml"), CHECKPOINT, ("nope.yaml does not",)),
     "a task without a name": Mistake(("eval", "model", "--tasks", "a,,b"), USAGE, ("arc_easy,hellaswag",)),

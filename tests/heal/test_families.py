@@ -29,6 +29,18 @@ def test_a_few_steps_bring_it_nearer_to_its_teacher(
     assert {name: own.shape for name, own in before.items()} == {name: own.shape for name, own in after.items()}
 
 
+@pytest.mark.parametrize("family", examples(TRIED, ()))
+def test_layer_by_layer_it_comes_nearer_to_its_teacher(
+    tiny_of: Callable[[str], Path], text_file: Path, tmp_path: Path, family: str
+) -> None:
+    settings = {**SIZES, **FAMILIES[family], "initializer_range": 0.05}
+    student = save_tiny(tmp_path / "student", model_type(family), **settings)
+    options = ("--teacher", tiny_of(family), "--tokens", "1024", "--batch-tokens", "64", "--mode", "blocks")
+    result = recover(student, text_file, tmp_path / "healed", *options)
+    assert all(own["error_after"] < own["error_before"] for own in result["layers"])
+    load_stock(tmp_path / "healed")
+
+
 def test_a_model_with_older_names_is_written_with_those_of_today(
     tiny_of: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:

@@ -13,20 +13,23 @@ import psutil
 import torch
 
 from llmprune_cli.commands.prune.decision import layer_device
-from llmprune_cli.commands.requests import RecoverRequest
+from llmprune_cli.commands.recover.request import RecoverRequest
 from llmprune_cli.coupling.subject import understand
-from llmprune_cli.errors import CheckpointError, OutputError
+from llmprune_cli.errors import CheckpointError, OutputError, ResourceError
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.manifest import Manifest
 from llmprune_cli.folder.scratch import check_folder
-from llmprune_cli.folder.tensors import BY_NAME
+from llmprune_cli.folder.tensors import BY_NAME, split_name
+from llmprune_cli.heal.figures import RateTrial
+from llmprune_cli.heal.layers import stands_for
+from llmprune_cli.heal.options import Healing
 from llmprune_cli.heal.student import TrainedModel
 from llmprune_cli.heal.teacher import Teacher
 from llmprune_cli.heal.teacher.resident import ResidentTeacher
 from llmprune_cli.heal.teacher.streamed import stream_teacher
 from llmprune_cli.heal.teacher.token_map import TokenMap, map_tokens
 from llmprune_cli.heal.training.checkpoints import bytes_of
-from llmprune_cli.heal.training.trainer import usual_learning_rate
+from llmprune_cli.heal.training.learning_rate import best_rate, usual_learning_rate
 from llmprune_cli.heal.training_text import TrainingText, prepare_training
 from llmprune_cli.journal.keys import model_identity, text_identity, versions
 from llmprune_cli.options import ModelReference
@@ -53,6 +56,7 @@ class Task:
     manifest: Manifest | None  # of the pruned model
     teacher: Checkpoint
     tokens: TokenMap | None  # how the pruned model's are the teacher's, where it has fewer
+    layers: tuple[int, ...]  # see `stands_for`; none where no hidden states are compared
     text: TrainingText
     device: str
     compute: torch.dtype  # of products
@@ -60,10 +64,23 @@ class Task:
     listener: Listener
 
     @property
-    def learning_rate(self) -> float:
-        """The largest one."""
-        usual = usual_learning_rate(self.pruned.parameter_count, self.text.schedule.steps)
-        return self.request.healing.learning_rate or usual
+    def size(self) -> int:
+        """Parameters of what is trained at a time: of the model, or of one of its layers, in the mean."""
+        if self.request.healing.mode != "blocks":
+            return self.pruned.parameter_count
+        within = sum(entry.numel for entry in self.pruned.entries if split_name(entry.name)[1])
+        return within // int(self.pruned.config.get_text_config().num_hidden_layers)
+
+    def learning_rate(self, trials: tuple[RateTrial, ...]) -> float:
+        """The largest one.
+
+        Args:
+            trials: of others, where there were any.
+        """
+        asked, steps = self.request.healing.learning_rate, self.text.schedule.steps
+        if trials:
+            return best_rate(trials, self.size, steps)
+        return usual_learning_rate(self.size, steps) if asked is None or asked == "auto" else asked
 
     def key(self) -> dict[str, Any]:
         """Everything that decides what is written."""
@@ -107,6 +124,7 @@ def prepare(
     listener: Listener,
 ) -> Task:
     """The text, and where and how everything is computed."""
+    layers = _layers_compared(request.healing, pruned, manifest, teacher)
     tokenizer = load_tokenizer(pruned)
     if processes.is_first:
         warn_of_other_splitting(pruned, tokenizer, listener.warn)
@@ -119,7 +137,16 @@ def prepare(
     device = layer_device(request.model.device)
     device = f"cuda:{processes.local_rank}" if device == "cuda" else device
     compute = _compute(request, pruned, device)
-    return Task(request, pruned, manifest, teacher, tokens, text, device, compute, processes, listener)
+    return Task(request, pruned, manifest, teacher, tokens, layers, text, device, compute, processes, listener)
+
+
+def _layers_compared(
+    healing: Healing, pruned: Checkpoint, manifest: Manifest | None, teacher: Checkpoint
+) -> tuple[int, ...]:
+    """See `Task.layers`."""
+    if healing.mode != "blocks" and not healing.hidden_weight:
+        return ()
+    return stands_for(pruned, manifest, teacher, "--mode blocks" if healing.mode == "blocks" else "--hidden-weight")
 
 
 def _write_text(
@@ -160,20 +187,31 @@ def check_room(task: Task, trained: TrainedModel, folder: Path) -> None:
 
 
 def choose_teacher(task: Task, trained: TrainedModel, folder: Path) -> tuple[str, Teacher]:
-    """The teacher, and the mode that it runs in."""
+    """The teacher, and the mode that it runs in.
+
+    Raises:
+        ResourceError: it has to be in memory, where there is no room for it.
+    """
     teaching, temperature = task.request.teaching, task.request.healing.temperature
     stored = task.teacher.stored_dtype
     dtype = stored if native_dtype(stored, torch.device(task.device)) == stored else torch.float32
     mode = teaching.teacher_mode
     if mode == "auto":
         size_bytes = dtype.itemsize * task.teacher.parameter_count + BYTES_PER_WEIGHT * trained.trained
-        is_small = teaching.teacher_cache is None and size_bytes < MOST_OF_MEMORY * _free_memory(task.device)
+        free = _free_memory(task.device)
+        is_small = teaching.teacher_cache is None and size_bytes < MOST_OF_MEMORY * free
         mode = "resident" if is_small else "streamed"
+        if task.layers and not is_small:
+            raise ResourceError(
+                f"--hidden-weight needs the teacher in memory beside the training, which takes {size_bytes:,} bytes, "
+                f"and {free:,} are free. Train less (--train mlp, --lora 16), leave it out, or give --teacher-mode "
+                "resident to try it all the same."
+            )
     if mode == "resident":
         task.listener.stage("Loading the teacher", 1)
         model = load_model(task.teacher, task.device, str(dtype).removeprefix("torch."))
         task.listener.advance(1)
-        return mode, ResidentTeacher(model.requires_grad_(False), temperature, task.compute, task.tokens)
+        return mode, ResidentTeacher(model.requires_grad_(False), temperature, task.compute, task.tokens, task.layers)
     place = teaching.teacher_cache or folder / "teacher"
     windows = torch.cat([task.text.windows, task.text.held_out])
     layered = LayeredModel(understand(task.teacher), task.device.partition(":")[0], task.compute)

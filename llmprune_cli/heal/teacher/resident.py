@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
+from llmprune_cli.heal.layers import following
 from llmprune_cli.heal.loss import Goal, Predicted, hidden_states
 from llmprune_cli.heal.teacher.token_map import TokenMap
 from llmprune_cli.run.layer import multiplying_in
@@ -25,19 +26,23 @@ class ResidentTeacher:
     temperature: float
     compute: torch.dtype  # of products
     tokens: TokenMap | None = None  # where the student has fewer
+    layers: tuple[int, ...] = ()  # behind which its residual stream is a goal
 
     def goal(self, windows: torch.Tensor, numbers: torch.Tensor) -> Goal:
         """What it predicts on windows [B, T], whatever their numbers."""
         if self.tokens is not None:
             windows = self.tokens.read(windows)
         with torch.no_grad(), multiplying_in(self.compute, windows.device):
-            return _ResidentGoal(self, hidden_states(self.model, windows))
+            with following(self.model, self.layers) as streams:
+                hidden = hidden_states(self.model, windows)
+            return _ResidentGoal(self, hidden, streams)
 
 
 @dataclass(frozen=True)
 class _ResidentGoal:
     teacher: ResidentTeacher
     hidden: torch.Tensor  # [n, D]
+    streams: list[torch.Tensor]
 
     def at(self, places: slice) -> Predicted:
         teacher = self.teacher

@@ -67,6 +67,7 @@ class _StreamedGoal:
     logs: torch.Tensor  # [n, K+1+S]
     tokens: torch.Tensor  # [n, K+S]
     likeliest: int
+    streams: tuple[torch.Tensor, ...] = ()  # which are not kept
 
     def at(self, places: slice) -> Predicted:
         known = self.logs[places, : self.likeliest + 1].log_softmax(-1)  # what rounding left

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from llmprune_cli.errors import OutputError, VerificationError, first_line
-from llmprune_cli.heal.figures import HeldOut, Judgement
+from llmprune_cli.heal.figures import HeldOut, Judgement, Training
 from llmprune_cli.heal.judging import judge
 from llmprune_cli.heal.loss import Student
 from llmprune_cli.heal.options import Healing
@@ -24,24 +24,10 @@ from llmprune_cli.heal.training_text import TrainingText
 from llmprune_cli.processes import Processes
 from llmprune_cli.progress import Listener
 
-USUAL_RATE, USUAL_SIZE = 3e-4, 135e6  # a learning rate that heals a model of this many parameters well,
-USUAL_STEPS = 128  # in at least so many steps: fewer, of which each has moments of few gradients, need a smaller one
-MOST_RATE = 1e-3
 WARM_UP = 0.1  # share of the steps
 BETAS = 0.9, 0.95
 UNWRITTEN = ("PytorchStreamWriter", "inline_container", "iostream")  # in what torch says of a file that it cannot write
 PATIENCE = 3  # judgements without a better one, after which training ends
-
-
-@dataclass(frozen=True)
-class Training:
-    """What came of a training; the model holds the best weights that were judged."""
-
-    before: HeldOut
-    curve: tuple[Judgement, ...]
-    steps: int  # that were taken
-    stopped_early: bool
-    best: Judgement  # with the least loss
 
 
 @dataclass(frozen=True)
@@ -58,12 +44,6 @@ class Lesson:
     def judge(self, student: Student) -> HeldOut:
         """How a student stands on held-out text."""
         return judge(student, self.teacher, self.text, self.healing.temperature, self.processes)
-
-
-def usual_learning_rate(parameters: int, steps: int) -> float:
-    """Less for larger models, by the fourth root of their size, and for few steps, by the root of their number."""
-    for_size = min(MOST_RATE, USUAL_RATE * (USUAL_SIZE / parameters) ** 0.25)
-    return float(for_size * min(1.0, steps / USUAL_STEPS) ** 0.5)
 
 
 class _Windows(Dataset[dict[str, torch.Tensor]]):
@@ -83,8 +63,14 @@ class _Windows(Dataset[dict[str, torch.Tensor]]):
 class _Distiller(Trainer):
     """A Trainer whose loss is what the student loses against a teacher, and which judges as we do."""
 
-    def __init__(self, student: Student, lesson: Lesson, folder: Path, on_cpu: bool) -> None:
-        self._lesson = lesson
+    def __init__(self, student: Student, lesson: Lesson, folder: Path, is_trial: bool = False) -> None:
+        """Of a student.
+
+        Args:
+            folder: for checkpoints.
+            is_trial: whether nothing is kept, and the model is the last one and not the best.
+        """
+        self._lesson, on_cpu = lesson, next(student.parameters()).device.type == "cpu"
         schedule = lesson.text.schedule
         arguments = TrainingArguments(
             output_dir=str(folder),
@@ -97,12 +83,12 @@ class _Distiller(Trainer):
             adam_beta1=BETAS[0],
             adam_beta2=BETAS[1],
             max_grad_norm=1.0,
-            eval_strategy="steps",
+            eval_strategy="no" if is_trial else "steps",
             eval_steps=schedule.between,
-            save_strategy="steps",
+            save_strategy="no" if is_trial else "steps",
             save_steps=schedule.between,
             save_total_limit=1,
-            load_best_model_at_end=True,
+            load_best_model_at_end=not is_trial,
             metric_for_best_model="eval_loss",
             greater_is_better=False,
             restore_callback_states_from_checkpoint=True,
@@ -115,8 +101,9 @@ class _Distiller(Trainer):
             use_cpu=on_cpu,
             seed=lesson.healing.seed,
         )
+        logging.getLogger("accelerate").setLevel(logging.ERROR)
         arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for several processes
-        callbacks: list[Any] = [EarlyStoppingCallback(PATIENCE), _Reports(lesson)]
+        callbacks: list[Any] = [] if is_trial else [EarlyStoppingCallback(PATIENCE), _Reports(lesson)]
         windows = _Windows(lesson.text)
         super().__init__(student, arguments, train_dataset=windows, eval_dataset=windows, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
@@ -176,6 +163,17 @@ class _Reports(TrainerCallback):
             mark_whole(Path(args.output_dir), state.global_step)
 
 
+def loss_after(student: Student, lesson: Lesson, folder: Path) -> float:
+    """The held-out loss of a student after a training of which nothing is kept.
+
+    Raises:
+        VerificationError: the loss is no number.
+    """
+    trainer = _Distiller(student, lesson, folder, is_trial=True)
+    trainer.train()
+    return trainer.evaluate()["eval_loss"]
+
+
 def train(student: Student, lesson: Lesson, folder: Path) -> Training:
     """Train a student; what a folder holds of the same run goes on from there.
 
@@ -191,9 +189,8 @@ def train(student: Student, lesson: Lesson, folder: Path) -> Training:
     before = lesson.judge(student)
     lesson.listener.advance(1)
     begun = last_checkpoint(folder)
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
     try:
-        trainer = _Distiller(student, lesson, folder, next(student.parameters()).device.type == "cpu")
+        trainer = _Distiller(student, lesson, folder)
         trainer.train(resume_from_checkpoint=str(begun) if begun else None)
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in UNWRITTEN):

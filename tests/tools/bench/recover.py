@@ -1,9 +1,9 @@
 """What healing makes of a real model: a quarter of the MLP of SmolLM2 removed and refitted, then trained.
 
 `make bench-recover` runs it: perplexity on WikiText-2's test split and on Python's documentation of the dense model, of
-the pruned one, and of what `llmprune recover` makes of it with ever more tokens, beside a plain transformers loop with
-the teacher in memory on the same tokens. Finished rows are kept in `bench-recover-output/`. Exit status 1 means that a
-bound was missed.
+the pruned one, and of what `llmprune recover` makes of it with ever more tokens, as a whole and with `--mode blocks`,
+beside a plain transformers loop with the teacher in memory on the same tokens. Finished rows are kept in
+`bench-recover-output/`. Exit status 1 means that a bound was missed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TEXTS = {"WikiText-2": "wikitext2", "Python's documentation": "python-docs"}
 WINDOW, WINDOWS = 512, 12  # that perplexity is measured on
 BATCH, LENGTH = 1024, 256  # tokens of a step and of a window of the plain loop
 TOKENS = (65536, 262144, 1048576)
-KINDS = ("recovered", "plain loop")
+KINDS = ("recovered", "by blocks", "plain loop")
 
 
 def llmprune(*arguments: str | Path) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def plain_loop(dense: Path, pruned: Path, output: Path, tokens: int) -> None:
     from torch.nn import functional
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from llmprune_cli.heal.training.trainer import usual_learning_rate
+    from llmprune_cli.heal.training.learning_rate import usual_learning_rate
     from llmprune_cli.run.corpus import load_corpus
 
     torch.manual_seed(0)
@@ -103,10 +103,11 @@ def make(kind: str, dense: Path, pruned: Path, tokens: int, windows: int) -> dic
         return dict(json.loads(record.read_text()))
     started = time.perf_counter()
     own = [sys.executable, __file__, "--plain", str(dense), str(pruned), str(folder), str(tokens)]
-    if kind == "recovered":
+    if kind != "plain loop":
         own = [sys.executable, "-m", "llmprune_cli", "recover", str(pruned), "--teacher", str(dense)]
         own += ["--tokens", str(tokens), "--seq-len", str(LENGTH), "--batch-tokens", str(BATCH)]
         own += ["--output", str(folder), "--overwrite", "--text", "wikitext2"]
+        own += ["--mode", "blocks"] if kind == "by blocks" else []
     process = subprocess.Popen(own)
     _, status, used = os.wait4(process.pid, 0)
     if status:
@@ -149,11 +150,12 @@ def main() -> int:
         for kind, row in made.items():
             cost = [f"{row['seconds']:.0f} s", f"{row['cpu_seconds']:.0f} s", f"{row['peak_kib'] / 2**20:.2f} GiB"]
             rows.append([kind, f"{tokens:,}", *map(_two, row["perplexities"]), *cost])
-        ours, theirs = (made[kind]["perplexities"] for kind in KINDS)
+        ours, blocks, theirs = (made[kind]["perplexities"] for kind in KINDS)
         for place, text in enumerate(TEXTS):
             name = f"{tokens:,} tokens, {text}"
             bounds.append(Bound(f"{name}: against pruned", ours[place] / cut[place], 1.0))
             bounds.append(Bound(f"{name}: against the plain loop", ours[place] / theirs[place], 1.01))
+            bounds.append(Bound(f"{name}: blocks against pruned", blocks[place] / cut[place], 1.0))
     print_table("Perplexity", ["model", "tokens", *TEXTS, "wall", "CPU", "peak memory"], rows)
     print_bounds(bounds)
     return int(not all(bound.holds for bound in bounds))

@@ -1,0 +1,79 @@
+"""A pruned model is trained as a whole on what its teacher predicts."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from llmprune_cli.commands.recover.outcome import Outcome, deliver
+from llmprune_cli.commands.recover.task import Task, check_room, choose_teacher
+from llmprune_cli.folder.shards import warn_of_large_shards
+from llmprune_cli.folder.staging import Claim, hidden_folder
+from llmprune_cli.heal.figures import HeldOut, RateTrial
+from llmprune_cli.heal.healed_folder import write_healed
+from llmprune_cli.heal.judging import judge
+from llmprune_cli.heal.loss import Student
+from llmprune_cli.heal.student import load_trained, stored_tensors
+from llmprune_cli.heal.teacher import Teacher
+from llmprune_cli.heal.training.learning_rate import search_learning_rates
+from llmprune_cli.heal.training.trainer import Lesson, train
+from llmprune_cli.journal.forms import Json
+from llmprune_cli.journal.journal import Journal, kept_folder
+from llmprune_cli.options import ModelReference
+from llmprune_cli.processes import ALONE
+from llmprune_cli.report.results import RecoverResult
+from llmprune_cli.run.perplexity import peak_memory_bytes
+from llmprune_cli.sizes import parse_size
+from llmprune_cli.source.full_model import load_model
+from llmprune_cli.source.opening import open_checkpoint
+
+
+def heal(task: Task, claim: Claim | None, started: float, stack: ExitStack) -> RecoverResult | None:
+    """Train, write and judge; None in processes that do not report."""
+    request, healing = task.request, task.request.healing
+    folder = hidden_folder(request.output.absolute())
+    if claim is not None:
+        folder = stack.enter_context(kept_folder(claim, task.key(), request.delivery.resume, may_go_on=True))
+    trained = load_trained(task.pruned, task.device, healing)
+    check_room(task, trained, folder)
+    mode, teacher = choose_teacher(task, trained, folder)
+    student = Student(trained.model, healing.loss, healing.temperature, task.compute, healing.hidden_weight)
+    lesson = Lesson(healing, teacher, task.text, task.learning_rate(()), task.processes, task.listener)
+    trials: tuple[RateTrial, ...] = ()
+    if healing.learning_rate == "auto":
+        journal = Journal(task.processes, folder if claim is not None else None)
+        search = partial(search_learning_rates, student, lesson, task.size, folder)
+        trials = journal.recall("learning-rates", Json(tuple[RateTrial, ...]), search)
+        lesson = replace(lesson, learning_rate=task.learning_rate(trials))
+    training, count = train(student, lesson, folder), trained.trained
+    model = trained.merged()
+    if claim is None:
+        return None
+    most = parse_size(request.delivery.max_shard_size)
+    with claim.staged() as staging:
+        stored = stored_tensors(model)
+        tensors = ((entry, stored[entry.name]) for entry in task.pruned.entries)
+        checksums = write_healed(task.pruned, tensors, staging, most, task.listener)
+        warn_of_large_shards(staging, most, task.listener.warn)
+        peak = peak_memory_bytes(model)
+        del student, trained, model, stored
+        after = _judge_written(task, teacher, staging)
+        outcome = Outcome(training, after, mode, count, lesson.learning_rate, peak, trials)
+        return deliver(task, outcome, started, staging, checksums)
+
+
+def _judge_written(task: Task, teacher: Teacher, folder: Path) -> HeldOut:
+    """What was written, loaded as anybody loads it."""
+    healing = task.request.healing
+    task.listener.stage("Judging what was written", 1)
+    with open_checkpoint(ModelReference(str(folder), trust_remote_code=task.pruned.trust_remote_code), True) as written:
+        dtype = str(written.stored_dtype if task.compute == torch.bfloat16 else torch.float32)
+        model = load_model(written, task.device, dtype.removeprefix("torch."))
+        student = Student(model, healing.loss, healing.temperature, task.compute)
+        found = judge(student, teacher, task.text, healing.temperature, ALONE)
+    task.listener.advance(1)
+    return found

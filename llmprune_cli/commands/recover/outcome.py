@@ -1,0 +1,90 @@
+"""What a healing came to, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from llmprune_cli.commands.recover.task import Task
+from llmprune_cli.folder.integrity import list_files
+from llmprune_cli.folder.manifest import Manifest, write_manifest
+from llmprune_cli.formats import load_format
+from llmprune_cli.heal.figures import HealedLayer, HeldOut, RateTrial, Training
+from llmprune_cli.journal.keys import versions
+from llmprune_cli.report.model_card import write_card
+from llmprune_cli.report.results import SCHEMA_VERSION, RecoverResult
+from llmprune_cli.report.runtimes import runtime_fits
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a healing came to, in its first process."""
+
+    training: Training
+    after: HeldOut  # of what was written
+    teacher_mode: str
+    trained: int  # parameters
+    learning_rate: float
+    peak_memory_bytes: int
+    trials: tuple[RateTrial, ...]  # of learning rates
+    layers: tuple[HealedLayer, ...] = ()  # that were trained one after the other
+
+
+def deliver(task: Task, outcome: Outcome, started: float, folder: Path, checksums: dict[str, str]) -> RecoverResult:
+    """Say how it went: in the card and the manifest of the folder, and to whoever asked.
+
+    Args:
+        started: when, by the clock of `time.perf_counter`.
+        checksums: of the folder's shards.
+    """
+    result, loss = _report(task, outcome, time.perf_counter() - started), task.request.healing.loss
+    if not result.is_better:
+        task.listener.warn(
+            f"{task.request.output} is no better than {task.pruned.source} on held-out text: its loss is "
+            f"{result.after.loss(loss):.4f} nats, and {result.before.loss(loss):.4f} before. Try a smaller "
+            "--learning-rate, or more text."
+        )
+    manifest = task.manifest or Manifest(source=task.teacher.source, revision=task.teacher.revision)
+    said = json.loads(json.dumps({**asdict(result), "options": asdict(task.request.healing), "versions": versions()}))
+    manifest = replace(manifest, healing=said, export=None)
+    pruned = manifest if manifest.is_pruned else None
+    write_card(folder, task.pruned, pruned, load_format("safetensors"), runtime_fits(task.pruned.config))
+    write_manifest(folder, replace(manifest, files=list_files(folder, checksums)))
+    return result
+
+
+def _report(task: Task, outcome: Outcome, seconds: float) -> RecoverResult:
+    text, healing, training = task.text, task.request.healing, outcome.training
+    batch = text.trained_tokens // text.schedule.steps
+    return RecoverResult(
+        schema_version=SCHEMA_VERSION,
+        model=task.pruned.source,
+        teacher=task.teacher.source,
+        teacher_mode=outcome.teacher_mode,
+        output=str(task.request.output),
+        dataset=text.corpus.name,
+        origin=text.corpus.origin,
+        split=healing.text_split,
+        tokens=batch * training.steps,
+        batch_tokens=batch,
+        seq_len=text.windows.shape[1],
+        held_out_tokens=text.held_out[:, 1:].numel(),
+        mode=healing.mode,
+        loss=healing.loss,
+        hidden_weight=healing.hidden_weight,
+        learning_rate=outcome.learning_rate,
+        tried_rates=outcome.trials,
+        trained_parameters=outcome.trained,
+        steps=training.steps,
+        stopped_early=training.stopped_early,
+        before=training.before,
+        after=outcome.after,
+        is_better=outcome.after.loss(healing.loss) < training.before.loss(healing.loss),
+        best_tokens=training.best.tokens,
+        curve=training.curve,
+        layers=outcome.layers,
+        seconds=seconds,
+        peak_memory_bytes=outcome.peak_memory_bytes,
+    )
