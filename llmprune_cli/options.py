@@ -266,6 +266,10 @@ class Delivery:
     text_only: Annotated[bool, Option("Of a multimodal model, write the language model alone.", OUTPUT)] = False
     max_shard_size: Annotated[str, Option("Largest shard, such as 500MB or 5GB.", OUTPUT, check=parse_size)] = "5GB"
     recover: Annotated[str | None, Option("Tokens to heal it on then, such as 1M.", METHOD, is_common=True)] = None
+    finalists: Annotated[
+        int | None,
+        Option("Heal so many candidates for a target on 1/8 of that, and go on with the best.", METHOD, least=2),
+    ] = None
     gguf: Annotated[
         str | None,
         Option("Export it as GGUF too, such as q4_k_m, to OUTPUT-gguf.", OUTPUT, is_common=True, parse=parse_dtype),

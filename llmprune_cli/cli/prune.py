@@ -37,7 +37,7 @@ from llmprune_cli.startup.loading import loading
 from llmprune_cli.vocabulary.request import VocabularyRequest
 
 if TYPE_CHECKING:
-    from llmprune_cli.report.results import CalibrationResult, CandidateResult, LayerResult, PruneResult
+    from llmprune_cli.report.results import CalibrationResult, CandidateResult, FinalistResult, LayerResult, PruneResult
 
 BAR_CELLS = 24  # of the longest bar
 EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -134,6 +134,8 @@ def print_prune(result: PruneResult, request: PruneRequest, is_verbose: bool = F
     console.print(_summary(result))
     for line in _what_went(result):
         console.print(line, highlight=False)
+    if result.finalists:
+        _print_finalists(console, result.finalists)
     if result.recovery:
         print_recovery(result.recovery)
     if result.export:
@@ -226,13 +228,28 @@ def _next(result: PruneResult, request: PruneRequest) -> Iterator[str]:
 
 
 def _print_candidates(console: Console, candidates: tuple[CandidateResult, ...]) -> None:
-    names = [name for name in WIDTH_LABELS if len({getattr(c.widths, name) for c in candidates}) > 1]
-    table = Table(title="Candidates, best first", title_justify="left", **NARROW)
-    for label in (*(WIDTH_LABELS[name] for name in names), "parameters", "KL, nats"):
+    _print_sizes(console, "Candidates, best first", {"KL, nats": [own.kl for own in candidates]}, candidates)
+
+
+def _print_finalists(console: Console, finalists: tuple[FinalistResult, ...]) -> None:
+    before, after = [own.kl_before for own in finalists], [own.kl_after for own in finalists]
+    _print_sizes(console, "Finalists, best first", {"KL, nats": before, "healed a while": after}, finalists)
+
+
+def _print_sizes(
+    console: Console,
+    title: str,
+    figures: dict[str, list[float]],
+    models: tuple[CandidateResult, ...] | tuple[FinalistResult, ...],
+) -> None:
+    """A row for each model, with the widths in which they differ and figures by their heads."""
+    names = [name for name in WIDTH_LABELS if len({getattr(own.widths, name) for own in models}) > 1]
+    table = Table(title=title, title_justify="left", **NARROW)
+    for label in (*(WIDTH_LABELS[name] for name in names), "parameters", *figures):
         table.add_column(label, justify="right")
-    for candidate in candidates:
-        sizes = [f"{getattr(candidate.widths, name):,}" for name in names]
-        table.add_row(*sizes, count_text(candidate.parameters), f"{candidate.kl:.3f}")
+    for own, *numbers in zip(models, *figures.values(), strict=True):
+        sizes = [f"{getattr(own.widths, name):,}" for name in names]
+        table.add_row(*sizes, count_text(own.parameters), *(f"{number:.3f}" for number in numbers))
     console.print(table)
 
 

@@ -88,6 +88,10 @@ class PruneRequest:
         return self.delivery.recover
 
     def _check_recover(self) -> None:
+        if self.delivery.finalists is not None and (self.recover is None or self.choice.budget is None):
+            raise UsageError("--finalists heals candidates for a size; give --recover and a --target with it.")
+        if self.delivery.finalists is not None and (self.delivery.save_plan or self.delivery.report):
+            raise UsageError("--finalists makes several plans; leave out --save-plan and --report.")
         if self.recover is None:
             return
         if self.delivery.output is None or self.delivery.dry_run:

@@ -148,6 +148,17 @@ class CandidateResult:
 
 
 @dataclass(frozen=True)
+class FinalistResult:
+    """A candidate for a target size that was healed for a while."""
+
+    widths: Widths
+    layers: tuple[int, ...]
+    parameters: int
+    kl_before: float  # on held-out text, nats: pruned and refitted
+    kl_after: float  # and healed on a share of the tokens
+
+
+@dataclass(frozen=True)
 class RecoverResult:
     """What `recover` reports."""
 
@@ -205,6 +216,7 @@ class PruneResult:
     recovery: RecoverResult | None
     evaluation: EvalReport | None
     export: ExportResult | None
+    finalists: tuple[FinalistResult, ...] = ()  # best first; the first one was gone on with
 
 
 @dataclass(frozen=True)

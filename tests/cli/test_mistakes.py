@@ -102,6 +102,13 @@ MISTAKES = {
     "adapters of single layers": Mistake(
         recover("--mode", "blocks", "--lora", "4"), USAGE, ("--lora is about the whole model", "--mode blocks")
     ),
+    "finalists of no target": Mistake(
+        prune(*HALF, "--recover", "1M", "--finalists", "3"), USAGE, ("--recover and a --target",)
+    ),
+    "finalists without healing": Mistake(
+        prune("--target", "80%", "--finalists", "3"), USAGE, ("--recover and a --target",)
+    ),
+    "a single finalist": Mistake(prune("--target", "80%", "--recover", "1M", "--finalists", "1"), USAGE, ("2",)),
     "healing into what is taken": Mistake(("recover", "model", "-o", "taken"), OUTPUT, ("not empty", "--overwrite")),
     "a task that is not there": Mistake(("eval", "model", "--tasks", "nope.yaml"), CHECKPOINT, ("nope.yaml does not",)),
     "a task without a name": Mistake(("eval", "model", "--tasks", "a,,b"), USAGE, ("arc_easy,hellaswag",)),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llmprune_cli.commands.evaluate import evaluate
 from llmprune_cli.commands.prune import prune
+from llmprune_cli.commands.recover.finalists import prune_to_the_best
 from llmprune_cli.commands.recover.recovery import recover
 from llmprune_cli.commands.recover.request import RecoverRequest
 from llmprune_cli.commands.requests import PruneRequest
@@ -31,7 +32,8 @@ def prune_and_recover(request: PruneRequest, listener: Listener) -> PruneResult 
         check_target(output, request.delivery.overwrite, Path(request.model.name))
     with scratch_folder() as own:
         place = Path(processes.broadcast(str(own))) / "pruned"
-        pruned = prune(replace(request, delivery=replace(request.delivery, output=place, overwrite=False)), listener)
+        make = prune if request.delivery.finalists is None else prune_to_the_best
+        pruned = make(replace(request, delivery=replace(request.delivery, output=place, overwrite=False)), listener)
         processes.broadcast(None)  # what the first one wrote, all of them read
         delivery = Healed(output, request.delivery.overwrite, request.delivery.max_shard_size)
         reference = replace(request.model, name=str(place), revision=None, dtype=None)
