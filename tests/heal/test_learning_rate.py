@@ -54,7 +54,7 @@ def test_rates_are_doubled_or_halved_as_long_as_that_helps(
     assert best_rate(trials, SIZE, STEPS) == pytest.approx(chosen * usual_learning_rate(SIZE, STEPS))
 
 
-@pytest.mark.parametrize("mode", ["end-to-end", pytest.param("blocks", marks=in_full)])
+@pytest.mark.parametrize("mode", [pytest.param("end-to-end", marks=in_full), "blocks"])
 def test_what_was_found_is_trained_with_and_found_once(
     pruned: Path, text_file: Path, tmp_path: Path, mode: str
 ) -> None:
