@@ -5,6 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llmprune_cli.report.results import Estimate
 
 LOGGER = logging.getLogger("llmprune_cli")
 
@@ -25,14 +29,20 @@ Told = Callable[[Progress], None]
 class Listener:
     """Tells how far a run is, and warns."""
 
-    def __init__(self, told: Told | None = None, warn: Callable[[str], None] = LOGGER.warning) -> None:
+    def __init__(
+        self,
+        told: Told | None = None,
+        warn: Callable[[str], None] = LOGGER.warning,
+        expect: Callable[[Estimate], None] = lambda estimate: None,
+    ) -> None:
         """Report to a function, and warnings to the log.
 
         Args:
             told: of the beginning of each stage, where nothing is done yet, and of every step; None tells nobody.
             warn: told what the user should know.
+            expect: told what a run will take, before it starts.
         """
-        self.warn = warn
+        self.warn, self.expect = warn, expect
         self._told = told
         self._now = Progress("", 0, 0)
 
@@ -42,6 +52,7 @@ class Listener:
         return Listener(
             told and (lambda now: told(replace(now, stage=f"{name}: {now.stage}"))),
             lambda text: warn(f"{name}: {text}"),
+            self.expect,
         )
 
     def stage(self, name: str, total: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -11,7 +12,13 @@ import torch
 from llmprune_cli.choose import IMPORTANCES, LAYER_IMPORTANCES, needs_activity, ranks_layers, reads_text
 from llmprune_cli.choose.magnitude import check_scores, instances
 from llmprune_cli.choose.measuring import Activity, Measuring
-from llmprune_cli.choose.target_search import Candidate, check_budget, least_target, search_widths
+from llmprune_cli.choose.target_search import (
+    Candidate,
+    check_budget,
+    least_target,
+    most_candidates,
+    search_widths,
+)
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.coupling.trace import Instance
 from llmprune_cli.errors import PlanError
@@ -24,7 +31,8 @@ from llmprune_cli.plan.requested_widths import Target, resolve
 from llmprune_cli.plan.units import Scores, choose
 from llmprune_cli.progress import Listener
 from llmprune_cli.repair.dense_goals import Streams, walk_dense
-from llmprune_cli.repair.refit import refit
+from llmprune_cli.repair.layer_refit import LayerRefit
+from llmprune_cli.repair.refit import Refitter, refit
 from llmprune_cli.run.calibration import CalibrationText
 from llmprune_cli.run.divergence import Side, compare
 from llmprune_cli.run.workbench import Workbench
@@ -94,9 +102,9 @@ def make_plan(bench: Workbench, target: Target, choice: Choice) -> Plan:
     subject = bench.model.subject
     changes = bool(target.widths.changed_from(subject.widths))
     measuring = Measuring(bench, bench.text.fitted) if bench.text is not None and changes else None
-    activity = _measure(measuring, choice)
+    activity = measure_units(measuring, choice)
     if measuring is not None and ranks_layers(choice):
-        target = _without_least_layers(subject, target, choice, _score_layers(measuring, choice, activity))
+        target = _without_least_layers(subject, target, choice, score_layers(measuring, choice, activity))
     plan = None
     if subject.processes.is_first:
         scores = _score_units(subject, target, choice, activity, bench.listener)
@@ -149,19 +157,21 @@ def search_plan(bench: Workbench, text: CalibrationText, choice: Choice, bound: 
     assert choice.budget is not None
     subject, keep_layers = bench.model.subject, choice.widths.keep_layers
     measuring = Measuring(bench, text.fitted)
-    activity = _measure(measuring, choice)
+    activity = measure_units(measuring, choice)
     least = least_target(subject, keep_layers)
     every = replace(least, layers=tuple(range(subject.widths.num_hidden_layers)))
     scores = _score_units(subject, every, choice, activity, bench.listener)
-    layer_scores = _score_layers(measuring, choice, activity)
+    layer_scores = score_layers(measuring, choice, activity)
+    numbers, most = count(1), most_candidates(subject, keep_layers)
 
     def judge(target: Target) -> float:
         """How far a candidate diverges, as remembered or after a short refit."""
         mark = sha256(repr(target).encode()).hexdigest()[:16]
+        name = f"Trying {next(numbers)} of at most {most}: {_in_words(subject, target)}"
 
         def refit_and_compare() -> float:
             plan = _of_first(subject, _plan_of(subject, target, choice, scores))
-            return _diverge(bench, text, plan, choice.settled.refit or "")
+            return try_plan(bench, text, plan, choice.settled.refit or "", name)
 
         return bench.journal.recall(f"judged-{mark}", Json(float), refit_and_compare)
 
@@ -170,18 +180,31 @@ def search_plan(bench: Workbench, text: CalibrationText, choice: Choice, bound: 
     return Selection(best, candidates)
 
 
-def _diverge(bench: Workbench, text: CalibrationText, plan: Plan, method: str) -> float:
-    """How far the model diverges on held-out text when a plan is followed and some text refitted, nats per token."""
+def try_plan(
+    bench: Workbench,
+    text: CalibrationText,
+    plan: Plan,
+    method: str,
+    name: str,
+    refitter: Refitter = LayerRefit,
+) -> float:
+    """How far the model diverges on held-out text when a plan is followed and some text refitted, nats per token.
+
+    Args:
+        name: of the stage.
+        refitter: see `refit`.
+    """
     model = bench.model
     fitted = model.share(text.fitted[: _windows_of(SEARCH_TOKENS, text)])
     judged = model.share(text.held_out[: judged_windows(text)])
-    bench.listener.stage(f"Trying {_in_words(target_of(plan))}", model.layers)
     with torch.inference_mode():
         windows = torch.cat([fitted, judged])
-        kept = walk_dense(model, windows, bench.tried, lambda layers: None)
+        walks = model.device == "cpu" and bench.tried.covering(windows) is None
+        bench.listener.stage(name, model.layers * (2 if walks else 1))
+        kept = walk_dense(model, windows, bench.tried, bench.listener.advance)
         start = model.embed(windows)
         streams = Streams(start, start.clone(), len(fitted), kept=kept)
-        refit(model, plan, streams, method, bench.listener.advance, with_errors=False)
+        refit(model, plan, streams, method, bench.listener.advance, with_errors=False, refitter=refitter)
         ends = model.load_ends(exact=True)
         items = model.load_layer(0).returned_items(start)
         dense, pruned = (Side(ends, states[len(fitted) :], items) for states in (streams.dense, streams.pruned))
@@ -198,16 +221,20 @@ def _windows_of(tokens: int, text: CalibrationText) -> int:
     return max(1, tokens // text.fitted.shape[1])
 
 
-def _in_words(target: Target) -> str:
-    widths = target.widths
+def _in_words(subject: Subject, target: Target) -> str:
+    """What of a target differs from the whole model."""
+    before, after = subject.widths, target.widths
+    neurons = (before.intermediate_size, after.intermediate_size)
+    if not before.intermediate_size:
+        neurons = (before.moe_intermediate_size, after.moe_intermediate_size)
     shapes = {
-        "layers": len(target.layers),
-        "KV groups": widths.num_key_value_heads,
-        "heads": widths.num_attention_heads,
-        "neurons": widths.intermediate_size or widths.moe_intermediate_size,
-        "experts": widths.num_experts,
+        "layers": (before.num_hidden_layers, len(target.layers)),
+        "KV groups": (before.num_key_value_heads, after.num_key_value_heads),
+        "heads": (before.num_attention_heads, after.num_attention_heads),
+        "neurons": neurons,
+        "experts": (before.num_experts, after.num_experts),
     }
-    return ", ".join(f"{count} {name}" for name, count in shapes.items() if count)
+    return ", ".join(f"{new} {name}" for name, (old, new) in shapes.items() if new != old)
 
 
 def _completed(subject: Subject, target: Target, scores: Scores, listener: Listener) -> Scores:
@@ -220,11 +247,12 @@ def _completed(subject: Subject, target: Target, scores: Scores, listener: Liste
     listener.warn(f"No activity ranks {', '.join(sorted(missing))} in all layers; magnitude does.")
     return {
         **scores,
-        **{w: s for w, s in _score_weights(subject, target, "magnitude", 0, listener).items() if w in missing},
+        **{w: s for w, s in score_weights(subject, target, "magnitude", 0, listener).items() if w in missing},
     }
 
 
-def _score_weights(subject: Subject, target: Target, importance: str, seed: int, listener: Listener) -> Scores:
+def score_weights(subject: Subject, target: Target, importance: str, seed: int, listener: Listener) -> Scores:
+    """Scores of the units of all widths that change, from weights alone or by chance."""
     changed = target.widths.changed_from(subject.widths)
     scored = tuple(width for width in changed if width != Width.LAYERS)
     if not scored:
@@ -244,10 +272,11 @@ def _score_units(
 ) -> Scores:
     if activity is not None and reads_text(choice):
         return _completed(subject, target, activity.scores, listener)
-    return _score_weights(subject, target, choice.settled.importance or "", choice.seed, listener)
+    return score_weights(subject, target, choice.settled.importance or "", choice.seed, listener)
 
 
-def _measure(measuring: Measuring | None, choice: Choice) -> Activity | None:
+def measure_units(measuring: Measuring | None, choice: Choice) -> Activity | None:
+    """What the unpruned model does on text, if units or layers are ranked by that."""
     if measuring is None or not needs_activity(choice):
         return None
     importance = choice.settled.importance if reads_text(choice) else "range"
@@ -255,7 +284,7 @@ def _measure(measuring: Measuring | None, choice: Choice) -> Activity | None:
     return activity
 
 
-def _score_layers(measuring: Measuring, choice: Choice, activity: Activity | None) -> tuple[float, ...]:
+def score_layers(measuring: Measuring, choice: Choice, activity: Activity | None) -> tuple[float, ...]:
     """A score for each layer; those with the least go first."""
     name = choice.layer_importance or ("influence" if activity is not None else "loss")
     scores: tuple[float, ...] = LAYER_IMPORTANCES[name].load()(measuring, activity)

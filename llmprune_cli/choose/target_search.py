@@ -148,6 +148,18 @@ def search_widths(
     return tuple(sorted(judged.values(), key=lambda candidate: candidate.kl))
 
 
+def most_candidates(subject: Subject, keep_layers: tuple[int, ...] = ()) -> int:
+    """How many candidates the search judges at most.
+
+    Args:
+        keep_layers: see `WidthRequest`.
+    """
+    if keep_layers:
+        return 1
+    scores = (0.0,) * subject.widths.num_hidden_layers
+    return sum(len(list(steps(subject, WidthRequest(), scores))) for steps, _ in WAYS)
+
+
 def _goes_beyond(target: Target, bound: Target) -> bool:
     """Whether more layers, KV groups, query heads of a group or experts go than with another target."""
     own, other = target.widths, bound.widths

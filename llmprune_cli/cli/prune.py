@@ -18,7 +18,7 @@ from llmprune_cli.cli.export import print_export
 from llmprune_cli.cli.inspect import modules_table
 from llmprune_cli.cli.parameters import COMMON, AsJson, Detail, takes
 from llmprune_cli.cli.recover import print_recovery
-from llmprune_cli.cli.screen.progress import in_words, progress_on_stderr
+from llmprune_cli.cli.screen.progress import estimate_text, in_words, progress_on_stderr
 from llmprune_cli.cli.screen.tables import (
     NARROW,
     WIDTH_LABELS,
@@ -146,6 +146,8 @@ def print_prune(result: PruneResult, request: PruneRequest, is_verbose: bool = F
     elif result.evaluation:
         console.print("Nothing was kept: give --output to save the pruned model.")
     else:
+        if result.estimate:
+            console.print(estimate_text(result.estimate), highlight=False, soft_wrap=True)
         console.print("Dry run: nothing was written. To go on from it:")
     for line in _next(result, request):
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)

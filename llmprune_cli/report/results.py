@@ -193,6 +193,29 @@ class RecoverResult:
 
 
 @dataclass(frozen=True)
+class StageEstimate:
+    """What one stage of a run will take."""
+
+    name: str
+    seconds: float  # of all its times
+    times: int  # that it is gone through at most
+    chooses: bool  # whether it is a part of the choice of what stays
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a prune takes on this machine from its start, evaluation, healing and exports aside."""
+
+    seconds: float | None  # None where no layers were timed
+    stages: tuple[StageEstimate, ...]
+    candidates: int  # that are tried at most; 0 where the widths were given
+    memory_bytes: int  # of the process, at most
+    device_bytes: int  # of a GPU, at most; 0 where none is used
+    disk_bytes: int  # of the folder that is written
+    temporary_bytes: int  # of files that go when the run ends
+
+
+@dataclass(frozen=True)
 class PruneResult:
     """What `prune` reports."""
 
@@ -212,6 +235,7 @@ class PruneResult:
     runtimes: tuple[RuntimeFit, ...]  # of the pruned model
     candidates: tuple[CandidateResult, ...]  # best first; empty where the widths were given
     seconds: float
+    estimate: Estimate | None  # made before the start; None where the run was too short to be worth it
     calibration: CalibrationResult | None
     recovery: RecoverResult | None
     evaluation: EvalReport | None

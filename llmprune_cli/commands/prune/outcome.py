@@ -22,6 +22,7 @@ from llmprune_cli.report.results import (
     SCHEMA_VERSION,
     CalibrationResult,
     CandidateResult,
+    Estimate,
     EvalReport,
     ModelSummary,
     PruneResult,
@@ -46,6 +47,7 @@ class Outcome:
     candidates: tuple[Candidate, ...]
     card: CalibrationResult | None
     evaluated: EvalText | None  # what it is to be evaluated on
+    estimate: Estimate | None = None  # of what it takes
 
 
 def options_said(request: PruneRequest, outcome: Outcome) -> dict[str, Any]:
@@ -128,6 +130,7 @@ def report(
             CandidateResult(c.target.widths, c.target.layers, c.parameters, c.kl) for c in outcome.candidates
         ),
         seconds=seconds,
+        estimate=outcome.estimate,
         calibration=outcome.card,
         recovery=None,
         evaluation=evaluated,
