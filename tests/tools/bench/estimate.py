@@ -14,6 +14,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -31,6 +32,13 @@ WAYS = {
 }
 # Shapes of models that people prune.
 SIZES: dict[str, dict[str, int]] = {
+    "0.1B": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
     "1B": {
         "hidden_size": 2048,
         "intermediate_size": 8192,
@@ -54,6 +62,7 @@ SIZES: dict[str, dict[str, int]] = {
     },
 }
 VOCABULARY = 128256
+CHARACTERS = 12  # of text for each token that is fitted on: some is left to judge the result by, and not too much
 INTO_A_FILE = """
 import sys
 sys.stdout = open(sys.argv[1], "w")
@@ -85,7 +94,9 @@ def document(*words: str | Path) -> dict[str, Any]:
 
 def compare(model: Path, name: str, tokens: int, work: Path) -> Taken:
     """A dry run, and the run."""
-    text = ("--calibration", "python-docs", "--calibration-tokens", str(tokens))
+    path = work / "text.txt"
+    path.write_text("\n\n".join(topics.values())[: CHARACTERS * tokens])
+    text = ("--calibration", path, "--calibration-tokens", str(tokens))
     asked = ("prune", model, *QUARTER, *WAYS[name], *(() if name == "magnitude" else text))
     expected = document(*asked, "--dry-run")["estimate"]
     out, result = work / "out", work / "result.json"
@@ -136,10 +147,10 @@ def make_hollow(folder: Path, sizes: dict[str, int]) -> Path:
     return folder
 
 
-def row_of(name: str, how: str, seconds: float | None, memory: float, vram: float, disk: float) -> list[str]:
+def row_of(name: str, seconds: float | None, memory: float, vram: float, disk: float) -> list[str]:
     """One line of the table of sizes."""
     time_ = "" if seconds is None else f"{seconds / 60:,.1f}" if seconds < 6000 else f"{seconds / 3600:,.0f} h"
-    return [name, how, time_, *(f"{size / 1e9:,.1f}" for size in (memory, vram, disk))]
+    return [name, time_, *(f"{size / 1e9:,.1f}" for size in (memory, vram, disk))]
 
 
 def device_memory(folder: Path, way: str, tokens: int) -> tuple[float, float]:
@@ -168,22 +179,16 @@ def device_memory(folder: Path, way: str, tokens: int) -> tuple[float, float]:
     return memory.host, memory.device
 
 
-def sizes(model: Path, runs: list[Taken], tokens: int, names: list[str], work: Path) -> list[list[str]]:
-    """A row for each size and way: the smallest as it was measured, the others as they are computed."""
+def sizes(tokens: int, names: list[str], work: Path) -> list[list[str]]:
+    """A row for each size and way, all of it computed from what two layers take."""
     ways, rows = ("magnitude", "calibrated, default"), []
-    for own in runs:
-        if own.name in ways:
-            _, vram = device_memory(model, own.name, tokens)
-            rows.append(row_of(f"0.1B, {own.name}", "measured", own.seconds[1], own.memory[1], vram, own.disk[1]))
     for name in names:
         folder = make_hollow(work / name, SIZES[name])
         for way in ways:
             text = ("--calibration-tokens", str(tokens)) if way != "magnitude" else ()
             said = document("prune", folder, *QUARTER, *WAYS[way], *text, "--dry-run")["estimate"]
             _, vram = device_memory(folder, way, tokens)
-            rows.append(
-                row_of(f"{name}, {way}", "computed", said["seconds"], said["memory_bytes"], vram, said["disk_bytes"])
-            )
+            rows.append(row_of(f"{name}, {way}", said["seconds"], said["memory_bytes"], vram, said["disk_bytes"]))
     return rows
 
 
@@ -191,7 +196,8 @@ def main() -> int:
     """Measure, print and judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="folder of the model; by default the wheel's")
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens to calibrate on")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens to calibrate on")
+    parser.add_argument("--computed-tokens", type=int, default=32768, help="that larger models are calibrated on")
     parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES), help="that are computed")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="llmprune-bench-") as name:
@@ -208,9 +214,9 @@ def main() -> int:
         ]
         heads = ["", "s, said", "s, taken", "MB memory, said", "taken", "MB disk, said", "written"]
         print_table(f"SmolLM2-135M, a quarter of the MLP, {asked.tokens:,} tokens", heads, rows)
-        table = sizes(model, runs, asked.tokens, asked.sizes, work)
-        heads = ["model", "", "minutes on this CPU", "GB of memory", "GB on a GPU (computed)", "GB of disk"]
-        print_table(f"By size, {asked.tokens:,} tokens", heads, table)
+        table = sizes(asked.computed_tokens, asked.sizes, work)
+        heads = ["model, computed", "minutes on this CPU", "GB of memory", "GB on a GPU (computed)", "GB of disk"]
+        print_table(f"By size, {asked.computed_tokens:,} tokens", heads, table)
     bounds = []
     for own in runs:
         for what, (said, was), most in (
