@@ -34,8 +34,10 @@ class Memory:
 
 def peak_memory(job: Job, on_gpu: bool) -> Memory:
     """The memory that a prune will take at most, besides pages of files, which the system can drop."""
-    base, largest = _taken_now(), max(entry.size_bytes for entry in job.model.checkpoint.entries)
-    streaming = min(SLAB_BYTES, largest) + 2 * largest
+    base, stored = _taken_now(), job.model.checkpoint.entries
+    whole = {(split_name(entry.name)[0], entry.shape) for entry in stored}
+    cut = [e.size_bytes for e in job.decided.tensors if (split_name(e.name)[0], e.shape) not in whole]
+    streaming = min(SLAB_BYTES, max(entry.size_bytes for entry in stored)) + max(cut, default=0)
     if not job.calibrates:
         return Memory(base + streaming, 0)
     if job.bench.text is None:
