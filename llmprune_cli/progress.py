@@ -5,10 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from llmprune_cli.report.results import Estimate
 
 LOGGER = logging.getLogger("llmprune_cli")
 
@@ -21,6 +17,29 @@ class Progress:
     done: int
     total: int  # bytes, layers or windows
     note: str = ""  # what came of it so far
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """What one stage of a run will take."""
+
+    name: str
+    seconds: float  # of all its times
+    times: int  # that it is gone through at most
+    chooses: bool  # whether it is a part of the choice of what stays
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a prune takes on this machine from its start, evaluation, healing and exports aside."""
+
+    seconds: float | None  # None where no layers were timed
+    stages: tuple[StageEstimate, ...]
+    candidates: int  # that are tried at most; 0 where the widths were given
+    memory_bytes: int  # of the process, at most
+    device_bytes: int  # of a GPU, at most; 0 where none is used
+    disk_bytes: int  # of the folder that is written
+    temporary_bytes: int  # of files that go when the run ends
 
 
 Told = Callable[[Progress], None]

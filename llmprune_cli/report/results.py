@@ -12,6 +12,7 @@ from llmprune_cli.family.widths import Widths
 from llmprune_cli.folder.tensors import Shape, TensorEntry, split_name
 from llmprune_cli.formats.format import Verification
 from llmprune_cli.heal.figures import HealedLayer, HeldOut, Judgement, RateTrial
+from llmprune_cli.progress import Estimate
 from llmprune_cli.report.runtimes import RuntimeFit
 from llmprune_cli.run.questions.figures import Answered, TaskResult
 
@@ -190,29 +191,6 @@ class RecoverResult:
     layers: tuple[HealedLayer, ...]  # those that were trained one after the other
     seconds: float
     peak_memory_bytes: int
-
-
-@dataclass(frozen=True)
-class StageEstimate:
-    """What one stage of a run will take."""
-
-    name: str
-    seconds: float  # of all its times
-    times: int  # that it is gone through at most
-    chooses: bool  # whether it is a part of the choice of what stays
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a prune takes on this machine from its start, evaluation, healing and exports aside."""
-
-    seconds: float | None  # None where no layers were timed
-    stages: tuple[StageEstimate, ...]
-    candidates: int  # that are tried at most; 0 where the widths were given
-    memory_bytes: int  # of the process, at most
-    device_bytes: int  # of a GPU, at most; 0 where none is used
-    disk_bytes: int  # of the folder that is written
-    temporary_bytes: int  # of files that go when the run ends
 
 
 @dataclass(frozen=True)

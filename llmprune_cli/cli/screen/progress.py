@@ -6,17 +6,14 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from llmprune_cli.cli.screen.tables import size_text
-from llmprune_cli.progress import LOGGER, Listener
+from llmprune_cli.progress import LOGGER, Estimate, Listener
 from llmprune_cli.progress import Progress as Reached
-
-if TYPE_CHECKING:
-    from llmprune_cli.report.results import Estimate
 
 STEPS, STEP_S = 10, 60.0  # a line is due at so many places of a stage, or after so many seconds
 LEAST_S = 2.0  # between two lines of a stage, however quick it is

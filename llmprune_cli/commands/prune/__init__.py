@@ -45,7 +45,7 @@ from llmprune_cli.plan.document import Plan
 from llmprune_cli.plan.predict import predict
 from llmprune_cli.plan.requested_widths import Target
 from llmprune_cli.processes import ALONE, Processes, join
-from llmprune_cli.progress import Listener
+from llmprune_cli.progress import Estimate, Listener
 from llmprune_cli.repair.layer_refit import LayerRepair
 from llmprune_cli.repair.refit import repair
 from llmprune_cli.report.chart import check_chart_target, draw_chart
@@ -54,7 +54,6 @@ from llmprune_cli.report.model_card import write_card
 from llmprune_cli.report.report_card import report_card
 from llmprune_cli.report.results import (
     CalibrationResult,
-    Estimate,
     PruneResult,
     summarize,
 )

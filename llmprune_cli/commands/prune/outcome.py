@@ -16,13 +16,12 @@ from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.options import Choice, ModelReference
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.plan.requested_widths import Target
-from llmprune_cli.progress import Listener
+from llmprune_cli.progress import Estimate, Listener
 from llmprune_cli.report.eval_report import EvalText, prepare_text, report_perplexity
 from llmprune_cli.report.results import (
     SCHEMA_VERSION,
     CalibrationResult,
     CandidateResult,
-    Estimate,
     EvalReport,
     ModelSummary,
     PruneResult,

@@ -13,7 +13,8 @@ from llmprune_cli.commands.prune.estimate.rehearsal import rehearse
 from llmprune_cli.commands.prune.estimate.room import disk_bytes, peak_memory, temporary_bytes
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.errors import first_line
-from llmprune_cli.report.results import Estimate, ModelSummary, StageEstimate
+from llmprune_cli.progress import Estimate, StageEstimate
+from llmprune_cli.report.results import ModelSummary
 from llmprune_cli.run.workbench import Workbench
 
 LEAST_WORK = 2**37  # parameters times tokens of a run that is worth an estimate before its start

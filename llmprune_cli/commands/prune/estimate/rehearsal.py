@@ -24,10 +24,9 @@ from llmprune_cli.folder.documents import fsync
 from llmprune_cli.folder.shards import write_shards
 from llmprune_cli.folder.tensors import TensorEntry, split_name
 from llmprune_cli.plan.document import Plan
-from llmprune_cli.progress import QUIET
+from llmprune_cli.progress import QUIET, StageEstimate
 from llmprune_cli.repair.least_squares import DAMPING, Moments, solve_reader
 from llmprune_cli.repair.refit import repair
-from llmprune_cli.report.results import StageEstimate
 from llmprune_cli.report.throughput import Clock
 from llmprune_cli.run.calibration import CalibrationText
 from llmprune_cli.run.corpus import Corpus
