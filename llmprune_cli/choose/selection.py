@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from llmprune_cli.choose.target_search import Candidate, check_budget, least_tar
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.coupling.trace import Instance
 from llmprune_cli.errors import PlanError
-from llmprune_cli.family.widths import Width
+from llmprune_cli.family.widths import Width, Widths
 from llmprune_cli.folder.tensors import split_name
 from llmprune_cli.journal.forms import Json
 from llmprune_cli.options import Choice
@@ -102,6 +102,27 @@ def make_plan(bench: Workbench, target: Target, choice: Choice) -> Plan:
         scores = _score_units(subject, target, choice, activity, bench.listener)
         plan = _plan_of(subject, target, choice, scores)
     return _of_first(subject, plan)
+
+
+def plan_each(
+    bench: Workbench, targets: dict[str, Target], choice: Choice
+) -> tuple[dict[str, Plan], tuple[float, ...] | None]:
+    """A plan for each of several targets that keep all layers, by the same scores.
+
+    Returns:
+        The plans by the names of the targets, and how far each layer turns the residual stream (`block_influence`), as
+        far as that is measured with the units.
+    """
+    subject, text = bench.model.subject, bench.text
+    activity = _measure(Measuring(bench, text.fitted) if text is not None else None, choice)
+    smallest = {
+        field.name: min(getattr(target.widths, field.name) for target in targets.values())
+        for field in fields(subject.widths)
+    }
+    every = Target(Widths(**smallest), tuple(range(subject.widths.num_hidden_layers)), ())
+    scores = _score_units(subject, every, choice, activity, bench.listener)
+    plans = {name: _of_first(subject, _plan_of(subject, own, choice, scores)) for name, own in targets.items()}
+    return plans, activity.influence if activity is not None else None
 
 
 def make_random_plan(subject: Subject, target: Target, listener: Listener) -> Plan:

@@ -41,8 +41,8 @@ COMMANDS = {
         "inspect_command",
         "Show modules, widths and totals from headers and configuration; with a width option, after pruning too.",
         (
-            "inspect meta-llama/Llama-3.1-8B",
             "inspect meta-llama/Llama-3.1-8B --mlp 25%",
+            "inspect meta-llama/Llama-3.1-8B --sensitivity --report layers.svg",
             "inspect pruned --verify",
         ),
     ),

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from llmprune_cli.choose.layers.figures import WidthSensitivity
 from llmprune_cli.family.widths import Widths
 from llmprune_cli.folder.tensors import Shape, TensorEntry, split_name
 from llmprune_cli.formats.format import Verification
@@ -69,6 +70,26 @@ class VerifyResult:
     files: int  # whose checksums were compared
     size_bytes: int  # of these
     parameters: int | None  # by the headers; None where the weights are not safetensors
+
+
+@dataclass(frozen=True)
+class SensitivityResult:
+    """What `inspect --sensitivity` reports."""
+
+    schema_version: int
+    model: str
+    revision: str | None
+    importance: str  # by which units go
+    dataset: str
+    origin: str
+    split: str
+    tokens: int  # by which units are ranked
+    held_out_tokens: int  # on which it is measured what their absence costs
+    device: str
+    widths: tuple[WidthSensitivity, ...]  # that layers have, and whole layers
+    influence: tuple[float, ...] | None  # 1 − cos of each layer's input and output; None where no unit reads text
+    statistics: str | None  # folder that keeps what was measured
+    seconds: float
 
 
 @dataclass(frozen=True)

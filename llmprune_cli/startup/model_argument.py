@@ -68,6 +68,14 @@ def check_model(reference: ModelReference, needs_weights: bool) -> None:
         _check_folder(path, needs_weights)
 
 
+def has_weights(model: str) -> bool:
+    """Whether a model's weights are here, in its folder or file; those on the hub are not."""
+    path = Path(model)
+    if path.suffix == ".gguf":
+        return is_there(path)
+    return any(True for pattern in WEIGHTS for _ in path.glob(pattern)) if is_there(path) and path.is_dir() else False
+
+
 def check_layers(model: str, widths: WidthRequest) -> None:
     """Refuse numbers of layers that a folder's configuration says there are none of.
 
