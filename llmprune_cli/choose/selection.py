@@ -11,7 +11,9 @@ import torch
 from llmprune_cli.choose import IMPORTANCES, LAYER_IMPORTANCES, needs_activity, ranks_layers, reads_text
 from llmprune_cli.choose.magnitude import check_scores, instances
 from llmprune_cli.choose.measuring import Activity, Measuring
-from llmprune_cli.choose.target_search import Candidate, check_budget, least_target, search_widths
+from llmprune_cli.choose.targets.limits import Limit
+from llmprune_cli.choose.targets.search import Candidate, least_target, search_widths
+from llmprune_cli.choose.targets.speed import Remembered, SpeedLimit
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.coupling.trace import Instance
 from llmprune_cli.errors import PlanError
@@ -59,20 +61,23 @@ def target_of(plan: Plan) -> Target:
     return Target(plan.after, plan.layers, plan.deviations, plan.protected)
 
 
-def first_target(subject: Subject, choice: Choice) -> Target:
-    """The widths asked for; with a budget, the least that the search reaches.
+def first_target(subject: Subject, choice: Choice, limit: Limit | None) -> Target:
+    """The widths asked for; with a limit, the least that the search reaches.
 
     Raises:
         PlanError: no legal widths come of the request.
     """
-    if choice.budget is not None:
-        check_budget(subject, choice.budget, choice.widths.keep_layers)
-        return least_target(subject, choice.widths.keep_layers)
+    if limit is not None:
+        least = least_target(subject, choice.widths)
+        limit.check(least, "protect fewer layers" if choice.widths.keep_layers else "give the widths yourself")
+        return least
     return resolve(subject.architecture, subject.trace.refused, choice.widths)
 
 
-def select(bench: Workbench, target: Target, choice: Choice, bound: Target | None = None) -> Selection:
-    """Choose the units that stay, with a budget the widths as well.
+def select(
+    bench: Workbench, target: Target, choice: Choice, limit: Limit | None, bound: Target | None = None
+) -> Selection:
+    """Choose the units that stay, with a limit the widths as well.
 
     All processes of a run come to the same selection; what was chosen before this run was cut short is not chosen anew.
 
@@ -82,8 +87,8 @@ def select(bench: Workbench, target: Target, choice: Choice, bound: Target | Non
     """
 
     def make() -> Selection:
-        if choice.budget is not None and bench.text is not None:
-            return search_plan(bench, bench.text, choice, bound)
+        if limit is not None and bench.text is not None:
+            return search_plan(bench, bench.text, choice, limit, bound)
         return Selection(make_plan(bench, target, choice))
 
     return bench.journal.recall("choice", Json(Selection), make)
@@ -159,19 +164,22 @@ def _plan_of(subject: Subject, target: Target, choice: Choice, scores: Scores) -
     )
 
 
-def search_plan(bench: Workbench, text: CalibrationText, choice: Choice, bound: Target | None = None) -> Selection:
-    """The plan that diverges least from the dense model among those that fit a budget, and the candidates it beat.
+def search_plan(
+    bench: Workbench, text: CalibrationText, choice: Choice, limit: Limit, bound: Target | None = None
+) -> Selection:
+    """The plan that diverges least from the dense model among those that fit a limit, and the candidates it beat.
 
     Activity is measured once; each candidate is refitted on a part of the text and judged on what is held out.
 
     Args:
         bound: see `search_widths`.
     """
-    assert choice.budget is not None
-    subject, keep_layers = bench.model.subject, choice.widths.keep_layers
+    subject = bench.model.subject
+    if isinstance(limit, SpeedLimit):
+        limit = Remembered(limit, bench.journal)
     measuring = Measuring(bench, text.fitted)
     activity = _measure(measuring, choice)
-    least = least_target(subject, keep_layers)
+    least = least_target(subject, choice.widths)
     every = replace(least, layers=tuple(range(subject.widths.num_hidden_layers)))
     scores = _score_units(subject, every, choice, activity, bench.listener)
     layer_scores = _score_layers(measuring, choice, activity)
@@ -186,7 +194,7 @@ def search_plan(bench: Workbench, text: CalibrationText, choice: Choice, bound: 
 
         return bench.journal.recall(f"judged-{mark}", Json(float), refit_and_compare)
 
-    candidates = search_widths(subject, choice.budget, layer_scores, judge, keep_layers, bound)
+    candidates = search_widths(subject, limit, layer_scores, judge, choice.widths, bound)
     best = _of_first(subject, _plan_of(subject, candidates[0].target, choice, scores))
     return Selection(best, candidates)
 

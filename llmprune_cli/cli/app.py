@@ -53,7 +53,7 @@ COMMANDS = {
         (
             "prune meta-llama/Llama-3.1-8B --target 85% -o pruned",
             "prune meta-llama/Llama-3.1-8B --mlp 25% --calibration chat.jsonl -o leaner",
-            "prune meta-llama/Llama-3.1-8B --target 4GiB --dry-run",
+            "prune meta-llama/Llama-3.1-8B --target-speedup 1.5 --dry-run",
         ),
     ),
     "sweep": Command(

@@ -9,7 +9,7 @@ from pathlib import Path
 from llmprune_cli.choose import IMPORTANCES, LAYER_IMPORTANCES, needs_text, ranks_layers, reads_text
 from llmprune_cli.errors import UsageError
 from llmprune_cli.formats import FORMATS
-from llmprune_cli.formats.request import Conversion, check_conversion
+from llmprune_cli.formats.request import Conversion, check_conversion, check_counted
 from llmprune_cli.heal import LOSSES, MODES, TEACHER_MODES, TRAINED
 from llmprune_cli.heal.options import Healing, Teaching
 from llmprune_cli.options import (
@@ -196,7 +196,10 @@ def check_prune(request: PruneRequest) -> None:
 
     delivery = request.delivery
     check_model(request.model, request.needs_weights)
-    check_target(request.choice.budget, request.model.name)
+    budget = request.choice.budget
+    check_target(budget, request.model.name)
+    if budget is not None and budget.dtype is not None:
+        check_counted(budget.dtype)
     check_layers(request.model.name, request.choice.widths)
     if request.evaluation is not None or (request.needs_text and request.needs_weights):
         check_tokenizer(request.model.name)

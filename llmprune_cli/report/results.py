@@ -15,6 +15,7 @@ from llmprune_cli.formats.format import Verification
 from llmprune_cli.heal.figures import HealedLayer, HeldOut, Judgement, RateTrial
 from llmprune_cli.report.runtimes import RuntimeFit
 from llmprune_cli.run.questions.figures import Answered, TaskResult
+from llmprune_cli.run.speed.figures import SpeedResult
 
 SCHEMA_VERSION = 1
 
@@ -85,7 +86,6 @@ class SensitivityResult:
     split: str
     tokens: int  # by which units are ranked
     held_out_tokens: int  # on which it is measured what their absence costs
-    device: str
     widths: tuple[WidthSensitivity, ...]  # that layers have, and whole layers
     influence: tuple[float, ...] | None  # 1 − cos of each layer's input and output; None where no unit reads text
     statistics: str | None  # folder that keeps what was measured
@@ -232,6 +232,7 @@ class PruneResult:
     deviations: tuple[str, ...]
     runtimes: tuple[RuntimeFit, ...]  # of the pruned model
     candidates: tuple[CandidateResult, ...]  # best first; empty where the widths were given
+    speed: SpeedResult | None  # where a time was asked for
     seconds: float
     calibration: CalibrationResult | None
     recovery: RecoverResult | None

@@ -261,7 +261,7 @@ def check_target(budget: Budget | None, model: str) -> None:
     Raises:
         PlanError: see above.
     """
-    if budget is None:
+    if budget is None or budget.kind == "speedup" or (budget.dtype, budget.context) != (None, None):
         return
     if budget.kind == "share" and budget.amount >= 1:
         raise PlanError("A target of 100% removes nothing. Ask for a smaller share.")

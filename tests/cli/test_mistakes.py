@@ -47,6 +47,15 @@ MISTAKES = {
     "a share without its sign": Mistake(prune("--target-params", "0.85"), USAGE, ("--target-params", "85%?")),
     "billions without a B": Mistake(prune("--target-params", "6"), USAGE, ("6B or 6%?",)),
     "a size without a unit": Mistake(prune("--target-size", "4"), USAGE, ("--target-size", "4GiB?")),
+    "a size in a type that is not there": Mistake(
+        prune("--target-size", "4GiB as q4_k"), USAGE, ("not as q4_k", "Did you mean q4_k_m?")
+    ),
+    "a size in no type": Mistake(prune("--target-size", "4GiB as"), USAGE, ("--target-size", "500MB, 5GB or 4GiB")),
+    "a model that is not faster": Mistake(prune("--target-speedup", "0.8"), USAGE, ("--target-speedup", "1.5")),
+    "a speed that is none": Mistake(prune("--target-speedup", "fast"), USAGE, ("--target-speedup", "'fast'")),
+    "two targets": Mistake(prune("--target-speedup", "2", "--target", "85%"), USAGE, ("say the same thing",)),
+    "a context of parameters": Mistake(prune("--target", "85%", "--context", "8192"), USAGE, ("in bytes",)),
+    "a batch of a size": Mistake(prune("--target", "100KB", "--target-batch", "2"), USAGE, ("--target-speedup",)),
     "a percentage without its sign": Mistake(prune("--pruning-ratio", "25"), USAGE, ("25%?",)),
     "a layer that is not there": Mistake(prune("--drop-layers", "1,99"), PLAN, ("Layer 99 cannot", "layers 0 to 1")),
     "a text that is not there": Mistake(prune(*HALF, "--calibration", "nope.txt"), CHECKPOINT, ("nope.txt does not",)),

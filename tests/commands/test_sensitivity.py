@@ -155,9 +155,6 @@ def test_what_was_measured_is_not_measured_again(words: tuple[str | Path, ...], 
     again = run_cli(*words, "--statistics", folder / "kept", "--json")
     assert not any(stage in again.stderr for stage in MEASURING)
     assert json.loads(again.stdout)["widths"] == json.loads(first.stdout)["widths"]
-    other = run_cli(*words, "--statistics", folder / "kept", "--importance", "magnitude", "--json")
-    assert MEASURING[2] in other.stderr and MEASURING[0] not in other.stderr, "other units go"
-    assert json.loads(other.stdout)["influence"] is None
 
 
 @in_full
@@ -166,6 +163,9 @@ def test_the_commands_that_come_next_find_what_was_measured(
 ) -> None:
     shown = run_cli(*words, "--statistics", measured[0] / "kept")
     lines = [line.strip() for line in shown.stdout.splitlines() if line.startswith("  llmprune prune")]
+    other = run_cli(*words, "--statistics", measured[0] / "kept", "--importance", "magnitude", "--json")
+    assert MEASURING[2] in other.stderr and MEASURING[0] not in other.stderr, "other units go"
+    assert json.loads(other.stdout)["influence"] is None
     assert len(lines) == 2
     monkeypatch.chdir(tmp_path)
     for line in lines:
@@ -191,6 +191,7 @@ def test_the_table_fits_into_80_columns(measured: tuple[Path, Run], capsys: pyte
     assert not any("…" in line for line in wide)
 
 
+@in_full
 def test_layers_that_a_dry_run_names_are_those_that_go(
     model: Path, text_file: Path, measured: tuple[Path, Run], tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from llmprune_cli.choose.layers.figures import WidthSensitivity
-from llmprune_cli.choose.target_search import measure_size
+from llmprune_cli.choose.targets.limits import measure_size, whole_target
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.family.widths import HEAD_COUNTS, NEURONS, Width
 from llmprune_cli.folder.tensors import split_name
@@ -121,7 +121,7 @@ def _advance_without(model: LayeredModel, plan: Plan, number: int, stream: torch
 def _row(
     subject: Subject, width: str, plans: Mapping[str, Plan], costs: Mapping[tuple[str, int], float]
 ) -> WidthSensitivity:
-    whole = Target(subject.widths, tuple(range(subject.widths.num_hidden_layers)), ())
+    whole = whole_target(subject)
     kl = tuple(costs.get((width, number)) for number in whole.layers)
     if width == Width.LAYERS:
         inside = sum(entry.numel for entry in subject.checkpoint.entries if split_name(entry.name)[1])

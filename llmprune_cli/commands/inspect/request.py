@@ -15,7 +15,7 @@ from llmprune_cli.sizes import check_chart
 # Options of `prune` that have no part in it.
 LEFT_OUT = (
     *("dtype", "keep_layers", "resume", "layer_importance", "refit", "rotate"),
-    *(own.name for own in options_of(Choice) if own.name.startswith("target")),
+    *("context", *(own.name for own in options_of(Choice) if own.name.startswith("target"))),
 )
 
 

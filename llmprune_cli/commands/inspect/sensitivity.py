@@ -65,7 +65,6 @@ def sensitivity(model: ModelReference, asked: Measured, listener: Listener) -> S
         split=asked.text.calibration_split,
         tokens=text.fitted.numel(),
         held_out_tokens=_judging(bench)[:, 1:].numel(),
-        device=bench.model.device,
         widths=found.rows,
         influence=found.influence,
         statistics=str(kept) if kept is not None else None,

@@ -15,6 +15,7 @@ from llmprune_cli.apply.proven_widths import check_proof
 from llmprune_cli.apply.pruned_folder import make_manifest, write_pruned
 from llmprune_cli.apply.rows import cut_entries
 from llmprune_cli.choose.selection import Selection, select, target_of
+from llmprune_cli.choose.targets.speed import SpeedLimit
 from llmprune_cli.commands.prune.decision import (
     Decided,
     check_export_fits,
@@ -121,7 +122,7 @@ def _run(
     request: PruneRequest, checkpoint: Checkpoint, claim: Claim | None, processes: Processes, listener: Listener
 ) -> Outcome | None:
     """All steps up to the written folder; None in processes that do not report."""
-    decided = decide(request, understand(checkpoint, processes))
+    decided = decide(request, understand(checkpoint, processes), listener)
     subject = decided.subject
     evaluation = request.evaluation
     evaluated = None
@@ -163,23 +164,25 @@ def choose_and_write(
         bound: see `search_widths`.
     """
     subject, selection, target = bench.model.subject, None, decided.target
+    is_first = subject.processes.is_first
     if decided.plan is not None:
         selection = Selection(decided.plan)
     elif request.needs_weights:
-        selection = select(bench, decided.target, choice, bound)
+        selection = select(bench, decided.target, choice, decided.limit, bound)
         target = target_of(selection.plan)
     if selection is not None:
         selection = replace(selection, plan=with_vocabulary(request, selection.plan, decided, bench))
-    if subject.processes.is_first and target.layers != decided.target.layers:
+    if is_first and target.layers != decided.target.layers:
         check_proof(subject, target)
     check_export_fits(request, subject, target)
+    speed = decided.limit.race.finish(target) if isinstance(decided.limit, SpeedLimit) and is_first else None
     target = _tell(request, choice, selection, decided, target, bench)
     repairs: tuple[LayerRepair, ...] = ()
     repaired = subject
     only_tokens_go = decided.vocab_size is not None and not target.widths.changed_from(subject.widths)
     if selection is not None and request.writes and not only_tokens_go:
         repaired, repairs = repair(bench, selection.plan, choice.refit or "")
-    if not subject.processes.is_first:
+    if not is_first:
         return None
     is_known = (target.widths, target.layers) == (decided.target.widths, decided.target.layers)
     tensors = decided.tensors if is_known and decided.stream is None else predict(subject, target)
@@ -196,6 +199,7 @@ def choose_and_write(
         candidates=selection.candidates if selection else (),
         card=None,
         evaluated=evaluated,
+        speed=speed,
     )
     if staged is None or selection is None:
         return outcome
