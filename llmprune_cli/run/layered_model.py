@@ -47,8 +47,8 @@ def _number_as(block: nn.Module, original: nn.Module) -> None:
 
 def _without_tokens(config: PretrainedConfig) -> PretrainedConfig:
     """The configuration with next to no vocabulary."""
-    known = {"bos_token_id": 1, "eos_token_id": 2}
-    tokens = {name: known.get(name) for name in config.to_dict() if name.endswith("_token_id")}
+    known, ids = {"bos_token_id": 1, "eos_token_id": 2}, config.to_dict().items()
+    tokens = {n: known.get(n, None if own is None else 0) for n, own in ids if n.endswith("_token_id")}
     return reconfigure(config, {**tokens, "vocab_size": VOCABULARY})
 
 

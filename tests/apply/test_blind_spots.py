@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from llmprune_cli.apply.answers import answer, differ
 from llmprune_cli.apply.proof import prove
 from llmprune_cli.apply.pruned_folder import prune_twin
+from llmprune_cli.apply.reference.answers import answer, differ
 from llmprune_cli.coupling.discovery import trace
 from llmprune_cli.coupling.twin import build_twin, proof_sizes, settle_head_dim
 from llmprune_cli.errors import LlmpruneError, UnsupportedError
