@@ -21,6 +21,7 @@ from llmprune_cli.family.widths import (
     Widths,
     field_changes,
     neuron_fields,
+    read_layers,
     read_widths,
     varied_widths,
 )
@@ -139,7 +140,7 @@ def with_widths(architecture: Architecture, widths: Widths, layers: tuple[int, .
         ValueError: the configuration refuses these widths.
     """
     config, changes = architecture.config, {}
-    if layers is not None and len(layers) < config.num_hidden_layers:
+    if layers is not None and len(layers) < read_layers(config):
         config = reconfigure(config, layer_changes(config, layers))
     for width in widths.changed_from(architecture.widths):
         if width != "num_hidden_layers":

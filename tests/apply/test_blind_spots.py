@@ -85,11 +85,15 @@ def test_the_proof_drops_an_early_layer(family: str) -> None:
     prove(architecture, traced, ("num_hidden_layers",), prune_twin, False)
 
 
-def test_a_scale_by_the_number_of_layers_is_refused_at_any_depth() -> None:
-    config: Any = tiny_config("minicpm3", **{**SIZES, **LATENT, "num_key_value_heads": 8})
-    for kept in ((0, 1, 2), (0, 2, 3)):
-        with pytest.raises(UnsupportedError, match=r"residual_scale"):
-            check_kept_layers(config, kept)
+def test_a_scale_by_the_number_of_layers_stays_what_it_was(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    model = make_tiny("minicpm3", **{**SIZES, **LATENT, "num_key_value_heads": 8, "scale_depth": 1.4})
+    run = run_cli("prune", model, *BY_MAGNITUDE, "--drop-layers", "1,2,3", "--output", tmp_path / "out")
+    assert run.code == 0, run.stderr
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["scale_depth"] == pytest.approx(0.7)
+    whole, part = load_stock(model), load_stock(tmp_path / "out")
+    del whole.model.layers[1:]
+    tokens = torch.randint(3, 90, (2, 20))
+    torch.testing.assert_close(part(tokens).logits, whole(tokens, use_cache=False).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_an_indexer_stays_with_the_layers_that_share_its_choice(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
