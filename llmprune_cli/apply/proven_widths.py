@@ -89,7 +89,8 @@ def _parts(subject: Subject) -> list[tuple[str, ...]]:
     architecture = subject.architecture
     offered = {binding.width for binding in subject.trace.bindings} | {str(Width.LAYERS)}
     offered -= subject.trace.refused.keys()
-    heads = () if offered.isdisjoint(HEAD_COUNTS) else tuple(map(str, HEAD_COUNTS))
+    is_offered = not offered.isdisjoint(HEAD_COUNTS)
+    heads = tuple(str(width) for width in HEAD_COUNTS if is_offered and width not in subject.trace.refused)
     if heads and architecture.hidden_follows_heads:
         heads = (*heads, str(Width.HIDDEN))
     return [*([heads] if heads else []), *((width,) for width in sorted(offered - {*heads}))]

@@ -241,7 +241,7 @@ def _in_words(target: Target) -> str:
 
 def _completed(subject: Subject, target: Target, scores: Scores, listener: Listener) -> Scores:
     """The scores with those by magnitude of widths that several weights read together, which no activity ranks."""
-    changed = target.widths.changed_from(subject.widths)
+    changed = tuple(width for width in target.widths.changed_from(subject.widths) if width != Width.LAYERS)
     needed = instances(subject.checkpoint, subject.trace.limited_to(changed))
     missing = {width for width, instance in needed if instance not in scores.get(width, {})}
     if not missing:

@@ -12,6 +12,7 @@ from llmprune_cli.coupling.bind import (
     bind,
     bind_channels,
     bind_experts,
+    bind_layers,
     bind_whole_heads,
     leave_channels_out,
     output_axis_of,
@@ -22,14 +23,15 @@ from llmprune_cli.coupling.step import Followers, Place, followers_of, own_rule,
 from llmprune_cli.coupling.trace import GLOBAL_WIDTHS, Binding, Reader, Trace
 from llmprune_cli.coupling.twin import Twin, build_twin, trace_sizes
 from llmprune_cli.family.architecture import Architecture, have_own_heads, rotary_fraction
-from llmprune_cli.family.skeleton import on_disk
+from llmprune_cli.family.layers import KV_SHARED
+from llmprune_cli.family.skeleton import expected_index, on_disk
 from llmprune_cli.family.widths import HEAD_COUNTS, NEURONS, Width, Widths, varied_widths
 from llmprune_cli.folder.tensors import split_name
 
 ROTARY = "rotary frequencies follow the head dim, so that fewer elements would turn at other speeds"
 PARTLY_ROTARY = "the share of a head that turns, its speeds and the scale of attention follow the head dim"
 UNROTATED = "the scale of attention follows the head dim, so that fewer elements would be weighed differently"
-
+SHARED = "layers take the keys and values of others, so that all would have to keep the same groups"
 SEVERAL = "its layers have several sizes of it, of which a configuration cannot say fewer"
 
 
@@ -61,9 +63,10 @@ def trace(architecture: Architecture) -> Trace:
     parts.append(_trace_heads(twin, hidden))
     parts.append(Findings(experts.bindings, refused={"num_experts": experts.reason} if experts.reason else {}))
     taken = {(binding.template, binding.axis) for part in parts for binding in part.bindings}
-    parts.append(_trace_channels(twin, hidden, taken))
+    parts += [_trace_channels(twin, hidden, taken), Findings(bind_layers(twin))]
     refused = {width: reason for part in parts for width, reason in part.refused.items()}
-    return Trace(
+    refused = {**_shared_groups(architecture), **refused}
+    found = Trace(
         bindings=tuple(binding for part in parts for binding in part.bindings),
         inputs=tuple(reader for part in parts for reader in part.inputs),
         readers=tuple(binding for part in parts for binding in part.readers),
@@ -72,6 +75,7 @@ def trace(architecture: Architecture) -> Trace:
         routers=experts.routers,
         refused={**refused, "head_dim": _why_head_dim_stays(architecture)},
     )
+    return found.fitting(expected_index(twin.architecture.config), widths)
 
 
 def _trace_neurons(twin: Twin, width: str) -> Findings:
@@ -151,6 +155,14 @@ def _trace_heads(twin: Twin, hidden: Followers | None) -> Findings:
     return Findings((*bindings, *whole), tuple(_reading(twin, bound, reader, bindings)), inputs)
 
 
+def _shared_groups(architecture: Architecture) -> dict[str, str]:
+    """Why KV groups stay where layers take the keys and values of others: each layer keeps groups of its own choice."""
+    if not getattr(architecture.config, KV_SHARED, 0):
+        return {}
+    widths = (Width.GROUPS,) if architecture.widths.heads_per_group > 1 else HEAD_COUNTS
+    return dict.fromkeys(map(str, widths), SHARED)
+
+
 def _trace_latent_heads(twin: Twin) -> Findings:
     """What follows the heads of latent attention, which have sizes of their own and each their keys and values."""
     is_shared = twin.architecture.widths.heads_per_group > 1
@@ -175,7 +187,7 @@ def _trace_channels(twin: Twin, hidden: Followers | None, taken: set[Place]) -> 
         return Findings(refused={width: f"no tensor axis of {twin.architecture.config.model_type} follows it"})
     inner = _trace_units(twin, within_layers(hidden, taken), width)
     taken = taken | {(binding.template, binding.axis) for binding in inner.bindings}
-    bindings, reason = bind_channels(hidden, taken, twin.architecture.widths)
+    bindings, reason = bind_channels(hidden, taken, twin.architecture)
     if inner.refused or reason:
         return Findings(refused=inner.refused or {width: reason})
     return Findings((*inner.bindings, *bindings), inner.readers)

@@ -44,7 +44,8 @@ def predicted_tensors(shapes: dict[str, Shape], trace: Trace, before: Widths, ta
         for head in range(after.heads_per_group)
     )
     chosen = {
-        width: tuple(range(getattr(after, width))) for width in (Width.HIDDEN, Width.GROUPS, Width.EXPERTS, *NEURONS)
+        width: tuple(range(getattr(after, width)))
+        for width in (Width.HIDDEN, Width.GROUPS, Width.EXPERTS, Width.LAYERS, *NEURONS)
     }
     chosen[Width.HEADS] = heads
     keep: Keep = {width: _Everywhere(units) for width, units in chosen.items()}
