@@ -24,12 +24,12 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from oracle import difference
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers import logging as transformers_logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from support.cli import BY_CHANCE, run_cli
+from tools.families.oracle import difference
 
 CONFIGURATIONS = Path(__file__).with_name("configurations.json")
 MOST_SECONDS = 20  # that a command may take
@@ -104,7 +104,7 @@ def tried(name: str, work: Path) -> Row:
         return row
     prunable, before = said["prunable"], said["before"]["widths"]
     for width, legal in prunable.items():
-        one = legal.split(",")[0] in ("1 to 1", "1")
+        one = legal == "1" or legal.split(",")[0] == "1 to 1"
         row.widths[width] = legal if legal.startswith("no: ") else "only one" if one else "proven"
     options = dict(requested(row.widths, prunable, before))
     together = [option for own in options.values() for option in own]
@@ -123,8 +123,6 @@ def tried(name: str, work: Path) -> Row:
 def build(name: str, folder: Path) -> str:
     """Save a small random model; the answer says why there is none."""
     settings = json.loads(CONFIGURATIONS.read_text()).get(name)
-    if settings and "text_config" in settings:
-        return f"a model around {settings['text_config'].get('model_type', 'another one')}"
     if settings is None:
         return "not buildable: no small configuration"
     try:
