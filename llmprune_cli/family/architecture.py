@@ -83,10 +83,10 @@ def discover(config: PretrainedConfig, shapes: dict[str, Shape]) -> Architecture
     layers = sample_layers(config, kinds, 1)
     shallow = reconfigure(config, layer_changes(config, layers))
     before = expected_index(shallow)
-    longer = widths.head_dim + 2
     headless = not widths.num_attention_heads
     own_heads = headless or getattr(config, "kv_lora_rank", None) is not None or have_own_heads(config)
-    explicit = not own_heads and _moves(shallow, before, {"head_dim": longer, **rotary_changes(config, longer)})
+    others = [] if own_heads else [widths.head_dim + 2, widths.head_dim - 2]  # of which a family may refuse one
+    explicit = any(_moves(shallow, before, {"head_dim": dim, **rotary_changes(config, dim)}) for dim in others)
     free = Architecture(shallow, replace(widths, num_hidden_layers=len(layers)), explicit, False, False, ())
     one, more = (replace(free.widths, hidden_size=widths.hidden_size + n) for n in (1, widths.num_attention_heads))
     multiple = not headless and not _accepts(free, one) and _accepts(free, more)
