@@ -100,6 +100,9 @@ def _why_not(subject: Subject, widths: tuple[str, ...]) -> str | None:
     """Why a change of these widths is not proven; None where it is."""
     try:
         hold_against_torch_pruning(subject.architecture, subject.trace.limited_to(widths))
+    except LlmpruneError as error:
+        return str(error)
+    try:
         prove(subject.architecture, subject.trace, widths, prune_twin)
     except NoLogitsError:
         raise

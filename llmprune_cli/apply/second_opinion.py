@@ -35,8 +35,11 @@ def hold_against_torch_pruning(architecture: Architecture, traced: Trace) -> int
     compared = 0
     for width, unit, group in _groups(twin, traced):
         ours = _ours(twin, traced, width, unit, group)
+        tied = bool(getattr(twin.model, "all_tied_weights_keys", None))
         for place in ours.keys() | group.keys():
-            if ours.get(place) != group.get(place):
+            # the graph knows no ties: what a module before a tied output projection makes are channels of its own to it
+            is_before_tied = tied and width == Width.HIDDEN and place not in group and not split_name(place[0])[1]
+            if ours.get(place) != group.get(place) and not is_before_tied:
                 raise UnsupportedError(
                     f"torch-pruning and the twin disagree about {place[0]}, axis {place[1]}: of {width} {unit} "
                     f"one says {group.get(place, ())}, the other {ours.get(place, ())}. This layout is not supported."
