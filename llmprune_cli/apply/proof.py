@@ -196,5 +196,5 @@ def _load_stock(folder: Path, twin: Twin) -> PreTrainedModel:
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             raise UnsupportedError(f"A pruned {family} loads with {problem}: {sorted(map(str, info[problem]))[:3]}.")
-    model.to(twin.model.dtype).eval()
-    return model
+    model.double() if twin.model.dtype == torch.float64 else model.float()
+    return model.eval()
