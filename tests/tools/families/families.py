@@ -32,7 +32,7 @@ from support.cli import BY_CHANCE, run_cli
 from tools.families.oracle import difference
 
 CONFIGURATIONS = Path(__file__).with_name("configurations.json")
-MOST_SECONDS = 20  # that a command may take
+MOST_SECONDS = 20  # of a processor that a command may take
 MOST_PARAMETERS = 5_000_000  # of a model that is small
 TOLERANCE = 1e-4  # rotary embeddings, softmax and norms run in float32 inside a float64 model
 NEURONS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
@@ -48,7 +48,7 @@ class Row:
     state: str = ""  # why nothing was tried; empty where something was
     widths: dict[str, str] = field(default_factory=dict)  # width → proven, or what stands against it
     faults: list[str] = field(default_factory=list)
-    seconds: float = 0.0  # of the slowest command
+    seconds: float = 0.0  # of a processor, for the slowest command
 
     def has(self, column: str) -> bool:
         """Whether widths of this kind are proven."""
@@ -153,14 +153,14 @@ def different(like: torch.Tensor) -> torch.Tensor:
 
 def told(row: Row, *options: str | Path) -> dict[str, Any] | None:
     """What a command answers; None where it refuses, which the row then says."""
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         run = run_cli(*options)
     except BaseException as error:  # a traceback is what this looks for
         row.faults.append(f"{options[0]} crashes: {type(error).__name__}: {str(error)[:200]}")
         row.state = row.state or "crashed"
         return None
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     row.seconds = max(row.seconds, round(seconds, 1))
     if seconds > MOST_SECONDS:
         row.faults.append(f"{options[0]} takes {seconds:.0f} s")
