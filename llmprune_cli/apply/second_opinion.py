@@ -68,7 +68,8 @@ def _groups(twin: Twin, traced: Trace) -> Iterator[tuple[str, int, dict[Place, t
         if not isinstance(module, nn.Linear):
             continue
         for binding in traced.on(split_name(f"{name}.weight")[0]):
-            if binding.axis != 0 or not (binding.width in NEURONS or (_is_channel(binding) and channels)):
+            begins = channels and bool(split_name(name)[1])  # outside layers it may be a head before a tied projection
+            if binding.axis != 0 or not (binding.width in NEURONS or (_is_channel(binding) and begins)):
                 continue
             channels = channels and binding.width != "hidden_size"  # one group of channels is all of them
             unit = getattr(twin.architecture.widths, binding.width) // 2

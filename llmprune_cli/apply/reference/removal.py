@@ -147,7 +147,7 @@ def _norms_of_kept(model: PreTrainedModel, pruned: PreTrainedModel, kept: Kept) 
             parameter.copy_(own[mask] if len(own) == len(mask) else own)
 
         def replace_output(_: Any, inputs: Any, output: Any, norm: Any = norm, mask: Any = mask) -> Any:
-            if output.shape[-1] != len(mask):
+            if not isinstance(output, torch.Tensor) or output.shape[-1] != len(mask):
                 return None
             result = torch.zeros_like(output)
             result[..., mask] = norm(inputs[0][..., mask])
@@ -180,6 +180,6 @@ def _layers_of_kept(model: PreTrainedModel, kept: Kept) -> Iterator[None]:
 def _pass_on(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
     given = inputs[0] if inputs else named.get("hidden_states")
     made = output[0] if isinstance(output, tuple | list) else output
-    if not isinstance(given, torch.Tensor) or given.shape != made.shape:
+    if not isinstance(given, torch.Tensor) or not isinstance(made, torch.Tensor) or given.shape != made.shape:
         raise UnsupportedError(f"{type(layer).__name__} makes no hidden states of hidden states, so that none can go.")
     return given if made is output else type(output)((given, *output[1:]))

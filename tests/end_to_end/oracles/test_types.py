@@ -21,8 +21,7 @@ TYPES: dict[str, tuple[str, ...]] = {
     "modernbert-decoder": (LAYERS, NEURONS, HEADS),  # token ids that must be numbers
     "persimmon": (LAYERS, NEURONS, HEADS),  # a norm of single heads where hidden size and heads go together
     "xglm": (LAYERS, NEURONS),  # a mask that exists in float32 alone
-    "zamba": (LAYERS, NEURONS, HEADS),  # attention that reads twice the hidden size
-    "zaya": (LAYERS, "moe_intermediate_size"),  # a router that knows one expert for each token
+    "zaya": ("moe_intermediate_size",),  # a router that knows one expert for each token
 }
 
 
