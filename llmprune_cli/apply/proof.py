@@ -197,4 +197,5 @@ def _load_stock(folder: Path, twin: Twin) -> PreTrainedModel:
         if info[problem]:
             raise UnsupportedError(f"A pruned {family} loads with {problem}: {sorted(map(str, info[problem]))[:3]}.")
     model.double() if twin.model.dtype == torch.float64 else model.float()
-    return model.eval()
+    model.eval()
+    return model
