@@ -80,7 +80,7 @@ def trace(architecture: Architecture) -> Trace:
     refused = {**unseen, **_shared_groups(architecture), **refused}
     if architecture.hidden_follows_heads:  # none of the two goes without the other
         why = refused.get(Width.HEADS) or refused.get(Width.HIDDEN)
-        refused = {**dict.fromkeys(map(str, (*HEAD_COUNTS, Width.HIDDEN)), why), **refused} if why else refused
+        refused |= dict.fromkeys(map(str, (*HEAD_COUNTS, Width.HIDDEN)), why) if why else {}
     found = Trace(
         bindings=tuple(binding for part in parts for binding in part.bindings),
         inputs=tuple(reader for part in parts for reader in part.inputs),

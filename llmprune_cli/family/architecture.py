@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from llmprune_cli.errors import LlmpruneError
+from llmprune_cli.errors import LlmpruneError, UnsupportedError
 from llmprune_cli.family.exceptions import FAMILIES, Family
 from llmprune_cli.family.layers import find_layer_kinds, layer_changes, sample_layers
 from llmprune_cli.family.skeleton import expected_index
@@ -81,7 +81,10 @@ def discover(config: PretrainedConfig, shapes: dict[str, Shape]) -> Architecture
     widths = read_widths(config)
     kinds = find_layer_kinds(config, shapes)
     layers = sample_layers(config, kinds, 1)
-    shallow = reconfigure(config, layer_changes(config, layers))
+    try:
+        shallow = reconfigure(config, layer_changes(config, layers))
+    except ValueError as error:
+        raise UnsupportedError(f"{config.model_type} cannot have only some of its layers: {error}") from error
     before = expected_index(shallow)
     headless = not widths.num_attention_heads
     own_heads = headless or getattr(config, "kv_lora_rank", None) is not None or have_own_heads(config)

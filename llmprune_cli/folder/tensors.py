@@ -82,11 +82,16 @@ class TensorEntry:
 # Lists whose items do other work than each other, or are none of layers: their numbers are part of a template.
 UNLIKE = frozenset(("ffn", "altup_projections", "altup_unembed_projections"))
 
+TOWERS = frozenset(("embed_tokens_extend",))  # parts of a name under which numbers are none of decoder layers
+
 
 @lru_cache(maxsize=2**16)  # more than any model has
 def split_name(name: str) -> tuple[str, tuple[int, ...]]:
     """A tensor name's template and its numbers: `model.layers.3.mlp.up_proj.weight` gives `…layers.{}.mlp…`, (3,)."""
-    parts, numbers = name.split("."), []
+    parts: list[str] = name.split(".")
+    numbers: list[int] = []
+    if not TOWERS.isdisjoint(parts):
+        return name, ()
     for place, part in enumerate(parts):
         if part.isdigit() and (not place or parts[place - 1] not in UNLIKE):
             numbers.append(int(part))

@@ -200,7 +200,7 @@ def judge(row: Row, model: Path, folder: Path, options: list[str]) -> str | None
     row.seconds = max(row.seconds, answer.seconds)
     row.faults += [fault for fault in answer.faults if "takes" in fault]
     if answer.state:
-        if options[0] == "--layers" and "the last ones" in answer.state:
+        if options[0] == "--layers" and re.search("the last (ones|layers)", answer.state):
             return judge(row, model, folder, ["--drop-layers", "-1", *options[2:]])
         return f"{answer.state} {' '.join(answer.faults)}".strip()
     try:
