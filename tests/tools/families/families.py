@@ -200,8 +200,9 @@ def judge(row: Row, model: Path, folder: Path, options: list[str]) -> str | None
     row.seconds = max(row.seconds, answer.seconds)
     row.faults += [fault for fault in answer.faults if "takes" in fault]
     if answer.state:
-        if options[0] == "--layers" and re.search("the last (ones|layers)", answer.state):
-            return judge(row, model, folder, ["--drop-layers", "-1", *options[2:]])
+        if "--layers" in options and re.search("the last (ones|layers)", answer.state):
+            place = options.index("--layers")
+            return judge(row, model, folder, [*options[:place], "--drop-layers", "-1", *options[place + 2 :]])
         return f"{answer.state} {' '.join(answer.faults)}".strip()
     try:
         found = difference(model, folder, plan)

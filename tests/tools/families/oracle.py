@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 COPIES = (torch.Tensor.float, torch.Tensor.type, torch.Tensor.to)  # in another precision
 WITHIN = ".language_model"  # where a model around a language model has it
+TOWERS = ".embed_tokens_extend"  # what Phi-4-multimodal calls its towers, whose numbers are none of decoder layers
 NEVER = -1e9  # the score of an expert that went
 TOKENS = 24
 FIRST, LAST = 5, 90  # tokens that are not special
@@ -61,7 +62,7 @@ class Names:
         """The name in the pruned model; None for what is part of a layer that went."""
         if self.is_text_alone:
             name = name.replace(WITHIN, "", 1)
-        found = re.search(r"\.(\d+)(?=\.|$)", name)
+        found = None if TOWERS in name else re.search(r"\.(\d+)(?=\.|$)", name)
         if found is None or len(self.layers) == self.depth:
             return name
         layer = int(found[1])
