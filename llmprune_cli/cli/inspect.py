@@ -11,6 +11,7 @@ from rich.table import Table
 
 from llmprune_cli.cli.parameters import COMMON, AsJson, takes
 from llmprune_cli.cli.screen.progress import progress_on_stderr
+from llmprune_cli.cli.screen.sensitivity import print_sensitivity
 from llmprune_cli.cli.screen.tables import (
     NARROW,
     WIDTH_LABELS,
@@ -23,8 +24,8 @@ from llmprune_cli.cli.screen.tables import (
     size_text,
     totals_table,
 )
-from llmprune_cli.errors import UsageError
-from llmprune_cli.options import ModelReference, WidthRequest
+from llmprune_cli.commands.inspect.request import LEFT_OUT, Measured, check_sensitivity
+from llmprune_cli.options import ModelReference
 from llmprune_cli.startup.loading import loading
 from llmprune_cli.startup.model_argument import ENCODERS, check_model
 
@@ -41,6 +42,14 @@ Verify = Annotated[
     typer.Option(
         "--verify",
         help="Hold a folder that llmprune wrote against its checksums, and no more.",
+        rich_help_panel=COMMON,
+    ),
+]
+Sensitivity = Annotated[
+    bool,
+    typer.Option(
+        "--sensitivity",
+        help="Measure on text what a part of each layer is worth, and keep it for prune.",
         rich_help_panel=COMMON,
     ),
 ]
@@ -97,11 +106,12 @@ Formats = Annotated[
 ]
 
 
-@takes("dtype", "device", "keep_layers")
+@takes(*LEFT_OUT)
 def inspect_command(
     model: ModelReference,
-    widths: WidthRequest,
+    measured: Measured,
     verify: Verify = False,
+    sensitivity: Sensitivity = False,
     families: Families = False,
     formats: Formats = False,
     as_json: AsJson = False,
@@ -109,16 +119,32 @@ def inspect_command(
     """Check what is asked for, do it, and print it."""
     from llmprune_cli.commands.inspect import inspect, verify_folder
 
+    measured.check_use(verify, sensitivity)
+    if sensitivity:
+        _measure(model, measured, as_json)
+        return
     if not verify:
         check_model(model, needs_weights=False)
         with progress_on_stderr():
-            result = inspect(model, widths)
+            result = inspect(model, measured.widths)
         (print_json if as_json else print_inspect)(result)
         return
-    if not widths.is_empty:
-        raise UsageError("--verify plans nothing; leave out the width options.")
     verified = verify_folder(Path(model.name))
     (print_json if as_json else print_verify)(verified)
+
+
+def _measure(model: ModelReference, asked: Measured, as_json: bool) -> None:
+    check_sensitivity(model, asked)
+    with loading():
+        from llmprune_cli.commands.inspect.sensitivity import sensitivity
+        from llmprune_cli.commands.recipe import as_words, recipe_of
+
+    with progress_on_stderr() as listener:
+        result = sensitivity(model, asked, listener)
+    if as_json:
+        print_json(result)
+    else:
+        print_sensitivity(result, as_words(recipe_of(asked.request(model), asked.choice, None)))
 
 
 def print_inspect(result: InspectResult) -> None:

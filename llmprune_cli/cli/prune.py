@@ -41,13 +41,10 @@ if TYPE_CHECKING:
 
 BAR_CELLS = 24  # of the longest bar
 EIGHTHS = " ▏▎▍▌▋▊▉"
-TARGETS = (
-    "target",
-    "target_params",
-    "target_size",
-    "layer_importance",
-    "keep_layers",
-)  # that a dry run has made widths of
+TARGETS = (  # that a dry run has made widths of
+    *("target", "target_params", "target_size", "target_speedup", "context", "target_batch"),
+    *("layer_importance", "keep_layers", "round_to"),
+)
 # What a saved plan leaves to be said.
 PLANNED = (
     *("model", "revision", "dtype", "device", "refit", "seed", "compute_dtype", "calibration", "text_column"),
@@ -167,6 +164,10 @@ def _summary(result: PruneResult) -> Table:
     table.add_row("parameters", *shown, _change(before.parameters, after.parameters))
     sizes = size_text(before.size_bytes), size_text(after.size_bytes)
     table.add_row("size", *sizes, _change(before.size_bytes, after.size_bytes))
+    if result.speed is not None:
+        for label, name in (("prefill", "prefill_tokens_per_second"), ("decode", "decode_tokens_per_second")):
+            old, new = (getattr(pace, name) for pace in (result.speed.before, result.speed.after))
+            table.add_row(f"{label}, tokens/s", f"{old:,.1f}", f"{new:,.1f}", _times(old, new))
     card, rows = result.calibration, result.evaluation.results if result.evaluation else ()
     if card is not None:
         old, new = card.perplexity_before, card.perplexity_after
@@ -205,6 +206,12 @@ def _what_went(result: PruneResult) -> Iterator[str]:
         yield f"Layers {before} → {after}: {gone} {'went' if result.output else 'go'}."
     elif after < before:
         yield f"Layers {before} → {after}: which go is measured on text; with --save-plan in a dry run, too."
+    if result.speed is not None:
+        own = result.speed
+        yield (
+            f"{own.speedup:.2f} times as fast: {own.prompt_tokens:,} tokens read and {own.new_tokens:,} written, batch "
+            f"{own.batch}, {own.device}, {own.dtype}; median of {own.rounds} turns."
+        )
     if result.calibration is not None:
         card = result.calibration
         yield (

@@ -15,6 +15,7 @@ from llmprune_cli.apply.proven_widths import check_proof
 from llmprune_cli.apply.pruned_folder import make_manifest, write_pruned
 from llmprune_cli.apply.rows import cut_entries
 from llmprune_cli.choose.selection import Selection, select, target_of
+from llmprune_cli.choose.targets.speed import SpeedLimit
 from llmprune_cli.commands.prune.decision import (
     Decided,
     check_export_fits,
@@ -55,9 +56,9 @@ from llmprune_cli.report.report_card import report_card
 from llmprune_cli.report.results import (
     CalibrationResult,
     PruneResult,
-    summarize,
 )
 from llmprune_cli.report.runtimes import runtime_fits
+from llmprune_cli.report.summary import summarize
 from llmprune_cli.run.calibration import warn_of_shared_text
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.sizes import parse_size
@@ -131,7 +132,7 @@ def _run(
     Args:
         started: by `time.perf_counter`, when the command began.
     """
-    decided = decide(request, understand(checkpoint, processes))
+    decided = decide(request, understand(checkpoint, processes), listener)
     subject = decided.subject
     evaluation = request.evaluation
     evaluated = None
@@ -159,7 +160,7 @@ def _run(
         outcome = choose_and_write(request, choice, claim.staged if claim else None, decided, bench, evaluated)
         if outcome is None or estimate is None:
             return outcome
-        limit = most_bytes(request, outcome.before)
+        limit = most_bytes(decided)
         if request.delivery.dry_run and limit is not None:
             estimate = going_on(estimate, limit, outcome.after)
         return replace(outcome, estimate=estimate)
@@ -190,23 +191,25 @@ def choose_and_write(
         bound: see `search_widths`.
     """
     subject, selection, target = bench.model.subject, None, decided.target
+    is_first = subject.processes.is_first
     if decided.plan is not None:
         selection = Selection(decided.plan)
     elif request.needs_weights:
-        selection = select(bench, decided.target, choice, bound)
+        selection = select(bench, decided.target, choice, decided.limit, bound)
         target = target_of(selection.plan)
     if selection is not None:
         selection = replace(selection, plan=with_vocabulary(request, selection.plan, decided, bench))
-    if subject.processes.is_first and target.layers != decided.target.layers:
+    if is_first and target.layers != decided.target.layers:
         check_proof(subject, target)
     check_export_fits(request, subject, target)
+    speed = decided.limit.race.finish(target) if isinstance(decided.limit, SpeedLimit) and is_first else None
     target = _tell(request, choice, selection, decided, target, bench)
     repairs: tuple[LayerRepair, ...] = ()
     repaired = subject
     only_tokens_go = decided.vocab_size is not None and not target.widths.changed_from(subject.widths)
     if selection is not None and request.writes and not only_tokens_go:
         repaired, repairs = repair(bench, selection.plan, choice.refit or "")
-    if not subject.processes.is_first:
+    if not is_first:
         return None
     is_known = (target.widths, target.layers) == (decided.target.widths, decided.target.layers)
     tensors = decided.tensors if is_known and decided.stream is None else predict(subject, target)
@@ -223,6 +226,7 @@ def choose_and_write(
         candidates=selection.candidates if selection else (),
         card=None,
         evaluated=evaluated,
+        speed=speed,
     )
     if staged is None or selection is None:
         return outcome

@@ -18,6 +18,7 @@ from llmprune_cli.options import WidthRequest
 from llmprune_cli.processes import join
 from llmprune_cli.progress import Listener
 from llmprune_cli.report.results import CandidateResult, FinalistResult, PruneResult
+from llmprune_cli.sizes import TARGETS
 
 SHARE = 8  # of the tokens that the best one is healed on, one in so many
 
@@ -87,7 +88,6 @@ def _exactly(request: PruneRequest, candidate: CandidateResult, searched: PruneR
     sizes = {name: size for name, size in after.items() if size != before[name] and name != "num_hidden_layers"}
     gone = tuple(sorted({*range(before["num_hidden_layers"])} - {*candidate.layers}))
     widths = WidthRequest(**sizes, drop_layers=gone or None, keep_layers=request.choice.widths.keep_layers)
-    choice = replace(
-        request.choice, widths=widths, target=None, target_params=None, target_size=None, layer_importance=None
-    )
+    cleared: dict[str, Any] = dict.fromkeys((*TARGETS, "context", "batch", "layer_importance"))
+    choice = replace(request.choice, widths=widths, **cleared)
     return replace(request, choice=choice, delivery=replace(request.delivery, output=output, finalists=None))

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import psutil
 
+from llmprune_cli.choose.targets.speed import SpeedLimit
 from llmprune_cli.commands.prune.decision import Decided
 from llmprune_cli.commands.prune.estimate.job import Job
 from llmprune_cli.commands.prune.estimate.rehearsal import rehearse
@@ -40,7 +41,7 @@ def estimate_prune(request: PruneRequest, decided: Decided, bench: Workbench, st
         candidates=job.candidates,
         memory_bytes=memory.host,
         device_bytes=memory.device,
-        disk_bytes=disk_bytes(job, decided.tensors, most_bytes(request, decided.before)),
+        disk_bytes=disk_bytes(job, decided.tensors, most_bytes(decided)),
         temporary_bytes=temporary_bytes(job),
     )
 
@@ -49,7 +50,9 @@ def _stages(job: Job) -> tuple[StageEstimate, ...]:
     """The stages with their seconds; none where there is nothing to time."""
     checkpoint, available = job.model.checkpoint, psutil.virtual_memory().available
     is_small = 3 * 4 * job.layer_parameters <= MOST_MEMORY * available
-    if not checkpoint.has_weights or job.decided.vocab_size is not None or not is_small:
+    decided = job.decided
+    has_other_stages = decided.vocab_size is not None or isinstance(decided.limit, SpeedLimit)
+    if not checkpoint.has_weights or has_other_stages or not is_small:
         return ()
     try:
         return rehearse(job)
@@ -58,13 +61,9 @@ def _stages(job: Job) -> tuple[StageEstimate, ...]:
         return ()
 
 
-def most_bytes(request: PruneRequest, before: ModelSummary) -> int | None:
-    """The bytes of weights that a target leaves at most; None without one."""
-    budget = request.choice.budget
-    if budget is None:
-        return None
-    limit = budget.limit(before.parameters, before.size_bytes)
-    return int(limit if budget.kind == "bytes" else limit * before.size_bytes / before.parameters)
+def most_bytes(decided: Decided) -> int | None:
+    """The bytes of weights that a target leaves at most, by its share of the model; None without one."""
+    return None if decided.limit is None else int(decided.limit.share * decided.before.size_bytes)
 
 
 def going_on(estimate: Estimate, limit: int, after: ModelSummary) -> Estimate:

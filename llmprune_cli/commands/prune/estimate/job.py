@@ -8,7 +8,7 @@ from functools import cached_property
 
 from llmprune_cli.choose import needs_text
 from llmprune_cli.choose.selection import SEARCH_TOKENS
-from llmprune_cli.choose.target_search import most_candidates
+from llmprune_cli.choose.targets.search import most_candidates
 from llmprune_cli.commands.prune.decision import Decided
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.folder.tensors import split_name
@@ -40,7 +40,7 @@ class Job:
     @property
     def searches(self) -> bool:
         """Whether candidates are tried."""
-        return self.request.choice.budget is not None
+        return self.decided.limit is not None
 
     @property
     def measures(self) -> bool:
