@@ -174,9 +174,19 @@ def test_a_pickle_that_would_run_code(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", ["vit", "t5", "whisper", "no-such-model"])
 def test_an_architecture_that_is_no_causal_lm(tmp_path: Path, model_type: str) -> None:
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": model_type}))
+    settings = {"model_type": model_type, "is_encoder_decoder": model_type in ("t5", "whisper")}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(settings))
     run = run_cli("inspect", tmp_path / "model")
     assert_refused(run, UNSUPPORTED, model_type)
+
+
+@pytest.mark.parametrize("family", ["bart", "whisper", "marian"])
+def test_a_decoder_beside_its_encoder(tmp_path: Path, family: str) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(family, architectures=[f"{family.title()}ForConditionalGeneration"])
+    config.save_pretrained(tmp_path / "model")
+    assert_refused(run_cli("inspect", tmp_path / "model"), UNSUPPORTED, "an encoder made", "ForCausalLM")
 
 
 def test_code_from_the_checkpoint_runs_on_request_only(model: Path, tmp_path: Path) -> None:
