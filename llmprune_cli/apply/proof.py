@@ -87,7 +87,7 @@ def prove(
             keep = prune(dense, pruned, traced, twin.architecture, target)
             kept = _Kept(traced, twin.architecture.widths, target.layers, keep)
             _silence_removed(dense, kept, _stored_buffers(twin.model))
-        whole, part = (_load_stock(folder, architecture.config.model_type) for folder in (dense, pruned))
+        whole, part = (load_stock(folder, architecture.config.model_type) for folder in (dense, pruned))
     difference, way = differ(_answer_without(whole, part, twin.tokens, kept), answer(part, twin.tokens))
     if not difference <= TOLERANCE:
         raise UnsupportedError(
@@ -189,7 +189,12 @@ def _keep_positive(twin: Twin) -> None:
         next(twin.model.get_input_embeddings().parameters()).add_(3.0)
 
 
-def _load_stock(folder: Path, family: str) -> PreTrainedModel:
+def load_stock(folder: Path, family: str) -> PreTrainedModel:
+    """A saved twin as stock software loads it, in float64.
+
+    Raises:
+        UnsupportedError: it does not, or not every tensor has its place.
+    """
     from transformers import AutoModelForCausalLM
 
     loaded: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from llmprune_cli.choose import IMPORTANCES, LAYER_IMPORTANCES, needs_activity, ranks_layers, reads_text
 from llmprune_cli.choose.magnitude import check_scores, instances
 from llmprune_cli.choose.measuring import Activity, Measuring
+from llmprune_cli.choose.target.vocabulary import SizedVocabulary, TryOut, settle_vocabulary
 from llmprune_cli.choose.target_search import Candidate, check_budget, least_target, search_widths
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.coupling.trace import Instance
@@ -28,6 +30,7 @@ from llmprune_cli.repair.refit import refit
 from llmprune_cli.run.calibration import CalibrationText
 from llmprune_cli.run.divergence import Side, compare
 from llmprune_cli.run.workbench import Workbench
+from llmprune_cli.vocabulary.figures import TriedVocabulary
 
 SEARCH_TOKENS = 4096  # of calibration text on which a candidate is refitted; half as many are held out to judge it
 
@@ -38,6 +41,7 @@ class Selection:
 
     plan: Plan
     candidates: tuple[Candidate, ...] = ()  # best first; empty where the widths were given
+    vocabularies: tuple[TriedVocabulary, ...] = ()  # best first; empty where their size was not searched
 
 
 def stored_plan(subject: Subject, path: Path) -> Plan:
@@ -59,19 +63,28 @@ def target_of(plan: Plan) -> Target:
     return Target(plan.after, plan.layers, plan.deviations, plan.protected)
 
 
-def first_target(subject: Subject, choice: Choice) -> Target:
+def first_target(subject: Subject, choice: Choice, spared: tuple[int, int] = (0, 0)) -> Target:
     """The widths asked for; with a budget, the least that the search reaches.
+
+    Args:
+        spared: see `search_widths`.
 
     Raises:
         PlanError: no legal widths come of the request.
     """
     if choice.budget is not None:
-        check_budget(subject, choice.budget, choice.widths.keep_layers)
+        check_budget(subject, choice.budget, choice.widths.keep_layers, spared)
         return least_target(subject, choice.widths.keep_layers)
     return resolve(subject.architecture, subject.trace.refused, choice.widths)
 
 
-def select(bench: Workbench, target: Target, choice: Choice, bound: Target | None = None) -> Selection:
+def select(
+    bench: Workbench,
+    target: Target,
+    choice: Choice,
+    bound: Target | None = None,
+    sized: Sequence[SizedVocabulary] = (),
+) -> Selection:
     """Choose the units that stay, with a budget the widths as well.
 
     All processes of a run come to the same selection; what was chosen before this run was cut short is not chosen anew.
@@ -79,12 +92,14 @@ def select(bench: Workbench, target: Target, choice: Choice, bound: Target | Non
     Args:
         target: of `first_target`.
         bound: see `search_widths`.
+        sized: vocabularies that the model may have, the largest first; none where all tokens stay.
     """
 
     def make() -> Selection:
         if choice.budget is not None and bench.text is not None:
-            return search_plan(bench, bench.text, choice, bound)
-        return Selection(make_plan(bench, target, choice))
+            return search_plan(bench, bench.text, choice, bound, sized)
+        plan = make_plan(bench, target, choice)
+        return Selection(replace(plan, vocabulary=sized[0].cut) if sized else plan)
 
     return bench.journal.recall("choice", Json(Selection), make)
 
@@ -138,13 +153,21 @@ def _plan_of(subject: Subject, target: Target, choice: Choice, scores: Scores) -
     )
 
 
-def search_plan(bench: Workbench, text: CalibrationText, choice: Choice, bound: Target | None = None) -> Selection:
+def search_plan(
+    bench: Workbench,
+    text: CalibrationText,
+    choice: Choice,
+    bound: Target | None = None,
+    sized: Sequence[SizedVocabulary] = (),
+) -> Selection:
     """The plan that diverges least from the dense model among those that fit a budget, and the candidates it beat.
 
-    Activity is measured once; each candidate is refitted on a part of the text and judged on what is held out.
+    Activity is measured once; each candidate is refitted on a part of the text and judged on what is held out. The
+    vocabulary is settled first: as every size of it has its own tokens, by bits per byte.
 
     Args:
         bound: see `search_widths`.
+        sized: see `select`.
     """
     assert choice.budget is not None
     subject, keep_layers = bench.model.subject, choice.widths.keep_layers
@@ -155,19 +178,25 @@ def search_plan(bench: Workbench, text: CalibrationText, choice: Choice, bound: 
     scores = _score_units(subject, every, choice, activity, bench.listener)
     layer_scores = _score_layers(measuring, choice, activity)
 
+    def follow(target: Target) -> Plan:
+        return _of_first(subject, _plan_of(subject, target, choice, scores))
+
     def judge(target: Target) -> float:
         """How far a candidate diverges, as remembered or after a short refit."""
         mark = sha256(repr(target).encode()).hexdigest()[:16]
 
         def refit_and_compare() -> float:
-            plan = _of_first(subject, _plan_of(subject, target, choice, scores))
-            return _diverge(bench, text, plan, choice.settled.refit or "")
+            return _diverge(bench, text, follow(target), choice.settled.refit or "")
 
         return bench.journal.recall(f"judged-{mark}", Json(float), refit_and_compare)
 
-    candidates = search_widths(subject, choice.budget, layer_scores, judge, keep_layers, bound)
-    best = _of_first(subject, _plan_of(subject, candidates[0].target, choice, scores))
-    return Selection(best, candidates)
+    fitted, method = text.fitted[: _windows_of(SEARCH_TOKENS, text)], choice.settled.refit or ""
+    try_out = TryOut(bench, fitted, method, choice.budget, keep_layers, layer_scores, follow)
+    chosen, tried = settle_vocabulary(try_out, sized) if sized else (None, ())
+    spared = chosen.spared if chosen is not None else (0, 0)
+    candidates = search_widths(subject, choice.budget, layer_scores, judge, keep_layers, bound, spared)
+    best = follow(candidates[0].target)
+    return Selection(replace(best, vocabulary=chosen.cut) if chosen is not None else best, candidates, tried)
 
 
 def _diverge(bench: Workbench, text: CalibrationText, plan: Plan, method: str) -> float:

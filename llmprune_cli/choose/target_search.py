@@ -53,18 +53,22 @@ def share_of(subject: Subject, budget: Budget) -> float:
     return budget.limit(*whole) / whole[1 if budget.kind == "bytes" else 0]
 
 
-def check_budget(subject: Subject, budget: Budget, keep_layers: tuple[int, ...] = ()) -> None:
+def check_budget(
+    subject: Subject, budget: Budget, keep_layers: tuple[int, ...] = (), spared: tuple[int, int] = (0, 0)
+) -> None:
     """Refuse a size that leaves the model as it is, or that the search cannot reach, before anything is measured.
 
     Args:
         keep_layers: see `WidthRequest`.
+        spared: see `search_widths`.
 
     Raises:
         PlanError: see above.
     """
     whole = Target(subject.widths, tuple(range(subject.widths.num_hidden_layers)), ())
     of_whole, index = measure_size(subject, whole), 1 if budget.kind == "bytes" else 0
-    least = measure_size(subject, least_target(subject, keep_layers))
+    parameters, size_bytes = measure_size(subject, least_target(subject, keep_layers))
+    least = parameters - spared[0], size_bytes - spared[1]
     limit = budget.limit(*of_whole)
     if limit >= of_whole[index]:
         raise PlanError(
@@ -101,6 +105,7 @@ def search_widths(
     judge: Judge,
     keep_layers: tuple[int, ...] = (),
     bound: Target | None = None,
+    spared: tuple[int, int] = (0, 0),
 ) -> tuple[Candidate, ...]:
     """The candidates that were judged, best first: each has the widest MLP that fits beside the rest.
 
@@ -112,13 +117,12 @@ def search_widths(
         layer_scores: of each layer; those with the least go first.
         keep_layers: see `WidthRequest`.
         bound: what a smaller budget is best spent on: no more layers, groups, heads or experts go than there.
+        spared: parameters and bytes of tokens that go as well, so that nothing else has to go for them.
 
     Raises:
         PlanError: nothing fits.
     """
-    whole = Target(subject.widths, tuple(range(subject.widths.num_hidden_layers)), ())
-    limit = budget.limit(*measure_size(subject, whole))
-    index = 1 if budget.kind == "bytes" else 0
+    limit, index = _limit(subject, budget, spared)
     judged: dict[tuple[object, ...], Candidate] = {}
     base, best = WidthRequest(keep_layers=keep_layers), float("inf")
     for steps, patience in ((_ever_fewer_layers, 1),) if keep_layers else WAYS:
@@ -130,8 +134,11 @@ def search_widths(
                 continue
             if (target.widths, target.layers) in judged or (bound is not None and _goes_beyond(target, bound)):
                 continue
-            kl = judge(target)
-            judged[target.widths, target.layers] = Candidate(target, measure_size(subject, target)[0], kl)
+            is_whole = target.widths == subject.widths
+            kl = 0.0 if is_whole else judge(target)
+            judged[target.widths, target.layers] = Candidate(target, measure_size(subject, target)[0] - spared[0], kl)
+            if is_whole:
+                return tuple(judged.values())
             if keep_layers:
                 break  # every further layer that goes can only harm
             if kl < best:
@@ -142,10 +149,18 @@ def search_widths(
                 break
     if not judged:
         raise PlanError(
-            f"No uniform widths that the search tries leave at most {limit:,.0f} {'bytes' if index else 'parameters'}. "
+            f"No uniform widths that the search tries leave at most {limit - spared[index]:,.0f} "
+            f"{'bytes' if index else 'parameters'}. "
             "Ask for more, or give the widths yourself."
         )
     return tuple(sorted(judged.values(), key=lambda candidate: candidate.kl))
+
+
+def _limit(subject: Subject, budget: Budget, spared: tuple[int, int]) -> tuple[float, int]:
+    """What all but the tokens that go may come to, and which of parameters and bytes that is, by number."""
+    whole = Target(subject.widths, tuple(range(subject.widths.num_hidden_layers)), ())
+    index = 1 if budget.kind == "bytes" else 0
+    return budget.limit(*measure_size(subject, whole)) + spared[index], index
 
 
 def _goes_beyond(target: Target, bound: Target) -> bool:
@@ -240,7 +255,7 @@ def _widest(subject: Subject, base: WidthRequest, limit: float, index: int) -> T
     step = _step(largest)
     low, high = max(1, int(LEAST_NEURONS * largest) // step), largest // step
     try:
-        best = fits(base) if not base.is_empty else None
+        best = fits(base)
         if best is not None or base.keep_layers or not _neurons(subject, Fraction(1)):
             return best
         while low <= high:

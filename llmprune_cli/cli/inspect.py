@@ -23,15 +23,18 @@ from llmprune_cli.cli.screen.tables import (
     size_text,
     totals_table,
 )
+from llmprune_cli.commands.requests import check_inspect
 from llmprune_cli.errors import UsageError
 from llmprune_cli.options import ModelReference, WidthRequest
 from llmprune_cli.startup.loading import loading
-from llmprune_cli.startup.model_argument import ENCODERS, check_model
+from llmprune_cli.startup.model_argument import ENCODERS
+from llmprune_cli.vocabulary.request import STEP, VocabularyRequest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from llmprune_cli.report.results import InspectResult, ModelSummary, TensorRow, VerifyResult
+    from llmprune_cli.vocabulary.figures import VocabularySummary
 
 LEAST_NAME = 20  # characters of a tensor's name in a line
 MOST_NUMBERS = 12  # characters of layer numbers in a line
@@ -97,10 +100,11 @@ Formats = Annotated[
 ]
 
 
-@takes("dtype", "device", "keep_layers")
+@takes("dtype", "device", "keep_layers", "vocab_text")
 def inspect_command(
     model: ModelReference,
     widths: WidthRequest,
+    tokens: VocabularyRequest,
     verify: Verify = False,
     families: Families = False,
     formats: Formats = False,
@@ -110,12 +114,12 @@ def inspect_command(
     from llmprune_cli.commands.inspect import inspect, verify_folder
 
     if not verify:
-        check_model(model, needs_weights=False)
+        check_inspect(model, tokens)
         with progress_on_stderr():
-            result = inspect(model, widths)
+            result = inspect(model, widths, tokens)
         (print_json if as_json else print_inspect)(result)
         return
-    if not widths.is_empty:
+    if not (widths.is_empty and tokens.number is None):
         raise UsageError("--verify plans nothing; leave out the width options.")
     verified = verify_folder(Path(model.name))
     (print_json if as_json else print_verify)(verified)
@@ -135,10 +139,12 @@ def print_inspect(result: InspectResult) -> None:
     for name, legal in result.prunable.items():
         after = [f"{getattr(result.after.widths, name):,}"] if result.after else []
         widths.add_row(WIDTH_LABELS[name], f"{getattr(result.before.widths, name):,}", *after, legal)
+    _add_vocabulary(widths, result.vocabulary, with_after=result.after is not None)
     console.print(widths)
     console.print(totals_table(result.before, result.after))
     if result.tied_embeddings:
         console.print("Input and output embeddings are tied: one tensor, counted once.")
+    console.print(_what_tokens_weigh(result.vocabulary))
     if result.dropped:
         console.print(f"Stored but unused: {', '.join(result.dropped[:5])}{' …' if len(result.dropped) > 5 else ''}")
     if result.renamed:
@@ -148,6 +154,22 @@ def print_inspect(result: InspectResult) -> None:
     if not result.has_weights:
         console.print("No weights here: shapes follow from config.json.")
     print_deviations(console, result.deviations)
+
+
+def _add_vocabulary(widths: Table, own: VocabularySummary, with_after: bool) -> None:
+    legal = f"{own.legal} to {own.tokens:,}, multiples of {STEP}" if not own.refused else f"no: {own.refused}"
+    widths.add_row("vocabulary", f"{own.tokens:,}", *([f"{own.after or own.tokens:,}"] if with_after else []), legal)
+
+
+def _what_tokens_weigh(own: VocabularySummary) -> str:
+    """How large a part of the model the rows of tokens are, and what half of them, or those that go, come to."""
+    size = own.after or own.tokens // 2
+    saved, share = own.saved_by(size)
+    told = f"Rows of {own.tokens:,} tokens are {count_text(own.parameters)} parameters, {100 * own.share:.1f}% of all"
+    if own.refused:
+        return f"{told}."
+    fewer = f"--vocab-size {size:,}" if own.after else "--vocab-size 50%"
+    return f"{told}; {own.must_stay:,} must stay. {fewer} saves {count_text(saved)} ({100 * share:.1f}%)."
 
 
 def print_verify(result: VerifyResult) -> None:

@@ -38,6 +38,7 @@ from llmprune_cli.vocabulary.request import VocabularyRequest
 
 if TYPE_CHECKING:
     from llmprune_cli.report.results import CalibrationResult, CandidateResult, FinalistResult, LayerResult, PruneResult
+    from llmprune_cli.vocabulary.figures import TriedVocabulary
 
 BAR_CELLS = 24  # of the longest bar
 EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -48,6 +49,7 @@ TARGETS = (
     "layer_importance",
     "keep_layers",
 )  # that a dry run has made widths of
+VOCABULARY = ("vocab_size", "vocab_text", "keep_tokens")
 # What a saved plan leaves to be said.
 PLANNED = (
     *("model", "revision", "dtype", "device", "refit", "seed", "compute_dtype", "calibration", "text_column"),
@@ -109,7 +111,11 @@ def _going_on(result: PruneResult, request: PruneRequest) -> str:
             found["experts"] = found.pop("num_experts")
         if result.dropped_layers:
             found["drop_layers"] = list(result.dropped_layers)
-        recipe = {name: value for name, value in recipe.items() if name not in TARGETS} | found
+        own = result.vocabulary
+        if own is not None and own.after is not None:
+            found["vocab_size"] = str(own.after)
+        tokens = () if "vocab_size" in found else VOCABULARY
+        recipe = {name: value for name, value in recipe.items() if name not in (*TARGETS, *tokens)} | found
     return as_words({**recipe, **({"statistics": str(statistics)} if statistics else {})})
 
 
@@ -127,6 +133,8 @@ def print_prune(result: PruneResult, request: PruneRequest, is_verbose: bool = F
             print_eval(result.evaluation)
     elif result.candidates and not result.output:
         _print_candidates(console, result.candidates)
+    if result.vocabularies and (is_verbose or not result.output):
+        _print_vocabularies(console, result.vocabularies)
     if not (is_verbose or result.output or result.evaluation):
         print_runtimes(console, result.runtimes)  # which may change what is asked for
     if is_verbose or not result.output:
@@ -161,6 +169,9 @@ def _summary(result: PruneResult) -> Table:
         old, new = getattr(before.widths, name), getattr(after.widths, name)
         if old != new and name != "num_hidden_layers":
             table.add_row(label, f"{old:,}", f"{new:,}", _change(old, new))
+    own = result.vocabulary
+    if own is not None and own.after is not None:
+        table.add_row("vocabulary", f"{own.tokens:,}", f"{own.after:,}", _change(own.tokens, own.after))
     shown = count_text(before.parameters), count_text(after.parameters)
     table.add_row("parameters", *shown, _change(before.parameters, after.parameters))
     sizes = size_text(before.size_bytes), size_text(after.size_bytes)
@@ -203,6 +214,14 @@ def _what_went(result: PruneResult) -> Iterator[str]:
         yield f"Layers {before} → {after}: {gone} {'went' if result.output else 'go'}."
     elif after < before:
         yield f"Layers {before} → {after}: which go is measured on text; with --save-plan in a dry run, too."
+    own = result.vocabulary
+    if own is not None and own.after is None:
+        saved, share = own.saved_by(own.tokens // 2)
+        said = (
+            f"Rows of {own.tokens:,} tokens are {100 * own.share:.1f}% of the parameters; half of them would save "
+            f"{count_text(saved)} ({100 * share:.1f}%)"
+        )
+        yield f"{said}, and cost more than other widths." if result.vocabularies else f"{said}: --vocab auto."
     if result.calibration is not None:
         card = result.calibration
         yield (
@@ -250,6 +269,13 @@ def _print_sizes(
     for own, *numbers in zip(models, *figures.values(), strict=True):
         sizes = [f"{getattr(own.widths, name):,}" for name in names]
         table.add_row(*sizes, count_text(own.parameters), *(f"{number:.3f}" for number in numbers))
+    console.print(table)
+
+
+def _print_vocabularies(console: Console, tried: tuple[TriedVocabulary, ...]) -> None:
+    table = Table("tokens", "bits per byte", title="Vocabularies, best first", title_justify="left", **NARROW)
+    for own in tried:
+        table.add_row(f"{own.tokens:,}", f"{own.bits_per_byte:.3f}")
     console.print(table)
 
 

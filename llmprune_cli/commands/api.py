@@ -26,6 +26,7 @@ from llmprune_cli.commands.requests import (
     PruneRequest,
     check_eval,
     check_export,
+    check_inspect,
     check_prune,
     make,
     options_of,
@@ -49,6 +50,8 @@ from llmprune_cli.report.results import (
 )
 from llmprune_cli.run.questions.request import TaskRequest
 from llmprune_cli.vocabulary.request import VocabularyRequest
+
+LOOKED_AT_WITHOUT = ("dtype", "device", "keep_layers", "vocab_text")  # options that `inspect` does not have
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -77,11 +80,11 @@ def _takes(*kinds: type, without: Sequence[str] = ()) -> Callable[[Function], Fu
     return decorate
 
 
-@_takes(ModelReference, WidthRequest, without=("dtype", "device", "keep_layers"))
+@_takes(ModelReference, WidthRequest, VocabularyRequest, without=LOOKED_AT_WITHOUT)
 def inspect(
     model: str | Path | None = None, *, verify: bool = False, config: str | Path | None = None, **options: Any
 ) -> InspectResult | VerifyResult:
-    """What a model is, and with a width what pruning would make of it, from headers and configuration alone.
+    """What a model is, and with a width what pruning would make of it, from headers and small files alone.
 
     Args:
         model: folder, `.gguf` file or hub id; a recipe may say it instead.
@@ -92,13 +95,15 @@ def inspect(
     Raises:
         LlmpruneError: see there; `UsageError` where options are wrong.
     """
-    kinds = (ModelReference, WidthRequest)
-    name, given = _gather("inspect", model, config, options, kinds, ("dtype", "device", "keep_layers"))
-    widths = make(WidthRequest, given)
+    kinds = (ModelReference, WidthRequest, VocabularyRequest)
+    name, given = _gather("inspect", model, config, options, kinds, LOOKED_AT_WITHOUT)
+    widths, tokens = (make(kind, given) for kind in kinds[1:])
     with _at_work():
         if not verify:
-            return inspecting.inspect(_reference(name, given), widths)
-        if not widths.is_empty:
+            reference = _reference(name, given)
+            check_inspect(reference, tokens)
+            return inspecting.inspect(reference, widths, tokens)
+        if not (widths.is_empty and tokens.number is None):
             raise UsageError("verify plans nothing; leave out the widths.")
         return inspecting.verify_folder(Path(name))
 

@@ -14,6 +14,7 @@ from llmprune_cli.formats.format import Verification
 from llmprune_cli.heal.figures import HealedLayer, HeldOut, Judgement, RateTrial
 from llmprune_cli.report.runtimes import RuntimeFit
 from llmprune_cli.run.questions.figures import Answered, TaskResult
+from llmprune_cli.vocabulary.figures import TriedVocabulary, VocabularySummary
 
 SCHEMA_VERSION = 1
 
@@ -56,6 +57,7 @@ class InspectResult:
     renamed: tuple[tuple[str, str], ...]  # stored names and those of today
     before: ModelSummary
     after: ModelSummary | None
+    vocabulary: VocabularySummary
     deviations: tuple[str, ...]
     runtimes: tuple[RuntimeFit, ...]  # of the model after pruning, where that was asked for
 
@@ -211,6 +213,8 @@ class PruneResult:
     deviations: tuple[str, ...]
     runtimes: tuple[RuntimeFit, ...]  # of the pruned model
     candidates: tuple[CandidateResult, ...]  # best first; empty where the widths were given
+    vocabulary: VocabularySummary | None  # None where it neither shrinks nor is a part that a target could take
+    vocabularies: tuple[TriedVocabulary, ...]  # best first; empty where their size was not searched
     seconds: float
     calibration: CalibrationResult | None
     recovery: RecoverResult | None

@@ -31,6 +31,7 @@ from llmprune_cli.run.questions.figures import Answered
 from llmprune_cli.run.questions.prompts import PROMPTS, answer_prompts
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.opening import open_checkpoint
+from llmprune_cli.vocabulary.figures import TriedVocabulary, VocabularySummary
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Outcome:
     candidates: tuple[Candidate, ...]
     card: CalibrationResult | None
     evaluated: EvalText | None  # what it is to be evaluated on
+    vocabulary: VocabularySummary | None  # see `told_of_tokens`
+    vocabularies: tuple[TriedVocabulary, ...] = ()  # see `Selection`
 
 
 def options_said(request: PruneRequest, outcome: Outcome) -> dict[str, Any]:
@@ -127,6 +130,8 @@ def report(
         candidates=tuple(
             CandidateResult(c.target.widths, c.target.layers, c.parameters, c.kl) for c in outcome.candidates
         ),
+        vocabulary=outcome.vocabulary,
+        vocabularies=outcome.vocabularies,
         seconds=seconds,
         calibration=outcome.card,
         recovery=None,

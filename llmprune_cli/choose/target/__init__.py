@@ -1,0 +1,1 @@
+"""What a target size is spent on, beside widths."""

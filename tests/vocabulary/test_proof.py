@@ -1,0 +1,78 @@
+"""Before a token goes, a twin of the family proves that its row can be cut, and refuses rows that are cut wrongly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmprune_cli.apply import pruned_folder
+from llmprune_cli.apply.vocabulary.proof import prove_rows
+from llmprune_cli.apply.vocabulary.rows import Stream
+from llmprune_cli.coupling.discovery import trace
+from llmprune_cli.coupling.subject import Subject
+from llmprune_cli.coupling.twin import settle_head_dim
+from llmprune_cli.errors import LlmpruneError
+from llmprune_cli.family.architecture import discover
+from llmprune_cli.family.skeleton import expected_index
+from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.folder.tensors import TensorEntry
+from support.families import FAMILIES, SIZES, model_type
+from support.full import examples
+from support.tiny import tiny_config
+
+SOME = ("llama", "llama-mha", "gemma3_text", "gpt2", "phi")  # untied, tied, scaled, with positions, biased
+
+
+def understood(family: str) -> Subject:
+    config: Any = tiny_config(model_type(family), **{**SIZES, **FAMILIES[family]})
+    index = expected_index(config)
+    architecture = settle_head_dim(discover(config, index))
+    entries = tuple(TensorEntry(name, shape, "F32", None) for name, shape in index.items())
+    nowhere = Path("nowhere")
+    checkpoint = Checkpoint(nowhere, "paper", None, config, entries, False, nowhere)
+    return Subject(checkpoint, architecture, trace(architecture))
+
+
+@pytest.mark.parametrize("family", examples(FAMILIES, SOME))
+def test_tokens_of_every_family_can_go(family: str) -> None:
+    prove_rows(understood(family))
+
+
+Cut = Callable[[Sequence[TensorEntry], Stream, dict[str, int], Sequence[int]], tuple[tuple[TensorEntry, ...], Stream]]
+whole_cut: Cut = pruned_folder.cut_rows
+
+
+def other_rows(name: str) -> Cut:
+    """Of one tensor, the rows before those that it should keep."""
+
+    def cut(
+        entries: Sequence[TensorEntry], tensors: Stream, axes: dict[str, int], kept: Sequence[int]
+    ) -> tuple[tuple[TensorEntry, ...], Stream]:
+        found, right = whole_cut(entries, tensors, axes, kept)
+        return found, ((entry, own.roll(1, axes[name]) if entry.name == name else own) for entry, own in right)
+
+    return cut
+
+
+def without(name: str) -> Cut:
+    """All rows of one tensor stay."""
+
+    def cut(
+        entries: Sequence[TensorEntry], tensors: Stream, axes: dict[str, int], kept: Sequence[int]
+    ) -> tuple[tuple[TensorEntry, ...], Stream]:
+        return whole_cut(entries, tensors, {other: axis for other, axis in axes.items() if other != name}, kept)
+
+    return cut
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"])
+@pytest.mark.parametrize("wrong", [other_rows, without])
+def test_rows_that_are_cut_wrongly_are_refused(
+    wrong: Callable[[str], Cut], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pruned_folder, "cut_rows", wrong(name))
+    with pytest.raises(LlmpruneError, match=r"without some tokens|does not load|loads with mismatched"):
+        prove_rows(understood("phi"))
