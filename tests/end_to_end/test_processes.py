@@ -49,15 +49,18 @@ COMMANDS: dict[str, tuple[str, ...]] = {  # OUT is the folder of the processes t
         *("sweep", "llama", "--mlp", "50%", "--importance", "range", *CALIBRATED),
         *("--output", "OUT/sweep", "--keep-models"),
     ),
+    "inspect": ("inspect", "llama", "--json"),
+}
+IN_FULL: dict[str, tuple[str, ...]] = {
     "tokens": ("prune", "bytes", *BY_MAGNITUDE, "--mlp", "50%", *FEWER, "--output", "OUT/tokens"),
     "spent": (
         *("prune", "bytes", "--target", "80%", "--vocab", "auto", *CALIBRATED),
         *("--save-plan", "OUT/spent.json", "--output", "OUT/spent", "--json"),
     ),
-    "inspect": ("inspect", "llama", "--json"),
 }
+COMMANDS |= IN_FULL
 if not EVERY:
-    del COMMANDS["rotate"], COMMANDS["sweep"]
+    del COMMANDS["rotate"], COMMANDS["sweep"], COMMANDS["tokens"], COMMANDS["spent"]
 FULL_FOR_TWO = ("prune", "llama", *CUT, "--output", "two/resumed")
 FULL_FOR_ONE = ("prune", "llama", *CUT, "--output", "one/resumed")
 
@@ -160,8 +163,9 @@ def test_two_processes_sweep_as_one_does(alone: Path, both: dict[str, list[Run]]
     assert largest_difference(alone / "one" / "sweep" / "mlp-50%", alone / "two" / "sweep" / "mlp-50%") < 1e-5
 
 
+@in_full
 def test_two_processes_choose_the_tokens_that_one_chooses(alone: Path, both: dict[str, list[Run]]) -> None:
-    for name in ("tokens", "spent"):
+    for name in IN_FULL:
         assert both[name][0].code == 0, both[name][0].stderr
         run = run_cli(*at_work(name, "one"))
         assert run.code == 0, run.stderr
