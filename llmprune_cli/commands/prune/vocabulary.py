@@ -19,6 +19,7 @@ from llmprune_cli.errors import LlmpruneError, PlanError, UsageError, first_line
 from llmprune_cli.folder.tensors import TensorEntry
 from llmprune_cli.plan.document import Plan, Vocabulary
 from llmprune_cli.plan.requested_widths import Target
+from llmprune_cli.progress import LOGGER
 from llmprune_cli.run.calibration import Writer, load_calibration, windows_apart
 from llmprune_cli.run.corpus import cut_windows
 from llmprune_cli.run.workbench import Workbench
@@ -84,10 +85,16 @@ def decide_vocabulary(request: PruneRequest, subject: Subject, plan: Plan | None
     else:
         assert budget is not None
         whole = measure_size(subject, Target(subject.widths, tuple(range(subject.widths.num_hidden_layers)), ()))
-        if asked.vocab_size != AUTO and weight[0] < LEAST_SHARE * whole[0]:
+        share, index = weight[0] / whole[0], 1 if budget.kind == "bytes" else 0
+        if asked.vocab_size != AUTO and share < LEAST_SHARE:
+            LOGGER.warning(
+                f"Rows of tokens are {100 * share:.1f}% of the parameters, so all stay but with --vocab auto."
+            )
             return None
-        index = 1 if budget.kind == "bytes" else 0
         sizes = sizes_to_try(rows, width.least, (whole[index] - budget.limit(*whole)) / weight[index])
+        if sizes == (rows,):
+            LOGGER.warning(f"All {rows:,} tokens stay, as {len(width.stays):,} of them must.")
+            return None
     check_size(width.stays, sizes[-1])
     return DecidedVocabulary(width, sizes, weight)
 
@@ -158,13 +165,13 @@ def summarize_vocabulary(subject: Subject, keep_file: Path | None = None) -> Voc
     Raises:
         UsageError: see `must_stay`.
     """
-    checkpoint, architecture = subject.checkpoint, subject.architecture
+    checkpoint, architecture, axes = subject.checkpoint, subject.architecture, {}
     try:
+        axes = vocabulary_axes(one_of_each_kind(architecture))
         width = find_width(checkpoint, architecture, keep_file)
     except UsageError:
         raise
-    except LlmpruneError as error:
-        axes = vocabulary_axes(one_of_each_kind(architecture))
+    except (LlmpruneError, ValueError) as error:  # as configurations refuse what they are asked for
         return _summary(subject, int(architecture.config.vocab_size), axes, None, first_line(error).rstrip("."))
     found = summary_of(subject, width)
     return replace(found, refused=unproven_rows(subject)) if not found.refused else found
