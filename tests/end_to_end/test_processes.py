@@ -58,9 +58,9 @@ IN_FULL: dict[str, tuple[str, ...]] = {
         *("--save-plan", "OUT/spent.json", "--output", "OUT/spent", "--json"),
     ),
 }
-COMMANDS |= IN_FULL
+COMMANDS |= IN_FULL if EVERY else {}
 if not EVERY:
-    del COMMANDS["rotate"], COMMANDS["sweep"], COMMANDS["tokens"], COMMANDS["spent"]
+    del COMMANDS["rotate"], COMMANDS["sweep"]
 FULL_FOR_TWO = ("prune", "llama", *CUT, "--output", "two/resumed")
 FULL_FOR_ONE = ("prune", "llama", *CUT, "--output", "one/resumed")
 
