@@ -90,8 +90,8 @@ def changed_logits(subject: Subject) -> float:
             twin.model.save_pretrained(dense)
             cut.mkdir()
             prune_twin(dense, cut, subject.trace, own, whole, Vocabulary(VOCABULARY, kept))
-        part = load_stock(cut, own.config.model_type)
-        expected, given = _answers(twin.model, part, tokens, kept)
+        whole_model, part = (load_stock(saved, own.config.model_type) for saved in (dense, cut))
+        expected, given = _answers(whole_model, part, tokens, kept)
     return float((expected - given).abs().max() / expected.abs().max())
 
 
