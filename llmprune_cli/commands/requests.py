@@ -131,6 +131,8 @@ class PruneRequest:
         """
         if self.choice.rotate:
             raise UsageError("--vocab-size does not go with --rotate; leave one of them out.")
+        if self.delivery.finalists is not None:
+            raise UsageError("--finalists keeps all tokens; leave out --vocab-size and --vocab-text.")
         if self.scratch.resume or self.delivery.report:
             raise UsageError(
                 "a smaller vocabulary changes the tokens that a text has, so that --report and --resume do not go with "
