@@ -13,18 +13,19 @@ from typing import Annotated, Any
 
 from llmprune_cli.errors import PlanError, UsageError
 from llmprune_cli.sizes import (
+    TARGETS,
     Budget,
     check_chart,
     check_config,
     check_device,
     check_ratio,
+    check_speedup,
     parse_batch,
-    parse_budget,
     parse_dtype,
     parse_layers,
-    parse_parameters,
     parse_ratio,
     parse_size,
+    parse_speedup,
 )
 
 DEFAULT_IMPORTANCE, DEFAULT_REFIT = "consensus", "residual"
@@ -166,7 +167,25 @@ class Choice:
         Option("Choose widths that leave at most so much: 85%, 6B parameters or 4GiB.", SIZE, is_common=True),
     ] = None
     target_params: Annotated[str | None, Option("The same as a number of parameters, such as 6B or 80%.", SIZE)] = None
-    target_size: Annotated[str | None, Option("The same as a size of the weights, such as 4GiB.", SIZE)] = None
+    target_size: Annotated[
+        str | None, Option("The same as a size of the weights: 4GiB as stored, or '4GiB as q4_k_m'.", SIZE)
+    ] = None
+    target_speedup: Annotated[
+        float | None,
+        Option("As a time: 1.5 times as fast on this machine.", SIZE, check=check_speedup, parse=parse_speedup),
+    ] = None
+    context: Annotated[
+        int | None,
+        Option(
+            "Tokens whose KV cache counts into a size; of a speedup, that are read before it writes.",
+            SIZE,
+            least=1,
+            left_out="none; 512 for a speedup",
+        ),
+    ] = None
+    batch: Annotated[
+        int | None, Option("Texts at a time, for a speedup.", SIZE, "target_batch", least=1, left_out="1")
+    ] = None
     importance: Annotated[
         str | None, Option("How units are ranked.", METHOD, left_out="consensus; magnitude where there is no text")
     ] = None
@@ -202,23 +221,27 @@ class Choice:
 
     @property
     def budget(self) -> Budget | None:
-        """The size that the model must not exceed.
+        """The size that the model must not exceed, or how much faster it has to be.
 
         Raises:
             UsageError: two of them, or one that cannot be read.
         """
-        said = {"--target": self.target, "--target-params": self.target_params, "--target-size": self.target_size}
-        given = {name: text for name, text in said.items() if text is not None}
+        given = [name for name in TARGETS if getattr(self, name) is not None]
         if len(given) > 1:
-            raise UsageError(f"{' and '.join(given)} say the same thing; give one of them.")
-        for name, text in given.items():
+            shown = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UsageError(f"{shown} say the same thing; give one of them.")
+        found = None
+        for name in given:
             try:
-                if name == "--target-size":
-                    return Budget(parse_size(text), "bytes")
-                return parse_budget(text) if name == "--target" else parse_parameters(text)
+                found = replace(TARGETS[name](getattr(self, name)), context=self.context)
             except UsageError as error:
-                raise UsageError(f"{name}: {error}") from None
-        return None
+                raise UsageError(f"--{name.replace('_', '-')}: {error}") from None
+        kind = found.kind if found is not None else None
+        if self.context is not None and kind not in ("bytes", "speedup"):
+            raise UsageError("--context goes with a target in bytes, such as 4GiB, or with --target-speedup.")
+        if self.batch is not None and kind != "speedup":
+            raise UsageError("--target-batch goes with --target-speedup.")
+        return found
 
     @property
     def settled(self) -> Choice:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from llmprune_cli.errors import UsageError
 
@@ -70,29 +73,81 @@ def parse_ratio(text: str) -> float:
 
 @dataclass(frozen=True)
 class Budget:
-    """The size that a model must not exceed."""
+    """The size that a model must not exceed, or how much faster it has to be."""
 
     amount: float
-    kind: str  # "parameters", "bytes" or "share" of the parameters
+    kind: str  # "parameters", "bytes", "share" of the parameters, or "speedup"
+    dtype: str | None = None  # that bytes are counted in, by its name for GGUF; None: as stored
+    context: int | None = None  # tokens whose keys and values count, too; of a speedup, that are read before it writes
+
+    @property
+    def counted(self) -> str:
+        """In which form bytes are counted, in words that follow "bytes"."""
+        cached = f" with the KV cache of {self.context:,} tokens" if self.context is not None else ""
+        return f"{f' as {self.dtype}' if self.dtype is not None else ''}{cached}"
+
+    def to_json(self) -> dict[str, float | str]:
+        """What is said of it, as a dictionary."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def limit(self, parameters: int, size_bytes: int) -> float:
         """The limit as a number of parameters, or of bytes, for a model of this size."""
         return self.amount * parameters if self.kind == "share" else self.amount
 
     def __str__(self) -> str:
+        if self.kind == "speedup":
+            return f"{self.amount:g} times as fast"
         share = f"{100 * self.amount:g}% of the parameters"
-        return share if self.kind == "share" else f"{self.amount:,.0f} {self.kind}"
+        return share if self.kind == "share" else f"{self.amount:,.0f} {self.kind}{self.counted}"
+
+
+COUNTED_IN = re.compile(r"(.*?)\s*\bas\b\s*(\w+)\s*|(.*[KMG]i?B)as(\w+)", re.IGNORECASE)  # the latter without blanks
 
 
 def parse_budget(text: str) -> Budget:
-    """`6B` or `80%` of parameters, or `4GiB` of weights.
+    """`6B` or `80%` of parameters, or `4GiB` of weights, also `4GiB as q4_k_m`.
 
     Raises:
         UsageError: none of these.
     """
-    if re.fullmatch(r"\s*[0-9.]+\s*[KMG]i?B\s*", text, re.IGNORECASE):
-        return Budget(parse_size(text), "bytes")
+    if re.fullmatch(r"\s*[0-9.]+\s*[KMG]i?B\s*", text, re.IGNORECASE) or COUNTED_IN.fullmatch(text):
+        return parse_bytes(text)
     return parse_parameters(text)
+
+
+def parse_bytes(text: str) -> Budget:
+    """`4GiB` of weights as they are stored, or `4GiB as q4_k_m`.
+
+    Raises:
+        UsageError: neither.
+    """
+    found = COUNTED_IN.fullmatch(text)
+    if found is None:
+        return Budget(parse_size(text), "bytes")
+    size, dtype = (found[1], found[2]) if found[2] else (found[3], found[4])
+    return Budget(parse_size(size), "bytes", parse_dtype(dtype))
+
+
+def parse_speedup(text: str) -> float:
+    """How many times as fast: `1.5` or `1.5x`.
+
+    Raises:
+        UsageError: no such number.
+    """
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*[x×]?\s*", text, re.IGNORECASE)
+    if not found:
+        raise UsageError(f"{text!r} is not a number such as 1.5, for a model that is 1.5 times as fast.")
+    return float(found[1])
+
+
+def check_speedup(value: float) -> None:
+    """How many times as fast.
+
+    Raises:
+        UsageError: that is not faster.
+    """
+    if not 1 < value < math.inf:
+        raise UsageError(f"{value:g} times as fast is not faster. Ask for more than 1, such as 1.5.")
 
 
 def parse_parameters(text: str) -> Budget:
@@ -115,6 +170,15 @@ def parse_parameters(text: str) -> Budget:
     if amount > 100:
         raise UsageError(f"{text!r} is more than the whole model.")
     return Budget(amount / 100, "share")
+
+
+# What each option for a target makes of its value.
+TARGETS: dict[str, Callable[[Any], Budget]] = {
+    "target": parse_budget,
+    "target_params": parse_parameters,
+    "target_size": parse_bytes,
+    "target_speedup": lambda times: Budget(times, "speedup"),
+}
 
 
 def parse_count(text: str) -> Budget:

@@ -89,7 +89,8 @@ def _parts(subject: Subject) -> list[tuple[str, ...]]:
     architecture = subject.architecture
     offered = {binding.width for binding in subject.trace.bindings} | {str(Width.LAYERS)}
     offered -= subject.trace.refused.keys()
-    heads = () if offered.isdisjoint(HEAD_COUNTS) else tuple(map(str, HEAD_COUNTS))
+    is_offered = not offered.isdisjoint(HEAD_COUNTS)
+    heads = tuple(str(width) for width in HEAD_COUNTS if is_offered and width not in subject.trace.refused)
     if heads and architecture.hidden_follows_heads:
         heads = (*heads, str(Width.HIDDEN))
     return [*([heads] if heads else []), *((width,) for width in sorted(offered - {*heads}))]
@@ -99,6 +100,9 @@ def _why_not(subject: Subject, widths: tuple[str, ...]) -> str | None:
     """Why a change of these widths is not proven; None where it is."""
     try:
         hold_against_torch_pruning(subject.architecture, subject.trace.limited_to(widths))
+    except LlmpruneError as error:
+        return str(error)
+    try:
         prove(subject.architecture, subject.trace, widths, prune_twin)
     except NoLogitsError:
         raise

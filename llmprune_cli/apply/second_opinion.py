@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from llmprune_cli.coupling.trace import Trace
+from llmprune_cli.coupling.trace import Binding, Trace
 from llmprune_cli.coupling.twin import Twin, build_twin, trace_sizes
 from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.family.architecture import Architecture
 from llmprune_cli.family.skeleton import expected_index
-from llmprune_cli.family.widths import NEURONS
+from llmprune_cli.family.widths import NEURONS, Width
 from llmprune_cli.folder.tensors import split_name
 
 Place = tuple[str, int]  # (tensor name, axis)
@@ -35,8 +35,11 @@ def hold_against_torch_pruning(architecture: Architecture, traced: Trace) -> int
     compared = 0
     for width, unit, group in _groups(twin, traced):
         ours = _ours(twin, traced, width, unit, group)
+        tied = bool(getattr(twin.model, "all_tied_weights_keys", None))
         for place in ours.keys() | group.keys():
-            if ours.get(place) != group.get(place):
+            # the graph knows no ties: what a module before a tied output projection makes are channels of its own to it
+            is_before_tied = tied and width == Width.HIDDEN and place not in group and not split_name(place[0])[1]
+            if ours.get(place) != group.get(place) and not is_before_tied:
                 raise UnsupportedError(
                     f"torch-pruning and the twin disagree about {place[0]}, axis {place[1]}: of {width} {unit} "
                     f"one says {group.get(place, ())}, the other {ours.get(place, ())}. This layout is not supported."
@@ -65,7 +68,8 @@ def _groups(twin: Twin, traced: Trace) -> Iterator[tuple[str, int, dict[Place, t
         if not isinstance(module, nn.Linear):
             continue
         for binding in traced.on(split_name(f"{name}.weight")[0]):
-            if binding.axis != 0 or not (binding.width in NEURONS or (binding.is_global and channels)):
+            begins = channels and bool(split_name(name)[1])  # outside layers it may be a head before a tied projection
+            if binding.axis != 0 or not (binding.width in NEURONS or (_is_channel(binding) and begins)):
                 continue
             channels = channels and binding.width != "hidden_size"  # one group of channels is all of them
             unit = getattr(twin.architecture.widths, binding.width) // 2
@@ -77,6 +81,10 @@ def _groups(twin: Twin, traced: Trace) -> Iterator[tuple[str, int, dict[Place, t
             places = _linear_places(group, names, stored)
             if all(max(indices) < _size(twin, place) for place, indices in places.items()):  # else it missed a split
                 yield binding.width, unit, places
+
+
+def _is_channel(binding: Binding) -> bool:
+    return binding.is_global and binding.width == Width.HIDDEN
 
 
 def _size(twin: Twin, place: Place) -> int:
@@ -103,7 +111,7 @@ def _ours(
         template, own = split_name(f"{name}.weight")
         if isinstance(module, nn.Linear) and (own in numbers or width == "hidden_size"):
             for binding in traced.on(template):
-                if binding.width == width and (binding.is_global or width in NEURONS):
+                if binding.width == width and (_is_channel(binding) or width in NEURONS):
                     same = binding.units(twin.architecture.widths) == unit
                     found[f"{name}.weight", binding.axis] = tuple(same.nonzero().flatten().tolist())
     return found

@@ -68,9 +68,11 @@ def pruned_tensors(
         PlanError: the plan says nothing about a layer that its widths would cut.
     """
 
+    choices = plan.choices
+
     @lru_cache(maxsize=256)
     def indices(template: str, numbers: tuple[int, ...], axis: int) -> torch.Tensor | None:
-        mask = kept_mask(trace, template, axis, numbers, plan.keep, plan.before)
+        mask = kept_mask(trace, template, axis, numbers, choices, plan.before)
         return None if bool(mask.all()) else mask.nonzero().flatten()
 
     @cache

@@ -57,12 +57,12 @@ IMPORTANCES: dict[str, Importance] = {
 LAYER_IMPORTANCES: dict[str, Importance] = {
     "influence": Importance(
         "text",
-        "layers:score_influence",
+        "layers.importance:score_influence",
         "those that change the direction of the residual stream least ([arXiv 2403.03853](https://arxiv.org/abs/2403.03853))",
     ),
     "loss": Importance(
         "text",
-        "layers:score_loss",
+        "layers.importance:score_loss",
         "those whose absence raises the loss least, each tried alone on at most 2,048 tokens",
     ),
 }

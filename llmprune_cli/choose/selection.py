@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -12,12 +12,14 @@ import torch
 from llmprune_cli.choose import IMPORTANCES, LAYER_IMPORTANCES, needs_activity, ranks_layers, reads_text
 from llmprune_cli.choose.magnitude import check_scores, instances
 from llmprune_cli.choose.measuring import Activity, Measuring
-from llmprune_cli.choose.target.vocabulary import SizedVocabulary, TryOut, settle_vocabulary
-from llmprune_cli.choose.target_search import Candidate, check_budget, least_target, search_widths
+from llmprune_cli.choose.targets.limits import Limit, SizeLimit
+from llmprune_cli.choose.targets.search import Candidate, least_target, search_widths
+from llmprune_cli.choose.targets.speed import Remembered, SpeedLimit
+from llmprune_cli.choose.targets.vocabulary import SizedVocabulary, TryOut, settle_vocabulary
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.coupling.trace import Instance
 from llmprune_cli.errors import PlanError
-from llmprune_cli.family.widths import Width
+from llmprune_cli.family.widths import Width, Widths
 from llmprune_cli.folder.tensors import split_name
 from llmprune_cli.journal.forms import Json
 from llmprune_cli.options import Choice
@@ -63,18 +65,16 @@ def target_of(plan: Plan) -> Target:
     return Target(plan.after, plan.layers, plan.deviations, plan.protected)
 
 
-def first_target(subject: Subject, choice: Choice, spared: tuple[int, int] = (0, 0)) -> Target:
-    """The widths asked for; with a budget, the least that the search reaches.
-
-    Args:
-        spared: see `search_widths`.
+def first_target(subject: Subject, choice: Choice, limit: Limit | None) -> Target:
+    """The widths asked for; with a limit, the least that the search reaches.
 
     Raises:
         PlanError: no legal widths come of the request.
     """
-    if choice.budget is not None:
-        check_budget(subject, choice.budget, choice.widths.keep_layers, spared)
-        return least_target(subject, choice.widths.keep_layers)
+    if limit is not None:
+        least = least_target(subject, choice.widths)
+        limit.check(least, "protect fewer layers" if choice.widths.keep_layers else "give the widths yourself")
+        return least
     return resolve(subject.architecture, subject.trace.refused, choice.widths)
 
 
@@ -82,10 +82,11 @@ def select(
     bench: Workbench,
     target: Target,
     choice: Choice,
+    limit: Limit | None,
     bound: Target | None = None,
     sized: Sequence[SizedVocabulary] = (),
 ) -> Selection:
-    """Choose the units that stay, with a budget the widths as well.
+    """Choose the units that stay, with a limit the widths as well.
 
     All processes of a run come to the same selection; what was chosen before this run was cut short is not chosen anew.
 
@@ -96,8 +97,8 @@ def select(
     """
 
     def make() -> Selection:
-        if choice.budget is not None and bench.text is not None:
-            return search_plan(bench, bench.text, choice, bound, sized)
+        if limit is not None and bench.text is not None:
+            return search_plan(bench, bench.text, choice, limit, bound, sized)
         plan = make_plan(bench, target, choice)
         return Selection(replace(plan, vocabulary=sized[0].cut) if sized else plan)
 
@@ -117,6 +118,27 @@ def make_plan(bench: Workbench, target: Target, choice: Choice) -> Plan:
         scores = _score_units(subject, target, choice, activity, bench.listener)
         plan = _plan_of(subject, target, choice, scores)
     return _of_first(subject, plan)
+
+
+def plan_each(
+    bench: Workbench, targets: dict[str, Target], choice: Choice
+) -> tuple[dict[str, Plan], tuple[float, ...] | None]:
+    """A plan for each of several targets that keep all layers, by the same scores.
+
+    Returns:
+        The plans by the names of the targets, and how far each layer turns the residual stream (`block_influence`), as
+        far as that is measured with the units.
+    """
+    subject, text = bench.model.subject, bench.text
+    activity = _measure(Measuring(bench, text.fitted) if text is not None else None, choice)
+    smallest = {
+        field.name: min(getattr(target.widths, field.name) for target in targets.values())
+        for field in fields(subject.widths)
+    }
+    every = Target(Widths(**smallest), tuple(range(subject.widths.num_hidden_layers)), ())
+    scores = _score_units(subject, every, choice, activity, bench.listener)
+    plans = {name: _of_first(subject, _plan_of(subject, own, choice, scores)) for name, own in targets.items()}
+    return plans, activity.influence if activity is not None else None
 
 
 def make_random_plan(subject: Subject, target: Target, listener: Listener) -> Plan:
@@ -157,10 +179,11 @@ def search_plan(
     bench: Workbench,
     text: CalibrationText,
     choice: Choice,
+    limit: Limit,
     bound: Target | None = None,
     sized: Sequence[SizedVocabulary] = (),
 ) -> Selection:
-    """The plan that diverges least from the dense model among those that fit a budget, and the candidates it beat.
+    """The plan that diverges least from the dense model among those that fit a limit, and the candidates it beat.
 
     Activity is measured once; each candidate is refitted on a part of the text and judged on what is held out. The
     vocabulary is settled first: as every size of it has its own tokens, by bits per byte.
@@ -169,11 +192,12 @@ def search_plan(
         bound: see `search_widths`.
         sized: see `select`.
     """
-    assert choice.budget is not None
-    subject, keep_layers = bench.model.subject, choice.widths.keep_layers
+    subject = bench.model.subject
+    if isinstance(limit, SpeedLimit):
+        limit = Remembered(limit, bench.journal)
     measuring = Measuring(bench, text.fitted)
     activity = _measure(measuring, choice)
-    least = least_target(subject, keep_layers)
+    least = least_target(subject, choice.widths)
     every = replace(least, layers=tuple(range(subject.widths.num_hidden_layers)))
     scores = _score_units(subject, every, choice, activity, bench.listener)
     layer_scores = _score_layers(measuring, choice, activity)
@@ -190,11 +214,15 @@ def search_plan(
 
         return bench.journal.recall(f"judged-{mark}", Json(float), refit_and_compare)
 
-    fitted, method = text.fitted[: _windows_of(SEARCH_TOKENS, text)], choice.settled.refit or ""
-    try_out = TryOut(bench, fitted, method, choice.budget, keep_layers, layer_scores, follow)
-    chosen, tried = settle_vocabulary(try_out, sized) if sized else (None, ())
-    spared = chosen.spared if chosen is not None else (0, 0)
-    candidates = search_widths(subject, choice.budget, layer_scores, judge, keep_layers, bound, spared)
+    chosen: SizedVocabulary | None = None
+    tried: tuple[TriedVocabulary, ...] = ()
+    if sized:
+        assert isinstance(limit, SizeLimit)
+        fitted, method = text.fitted[: _windows_of(SEARCH_TOKENS, text)], choice.settled.refit or ""
+        try_out = TryOut(bench, fitted, method, limit, choice.widths, layer_scores, follow)
+        chosen, tried = settle_vocabulary(try_out, sized)
+        limit = limit.sparing(chosen.spared)
+    candidates = search_widths(subject, limit, layer_scores, judge, choice.widths, bound)
     best = follow(candidates[0].target)
     return Selection(replace(best, vocabulary=chosen.cut) if chosen is not None else best, candidates, tried)
 
@@ -241,7 +269,7 @@ def _in_words(target: Target) -> str:
 
 def _completed(subject: Subject, target: Target, scores: Scores, listener: Listener) -> Scores:
     """The scores with those by magnitude of widths that several weights read together, which no activity ranks."""
-    changed = target.widths.changed_from(subject.widths)
+    changed = tuple(width for width in target.widths.changed_from(subject.widths) if width != Width.LAYERS)
     needed = instances(subject.checkpoint, subject.trace.limited_to(changed))
     missing = {width for width, instance in needed if instance not in scores.get(width, {})}
     if not missing:

@@ -41,8 +41,8 @@ COMMANDS = {
         "inspect_command",
         "Show modules, widths and totals from headers and configuration; with a width option, after pruning too.",
         (
-            "inspect meta-llama/Llama-3.1-8B",
             "inspect meta-llama/Llama-3.1-8B --mlp 25%",
+            "inspect meta-llama/Llama-3.1-8B --sensitivity --report layers.svg",
             "inspect pruned --verify",
         ),
     ),
@@ -53,7 +53,7 @@ COMMANDS = {
         (
             "prune meta-llama/Llama-3.1-8B --target 85% -o pruned",
             "prune meta-llama/Llama-3.1-8B --mlp 25% --calibration chat.jsonl -o leaner",
-            "prune meta-llama/Llama-3.1-8B --target 4GiB --dry-run",
+            "prune meta-llama/Llama-3.1-8B --target-speedup 1.5 --dry-run",
         ),
     ),
     "sweep": Command(

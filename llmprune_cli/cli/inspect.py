@@ -11,6 +11,7 @@ from rich.table import Table
 
 from llmprune_cli.cli.parameters import COMMON, AsJson, takes
 from llmprune_cli.cli.screen.progress import progress_on_stderr
+from llmprune_cli.cli.screen.sensitivity import print_sensitivity
 from llmprune_cli.cli.screen.tables import (
     NARROW,
     WIDTH_LABELS,
@@ -23,12 +24,11 @@ from llmprune_cli.cli.screen.tables import (
     size_text,
     totals_table,
 )
-from llmprune_cli.commands.requests import check_inspect
-from llmprune_cli.errors import UsageError
-from llmprune_cli.options import ModelReference, WidthRequest
+from llmprune_cli.commands.inspect.request import LEFT_OUT, Measured, check_inspect
+from llmprune_cli.options import ModelReference
 from llmprune_cli.startup.loading import loading
 from llmprune_cli.startup.model_argument import ENCODERS
-from llmprune_cli.vocabulary.request import STEP, VocabularyRequest
+from llmprune_cli.vocabulary.request import STEP
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -44,6 +44,14 @@ Verify = Annotated[
     typer.Option(
         "--verify",
         help="Hold a folder that llmprune wrote against its checksums, and no more.",
+        rich_help_panel=COMMON,
+    ),
+]
+Sensitivity = Annotated[
+    bool,
+    typer.Option(
+        "--sensitivity",
+        help="Measure on text what a part of each layer is worth, and keep it for prune.",
         rich_help_panel=COMMON,
     ),
 ]
@@ -100,12 +108,12 @@ Formats = Annotated[
 ]
 
 
-@takes("dtype", "device", "keep_layers", "vocab_text")
+@takes(*LEFT_OUT)
 def inspect_command(
     model: ModelReference,
-    widths: WidthRequest,
-    tokens: VocabularyRequest,
+    measured: Measured,
     verify: Verify = False,
+    sensitivity: Sensitivity = False,
     families: Families = False,
     formats: Formats = False,
     as_json: AsJson = False,
@@ -113,16 +121,30 @@ def inspect_command(
     """Check what is asked for, do it, and print it."""
     from llmprune_cli.commands.inspect import inspect, verify_folder
 
+    check_inspect(model, measured, verify, sensitivity)
+    if sensitivity:
+        _measure(model, measured, as_json)
+        return
     if not verify:
-        check_inspect(model, tokens)
         with progress_on_stderr():
-            result = inspect(model, widths, tokens)
+            result = inspect(model, measured.widths, measured.tokens)
         (print_json if as_json else print_inspect)(result)
         return
-    if not (widths.is_empty and tokens.number is None):
-        raise UsageError("--verify plans nothing; leave out the width options.")
     verified = verify_folder(Path(model.name))
     (print_json if as_json else print_verify)(verified)
+
+
+def _measure(model: ModelReference, asked: Measured, as_json: bool) -> None:
+    with loading():
+        from llmprune_cli.commands.inspect.sensitivity import sensitivity
+        from llmprune_cli.commands.recipe import as_words, recipe_of
+
+    with progress_on_stderr() as listener:
+        result = sensitivity(model, asked, listener)
+    if as_json:
+        print_json(result)
+    else:
+        print_sensitivity(result, as_words(recipe_of(asked.request(model), asked.choice, None)))
 
 
 def print_inspect(result: InspectResult) -> None:

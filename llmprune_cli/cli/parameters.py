@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from llmprune_cli.commands.requests import NamedOption, make, options_of, refuse_unknown
+from llmprune_cli.commands.named_options import NamedOption, make, options_of, refuse_unknown
 from llmprune_cli.errors import UsageError
 from llmprune_cli.options import OUTPUT, PANELS, ModelReference
 

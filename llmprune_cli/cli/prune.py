@@ -37,18 +37,17 @@ from llmprune_cli.startup.loading import loading
 from llmprune_cli.vocabulary.request import VocabularyRequest
 
 if TYPE_CHECKING:
-    from llmprune_cli.report.results import CalibrationResult, CandidateResult, FinalistResult, LayerResult, PruneResult
+    from llmprune_cli.heal.figures import FinalistResult
+    from llmprune_cli.report.results import CalibrationResult, CandidateResult, LayerResult, PruneResult
+    from llmprune_cli.run.speed.figures import SpeedResult
     from llmprune_cli.vocabulary.figures import TriedVocabulary
 
 BAR_CELLS = 24  # of the longest bar
 EIGHTHS = " ▏▎▍▌▋▊▉"
-TARGETS = (
-    "target",
-    "target_params",
-    "target_size",
-    "layer_importance",
-    "keep_layers",
-)  # that a dry run has made widths of
+TARGETS = (  # that a dry run has made widths of
+    *("target", "target_params", "target_size", "target_speedup", "context", "target_batch"),
+    *("layer_importance", "keep_layers", "round_to"),
+)
 VOCABULARY = ("vocab_size", "vocab_text", "keep_tokens")
 # What a saved plan leaves to be said.
 PLANNED = (
@@ -176,6 +175,10 @@ def _summary(result: PruneResult) -> Table:
     table.add_row("parameters", *shown, _change(before.parameters, after.parameters))
     sizes = size_text(before.size_bytes), size_text(after.size_bytes)
     table.add_row("size", *sizes, _change(before.size_bytes, after.size_bytes))
+    if result.speed is not None:
+        for label, name in (("prefill", "prefill_tokens_per_second"), ("decode", "decode_tokens_per_second")):
+            old, new = (getattr(pace, name) for pace in (result.speed.before, result.speed.after))
+            table.add_row(f"{label}, tokens/s", f"{old:,.1f}", f"{new:,.1f}", _times(old, new))
     card, rows = result.calibration, result.evaluation.results if result.evaluation else ()
     if card is not None:
         old, new = card.perplexity_before, card.perplexity_after
@@ -222,12 +225,21 @@ def _what_went(result: PruneResult) -> Iterator[str]:
             f"{count_text(saved)} ({100 * share:.1f}%)"
         )
         yield f"{said}, and cost more than other widths." if result.vocabularies else f"{said}: --vocab auto."
+    if result.speed is not None:
+        yield _how_fast(result.speed)
     if result.calibration is not None:
         card = result.calibration
         yield (
             f"Fitted on {card.tokens:,} tokens of {_short(card.dataset)}, judged on {card.held_out_tokens:,} others"
             f"{'.' if card.kl is None else f': KL {card.kl:.3f} nats.'}"
         )
+
+
+def _how_fast(own: SpeedResult) -> str:
+    return (
+        f"{own.speedup:.2f} times as fast: {own.prompt_tokens:,} tokens read and {own.new_tokens:,} written, batch "
+        f"{own.batch}, {own.device}, {own.dtype}; median of {own.rounds} turns."
+    )
 
 
 def _next(result: PruneResult, request: PruneRequest) -> Iterator[str]:

@@ -18,26 +18,26 @@ from llmprune_cli.commands import evaluate as evaluating
 from llmprune_cli.commands import export as exporting
 from llmprune_cli.commands import inspect as inspecting
 from llmprune_cli.commands.delivery import deliver
+from llmprune_cli.commands.inspect import sensitivity as measuring
+from llmprune_cli.commands.inspect.request import LEFT_OUT as NOT_MEASURED
+from llmprune_cli.commands.inspect.request import Measured, check_inspect
+from llmprune_cli.commands.named_options import NamedOption, make, options_of, refuse_unknown
 from llmprune_cli.commands.recipe import read_recipe
 from llmprune_cli.commands.recover import recovery
 from llmprune_cli.commands.recover.request import RecoverRequest, check_recover
 from llmprune_cli.commands.requests import (
-    NamedOption,
+    PRUNE_PARTS,
     PruneRequest,
     check_eval,
     check_export,
-    check_inspect,
     check_prune,
-    make,
-    options_of,
-    refuse_unknown,
 )
 from llmprune_cli.commands.sweep import curve as sweeping
 from llmprune_cli.commands.sweep.request import LEFT_OUT, Sweep, check_sweep
 from llmprune_cli.errors import UsageError, memory_explained
 from llmprune_cli.formats.request import Conversion
 from llmprune_cli.heal.options import Healed, Healing, Teaching
-from llmprune_cli.options import Choice, Delivery, Evaluation, ModelReference, Scratch, Text, WidthRequest
+from llmprune_cli.options import Evaluation, ModelReference
 from llmprune_cli.progress import Listener, Told
 from llmprune_cli.report.results import (
     EvalReport,
@@ -45,13 +45,11 @@ from llmprune_cli.report.results import (
     InspectResult,
     PruneResult,
     RecoverResult,
+    SensitivityResult,
     SweepResult,
     VerifyResult,
 )
 from llmprune_cli.run.questions.request import TaskRequest
-from llmprune_cli.vocabulary.request import VocabularyRequest
-
-LOOKED_AT_WITHOUT = ("dtype", "device", "keep_layers", "vocab_text")  # options that `inspect` does not have
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -80,35 +78,41 @@ def _takes(*kinds: type, without: Sequence[str] = ()) -> Callable[[Function], Fu
     return decorate
 
 
-@_takes(ModelReference, WidthRequest, VocabularyRequest, without=LOOKED_AT_WITHOUT)
+@_takes(ModelReference, Measured, without=NOT_MEASURED)
 def inspect(
-    model: str | Path | None = None, *, verify: bool = False, config: str | Path | None = None, **options: Any
-) -> InspectResult | VerifyResult:
+    model: str | Path | None = None,
+    *,
+    verify: bool = False,
+    sensitivity: bool = False,
+    config: str | Path | None = None,
+    progress: Told | None = None,
+    **options: Any,
+) -> InspectResult | VerifyResult | SensitivityResult:
     """What a model is, and with a width what pruning would make of it, from headers and small files alone.
 
     Args:
         model: folder, `.gguf` file or hub id; a recipe may say it instead.
         verify: hold a folder that llmprune wrote against its checksums, and no more.
+        sensitivity: measure on text what a part of each layer is worth.
         config: a recipe, or a folder that `prune` wrote; arguments beat it.
+        progress: told how far a measurement is.
         options: of the command, by name.
 
     Raises:
         LlmpruneError: see there; `UsageError` where options are wrong.
     """
-    kinds = (ModelReference, WidthRequest, VocabularyRequest)
-    name, given = _gather("inspect", model, config, options, kinds, LOOKED_AT_WITHOUT)
-    widths, tokens = (make(kind, given) for kind in kinds[1:])
+    name, given = _gather("inspect", model, config, options, (ModelReference, Measured), NOT_MEASURED)
+    reference, measured = _reference(name, given), make(Measured, given)
+    check_inspect(reference, measured, verify, sensitivity)
     with _at_work():
-        if not verify:
-            reference = _reference(name, given)
-            check_inspect(reference, tokens)
-            return inspecting.inspect(reference, widths, tokens)
-        if not (widths.is_empty and tokens.number is None):
-            raise UsageError("verify plans nothing; leave out the widths.")
-        return inspecting.verify_folder(Path(name))
+        if sensitivity:
+            return measuring.sensitivity(reference, measured, Listener(progress))
+        if verify:
+            return inspecting.verify_folder(Path(name))
+        return inspecting.inspect(reference, measured.widths, measured.tokens)
 
 
-@_takes(ModelReference, Choice, Text, Delivery, Scratch, Evaluation, VocabularyRequest)
+@_takes(ModelReference, *PRUNE_PARTS)
 def prune(
     model: str | Path | None = None,
     *,
@@ -132,7 +136,7 @@ def prune(
     Raises:
         LlmpruneError: see there; `UsageError` where options are wrong.
     """
-    kinds = (ModelReference, Choice, Text, Delivery, Scratch, Evaluation, VocabularyRequest)
+    kinds = (ModelReference, *PRUNE_PARTS)
     name, given = _gather("prune", model, config, options, kinds, (), ("evaluate",))
     judged = given.pop("evaluate", False) if evaluate is None else evaluate
     choice, text, delivery, scratch, evaluation, vocabulary = (make(kind, given) for kind in kinds[1:])

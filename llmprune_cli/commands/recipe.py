@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from llmprune_cli.commands.requests import PruneRequest, options_of, refuse_unknown
+from llmprune_cli.commands.named_options import options_of, refuse_unknown
+from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.errors import CheckpointError, UsageError
 from llmprune_cli.folder.documents import read_json, replace_file
 from llmprune_cli.folder.manifest import MANIFEST_NAME

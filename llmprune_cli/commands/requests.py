@@ -1,17 +1,15 @@
-"""What each command takes, and how named options become these values, whoever names them."""
+"""What each command takes, and what is refused in a moment."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from difflib import get_close_matches
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from llmprune_cli.choose import IMPORTANCES, LAYER_IMPORTANCES, needs_text, reads_text
+from llmprune_cli.choose import IMPORTANCES, LAYER_IMPORTANCES, needs_text, ranks_layers, reads_text
 from llmprune_cli.errors import UsageError
 from llmprune_cli.formats import FORMATS
-from llmprune_cli.formats.request import Conversion, check_conversion
+from llmprune_cli.formats.request import Conversion, check_conversion, check_counted
 from llmprune_cli.heal import LOSSES, MODES, TEACHER_MODES, TRAINED
 from llmprune_cli.heal.options import Healing, Teaching
 from llmprune_cli.options import (
@@ -20,12 +18,12 @@ from llmprune_cli.options import (
     Delivery,
     Evaluation,
     ModelReference,
-    Option,
     Scratch,
     Text,
 )
 from llmprune_cli.processes import is_first
 from llmprune_cli.repair import REFITS
+from llmprune_cli.startup.model_argument import has_weights
 from llmprune_cli.vocabulary.request import VocabularyRequest, check_vocabulary
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -43,6 +41,9 @@ CHOICES: dict[tuple[type, str], tuple[str, ...]] = {
     (ModelReference, "dtype"): DTYPES,
     (Conversion, "format"): tuple(FORMATS),
 }
+
+
+PRUNE_PARTS = (Choice, Text, Delivery, Scratch, Evaluation, VocabularyRequest)  # of what `prune` takes
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,11 @@ class PruneRequest:
         """
         if self.choice.rotate:
             raise UsageError("--vocab-size does not go with --rotate; leave one of them out.")
+        if self.choice.budget is not None and self.choice.budget.kind == "speedup":
+            raise UsageError(
+                "--target-speedup times models with all tokens; leave out --vocab-size and --vocab-text, or ask for a "
+                "size."
+            )
         if self.delivery.finalists is not None:
             raise UsageError("--finalists keeps all tokens; leave out --vocab-size and --vocab-text.")
         if self.scratch.resume or self.delivery.report:
@@ -161,13 +167,22 @@ class PruneRequest:
     def keeps_measurements(self) -> bool:
         """Whether a dry run measures what the run that goes on from it needs, and was told no place to keep it in."""
         has_use = reads_text(self.choice) or self.choice.settled.refit != "none"
-        return self.delivery.dry_run and self.choice.budget is not None and has_use and self.scratch.statistics is None
+        measures = self.choice.budget is not None or self._names_layers
+        return self.delivery.dry_run and measures and has_use and self.scratch.statistics is None
+
+    @property
+    def _names_layers(self) -> bool:
+        """Whether layers go that text names, and the weights for it are here; a dry run fetches none."""
+        by_text = self.delivery.plan is None and ranks_layers(self.choice)
+        return by_text and has_weights(self.model.name)
 
     @property
     def needs_weights(self) -> bool:
         """Whether headers and configuration are not enough."""
         delivery = self.delivery
-        return not delivery.dry_run or delivery.save_plan is not None or self.choice.budget is not None
+        if not delivery.dry_run or delivery.save_plan is not None or self.choice.budget is not None:
+            return True
+        return self._names_layers
 
     @property
     def writes(self) -> bool:
@@ -189,7 +204,10 @@ def check_prune(request: PruneRequest) -> None:
 
     delivery = request.delivery
     check_model(request.model, request.needs_weights)
-    check_target(request.choice.budget, request.model.name, request.vocabulary.may_go)
+    budget = request.choice.budget
+    check_target(budget, request.model.name, request.vocabulary.may_go)
+    if budget is not None and budget.dtype is not None:
+        check_counted(budget.dtype)
     check_layers(request.model.name, request.choice.widths)
     if request.evaluation is not None or (request.needs_text and request.needs_weights):
         check_tokenizer(request.model.name)
@@ -209,16 +227,6 @@ def check_prune(request: PruneRequest) -> None:
     if request.export is not None:
         conversion, folder = request.export
         check_export(request.model, folder, delivery.overwrite, conversion)
-
-
-def check_inspect(model: ModelReference, tokens: VocabularyRequest) -> None:
-    """The same for `inspect`."""
-    from llmprune_cli.startup.model_argument import check_model
-
-    check_model(model, needs_weights=False)
-    if tokens.vocab_size is not None:
-        tokens.check(has_target=False)
-    check_vocabulary(tokens, model.name)
 
 
 def check_eval(models: Iterable[ModelReference], evaluation: Evaluation, tasks: Sequence[str] = ()) -> None:
@@ -243,65 +251,3 @@ def check_export(model: ModelReference, output: Path, overwrite: bool, conversio
     check_model(model, needs_weights=True)
     source = Path(model.name)
     check_output(output, overwrite, source if source.exists() else None)
-
-
-# --- options by name ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class NamedOption:
-    """One option of a command."""
-
-    name: str  # what it is called everywhere
-    attribute: str  # of the value that holds it
-    option: Option
-    kind: Any  # its type, without the annotation
-    default: Any
-    choices: tuple[str, ...]  # that it has to be one of; empty where any will do
-
-
-def options_of(kind: Any) -> tuple[NamedOption, ...]:
-    """The options that a value is made of, those of the values in it included."""
-    hints = get_type_hints(kind, include_extras=True)
-    found: list[NamedOption] = []
-    for own in fields(kind):
-        hint = hints[own.name]
-        if is_dataclass(hint):
-            found += options_of(hint)
-        elif get_origin(hint) is Annotated:
-            plain, option = get_args(hint)
-            choices = CHOICES.get((kind, own.name), ())
-            found.append(NamedOption(option.name or own.name, own.name, option, plain, own.default, choices))
-    return tuple(found)
-
-
-def make(kind: Any, named: Mapping[str, Any]) -> Any:
-    """A value of those of the named options that it is made of; the others keep their defaults.
-
-    Raises:
-        UsageError: they contradict each other.
-    """
-    hints, values = get_type_hints(kind), {}
-    for own in fields(kind):
-        if is_dataclass(hints[own.name]):
-            values[own.name] = make(hints[own.name], named)
-    values |= {own.attribute: named[own.name] for own in _direct(kind) if own.name in named}
-    return kind(**values)
-
-
-def _direct(kind: Any) -> list[NamedOption]:
-    return [own for own in options_of(kind) if own.attribute in {f.name for f in fields(kind)}]
-
-
-def refuse_unknown(names: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Make sure that options exist.
-
-    Raises:
-        UsageError: one does not; the message names one that is nearly called so.
-    """
-    every = list(known)
-    for name in names:
-        if name not in every:
-            near = get_close_matches(name, every, 1)
-            advice = f"; did you mean {near[0]}?" if near else f". There are: {', '.join(sorted(every))}."
-            raise UsageError(f"{where} has no option {name}{advice}")

@@ -12,8 +12,9 @@ from llmprune_cli.coupling.step import Followers, Place, changed_axes, followers
 from llmprune_cli.coupling.trace import Binding
 from llmprune_cli.coupling.twin import Twin
 from llmprune_cli.errors import LlmpruneError
-from llmprune_cli.family.architecture import reconfigure
-from llmprune_cli.family.widths import Widths, field_changes
+from llmprune_cli.family.architecture import Architecture, reconfigure
+from llmprune_cli.family.layers import layer_changes
+from llmprune_cli.family.widths import Width, Widths, field_changes
 from llmprune_cli.folder.tensors import split_name
 
 
@@ -123,13 +124,17 @@ def with_biases(explained: dict[Place, int], remaining: dict[Place, int], output
     return {(name, axis): size for (name, axis), size in remaining.items() if is_explained(name, axis)}
 
 
-def bind_channels(bound: Followers, taken: set[Place], widths: Widths) -> tuple[list[Binding], str]:
+def bind_channels(bound: Followers, taken: set[Place], architecture: Architecture) -> tuple[list[Binding], str]:
     """Bind the axes of the residual stream's channels, all but those that are taken; the second value as in `bind`."""
+    widths = architecture.widths
+    head_dim = widths.head_dim if architecture.hidden_follows_heads else 0
     found = {}
     for (name, axis), size in bound.disk.items():
         template = split_name(name)[0]
         if (template, axis) in taken:
             continue
+        if size == head_dim:
+            continue  # a norm over one head's elements, whose number stays
         if size != widths.hidden_size:
             return [], f"axis {axis} of {template} has {size} elements for {widths.hidden_size} channels"
         found[template, axis] = Binding(template, axis, "hidden_size")
@@ -162,6 +167,21 @@ def bind_whole_heads(twin: Twin, bound: Followers) -> list[Binding]:
                     found[binding.template, axis] = binding
         break
     return list(found.values())
+
+
+def bind_layers(twin: Twin) -> tuple[Binding, ...]:
+    """Axes outside the layers with a share for each of them, such as the embeddings that Gemma 3n gives every layer."""
+    config, count = twin.architecture.config, twin.architecture.widths.num_hidden_layers
+    for gone in reversed(range(count if count > 1 else 0)):
+        fewer = tuple(layer for layer in range(count) if layer != gone)
+        try:
+            after = shapes_of(reconfigure(config, layer_changes(config, fewer)))[0]
+        except (ValueError, LlmpruneError):
+            continue
+        places = changed_axes(shapes_of(config)[0], after).items()
+        shares = {place: size // count for place, size in places if not split_name(place[0])[1]}
+        return tuple(Binding(*place, Width.LAYERS, copies=share, interleaved=True) for place, share in shares.items())
+    return ()
 
 
 @dataclass(frozen=True)

@@ -7,29 +7,41 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from llmprune_cli.coupling.bind import (
     bind,
     bind_channels,
     bind_experts,
+    bind_layers,
     bind_whole_heads,
     leave_channels_out,
     output_axis_of,
     with_biases,
 )
-from llmprune_cli.coupling.probe import find_reader, label_units, read_units, reader_on_disk, summed_axes
+from llmprune_cli.coupling.probe import (
+    find_reader,
+    idle_templates,
+    label_units,
+    read_units,
+    reader_on_disk,
+    summed_axes,
+)
 from llmprune_cli.coupling.step import Followers, Place, followers_of, own_rule, template_place, within_layers
 from llmprune_cli.coupling.trace import GLOBAL_WIDTHS, Binding, Reader, Trace
 from llmprune_cli.coupling.twin import Twin, build_twin, trace_sizes
 from llmprune_cli.family.architecture import Architecture, have_own_heads, rotary_fraction
-from llmprune_cli.family.skeleton import on_disk
+from llmprune_cli.family.layers import KV_SHARED
+from llmprune_cli.family.skeleton import expected_index, on_disk
 from llmprune_cli.family.widths import HEAD_COUNTS, NEURONS, Width, Widths, varied_widths
 from llmprune_cli.folder.tensors import split_name
 
 ROTARY = "rotary frequencies follow the head dim, so that fewer elements would turn at other speeds"
 PARTLY_ROTARY = "the share of a head that turns, its speeds and the scale of attention follow the head dim"
 UNROTATED = "the scale of attention follows the head dim, so that fewer elements would be weighed differently"
-
+SLOPES = "the slopes of its position bias (ALiBi) follow the number of heads, so that fewer would look elsewhere"
+IDLE = "takes no part in what the model makes of text, so that nothing shows what its rows and columns stand for"
+SHARED = "layers take the keys and values of others, so that all would have to keep the same groups"
 SEVERAL = "its layers have several sizes of it, of which a configuration cannot say fewer"
 
 
@@ -61,9 +73,15 @@ def trace(architecture: Architecture) -> Trace:
     parts.append(_trace_heads(twin, hidden))
     parts.append(Findings(experts.bindings, refused={"num_experts": experts.reason} if experts.reason else {}))
     taken = {(binding.template, binding.axis) for part in parts for binding in part.bindings}
-    parts.append(_trace_channels(twin, hidden, taken))
+    parts += [_trace_channels(twin, hidden, taken), Findings(bind_layers(twin))]
     refused = {width: reason for part in parts for width, reason in part.refused.items()}
-    return Trace(
+    idle = idle_templates(twin)
+    unseen = {str(b.width): f"{b.template} {IDLE}" for part in parts for b in part.bindings if b.template in idle}
+    refused = {**unseen, **_shared_groups(architecture), **refused}
+    if architecture.hidden_follows_heads:  # none of the two goes without the other
+        why = refused.get(Width.HEADS) or refused.get(Width.HIDDEN)
+        refused |= dict.fromkeys(map(str, (*HEAD_COUNTS, Width.HIDDEN)), why) if why else {}
+    found = Trace(
         bindings=tuple(binding for part in parts for binding in part.bindings),
         inputs=tuple(reader for part in parts for reader in part.inputs),
         readers=tuple(binding for part in parts for binding in part.readers),
@@ -72,6 +90,7 @@ def trace(architecture: Architecture) -> Trace:
         routers=experts.routers,
         refused={**refused, "head_dim": _why_head_dim_stays(architecture)},
     )
+    return found.fitting(expected_index(twin.architecture.config), widths)
 
 
 def _trace_neurons(twin: Twin, width: str) -> Findings:
@@ -130,6 +149,8 @@ def _trace_heads(twin: Twin, hidden: Followers | None) -> Findings:
     widths, spaces = architecture.widths, _head_spaces(architecture.widths)
     bound = followers_of(twin, "head_dim", 2) if architecture.explicit_head_dim else None
     bound = bound or (hidden if architecture.hidden_follows_heads else None)
+    if _has_slopes(architecture.config):
+        return Findings(refused=dict.fromkeys(spaces, SLOPES))
     if have_own_heads(architecture.config):
         return Findings(refused=dict.fromkeys(spaces, SEVERAL))
     if spaces and architecture.own_heads:
@@ -149,6 +170,19 @@ def _trace_heads(twin: Twin, hidden: Followers | None) -> Findings:
         return Findings(inputs=inputs, refused=dict.fromkeys(spaces, reason))
     whole = bind_whole_heads(twin, bound)
     return Findings((*bindings, *whole), tuple(_reading(twin, bound, reader, bindings)), inputs)
+
+
+def _has_slopes(config: PretrainedConfig) -> bool:
+    nested = getattr(config, "attn_config", None)
+    return config.model_type == "bloom" or bool(getattr(config, "alibi", False) or getattr(nested, "alibi", False))
+
+
+def _shared_groups(architecture: Architecture) -> dict[str, str]:
+    """Why KV groups stay where layers take the keys and values of others: each layer keeps groups of its own choice."""
+    if not getattr(architecture.config, KV_SHARED, 0):
+        return {}
+    widths = (Width.GROUPS,) if architecture.widths.heads_per_group > 1 else HEAD_COUNTS
+    return dict.fromkeys(map(str, widths), SHARED)
 
 
 def _trace_latent_heads(twin: Twin) -> Findings:
@@ -175,7 +209,7 @@ def _trace_channels(twin: Twin, hidden: Followers | None, taken: set[Place]) -> 
         return Findings(refused={width: f"no tensor axis of {twin.architecture.config.model_type} follows it"})
     inner = _trace_units(twin, within_layers(hidden, taken), width)
     taken = taken | {(binding.template, binding.axis) for binding in inner.bindings}
-    bindings, reason = bind_channels(hidden, taken, twin.architecture.widths)
+    bindings, reason = bind_channels(hidden, taken, twin.architecture)
     if inner.refused or reason:
         return Findings(refused=inner.refused or {width: reason})
     return Findings((*inner.bindings, *bindings), inner.readers)

@@ -172,6 +172,26 @@ def _dead(twin: Twin, bound: Followers) -> dict[Place, torch.Tensor]:
     return {(name, axis): _silent(stored[name], axis) for name, axis in bound.disk}
 
 
+def idle_templates(twin: Twin) -> frozenset[str]:
+    """The tensors on disk that take no part in what the model makes of its tokens, such as attention to an encoder."""
+    called: set[str] = set()
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+        for name, module in twin.model.named_modules()
+    ]
+    twin.model.zero_grad()
+    twin.model(input_ids=twin.tokens, use_cache=False).logits.sum().backward()
+    for hook in hooks:
+        hook.remove()
+    acts = {
+        name: torch.full_like(own, float(own.grad is not None or name.rpartition(".")[0] in called)).detach()
+        for name, own in twin.model.named_parameters()
+    }
+    stored = on_disk(twin.model, acts).items()
+    acting = {split_name(name)[0] for name, act in stored if bool(act.any())}
+    return frozenset(split_name(name)[0] for name, _ in stored) - acting
+
+
 def _fixed_norms() -> AbstractContextManager[None]:
     """Hold the statistics of RMSNorms fixed, so that a norm over all heads does not make each feel every other."""
 

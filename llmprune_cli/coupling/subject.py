@@ -14,7 +14,7 @@ from llmprune_cli.coupling.twin import one_thread, settle_head_dim
 from llmprune_cli.errors import PlanError
 from llmprune_cli.family.architecture import Architecture, discover
 from llmprune_cli.family.skeleton import is_remote
-from llmprune_cli.family.widths import Width, Widths
+from llmprune_cli.family.widths import HEAD_COUNTS, Width, Widths
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.tensors import TensorEntry
 from llmprune_cli.processes import ALONE, Processes
@@ -67,7 +67,10 @@ def understand(checkpoint: Checkpoint, processes: Processes = ALONE) -> Subject:
     architecture, traced = find_coupling(discover(checkpoint.config, shapes))
     traced = traced.fitting(shapes, architecture.widths)
     if checkpoint.whole is not None:
-        traced = replace(traced, refused={**traced.refused, **refused_within(checkpoint.whole.config)})
+        within = refused_within(checkpoint.whole.config)
+        if architecture.hidden_follows_heads:  # none of the two goes without the other
+            within |= dict.fromkeys(map(str, HEAD_COUNTS), within[Width.HIDDEN])
+        traced = replace(traced, refused={**traced.refused, **within})
     return Subject(checkpoint, architecture, traced, processes)
 
 

@@ -16,7 +16,7 @@ from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.family.widths import HEAD_COUNTS, Width, Widths
 from llmprune_cli.folder.tensors import Shape, split_name
 
-GLOBAL_WIDTHS = (Width.HIDDEN,)  # one choice for the whole residual stream; all else is chosen per layer
+GLOBAL_WIDTHS = (Width.HIDDEN, Width.LAYERS)  # one choice for the whole model; all else is chosen per layer
 
 
 @dataclass(frozen=True)
@@ -177,9 +177,10 @@ class Trace:
         sizes = {binding: len(binding.units(widths)) for binding in self.bindings}
         for name, shape in shapes.items():
             for binding in self.on(split_name(name)[0]):
-                if shape[binding.axis] != sizes[binding]:
+                size = shape[binding.axis] if binding.axis < len(shape) else 0
+                if size != sizes[binding]:
                     raise UnsupportedError(
-                        f"{name}: axis {binding.axis} has {shape[binding.axis]} elements where its units "
+                        f"{name}: axis {binding.axis} has {size or 'no'} elements where its units "
                         f"({binding.width}) make {sizes[binding]}. This layout is not supported."
                     )
 

@@ -19,6 +19,9 @@ TOKENS = 24  # length of the twin's input
 WINDOW = 6  # of sliding attention, so that it matters within the input
 WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size", "window_size", "index_topk")
 VOCABULARY = 32
+TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2}
+OTHER_TOKEN = 0  # for padding and whatever else a configuration names; none of these is in a twin's input
+FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)  # of models that do not run
 SEED = 20241  # of the twin's weights; any seed must give the same trace
 # Ranks of latent attention in the twin, and how many heads it has there; the sizes of a head are the model's own.
 LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8}
@@ -27,6 +30,7 @@ LATENT_HEADS = 8
 STATE_SPACE_HEADS = (
     ("mamba_expand", "mamba_n_heads", "mamba_d_head", "mamba_n_groups"),
     ("expand", "num_heads", "head_dim", "n_groups"),
+    ("mamba_expand", "n_mamba_heads", "mamba_headdim", "mamba_ngroups"),
 )
 
 
@@ -44,7 +48,7 @@ class TwinSizes:
 
 @dataclass(frozen=True)
 class Twin:
-    """A float64 model with real head counts and small everything else."""
+    """A model with real head counts and small everything else, in float64 or what else it computes in."""
 
     architecture: Architecture  # the twin's own
     model: PreTrainedModel
@@ -109,7 +113,7 @@ def build_twin(architecture: Architecture, sizes: TwinSizes) -> Twin:
         **_small_fields(config, sizes, widths.hidden_size),
     )
     try:
-        small = reconfigure(config, changes)
+        small = _accepted(config, changes)
         torch_state = torch.random.get_rng_state()
         model = (
             AutoModelForCausalLM.from_config(small, attn_implementation="eager", experts_implementation="eager")
@@ -131,8 +135,36 @@ def build_twin(architecture: Architecture, sizes: TwinSizes) -> Twin:
                 parameter.copy_(noise if parameter is embedding else noise / parameter.shape[-1] ** 0.5)
         _fill_buffers(model, max(2, widths.num_experts), generator)
     tokens = torch.randint(3, VOCABULARY, (1, TOKENS), generator=generator)
+    model = _in_runnable_precision(model, tokens)
     own_kinds = tuple(layers.index(architecture.layer_kinds[layer]) for layer in layers)
     return Twin(replace(architecture, config=small, widths=widths, layer_kinds=own_kinds), model, tokens)
+
+
+def _accepted(config: PretrainedConfig, changes: dict[str, Any]) -> PretrainedConfig:
+    """The small configuration; where a family knows one number of experts for a token alone, with that one.
+
+    Raises:
+        ValueError: the configuration refuses the changes.
+    """
+    try:
+        return reconfigure(config, changes)
+    except ValueError:
+        return reconfigure(config, {name: value for name, value in changes.items() if name not in PICKED})
+
+
+def _in_runnable_precision(model: PreTrainedModel, tokens: torch.Tensor) -> PreTrainedModel:
+    """The model in float32 where its code, which mixes precisions or masks by the least number of one, wants that."""
+    try:
+        with torch.no_grad():
+            model(input_ids=tokens, use_cache=False)
+    except FAILURES:
+        model.float()
+        try:
+            with torch.no_grad():
+                model(input_ids=tokens, use_cache=False)
+        except FAILURES:
+            model.double()
+    return model
 
 
 def _fill_buffers(model: PreTrainedModel, numbers: int, generator: torch.Generator) -> None:
@@ -174,7 +206,7 @@ def _small_fields(config: PretrainedConfig, sizes: TwinSizes, hidden_size: int) 
             changes.update({names[1]: groups or 1, names[2]: expand * hidden_size // (groups or 1)})
     for name, value in config.to_dict().items():
         if name.endswith("_token_id"):
-            changes[name] = {"bos_token_id": 1, "eos_token_id": 2}.get(name)
+            changes[name] = TOKEN_IDS.get(name, None if value is None else OTHER_TOKEN)
         elif name in LATENT and isinstance(value, int) and hasattr(config, "kv_lora_rank"):
             changes[name] = LATENT[name]
         elif name in PICKED and isinstance(value, int):
@@ -215,6 +247,6 @@ def run_twin(twin: Twin) -> None:
     try:
         with torch.no_grad():
             twin.model(input_ids=twin.tokens, use_cache=False)
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+    except FAILURES as error:
         family = twin.architecture.config.model_type
         raise UnsupportedError(f"A small twin of {family} does not run ({first_line(error)}).") from error

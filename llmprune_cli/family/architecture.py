@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from llmprune_cli.errors import LlmpruneError
+from llmprune_cli.errors import LlmpruneError, UnsupportedError
 from llmprune_cli.family.exceptions import FAMILIES, Family
 from llmprune_cli.family.layers import find_layer_kinds, layer_changes, sample_layers
 from llmprune_cli.family.skeleton import expected_index
@@ -21,6 +21,7 @@ from llmprune_cli.family.widths import (
     Widths,
     field_changes,
     neuron_fields,
+    read_layers,
     read_widths,
     varied_widths,
 )
@@ -80,12 +81,15 @@ def discover(config: PretrainedConfig, shapes: dict[str, Shape]) -> Architecture
     widths = read_widths(config)
     kinds = find_layer_kinds(config, shapes)
     layers = sample_layers(config, kinds, 1)
-    shallow = reconfigure(config, layer_changes(config, layers))
+    try:
+        shallow = reconfigure(config, layer_changes(config, layers))
+    except ValueError as error:
+        raise UnsupportedError(f"{config.model_type} cannot have only some of its layers: {error}") from error
     before = expected_index(shallow)
-    longer = widths.head_dim + 2
     headless = not widths.num_attention_heads
     own_heads = headless or getattr(config, "kv_lora_rank", None) is not None or have_own_heads(config)
-    explicit = not own_heads and _moves(shallow, before, {"head_dim": longer, **rotary_changes(config, longer)})
+    others = [] if own_heads else [widths.head_dim + 2, widths.head_dim - 2]  # of which a family may refuse one
+    explicit = any(_moves(shallow, before, {"head_dim": dim, **rotary_changes(config, dim)}) for dim in others)
     free = Architecture(shallow, replace(widths, num_hidden_layers=len(layers)), explicit, False, False, ())
     one, more = (replace(free.widths, hidden_size=widths.hidden_size + n) for n in (1, widths.num_attention_heads))
     multiple = not headless and not _accepts(free, one) and _accepts(free, more)
@@ -139,7 +143,7 @@ def with_widths(architecture: Architecture, widths: Widths, layers: tuple[int, .
         ValueError: the configuration refuses these widths.
     """
     config, changes = architecture.config, {}
-    if layers is not None and len(layers) < config.num_hidden_layers:
+    if layers is not None and len(layers) < read_layers(config):
         config = reconfigure(config, layer_changes(config, layers))
     for width in widths.changed_from(architecture.widths):
         if width != "num_hidden_layers":

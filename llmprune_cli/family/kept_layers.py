@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from llmprune_cli.errors import CheckpointError, UnsupportedError
 from llmprune_cli.family.architecture import reconfigure
 from llmprune_cli.family.layers import layer_changes
 from llmprune_cli.family.skeleton import build_skeleton
+from llmprune_cli.family.widths import read_layers
 from llmprune_cli.folder.tensors import split_name
 
 Described = dict[tuple[str, tuple[int, ...]], dict[str, Any]]  # by template and further numbers
@@ -34,7 +36,7 @@ def check_kept_layers(config: PretrainedConfig, kept: Sequence[int]) -> None:
     except (ValueError, CheckpointError) as error:
         raise UnsupportedError(f"{config.model_type} cannot have only some of its layers: {error}") from error
     position = {layer: new for new, layer in enumerate(kept)}
-    counted = {config.num_hidden_layers: len(kept), **position}
+    counted = {read_layers(config): len(kept), **position}
     for old, new in position.items():
         one, other = before.get(old, {}), after.get(new, {})
         for place in one.keys() | other.keys():
@@ -52,7 +54,7 @@ def check_kept_layers(config: PretrainedConfig, kept: Sequence[int]) -> None:
 def _describe(config: PretrainedConfig) -> dict[int, Described]:
     """The modules of each layer by its number: class, shapes and plain settings."""
     modules = dict(build_skeleton(config).named_modules())
-    length = config.num_hidden_layers
+    length = read_layers(config)
     lists = [f"{name}." for name, own in modules.items() if isinstance(own, nn.ModuleList) and len(own) == length]
     layers: dict[int, Described] = {}
     for name, module in modules.items():
@@ -71,4 +73,6 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 
 def _are_alike(before: Any, after: Any, follows: dict[int, int]) -> bool:
     """Whether a setting stays, or follows as the number of a layer or of all layers does."""
+    if type(before) is type(after) is float:
+        return math.isclose(before, after, rel_tol=1e-6)
     return before == after or (type(before) is type(after) is int and follows.get(before) == after)

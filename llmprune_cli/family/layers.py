@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import PretrainedConfig
 
+from llmprune_cli.family.widths import Width, field_changes, read_layers
 from llmprune_cli.folder.tensors import Shape, split_name
 
 # Fields that name layers by number, and how the names of others end that do.
@@ -19,6 +21,7 @@ BORROWING = {"indexer_types": ("shared", "full")}
 SPARSE_STEP = "decoder_sparse_step"  # every n-th layer is a mixture of experts, but for `mlp_only_layers`
 # Fields that say which layers are special by a rhythm: every period-th, starting at the offset.
 PERIODIC = (("attn_layer_period", "attn_layer_offset"), ("expert_layer_period", "expert_layer_offset"))
+ROOT_OF_DEPTH = "scale_depth"  # what layers are multiplied by is this divided by the root of their number
 # Fields that count layers behind the last one, which predict further tokens; transformers leaves their weights out.
 FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 BY_LAYER = ("no_rope_layers",)  # lists with an item for each layer that are named like lists of numbers
@@ -32,7 +35,7 @@ def find_layer_kinds(config: PretrainedConfig, shapes: dict[str, Shape]) -> tupl
     Args:
         shapes: of the model's tensors on disk, by name.
     """
-    tensors: list[list[tuple[str, tuple[int, ...], Shape]]] = [[] for _ in range(config.num_hidden_layers)]
+    tensors: list[list[tuple[str, tuple[int, ...], Shape]]] = [[] for _ in range(read_layers(config))]
     for name, shape in shapes.items():
         template, numbers = split_name(name)
         if numbers and numbers[0] < len(tensors):
@@ -64,14 +67,14 @@ def layer_changes(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, An
     """The fields to set so that a configuration describes only some of its layers, in their order.
 
     What has one item for each layer is cut, layer numbers are renumbered, counts of leading or last layers are
-    recounted, a rhythm of sparse layers becomes the list of its dense ones, and any other rhythm gets the period that
-    fits.
+    recounted, a scale by their number stays what it was, a rhythm of sparse layers becomes the list of its dense ones,
+    and any other rhythm gets the period that fits.
 
     Raises:
         ValueError: no period fits the layers that are kept, or one of them takes what another has computed that goes.
     """
     position = {layer: new for new, layer in enumerate(kept)}
-    changes: dict[str, Any] = {"num_hidden_layers": len(kept)}
+    changes: dict[str, Any] = field_changes(config, Width.LAYERS, len(kept))
     settings = config.to_dict()
     for name, value in settings.items():
         if _names_layers(config, name, value):
@@ -81,11 +84,13 @@ def layer_changes(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, An
         elif name in LEADING and isinstance(value, int):
             changes[name] = sum(layer < value for layer in kept)
         elif name == KV_SHARED and value:
-            changes[name] = sum(layer >= config.num_hidden_layers - value for layer in kept)
+            changes[name] = sum(layer >= read_layers(config) - value for layer in kept)
         elif _is_per_layer(config, name, value):
             items = [value[layer] for layer in kept]
             changes[name] = "".join(items) if isinstance(value, str) else items
-    _check_lenders(settings, config.num_hidden_layers, kept)
+    if scale := settings.get(ROOT_OF_DEPTH):
+        changes[ROOT_OF_DEPTH] = scale * math.sqrt(len(kept) / read_layers(config))
+    _check_lenders(settings, read_layers(config), kept)
     step = getattr(config, SPARSE_STEP, 1)
     if isinstance(step, int) and step > 1:
         named = set(getattr(config, "mlp_only_layers", None) or ())
@@ -124,7 +129,7 @@ def _rhythm(kept: Sequence[int], period: int, offset: int, name: str) -> tuple[i
 def further_layers(config: PretrainedConfig) -> range:
     """The numbers of the layers behind the last one, which predict further tokens."""
     counts = [value for name in FURTHER_LAYERS if isinstance(value := getattr(config, name, None), int)]
-    layers = getattr(config, "num_hidden_layers", None) or 0
+    layers = read_layers(config)
     return range(layers, layers + max(counts, default=0))
 
 
@@ -161,7 +166,7 @@ def _names_layers(config: PretrainedConfig, name: str, value: Any) -> bool:
     """Whether a setting is a list of layer numbers: by its name, or in ascending order and named like one."""
     if not isinstance(value, list):
         return False
-    numbers = range(config.num_hidden_layers)
+    numbers = range(read_layers(config))
     ascending = all(type(item) is int and item in numbers for item in value) and value == sorted(set(value))
     is_usual = name.endswith(NUMBERED_ENDS) and ascending and (len(value) < len(numbers) or value == [*numbers])
     return name in NUMBERED or (is_usual and name not in BY_LAYER and len(value) > 0)
@@ -172,12 +177,12 @@ def _is_by_layer(config: PretrainedConfig, name: str, value: Any) -> bool:
     if not isinstance(value, dict) or not value or name.endswith(NOT_LAYERS):
         return False
     numbers = [str(key) for key in value]
-    return all(number.isdecimal() and int(number) < config.num_hidden_layers for number in numbers)
+    return all(number.isdecimal() and int(number) < read_layers(config) for number in numbers)
 
 
 def _is_per_layer(config: PretrainedConfig, name: str, value: Any) -> bool:
     """Whether a setting has one item for each layer: a list, or a letter for each in a pattern."""
     is_listed = isinstance(value, list) or (isinstance(value, str) and name.endswith("_pattern"))
-    if not is_listed or len(value) != config.num_hidden_layers:
+    if not is_listed or len(value) != read_layers(config):
         return False
     return name not in (*NUMBERED, "architectures") and not name.endswith(NOT_LAYERS) and not name.startswith("mtp_")

@@ -54,7 +54,10 @@ def on_disk(model: PreTrainedModel, state: dict[str, Any]) -> dict[str, Any]:
 
     Works on anything shaped like the parameters: weights, gradients, shapes on `meta`.
     """
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    # of two names of one parameter a model lists the first alone, which may be the one that is not written
+    unlisted = {source: state[name] for name, source in tied.items() if name in state and source not in state}
+    state = {**state, **unlisted}
     ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_save", None) or ()]
     kept = {
         name: tensor

@@ -29,20 +29,25 @@ class Width(StrEnum):
     LAYERS = "num_hidden_layers"
 
 
-# The names that configurations give to each width, most usual first; one that keeps several changes them together.
+# The names that configurations give to each width, most usual first but for those of a decoder, beside which stand an
+# encoder's; one that keeps several changes them together.
 FIELDS: dict[str, tuple[str, ...]] = {
     Width.HIDDEN: ("hidden_size", "word_embed_proj_dim"),
-    Width.HEADS: ("num_attention_heads",),
+    Width.HEADS: ("decoder_attention_heads", "num_decoder_attention_heads", "num_attention_heads"),
     Width.GROUPS: ("num_key_value_heads", "num_kv_heads"),
     Width.HEAD_DIM: ("head_dim",),
-    Width.NEURONS: ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"),
+    Width.NEURONS: (
+        *("decoder_ffn_dim", "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"),
+        *("dff", "dim_ff", "d_inner", "feed_forward_size"),
+    ),
     Width.EXPERT_NEURONS: ("moe_intermediate_size",),
     Width.SHARED_NEURONS: ("shared_expert_intermediate_size", "shared_intermediate_size"),
     Width.EXPERTS: ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
-    Width.LAYERS: ("num_hidden_layers",),
+    Width.LAYERS: ("decoder_layers", "num_decoder_layers", "num_hidden_layers"),
 }
 PICKED = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")  # experts of a token
 EXPERT_GROUPS = ("n_group", "num_expert_group")
+MULTIPLES = ("attention_hidden_size",)  # may be several times the hidden size
 HEAD_COUNTS = (Width.HEADS, Width.GROUPS)
 NEURONS = (Width.NEURONS, Width.EXPERT_NEURONS, Width.SHARED_NEURONS)
 OPTIONAL = (Width.EXPERT_NEURONS, Width.SHARED_NEURONS, Width.EXPERTS)
@@ -118,6 +123,11 @@ def _read(config: PretrainedConfig, width: str) -> Any:
     return found[0] if isinstance(found, list | tuple) and found else found  # see `varied_widths`
 
 
+def read_layers(config: PretrainedConfig) -> int:
+    """How many layers a model has; 0 where its configuration does not say."""
+    return _read(config, Width.LAYERS) or 0
+
+
 def varied_widths(config: PretrainedConfig) -> frozenset[str]:
     """The widths that are not the same in every layer, by a list of sizes or by settings of single layers."""
     single = getattr(config, "per_layer_attributes", None) or set()
@@ -151,4 +161,11 @@ def field_changes(config: PretrainedConfig, width: str, size: int) -> dict[str, 
     if width == Width.GROUPS and not getattr(config, "new_decoder_architecture", True):
         present = ["num_kv_heads"]  # which Falcon reads
     alike = {name: size for name in present if getattr(config, name) == getattr(config, present[0])}
-    return (alike or {str(width): size}) | lists
+    return (alike or {str(width): size}) | lists | (_multiples(config, size) if width == Width.HIDDEN else {})
+
+
+def _multiples(config: PretrainedConfig, size: int) -> dict[str, int]:
+    """The sizes that are several times the hidden size, for another one, such as Zamba's doubled input of attention."""
+    found = {name: getattr(config, name, None) for name in MULTIPLES}
+    times = {name: value // config.hidden_size for name, value in found.items() if value and value > config.hidden_size}
+    return {name: count * size for name, count in times.items() if count * config.hidden_size == found[name]}

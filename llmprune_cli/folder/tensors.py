@@ -79,9 +79,21 @@ class TensorEntry:
         return self.numel * DTYPES[self.dtype].size_bytes
 
 
+# Lists whose items do other work than each other, or are none of layers: their numbers are part of a template.
+UNLIKE = frozenset(("ffn", "altup_projections", "altup_unembed_projections"))
+
+TOWERS = frozenset(("embed_tokens_extend",))  # parts of a name under which numbers are none of decoder layers
+
+
 @lru_cache(maxsize=2**16)  # more than any model has
 def split_name(name: str) -> tuple[str, tuple[int, ...]]:
     """A tensor name's template and its numbers: `model.layers.3.mlp.up_proj.weight` gives `…layers.{}.mlp…`, (3,)."""
-    parts = name.split(".")
-    numbers = tuple(int(part) for part in parts if part.isdigit())
-    return ".".join("{}" if part.isdigit() else part for part in parts), numbers
+    parts: list[str] = name.split(".")
+    numbers: list[int] = []
+    if not TOWERS.isdisjoint(parts):
+        return name, ()
+    for place, part in enumerate(parts):
+        if part.isdigit() and (not place or parts[place - 1] not in UNLIKE):
+            numbers.append(int(part))
+            parts[place] = "{}"
+    return ".".join(parts), tuple(numbers)

@@ -91,6 +91,19 @@ def check_conversion(conversion: Conversion, output: Path) -> None:
         check_text(part.name)
 
 
+def check_counted(dtype: str) -> None:
+    """Refuse a type that a size is to be counted in and that GGUF does not have.
+
+    Raises:
+        UsageError: see above.
+        MissingPackageError: the package that knows the sizes of its blocks is missing.
+    """
+    if dtype not in FORMAT_DTYPES["gguf"]:
+        raise UsageError(f"a size is counted as one of GGUF's types, not as {dtype}.{_other(dtype, 'gguf')}")
+    if find_spec("gguf") is None:
+        raise MissingPackageError(f"Counting as {dtype} needs the gguf package: pip install 'llmprune[gguf]'.")
+
+
 def _other(dtype: str, form: str) -> str:
     """Which dtype may have been meant, and which there are."""
     shown = {long: short for short, long in SHORT_DTYPES.items()} if form == "gguf" else {}

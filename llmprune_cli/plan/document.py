@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
-from llmprune_cli.coupling.trace import Keep, Numbers
+from llmprune_cli.coupling.trace import Instance, Keep, Numbers
 from llmprune_cli.errors import CheckpointError
 from llmprune_cli.family.widths import FIELDS, Width, Widths
 from llmprune_cli.folder.checkpoint import Checkpoint
@@ -49,6 +49,11 @@ class Plan:
     def changed(self) -> tuple[str, ...]:
         """Names of the widths that shrink."""
         return self.after.changed_from(self.before)
+
+    @property
+    def choices(self) -> Keep:
+        """The units that stay, layers among them: what has a share for each layer loses those of layers that go."""
+        return {**self.keep, Width.LAYERS: {Instance(): self.layers}}
 
     @classmethod
     def load(cls, path: Path | str) -> Plan:

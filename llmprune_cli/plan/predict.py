@@ -6,7 +6,7 @@ from typing import Any
 
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.coupling.trace import Instance, Keep, Trace, kept_mask, new_name, renumbered
-from llmprune_cli.errors import UnsupportedError
+from llmprune_cli.errors import CheckpointError, UnsupportedError
 from llmprune_cli.family.architecture import with_widths
 from llmprune_cli.family.skeleton import expected_index
 from llmprune_cli.family.widths import NEURONS, Width, Widths
@@ -23,7 +23,13 @@ def predict(subject: Subject, target: Target) -> tuple[TensorEntry, ...]:
     architecture, stored = subject.architecture, subject.checkpoint.entries
     shapes = {entry.name: entry.shape for entry in stored}
     after = predicted_tensors(shapes, subject.trace, subject.widths, target)
-    expected = expected_index(with_widths(architecture, target.widths, target.layers))
+    try:
+        expected = expected_index(with_widths(architecture, target.widths, target.layers))
+    except CheckpointError as error:
+        raise UnsupportedError(
+            f"{architecture.config.model_type} builds no model of these widths ({str(error).rstrip('.')}). Prune other "
+            "widths, or drop other layers."
+        ) from error
     wrong = [name for name in after if after[name] != expected.get(name)] + sorted(expected.keys() - after.keys())
     if wrong:
         raise UnsupportedError(
@@ -44,7 +50,8 @@ def predicted_tensors(shapes: dict[str, Shape], trace: Trace, before: Widths, ta
         for head in range(after.heads_per_group)
     )
     chosen = {
-        width: tuple(range(getattr(after, width))) for width in (Width.HIDDEN, Width.GROUPS, Width.EXPERTS, *NEURONS)
+        width: tuple(range(getattr(after, width)))
+        for width in (Width.HIDDEN, Width.GROUPS, Width.EXPERTS, Width.LAYERS, *NEURONS)
     }
     chosen[Width.HEADS] = heads
     keep: Keep = {width: _Everywhere(units) for width, units in chosen.items()}

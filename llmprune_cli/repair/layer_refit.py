@@ -80,6 +80,14 @@ class LayerRefit:
             relative_distance(self.streams.pruned, self.streams.dense, self.whole.processes),
         )
 
+    def only_remove(self) -> None:
+        """Take the stream of the pruned model through the layer without the units that go."""
+        self._silence_biases()
+        for reader in self.whole.trace.inputs:
+            if self.layer.has(reader.parameter):
+                self._drop_inputs(Site(reader, reader.parameter.replace("{}", "0", 1), None, False))
+        self._advance_pruned(Replay(self.layer, self.streams.pruned, self.streams.folder))
+
     def _advance_pruned(self, replay: Replay) -> None:
         for first, batch in batches(self.streams.pruned):
             with replay.answering(first, len(batch)):

@@ -1,9 +1,11 @@
-"""Charts: how far each layer is from what it did before and after its refit, how healing went, what sizes cost."""
+"""Charts: the errors of all layers, how healing went, what sizes and parts of layers are worth."""
 
 from __future__ import annotations
 
 import importlib.util
 import io
+import itertools
+import math
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,15 @@ from llmprune_cli.errors import OutputError, UnsupportedError
 from llmprune_cli.folder.documents import replace_file
 
 if TYPE_CHECKING:
-    from llmprune_cli.report.results import CalibrationResult, LayerResult, PruneResult, RecoverResult, SweepResult
+    from llmprune_cli.choose.layers.figures import WidthSensitivity
+    from llmprune_cli.report.results import (
+        CalibrationResult,
+        LayerResult,
+        PruneResult,
+        RecoverResult,
+        SensitivityResult,
+        SweepResult,
+    )
 
 INCHES = (8.0, 24.0)  # least and largest width
 INCHES_PER_LAYER = 0.22
@@ -22,6 +32,15 @@ SIZE_PANELS = {  # figures of a `SweepPoint`, with words and colours
     "bits_per_byte": ("bits per byte\n(held-out text)", "removal"),
     "kl": ("KL divergence, nats", "refit"),
     "prefill_tokens_per_second": ("tokens per second,\nprefill", "stream"),
+}
+PARTS = {  # of layers, in words
+    "num_attention_heads": "query heads",
+    "num_key_value_heads": "KV groups",
+    "intermediate_size": "MLP neurons",
+    "moe_intermediate_size": "expert neurons",
+    "shared_expert_intermediate_size": "shared expert's neurons",
+    "num_experts": "experts",
+    "num_hidden_layers": "the whole layer",
 }
 COLOURS = {"removal": "#c8553d", "refit": "#2a6f97", "stream": "#6c757d"}
 
@@ -129,14 +148,51 @@ def draw_sizes(result: SweepResult, path: Path) -> None:
     _save(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
+def draw_sensitivity(result: SensitivityResult, path: Path) -> None:
+    """Draw what a part of each layer is worth into a .png or .svg file, a panel for each width.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    layers, rows = len(result.widths[0].kl), result.widths
+    width = min(max(INCHES[0], INCHES_PER_LAYER * layers), INCHES[1])
+    figure = Figure(figsize=(width, 1.9 * len(rows) + 1), layout="constrained")
+    panels = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, row, colour in zip(panels, rows, itertools.cycle(COLOURS.values()), strict=False):
+        places = [(number, kl) for number, kl in enumerate(row.kl) if kl is not None and math.isfinite(kl)]
+        axes.bar([number for number, _ in places], [kl for _, kl in places], 0.8, color=colour)
+        heights = [kl for _, kl in places if kl > 0]
+        if heights and max(heights) > LOGARITHMIC * min(heights):
+            axes.set_yscale("log")
+        axes.set_ylabel(_lost(row))
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlim(-0.6, layers - 0.4)
+    panels[-1].set_xlabel("layer")
+    figure.suptitle(
+        f"{_shown(result.model)}\n"
+        f"KL divergence from the whole model, nats, where a part of one layer goes\n"
+        f"on {result.held_out_tokens:,} held-out tokens; units by {result.importance}; nothing refitted",
+        fontsize=10,
+    )
+    _save(figure, path, "What was measured is kept.")
+
+
+def _lost(row: WidthSensitivity) -> str:
+    """What goes, in words."""
+    what = PARTS.get(row.width, row.width)
+    return what if row.units == 1 else f"{row.removed:,} of {row.units:,}\n{what}"
+
+
+def _save(figure: Any, path: Path, rest: str = "The model was written.") -> None:
     import matplotlib
 
     plain: Any = {"svg.hashsalt": "llmprune", "svg.fonttype": "none"}  # equal bytes every time, and text that is text
     kind, drawn = path.suffix[1:].lower(), io.BytesIO()
     with matplotlib.rc_context(plain):
         figure.savefig(drawn, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-    replace_file(path, [drawn.getbuffer()], "The model was written.")
+    replace_file(path, [drawn.getbuffer()], rest)
 
 
 def _draw_repairs(axes: Any, rows: list[LayerResult]) -> None:

@@ -8,12 +8,14 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from llmprune_cli.choose.layers.figures import WidthSensitivity
 from llmprune_cli.family.widths import Widths
 from llmprune_cli.folder.tensors import Shape, TensorEntry, split_name
 from llmprune_cli.formats.format import Verification
-from llmprune_cli.heal.figures import HealedLayer, HeldOut, Judgement, RateTrial
+from llmprune_cli.heal.figures import FinalistResult, HealedLayer, HeldOut, Judgement, RateTrial
 from llmprune_cli.report.runtimes import RuntimeFit
 from llmprune_cli.run.questions.figures import Answered, TaskResult
+from llmprune_cli.run.speed.figures import SpeedResult
 from llmprune_cli.vocabulary.figures import TriedVocabulary, VocabularySummary
 
 SCHEMA_VERSION = 1
@@ -71,6 +73,25 @@ class VerifyResult:
     files: int  # whose checksums were compared
     size_bytes: int  # of these
     parameters: int | None  # by the headers; None where the weights are not safetensors
+
+
+@dataclass(frozen=True)
+class SensitivityResult:
+    """What `inspect --sensitivity` reports."""
+
+    schema_version: int
+    model: str
+    revision: str | None
+    importance: str  # by which units go
+    dataset: str
+    origin: str
+    split: str
+    tokens: int  # by which units are ranked
+    held_out_tokens: int  # on which it is measured what their absence costs
+    widths: tuple[WidthSensitivity, ...]  # that layers have, and whole layers
+    influence: tuple[float, ...] | None  # 1 − cos of each layer's input and output; None where no unit reads text
+    statistics: str | None  # folder that keeps what was measured
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -150,17 +171,6 @@ class CandidateResult:
 
 
 @dataclass(frozen=True)
-class FinalistResult:
-    """A candidate for a target size that was healed for a while."""
-
-    widths: Widths
-    layers: tuple[int, ...]
-    parameters: int
-    kl_before: float  # on held-out text, nats: pruned and refitted
-    kl_after: float  # and healed on a share of the tokens
-
-
-@dataclass(frozen=True)
 class RecoverResult:
     """What `recover` reports."""
 
@@ -215,6 +225,7 @@ class PruneResult:
     candidates: tuple[CandidateResult, ...]  # best first; empty where the widths were given
     vocabulary: VocabularySummary | None  # None where it neither shrinks nor is a part that a target could take
     vocabularies: tuple[TriedVocabulary, ...]  # best first; empty where their size was not searched
+    speed: SpeedResult | None  # where a time was asked for
     seconds: float
     calibration: CalibrationResult | None
     recovery: RecoverResult | None

@@ -15,6 +15,7 @@ from llmprune_cli.report.results import (
     PruneResult,
     PushResult,
     RecoverResult,
+    SensitivityResult,
     SweepResult,
     VerifyResult,
 )
@@ -23,6 +24,7 @@ from llmprune_cli.report.results import (
 DOCUMENTS: dict[str, type] = {
     "inspect": InspectResult,
     "inspect-verify": VerifyResult,
+    "inspect-sensitivity": SensitivityResult,
     "prune": PruneResult,
     "recover": RecoverResult,
     "sweep": SweepResult,

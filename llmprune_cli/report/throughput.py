@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import nn
 
 from llmprune_cli.run.layer import Layer
 from llmprune_cli.run.layered_model import Ends
+from llmprune_cli.run.speed.clock import timing
 
 END_PASSES = 5  # of the ends, that are timed
 
@@ -30,7 +26,7 @@ class Clock:
 
     def advance(self, layer: Layer, stream: torch.Tensor) -> None:
         """Take hidden states [N, T, D] through a layer as `Layer.advance` does, one window at a time."""
-        with _timing(layer.block, layer.device) as passes:
+        with timing(layer.block, layer.device) as passes:
             layer.run(stream[:1])
             for window in stream.split(1):
                 layer.advance(window)
@@ -42,7 +38,7 @@ class Clock:
         Args:
             items: see `Layer.returned_items`.
         """
-        with _timing(ends.model, torch.device(ends.device)) as passes:
+        with timing(ends.model, torch.device(ends.device)) as passes:
             for _ in range(1 + END_PASSES):
                 ends.logits(states, items)
         self.seconds.append(statistics.median(passes[1:]) / states.shape[1])
@@ -51,34 +47,3 @@ class Clock:
     def tokens_per_second(self) -> float:
         """Of prefill, every token's logits included, with windows one at a time."""
         return 1 / sum(self.seconds)
-
-
-@contextmanager
-def _timing(module: nn.Module, device: torch.device) -> Iterator[list[float]]:
-    """The seconds of each forward pass of a module, in the order in which they end."""
-    passes: list[float] = []
-    started = 0.0
-
-    def start(_: nn.Module, args: tuple[Any, ...]) -> None:
-        nonlocal started
-        _wait(device)
-        started = time.perf_counter()
-
-    def stop(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        _wait(device)
-        passes.append(time.perf_counter() - started)
-
-    handles = [module.register_forward_pre_hook(start), module.register_forward_hook(stop)]
-    try:
-        yield passes
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _wait(device: torch.device) -> None:
-    """Let the device finish what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +71,30 @@ def compare(dense: Side, pruned: Side, windows: torch.Tensor, processes: Process
     before, after = (math.exp(min(loss / tokens, 700)) for loss in sums)
     kl = math.inf if math.isnan(kl) else max(0.0, kl / tokens)  # rounding may leave less than nothing
     return Divergence(int(tokens), before, after, kl)
+
+
+def compare_all(
+    dense: Side, others: Sequence[Side], windows: torch.Tensor, processes: Processes = ALONE
+) -> list[float]:
+    """Mean KL(dense ‖ other) of the next token for each of several models, in nats, as `compare` gives it.
+
+    Args:
+        windows: token ids, [N, T], the share of this process.
+
+    Raises:
+        CheckpointError: see `check_loss`.
+    """
+    sums = [0.0] * len(others)
+    for window, places, wanted in predicted(dense.ends, windows):
+        logits = dense.ends.logits(dense.states[window : window + 1, places], dense.items)[0]
+        first = functional.log_softmax(logits, -1)
+        check_loss(float(functional.nll_loss(first, wanted)))
+        for index, side in enumerate(others):
+            logits = side.ends.logits(side.states[window : window + 1, places], side.items)[0]
+            own = functional.log_softmax(logits, -1)
+            sums[index] += float(functional.kl_div(own, first, reduction="sum", log_target=True))
+    *sums, tokens = processes.add_up(*sums, windows[:, 1:].numel())
+    return [math.inf if math.isnan(kl) else max(0.0, kl / tokens) for kl in sums]
 
 
 def losses(side: Side, windows: torch.Tensor, known: torch.Tensor | None = None) -> float:

@@ -47,12 +47,12 @@ def _number_as(block: nn.Module, original: nn.Module) -> None:
 
 def _without_tokens(config: PretrainedConfig) -> PretrainedConfig:
     """The configuration with next to no vocabulary."""
-    known = {"bos_token_id": 1, "eos_token_id": 2}
-    tokens = {name: known.get(name) for name in config.to_dict() if name.endswith("_token_id")}
+    known, ids = {"bos_token_id": 1, "eos_token_id": 2}, config.to_dict().items()
+    tokens = {n: known.get(n, None if own is None else 0) for n, own in ids if n.endswith("_token_id")}
     return reconfigure(config, {**tokens, "vocab_size": VOCABULARY})
 
 
-def _layer_prefix(model: PreTrainedModel) -> str:
+def layer_prefix(model: PreTrainedModel) -> str:
     """What the names of the parameters of layer 0 start with."""
     numbered = (split_name(name)[0] for name, _ in model.named_parameters() if split_name(name)[1])
     return next(numbered).split("{}")[0] + "0."
@@ -219,7 +219,7 @@ class LayeredModel:
         if key not in self._shells:
             with init_empty_weights(include_buffers=False), torch.inference_mode(False):
                 model = AutoModelForCausalLM.from_config(own, experts_implementation="eager")
-            self._shells[key] = _Shell(model, _layer_prefix(model), Rules(model), _multiplied(model))
+            self._shells[key] = _Shell(model, layer_prefix(model), Rules(model), _multiplied(model))
         self._shells[number] = self._shells[key]
         return self._shells[number]
 
@@ -288,7 +288,7 @@ class LayeredModel:
                 model = AutoModelForCausalLM.from_config(reconfigure(config, layer_changes(config, (0,))))
         except (ValueError, RuntimeError, TypeError, AttributeError) as error:
             raise UnsupportedError(f"{config.model_type} cannot be run layer by layer ({error}).") from error
-        prefix, rules = _layer_prefix(model), Rules(model)
+        prefix, rules = layer_prefix(model), Rules(model)
         embedding = model.get_input_embeddings()
         is_tied = bool(getattr(model, "all_tied_weights_keys", None))
         entries = tuple(entry for entry in self.checkpoint.entries if not split_name(entry.name)[1])

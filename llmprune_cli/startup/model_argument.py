@@ -68,6 +68,14 @@ def check_model(reference: ModelReference, needs_weights: bool) -> None:
         _check_folder(path, needs_weights)
 
 
+def has_weights(model: str) -> bool:
+    """Whether a model's weights are here, in its folder or file; those on the hub are not."""
+    path = Path(model)
+    if path.suffix == ".gguf":
+        return is_there(path)
+    return any(True for pattern in WEIGHTS for _ in path.glob(pattern)) if is_there(path) and path.is_dir() else False
+
+
 def check_layers(model: str, widths: WidthRequest) -> None:
     """Refuse numbers of layers that a folder's configuration says there are none of.
 
@@ -256,7 +264,7 @@ def check_target(budget: Budget | None, model: str, tokens_may_go: bool = False)
     Raises:
         PlanError: see above.
     """
-    if budget is None:
+    if budget is None or budget.kind == "speedup" or (budget.dtype, budget.context) != (None, None):
         return
     if budget.kind == "share" and budget.amount >= 1:
         raise PlanError("A target of 100% removes nothing. Ask for a smaller share.")

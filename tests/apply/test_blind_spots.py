@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
-from llmprune_cli.apply.answers import answer, differ
 from llmprune_cli.apply.proof import prove
 from llmprune_cli.apply.pruned_folder import prune_twin
+from llmprune_cli.apply.reference.answers import answer, differ
 from llmprune_cli.coupling.discovery import trace
 from llmprune_cli.coupling.twin import build_twin, proof_sizes, settle_head_dim
 from llmprune_cli.errors import LlmpruneError, UnsupportedError
@@ -20,10 +21,11 @@ from llmprune_cli.family import architecture as rules
 from llmprune_cli.family.architecture import Architecture, discover, reconfigure
 from llmprune_cli.family.kept_layers import check_kept_layers
 from llmprune_cli.family.skeleton import expected_index
-from support.cli import BY_MAGNITUDE, run_cli
+from support.cli import BY_CHANCE, BY_MAGNITUDE, run_cli
 from support.families import FAMILIES, SIZES, model_type
 from support.stock import load_stock
 from support.tiny import tiny_config
+from tools.families.oracle import difference
 
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
 ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "num_key_value_heads": 8}
@@ -85,11 +87,15 @@ def test_the_proof_drops_an_early_layer(family: str) -> None:
     prove(architecture, traced, ("num_hidden_layers",), prune_twin, False)
 
 
-def test_a_scale_by_the_number_of_layers_is_refused_at_any_depth() -> None:
-    config: Any = tiny_config("minicpm3", **{**SIZES, **LATENT, "num_key_value_heads": 8})
-    for kept in ((0, 1, 2), (0, 2, 3)):
-        with pytest.raises(UnsupportedError, match=r"residual_scale"):
-            check_kept_layers(config, kept)
+def test_a_scale_by_the_number_of_layers_stays_what_it_was(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    model = make_tiny("minicpm3", **{**SIZES, **LATENT, "num_key_value_heads": 8, "scale_depth": 1.4})
+    run = run_cli("prune", model, *BY_MAGNITUDE, "--drop-layers", "1,2,3", "--output", tmp_path / "out")
+    assert run.code == 0, run.stderr
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["scale_depth"] == pytest.approx(0.7)
+    whole, part = load_stock(model), load_stock(tmp_path / "out")
+    del whole.model.layers[1:]
+    tokens = torch.randint(3, 90, (2, 20))
+    torch.testing.assert_close(part(tokens).logits, whole(tokens, use_cache=False).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_an_indexer_stays_with_the_layers_that_share_its_choice(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
@@ -100,6 +106,44 @@ def test_an_indexer_stays_with_the_layers_that_share_its_choice(make_tiny: Calla
     assert run.code == 0, run.stderr
     assert json.loads((tmp_path / "out" / "config.json").read_text())["indexer_types"] == ["full", "shared"]
     load_stock(tmp_path / "out")(torch.randint(3, 90, (2, 20)))
+
+
+SHARING = {
+    "head_dim": 8,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "sliding_window": 8,
+    "intermediate_size": [48] * 4,
+    "activation_sparsity_pattern": [0.0] * 4,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 96,
+    "laurel_rank": 8,
+    "pad_token_id": 0,
+}
+
+
+def test_kv_groups_that_layers_share_stay_where_query_heads_go(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Each layer would keep groups of its own choice, and read the keys of others."""
+    model, plan = make_tiny("gemma3n_text", **{**SIZES, **SHARING}), tmp_path / "plan.json"
+    run = run_cli("prune", model, *BY_CHANCE, "--num-key-value-heads", "1", "--output", tmp_path / "groups")
+    assert run.code == 5 and "keep the same groups" in run.stderr and not (tmp_path / "groups").exists(), run.stderr
+    heads = ["--num-attention-heads", "4", "--output", tmp_path / "heads", "--save-plan", plan]
+    run = run_cli("prune", model, *BY_CHANCE, *heads)
+    assert run.code == 0, run.stderr
+    assert difference(model, tmp_path / "heads", plan) < 1e-4
+
+
+# --- what a text does not reach --------------------------------------------------------------------------------------
+
+
+def test_what_takes_no_part_in_text_keeps_its_heads() -> None:
+    sizes = {"layers": 2, "attention_heads": 8, "ffn_dim": 48}
+    halves = {f"{half}_{name}": size for half in ("encoder", "decoder") for name, size in sizes.items()}
+    config: Any = AutoConfig.for_model("bart", vocab_size=96, d_model=64, max_position_embeddings=64, **halves)
+    traced = trace(settle_head_dim(discover(config, expected_index(config))))
+    refused = {width for width, reason in traced.refused.items() if "encoder_attn" in reason}
+    assert refused == {"hidden_size", "num_attention_heads", "num_key_value_heads"}
+    assert traced.of("intermediate_size")
 
 
 # --- what is stored beside the weights -----------------------------------------------------------------------------

@@ -37,7 +37,8 @@ def test_one_ratio_leaves_whole_what_is_not_proven_and_says_so(make_tiny: Callab
 def test_heads_whose_number_gives_the_bias_of_positions_are_not_offered(make_tiny: Callable[..., Path]) -> None:
     folder = make_tiny("bloom", n_head=4, n_layer=2)
     said = prunable(folder)
-    assert said["num_attention_heads"].startswith("no: The twin proof fails")
+    assert said["num_attention_heads"].startswith("no: the slopes of its position bias (ALiBi)")
+    assert said["hidden_size"] == said["num_attention_heads"]
     assert said["num_hidden_layers"] == "1 to 2"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmprune_cli.choose.layers import ablate_layers
+from llmprune_cli.choose.layers.importance import ablate_layers
 from llmprune_cli.coupling.subject import understand
 from llmprune_cli.options import ModelReference, Text
 from llmprune_cli.run.calibration import prepare_calibration

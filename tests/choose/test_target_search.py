@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmprune_cli.choose.selection import judged_windows
-from llmprune_cli.choose.target_search import check_budget, least_target, measure_size, search_widths
+from llmprune_cli.choose.selection import first_target, judged_windows
+from llmprune_cli.choose.targets.limits import measure_size, size_limit
+from llmprune_cli.choose.targets.search import Candidate, least_target, search_widths
+from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.errors import PlanError
-from llmprune_cli.options import ModelReference, WidthRequest
+from llmprune_cli.formats.gguf.writing import weights_bytes
+from llmprune_cli.options import Choice, ModelReference, WidthRequest
 from llmprune_cli.plan.requested_widths import Target, resolve
 from llmprune_cli.run.calibration import CalibrationText
 from llmprune_cli.run.corpus import Corpus
@@ -23,8 +26,9 @@ from llmprune_cli.source.opening import open_checkpoint
 from support import families
 from support.architectures import count_llama, llama_on_paper
 from support.cli import CALIBRATED, run_cli
-from support.full import examples
-from support.tiny import save_tiny
+from support.full import examples, in_full
+from support.refusals import PLAN, UNSUPPORTED, assert_refused
+from support.tiny import BYTE_LEVEL_VOCABULARY, save_byte_level, save_tiny
 
 
 @pytest.mark.parametrize("family", examples(["llama", "gpt2", "qwen3_moe", "gemma2"], ["llama"]))
@@ -58,10 +62,50 @@ def test_a_dry_run_shows_the_candidates(tiny_llama: Path, text_file: Path) -> No
     assert json.loads(run_cli("prune", tiny_llama, *options, "--json").stdout)["after"]["size_bytes"] <= 100_000
 
 
+@in_full
+def test_a_size_in_a_type_is_that_of_the_tensors_in_the_file(tmp_path: Path, text_file: Path) -> None:
+    from gguf import GGUFReader
+
+    model = save_tiny(tmp_path / "model", num_hidden_layers=4, vocab_size=BYTE_LEVEL_VOCABULARY)
+    save_byte_level(model)
+    text = ("--calibration", text_file, "--calibration-tokens", "80", "--calibration-seq-len", "40")
+    words = ("--target-size", "110 KB as q8_0", "--context", "64", "--importance", "range", "--refit", "none")
+    run = run_cli("prune", model, *words, *text, "--output", tmp_path / "out", "--gguf", "q8_0", "--json")
+    assert run.code == 0, run.stderr
+    result, (file,) = json.loads(run.stdout), list((tmp_path / "out-gguf").glob("*.gguf"))
+    assert result["target"] == "110,000 bytes as q8_0 with the KV cache of 64 tokens"
+    widths = result["after"]["widths"]
+    cached = 2 * widths["num_hidden_layers"] * widths["num_key_value_heads"] * widths["head_dim"] * 64 * 2
+    with open_checkpoint(ModelReference(str(tmp_path / "out")), need_weights=True) as checkpoint:
+        counted = weights_bytes(checkpoint.entries, checkpoint.config, "q8_0")
+    assert counted == sum(int(tensor.n_bytes) for tensor in GGUFReader(file).tensors)
+    assert 0.8 * 110_000 < counted + cached <= 110_000
+
+
+def test_a_size_in_a_type_that_a_family_is_not_written_in_is_refused(make_tiny: Callable[..., Path]) -> None:
+    run = run_cli("prune", make_tiny("opt", ffn_dim=48), "--target-size", "50KB as q8_0", "--dry-run")
+    assert_refused(run, UNSUPPORTED, "Its size as q8_0 is unknown", "opt is not written here")
+    run = run_cli("prune", make_tiny(), "--target-size", "4GiB as q8_0", "--context", "64", "--dry-run")
+    assert_refused(run, PLAN, "bytes as q8_0 with the KV cache of 64 tokens removes nothing")
+
+
 # --- on paper ------------------------------------------------------------------------------------------------------
 
 WIDE = {"intermediate_size": 192, "num_hidden_layers": 8, "max_position_embeddings": 64}
 LESS_IS_WORSE = tuple(float(layer) for layer in range(8))  # the deeper a layer, the more it matters
+
+
+def search(
+    subject: Subject,
+    budget: Budget,
+    scores: tuple[float, ...],
+    judge: Callable[[Target], float],
+    keep_layers: tuple[int, ...] = (),
+    bound: Target | None = None,
+    round_to: int | None = None,
+) -> tuple[Candidate, ...]:
+    conditions = WidthRequest(keep_layers=keep_layers, round_to=round_to)
+    return search_widths(subject, size_limit(subject, budget), scores, judge, conditions, bound)
 
 
 def missing_layers(target: Target) -> float:
@@ -89,7 +133,7 @@ def test_sizes_are_those_of_the_formula(changes: dict[str, int]) -> None:
 def test_candidates_fit_come_best_first_and_have_the_widest_mlp(share: float, judge: Callable[[Target], float]) -> None:
     subject = llama_on_paper(**WIDE)
     limit = share * count_llama(subject.widths)
-    found = search_widths(subject, Budget(share, "share"), LESS_IS_WORSE, judge)
+    found = search(subject, Budget(share, "share"), LESS_IS_WORSE, judge)
     assert [candidate.kl for candidate in found] == sorted(judge(candidate.target) for candidate in found)
     assert len({(candidate.target.widths, candidate.target.layers) for candidate in found}) == len(found) > 1
     for candidate in found:
@@ -101,14 +145,31 @@ def test_candidates_fit_come_best_first_and_have_the_widest_mlp(share: float, ju
 
 def test_bytes_are_a_limit_too() -> None:
     subject = llama_on_paper(**WIDE)
-    (best, *_) = search_widths(subject, Budget(200_000, "bytes"), LESS_IS_WORSE, missing_layers)
+    (best, *_) = search(subject, Budget(200_000, "bytes"), LESS_IS_WORSE, missing_layers)
     assert 190_000 < 2 * best.parameters <= 200_000
+
+
+def test_neurons_come_in_the_multiples_that_are_asked_for() -> None:
+    subject = llama_on_paper(**WIDE)
+    for candidate in search(subject, Budget(0.6, "share"), LESS_IS_WORSE, missing_layers, round_to=48):
+        assert candidate.target.widths.intermediate_size % 48 == 0 and candidate.target.widths.hidden_size == 64
+
+
+def test_bytes_count_the_cache_of_keys_and_values() -> None:
+    subject = llama_on_paper(**WIDE)
+    whole = Target(subject.widths, tuple(range(8)), ())
+    limit = size_limit(subject, Budget(10**6, "bytes", context=100))
+    cached = 2 * 8 * 2 * 8 * 100 * 2  # keys and values, layers, KV heads of 8 numbers, tokens, bytes
+    assert limit.of(whole) == measure_size(subject, whole)[1] + cached
+    fewer = replace(subject.widths, num_key_value_heads=1, num_attention_heads=4, num_hidden_layers=4)
+    target = Target(fewer, (0, 1, 2, 3), ())
+    assert limit.of(target) == measure_size(subject, target)[1] + cached // 4
 
 
 def test_layers_go_by_their_scores() -> None:
     subject = llama_on_paper(**WIDE)
     scores = (5.0, 1.0, 4.0, 0.5, 3.0, 2.0, 6.0, 7.0)
-    found = search_widths(subject, Budget(0.7, "share"), scores, missing_neurons)
+    found = search(subject, Budget(0.7, "share"), scores, missing_neurons)
     order = [3, 1, 5, 4, 2, 0, 6, 7]
     for candidate in found:
         assert candidate.target.layers == tuple(sorted(order[8 - len(candidate.target.layers) :]))
@@ -123,7 +184,7 @@ def test_a_way_ends_when_it_gets_worse() -> None:
         tried.append((len(target.layers), target.widths.num_key_value_heads, target.widths.num_attention_heads))
         return abs(len(target.layers) - 7) + 10 * (2 - target.widths.num_key_value_heads)
 
-    search_widths(llama_on_paper(**WIDE), Budget(0.7, "share"), LESS_IS_WORSE, judge)
+    search(llama_on_paper(**WIDE), Budget(0.7, "share"), LESS_IS_WORSE, judge)
     assert tried == [
         (8, 2, 8),
         (7, 2, 8),
@@ -137,9 +198,9 @@ def test_a_way_ends_when_it_gets_worse() -> None:
 @pytest.mark.parametrize("judge", [missing_layers, missing_neurons])
 def test_no_more_goes_than_where_a_smaller_budget_is_spent_best(judge: Callable[[Target], float]) -> None:
     subject = llama_on_paper(**WIDE)
-    (bound, *_) = search_widths(subject, Budget(0.5, "share"), LESS_IS_WORSE, judge)
-    free = search_widths(subject, Budget(0.8, "share"), LESS_IS_WORSE, judge)
-    bounded = search_widths(subject, Budget(0.8, "share"), LESS_IS_WORSE, judge, bound=bound.target)
+    (bound, *_) = search(subject, Budget(0.5, "share"), LESS_IS_WORSE, judge)
+    free = search(subject, Budget(0.8, "share"), LESS_IS_WORSE, judge)
+    bounded = search(subject, Budget(0.8, "share"), LESS_IS_WORSE, judge, bound=bound.target)
     most = bound.target.widths
     for candidate in bounded:
         own = candidate.target.widths
@@ -150,10 +211,10 @@ def test_no_more_goes_than_where_a_smaller_budget_is_spent_best(judge: Callable[
 
 def test_refused_widths_are_left_whole() -> None:
     subject = llama_on_paper(("num_key_value_heads", "num_attention_heads"), **WIDE)
-    for candidate in search_widths(subject, Budget(0.6, "share"), LESS_IS_WORSE, missing_neurons):
+    for candidate in search(subject, Budget(0.6, "share"), LESS_IS_WORSE, missing_neurons):
         assert candidate.target.widths.num_attention_heads == 8
     subject = llama_on_paper(("intermediate_size",), **WIDE)
-    found = search_widths(subject, Budget(0.6, "share"), LESS_IS_WORSE, missing_layers)
+    found = search(subject, Budget(0.6, "share"), LESS_IS_WORSE, missing_layers)
     assert {candidate.target.widths.intermediate_size for candidate in found} == {192}
     assert all(candidate.parameters <= 0.6 * count_llama(subject.widths) for candidate in found)
 
@@ -161,7 +222,7 @@ def test_refused_widths_are_left_whole() -> None:
 @pytest.mark.parametrize(("kept", "share"), [((0, -1), 0.8), ((2,), 0.5), ((0, 1, 2, 3, 4, 5), 0.85)])
 def test_beside_protected_layers_only_whole_layers_go_and_as_few_as_can(kept: tuple[int, ...], share: float) -> None:
     subject = llama_on_paper(**WIDE)
-    (only,) = search_widths(subject, Budget(share, "share"), LESS_IS_WORSE, missing_layers, kept)
+    (only,) = search(subject, Budget(share, "share"), LESS_IS_WORSE, missing_layers, keep_layers=kept)
     layers, limit = only.target.layers, share * count_llama(subject.widths)
     assert {layer % 8 for layer in kept} <= {*layers} and only.target.widths.changed_from(subject.widths) == (
         "num_hidden_layers",
@@ -175,10 +236,11 @@ def test_beside_protected_layers_only_whole_layers_go_and_as_few_as_can(kept: tu
 @pytest.mark.parametrize(("kept", "remedy"), [((), "give the widths yourself"), ((0, 1, 2), "protect fewer layers")])
 def test_a_budget_out_of_reach_names_the_least(kept: tuple[int, ...], remedy: str) -> None:
     subject = llama_on_paper(**WIDE)
-    least = measure_size(subject, least_target(subject, kept))[0]
+    least = measure_size(subject, least_target(subject, WidthRequest(keep_layers=kept)))[0]
     with pytest.raises(PlanError, match=f"at most 1,000 parameters; .* reaches is {least:,} .*{remedy}"):
-        check_budget(subject, Budget(1000, "parameters"), kept)
-    assert search_widths(subject, Budget(least, "parameters"), LESS_IS_WORSE, missing_layers, kept)
+        limit = size_limit(subject, Budget(1000, "parameters"))
+        first_target(subject, Choice(WidthRequest(keep_layers=kept)), limit)
+    assert search(subject, Budget(least, "parameters"), LESS_IS_WORSE, missing_layers, keep_layers=kept)
 
 
 def test_the_least_is_less_in_every_width() -> None:

@@ -130,7 +130,11 @@ def test_a_dry_run_ends_with_the_command_that_goes_on_from_it(
     done = run_cli(*command.split()[1:], "--json")
     assert done.code == 0 and "Measuring" not in done.stderr, done.stderr  # that was kept
     assert json.loads(done.stdout)["after"]["widths"] == json.loads(dry.stdout)["after"]["widths"]
-    undecided = run_cli("prune", tiny_llama, "--layers", "1", *text, "--dry-run")
+    named = run_cli("prune", tiny_llama, "--layers", "1", *text, "--dry-run")
+    assert re.search("Layers 2 → 1: [01] go", named.stdout) and "--statistics" in named.stdout
+    (tmp_path / "bare").mkdir()
+    shutil.copy(tiny_llama / "config.json", "bare")
+    undecided = run_cli("prune", "bare", "--layers", "1", *text, "--dry-run")
     assert "Layers 2 → 1: which go is measured on text" in undecided.stdout
     planned = run_cli("prune", tiny_llama, "--layers", "1", *BY_CHANCE, "--dry-run", "--save-plan", "plan.json")
     assert "--plan plan.json --output pruned" in planned.stdout and "--layers" not in planned.stdout.split("go on")[1]

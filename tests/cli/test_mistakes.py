@@ -47,6 +47,15 @@ MISTAKES = {
     "a share without its sign": Mistake(prune("--target-params", "0.85"), USAGE, ("--target-params", "85%?")),
     "billions without a B": Mistake(prune("--target-params", "6"), USAGE, ("6B or 6%?",)),
     "a size without a unit": Mistake(prune("--target-size", "4"), USAGE, ("--target-size", "4GiB?")),
+    "a size in a type that is not there": Mistake(
+        prune("--target-size", "4GiB as q4_k"), USAGE, ("not as q4_k", "Did you mean q4_k_m?")
+    ),
+    "a size in no type": Mistake(prune("--target-size", "4GiB as"), USAGE, ("--target-size", "500MB, 5GB or 4GiB")),
+    "a model that is not faster": Mistake(prune("--target-speedup", "0.8"), USAGE, ("--target-speedup", "1.5")),
+    "a speed that is none": Mistake(prune("--target-speedup", "fast"), USAGE, ("--target-speedup", "'fast'")),
+    "two targets": Mistake(prune("--target-speedup", "2", "--target", "85%"), USAGE, ("say the same thing",)),
+    "a context of parameters": Mistake(prune("--target", "85%", "--context", "8192"), USAGE, ("in bytes",)),
+    "a batch of a size": Mistake(prune("--target", "100KB", "--target-batch", "2"), USAGE, ("--target-speedup",)),
     "a percentage without its sign": Mistake(prune("--pruning-ratio", "25"), USAGE, ("25%?",)),
     "a layer that is not there": Mistake(prune("--drop-layers", "1,99"), PLAN, ("Layer 99 cannot", "layers 0 to 1")),
     "a text that is not there": Mistake(prune(*HALF, "--calibration", "nope.txt"), CHECKPOINT, ("nope.txt does not",)),
@@ -63,6 +72,26 @@ MISTAKES = {
     ),
     "a plan that is not there": Mistake(prune("--plan", "plan.json"), CHECKPOINT, ("plan.json does not exist",)),
     "a model that is not there": Mistake(("inspect", "./nowhere"), CHECKPOINT, ("nowhere does not exist",)),
+    "sensitivity beside widths": Mistake(
+        ("inspect", "model", "--sensitivity", "--mlp", "25%"), USAGE, ("leave out the width options",)
+    ),
+    "sensitivity beside fewer tokens": Mistake(
+        ("inspect", "model", "--sensitivity", "--vocab-size", "50%"), USAGE, ("leave out the width options",)
+    ),
+    "checksums beside fewer tokens": Mistake(
+        ("inspect", "model", "--verify", "--vocab-size", "50%"), USAGE, ("--verify plans nothing",)
+    ),
+    "sensitivity beside checksums": Mistake(("inspect", "model", "--sensitivity", "--verify"), USAGE, ("--verify",)),
+    "a text for no measurement": Mistake(
+        ("inspect", "model", "--calibration", "good.jsonl"), USAGE, ("give --sensitivity",)
+    ),
+    "sensitivity on a text that is not there": Mistake(
+        ("inspect", "model", "--sensitivity", "--calibration", "nope.txt"), CHECKPOINT, ("nope.txt does not",)
+    ),
+    "sensitivity without weights": Mistake(("inspect", "bare", "--sensitivity"), CHECKPOINT, ("bare has no weights",)),
+    "a picture of another kind": Mistake(
+        ("inspect", "model", "--sensitivity", "--report", "layers.pdf"), USAGE, (".png or an .svg", "layers.pdf")
+    ),
     "an adapter": Mistake(("inspect", "adapter"), CHECKPOINT, ("LORA adapter of org/base", "Merge")),
     "an encoder": Mistake(("prune", "bert", *HALF, "--output", "out"), UNSUPPORTED, ("BertModel", "an encoder")),
     "a folder of GGUF files": Mistake(("inspect", "ggufs"), CHECKPOINT, ("Give one of them", "ggufs/a.gguf")),
@@ -147,10 +176,11 @@ def place(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     Path("bad.jsonl").write_text('{"text": "Once\n{"text": "upon a time"}\n')
     Path("latin.txt").write_bytes("Es war einmal ein Käse.".encode("latin-1"))
     Path("thesis.docx").write_bytes(b"PK\x03\x04")
-    for folder in ("adapter", "bert", "ggufs", "taken"):
+    for folder in ("adapter", "bert", "ggufs", "taken", "bare"):
         Path(folder).mkdir()
     Path("adapter", "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/base"}')
     Path("bert", "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+    Path("bare", "config.json").write_text((tiny_llama / "config.json").read_text())
     Path("ggufs", "a.gguf").write_bytes(b"GGUF")
     Path("taken", "thesis.tex").write_text("years of work")
     return tmp_path

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from llmprune_cli.choose.target.vocabulary import SizedVocabulary, search_vocabulary, sizes_to_try
-from llmprune_cli.options import Text
+from llmprune_cli.choose.targets.vocabulary import SizedVocabulary, search_vocabulary, sizes_to_try
+from llmprune_cli.formats.gguf.writing import weights_bytes
+from llmprune_cli.options import ModelReference, Text
 from llmprune_cli.plan.document import Vocabulary
 from llmprune_cli.run.calibration import prepare_calibration
+from llmprune_cli.source.opening import open_checkpoint
 from llmprune_cli.vocabulary.rewriting import cut_tokens
 from llmprune_cli.vocabulary.tokens import read_tokens
 from llmprune_cli.vocabulary.told import tell
@@ -159,6 +161,25 @@ def test_a_target_that_tokens_reach_alone_takes_nothing_else(
 
 
 @in_full
+def test_a_size_in_a_type_counts_the_rows_that_go_in_that_type(
+    model: Path, text: tuple[str, ...], tmp_path: Path
+) -> None:
+    from gguf import GGUFReader
+
+    with open_checkpoint(ModelReference(str(model)), need_weights=True) as checkpoint:
+        whole = weights_bytes(checkpoint.entries, checkpoint.config, "q8_0")
+    left = whole - 2 * 64 * 2 * 34  # of both embeddings, 64 rows of two blocks each
+    options = (*text, "--vocab", "320", "--refit", "none", "--json")
+    output = ("--output", tmp_path / "out", "--gguf", "q8_0")
+    found = document(aimed(model, f"{left} as q8_0", *options, *output))
+    assert found["before"]["widths"] == found["after"]["widths"] and found["vocabulary"]["after"] == 320
+    (file,) = (tmp_path / "out-gguf").glob("*.gguf")
+    assert sum(int(tensor.n_bytes) for tensor in GGUFReader(file).tensors) == left
+    found = document(aimed(model, f"{left - 1} as q8_0", *options, "--dry-run"))
+    assert found["before"]["widths"] != found["after"]["widths"] and found["vocabulary"]["after"] == 320
+
+
+@in_full
 def test_a_smaller_vocabulary_puts_smaller_targets_within_reach(model: Path, text: tuple[str, ...]) -> None:
     run = run_cli("prune", model, "--target", "58%", *text, "--dry-run")
     assert run.code == PLAN and "the least that the search reaches" in run.stderr, run.stderr
@@ -188,6 +209,8 @@ def test_tokens_that_stay_are_said_to_weigh(model: Path, text: tuple[str, ...]) 
         (("--target", "80%", "--vocab", "keep", "--vocab-text", "corpus.txt"), "all do"),
         (("--target", "80%", "--keep-tokens", "tokens.txt"), "--vocab auto"),
         (("--target", "80%", "--vocab", "auto", "--resume"), "--resume"),
+        (("--target-speedup", "1.5", "--vocab", "auto"), "times models with all tokens"),
+        (("--target-speedup", "1.5", "--vocab-text", "corpus.txt"), "times models with all tokens"),
         (("--vocab", "some"), "auto or keep"),
     ],
 )

@@ -27,6 +27,7 @@ def inspected(*words: str | Path) -> dict[str, Any]:
     return found
 
 
+@in_full
 def test_what_tokens_weigh_and_what_fewer_would_save_is_shown(model: Path) -> None:
     found = inspected(model, "--vocab-size", "320", "--mlp", "50%")
     own, whole = found["vocabulary"], sum(tensor.numel() for tensor in written_tensors(model).values())
@@ -64,6 +65,7 @@ def test_tokens_to_keep_are_counted(model: Path, tmp_path: Path) -> None:
     assert inspected(model, "--keep-tokens", keep)["vocabulary"]["must_stay"] > before
 
 
+@in_full
 def test_why_no_token_can_go_is_shown(tiny_llama: Path, tmp_path: Path) -> None:
     own = inspected(tiny_llama)["vocabulary"]
     assert own["refused"] and own["tokens"] == 96 and own["share"] > 0

@@ -90,7 +90,7 @@ def changed_logits(subject: Subject) -> float:
             twin.model.save_pretrained(dense)
             cut.mkdir()
             prune_twin(dense, cut, subject.trace, own, whole, Vocabulary(VOCABULARY, kept))
-        whole_model, part = (load_stock(saved, own.config.model_type) for saved in (dense, cut))
+        whole_model, part = (load_stock(saved, twin) for saved in (dense, cut))
         expected, given = _answers(whole_model, part, tokens, kept)
     return float((expected - given).abs().max() / expected.abs().max())
 

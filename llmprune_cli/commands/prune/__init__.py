@@ -15,6 +15,7 @@ from pathlib import Path
 from llmprune_cli.apply.proven_widths import check_proof
 from llmprune_cli.apply.pruned_folder import make_manifest, write_pruned
 from llmprune_cli.choose.selection import Selection, select, target_of
+from llmprune_cli.choose.targets.speed import SpeedLimit
 from llmprune_cli.commands.prune.decision import (
     Decided,
     check_export_fits,
@@ -121,7 +122,7 @@ def _run(
     request: PruneRequest, checkpoint: Checkpoint, claim: Claim | None, processes: Processes, listener: Listener
 ) -> Outcome | None:
     """All steps up to the written folder; None in processes that do not report."""
-    decided = decide(request, understand(checkpoint, processes))
+    decided = decide(request, understand(checkpoint, processes), listener)
     subject = decided.subject
     evaluation = request.evaluation
     evaluated = None
@@ -162,18 +163,13 @@ def choose_and_write(
         staged: opens the folder to write into; None where nothing is written.
         bound: see `search_widths`.
     """
-    subject, selection, target = bench.model.subject, None, decided.target
-    if decided.plan is not None:
-        selection = Selection(decided.plan)
-    elif request.needs_weights:
-        write = partial(write_own_text, request, subject, bench.listener)
-        sized = rank_vocabularies(request, decided.vocabulary, bench, write)
-        selection = select(bench, decided.target, choice, bound, sized)
-        target = target_of(selection.plan)
-        warn_of_lost_tokens(selection.plan, bench)
-    if subject.processes.is_first and target.layers != decided.target.layers:
+    subject, is_first = bench.model.subject, bench.model.subject.processes.is_first
+    selection = _choose(request, choice, decided, bench, bound)
+    target = target_of(selection.plan) if selection is not None else decided.target
+    if is_first and target.layers != decided.target.layers:
         check_proof(subject, target)
     check_export_fits(request, subject, target)
+    speed = decided.limit.race.finish(target) if isinstance(decided.limit, SpeedLimit) and is_first else None
     target = _tell(request, choice, selection, decided, target, bench)
     repairs: tuple[LayerRepair, ...] = ()
     repaired = subject
@@ -182,7 +178,7 @@ def choose_and_write(
     only_tokens_go = vocabulary is not None and not target.widths.changed_from(subject.widths)
     if selection is not None and request.writes and not only_tokens_go:
         repaired, repairs = repair(bench, selection.plan, choice.refit or "")
-    if not subject.processes.is_first:
+    if not is_first:
         return None
     is_known = (target.widths, target.layers) == (decided.target.widths, decided.target.layers)
     tensors = decided.tensors if is_known and decided.stream is None else predict(subject, target)
@@ -201,11 +197,27 @@ def choose_and_write(
         evaluated=evaluated,
         vocabulary=None if bench.serves_several else told_of_tokens(request, subject, decided.vocabulary, plan),
         vocabularies=selection.vocabularies if selection else (),
+        speed=speed,
     )
     if staged is None or selection is None:
         return outcome
     with staged() as staging:
         return replace(outcome, card=_fill(staging, request, outcome, selection.plan, repaired, repairs, bench))
+
+
+def _choose(
+    request: PruneRequest, choice: Choice, decided: Decided, bench: Workbench, bound: Target | None
+) -> Selection | None:
+    """What stays; None where headers alone do not say."""
+    if decided.plan is not None:
+        return Selection(decided.plan)
+    if not request.needs_weights:
+        return None
+    write = partial(write_own_text, request, bench.model.subject, bench.listener)
+    sized = rank_vocabularies(request, decided.vocabulary, bench, write)
+    selection = select(bench, decided.target, choice, decided.limit, bound, sized)
+    warn_of_lost_tokens(selection.plan, bench)
+    return selection
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from llmprune_cli.apply.proven_widths import check_proof, refusing, unproven
 from llmprune_cli.apply.vocabulary.proof import prove_rows
 from llmprune_cli.choose import needs_text
 from llmprune_cli.choose.selection import first_target, stored_plan, target_of
+from llmprune_cli.choose.targets.limits import Limit, SizeLimit, size_limit
+from llmprune_cli.choose.targets.speed import Race, SpeedLimit, work_of
 from llmprune_cli.commands.prune.vocabulary import DecidedVocabulary, decide_vocabulary
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.coupling.subject import Subject
@@ -24,7 +26,7 @@ from llmprune_cli.folder.tensors import BY_NAME, TensorEntry
 from llmprune_cli.formats import load_format
 from llmprune_cli.options import Choice
 from llmprune_cli.plan.document import Plan
-from llmprune_cli.plan.predict import predict
+from llmprune_cli.plan.predict import predict, predicted_tensors
 from llmprune_cli.plan.requested_widths import Target
 from llmprune_cli.processes import Processes
 from llmprune_cli.progress import Listener
@@ -52,10 +54,11 @@ class Decided:
     before: ModelSummary
     stream: ResidualStream | None  # that is to be rotated
     untied: int  # parameters that this adds
+    limit: Limit | None  # that the widths are searched for
     vocabulary: DecidedVocabulary | None  # None: all tokens stay
 
 
-def decide(request: PruneRequest, subject: Subject) -> Decided:
+def decide(request: PruneRequest, subject: Subject, listener: Listener) -> Decided:
     """The widths, and the proof that this family can have them.
 
     Raises:
@@ -66,15 +69,49 @@ def decide(request: PruneRequest, subject: Subject) -> Decided:
         subject, untied = untie(subject)
         stream = find_residual_stream(subject.architecture, subject.trace)
     plan = stored_plan(subject, request.delivery.plan) if request.delivery.plan else None
-    vocabulary = decide_vocabulary(request, subject, plan)
+    limit = least = limit_of(request, subject, listener)
+    vocabulary = decide_vocabulary(request, subject, plan, limit)
     if vocabulary is not None and subject.processes.is_first:
         prove_rows(subject)
-    subject, target, tensors = _proven(request, subject, plan, vocabulary)
+    if vocabulary is not None and isinstance(limit, SizeLimit):
+        least = limit.sparing(vocabulary.spared(vocabulary.sizes[-1]))
+    subject, target, tensors = _proven(request, subject, plan, least)
     size_bytes = sum(entry.size_bytes for entry in tensors)
     if request.writes and subject.processes.is_first:
         check_room(request.delivery.output or Path(tempfile.gettempdir()), size_bytes)
     check_export_fits(request, subject, target)
-    return Decided(subject, plan, target, tensors, before, stream, untied, vocabulary)
+    return Decided(subject, plan, target, tensors, before, stream, untied, limit, vocabulary)
+
+
+def limit_of(request: PruneRequest, subject: Subject, listener: Listener) -> Limit | None:
+    """What the widths of a target must not exceed; None where they are given.
+
+    Raises:
+        PlanError: more text is to be timed than the model can attend to.
+    """
+    budget = request.choice.budget
+    if budget is None:
+        return None
+    if budget.kind == "speedup":
+        work = work_of(subject, request.choice.batch, budget.context)
+        return SpeedLimit(budget.amount, Race(subject, work, layer_device(request.model.device), listener))
+    return size_limit(subject, budget, partial(_weigh, subject, budget.dtype) if budget.dtype is not None else None)
+
+
+def _weigh(subject: Subject, dtype: str, target: Target) -> int:
+    """Bytes of a target's weights in a GGUF file.
+
+    Raises:
+        UnsupportedError: see `weights_bytes`.
+    """
+    from llmprune_cli.formats.gguf.writing import weights_bytes
+
+    entries = subject.checkpoint.entries
+    shapes = {entry.name: entry.shape for entry in entries}
+    after = predicted_tensors(shapes, subject.trace, subject.widths, target)
+    stored = entries[0].dtype  # of which nothing here depends
+    config = with_widths(subject.architecture, target.widths, target.layers)
+    return weights_bytes([TensorEntry(name, shape, stored, None) for name, shape in after.items()], config, dtype)
 
 
 def check_export_fits(request: PruneRequest, subject: Subject, target: Target) -> None:
@@ -91,11 +128,10 @@ def check_export_fits(request: PruneRequest, subject: Subject, target: Target) -
 
 
 def _proven(
-    request: PruneRequest, subject: Subject, plan: Plan | None, vocabulary: DecidedVocabulary | None
+    request: PruneRequest, subject: Subject, plan: Plan | None, limit: Limit | None
 ) -> tuple[Subject, Target, tuple[TensorEntry, ...]]:
     """The widths that are asked for, proven by the first process; of all together, without those that do not hold."""
-    spared = vocabulary.spared(vocabulary.sizes[-1]) if vocabulary is not None else (0, 0)
-    target = target_of(plan) if plan is not None else first_target(subject, request.choice, spared)
+    target = target_of(plan) if plan is not None else first_target(subject, request.choice, limit)
     subject.require(target.widths)
     tensors = predict(subject, target)
     of_all = request.choice.budget is not None or request.choice.widths.pruning_ratio is not None
@@ -116,7 +152,7 @@ def _proven(
     if not faults:
         return subject, target, tensors
     left = refusing(subject, faults)
-    target = first_target(left, request.choice, spared)
+    target = first_target(left, request.choice, limit)
     left.require(target.widths)
     if left.processes.is_first:
         check_proof(left, target)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmprune_cli.choose import ranks_layers
-from llmprune_cli.choose.target_search import Candidate
+from llmprune_cli.choose.targets.search import Candidate
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.errors import first_line
@@ -29,6 +29,7 @@ from llmprune_cli.report.results import (
 from llmprune_cli.report.runtimes import runtime_fits
 from llmprune_cli.run.questions.figures import Answered
 from llmprune_cli.run.questions.prompts import PROMPTS, answer_prompts
+from llmprune_cli.run.speed.figures import SpeedResult
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.opening import open_checkpoint
 from llmprune_cli.vocabulary.figures import TriedVocabulary, VocabularySummary
@@ -49,6 +50,7 @@ class Outcome:
     evaluated: EvalText | None  # what it is to be evaluated on
     vocabulary: VocabularySummary | None  # see `told_of_tokens`
     vocabularies: tuple[TriedVocabulary, ...] = ()  # see `Selection`
+    speed: SpeedResult | None = None  # where a time was asked for
 
 
 def options_said(request: PruneRequest, outcome: Outcome) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def options_said(request: PruneRequest, outcome: Outcome) -> dict[str, Any]:
     return {
         **asdict(choice.widths),
         **{name: str(value) for name, value in asdict(request.vocabulary).items() if value is not None},
-        "target": asdict(choice.budget) if choice.budget else None,
+        "target": choice.budget.to_json() if choice.budget else None,
         "importance": plan.importance,
         "layer_importance": choice.layer_importance,
         "refit": choice.refit,
@@ -132,6 +134,7 @@ def report(
         ),
         vocabulary=outcome.vocabulary,
         vocabularies=outcome.vocabularies,
+        speed=outcome.speed,
         seconds=seconds,
         calibration=outcome.card,
         recovery=None,

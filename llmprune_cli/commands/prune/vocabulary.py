@@ -11,14 +11,13 @@ import torch
 from llmprune_cli.apply.vocabulary.proof import unproven_rows
 from llmprune_cli.apply.vocabulary.rows import cut_entries
 from llmprune_cli.choose.selection import judged_windows
-from llmprune_cli.choose.target.vocabulary import SizedVocabulary, sizes_to_try
-from llmprune_cli.choose.target_search import measure_size
+from llmprune_cli.choose.targets.limits import Limit, SizeLimit, measure_size, whole_target
+from llmprune_cli.choose.targets.vocabulary import SizedVocabulary, sizes_to_try
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.errors import LlmpruneError, PlanError, UsageError, first_line
 from llmprune_cli.folder.tensors import TensorEntry
 from llmprune_cli.plan.document import Plan, Vocabulary
-from llmprune_cli.plan.requested_widths import Target
 from llmprune_cli.progress import LOGGER
 from llmprune_cli.run.calibration import Writer, load_calibration, windows_apart
 from llmprune_cli.run.corpus import cut_windows
@@ -46,7 +45,7 @@ class DecidedVocabulary:
 
     width: VocabularyWidth
     sizes: tuple[int, ...]  # that it may have, the largest first: one, or all that a search tries
-    weight: tuple[int, int]  # parameters and bytes of the rows of all tokens
+    weight: tuple[int, int]  # parameters and bytes of the rows of all tokens, these as a target counts them
 
     def spared(self, size: int) -> tuple[int, int]:
         """The parameters and bytes of the rows that go."""
@@ -59,14 +58,19 @@ class DecidedVocabulary:
         return cut_entries(tensors, self.width.axes, kept)
 
 
-def decide_vocabulary(request: PruneRequest, subject: Subject, plan: Plan | None) -> DecidedVocabulary | None:
+def decide_vocabulary(
+    request: PruneRequest, subject: Subject, plan: Plan | None, limit: Limit | None
+) -> DecidedVocabulary | None:
     """The sizes that are asked for, where the tokenizer and the family can have fewer tokens; None where all stay.
+
+    Args:
+        limit: what the widths of a target must not exceed.
 
     Raises:
         PlanError, UnsupportedError: they cannot.
         UsageError: what else is asked for does not go with it.
     """
-    asked, checkpoint, budget = request.vocabulary, subject.checkpoint, request.choice.budget
+    asked, checkpoint = request.vocabulary, subject.checkpoint
     stored = plan.vocabulary if plan is not None else None
     is_searched = asked.vocab_size == AUTO or (asked.vocab_size is None and asked.vocab_text is not None)
     if stored is None and asked.number is None and not is_searched:
@@ -76,27 +80,39 @@ def decide_vocabulary(request: PruneRequest, subject: Subject, plan: Plan | None
     if stored is not None and rows and stored.before != rows:
         raise PlanError(f"The plan is for {stored.before:,} tokens, and the model has {rows:,}. Make the plan anew.")
     width = find_width(checkpoint, subject.architecture, asked.keep_tokens)
-    weight = rows_weight(checkpoint.entries, width.axes)
+    weight = _weigh_rows(request, subject, width.axes)
     if stored is not None:
         cut_tokens(width.tokens, stored.kept)
         sizes: tuple[int, ...] = (len(stored.kept),)
     elif asked.number is not None:
         sizes = (resolve_size(asked.number, rows),)
     else:
-        assert budget is not None
-        whole = measure_size(subject, Target(subject.widths, tuple(range(subject.widths.num_hidden_layers)), ()))
-        share, index = weight[0] / whole[0], 1 if budget.kind == "bytes" else 0
+        assert isinstance(limit, SizeLimit)
+        share = weight[0] / measure_size(subject, whole_target(subject))[0]
         if asked.vocab_size != AUTO and share < LEAST_SHARE:
             LOGGER.warning(
                 f"Rows of tokens are {100 * share:.1f}% of the parameters, so all stay but with --vocab auto."
             )
             return None
-        sizes = sizes_to_try(rows, width.least, (whole[index] - budget.limit(*whole)) / weight[index])
+        sizes = sizes_to_try(rows, width.least, limit.share_of(weight))
         if sizes == (rows,):
             LOGGER.warning(f"All {rows:,} tokens stay, as {len(width.stays):,} of them must.")
             return None
     check_size(width.stays, sizes[-1])
     return DecidedVocabulary(width, sizes, weight)
+
+
+def _weigh_rows(request: PruneRequest, subject: Subject, axes: dict[str, int]) -> tuple[int, int]:
+    """See `DecidedVocabulary.weight`."""
+    from llmprune_cli.formats.gguf.writing import weights_bytes
+
+    budget, checkpoint = request.choice.budget, subject.checkpoint
+    parameters, size_bytes = rows_weight(checkpoint.entries, axes)
+    if budget is not None and budget.dtype is not None:
+        rows = [entry for entry in checkpoint.entries if entry.name in axes]
+        both = (weights_bytes(some, checkpoint.config, budget.dtype) for some in (rows, ()))
+        size_bytes = next(both) - next(both)  # without what any file has
+    return parameters, size_bytes
 
 
 def rank_vocabularies(
@@ -197,7 +213,8 @@ def told_of_tokens(
     if decided is not None:
         stays = decided.sizes[0] if plan is None else len(plan.vocabulary.kept) if plan.vocabulary is not None else None
         return replace(summary_of(subject, decided.width), after=stays if stays != decided.width.rows else None)
-    if request.choice.budget is None or request.vocabulary.vocab_size == KEEP:
+    budget = request.choice.budget
+    if budget is None or budget.kind == "speedup" or request.vocabulary.vocab_size == KEEP:
         return None
     found = summarize_vocabulary(subject)
     return found if found.share >= LEAST_SHARE and not found.refused else None

@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmprune_cli.choose.target_search import check_budget, share_of
+from llmprune_cli.choose.selection import first_target
 from llmprune_cli.commands.prune import choose_and_write, source_folder
-from llmprune_cli.commands.prune.decision import Decided, decide, layered, settle
+from llmprune_cli.commands.prune.decision import Decided, decide, layered, limit_of, settle
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.commands.sweep.request import Sweep
 from llmprune_cli.coupling.subject import Subject, understand
@@ -69,7 +69,7 @@ def sweep(model: ModelReference, asked: Sweep, listener: Listener) -> SweepResul
         checkpoint = part_to_write(stack.enter_context(open_checkpoint(model, need_weights=True)), text_only=False)
         claim = _claim(asked, source_folder(model, checkpoint), processes.is_first, stack)
         subject = understand(checkpoint, processes)
-        points = _decide(asked.requests(model, delivery.output or Path()), subject)
+        points = _decide(asked.requests(model, delivery.output or Path()), subject, listener)
         choice, text = settle(points[0].request, subject, processes, listener)
         if text is None:
             raise CheckpointError("A sweep judges all sizes on text, and there is none. Name some with --calibration.")
@@ -100,22 +100,22 @@ def _claim(asked: Sweep, forbidden: Path | None, is_first: bool, stack: ExitStac
     return stack.enter_context(claimed(delivery.output, delivery.overwrite, forbidden))
 
 
-def _decide(requests: dict[str, PruneRequest], subject: Subject) -> list[Point]:
+def _decide(requests: dict[str, PruneRequest], subject: Subject, listener: Listener) -> list[Point]:
     """All points, proven; of target sizes the least comes first, as all of them are proven by it and it bounds them.
 
     Raises:
         PlanError, UnsupportedError: the family cannot have one of them.
     """
-    budgets = {name: request.choice.budget for name, request in requests.items() if request.choice.budget}
-    if not budgets:
-        return [Point(name, request, decide(request, subject)) for name, request in requests.items()]
-    shares = {}
-    for name, budget in budgets.items():
-        check_budget(subject, budget, requests[name].choice.widths.keep_layers)
-        shares[name] = share_of(subject, budget)
-    order = sorted(shares, key=shares.__getitem__)
-    decided = decide(requests[order[0]], subject)
-    return [Point(name, requests[name], decided) for name in order]
+    limits = {}
+    for name, request in requests.items():
+        limit = limit_of(request, subject, listener)
+        if limit is None:
+            return [Point(name, request, decide(request, subject, listener)) for name, request in requests.items()]
+        first_target(subject, request.choice, limit)
+        limits[name] = limit
+    order = sorted(limits, key=lambda name: limits[name].share)
+    decided = decide(requests[order[0]], subject, listener)
+    return [Point(name, requests[name], replace(decided, limit=limits[name])) for name in order]
 
 
 def _journal(asked: Sweep, common: Choice, claim: Claim | None, bench: Workbench, stack: ExitStack) -> Journal:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from llmprune_cli.choose import needs_text
-from llmprune_cli.commands.requests import PruneRequest, check_prune, options_of
+from llmprune_cli.commands.named_options import options_of
+from llmprune_cli.commands.requests import PruneRequest, check_prune
 from llmprune_cli.errors import UsageError
 from llmprune_cli.options import (
     GOES,
@@ -29,7 +30,16 @@ from llmprune_cli.sizes import check_chart, check_ratio, parse_budget, parse_rat
 # Options of `prune` that say what is tried, and those that one text and one model for all points leave no room for.
 LEFT_OUT = (
     *(own.name for own in options_of(WidthRequest) if own.name not in ("round_to", "keep_layers")),
-    *("target", "target_params", "target_size", "layer_importance", "rotate"),
+    *(
+        "target",
+        "target_params",
+        "target_size",
+        "target_speedup",
+        "target_batch",
+        "context",
+        "layer_importance",
+        "rotate",
+    ),
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +13,12 @@ from typing import IO, TYPE_CHECKING
 
 import torch
 
-from llmprune_cli.errors import CheckpointError
+from llmprune_cli.errors import CheckpointError, UnsupportedError
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.scratch import scratch_folder
 from llmprune_cli.folder.shards import check_finite
 from llmprune_cli.folder.staging import check_room
-from llmprune_cli.folder.tensors import SHORT_DTYPES
+from llmprune_cli.folder.tensors import SHORT_DTYPES, TensorEntry
 from llmprune_cli.formats.format import FLOAT_LIMITS, ExportOptions, Fit, Format, Limits
 from llmprune_cli.formats.gguf.blocks.encoding import can_encode, encode_blocks
 from llmprune_cli.formats.gguf.families import GgufFamily, written_family
@@ -77,6 +77,20 @@ def write_gguf(
     finally:
         writer.close()
     return {}
+
+
+def weights_bytes(entries: Iterable[TensorEntry], config: PretrainedConfig, dtype: str) -> int:
+    """Bytes of the weights of a model in a file of some dtype; tokenizer and configuration come on top.
+
+    Raises:
+        UnsupportedError: llmprune does not write such a model for llama.cpp.
+    """
+    try:
+        family, _ = written_family(config)
+    except ValueError as error:
+        raise UnsupportedError(f"Its size as {dtype} is unknown: {error}. Give a size without a type.") from error
+    layout = lay_out(entries, config, family, FLOAT_KINDS.get(dtype, dtype), is_weighted=False)
+    return sum(map(_size, layout.tensors)) + sum(4 * own.numel() for own in rope_factors(config, family).values())
 
 
 def _describe(writer: GGUFWriter, checkpoint: Checkpoint, family: GgufFamily, kind: str) -> None:

@@ -24,15 +24,15 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from oracle import difference
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers import logging as transformers_logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from support.cli import BY_CHANCE, run_cli
+from tools.families.oracle import difference
 
 CONFIGURATIONS = Path(__file__).with_name("configurations.json")
-MOST_SECONDS = 20  # that a command may take
+MOST_SECONDS = 20  # of a processor that a command may take
 MOST_PARAMETERS = 5_000_000  # of a model that is small
 TOLERANCE = 1e-4  # rotary embeddings, softmax and norms run in float32 inside a float64 model
 NEURONS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
@@ -48,7 +48,7 @@ class Row:
     state: str = ""  # why nothing was tried; empty where something was
     widths: dict[str, str] = field(default_factory=dict)  # width → proven, or what stands against it
     faults: list[str] = field(default_factory=list)
-    seconds: float = 0.0  # of the slowest command
+    seconds: float = 0.0  # of a processor, for the slowest command
 
     def has(self, column: str) -> bool:
         """Whether widths of this kind are proven."""
@@ -104,7 +104,7 @@ def tried(name: str, work: Path) -> Row:
         return row
     prunable, before = said["prunable"], said["before"]["widths"]
     for width, legal in prunable.items():
-        one = legal.split(",")[0] in ("1 to 1", "1")
+        one = legal == "1" or legal.split(",")[0] == "1 to 1"
         row.widths[width] = legal if legal.startswith("no: ") else "only one" if one else "proven"
     options = dict(requested(row.widths, prunable, before))
     together = [option for own in options.values() for option in own]
@@ -123,8 +123,6 @@ def tried(name: str, work: Path) -> Row:
 def build(name: str, folder: Path) -> str:
     """Save a small random model; the answer says why there is none."""
     settings = json.loads(CONFIGURATIONS.read_text()).get(name)
-    if settings and "text_config" in settings:
-        return f"a model around {settings['text_config'].get('model_type', 'another one')}"
     if settings is None:
         return "not buildable: no small configuration"
     try:
@@ -155,14 +153,14 @@ def different(like: torch.Tensor) -> torch.Tensor:
 
 def told(row: Row, *options: str | Path) -> dict[str, Any] | None:
     """What a command answers; None where it refuses, which the row then says."""
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         run = run_cli(*options)
     except BaseException as error:  # a traceback is what this looks for
         row.faults.append(f"{options[0]} crashes: {type(error).__name__}: {str(error)[:200]}")
         row.state = row.state or "crashed"
         return None
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     row.seconds = max(row.seconds, round(seconds, 1))
     if seconds > MOST_SECONDS:
         row.faults.append(f"{options[0]} takes {seconds:.0f} s")
@@ -202,8 +200,9 @@ def judge(row: Row, model: Path, folder: Path, options: list[str]) -> str | None
     row.seconds = max(row.seconds, answer.seconds)
     row.faults += [fault for fault in answer.faults if "takes" in fault]
     if answer.state:
-        if options[0] == "--layers" and "the last ones" in answer.state:
-            return judge(row, model, folder, ["--drop-layers", "-1", *options[2:]])
+        if "--layers" in options and re.search("the last (ones|layers)", answer.state):
+            place = options.index("--layers")
+            return judge(row, model, folder, [*options[:place], "--drop-layers", "-1", *options[place + 2 :]])
         return f"{answer.state} {' '.join(answer.faults)}".strip()
     try:
         found = difference(model, folder, plan)

@@ -21,6 +21,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 COPIES = (torch.Tensor.float, torch.Tensor.type, torch.Tensor.to)  # in another precision
+WITHIN = ".language_model"  # where a model around a language model has it
+TOWERS = ".embed_tokens_extend"  # what Phi-4-multimodal calls its towers, whose numbers are none of decoder layers
 NEVER = -1e9  # the score of an expert that went
 TOKENS = 24
 FIRST, LAST = 5, 90  # tokens that are not special
@@ -29,10 +31,12 @@ FIRST, LAST = 5, 90  # tokens that are not special
 def difference(dense: Path, pruned: Path, plan: Path) -> float:
     """The largest difference of logits, relative to the largest logit."""
     stays = json.loads(plan.read_text())
-    whole, part = _load(dense), _load(pruned)
-    names = Names(stays)
-    stayed = _stayed(_state(whole), _state(part), names)
     tokens = torch.randint(FIRST, LAST, (2, TOKENS), generator=torch.Generator().manual_seed(3))
+    whole, part = _load(dense), _load(pruned)
+    if not _runs(whole, tokens):  # its code masks by the least number of a precision, or mixes two
+        whole, part = whole.float(), part.float()
+    names = Names(stays, is_text_alone=not any(WITHIN in name for name in part.state_dict()))
+    stayed = _stayed(_state(whole), _state(part), names)
     with torch.no_grad(), ExitStack() as changed:
         for name, mask in stayed.items():
             whole.state_dict()[name].mul_(mask)
@@ -48,14 +52,17 @@ def difference(dense: Path, pruned: Path, plan: Path) -> float:
 class Names:
     """Which layers stayed, and the names that tensors and modules have after them."""
 
-    def __init__(self, plan: dict[str, Any]) -> None:
+    def __init__(self, plan: dict[str, Any], is_text_alone: bool) -> None:
+        self.is_text_alone = is_text_alone  # written without the model around it
         self.layers: list[int] = plan["layers"]
         self.depth: int = plan["before"]["num_hidden_layers"]
         self.experts: int = plan["before"]["num_experts"]
 
     def after(self, name: str) -> str | None:
         """The name in the pruned model; None for what is part of a layer that went."""
-        found = re.search(r"\.(\d+)(?=\.|$)", name)
+        if self.is_text_alone:
+            name = name.replace(WITHIN, "", 1)
+        found = None if TOWERS in name else re.search(r"\.(\d+)(?=\.|$)", name)
         if found is None or len(self.layers) == self.depth:
             return name
         layer = int(found[1])
@@ -67,6 +74,15 @@ class Names:
 def _load(folder: Path) -> Any:
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **eager).double().eval()
+
+
+def _runs(model: nn.Module, tokens: torch.Tensor) -> bool:
+    try:
+        with torch.no_grad():
+            model(input_ids=tokens, use_cache=False)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,28 +1,26 @@
-"""Which uniform widths a target size is best spent on."""
+"""Which uniform widths a target is best spent on."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
+from llmprune_cli.choose.targets.limits import Limit, measure_size
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.errors import PlanError
 from llmprune_cli.family.widths import NEURONS
-from llmprune_cli.folder.tensors import DTYPES, split_name
 from llmprune_cli.options import WidthRequest
 from llmprune_cli.plan.legal import legal_experts
-from llmprune_cli.plan.predict import predicted_tensors
 from llmprune_cli.plan.requested_widths import Target, protected_layers, resolve
-from llmprune_cli.sizes import Budget
 
 ROUND_TO = 64  # neurons that stay, at most: what kernels like
 DEPTHS = (0.0, 0.07, 0.14, 0.21, 0.3, 0.4, 0.5)  # shares of the layers whose removal is considered
 EXPERT_SHARES = (0.875, 0.75, 0.5)  # of the experts that are considered to stay
 LEAST_NEURONS = Fraction(3, 20)  # a smaller share of an MLP is not considered
+NO_CONDITIONS = WidthRequest()
 
 
 @dataclass(frozen=True)
@@ -34,78 +32,17 @@ class Candidate:
     kl: float  # on held-out text, after a short calibration
 
 
-def measure_size(subject: Subject, target: Target) -> tuple[int, int]:
-    """Parameters and bytes after pruning."""
-    dtypes = {split_name(entry.name)[0]: DTYPES[entry.dtype].size_bytes for entry in subject.checkpoint.entries}
-    shapes = {entry.name: entry.shape for entry in subject.checkpoint.entries}
-    parameters = sum(entry.numel for entry in subject.surroundings)
-    size = sum(entry.size_bytes for entry in subject.surroundings)
-    for name, shape in predicted_tensors(shapes, subject.trace, subject.widths, target).items():
-        count = math.prod(shape)
-        parameters += count
-        size += count * dtypes[split_name(name)[0]]
-    return parameters, size
-
-
-def share_of(subject: Subject, budget: Budget) -> float:
-    """How large a part of the model a budget is, of its parameters or of its bytes."""
-    whole = measure_size(subject, Target(subject.widths, tuple(range(subject.widths.num_hidden_layers)), ()))
-    return budget.limit(*whole) / whole[1 if budget.kind == "bytes" else 0]
-
-
-def check_budget(
-    subject: Subject, budget: Budget, keep_layers: tuple[int, ...] = (), spared: tuple[int, int] = (0, 0)
-) -> None:
-    """Refuse a size that leaves the model as it is, or that the search cannot reach, before anything is measured.
-
-    Args:
-        keep_layers: see `WidthRequest`.
-        spared: see `search_widths`.
-
-    Raises:
-        PlanError: see above.
-    """
-    whole = Target(subject.widths, tuple(range(subject.widths.num_hidden_layers)), ())
-    of_whole, index = measure_size(subject, whole), 1 if budget.kind == "bytes" else 0
-    parameters, size_bytes = measure_size(subject, least_target(subject, keep_layers))
-    least = parameters - spared[0], size_bytes - spared[1]
-    limit = budget.limit(*of_whole)
-    if limit >= of_whole[index]:
-        raise PlanError(
-            f"The model has {_amount(of_whole, index)}, so a target of {_amount((limit, limit), index)} removes "
-            f"nothing. {_reachable(of_whole, least, index)}"
-        )
-    if limit < least[index]:
-        remedy = "protect fewer layers" if keep_layers else "give the widths yourself"
-        raise PlanError(
-            f"No uniform widths leave at most {_amount((limit, limit), index)}; the least that the search reaches is "
-            f"{_amount(least, index)}. {_reachable(of_whole, least, index)[:-1]}, or {remedy}."
-        )
-
-
-def _reachable(whole: tuple[int, int], least: tuple[int, int], index: int) -> str:
-    """What may be asked for, in words."""
-    share = math.ceil(1000 * least[0] / whole[0]) / 10
-    percent = f" ({share:g}% of the parameters)" if index == 0 else ""
-    return f"Ask for {least[index]:,}{percent} up to less than {whole[index]:,}."
-
-
-def _amount(sizes: tuple[float, float], index: int) -> str:
-    return f"{sizes[index]:,.0f} {'bytes' if index else 'parameters'}"
-
-
 Judge = Callable[[Target], float]  # gives the divergence from the dense model, see `Candidate`
 Steps = Callable[[Subject, WidthRequest, tuple[float, ...]], Iterator[WidthRequest]]
 
 
 def search_widths(
     subject: Subject,
-    budget: Budget,
+    limit: Limit,
     layer_scores: tuple[float, ...],
     judge: Judge,
-    keep_layers: tuple[int, ...] = (),
+    conditions: WidthRequest = NO_CONDITIONS,
     bound: Target | None = None,
-    spared: tuple[int, int] = (0, 0),
 ) -> tuple[Candidate, ...]:
     """The candidates that were judged, best first: each has the widest MLP that fits beside the rest.
 
@@ -115,20 +52,19 @@ def search_widths(
 
     Args:
         layer_scores: of each layer; those with the least go first.
-        keep_layers: see `WidthRequest`.
+        conditions: the layers that stay as they are, and what numbers of neurons are a multiple of.
         bound: what a smaller budget is best spent on: no more layers, groups, heads or experts go than there.
-        spared: parameters and bytes of tokens that go as well, so that nothing else has to go for them.
 
     Raises:
         PlanError: nothing fits.
     """
-    limit, index = _limit(subject, budget, spared)
     judged: dict[tuple[object, ...], Candidate] = {}
+    keep_layers = conditions.keep_layers
     base, best = WidthRequest(keep_layers=keep_layers), float("inf")
     for steps, patience in ((_ever_fewer_layers, 1),) if keep_layers else WAYS:
         origin, worse = base, 0
         for request in steps(subject, origin, layer_scores):
-            target = _widest(subject, request, limit, index)
+            target = _widest(subject, request, limit, conditions.round_to)
             if target is None:
                 base = request if best == float("inf") else base  # not enough on its own: other ways go on from here
                 continue
@@ -136,7 +72,8 @@ def search_widths(
                 continue
             is_whole = target.widths == subject.widths
             kl = 0.0 if is_whole else judge(target)
-            judged[target.widths, target.layers] = Candidate(target, measure_size(subject, target)[0] - spared[0], kl)
+            parameters = measure_size(subject, target)[0] - limit.spared[0]
+            judged[target.widths, target.layers] = Candidate(target, parameters, kl)
             if is_whole:
                 return tuple(judged.values())
             if keep_layers:
@@ -149,18 +86,9 @@ def search_widths(
                 break
     if not judged:
         raise PlanError(
-            f"No uniform widths that the search tries leave at most {limit - spared[index]:,.0f} "
-            f"{'bytes' if index else 'parameters'}. "
-            "Ask for more, or give the widths yourself."
+            f"No uniform widths that the search tries leave {limit}. Ask for {limit.less}, or give the widths yourself."
         )
     return tuple(sorted(judged.values(), key=lambda candidate: candidate.kl))
-
-
-def _limit(subject: Subject, budget: Budget, spared: tuple[int, int]) -> tuple[float, int]:
-    """What all but the tokens that go may come to, and which of parameters and bytes that is, by number."""
-    whole = Target(subject.widths, tuple(range(subject.widths.num_hidden_layers)), ())
-    index = 1 if budget.kind == "bytes" else 0
-    return budget.limit(*measure_size(subject, whole)) + spared[index], index
 
 
 def _goes_beyond(target: Target, bound: Target) -> bool:
@@ -239,28 +167,25 @@ def _expert_counts(subject: Subject) -> list[int]:
     return [count for count in dict.fromkeys(below) if count]
 
 
-def _widest(subject: Subject, base: WidthRequest, limit: float, index: int) -> Target | None:
-    """The target with the most neurons that fits, by bisection over multiples; None where none is legal and fits.
-
-    Args:
-        index: of the size that is limited in what `measure_size` gives.
-    """
+def _widest(subject: Subject, base: WidthRequest, limit: Limit, round_to: int | None) -> Target | None:
+    """The target with the most neurons that fits, by bisection over multiples; None where none is legal and fits."""
 
     def fits(request: WidthRequest) -> Target | None:
         target = resolve(subject.architecture, subject.trace.refused, request)
         same = target.widths.hidden_size == subject.widths.hidden_size
-        return target if same and measure_size(subject, target)[index] <= limit else None
+        return target if same and limit.fits(target) else None
 
     largest = max(getattr(subject.widths, width) for width in NEURONS)
-    step = _step(largest)
+    step = _step(largest, round_to)
     low, high = max(1, int(LEAST_NEURONS * largest) // step), largest // step
     try:
-        best = fits(base)
-        if best is not None or base.keep_layers or not _neurons(subject, Fraction(1)):
+        whole_fits = not base.is_empty or any(limit.spared)  # as no other limit leaves the model as it is
+        best = fits(base) if whole_fits else None
+        if best is not None or base.keep_layers or not _neurons(subject, Fraction(1), round_to):
             return best
         while low <= high:
             middle = (low + high) // 2
-            found = fits(replace(base, **_neurons(subject, Fraction(middle * step, largest))))
+            found = fits(replace(base, **_neurons(subject, Fraction(middle * step, largest), round_to)))
             if found is not None:
                 best, low = found, middle + 1
             else:
@@ -270,29 +195,35 @@ def _widest(subject: Subject, base: WidthRequest, limit: float, index: int) -> T
     return best
 
 
-def _step(largest: int) -> int:
-    """What numbers of neurons are a multiple of: 64, in an MLP of less than 4096 a power of two near its 64th part."""
+def _step(largest: int, round_to: int | None) -> int:
+    """What numbers of neurons are a multiple of: 64, in an MLP of less than 4096 a power of two near its 64th part.
+
+    Args:
+        round_to: what is asked for instead.
+    """
+    if round_to is not None:
+        return min(round_to, largest)
     return int(max(1, min(ROUND_TO, 2 ** ((largest // 64).bit_length() - 1 if largest >= 64 else 0))))
 
 
-def _neurons(subject: Subject, share: Fraction) -> dict[str, Any]:
+def _neurons(subject: Subject, share: Fraction, round_to: int | None) -> dict[str, Any]:
     """Sizes that leave this share of every kind of neuron, rounded down to what kernels like."""
     found: dict[str, Any] = {}
     for width in NEURONS:
         whole = getattr(subject.widths, width)
         if whole and width not in subject.trace.refused:
-            step = max(_step(whole), subject.architecture.step_of(width))
+            step = max(_step(whole, round_to), subject.architecture.step_of(width))
             found[width] = max(step, int(whole * share) // step * step)
     return found
 
 
-def least_target(subject: Subject, keep_layers: tuple[int, ...] = ()) -> Target:
+def least_target(subject: Subject, conditions: WidthRequest = NO_CONDITIONS) -> Target:
     """The least that the search reaches in every width at once: what has to be proven before it starts.
 
     Args:
-        keep_layers: see `WidthRequest`.
+        conditions: see `search_widths`.
     """
-    before = subject.widths
+    before, keep_layers = subject.widths, conditions.keep_layers
     if keep_layers:
         deepest_last = tuple(float(-layer) for layer in range(before.num_hidden_layers))
         for fewest in reversed(list(_ever_fewer_layers(subject, WidthRequest(keep_layers=keep_layers), deepest_last))):
@@ -301,7 +232,7 @@ def least_target(subject: Subject, keep_layers: tuple[int, ...] = ()) -> Target:
     groups = ([before.num_key_value_heads, *_group_counts(subject)])[-1]
     per_group = [before.heads_per_group if groups else 0, *_head_counts(subject)][-1]
     experts = [None, *_expert_counts(subject)][-1]
-    request = WidthRequest(num_experts=experts, **_neurons(subject, LEAST_NEURONS))
+    request = WidthRequest(num_experts=experts, **_neurons(subject, LEAST_NEURONS, conditions.round_to))
     shapes: dict[str, Any] = (
         {"num_key_value_heads": groups, "num_attention_heads": groups * per_group} if groups else {}
     )

@@ -10,9 +10,11 @@ from itertools import count
 
 import torch
 
-from llmprune_cli.choose.target_search import search_widths
+from llmprune_cli.choose.targets.limits import SizeLimit
+from llmprune_cli.choose.targets.search import search_widths
 from llmprune_cli.errors import PlanError
 from llmprune_cli.journal.forms import Json
+from llmprune_cli.options import WidthRequest
 from llmprune_cli.plan.document import Plan, Vocabulary
 from llmprune_cli.plan.requested_widths import Target
 from llmprune_cli.repair.dense_goals import Streams
@@ -21,7 +23,6 @@ from llmprune_cli.run.divergence import Side, losses
 from llmprune_cli.run.layer import windows_together
 from llmprune_cli.run.perplexity import bits_per_byte
 from llmprune_cli.run.workbench import Workbench
-from llmprune_cli.sizes import Budget
 from llmprune_cli.vocabulary.figures import TriedVocabulary
 from llmprune_cli.vocabulary.request import STEP
 from llmprune_cli.vocabulary.told import Told
@@ -69,8 +70,8 @@ class TryOut:
     bench: Workbench
     fitted: torch.Tensor  # token ids, [N, T], on which the rest of the target is refitted
     method: str  # see `refit`
-    budget: Budget
-    keep_layers: tuple[int, ...]  # see `search_widths`, as for the next
+    limit: SizeLimit  # of the model with all tokens
+    conditions: WidthRequest  # see `search_widths`, as for the next
     layer_scores: tuple[float, ...]
     follow: Callable[[Target], Plan]  # gives the plan of some widths
 
@@ -125,9 +126,9 @@ def _first_fitting(try_out: TryOut, spared: tuple[int, int]) -> Target | None:
     def in_turn(target: Target) -> float:
         return next(numbers)
 
-    about = (try_out.budget, try_out.layer_scores, in_turn, try_out.keep_layers)
+    about = (try_out.limit.sparing(spared), try_out.layer_scores, in_turn, try_out.conditions)
     try:
-        found = search_widths(try_out.bench.model.subject, *about, spared=spared)
+        found = search_widths(try_out.bench.model.subject, *about)
     except PlanError:
         return None
     return found[0].target

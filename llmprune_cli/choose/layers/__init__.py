@@ -1,0 +1,1 @@
+"""What single layers are worth: their importance, and what removing a part of one costs."""

@@ -1,1 +1,0 @@
-"""What a target size is spent on, beside widths."""

@@ -1,0 +1,94 @@
+"""A target in time: widths are searched whose model is so much faster here, by what is measured."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from llmprune_cli.choose.targets.speed import Race, SpeedLimit, work_of
+from llmprune_cli.coupling.subject import understand
+from llmprune_cli.errors import PlanError
+from llmprune_cli.options import ModelReference, WidthRequest
+from llmprune_cli.plan.requested_widths import resolve
+from llmprune_cli.progress import QUIET
+from llmprune_cli.run.speed import clock
+from llmprune_cli.run.speed.timed_model import PassTime, RunTime, Work
+from llmprune_cli.source.opening import open_checkpoint
+from support import families
+from support.cli import run_cli
+from support.full import in_full
+from support.refusals import PLAN, assert_refused
+from support.tiny import save_tiny
+
+FAMILIES = ["llama", "gpt2", "gemma3_text", "qwen3_moe", "deepseek_v3", "mamba2", "jamba", "lfm2"]
+
+
+@pytest.fixture(autouse=True)
+def only_this_process_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its CPU seconds instead of the time that passes while others work."""
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=time.process_time))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Layers enough to be faster without some of them, however small they are."""
+    return save_tiny(tmp_path_factory.mktemp("deep") / "model", num_hidden_layers=4, initializer_range=0.15)
+
+
+def test_the_time_of_a_model_is_that_of_its_parts() -> None:
+    run = RunTime(PassTime(3.0, {0: 1.0, 1: 2.0}), PassTime(0.3, {0: 0.1, 1: 0.2}))
+    assert run.of((0, 1, 1), Work(1, 100, new_tokens=10)) == pytest.approx(3 + 5 + 10 * (0.3 + 0.5))
+    assert run.of((0,), Work(1, 100, new_tokens=10)) == pytest.approx(3 + 1 + 10 * (0.3 + 0.1))
+
+
+@in_full
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fewer_layers_of_any_kind_take_less_time(family: str, tmp_path: Path) -> None:
+    settings = {**families.SIZES, **families.FAMILIES[family]}
+    source = save_tiny(tmp_path / "model", families.model_type(family), **settings)
+    with open_checkpoint(ModelReference(str(source)), need_weights=False) as checkpoint:
+        subject = understand(checkpoint)
+    race = Race(subject, work_of(subject, 2, 8), "cpu", QUIET)
+    half = resolve(subject.architecture, {}, WidthRequest(num_hidden_layers=2))
+    assert race.ratio(half) < 0.9
+    figures = race.finish(half)
+    assert 1 < figures.speedup < 20 and (figures.batch, figures.prompt_tokens, figures.rounds) == (2, 8, 7)
+    assert figures.after.decode_tokens_per_second > figures.before.decode_tokens_per_second > 0
+
+
+def test_a_model_that_is_so_much_faster_is_found_and_timed(model: Path, text_file: Path) -> None:
+    text = ("--calibration", text_file, "--calibration-tokens", "80", "--calibration-seq-len", "40")
+    words = ("--importance", "range", "--refit", "none", "--context", "16", "--target-batch", "3", "--round-to", "48")
+    run = run_cli("prune", model, "--target-speedup", "1.3", *text, *words, "--dry-run", "--json")
+    assert run.code == 0, run.stderr
+    result = json.loads(run.stdout)
+    assert result["target"] == "1.3 times as fast" and len(result["dropped_layers"]) >= 1
+    speed = result["speed"]
+    assert (speed["batch"], speed["prompt_tokens"], speed["new_tokens"]) == (3, 16, 128)
+    assert speed["speedup"] > 1.1 and speed["device"] == "cpu" and speed["dtype"] == "float32"
+    assert speed["after"]["decode_tokens_per_second"] > speed["before"]["decode_tokens_per_second"]
+
+
+def test_a_time_out_of_reach_is_told_before_anything_is_measured_on_text(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMPRUNE_WIKITEXT2", str(tmp_path))  # no text, so that measuring would fail
+    run = run_cli("prune", model, "--target-speedup", "90", "--context", "8", "--output", tmp_path / "out")
+    assert_refused(run, PLAN, "the model 90 times as fast here", "times as fast (batch 1, 8 tokens read and 128")
+    run = run_cli("prune", model, "--target-speedup", "2", "--context", "64", "--output", tmp_path / "out")
+    assert_refused(run, PLAN, "attends to 64 tokens", "at most --context 55")
+
+
+def test_a_limit_says_what_it_is(model: Path) -> None:
+    with open_checkpoint(ModelReference(str(model)), need_weights=False) as checkpoint:
+        subject = understand(checkpoint)
+    work = work_of(subject, None, None)
+    assert work == Work(1, 32), "half of what it attends to, which is less than is usual"
+    limit = SpeedLimit(2.0, Race(subject, work, "cpu", QUIET))
+    assert str(limit) == "the model 2 times as fast" and limit.share == 0.5
+    with pytest.raises(PlanError):
+        work_of(subject, 1, 100)
