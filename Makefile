@@ -12,7 +12,7 @@ MINUTES ?= 10
 BASE ?= HEAD~1
 TYPES ?=
 
-.PHONY: demo families matrix schemas golden test test-all check lint fix fuzz faults bench bench-8b bench-calibrated bench-exports bench-memory bench-processes bench-quality bench-quantized bench-recover bench-start bench-sweep bench-vocab check-consumers check-gpu check-ranges check-runtimes clean
+.PHONY: demo families matrix schemas golden test test-all check lint fix fuzz faults bench bench-8b bench-calibrated bench-estimate bench-exports bench-memory bench-processes bench-quality bench-quantized bench-recover bench-start bench-sweep bench-vocab check-consumers check-gpu check-ranges check-runtimes clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -100,6 +100,9 @@ bench-processes: $(INSTALLED)  ## two processes against one: perplexity, plan, t
 
 bench-calibrated: $(OPTIPFAIR)  ## what a calibrated prune costs, beside a plain forward pass and an earlier build
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_WAIT_POLICY=PASSIVE $(BIN)/python tests/tools/bench/calibrated.py
+
+bench-estimate: $(INSTALLED)  ## what prunes are said to take, beside what they take, and what larger models would
+	$(BIN)/python tests/tools/bench/estimate.py
 
 bench-quality: $(OPTIPFAIR)  ## compare what pruned models are still worth, with other methods at equal size
 	$(BIN)/python tests/tools/bench/quality.py

@@ -19,20 +19,49 @@ class Progress:
     note: str = ""  # what came of it so far
 
 
+@dataclass(frozen=True)
+class StageEstimate:
+    """What one stage of a run will take."""
+
+    name: str
+    seconds: float  # of all its times
+    times: int  # that it is gone through at most
+    chooses: bool  # whether it is a part of the choice of what stays
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a prune takes on this machine from its start, evaluation, healing and exports aside."""
+
+    seconds: float | None  # None where no layers were timed
+    stages: tuple[StageEstimate, ...]
+    candidates: int  # that are tried at most; 0 where the widths were given
+    memory_bytes: int  # of the process, at most
+    device_bytes: int  # of a GPU, at most; 0 where none is used
+    disk_bytes: int  # of the folder that is written
+    temporary_bytes: int  # of files that go when the run ends
+
+
 Told = Callable[[Progress], None]
 
 
 class Listener:
     """Tells how far a run is, and warns."""
 
-    def __init__(self, told: Told | None = None, warn: Callable[[str], None] = LOGGER.warning) -> None:
+    def __init__(
+        self,
+        told: Told | None = None,
+        warn: Callable[[str], None] = LOGGER.warning,
+        expect: Callable[[Estimate], None] = lambda estimate: None,
+    ) -> None:
         """Report to a function, and warnings to the log.
 
         Args:
             told: of the beginning of each stage, where nothing is done yet, and of every step; None tells nobody.
             warn: told what the user should know.
+            expect: told what a run will take, before it starts.
         """
-        self.warn = warn
+        self.warn, self.expect = warn, expect
         self._told = told
         self._now = Progress("", 0, 0)
 
@@ -42,6 +71,7 @@ class Listener:
         return Listener(
             told and (lambda now: told(replace(now, stage=f"{name}: {now.stage}"))),
             lambda text: warn(f"{name}: {text}"),
+            self.expect,
         )
 
     def stage(self, name: str, total: int) -> None:

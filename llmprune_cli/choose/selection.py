@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from llmprune_cli.choose import IMPORTANCES, LAYER_IMPORTANCES, needs_activity, 
 from llmprune_cli.choose.magnitude import check_scores, instances
 from llmprune_cli.choose.measuring import Activity, Measuring
 from llmprune_cli.choose.targets.limits import Limit, SizeLimit
-from llmprune_cli.choose.targets.search import Candidate, least_target, search_widths
+from llmprune_cli.choose.targets.search import Candidate, in_words, least_target, most_candidates, search_widths
 from llmprune_cli.choose.targets.speed import Remembered, SpeedLimit
 from llmprune_cli.choose.targets.vocabulary import SizedVocabulary, TryOut, settle_vocabulary
 from llmprune_cli.coupling.subject import Subject
@@ -28,7 +29,8 @@ from llmprune_cli.plan.requested_widths import Target, resolve
 from llmprune_cli.plan.units import Scores, choose
 from llmprune_cli.progress import Listener
 from llmprune_cli.repair.dense_goals import Streams, walk_dense
-from llmprune_cli.repair.refit import refit
+from llmprune_cli.repair.layer_refit import LayerRefit
+from llmprune_cli.repair.refit import Refitter, refit
 from llmprune_cli.run.calibration import CalibrationText
 from llmprune_cli.run.divergence import Side, compare
 from llmprune_cli.run.workbench import Workbench
@@ -110,9 +112,9 @@ def make_plan(bench: Workbench, target: Target, choice: Choice) -> Plan:
     subject = bench.model.subject
     changes = bool(target.widths.changed_from(subject.widths))
     measuring = Measuring(bench, bench.text.fitted) if bench.text is not None and changes else None
-    activity = _measure(measuring, choice)
+    activity = measure_units(measuring, choice)
     if measuring is not None and ranks_layers(choice):
-        target = _without_least_layers(subject, target, choice, _score_layers(measuring, choice, activity))
+        target = _without_least_layers(subject, target, choice, score_layers(measuring, choice, activity))
     plan = None
     if subject.processes.is_first:
         scores = _score_units(subject, target, choice, activity, bench.listener)
@@ -130,7 +132,7 @@ def plan_each(
         far as that is measured with the units.
     """
     subject, text = bench.model.subject, bench.text
-    activity = _measure(Measuring(bench, text.fitted) if text is not None else None, choice)
+    activity = measure_units(Measuring(bench, text.fitted) if text is not None else None, choice)
     smallest = {
         field.name: min(getattr(target.widths, field.name) for target in targets.values())
         for field in fields(subject.widths)
@@ -196,11 +198,12 @@ def search_plan(
     if isinstance(limit, SpeedLimit):
         limit = Remembered(limit, bench.journal)
     measuring = Measuring(bench, text.fitted)
-    activity = _measure(measuring, choice)
+    activity = measure_units(measuring, choice)
     least = least_target(subject, choice.widths)
     every = replace(least, layers=tuple(range(subject.widths.num_hidden_layers)))
     scores = _score_units(subject, every, choice, activity, bench.listener)
-    layer_scores = _score_layers(measuring, choice, activity)
+    layer_scores = score_layers(measuring, choice, activity)
+    numbers, most = count(1), most_candidates(subject, choice.widths.keep_layers)
 
     def follow(target: Target) -> Plan:
         return _of_first(subject, _plan_of(subject, target, choice, scores))
@@ -208,9 +211,10 @@ def search_plan(
     def judge(target: Target) -> float:
         """How far a candidate diverges, as remembered or after a short refit."""
         mark = sha256(repr(target).encode()).hexdigest()[:16]
+        name = f"Trying {next(numbers)} of at most {most}: {in_words(subject, target)}"
 
         def refit_and_compare() -> float:
-            return _diverge(bench, text, follow(target), choice.settled.refit or "")
+            return try_plan(bench, text, follow(target), choice.settled.refit or "", name)
 
         return bench.journal.recall(f"judged-{mark}", Json(float), refit_and_compare)
 
@@ -227,18 +231,31 @@ def search_plan(
     return Selection(replace(best, vocabulary=chosen.cut) if chosen is not None else best, candidates, tried)
 
 
-def _diverge(bench: Workbench, text: CalibrationText, plan: Plan, method: str) -> float:
-    """How far the model diverges on held-out text when a plan is followed and some text refitted, nats per token."""
+def try_plan(
+    bench: Workbench,
+    text: CalibrationText,
+    plan: Plan,
+    method: str,
+    name: str,
+    refitter: Refitter = LayerRefit,
+) -> float:
+    """How far the model diverges on held-out text when a plan is followed and some text refitted, nats per token.
+
+    Args:
+        name: of the stage.
+        refitter: see `refit`.
+    """
     model = bench.model
     fitted = model.share(text.fitted[: _windows_of(SEARCH_TOKENS, text)])
     judged = model.share(text.held_out[: judged_windows(text)])
-    bench.listener.stage(f"Trying {_in_words(target_of(plan))}", model.layers)
     with torch.inference_mode():
         windows = torch.cat([fitted, judged])
-        kept = walk_dense(model, windows, bench.tried, lambda layers: None)
+        walks = model.device == "cpu" and bench.tried.covering(windows) is None
+        bench.listener.stage(name, model.layers * (2 if walks else 1))
+        kept = walk_dense(model, windows, bench.tried, bench.listener.advance)
         start = model.embed(windows)
         streams = Streams(start, start.clone(), len(fitted), kept=kept)
-        refit(model, plan, streams, method, bench.listener.advance, with_errors=False)
+        refit(model, plan, streams, method, bench.listener.advance, with_errors=False, refitter=refitter)
         ends = model.load_ends(exact=True)
         items = model.load_layer(0).returned_items(start)
         dense, pruned = (Side(ends, states[len(fitted) :], items) for states in (streams.dense, streams.pruned))
@@ -255,18 +272,6 @@ def _windows_of(tokens: int, text: CalibrationText) -> int:
     return max(1, tokens // text.fitted.shape[1])
 
 
-def _in_words(target: Target) -> str:
-    widths = target.widths
-    shapes = {
-        "layers": len(target.layers),
-        "KV groups": widths.num_key_value_heads,
-        "heads": widths.num_attention_heads,
-        "neurons": widths.intermediate_size or widths.moe_intermediate_size,
-        "experts": widths.num_experts,
-    }
-    return ", ".join(f"{count} {name}" for name, count in shapes.items() if count)
-
-
 def _completed(subject: Subject, target: Target, scores: Scores, listener: Listener) -> Scores:
     """The scores with those by magnitude of widths that several weights read together, which no activity ranks."""
     changed = tuple(width for width in target.widths.changed_from(subject.widths) if width != Width.LAYERS)
@@ -277,11 +282,12 @@ def _completed(subject: Subject, target: Target, scores: Scores, listener: Liste
     listener.warn(f"No activity ranks {', '.join(sorted(missing))} in all layers; magnitude does.")
     return {
         **scores,
-        **{w: s for w, s in _score_weights(subject, target, "magnitude", 0, listener).items() if w in missing},
+        **{w: s for w, s in score_weights(subject, target, "magnitude", 0, listener).items() if w in missing},
     }
 
 
-def _score_weights(subject: Subject, target: Target, importance: str, seed: int, listener: Listener) -> Scores:
+def score_weights(subject: Subject, target: Target, importance: str, seed: int, listener: Listener) -> Scores:
+    """Scores of the units of all widths that change, from weights alone or by chance."""
     changed = target.widths.changed_from(subject.widths)
     scored = tuple(width for width in changed if width != Width.LAYERS)
     if not scored:
@@ -301,10 +307,11 @@ def _score_units(
 ) -> Scores:
     if activity is not None and reads_text(choice):
         return _completed(subject, target, activity.scores, listener)
-    return _score_weights(subject, target, choice.settled.importance or "", choice.seed, listener)
+    return score_weights(subject, target, choice.settled.importance or "", choice.seed, listener)
 
 
-def _measure(measuring: Measuring | None, choice: Choice) -> Activity | None:
+def measure_units(measuring: Measuring | None, choice: Choice) -> Activity | None:
+    """What the unpruned model does on text, if units or layers are ranked by that."""
     if measuring is None or not needs_activity(choice):
         return None
     importance = choice.settled.importance if reads_text(choice) else "range"
@@ -312,7 +319,7 @@ def _measure(measuring: Measuring | None, choice: Choice) -> Activity | None:
     return activity
 
 
-def _score_layers(measuring: Measuring, choice: Choice, activity: Activity | None) -> tuple[float, ...]:
+def score_layers(measuring: Measuring, choice: Choice, activity: Activity | None) -> tuple[float, ...]:
     """A score for each layer; those with the least go first."""
     name = choice.layer_importance or ("influence" if activity is not None else "loss")
     scores: tuple[float, ...] = LAYER_IMPORTANCES[name].load()(measuring, activity)

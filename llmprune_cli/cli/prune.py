@@ -18,7 +18,7 @@ from llmprune_cli.cli.export import print_export
 from llmprune_cli.cli.inspect import modules_table
 from llmprune_cli.cli.parameters import COMMON, AsJson, Detail, takes
 from llmprune_cli.cli.recover import print_recovery
-from llmprune_cli.cli.screen.progress import in_words, progress_on_stderr
+from llmprune_cli.cli.screen.progress import estimate_text, in_words, progress_on_stderr
 from llmprune_cli.cli.screen.tables import (
     NARROW,
     WIDTH_LABELS,
@@ -30,6 +30,7 @@ from llmprune_cli.cli.screen.tables import (
     print_runtimes,
     ranges_text,
     size_text,
+    speed_text,
 )
 from llmprune_cli.commands.requests import PruneRequest, check_prune
 from llmprune_cli.options import Choice, Delivery, Evaluation, ModelReference, Scratch, Text
@@ -39,7 +40,6 @@ from llmprune_cli.vocabulary.request import VocabularyRequest
 if TYPE_CHECKING:
     from llmprune_cli.heal.figures import FinalistResult
     from llmprune_cli.report.results import CalibrationResult, CandidateResult, LayerResult, PruneResult
-    from llmprune_cli.run.speed.figures import SpeedResult
     from llmprune_cli.vocabulary.figures import TriedVocabulary
 
 BAR_CELLS = 24  # of the longest bar
@@ -153,6 +153,8 @@ def print_prune(result: PruneResult, request: PruneRequest, is_verbose: bool = F
     elif result.evaluation:
         console.print("Nothing was kept: give --output to save the pruned model.")
     else:
+        if result.estimate:
+            console.print(estimate_text(result.estimate), highlight=False, soft_wrap=True)
         console.print("Dry run: nothing was written. To go on from it:")
     for line in _next(result, request):
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
@@ -226,20 +228,13 @@ def _what_went(result: PruneResult) -> Iterator[str]:
         )
         yield f"{said}, and cost more than other widths." if result.vocabularies else f"{said}: --vocab auto."
     if result.speed is not None:
-        yield _how_fast(result.speed)
+        yield speed_text(result.speed)
     if result.calibration is not None:
         card = result.calibration
         yield (
             f"Fitted on {card.tokens:,} tokens of {_short(card.dataset)}, judged on {card.held_out_tokens:,} others"
             f"{'.' if card.kl is None else f': KL {card.kl:.3f} nats.'}"
         )
-
-
-def _how_fast(own: SpeedResult) -> str:
-    return (
-        f"{own.speedup:.2f} times as fast: {own.prompt_tokens:,} tokens read and {own.new_tokens:,} written, batch "
-        f"{own.batch}, {own.device}, {own.dtype}; median of {own.rounds} turns."
-    )
 
 
 def _next(result: PruneResult, request: PruneRequest) -> Iterator[str]:

@@ -245,6 +245,11 @@ def _encode_header(entries: Sequence[TensorEntry]) -> bytes:
     return struct.pack("<Q", len(encoded)) + encoded
 
 
+def header_bytes(entries: Sequence[TensorEntry], max_shard_bytes: int) -> int:
+    """Bytes of all headers of the shards that `write_shards` makes."""
+    return sum(len(_encode_header(shard)) for shard in layout_shards(entries, max_shard_bytes))
+
+
 def _described(entry: TensorEntry, first: int, end: int) -> dict[str, Any]:
     return {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [first, end]}
 

@@ -97,7 +97,12 @@ def keep_dense(states: DenseStates, windows: torch.Tensor, model: LayeredModel, 
     What a GPU would read from a file it computes faster, so that there nothing is kept without need.
     """
     if is_needed or model.device == "cpu":
-        states.begin(windows, model.widths.hidden_size, model.layers * READERS + 1, is_needed)
+        states.begin(windows, model.widths.hidden_size, places_of(model), is_needed)
+
+
+def places_of(model: LayeredModel) -> int:
+    """Before, within and behind how many layers and readers the dense stream is kept."""
+    return model.layers * READERS + 1
 
 
 def advance_and_keep(

@@ -156,7 +156,9 @@ class LayerRefit:
             matrix.copy_(only(matrix, kept))
 
     def _solve(self, site: Site, moments: dict[int | None, Moments]) -> list[_Errors]:
-        """Solve a reader anew, round it as the checkpoint will, and say how well it does.
+        """Solve a reader anew: from the kept inputs it has to make what it makes from all, and what is missing.
+
+        It is rounded as the checkpoint will round it, and what comes back says how well it does.
 
         The first process does; the others are given the weights.
 
@@ -170,6 +172,7 @@ class LayerRefit:
         name = template.format(self.number, *numbers[1:])
         for expert, own in moments.items():
             matrix, kept = self._matrix(site, expert), self._kept(site, expert)
+            own.aim_at(matrix)
             if self.whole.processes.is_first:
                 if not own.is_finite:
                     raise CheckpointError(
@@ -208,7 +211,7 @@ class LayerRefit:
         replay: Replay,
         recorded: Inputs | None,
     ) -> dict[int | None, Moments]:
-        """Moments of readers that have to make from the kept inputs what they make from all, and what is missing.
+        """Moments of readers: of what they are given, and of what is missing behind them.
 
         Args:
             earlier: readers that run before this one.
@@ -242,9 +245,8 @@ class LayerRefit:
             missing = goal[first : first + len(batch)] - (stream.states if output is None else output)
             for expert, inputs, aims in site.entry.corrections(uses, missing.flatten(0, 1).to(self.layer.device)):
                 moments[expert].add(inputs, aims)
-        for expert, own in moments.items():
+        for own in moments.values():
             own.add_up(self.whole.processes)
-            own.aim_at(self._matrix(site, expert))
         return moments
 
     def _silence_biases(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from typing import TypeAlias
 
 import torch
 
@@ -15,17 +16,22 @@ from llmprune_cli.journal.journal import Journal
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.repair.dense_goals import Streams, advance_dense, walk_dense
 from llmprune_cli.repair.layer_refit import LayerRefit, LayerRepair, layer_file
-from llmprune_cli.run.layer import check_states
+from llmprune_cli.run.layer import Layer, check_states
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.states import copy_states
 from llmprune_cli.run.workbench import Workbench
 
+Refitter: TypeAlias = Callable[[Layer, LayeredModel, Plan, int, Streams, bool], LayerRefit]  # as `LayerRefit` is made
 
-def repair(bench: Workbench, plan: Plan, method: str) -> tuple[Subject, tuple[LayerRepair, ...]]:
+
+def repair(
+    bench: Workbench, plan: Plan, method: str, refitter: Refitter = LayerRefit
+) -> tuple[Subject, tuple[LayerRepair, ...]]:
     """The subject with weights that make up for what the plan removes, and a report on each layer that stays.
 
     Args:
         method: see `refit`. The new weights lie where the journal is.
+        refitter: see `refit`.
     """
     model, text, subject = bench.model, bench.text, bench.model.subject
     if method == "none" or text is None:
@@ -39,7 +45,7 @@ def repair(bench: Workbench, plan: Plan, method: str) -> tuple[Subject, tuple[La
             walk_dense(model, windows, bench.dense, lambda layers: None)
         kept, start = bench.dense.covering(windows), model.embed(windows, folder)
         streams = Streams(start, copy_states(start, folder), len(start), folder, kept)
-        repairs = refit(model, plan, streams, method, bench.listener.advance, bench.journal)
+        repairs = refit(model, plan, streams, method, bench.listener.advance, bench.journal, refitter=refitter)
     checkpoint = with_new_weights(model.checkpoint, plan.layers, bench.journal)
     return replace(subject, checkpoint=checkpoint), repairs
 
@@ -52,6 +58,7 @@ def refit(
     progress: Callable[[int], None],
     journal: Journal | None = None,
     with_errors: bool = True,
+    refitter: Refitter = LayerRefit,
 ) -> tuple[LayerRepair, ...]:
     """Solve the readers of every layer anew, each layer seeing the pruned and refitted layers before it.
 
@@ -68,6 +75,7 @@ def refit(
         journal: that keeps the new weights, one file for each layer, and remembers finished layers: the first that is
             not comes first. None keeps nothing.
         with_errors: whether to report on single readers; without, their errors are 0.
+        refitter: what refits a layer.
 
     Returns:
         A report on each layer that stays.
@@ -79,7 +87,7 @@ def refit(
     for number in range(first, model.layers):
         layer = model.load_layer(number)
         if number in plan.layers:
-            layer_refit = LayerRefit(layer, model, plan, number, streams, with_errors)
+            layer_refit = refitter(layer, model, plan, number, streams, with_errors)
             own = "none" if number in plan.protected else method
             reports.append(layer_refit.run(own))
             if own != "none" and journal is not None and journal.folder is not None:

@@ -18,12 +18,12 @@ from llmprune_cli.plan.document import Plan
 from llmprune_cli.processes import ALONE
 from llmprune_cli.repair.layer_refit import LayerRepair, relative_distance
 from llmprune_cli.report.results import CalibrationResult, LayerResult
-from llmprune_cli.report.throughput import Clock
 from llmprune_cli.run.calibration import CalibrationText
 from llmprune_cli.run.corpus import predicted_bytes, spelled
 from llmprune_cli.run.divergence import Side, compare, losses, tokens_at_a_time
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.perplexity import bits_per_byte
+from llmprune_cli.run.speed.throughput import Clock
 from llmprune_cli.run.states import new_states
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.opening import open_checkpoint

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +9,10 @@ from pydantic import TypeAdapter
 
 from llmprune_cli.choose.layers.figures import WidthSensitivity
 from llmprune_cli.family.widths import Widths
-from llmprune_cli.folder.tensors import Shape, TensorEntry, split_name
+from llmprune_cli.folder.tensors import Shape
 from llmprune_cli.formats.format import Verification
 from llmprune_cli.heal.figures import FinalistResult, HealedLayer, HeldOut, Judgement, RateTrial
+from llmprune_cli.progress import Estimate
 from llmprune_cli.report.runtimes import RuntimeFit
 from llmprune_cli.run.questions.figures import Answered, TaskResult
 from llmprune_cli.run.speed.figures import SpeedResult
@@ -227,11 +227,12 @@ class PruneResult:
     vocabularies: tuple[TriedVocabulary, ...]  # best first; empty where their size was not searched
     speed: SpeedResult | None  # where a time was asked for
     seconds: float
+    estimate: Estimate | None  # made before the start; None where the run was too short to be worth it
     calibration: CalibrationResult | None
     recovery: RecoverResult | None
     evaluation: EvalReport | None
     export: ExportResult | None
-    finalists: tuple[FinalistResult, ...] = ()  # best first; the first one was gone on with
+    finalists: tuple[FinalistResult, ...]  # best first; the first one was gone on with
 
 
 @dataclass(frozen=True)
@@ -310,34 +311,3 @@ class PushResult:
 def to_json(result: Any) -> str:
     """A result as indented JSON; a number that JSON lacks becomes null."""
     return TypeAdapter(type(result)).dump_json(result, indent=2).decode()
-
-
-def summarize(entries: Sequence[TensorEntry], widths: Widths) -> ModelSummary:
-    """Fold tensors over layers and add them up."""
-    folded: dict[tuple[str, Shape, str], list[TensorEntry]] = {}
-    for entry in entries:
-        folded.setdefault((split_name(entry.name)[0], entry.shape, entry.dtype), []).append(entry)
-    rows = tuple(
-        TensorRow(template, _ranges(members), len(members), shape, dtype, sum(e.numel for e in members))
-        for (template, shape, dtype), members in folded.items()
-    )
-    widest = max(entries, key=lambda entry: entry.numel)
-    kv_elements = 2 * widths.num_hidden_layers * widths.num_key_value_heads * widths.head_dim
-    return ModelSummary(
-        widths=widths,
-        parameters=sum(entry.numel for entry in entries),
-        size_bytes=sum(entry.size_bytes for entry in entries),
-        kv_cache_bytes_per_token=kv_elements * widest.size_bytes // widest.numel,
-        tensors=rows,
-    )
-
-
-def _ranges(entries: list[TensorEntry]) -> str:
-    numbers = sorted({found[0] for found in (split_name(entry.name)[1] for entry in entries) if found})
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1][1:] = [number]
-        else:
-            parts.append([number])
-    return ",".join("-".join(map(str, part)) for part in parts)

@@ -50,6 +50,16 @@ def copy_states(states: torch.Tensor, folder: Path | None) -> torch.Tensor:
 Place = tuple[int, str]  # a layer, and the name of a reader behind which states are taken; "" before the layer
 
 
+def states_bytes(tokens: int, channels: int, places: int) -> int:
+    """Bytes of float32 states of so many tokens at so many places."""
+    return 4 * tokens * channels * places
+
+
+def are_worth_keeping(size_bytes: int, folder: Path) -> bool:
+    """Whether a folder has ample room for states that could be computed again."""
+    return size_bytes <= MOST_OF_FREE_SPACE * shutil.disk_usage(folder).free
+
+
 @dataclass
 class DenseStates:
     """What the unpruned model makes of some windows, before, within and behind its layers: for whoever needs it again.
@@ -74,12 +84,12 @@ class DenseStates:
         Raises:
             OutputError: there must be, and is not.
         """
-        size_bytes = 4 * windows.numel() * channels * places
+        size_bytes = states_bytes(windows.numel(), channels, places)
         self.windows, self.is_whole, self._file = None, False, None
         self._slots.clear()
         self.notes.clear()
         try:
-            if not is_needed and size_bytes > MOST_OF_FREE_SPACE * shutil.disk_usage(self.folder).free:
+            if not is_needed and not are_worth_keeping(size_bytes, self.folder):
                 return
             self._file = tempfile.TemporaryFile(dir=self.folder, prefix=".llmprune-")  # noqa: SIM115
             weakref.finalize(self, self._file.close)

@@ -84,15 +84,18 @@ def copy_companions(checkpoint: Checkpoint, target: Path) -> None:
     Raises:
         CheckpointError: one of them cannot be read.
     """
-    for name in (*COMPANIONS, *(PROCESSORS if checkpoint.whole else ())):
-        source = checkpoint.companions / name
-        if source.is_file():
-            copy_small(source, target / name)
-    for source in sorted(checkpoint.companions.glob("additional_chat_templates/*.jinja")):
-        (target / source.parent.name).mkdir(exist_ok=True)
-        copy_small(source, target / source.parent.name / source.name)
-    for source in _code_of(checkpoint):
-        copy_small(source, target / source.name)
+    for source in companions_of(checkpoint):
+        place = target / source.relative_to(checkpoint.companions)
+        place.parent.mkdir(exist_ok=True)
+        copy_small(source, place)
+
+
+def companions_of(checkpoint: Checkpoint) -> list[Path]:
+    """The files that `copy_companions` copies."""
+    folder = checkpoint.companions
+    named = [folder / name for name in (*COMPANIONS, *(PROCESSORS if checkpoint.whole else ()))]
+    templates = sorted(folder.glob("additional_chat_templates/*.jinja"))
+    return [*(path for path in named if path.is_file()), *templates, *_code_of(checkpoint)]
 
 
 def _code_of(checkpoint: Checkpoint) -> list[Path]:

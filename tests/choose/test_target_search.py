@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -59,6 +60,10 @@ def test_a_dry_run_shows_the_candidates(tiny_llama: Path, text_file: Path) -> No
     options = ("--target-size", "100KB", "--dry-run", "--calibration", text_file, *CALIBRATED)
     run = run_cli("prune", tiny_llama, *options)
     assert run.code == 0 and "Candidates, best first" in run.stdout and "Dry run" in run.stdout
+    most = re.search(r"Expect about \d+ (?:s|min|h).* and at most (\d+) candidates, ", run.stderr)
+    tried = re.findall(r"^Trying (\d+) of at most (\d+): ", run.stderr, re.MULTILINE)
+    assert most and [*tried] == [(str(number), most[1]) for number in range(1, len(tried) + 1)] and tried
+    assert "Expect about" in run.stdout and "candidates" not in run.stdout  # what is left to do
     assert json.loads(run_cli("prune", tiny_llama, *options, "--json").stdout)["after"]["size_bytes"] <= 100_000
 
 

@@ -91,6 +91,18 @@ def search_widths(
     return tuple(sorted(judged.values(), key=lambda candidate: candidate.kl))
 
 
+def most_candidates(subject: Subject, keep_layers: tuple[int, ...] = ()) -> int:
+    """How many candidates the search judges at most.
+
+    Args:
+        keep_layers: see `WidthRequest`.
+    """
+    if keep_layers:
+        return 1
+    scores = (0.0,) * subject.widths.num_hidden_layers
+    return sum(len(list(steps(subject, WidthRequest(), scores))) for steps, _ in WAYS)
+
+
 def _goes_beyond(target: Target, bound: Target) -> bool:
     """Whether more layers, KV groups, query heads of a group or experts go than with another target."""
     own, other = target.widths, bound.widths
@@ -245,3 +257,19 @@ def least_target(subject: Subject, conditions: WidthRequest = NO_CONDITIONS) -> 
         if target.widths.hidden_size == before.hidden_size:
             return target
     return resolve(subject.architecture, subject.trace.refused, request)
+
+
+def in_words(subject: Subject, target: Target) -> str:
+    """What of a target differs from the whole model."""
+    before, after = subject.widths, target.widths
+    neurons = (before.intermediate_size, after.intermediate_size)
+    if not before.intermediate_size:
+        neurons = (before.moe_intermediate_size, after.moe_intermediate_size)
+    shapes = {
+        "layers": (before.num_hidden_layers, len(target.layers)),
+        "KV groups": (before.num_key_value_heads, after.num_key_value_heads),
+        "heads": (before.num_attention_heads, after.num_attention_heads),
+        "neurons": neurons,
+        "experts": (before.num_experts, after.num_experts),
+    }
+    return ", ".join(f"{new} {name}" for name, (old, new) in shapes.items() if new != old)

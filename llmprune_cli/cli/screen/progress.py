@@ -11,7 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from llmprune_cli.progress import LOGGER, Listener
+from llmprune_cli.cli.screen.tables import size_text
+from llmprune_cli.progress import LOGGER, Estimate, Listener
 from llmprune_cli.progress import Progress as Reached
 
 STEPS, STEP_S = 10, 60.0  # a line is due at so many places of a stage, or after so many seconds
@@ -42,15 +43,19 @@ def progress_on_stderr(is_quiet: bool = False) -> Iterator[Listener]:
     warnings, propagated = _Warnings(console), LOGGER.propagate
     LOGGER.addHandler(warnings)
     LOGGER.propagate = False
+
+    def expect(estimate: Estimate) -> None:
+        console.print(estimate_text(estimate), highlight=False, markup=False, soft_wrap=not console.is_terminal)
+
     with ExitStack() as started:
         started.callback(LOGGER.removeHandler, warnings)
         started.callback(setattr, LOGGER, "propagate", propagated)
         if is_quiet:
             yield Listener()
         elif console.is_terminal:
-            yield Listener(_Bars(console, started).tell)
+            yield Listener(_Bars(console, started).tell, expect=expect)
         else:
-            yield Listener(Lines(console).tell)
+            yield Listener(Lines(console).tell, expect=expect)
 
 
 class _Bars:
@@ -110,6 +115,16 @@ def _place(now: Reached) -> str:
 
 def _note(now: Reached) -> str:
     return f"; {now.note}" if now.note else ""
+
+
+def estimate_text(estimate: Estimate) -> str:
+    """What a run will take, in a line or two of 80 columns."""
+    time_ = "a time that was not measured" if estimate.seconds is None else f"about {in_words(estimate.seconds)}"
+    tried = f" and at most {estimate.candidates} candidates" if estimate.candidates else ""
+    gpu = f", {size_text(estimate.device_bytes)} of GPU memory" if estimate.device_bytes else ""
+    files = f" and {size_text(estimate.temporary_bytes)} of temporary files" if estimate.temporary_bytes else ""
+    taken = f"Expect {time_}{tried}, {size_text(estimate.memory_bytes)} of memory{gpu},"
+    return f"{taken}\n{size_text(estimate.disk_bytes)} of disk{files}."
 
 
 def in_words(seconds: float) -> str:

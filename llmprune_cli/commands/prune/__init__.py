@@ -25,6 +25,7 @@ from llmprune_cli.commands.prune.decision import (
     settle,
     write_own_text,
 )
+from llmprune_cli.commands.prune.estimate import estimate_prune, going_on, most_bytes
 from llmprune_cli.commands.prune.outcome import Outcome, answer_both, evaluate_both, options_said, report
 from llmprune_cli.commands.prune.vocabulary import rank_vocabularies, told_of_tokens, warn_of_lost_tokens
 from llmprune_cli.commands.recipe import recipe_of, save_recipe
@@ -45,7 +46,7 @@ from llmprune_cli.plan.document import Plan
 from llmprune_cli.plan.predict import predict
 from llmprune_cli.plan.requested_widths import Target
 from llmprune_cli.processes import ALONE, Processes, join
-from llmprune_cli.progress import Listener
+from llmprune_cli.progress import Estimate, Listener
 from llmprune_cli.repair.layer_refit import LayerRepair
 from llmprune_cli.repair.refit import repair
 from llmprune_cli.report.chart import check_chart_target, draw_chart
@@ -55,9 +56,9 @@ from llmprune_cli.report.report_card import report_card
 from llmprune_cli.report.results import (
     CalibrationResult,
     PruneResult,
-    summarize,
 )
 from llmprune_cli.report.runtimes import runtime_fits
+from llmprune_cli.report.summary import summarize
 from llmprune_cli.run.calibration import warn_of_shared_text
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.sizes import parse_size
@@ -85,7 +86,7 @@ def prune(request: PruneRequest, listener: Listener) -> PruneResult | None:
         if processes.is_first and output is None and request.writes:
             output = stack.enter_context(scratch_folder()) / "pruned"
         with _claimed(request, checkpoint, output, processes) as claim:
-            outcome = _run(request, checkpoint, claim, processes, listener)
+            outcome = _run(request, checkpoint, claim, processes, listener, started)
         if outcome is None:
             return None
         evaluated = evaluate_both(request, checkpoint, output, outcome, listener)
@@ -119,9 +120,18 @@ def _claimed(
 
 
 def _run(
-    request: PruneRequest, checkpoint: Checkpoint, claim: Claim | None, processes: Processes, listener: Listener
+    request: PruneRequest,
+    checkpoint: Checkpoint,
+    claim: Claim | None,
+    processes: Processes,
+    listener: Listener,
+    started: float,
 ) -> Outcome | None:
-    """All steps up to the written folder; None in processes that do not report."""
+    """All steps up to the written folder; None in processes that do not report.
+
+    Args:
+        started: by `time.perf_counter`, when the command began.
+    """
     decided = decide(request, understand(checkpoint, processes), listener)
     subject = decided.subject
     evaluation = request.evaluation
@@ -144,7 +154,24 @@ def _run(
             bench = replace(bench, model=layered(rotated, request, choice))
         journal = stack.enter_context(_journal(request, choice, claim, decided.plan, bench))
         bench = replace(bench, journal=journal)
-        return choose_and_write(request, choice, claim.staged if claim else None, decided, bench, evaluated)
+        estimate = None
+        if processes.is_first:
+            estimate = _expect(replace(request, choice=choice), decided, bench, started)
+        outcome = choose_and_write(request, choice, claim.staged if claim else None, decided, bench, evaluated)
+        if outcome is None or estimate is None:
+            return outcome
+        limit = most_bytes(decided)
+        if request.delivery.dry_run and limit is not None:
+            estimate = going_on(estimate, limit, outcome.after)
+        return replace(outcome, estimate=estimate)
+
+
+def _expect(request: PruneRequest, decided: Decided, bench: Workbench, started: float) -> Estimate | None:
+    """What the run will take, which is told where it begins now."""
+    estimate = estimate_prune(request, decided, bench, started)
+    if estimate is not None and (request.needs_weights or not request.delivery.dry_run):
+        bench.listener.expect(estimate)
+    return estimate
 
 
 def choose_and_write(

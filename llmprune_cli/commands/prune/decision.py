@@ -32,7 +32,8 @@ from llmprune_cli.processes import Processes
 from llmprune_cli.progress import Listener
 from llmprune_cli.repair.residual_stream import ResidualStream, find_residual_stream
 from llmprune_cli.repair.rotation import principal_components, rotate, untie
-from llmprune_cli.report.results import ModelSummary, summarize
+from llmprune_cli.report.results import ModelSummary
+from llmprune_cli.report.summary import summarize
 from llmprune_cli.run.calibration import CalibrationText, prepare_calibration
 from llmprune_cli.run.corpus import Corpus, own_corpus
 from llmprune_cli.run.layer import BATCH_TOKENS, native_dtype, windows_together

@@ -16,7 +16,7 @@ from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.options import Choice, ModelReference
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.plan.requested_widths import Target
-from llmprune_cli.progress import Listener
+from llmprune_cli.progress import Estimate, Listener
 from llmprune_cli.report.eval_report import EvalText, prepare_text, report_perplexity
 from llmprune_cli.report.results import (
     SCHEMA_VERSION,
@@ -51,6 +51,7 @@ class Outcome:
     vocabulary: VocabularySummary | None  # see `told_of_tokens`
     vocabularies: tuple[TriedVocabulary, ...] = ()  # see `Selection`
     speed: SpeedResult | None = None  # where a time was asked for
+    estimate: Estimate | None = None  # of what it takes
 
 
 def options_said(request: PruneRequest, outcome: Outcome) -> dict[str, Any]:
@@ -136,8 +137,10 @@ def report(
         vocabularies=outcome.vocabularies,
         speed=outcome.speed,
         seconds=seconds,
+        estimate=outcome.estimate,
         calibration=outcome.card,
         recovery=None,
+        finalists=(),
         evaluation=evaluated,
         export=None,
     )

@@ -1,0 +1,139 @@
+"""What a prune is said to take before it starts, and what it then takes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmprune_cli.commands.prune import estimate
+from support.cli import BY_MAGNITUDE, CALIBRATED, run_cli
+from support.full import examples, in_full
+from support.tiny import save_tiny
+
+QUARTER = ("--intermediate-size", "32")
+REQUESTS = {
+    "default": QUARTER,
+    "magnitude": (*QUARTER, *BY_MAGNITUDE),
+    "magnitude, refitted": (*QUARTER, "--importance", "magnitude"),
+    "range": (*QUARTER, "--importance", "range"),
+    "taylor, not refitted": (*QUARTER, "--importance", "taylor", "--refit", "none"),
+    "layers by loss": ("--layers", "3", "--layer-importance", "loss"),
+    "layers by influence": ("--layers", "3"),
+    "dropped layers": ("--drop-layers", "1"),
+    "target": ("--target", "80%"),
+    "protected": ("--target", "80%", "--keep-layers", "0"),
+}
+OWN = """
+import resource, sys
+from llmprune_cli.commands.prune import estimate
+estimate.LEAST_WORK = 0
+from llmprune_cli.__main__ import main
+try:
+    main(sys.argv[1:])
+finally:
+    status = dict(line.split(":", 1) for line in open("/proc/self/status") if ":" in line)
+    kib = {name: int(status[name].split()[0]) for name in ("VmHWM", "RssFile")}
+    print(1024 * (kib["VmHWM"] - kib["RssFile"]), file=sys.stderr)
+"""
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of four layers."""
+    return save_tiny(tmp_path_factory.mktemp("deep") / "model", num_hidden_layers=4)
+
+
+@pytest.fixture
+def every_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short runs are worth an estimate, too."""
+    monkeypatch.setattr(estimate, "LEAST_WORK", 0)
+
+
+def expected(*words: str | Path) -> dict[str, Any]:
+    """The estimate in a document."""
+    run = run_cli(*words, "--json")
+    assert run.code == 0, run.stderr
+    found: dict[str, Any] = json.loads(run.stdout)["estimate"]
+    return found
+
+
+@pytest.mark.parametrize("request_", [("default"), ("magnitude")])
+def test_a_dry_run_says_time_memory_and_disk_in_80_columns(deep: Path, request_: str) -> None:
+    run = run_cli("prune", deep, *REQUESTS[request_], "--dry-run")
+    assert run.code == 0 and not run.stderr, run.stderr
+    said = re.search(r"Expect about \d+ (?:s|min|h)[^,]*, [\d.]+ \wiB of memory,\n[\d.]+ \wiB of disk", run.stdout)
+    assert said, run.stdout
+    assert max(map(len, run.stdout.split("To go on")[0].splitlines())) <= 80
+    assert ("of temporary files." in run.stdout) == (request_ == "default")
+
+
+def test_where_there_are_no_weights_no_time_is_said(deep: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((deep / "config.json").read_text())
+    said = expected("prune", tmp_path, *QUARTER, "--dry-run")
+    assert said["seconds"] is None and said["stages"] == [] and said["memory_bytes"] > 0 and said["disk_bytes"] > 0
+    assert "a time that was not measured" in run_cli("prune", tmp_path, *QUARTER, "--dry-run").stdout
+
+
+@pytest.mark.parametrize("name", examples(REQUESTS, ["range"]))
+@pytest.mark.usefixtures("every_run")
+def test_the_stages_that_are_expected_are_those_that_come(
+    deep: Path, name: str, text_file: Path, tmp_path: Path
+) -> None:
+    asked = ("prune", deep, *REQUESTS[name], *CALIBRATED, "--calibration", text_file)
+    run = run_cli(*asked, "--output", tmp_path / "out", "--json")
+    assert run.code == 0, run.stderr
+    said = json.loads(run.stdout)["estimate"]
+    if name == "magnitude":
+        assert said is None  # over sooner than that could be said
+        said = expected(*asked, "--dry-run")
+    shown = {re.sub(r"^Trying .*", "Candidates", line) for line in run.stderr.splitlines()}
+    came = {line for line in shown if not re.search(r"^Warning|^Expect|of disk|: \d+ of |: \d+%", line)}
+    assert {stage["name"] for stage in said["stages"]} == came
+    assert said["seconds"] >= sum(stage["seconds"] for stage in said["stages"]) > 0
+    tried = len(json.loads(run.stdout)["candidates"])
+    assert tried <= said["candidates"] == (1 if name == "protected" else 6 if name == "target" else 0)
+    if tried:
+        assert f"Trying {tried} of at most {said['candidates']}: " in run.stderr
+        assert f"and at most {said['candidates']} candidates, " in run.stderr
+        dry = expected(*asked, "--dry-run")
+        assert dry["candidates"] == 0 and not any(stage["chooses"] for stage in dry["stages"])
+    assert ("Expect about" in run.stderr) == (name != "magnitude")
+
+
+@in_full
+@pytest.mark.usefixtures("every_run")
+def test_a_run_of_which_time_was_told_writes_the_same_bytes(
+    deep: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("prune", deep, *QUARTER, *CALIBRATED, "--calibration", text_file)
+    assert run_cli(*asked, "--output", tmp_path / "told").code == 0
+    monkeypatch.setattr(estimate, "LEAST_WORK", 2**60)
+    run = run_cli(*asked, "--output", tmp_path / "untold")
+    assert "Expect" not in run.stderr
+    for path in (tmp_path / "told").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "untold" / path.name).read_bytes()
+
+
+def test_the_disk_that_is_expected_is_what_is_written(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "model", shard="2MB", hidden_size=256, intermediate_size=512, num_hidden_layers=4)
+    asked = ("prune", source, "--intermediate-size", "256", *BY_MAGNITUDE)
+    said = expected(*asked, "--dry-run")
+    assert run_cli(*asked, "--output", tmp_path / "out").code == 0
+    written = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert said["disk_bytes"] == pytest.approx(written, rel=0.02)
+
+
+@in_full
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what a process takes")
+def test_the_memory_that_is_expected_is_about_what_is_taken(deep: Path, text_file: Path, tmp_path: Path) -> None:
+    asked = ("prune", deep, *QUARTER, *CALIBRATED, "--calibration", text_file, "--output", tmp_path / "out", "--json")
+    command = [sys.executable, "-c", OWN, *map(str, asked)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    taken, said = int(done.stderr.split()[-1]), json.loads(done.stdout)["estimate"]["memory_bytes"]
+    assert 0.5 * taken <= said <= 3 * taken
