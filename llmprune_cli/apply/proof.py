@@ -83,7 +83,7 @@ def prove(
             keep = prune(dense, pruned, traced, twin.architecture, target)
             kept = Kept(traced, twin.architecture.widths, target.layers, keep)
             silence_removed(dense, kept, stored_buffers(twin.model))
-        whole, part = (_load_stock(folder, twin) for folder in (dense, pruned))
+        whole, part = (load_stock(folder, twin) for folder in (dense, pruned))
     difference, way = differ(answer_without(whole, part, twin.tokens, kept), answer(part, twin.tokens))
     if not difference <= TOLERANCE:
         raise UnsupportedError(
@@ -175,7 +175,12 @@ def _keep_positive(twin: Twin) -> None:
         next(twin.model.get_input_embeddings().parameters()).add_(3.0)
 
 
-def _load_stock(folder: Path, twin: Twin) -> PreTrainedModel:
+def load_stock(folder: Path, twin: Twin) -> PreTrainedModel:
+    """A saved twin as stock software loads it, in the precision of the twin.
+
+    Raises:
+        UnsupportedError: it does not, or not every tensor has its place.
+    """
     from transformers import AutoModelForCausalLM
 
     loaded: Any

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from llmprune_cli.apply.multimodal import names_within, put_back
-from llmprune_cli.apply.rows import cut_rows
 from llmprune_cli.apply.surgery import pruned_entries, pruned_tensors, remaining
+from llmprune_cli.apply.vocabulary.rows import cut_rows
 from llmprune_cli.choose.selection import make_random_plan
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.coupling.trace import Keep, Trace
@@ -19,7 +19,7 @@ from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.manifest import Manifest, Numbers, WidthNumbers, write_manifest
 from llmprune_cli.folder.shards import read_index, write_shards
 from llmprune_cli.journal.keys import versions
-from llmprune_cli.plan.document import Plan
+from llmprune_cli.plan.document import Plan, Vocabulary
 from llmprune_cli.plan.requested_widths import Target
 from llmprune_cli.progress import QUIET, Listener
 from llmprune_cli.source.tokenizer import copy_companions
@@ -59,7 +59,7 @@ def write_pruned(
         write_whole_config(checkpoint.whole.config, checkpoint.config, config, folder)
     checksums = write_shards(folder, entries, tensors, max_shard_bytes)
     copy_companions(checkpoint, folder)
-    if plan.vocabulary is not None:
+    if plan.vocabulary is not None and (folder / "tokenizer.json").is_file():  # a twin has none
         write_tokenizer(checkpoint, folder, plan.vocabulary.kept)
     write_manifest(folder, manifest)
     written = {entry.name: entry.shape for entry in read_index(folder)}
@@ -102,10 +102,21 @@ def make_manifest(
     )
 
 
-def prune_twin(source: Path, target: Path, traced: Trace, architecture: Architecture, cut: Target) -> Keep:
-    """Prune a saved twin as a user's model is pruned, at random."""
+def prune_twin(
+    source: Path,
+    target: Path,
+    traced: Trace,
+    architecture: Architecture,
+    cut: Target,
+    vocabulary: Vocabulary | None = None,
+) -> Keep:
+    """Prune a saved twin as a user's model is pruned, at random.
+
+    Args:
+        vocabulary: the tokens that stay; None keeps all.
+    """
     checkpoint = Checkpoint(source, "twin", None, architecture.config, read_index(source), True, source)
     subject = Subject(checkpoint, architecture, traced)
-    plan = make_random_plan(subject, cut, QUIET)
+    plan = replace(make_random_plan(subject, cut, QUIET), vocabulary=vocabulary)
     write_pruned(subject, plan, target, Manifest(), 2**62, QUIET)
     return plan.keep

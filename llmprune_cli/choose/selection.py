@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from itertools import count
@@ -12,9 +13,10 @@ import torch
 from llmprune_cli.choose import IMPORTANCES, LAYER_IMPORTANCES, needs_activity, ranks_layers, reads_text
 from llmprune_cli.choose.magnitude import check_scores, instances
 from llmprune_cli.choose.measuring import Activity, Measuring
-from llmprune_cli.choose.targets.limits import Limit
-from llmprune_cli.choose.targets.search import Candidate, least_target, most_candidates, search_widths
+from llmprune_cli.choose.targets.limits import Limit, SizeLimit
+from llmprune_cli.choose.targets.search import Candidate, in_words, least_target, most_candidates, search_widths
 from llmprune_cli.choose.targets.speed import Remembered, SpeedLimit
+from llmprune_cli.choose.targets.vocabulary import SizedVocabulary, TryOut, settle_vocabulary
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.coupling.trace import Instance
 from llmprune_cli.errors import PlanError
@@ -32,6 +34,7 @@ from llmprune_cli.repair.refit import Refitter, refit
 from llmprune_cli.run.calibration import CalibrationText
 from llmprune_cli.run.divergence import Side, compare
 from llmprune_cli.run.workbench import Workbench
+from llmprune_cli.vocabulary.figures import TriedVocabulary
 
 SEARCH_TOKENS = 4096  # of calibration text on which a candidate is refitted; half as many are held out to judge it
 
@@ -42,6 +45,7 @@ class Selection:
 
     plan: Plan
     candidates: tuple[Candidate, ...] = ()  # best first; empty where the widths were given
+    vocabularies: tuple[TriedVocabulary, ...] = ()  # best first; empty where their size was not searched
 
 
 def stored_plan(subject: Subject, path: Path) -> Plan:
@@ -77,7 +81,12 @@ def first_target(subject: Subject, choice: Choice, limit: Limit | None) -> Targe
 
 
 def select(
-    bench: Workbench, target: Target, choice: Choice, limit: Limit | None, bound: Target | None = None
+    bench: Workbench,
+    target: Target,
+    choice: Choice,
+    limit: Limit | None,
+    bound: Target | None = None,
+    sized: Sequence[SizedVocabulary] = (),
 ) -> Selection:
     """Choose the units that stay, with a limit the widths as well.
 
@@ -86,12 +95,14 @@ def select(
     Args:
         target: of `first_target`.
         bound: see `search_widths`.
+        sized: vocabularies that the model may have, the largest first; none where all tokens stay.
     """
 
     def make() -> Selection:
         if limit is not None and bench.text is not None:
-            return search_plan(bench, bench.text, choice, limit, bound)
-        return Selection(make_plan(bench, target, choice))
+            return search_plan(bench, bench.text, choice, limit, bound, sized)
+        plan = make_plan(bench, target, choice)
+        return Selection(replace(plan, vocabulary=sized[0].cut) if sized else plan)
 
     return bench.journal.recall("choice", Json(Selection), make)
 
@@ -167,14 +178,21 @@ def _plan_of(subject: Subject, target: Target, choice: Choice, scores: Scores) -
 
 
 def search_plan(
-    bench: Workbench, text: CalibrationText, choice: Choice, limit: Limit, bound: Target | None = None
+    bench: Workbench,
+    text: CalibrationText,
+    choice: Choice,
+    limit: Limit,
+    bound: Target | None = None,
+    sized: Sequence[SizedVocabulary] = (),
 ) -> Selection:
     """The plan that diverges least from the dense model among those that fit a limit, and the candidates it beat.
 
-    Activity is measured once; each candidate is refitted on a part of the text and judged on what is held out.
+    Activity is measured once; each candidate is refitted on a part of the text and judged on what is held out. The
+    vocabulary is settled first: as every size of it has its own tokens, by bits per byte.
 
     Args:
         bound: see `search_widths`.
+        sized: see `select`.
     """
     subject = bench.model.subject
     if isinstance(limit, SpeedLimit):
@@ -187,20 +205,30 @@ def search_plan(
     layer_scores = score_layers(measuring, choice, activity)
     numbers, most = count(1), most_candidates(subject, choice.widths.keep_layers)
 
+    def follow(target: Target) -> Plan:
+        return _of_first(subject, _plan_of(subject, target, choice, scores))
+
     def judge(target: Target) -> float:
         """How far a candidate diverges, as remembered or after a short refit."""
         mark = sha256(repr(target).encode()).hexdigest()[:16]
-        name = f"Trying {next(numbers)} of at most {most}: {_in_words(subject, target)}"
+        name = f"Trying {next(numbers)} of at most {most}: {in_words(subject, target)}"
 
         def refit_and_compare() -> float:
-            plan = _of_first(subject, _plan_of(subject, target, choice, scores))
-            return try_plan(bench, text, plan, choice.settled.refit or "", name)
+            return try_plan(bench, text, follow(target), choice.settled.refit or "", name)
 
         return bench.journal.recall(f"judged-{mark}", Json(float), refit_and_compare)
 
+    chosen: SizedVocabulary | None = None
+    tried: tuple[TriedVocabulary, ...] = ()
+    if sized:
+        assert isinstance(limit, SizeLimit)
+        fitted, method = text.fitted[: _windows_of(SEARCH_TOKENS, text)], choice.settled.refit or ""
+        try_out = TryOut(bench, fitted, method, limit, choice.widths, layer_scores, follow)
+        chosen, tried = settle_vocabulary(try_out, sized)
+        limit = limit.sparing(chosen.spared)
     candidates = search_widths(subject, limit, layer_scores, judge, choice.widths, bound)
-    best = _of_first(subject, _plan_of(subject, candidates[0].target, choice, scores))
-    return Selection(best, candidates)
+    best = follow(candidates[0].target)
+    return Selection(replace(best, vocabulary=chosen.cut) if chosen is not None else best, candidates, tried)
 
 
 def try_plan(
@@ -242,22 +270,6 @@ def judged_windows(text: CalibrationText) -> int:
 def _windows_of(tokens: int, text: CalibrationText) -> int:
     """How many windows have so many tokens, one at least."""
     return max(1, tokens // text.fitted.shape[1])
-
-
-def _in_words(subject: Subject, target: Target) -> str:
-    """What of a target differs from the whole model."""
-    before, after = subject.widths, target.widths
-    neurons = (before.intermediate_size, after.intermediate_size)
-    if not before.intermediate_size:
-        neurons = (before.moe_intermediate_size, after.moe_intermediate_size)
-    shapes = {
-        "layers": (before.num_hidden_layers, len(target.layers)),
-        "KV groups": (before.num_key_value_heads, after.num_key_value_heads),
-        "heads": (before.num_attention_heads, after.num_attention_heads),
-        "neurons": neurons,
-        "experts": (before.num_experts, after.num_experts),
-    }
-    return ", ".join(f"{new} {name}" for name, (old, new) in shapes.items() if new != old)
 
 
 def _completed(subject: Subject, target: Target, scores: Scores, listener: Listener) -> Scores:

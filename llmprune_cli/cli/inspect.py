@@ -24,15 +24,17 @@ from llmprune_cli.cli.screen.tables import (
     size_text,
     totals_table,
 )
-from llmprune_cli.commands.inspect.request import LEFT_OUT, Measured, check_sensitivity
+from llmprune_cli.commands.inspect.request import LEFT_OUT, Measured, check_inspect
 from llmprune_cli.options import ModelReference
 from llmprune_cli.startup.loading import loading
-from llmprune_cli.startup.model_argument import ENCODERS, check_model
+from llmprune_cli.startup.model_argument import ENCODERS
+from llmprune_cli.vocabulary.request import STEP
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from llmprune_cli.report.results import InspectResult, ModelSummary, TensorRow, VerifyResult
+    from llmprune_cli.vocabulary.figures import VocabularySummary
 
 LEAST_NAME = 20  # characters of a tensor's name in a line
 MOST_NUMBERS = 12  # characters of layer numbers in a line
@@ -119,14 +121,13 @@ def inspect_command(
     """Check what is asked for, do it, and print it."""
     from llmprune_cli.commands.inspect import inspect, verify_folder
 
-    measured.check_use(verify, sensitivity)
+    check_inspect(model, measured, verify, sensitivity)
     if sensitivity:
         _measure(model, measured, as_json)
         return
     if not verify:
-        check_model(model, needs_weights=False)
         with progress_on_stderr():
-            result = inspect(model, measured.widths)
+            result = inspect(model, measured.widths, measured.tokens)
         (print_json if as_json else print_inspect)(result)
         return
     verified = verify_folder(Path(model.name))
@@ -134,7 +135,6 @@ def inspect_command(
 
 
 def _measure(model: ModelReference, asked: Measured, as_json: bool) -> None:
-    check_sensitivity(model, asked)
     with loading():
         from llmprune_cli.commands.inspect.sensitivity import sensitivity
         from llmprune_cli.commands.recipe import as_words, recipe_of
@@ -161,10 +161,12 @@ def print_inspect(result: InspectResult) -> None:
     for name, legal in result.prunable.items():
         after = [f"{getattr(result.after.widths, name):,}"] if result.after else []
         widths.add_row(WIDTH_LABELS[name], f"{getattr(result.before.widths, name):,}", *after, legal)
+    _add_vocabulary(widths, result.vocabulary, with_after=result.after is not None)
     console.print(widths)
     console.print(totals_table(result.before, result.after))
     if result.tied_embeddings:
         console.print("Input and output embeddings are tied: one tensor, counted once.")
+    console.print(_what_tokens_weigh(result.vocabulary))
     if result.dropped:
         console.print(f"Stored but unused: {', '.join(result.dropped[:5])}{' …' if len(result.dropped) > 5 else ''}")
     if result.renamed:
@@ -174,6 +176,22 @@ def print_inspect(result: InspectResult) -> None:
     if not result.has_weights:
         console.print("No weights here: shapes follow from config.json.")
     print_deviations(console, result.deviations)
+
+
+def _add_vocabulary(widths: Table, own: VocabularySummary, with_after: bool) -> None:
+    legal = f"{own.legal} to {own.tokens:,}, multiples of {STEP}" if not own.refused else f"no: {own.refused}"
+    widths.add_row("vocabulary", f"{own.tokens:,}", *([f"{own.after or own.tokens:,}"] if with_after else []), legal)
+
+
+def _what_tokens_weigh(own: VocabularySummary) -> str:
+    """How large a part of the model the rows of tokens are, and what half of them, or those that go, come to."""
+    size = own.after or own.tokens // 2
+    saved, share = own.saved_by(size)
+    told = f"Rows of {own.tokens:,} tokens are {count_text(own.parameters)} parameters, {100 * own.share:.1f}% of all"
+    if own.refused:
+        return f"{told}."
+    fewer = f"--vocab-size {size:,}" if own.after else "--vocab-size 50%"
+    return f"{told}; {own.must_stay:,} must stay. {fewer} saves {count_text(saved)} ({100 * share:.1f}%)."
 
 
 def print_verify(result: VerifyResult) -> None:

@@ -30,6 +30,7 @@ from llmprune_cli.cli.screen.tables import (
     print_runtimes,
     ranges_text,
     size_text,
+    speed_text,
 )
 from llmprune_cli.commands.requests import PruneRequest, check_prune
 from llmprune_cli.options import Choice, Delivery, Evaluation, ModelReference, Scratch, Text
@@ -37,7 +38,9 @@ from llmprune_cli.startup.loading import loading
 from llmprune_cli.vocabulary.request import VocabularyRequest
 
 if TYPE_CHECKING:
-    from llmprune_cli.report.results import CalibrationResult, CandidateResult, FinalistResult, LayerResult, PruneResult
+    from llmprune_cli.heal.figures import FinalistResult
+    from llmprune_cli.report.results import CalibrationResult, CandidateResult, LayerResult, PruneResult
+    from llmprune_cli.vocabulary.figures import TriedVocabulary
 
 BAR_CELLS = 24  # of the longest bar
 EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -45,6 +48,7 @@ TARGETS = (  # that a dry run has made widths of
     *("target", "target_params", "target_size", "target_speedup", "context", "target_batch"),
     *("layer_importance", "keep_layers", "round_to"),
 )
+VOCABULARY = ("vocab_size", "vocab_text", "keep_tokens")
 # What a saved plan leaves to be said.
 PLANNED = (
     *("model", "revision", "dtype", "device", "refit", "seed", "compute_dtype", "calibration", "text_column"),
@@ -106,7 +110,11 @@ def _going_on(result: PruneResult, request: PruneRequest) -> str:
             found["experts"] = found.pop("num_experts")
         if result.dropped_layers:
             found["drop_layers"] = list(result.dropped_layers)
-        recipe = {name: value for name, value in recipe.items() if name not in TARGETS} | found
+        own = result.vocabulary
+        if own is not None and own.after is not None:
+            found["vocab_size"] = str(own.after)
+        tokens = () if "vocab_size" in found else VOCABULARY
+        recipe = {name: value for name, value in recipe.items() if name not in (*TARGETS, *tokens)} | found
     return as_words({**recipe, **({"statistics": str(statistics)} if statistics else {})})
 
 
@@ -124,6 +132,8 @@ def print_prune(result: PruneResult, request: PruneRequest, is_verbose: bool = F
             print_eval(result.evaluation)
     elif result.candidates and not result.output:
         _print_candidates(console, result.candidates)
+    if result.vocabularies and (is_verbose or not result.output):
+        _print_vocabularies(console, result.vocabularies)
     if not (is_verbose or result.output or result.evaluation):
         print_runtimes(console, result.runtimes)  # which may change what is asked for
     if is_verbose or not result.output:
@@ -160,6 +170,9 @@ def _summary(result: PruneResult) -> Table:
         old, new = getattr(before.widths, name), getattr(after.widths, name)
         if old != new and name != "num_hidden_layers":
             table.add_row(label, f"{old:,}", f"{new:,}", _change(old, new))
+    own = result.vocabulary
+    if own is not None and own.after is not None:
+        table.add_row("vocabulary", f"{own.tokens:,}", f"{own.after:,}", _change(own.tokens, own.after))
     shown = count_text(before.parameters), count_text(after.parameters)
     table.add_row("parameters", *shown, _change(before.parameters, after.parameters))
     sizes = size_text(before.size_bytes), size_text(after.size_bytes)
@@ -206,12 +219,16 @@ def _what_went(result: PruneResult) -> Iterator[str]:
         yield f"Layers {before} → {after}: {gone} {'went' if result.output else 'go'}."
     elif after < before:
         yield f"Layers {before} → {after}: which go is measured on text; with --save-plan in a dry run, too."
-    if result.speed is not None:
-        own = result.speed
-        yield (
-            f"{own.speedup:.2f} times as fast: {own.prompt_tokens:,} tokens read and {own.new_tokens:,} written, batch "
-            f"{own.batch}, {own.device}, {own.dtype}; median of {own.rounds} turns."
+    own = result.vocabulary
+    if own is not None and own.after is None:
+        saved, share = own.saved_by(own.tokens // 2)
+        said = (
+            f"Rows of {own.tokens:,} tokens are {100 * own.share:.1f}% of the parameters; half of them would save "
+            f"{count_text(saved)} ({100 * share:.1f}%)"
         )
+        yield f"{said}, and cost more than other widths." if result.vocabularies else f"{said}: --vocab auto."
+    if result.speed is not None:
+        yield speed_text(result.speed)
     if result.calibration is not None:
         card = result.calibration
         yield (
@@ -259,6 +276,13 @@ def _print_sizes(
     for own, *numbers in zip(models, *figures.values(), strict=True):
         sizes = [f"{getattr(own.widths, name):,}" for name in names]
         table.add_row(*sizes, count_text(own.parameters), *(f"{number:.3f}" for number in numbers))
+    console.print(table)
+
+
+def _print_vocabularies(console: Console, tried: tuple[TriedVocabulary, ...]) -> None:
+    table = Table("tokens", "bits per byte", title="Vocabularies, best first", title_justify="left", **NARROW)
+    for own in tried:
+        table.add_row(f"{own.tokens:,}", f"{own.bits_per_byte:.3f}")
     console.print(table)
 
 

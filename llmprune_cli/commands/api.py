@@ -20,7 +20,7 @@ from llmprune_cli.commands import inspect as inspecting
 from llmprune_cli.commands.delivery import deliver
 from llmprune_cli.commands.inspect import sensitivity as measuring
 from llmprune_cli.commands.inspect.request import LEFT_OUT as NOT_MEASURED
-from llmprune_cli.commands.inspect.request import Measured, check_sensitivity
+from llmprune_cli.commands.inspect.request import Measured, check_inspect
 from llmprune_cli.commands.named_options import NamedOption, make, options_of, refuse_unknown
 from llmprune_cli.commands.recipe import read_recipe
 from llmprune_cli.commands.recover import recovery
@@ -88,7 +88,7 @@ def inspect(
     progress: Told | None = None,
     **options: Any,
 ) -> InspectResult | VerifyResult | SensitivityResult:
-    """What a model is, and with a width what pruning would make of it, from headers and configuration alone.
+    """What a model is, and with a width what pruning would make of it, from headers and small files alone.
 
     Args:
         model: folder, `.gguf` file or hub id; a recipe may say it instead.
@@ -103,13 +103,13 @@ def inspect(
     """
     name, given = _gather("inspect", model, config, options, (ModelReference, Measured), NOT_MEASURED)
     reference, measured = _reference(name, given), make(Measured, given)
-    measured.check_use(verify, sensitivity)
-    if sensitivity:
-        check_sensitivity(reference, measured)
+    check_inspect(reference, measured, verify, sensitivity)
     with _at_work():
         if sensitivity:
             return measuring.sensitivity(reference, measured, Listener(progress))
-        return inspecting.verify_folder(Path(name)) if verify else inspecting.inspect(reference, measured.widths)
+        if verify:
+            return inspecting.verify_folder(Path(name))
+        return inspecting.inspect(reference, measured.widths, measured.tokens)
 
 
 @_takes(ModelReference, *PRUNE_PARTS)

@@ -24,7 +24,7 @@ from llmprune_cli.options import (
 from llmprune_cli.processes import is_first
 from llmprune_cli.repair import REFITS
 from llmprune_cli.startup.model_argument import has_weights
-from llmprune_cli.vocabulary.request import VocabularyRequest, read_keep_file, resolve_size
+from llmprune_cli.vocabulary.request import VocabularyRequest, check_vocabulary
 
 DTYPES = ("float32", "float16", "bfloat16")
 # The values that an option has to be one of.
@@ -130,8 +130,15 @@ class PruneRequest:
         Raises:
             UsageError: see above.
         """
-        if self.choice.budget is not None or self.choice.rotate:
-            raise UsageError("--vocab-size goes with widths; leave out targets and --rotate.")
+        if self.choice.rotate:
+            raise UsageError("--vocab-size does not go with --rotate; leave one of them out.")
+        if self.choice.budget is not None and self.choice.budget.kind == "speedup":
+            raise UsageError(
+                "--target-speedup times models with all tokens; leave out --vocab-size and --vocab-text, or ask for a "
+                "size."
+            )
+        if self.delivery.finalists is not None:
+            raise UsageError("--finalists keeps all tokens; leave out --vocab-size and --vocab-text.")
         if self.scratch.resume or self.delivery.report:
             raise UsageError(
                 "a smaller vocabulary changes the tokens that a text has, so that --report and --resume do not go with "
@@ -141,7 +148,8 @@ class PruneRequest:
     def _check_what_goes(self) -> None:
         widths, plan = self.choice.widths, self.delivery.plan
         asked = not widths.is_empty or self.choice.budget is not None or self.vocabulary.vocab_size is not None
-        if self.vocabulary.vocab_size is not None:
+        self.vocabulary.check(has_target=self.choice.budget is not None)
+        if self.vocabulary.may_go:
             self.check_tokens_may_go()
         if self.choice.budget is not None and plan is not None:
             raise UsageError("a target chooses the widths; leave out the width options and --plan.")
@@ -197,7 +205,7 @@ def check_prune(request: PruneRequest) -> None:
     delivery = request.delivery
     check_model(request.model, request.needs_weights)
     budget = request.choice.budget
-    check_target(budget, request.model.name)
+    check_target(budget, request.model.name, request.vocabulary.may_go)
     if budget is not None and budget.dtype is not None:
         check_counted(budget.dtype)
     check_layers(request.model.name, request.choice.widths)
@@ -208,7 +216,7 @@ def check_prune(request: PruneRequest) -> None:
     if request.text.calibration is not None and request.needs_text:
         for part in parts_of(request.text.calibration):
             check_text(part.name, request.text.text_column)
-    _check_vocabulary(request)
+    check_vocabulary(request.vocabulary, request.model.name)
     if request.evaluation is not None:
         check_text(request.evaluation.dataset, request.evaluation.text_column)
     if is_first() and delivery.report is not None:
@@ -219,20 +227,6 @@ def check_prune(request: PruneRequest) -> None:
     if request.export is not None:
         conversion, folder = request.export
         check_export(request.model, folder, delivery.overwrite, conversion)
-
-
-def _check_vocabulary(request: PruneRequest) -> None:
-    from llmprune_cli.startup.model_argument import vocabulary_of
-    from llmprune_cli.text.names import check_text, parts_of
-
-    asked = request.vocabulary
-    if asked.keep_tokens is not None:
-        read_keep_file(asked.keep_tokens)
-    for part in parts_of(asked.vocab_text) if asked.vocab_text is not None else ():
-        check_text(part.name)
-    rows = vocabulary_of(request.model.name)
-    if asked.vocab_size is not None and rows is not None:
-        resolve_size(asked.vocab_size, rows)
 
 
 def check_eval(models: Iterable[ModelReference], evaluation: Evaluation, tasks: Sequence[str] = ()) -> None:

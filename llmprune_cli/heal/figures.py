@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from llmprune_cli.family.widths import Widths
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -44,6 +46,17 @@ class HealedLayer:
     error_before: float  # mean over tokens of ‖h − h'‖²/‖h'‖² behind it, the layers before it being healed
     error_after: float
     trained_parameters: int  # 0 where it stayed as it was
+
+
+@dataclass(frozen=True)
+class FinalistResult:
+    """A candidate for a target size that was healed for a while."""
+
+    widths: Widths
+    layers: tuple[int, ...]
+    parameters: int
+    kl_before: float  # on held-out text, nats: pruned and refitted
+    kl_after: float  # and healed on a share of the tokens
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ from llmprune_cli.choose.layers.figures import WidthSensitivity
 from llmprune_cli.family.widths import Widths
 from llmprune_cli.folder.tensors import Shape
 from llmprune_cli.formats.format import Verification
-from llmprune_cli.heal.figures import HealedLayer, HeldOut, Judgement, RateTrial
+from llmprune_cli.heal.figures import FinalistResult, HealedLayer, HeldOut, Judgement, RateTrial
 from llmprune_cli.progress import Estimate
 from llmprune_cli.report.runtimes import RuntimeFit
 from llmprune_cli.run.questions.figures import Answered, TaskResult
 from llmprune_cli.run.speed.figures import SpeedResult
+from llmprune_cli.vocabulary.figures import TriedVocabulary, VocabularySummary
 
 SCHEMA_VERSION = 1
 
@@ -58,6 +59,7 @@ class InspectResult:
     renamed: tuple[tuple[str, str], ...]  # stored names and those of today
     before: ModelSummary
     after: ModelSummary | None
+    vocabulary: VocabularySummary
     deviations: tuple[str, ...]
     runtimes: tuple[RuntimeFit, ...]  # of the model after pruning, where that was asked for
 
@@ -169,17 +171,6 @@ class CandidateResult:
 
 
 @dataclass(frozen=True)
-class FinalistResult:
-    """A candidate for a target size that was healed for a while."""
-
-    widths: Widths
-    layers: tuple[int, ...]
-    parameters: int
-    kl_before: float  # on held-out text, nats: pruned and refitted
-    kl_after: float  # and healed on a share of the tokens
-
-
-@dataclass(frozen=True)
 class RecoverResult:
     """What `recover` reports."""
 
@@ -232,6 +223,8 @@ class PruneResult:
     deviations: tuple[str, ...]
     runtimes: tuple[RuntimeFit, ...]  # of the pruned model
     candidates: tuple[CandidateResult, ...]  # best first; empty where the widths were given
+    vocabulary: VocabularySummary | None  # None where it neither shrinks nor is a part that a target could take
+    vocabularies: tuple[TriedVocabulary, ...]  # best first; empty where their size was not searched
     speed: SpeedResult | None  # where a time was asked for
     seconds: float
     estimate: Estimate | None  # made before the start; None where the run was too short to be worth it

@@ -97,8 +97,11 @@ def compare_all(
     return [math.inf if math.isnan(kl) else max(0.0, kl / tokens) for kl in sums]
 
 
-def losses(side: Side, windows: torch.Tensor) -> float:
+def losses(side: Side, windows: torch.Tensor, known: torch.Tensor | None = None) -> float:
     """Negative log-likelihood of the tokens of windows [N, T] that are predicted, summed, in nats.
+
+    Args:
+        known: whether the model has each token, [V]; all of them by default.
 
     Raises:
         CheckpointError: see `check_loss`.
@@ -106,6 +109,8 @@ def losses(side: Side, windows: torch.Tensor) -> float:
     total = 0.0
     for window, places, wanted in predicted(side.ends, windows):
         logits = side.ends.logits(side.states[window : window + 1, places], side.items)[0]
+        if known is not None:
+            logits = logits.masked_fill(~known.to(logits.device), -math.inf)
         total += float(functional.cross_entropy(logits, wanted, reduction="sum"))
     check_loss(total)
     return total

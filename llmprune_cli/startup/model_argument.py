@@ -262,8 +262,11 @@ def _check_device(device: str) -> None:
 # --- targets --------------------------------------------------------------------------------------------------------
 
 
-def check_target(budget: Budget | None, model: str) -> None:
+def check_target(budget: Budget | None, model: str, tokens_may_go: bool = False) -> None:
     """Refuse a size that headers alone say to be more than the model, or less than its embedding.
+
+    Args:
+        tokens_may_go: whether the embedding can shrink.
 
     Raises:
         PlanError: see above.
@@ -283,7 +286,7 @@ def check_target(budget: Budget | None, model: str) -> None:
             f"The model has {most:,} {unit}, so a target of {limit:,.0f} removes nothing. Ask for less, such as 85% "
             f"({0.85 * most:,.0f} {unit})."
         )
-    if limit <= least:
+    if limit <= least and not tokens_may_go:
         raise PlanError(
             f"A target of {limit:,.0f} {unit} is out of reach: the least is more than {least:,}, which the largest "
             f"tensor outside the layers has alone. Ask for clearly more, such as half of the {most:,} of the model."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -49,11 +49,10 @@ def rank_tokens(
     return counts / counts.sum() + expected / expected.sum()
 
 
-def must_stay(tokens: Tokens, checkpoint: Checkpoint, rows: int, size: int, keep_file: Path | None) -> set[int]:
+def must_stay(tokens: Tokens, checkpoint: Checkpoint, rows: int, keep_file: Path | None) -> frozenset[int]:
     """The tokens that stay whatever the text: special ones, those that any text needs, those that settings name.
 
     Raises:
-        PlanError: they are more than are to stay.
         UsageError: the file names tokens that there are not.
     """
     found = set(tokens.required) | named_tokens(checkpoint.config.to_dict()) | _of_chats(tokens, checkpoint)
@@ -62,16 +61,23 @@ def must_stay(tokens: Tokens, checkpoint: Checkpoint, rows: int, size: int, keep
         found |= named_tokens(read_json(settings))
     if keep_file is not None:
         found |= _read_keep_file(keep_file, tokens)
-    found = {number for number in tokens.closed(found) if number < rows}
-    if len(found) > size:
+    return frozenset(number for number in tokens.closed(found) if number < rows)
+
+
+def check_size(stays: Collection[int], size: int) -> None:
+    """Hold that there is room for the tokens that must stay.
+
+    Raises:
+        PlanError: there is not.
+    """
+    if len(stays) > size:
         raise PlanError(
-            f"{len(found):,} tokens must stay (special ones, characters or bytes, those that --keep-tokens names), "
+            f"{len(stays):,} tokens must stay (special ones, characters or bytes, those that --keep-tokens names), "
             f"which is more than {size:,}. Give a larger --vocab-size."
         )
-    return found
 
 
-def choose_tokens(tokens: Tokens, scores: torch.Tensor, stays: set[int], size: int) -> tuple[int, ...]:
+def choose_tokens(tokens: Tokens, scores: torch.Tensor, stays: Collection[int], size: int) -> tuple[int, ...]:
     """The most used tokens with all that builds them, up to a number; the rest by the tokenizer's own order.
 
     Args:

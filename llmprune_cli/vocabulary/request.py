@@ -11,18 +11,21 @@ from llmprune_cli.options import GOES, TEXT, Option
 from llmprune_cli.sizes import parse_count
 
 STEP = 64  # rows that kernels like a multiple of
+AUTO, KEEP = "auto", "keep"  # of a target: whether it is spent on tokens, too
 
 
 def check_vocab_size(value: str) -> None:
-    """A number of tokens, or a share of them.
+    """A number of tokens, a share of them, or what a target does with them.
 
     Raises:
-        UsageError: neither.
+        UsageError: none of these.
     """
     try:
-        parse_count(value)
+        _ = value in (AUTO, KEEP) or parse_count(value)
     except UsageError:
-        raise UsageError(f"give a number of tokens such as 32000, or a share such as 50%, not {value!r}.") from None
+        raise UsageError(
+            f"give a number of tokens such as 32000, a share such as 50%, or with a target auto or keep, not {value!r}."
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,13 @@ class VocabularyRequest:
 
     vocab_size: Annotated[
         str | None,
-        Option("Tokens to keep, such as 32000 or 50%; the tokenizer is cut to match.", GOES, check=check_vocab_size),
+        Option(
+            "Tokens to keep, such as 32000 or 50%, the tokenizer cut to match; with a target also auto or keep.",
+            GOES,
+            left_out="all",
+            check=check_vocab_size,
+            short="--vocab",
+        ),
     ] = None
     vocab_text: Annotated[
         str | None, Option("Text by whose use tokens stay, as --dataset.", TEXT, left_out="the calibration text")
@@ -40,10 +49,36 @@ class VocabularyRequest:
         None
     )
 
-    def __post_init__(self) -> None:
-        """Refuse what would do nothing."""
-        if self.vocab_size is None and (self.vocab_text is not None or self.keep_tokens is not None):
-            raise UsageError("--vocab-text and --keep-tokens say which tokens stay; give --vocab-size with them.")
+    @property
+    def number(self) -> str | None:
+        """How many tokens are to stay, or what share of them; None where that is left open."""
+        return None if self.vocab_size in (AUTO, KEEP) else self.vocab_size
+
+    @property
+    def may_go(self) -> bool:
+        """Whether tokens are to go, or may."""
+        return self.vocab_size not in (None, KEEP) or (self.vocab_size is None and self.vocab_text is not None)
+
+    def check(self, has_target: bool) -> None:
+        """Refuse what would do nothing.
+
+        Args:
+            has_target: whether the widths are chosen for a size.
+
+        Raises:
+            UsageError: see above.
+        """
+        names = "--vocab-text and --keep-tokens say which tokens stay"
+        given = self.vocab_text is not None or self.keep_tokens is not None
+        if self.vocab_size in (AUTO, KEEP) and not has_target:
+            raise UsageError(
+                f"--vocab {self.vocab_size} says what a target does with tokens; give a target, or a number."
+            )
+        if self.vocab_size == KEEP and given:
+            raise UsageError(f"{names}, and with --vocab keep all do; leave one of them out.")
+        if self.vocab_size is None and given and not (has_target and self.vocab_text is not None):
+            also = " or --vocab auto" if has_target else ""
+            raise UsageError(f"{names}; give --vocab-size{also} with them.")
 
 
 def resolve_size(asked: str, rows: int) -> int:
@@ -60,6 +95,27 @@ def resolve_size(asked: str, rows: int) -> int:
     if size >= rows:
         raise PlanError(f"--vocab-size {asked} comes to {size:,} tokens, and the model has {rows:,}. Give fewer.")
     return size
+
+
+def check_vocabulary(asked: VocabularyRequest, model: str) -> None:
+    """Refuse what can be refused in a moment.
+
+    Args:
+        model: as the user names it.
+
+    Raises:
+        LlmpruneError: a file or a text is not there, or no token would go.
+    """
+    from llmprune_cli.startup.model_argument import vocabulary_of
+    from llmprune_cli.text.names import check_text, parts_of
+
+    if asked.keep_tokens is not None:
+        read_keep_file(asked.keep_tokens)
+    for part in parts_of(asked.vocab_text) if asked.vocab_text is not None else ():
+        check_text(part.name)
+    rows = vocabulary_of(model)
+    if asked.number is not None and rows is not None:
+        resolve_size(asked.number, rows)
 
 
 def read_keep_file(path: Path) -> list[str]:

@@ -75,6 +75,12 @@ MISTAKES = {
     "sensitivity beside widths": Mistake(
         ("inspect", "model", "--sensitivity", "--mlp", "25%"), USAGE, ("leave out the width options",)
     ),
+    "sensitivity beside fewer tokens": Mistake(
+        ("inspect", "model", "--sensitivity", "--vocab-size", "50%"), USAGE, ("leave out the width options",)
+    ),
+    "checksums beside fewer tokens": Mistake(
+        ("inspect", "model", "--verify", "--vocab-size", "50%"), USAGE, ("--verify plans nothing",)
+    ),
     "sensitivity beside checksums": Mistake(("inspect", "model", "--sensitivity", "--verify"), USAGE, ("--verify",)),
     "a text for no measurement": Mistake(
         ("inspect", "model", "--calibration", "good.jsonl"), USAGE, ("give --sensitivity",)

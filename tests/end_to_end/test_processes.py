@@ -17,7 +17,7 @@ from support.families import EVERY
 from support.full import examples, in_full
 from support.sharing import made_once
 from support.stock import written_tensors
-from support.tiny import save_tiny
+from support.tiny import BYTE_LEVEL_VOCABULARY, save_byte_level, save_tiny
 
 ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
 ACCELERATE += ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
@@ -33,6 +33,7 @@ CALIBRATED = (
     "40",
 )  # three batches
 CUT = ("--intermediate-size", "24", *CALIBRATED)
+FEWER = ("--vocab-size", "320", *CALIBRATED)
 COMMANDS: dict[str, tuple[str, ...]] = {  # OUT is the folder of the processes that run them
     "eval": ("eval", "llama", "--compare", "mixtral", *WINDOWS, "--batch-size", "4", "--json"),
     "one window": ("eval", "llama", *WINDOWS, "--limit", "1", "--json"),
@@ -50,6 +51,14 @@ COMMANDS: dict[str, tuple[str, ...]] = {  # OUT is the folder of the processes t
     ),
     "inspect": ("inspect", "llama", "--json"),
 }
+IN_FULL: dict[str, tuple[str, ...]] = {
+    "tokens": ("prune", "bytes", *BY_MAGNITUDE, "--mlp", "50%", *FEWER, "--output", "OUT/tokens"),
+    "spent": (
+        *("prune", "bytes", "--target", "80%", "--vocab", "auto", *CALIBRATED),
+        *("--save-plan", "OUT/spent.json", "--output", "OUT/spent", "--json"),
+    ),
+}
+COMMANDS |= IN_FULL if EVERY else {}
 if not EVERY:
     del COMMANDS["rotate"], COMMANDS["sweep"]
 FULL_FOR_TWO = ("prune", "llama", *CUT, "--output", "two/resumed")
@@ -73,6 +82,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
 
     def make(folder: Path) -> None:
         save_tiny(folder / "llama", initializer_range=0.15)
+        save_tiny(folder / "bytes", vocab_size=BYTE_LEVEL_VOCABULARY, initializer_range=0.15)
+        save_byte_level(folder / "bytes")
         save_tiny(folder / "mixtral", "mixtral", num_local_experts=3, initializer_range=0.15)
         (folder / "corpus.txt").write_text(text_file.read_text())
         rows = (f"{number} times {number + 7} is {number * (number + 7)}.\n" for number in range(600))
@@ -150,6 +161,22 @@ def test_two_processes_sweep_as_one_does(alone: Path, both: dict[str, list[Run]]
     assert both["sweep"][0].code == 0, both["sweep"][0].stderr
     assert run_cli(*at_work("sweep", "one")).code == 0
     assert largest_difference(alone / "one" / "sweep" / "mlp-50%", alone / "two" / "sweep" / "mlp-50%") < 1e-5
+
+
+@in_full
+def test_two_processes_choose_the_tokens_that_one_chooses(alone: Path, both: dict[str, list[Run]]) -> None:
+    for name in IN_FULL:
+        assert both[name][0].code == 0, both[name][0].stderr
+        run = run_cli(*at_work(name, "one"))
+        assert run.code == 0, run.stderr
+    for file in ("model.safetensors", "tokenizer.json", "config.json"):
+        assert (alone / "one" / "tokens" / file).read_bytes() == (alone / "two" / "tokens" / file).read_bytes()
+    assert largest_difference(alone / "one" / "spent", alone / "two" / "spent") < 1e-5
+    one, two = ((alone / side / "spent.json").read_bytes() for side in ("one", "two"))
+    tried = [json.loads(text)["vocabularies"] for text in (run.stdout, both["spent"][0].stdout)]
+    assert one == two and len(tried[0]) == 2
+    for first, second in zip(*tried, strict=True):
+        assert first == {**second, "bits_per_byte": pytest.approx(second["bits_per_byte"], rel=1e-5)}
 
 
 def test_two_processes_find_what_one_finds(alone: Path, both: dict[str, list[Run]]) -> None:

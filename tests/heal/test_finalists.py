@@ -14,7 +14,7 @@ from support.tiny import save_tiny
 @in_full
 def test_the_candidate_that_heals_best_is_gone_on_with(text_file: Path, tmp_path: Path) -> None:
     dense = save_tiny(tmp_path / "dense", initializer_range=0.1, num_hidden_layers=4)
-    words = ("prune", dense, "--target", "85%", "--recover", "2048", "--finalists", "2")
+    words = ("prune", dense, "--target", "85%", "--vocab", "keep", "--recover", "2048", "--finalists", "2")
     text = ("--calibration", text_file, "--calibration-seq-len", "32", "--calibration-tokens", "512")
     judged = ("--eval", "--dataset", text_file, "--max-seq-len", "32", "--limit", "4")
     run = run_cli(*words, *text, *judged, "--output", tmp_path / "out", "--json")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,66 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.families import EVERY
-
-SCRIPTS = (
-    "The quick brown fox; def f(x): return x**2  # ok\n\tI'LL pay 12,345.67!",
-    "Übergrößenträger, naïve façade, œuvre, Łódź.",
-    "Съешь же ещё этих мягких французских булок.",
-    "Ξεσκεπάζω την ψυχοφθόρα βδελυγμία.",
-    "דג סקרן שט בים מאוכזב ولد ومدرسة كبيرة",
-    "नमस्ते दुनिया, यह एक परीक्षा है।",
-    "敏捷的棕色狐狸跳过了懒狗。いろはにほへと 키스의 고유조건은",
-    "🦙👩‍👩‍👧‍👦 e\u0301 \u200d \ufeff <s> <pad> </s>x \U0001f9d9",
-)
-
-
-def learn(kind: str) -> Any:
-    """A tokenizer of each kind that can be cut."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-
-    text = [Path(__file__).read_text(encoding="utf-8"), *SCRIPTS[:3]] * 3
-    special = ["<unk>", "<s>", "</s>"]
-    if kind in ("byte-level", "whole words"):
-        tokenizer = Tokenizer(models.BPE(ignore_merges=kind == "whole words"))
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer: Any = trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
-        tokenizer.train_from_iterator(text, trainer)
-    elif kind == "unigram":
-        tokenizer = Tokenizer(models.Unigram())
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-        tokenizer.decoder = decoders.Metaspace()
-        trainer = trainers.UnigramTrainer(
-            vocab_size=500, special_tokens=special, unk_token="<unk>", show_progress=False
-        )
-        tokenizer.train_from_iterator(text, trainer)
-    else:
-        spaces = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        trained = Tokenizer(models.BPE())
-        trained.normalizer = spaces
-        trained.train_from_iterator(text, trainers.BpeTrainer(vocab_size=400, show_progress=False))
-        learned = [token for token, _ in sorted(trained.get_vocab().items(), key=lambda item: item[1])]
-        pieces = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *learned]
-        vocabulary = {piece: number for number, piece in enumerate(pieces)}
-        merges = [
-            (piece[:cut], piece[cut:])
-            for piece in learned
-            for cut in range(1, len(piece))
-            if piece[:cut] in vocabulary and piece[cut:] in vocabulary
-        ]
-        tokenizer = Tokenizer(
-            models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-        )
-        tokenizer.normalizer = spaces
-        tokenizer.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        )
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (*special, "<pad>")])
-    begin = tokenizer.token_to_id("<s>")
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", begin)])
-    return tokenizer
-
+from support.tokenizers_of_kinds import SCRIPTS, learn, strings
 
 KINDS = ("byte-level", "whole words", "byte fallback", "unigram")
 
@@ -103,7 +43,7 @@ def assert_alike(kind: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=2500 if EVERY else 150, deadline=None)
+@settings(max_examples=10_000 if EVERY else 150, deadline=None)
 @given(text=st.text())
 def test_any_text_is_given_back_as_the_whole_tokenizer_gives_it_back(kind: str, text: str) -> None:
     assert_alike(kind, text)
@@ -111,9 +51,8 @@ def test_any_text_is_given_back_as_the_whole_tokenizer_gives_it_back(kind: str, 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_text_of_eight_scripts_is_given_back(kind: str) -> None:
-    for line in SCRIPTS:
-        for end in range(1, len(line) + 1, 7):
-            assert_alike(kind, line[:end])
+    for text in (*strings(), *(line[:end] for line in SCRIPTS for end in range(1, len(line) + 1, 7))):
+        assert_alike(kind, text)
 
 
 @pytest.mark.parametrize("kind", KINDS)

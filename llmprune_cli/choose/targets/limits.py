@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from llmprune_cli.coupling.subject import Subject
@@ -29,6 +29,10 @@ class Limit(Protocol):
     @property
     def share(self) -> float:
         """How large a part of the whole model it leaves, of its size or of its time."""
+
+    @property
+    def spared(self) -> tuple[int, int]:
+        """Parameters and bytes of tokens that go as well, so that nothing else has to go for them."""
 
     def fits(self, target: Target) -> bool:
         """Whether it is met."""
@@ -71,6 +75,7 @@ class SizeLimit:
     of: Callable[[Target], float]
     unit: str
     whole: Target
+    spared: tuple[int, int] = (0, 0)  # see `Limit`
     less = "more"
 
     def __str__(self) -> str:
@@ -83,11 +88,27 @@ class SizeLimit:
 
     def fits(self, target: Target) -> bool:
         """See `Limit`."""
-        return self.of(target) <= self.most
+        return self.left_of(target) <= self.most
+
+    def left_of(self, target: Target) -> float:
+        """The size without the tokens that go."""
+        return self.of(target) - self._of_both(self.spared)
+
+    def share_of(self, weight: tuple[int, int]) -> float:
+        """What part of some parameters and bytes would have to go for the limit alone."""
+        return (self.of(self.whole) - self.most) / self._of_both(weight)
+
+    def sparing(self, spared: tuple[int, int]) -> SizeLimit:
+        """The same where tokens go.
+
+        Args:
+            spared: see `Limit`.
+        """
+        return replace(self, spared=spared)
 
     def check(self, least: Target, remedy: str) -> None:
         """See `Limit`."""
-        reached, whole = self.of(least), self.of(self.whole)
+        reached, whole = self.left_of(least), self.of(self.whole)
         percent = (
             f" ({math.ceil(1000 * reached / whole) / 10:g}% of the parameters)" if self.unit == "parameters" else ""
         )
@@ -102,6 +123,9 @@ class SizeLimit:
                 f"No uniform widths leave {self}; the least that the search reaches is {self._amount(reached)}. "
                 f"{reachable}, or {remedy}."
             )
+
+    def _of_both(self, weight: tuple[int, int]) -> int:
+        return weight[0 if self.unit == "parameters" else 1]
 
     def _amount(self, amount: float) -> str:
         return f"{amount:,.0f} {self.unit}"

@@ -70,8 +70,12 @@ def search_widths(
                 continue
             if (target.widths, target.layers) in judged or (bound is not None and _goes_beyond(target, bound)):
                 continue
-            kl = judge(target)
-            judged[target.widths, target.layers] = Candidate(target, measure_size(subject, target)[0], kl)
+            is_whole = target.widths == subject.widths
+            kl = 0.0 if is_whole else judge(target)
+            parameters = measure_size(subject, target)[0] - limit.spared[0]
+            judged[target.widths, target.layers] = Candidate(target, parameters, kl)
+            if is_whole:
+                return tuple(judged.values())
             if keep_layers:
                 break  # every further layer that goes can only harm
             if kl < best:
@@ -187,7 +191,8 @@ def _widest(subject: Subject, base: WidthRequest, limit: Limit, round_to: int | 
     step = _step(largest, round_to)
     low, high = max(1, int(LEAST_NEURONS * largest) // step), largest // step
     try:
-        best = fits(base) if not base.is_empty else None
+        whole_fits = not base.is_empty or any(limit.spared)  # as no other limit leaves the model as it is
+        best = fits(base) if whole_fits else None
         if best is not None or base.keep_layers or not _neurons(subject, Fraction(1), round_to):
             return best
         while low <= high:
@@ -252,3 +257,19 @@ def least_target(subject: Subject, conditions: WidthRequest = NO_CONDITIONS) -> 
         if target.widths.hidden_size == before.hidden_size:
             return target
     return resolve(subject.architecture, subject.trace.refused, request)
+
+
+def in_words(subject: Subject, target: Target) -> str:
+    """What of a target differs from the whole model."""
+    before, after = subject.widths, target.widths
+    neurons = (before.intermediate_size, after.intermediate_size)
+    if not before.intermediate_size:
+        neurons = (before.moe_intermediate_size, after.moe_intermediate_size)
+    shapes = {
+        "layers": (before.num_hidden_layers, len(target.layers)),
+        "KV groups": (before.num_key_value_heads, after.num_key_value_heads),
+        "heads": (before.num_attention_heads, after.num_attention_heads),
+        "neurons": neurons,
+        "experts": (before.num_experts, after.num_experts),
+    }
+    return ", ".join(f"{new} {name}" for name, (old, new) in shapes.items() if new != old)

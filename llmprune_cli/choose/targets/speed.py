@@ -144,6 +144,7 @@ class SpeedLimit:
 
     speedup: float
     race: Race
+    spared = (0, 0)  # as all tokens are timed
     less = "less"
 
     def __str__(self) -> str:
@@ -184,6 +185,11 @@ class Remembered:
     def share(self) -> float:
         """See `Limit`."""
         return self.limit.share
+
+    @property
+    def spared(self) -> tuple[int, int]:
+        """See `Limit`."""
+        return self.limit.spared
 
     def __str__(self) -> str:
         return str(self.limit)

@@ -14,6 +14,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from llmprune_cli.report.results import ModelSummary
     from llmprune_cli.report.runtimes import RuntimeFit
+    from llmprune_cli.run.speed.figures import SpeedResult
 
 WIDTH = 80  # columns, where there is no terminal
 WIDTH_LABELS = {
@@ -132,3 +133,11 @@ def size_text(count: float) -> str:
 def number_text(value: float) -> str:
     """A perplexity for people."""
     return f"{value:,.2f}" if value < 1e9 else f"{value:.3g}"
+
+
+def speed_text(own: SpeedResult) -> str:
+    """How many times as fast a model is, and how that was timed."""
+    return (
+        f"{own.speedup:.2f} times as fast: {own.prompt_tokens:,} tokens read and {own.new_tokens:,} written, batch "
+        f"{own.batch}, {own.device}, {own.dtype}; median of {own.rounds} turns."
+    )

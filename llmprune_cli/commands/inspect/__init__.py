@@ -7,7 +7,7 @@ functions.
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from llmprune_cli.options import ModelReference, WidthRequest
@@ -16,22 +16,23 @@ from llmprune_cli.report.results import SCHEMA_VERSION, InspectResult, VerifyRes
 from llmprune_cli.report.summary import summarize
 from llmprune_cli.startup.loading import loading
 from llmprune_cli.startup.remembered import recall, remember, remembered_in, state_of
+from llmprune_cli.vocabulary.request import VocabularyRequest
 
 
-def inspect(reference: ModelReference, request: WidthRequest) -> InspectResult:
-    """Describe a model from headers and configuration, and what a request would make of it.
+def inspect(reference: ModelReference, request: WidthRequest, tokens: VocabularyRequest) -> InspectResult:
+    """Describe a model from headers, configuration and tokenizer, and what a request would make of it.
 
     Raises:
         LlmpruneError: it cannot be read, or cannot be pruned so.
     """
-    place = _remembered_in(reference, request)
+    place = _remembered_in(reference, request, tokens)
     known = recall(place, InspectResult)
     if known is None:
         warned = _Warned()
         LOGGER.addFilter(warned)
         try:
             with loading():
-                known = _find_out(reference, request)
+                known = _find_out(reference, request, tokens)
         finally:
             LOGGER.removeFilter(warned)
         if not warned.times:  # a warning is for every run
@@ -50,17 +51,18 @@ class _Warned(logging.Filter):
         return True
 
 
-def _remembered_in(reference: ModelReference, request: WidthRequest) -> Path | None:
-    """The file for what is found out about a model on this machine; None where its own code may run."""
+def _remembered_in(reference: ModelReference, request: WidthRequest, tokens: VocabularyRequest) -> Path | None:
+    """The file for what is found out about a model on this machine; None where its own code may run, or a file says."""
     state = state_of(Path(reference.name))
-    if state is None or reference.trust_remote_code:
+    if state is None or reference.trust_remote_code or tokens.keep_tokens is not None:
         return None
-    return remembered_in("inspect", str(Path.cwd()), asdict(reference), asdict(request), state)
+    return remembered_in("inspect", str(Path.cwd()), asdict(reference), asdict(request), tokens.vocab_size, state)
 
 
-def _find_out(reference: ModelReference, request: WidthRequest) -> InspectResult:
+def _find_out(reference: ModelReference, request: WidthRequest, tokens: VocabularyRequest) -> InspectResult:
     """See `inspect`."""
     from llmprune_cli.apply.proven_widths import leave_unproven
+    from llmprune_cli.commands.prune.vocabulary import cut_to, summarize_vocabulary
     from llmprune_cli.coupling.subject import understand
     from llmprune_cli.family.architecture import with_widths
     from llmprune_cli.plan.legal import legal_values
@@ -73,11 +75,16 @@ def _find_out(reference: ModelReference, request: WidthRequest) -> InspectResult
         checkpoint = part_to_write(opened)
         subject = leave_unproven(understand(checkpoint))
         target = None if request.is_empty else resolve(subject.architecture, subject.trace.refused, request)
-        after, config = None, checkpoint.config
+        after, config, widths, tensors = None, checkpoint.config, subject.widths, checkpoint.entries
         if target is not None:
             subject.require(target.widths)
-            after = summarize((*predict(subject, target), *subject.surroundings), target.widths)
-            config = with_widths(subject.architecture, target.widths, target.layers)
+            widths, tensors = target.widths, predict(subject, target)
+            config = with_widths(subject.architecture, widths, target.layers)
+        vocabulary, size = summarize_vocabulary(subject, tokens.keep_tokens), None
+        if tokens.number is not None:
+            tensors, size = cut_to(subject, tokens, tensors)
+        if target is not None or size is not None:
+            after = summarize((*tensors, *subject.surroundings), widths)
         return InspectResult(
             schema_version=SCHEMA_VERSION,
             model=checkpoint.source,
@@ -90,6 +97,7 @@ def _find_out(reference: ModelReference, request: WidthRequest) -> InspectResult
             renamed=checkpoint.renamed,
             before=summarize((*checkpoint.entries, *subject.surroundings), subject.widths),
             after=after,
+            vocabulary=replace(vocabulary, after=size),
             deviations=target.deviations if target else (),
             runtimes=runtime_fits(config),
         )

@@ -9,25 +9,25 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from llmprune_cli.apply.proven_widths import check_proof
 from llmprune_cli.apply.pruned_folder import make_manifest, write_pruned
-from llmprune_cli.apply.rows import cut_entries
 from llmprune_cli.choose.selection import Selection, select, target_of
 from llmprune_cli.choose.targets.speed import SpeedLimit
 from llmprune_cli.commands.prune.decision import (
     Decided,
     check_export_fits,
-    cut_axes,
     decide,
     layered,
     rotate_model,
     settle,
-    with_vocabulary,
+    write_own_text,
 )
 from llmprune_cli.commands.prune.estimate import estimate_prune, going_on, most_bytes
 from llmprune_cli.commands.prune.outcome import Outcome, answer_both, evaluate_both, options_said, report
+from llmprune_cli.commands.prune.vocabulary import rank_vocabularies, told_of_tokens, warn_of_lost_tokens
 from llmprune_cli.commands.recipe import recipe_of, save_recipe
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.coupling.subject import Subject, understand
@@ -190,15 +190,9 @@ def choose_and_write(
         staged: opens the folder to write into; None where nothing is written.
         bound: see `search_widths`.
     """
-    subject, selection, target = bench.model.subject, None, decided.target
-    is_first = subject.processes.is_first
-    if decided.plan is not None:
-        selection = Selection(decided.plan)
-    elif request.needs_weights:
-        selection = select(bench, decided.target, choice, decided.limit, bound)
-        target = target_of(selection.plan)
-    if selection is not None:
-        selection = replace(selection, plan=with_vocabulary(request, selection.plan, decided, bench))
+    subject, is_first = bench.model.subject, bench.model.subject.processes.is_first
+    selection = _choose(request, choice, decided, bench, bound)
+    target = target_of(selection.plan) if selection is not None else decided.target
     if is_first and target.layers != decided.target.layers:
         check_proof(subject, target)
     check_export_fits(request, subject, target)
@@ -206,15 +200,17 @@ def choose_and_write(
     target = _tell(request, choice, selection, decided, target, bench)
     repairs: tuple[LayerRepair, ...] = ()
     repaired = subject
-    only_tokens_go = decided.vocab_size is not None and not target.widths.changed_from(subject.widths)
+    plan = selection.plan if selection is not None else None
+    vocabulary = plan.vocabulary if plan is not None else None
+    only_tokens_go = vocabulary is not None and not target.widths.changed_from(subject.widths)
     if selection is not None and request.writes and not only_tokens_go:
         repaired, repairs = repair(bench, selection.plan, choice.refit or "")
     if not is_first:
         return None
     is_known = (target.widths, target.layers) == (decided.target.widths, decided.target.layers)
     tensors = decided.tensors if is_known and decided.stream is None else predict(subject, target)
-    if decided.vocab_size is not None:
-        tensors = cut_entries(tensors, cut_axes(subject, target), decided.vocab_size)
+    if decided.vocabulary is not None and (selection is None or vocabulary is not None):
+        tensors = decided.vocabulary.cut(tensors, vocabulary)
     after = summarize((*tensors, *subject.surroundings), target.widths)
     outcome = Outcome(
         subject=subject,
@@ -222,16 +218,33 @@ def choose_and_write(
         target=target,
         before=decided.before,
         after=after,
-        plan=selection.plan if selection else None,
+        plan=plan,
         candidates=selection.candidates if selection else (),
         card=None,
         evaluated=evaluated,
+        vocabulary=None if bench.serves_several else told_of_tokens(request, subject, decided.vocabulary, plan),
+        vocabularies=selection.vocabularies if selection else (),
         speed=speed,
     )
     if staged is None or selection is None:
         return outcome
     with staged() as staging:
         return replace(outcome, card=_fill(staging, request, outcome, selection.plan, repaired, repairs, bench))
+
+
+def _choose(
+    request: PruneRequest, choice: Choice, decided: Decided, bench: Workbench, bound: Target | None
+) -> Selection | None:
+    """What stays; None where headers alone do not say."""
+    if decided.plan is not None:
+        return Selection(decided.plan)
+    if not request.needs_weights:
+        return None
+    write = partial(write_own_text, request, bench.model.subject, bench.listener)
+    sized = rank_vocabularies(request, decided.vocabulary, bench, write)
+    selection = select(bench, decided.target, choice, decided.limit, bound, sized)
+    warn_of_lost_tokens(selection.plan, bench)
+    return selection
 
 
 @contextmanager

@@ -11,10 +11,12 @@ import torch
 
 from llmprune_cli.apply.proof import NoLogitsError
 from llmprune_cli.apply.proven_widths import check_proof, refusing, unproven
+from llmprune_cli.apply.vocabulary.proof import prove_rows
 from llmprune_cli.choose import needs_text
 from llmprune_cli.choose.selection import first_target, stored_plan, target_of
-from llmprune_cli.choose.targets.limits import Limit, size_limit
+from llmprune_cli.choose.targets.limits import Limit, SizeLimit, size_limit
 from llmprune_cli.choose.targets.speed import Race, SpeedLimit, work_of
+from llmprune_cli.commands.prune.vocabulary import DecidedVocabulary, decide_vocabulary
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.errors import CheckpointError, MissingPackageError, PlanError, UnsupportedError
@@ -23,7 +25,7 @@ from llmprune_cli.folder.staging import check_room
 from llmprune_cli.folder.tensors import BY_NAME, TensorEntry
 from llmprune_cli.formats import load_format
 from llmprune_cli.options import Choice
-from llmprune_cli.plan.document import Plan, Vocabulary
+from llmprune_cli.plan.document import Plan
 from llmprune_cli.plan.predict import predict, predicted_tensors
 from llmprune_cli.plan.requested_widths import Target
 from llmprune_cli.processes import Processes
@@ -32,23 +34,14 @@ from llmprune_cli.repair.residual_stream import ResidualStream, find_residual_st
 from llmprune_cli.repair.rotation import principal_components, rotate, untie
 from llmprune_cli.report.results import ModelSummary
 from llmprune_cli.report.summary import summarize
-from llmprune_cli.run.calibration import (
-    CalibrationText,
-    load_calibration,
-    prepare_calibration,
-    windows_apart,
-)
-from llmprune_cli.run.corpus import Corpus, cut_windows, own_corpus
+from llmprune_cli.run.calibration import CalibrationText, prepare_calibration
+from llmprune_cli.run.corpus import Corpus, own_corpus
 from llmprune_cli.run.layer import BATCH_TOKENS, native_dtype, windows_together
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.full_model import pick_device
 from llmprune_cli.source.own_text import Place, write_text
 from llmprune_cli.source.tokenizer import load_tokenizer, warn_of_other_splitting
-from llmprune_cli.vocabulary.choice import choose_tokens, must_stay, rank_tokens
-from llmprune_cli.vocabulary.request import resolve_size
-from llmprune_cli.vocabulary.rewriting import LEFT_OUT, cut_tokens, open_tokens
-from llmprune_cli.vocabulary.size import check_rows, vocabulary_axes
 
 
 @dataclass(frozen=True)
@@ -63,7 +56,7 @@ class Decided:
     stream: ResidualStream | None  # that is to be rotated
     untied: int  # parameters that this adds
     limit: Limit | None  # that the widths are searched for
-    vocab_size: int | None  # rows that the embedding will have, where tokens go
+    vocabulary: DecidedVocabulary | None  # None: all tokens stay
 
 
 def decide(request: PruneRequest, subject: Subject, listener: Listener) -> Decided:
@@ -77,14 +70,18 @@ def decide(request: PruneRequest, subject: Subject, listener: Listener) -> Decid
         subject, untied = untie(subject)
         stream = find_residual_stream(subject.architecture, subject.trace)
     plan = stored_plan(subject, request.delivery.plan) if request.delivery.plan else None
-    limit = limit_of(request, subject, listener)
-    subject, target, tensors = _proven(request, subject, plan, limit)
+    limit = least = limit_of(request, subject, listener)
+    vocabulary = decide_vocabulary(request, subject, plan, limit)
+    if vocabulary is not None and subject.processes.is_first:
+        prove_rows(subject)
+    if vocabulary is not None and isinstance(limit, SizeLimit):
+        least = limit.sparing(vocabulary.spared(vocabulary.sizes[-1]))
+    subject, target, tensors = _proven(request, subject, plan, least)
     size_bytes = sum(entry.size_bytes for entry in tensors)
     if request.writes and subject.processes.is_first:
         check_room(request.delivery.output or Path(tempfile.gettempdir()), size_bytes)
     check_export_fits(request, subject, target)
-    vocab_size = _decide_size(request, subject, plan, target)
-    return Decided(subject, plan, target, tensors, before, stream, untied, limit, vocab_size)
+    return Decided(subject, plan, target, tensors, before, stream, untied, limit, vocabulary)
 
 
 def limit_of(request: PruneRequest, subject: Subject, listener: Listener) -> Limit | None:
@@ -163,62 +160,6 @@ def _proven(
     return left, target, predict(left, target)
 
 
-def _decide_size(request: PruneRequest, subject: Subject, plan: Plan | None, target: Target) -> int | None:
-    """The rows of the embedding that are asked for, where the tokenizer and the family can have fewer.
-
-    Raises:
-        PlanError, UnsupportedError: they cannot.
-    """
-    asked, checkpoint = request.vocabulary, subject.checkpoint
-    stored = plan.vocabulary if plan is not None else None
-    if asked.vocab_size is None and stored is None:
-        return None
-    request.check_tokens_may_go()
-    rows = int(checkpoint.config.vocab_size)
-    if checkpoint.whole is not None:
-        raise UnsupportedError(f"{checkpoint.source} is multimodal, whose tokens cannot go. Give --text-only with it.")
-    if stored is not None and stored.before != rows:
-        raise PlanError(f"The plan is for {stored.before:,} tokens, and the model has {rows:,}. Make the plan anew.")
-    tokens = open_tokens(checkpoint)
-    size = len(stored.kept) if stored is not None else resolve_size(asked.vocab_size or "", rows)
-    must_stay(tokens, checkpoint, rows, size, asked.keep_tokens)
-    check_rows(with_widths(subject.architecture, target.widths, target.layers), size, checkpoint)
-    if stored is not None:
-        cut_tokens(tokens, stored.kept)
-    return size
-
-
-def cut_axes(subject: Subject, target: Target) -> dict[str, int]:
-    """The axes of the pruned model's tensors that have a row for each token."""
-    return vocabulary_axes(with_widths(subject.architecture, target.widths, target.layers))
-
-
-def with_vocabulary(request: PruneRequest, plan: Plan, decided: Decided, bench: Workbench) -> Plan:
-    """The plan with the tokens that stay, which only the first process chooses; one that is replayed says it."""
-    asked, checkpoint = request.vocabulary, bench.model.checkpoint
-    if decided.vocab_size is None or plan.vocabulary is not None or not bench.model.processes.is_first:
-        return plan
-    rows, tokens = int(checkpoint.config.vocab_size), open_tokens(checkpoint)
-    left_out = [name for name in LEFT_OUT if (checkpoint.companions / name).is_file()]
-    if left_out:
-        bench.listener.warn(f"{', '.join(left_out)} left out: tokenizer.json says what stays of it.")
-    bench.listener.warn(f"{decided.vocab_size:,} of {rows:,} tokens stay, so text that uses others gets more of them.")
-    text = replace(request.text, calibration=asked.vocab_text or request.text.calibration)
-    tokenizer, longest = load_tokenizer(checkpoint), getattr(checkpoint.config, "max_position_embeddings", None)
-    length = min(request.text.calibration_seq_len, longest or request.text.calibration_seq_len)
-    texts, wanted = [], request.text.calibration_tokens
-    write = partial(_write_text, request, bench.model.subject, bench.listener)
-    for corpus, share in load_calibration(text, tokenizer, bench.listener.warn, write, wanted):
-        windows = cut_windows(corpus, tokenizer, rows, length, None)
-        if bench.text is not None and length == bench.text.judged.shape[1]:  # by which the result is judged
-            windows = windows_apart(windows, torch.cat((bench.text.judged, bench.text.held_out)))
-        texts.append((windows, share))
-    bench.listener.stage("Ranking tokens", bench.model.layers)
-    scores = rank_tokens(bench.model, texts, wanted, rows, bench.listener.advance)
-    stays = must_stay(tokens, checkpoint, rows, decided.vocab_size, asked.keep_tokens)
-    return replace(plan, vocabulary=Vocabulary(rows, choose_tokens(tokens, scores, stays, decided.vocab_size)))
-
-
 def settle(
     request: PruneRequest, subject: Subject, processes: Processes, listener: Listener
 ) -> tuple[Choice, CalibrationText | None]:
@@ -276,14 +217,14 @@ def _prepare_text(request: PruneRequest, subject: Subject, listener: Listener) -
     vocabulary = checkpoint.config.get_text_config().vocab_size
     tokenizer = load_tokenizer(checkpoint)
     warn_of_other_splitting(checkpoint, tokenizer, listener.warn)
-    write = partial(_write_text, request, subject, listener)
+    write = partial(write_own_text, request, subject, listener)
     text = prepare_calibration(request.text, tokenizer, vocabulary, longest, choice.seed, listener.warn, write)
     if choice.importance is None or choice.refit is None:
         LayeredModel(subject, device).load_layer(0)  # where that fails, there is a way without
     return text
 
 
-def _write_text(request: PruneRequest, subject: Subject, listener: Listener, tokens: int) -> Corpus:
+def write_own_text(request: PruneRequest, subject: Subject, listener: Listener, tokens: int) -> Corpus:
     """Text that the whole model writes itself."""
     checkpoint, device = subject.checkpoint, request.model.device
     place = Place(device, native_dtype(checkpoint.stored_dtype, torch.device(layer_device(device))))

@@ -32,6 +32,7 @@ from llmprune_cli.run.questions.prompts import PROMPTS, answer_prompts
 from llmprune_cli.run.speed.figures import SpeedResult
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.opening import open_checkpoint
+from llmprune_cli.vocabulary.figures import TriedVocabulary, VocabularySummary
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Outcome:
     candidates: tuple[Candidate, ...]
     card: CalibrationResult | None
     evaluated: EvalText | None  # what it is to be evaluated on
+    vocabulary: VocabularySummary | None  # see `told_of_tokens`
+    vocabularies: tuple[TriedVocabulary, ...] = ()  # see `Selection`
     speed: SpeedResult | None = None  # where a time was asked for
     estimate: Estimate | None = None  # of what it takes
 
@@ -130,6 +133,8 @@ def report(
         candidates=tuple(
             CandidateResult(c.target.widths, c.target.layers, c.parameters, c.kl) for c in outcome.candidates
         ),
+        vocabulary=outcome.vocabulary,
+        vocabularies=outcome.vocabularies,
         speed=outcome.speed,
         seconds=seconds,
         estimate=outcome.estimate,

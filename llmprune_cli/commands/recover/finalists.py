@@ -13,12 +13,14 @@ from llmprune_cli.commands.recover.recovery import recover
 from llmprune_cli.commands.recover.request import RecoverRequest
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.errors import CheckpointError
+from llmprune_cli.heal.figures import FinalistResult
 from llmprune_cli.heal.options import Healed
 from llmprune_cli.options import WidthRequest
 from llmprune_cli.processes import join
 from llmprune_cli.progress import Listener
-from llmprune_cli.report.results import CandidateResult, FinalistResult, PruneResult
+from llmprune_cli.report.results import CandidateResult, PruneResult
 from llmprune_cli.sizes import TARGETS
+from llmprune_cli.vocabulary.request import VocabularyRequest
 
 SHARE = 8  # of the tokens that the best one is healed on, one in so many
 
@@ -90,4 +92,5 @@ def _exactly(request: PruneRequest, candidate: CandidateResult, searched: PruneR
     widths = WidthRequest(**sizes, drop_layers=gone or None, keep_layers=request.choice.widths.keep_layers)
     cleared: dict[str, Any] = dict.fromkeys((*TARGETS, "context", "batch", "layer_importance"))
     choice = replace(request.choice, widths=widths, **cleared)
-    return replace(request, choice=choice, delivery=replace(request.delivery, output=output, finalists=None))
+    delivery = replace(request.delivery, output=output, finalists=None)
+    return replace(request, choice=choice, delivery=delivery, vocabulary=VocabularyRequest())

@@ -2,8 +2,9 @@
 
 `make bench-vocab` runs it: parameters, tokens per byte, tokens per second, and bits per byte of WikiText-2's test split
 and of the half of Python's documentation that no token was ranked by, of the whole model and of what
-`llmprune prune --vocab-size N` makes of it; with `--recover N`, healed too. Finished rows are kept in
-`bench-vocab-output/`, which also gets a chart. Exit status 1 means that a bound was missed.
+`llmprune prune --vocab-size N` makes of it; with `--recover N`, healed too; with `--target 60%`, that target of widths
+alone and with `--vocab auto`. Finished rows are kept in `bench-vocab-output/`, which also gets a chart. Exit
+status 1 means that a bound was missed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +76,28 @@ def draw(rows: dict[str, dict[str, Any]], names: tuple[str, ...]) -> None:
     say(f"Drawn: {OUTPUT / 'vocabulary.svg'}")
 
 
+def aim(target: str, tokens: int, whole: Path, text: str, measured: Any) -> dict[str, dict[str, Any]]:
+    """Rows of a target of widths alone, and of one that may take from the vocabulary."""
+    rows = {}
+    for vocabulary in ("keep", "auto"):
+        folder = OUTPUT / f"{target}-{vocabulary}"
+        options = ("--calibration", text, "--calibration-tokens", str(tokens), "--vocab", vocabulary)
+        if not folder.exists():
+            llmprune("prune", whole, "--target-params", target, *options, "--output", folder)
+        rows[f"{target}, --vocab {vocabulary}"] = kept(f"{folder.name}-row", partial(measured, folder))
+    return rows
+
+
 def main() -> int:
     """Measure, print, draw and judge."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="*", default=SIZES, help="vocabularies that are tried")
     parser.add_argument("--windows", type=int, default=12, help="of 1,024 tokens that each text is measured on")
     parser.add_argument("--recover", help="tokens to heal each model with, such as 65k")
+    parser.add_argument(
+        "--target", help="size of the model that is reached with and without fewer tokens, such as 60%%"
+    )
+    parser.add_argument("--tokens", type=int, default=16384, help="to calibrate that on")
     parser.add_argument("--model", type=Path, help="the whole model (default: SmolLM2 from its wheel)")
     asked = parser.parse_args()
     OUTPUT.mkdir(exist_ok=True)
@@ -88,12 +106,12 @@ def main() -> int:
         make_whole(whole)
     read, held_out = halves_of_the_documentation()
     texts, names = ("wikitext2", str(held_out)), ("WikiText-2", "Python's documentation")
+    text = f"wikitext2:0.8,{read}:0.2"
     rows = {"whole": kept("whole-row", lambda: measure(whole, whole, texts, asked.windows))}
     for size in asked.sizes:
         folder = OUTPUT / f"{size}"
         if not folder.exists():
-            text = ("--vocab-text", f"wikitext2:0.8,{read}:0.2")
-            llmprune("prune", whole, "--vocab-size", str(size), *text, "--output", folder)
+            llmprune("prune", whole, "--vocab-size", str(size), "--vocab-text", text, "--output", folder)
         rows[f"{size:,}"] = kept(f"{size}-row", lambda folder=folder: measure(folder, whole, texts, asked.windows))
         if asked.recover:
             healed = OUTPUT / f"{size}-healed-{asked.recover}"
@@ -103,13 +121,23 @@ def main() -> int:
                 f"{healed.name}-row", lambda healed=healed: measure(healed, whole, texts, asked.windows)
             )
     first, table, bounds = rows["whole"], [], []
+    if asked.target:
+        aimed = aim(asked.target, asked.tokens, whole, text, lambda own: measure(own, whole, texts, asked.windows))
+        rows |= aimed
+        without, fewer = (row["bits"] for row in aimed.values())
+        for name, old, new in zip(names, without, fewer, strict=True):
+            bounds.append(
+                Bound(f"{asked.target}, {name}: bits per byte with --vocab auto over those without", new / old, 1)
+            )
     for name, row in rows.items():
         growth = [bits / base - 1 for bits, base in zip(row["bits"], first["bits"], strict=True)]
         cells = [f"{bits:.3f} ({grown:+.1%})" for bits, grown in zip(row["bits"], growth, strict=True)]
         count = f"{row['parameters'] / 1e6:.1f}M ({row['parameters'] / first['parameters'] - 1:+.1%})"
         table.append([name, count, *cells, f"{row['tokens'][0]:.3f}", f"{row['speed']:,.0f}"])
-        for text, grown, worst in zip(names, growth, WORST.get(name, ()), strict=False):
-            bounds.append(Bound(f"{name} tokens, {text}: bits per byte over the whole model's", 1 + grown, 1 + worst))
+        for read_in, grown, worst in zip(names, growth, WORST.get(name, ()), strict=False):
+            bounds.append(
+                Bound(f"{name} tokens, {read_in}: bits per byte over the whole model's", 1 + grown, 1 + worst)
+            )
     print_table("Fewer tokens", ["tokens", "parameters", *names, "tokens/byte", "tokens/s"], table)
     draw(rows, names)
     print_bounds(bounds)

@@ -51,7 +51,7 @@ def _stages(job: Job) -> tuple[StageEstimate, ...]:
     checkpoint, available = job.model.checkpoint, psutil.virtual_memory().available
     is_small = 3 * 4 * job.layer_parameters <= MOST_MEMORY * available
     decided = job.decided
-    has_other_stages = decided.vocab_size is not None or isinstance(decided.limit, SpeedLimit)
+    has_other_stages = decided.vocabulary is not None or isinstance(decided.limit, SpeedLimit)
     if not checkpoint.has_weights or has_other_stages or not is_small:
         return ()
     try:

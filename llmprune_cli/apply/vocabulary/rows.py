@@ -9,19 +9,22 @@ import torch
 
 from llmprune_cli.apply.surgery import take
 from llmprune_cli.folder.tensors import TensorEntry
+from llmprune_cli.vocabulary.size import rows_left
 
 Stream = Iterator[tuple[TensorEntry, torch.Tensor]]
 
 
-def cut_entries(entries: Sequence[TensorEntry], axes: dict[str, int], size: int) -> tuple[TensorEntry, ...]:
-    """The same tensors with another number of tokens.
+def cut_entries(entries: Sequence[TensorEntry], axes: dict[str, int], kept: Sequence[int]) -> tuple[TensorEntry, ...]:
+    """The same tensors with fewer tokens.
 
     Args:
         axes: see `vocabulary_axes`.
+        kept: numbers of the tokens that stay, in their order.
     """
 
     def cut(entry: TensorEntry) -> TensorEntry:
-        shape = (size if axis == axes.get(entry.name) else length for axis, length in enumerate(entry.shape))
+        own = axes.get(entry.name)
+        shape = (rows_left(length, kept) if axis == own else length for axis, length in enumerate(entry.shape))
         return replace(entry, shape=tuple(shape))
 
     return tuple(map(cut, entries))
@@ -36,6 +39,8 @@ def cut_rows(
     def stream() -> Stream:
         for entry, tensor in tensors:
             axis = axes.get(entry.name)
-            yield cut_entries([entry], axes, len(kept))[0], tensor if axis is None else take(tensor, axis, index)
+            if axis is not None:
+                tensor = take(tensor, axis, index[: rows_left(tensor.shape[axis], kept)])
+            yield cut_entries([entry], axes, kept)[0], tensor
 
-    return cut_entries(entries, axes, len(kept)), stream()
+    return cut_entries(entries, axes, kept), stream()

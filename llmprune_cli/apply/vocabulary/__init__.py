@@ -1,0 +1,1 @@
+"""Cutting the rows of tokens, and the proof that this is right."""

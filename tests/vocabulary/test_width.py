@@ -1,0 +1,80 @@
+"""`inspect` shows the vocabulary as a width."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.cli import BY_MAGNITUDE, run_cli
+from support.full import in_full
+from support.gguf_exports import tiny
+from support.refusals import PLAN, USAGE
+from support.stock import written_tensors
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny(tmp_path_factory.mktemp("model") / "model", "llama", num_hidden_layers=2)
+
+
+def inspected(*words: str | Path) -> dict[str, Any]:
+    run = run_cli("inspect", *words, "--json")
+    assert run.code == 0, run.stderr
+    found: dict[str, Any] = json.loads(run.stdout)
+    return found
+
+
+@in_full
+def test_what_tokens_weigh_and_what_fewer_would_save_is_shown(model: Path) -> None:
+    found = inspected(model, "--vocab-size", "320", "--mlp", "50%")
+    own, whole = found["vocabulary"], sum(tensor.numel() for tensor in written_tensors(model).values())
+    assert own == {
+        "tokens": 384,
+        "after": 320,
+        "must_stay": own["must_stay"],
+        "parameters": 2 * 384 * 64,
+        "share": pytest.approx(2 * 384 * 64 / whole),
+        "refused": "",
+    }
+    assert 256 + 3 <= own["must_stay"] <= 300
+    assert found["before"]["parameters"] - found["after"]["parameters"] == 2 * 64 * 64 + 2 * 24 * (3 * 64 + 2)
+    shown = run_cli("inspect", model).stdout
+    assert "320 to 384, multiples of 64" in shown and f"{own['must_stay']} must stay" in " ".join(shown.split())
+    assert "--vocab-size 50% saves" in " ".join(shown.split())
+
+
+@in_full
+def test_what_is_written_weighs_what_was_shown(model: Path, tmp_path: Path) -> None:
+    found = inspected(model, "--vocab-size", "320", "--mlp", "50%")
+    (tmp_path / "text.txt").write_text(Path(__file__).read_text())
+    text = ("--calibration", tmp_path / "text.txt", "--calibration-seq-len", "40", "--calibration-tokens", "400")
+    options = ("--vocab-size", "320", "--mlp", "50%", *BY_MAGNITUDE, *text)
+    run = run_cli("prune", model, *options, "--output", tmp_path / "out")
+    assert run.code == 0, run.stderr
+    written = sum(tensor.numel() for tensor in written_tensors(tmp_path / "out").values())
+    assert found["after"]["parameters"] == written < found["before"]["parameters"]
+
+
+def test_tokens_to_keep_are_counted(model: Path, tmp_path: Path) -> None:
+    keep, before = tmp_path / "keep.txt", inspected(model)["vocabulary"]["must_stay"]
+    last = max(json.loads((model / "tokenizer.json").read_text())["model"]["vocab"].values())
+    keep.write_text(f"{last}\n")
+    assert inspected(model, "--keep-tokens", keep)["vocabulary"]["must_stay"] > before
+
+
+@in_full
+def test_why_no_token_can_go_is_shown(tiny_llama: Path, tmp_path: Path) -> None:
+    own = inspected(tiny_llama)["vocabulary"]
+    assert own["refused"] and own["tokens"] == 96 and own["share"] > 0
+    (tmp_path / "config.json").write_text((tiny_llama / "config.json").read_text())
+    assert "no tokenizer.json" in inspected(tmp_path)["vocabulary"]["refused"]
+    assert "no: " in run_cli("inspect", tmp_path).stdout.split("vocabulary")[1]
+
+
+def test_a_size_that_cannot_be_is_refused(model: Path) -> None:
+    for size, code, word in (("64", PLAN, "must stay"), ("384", PLAN, "Give fewer"), ("auto", USAGE, "target")):
+        run = run_cli("inspect", model, "--vocab-size", size)
+        assert run.code == code and word in run.stderr
