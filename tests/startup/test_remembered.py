@@ -31,9 +31,9 @@ def found_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     found: list[str] = []
     original: Any = inspecting._find_out
 
-    def counted(reference: ModelReference, request: WidthRequest) -> Any:
+    def counted(reference: ModelReference, *request: Any) -> Any:
         found.append(reference.name)
-        return original(reference, request)
+        return original(reference, *request)
 
     monkeypatch.setattr(inspecting, "_find_out", counted)
     monkeypatch.setattr(remembered, "SETTLED_NS", -(10**9))

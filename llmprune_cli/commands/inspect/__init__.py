@@ -18,8 +18,10 @@ from llmprune_cli.startup.loading import loading
 from llmprune_cli.startup.remembered import recall, remember, remembered_in, state_of
 from llmprune_cli.vocabulary.request import VocabularyRequest
 
+ALL_TOKENS = VocabularyRequest()
 
-def inspect(reference: ModelReference, request: WidthRequest, tokens: VocabularyRequest) -> InspectResult:
+
+def inspect(reference: ModelReference, request: WidthRequest, tokens: VocabularyRequest = ALL_TOKENS) -> InspectResult:
     """Describe a model from headers, configuration and tokenizer, and what a request would make of it.
 
     Raises:
