@@ -7,7 +7,6 @@ import math
 import struct
 import sys
 from importlib.util import find_spec
-from os.path import isfile  # False for a name that no file system takes
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -84,7 +83,7 @@ def check_layers(model: str, widths: WidthRequest) -> None:
         PlanError: see above.
     """
     path = Path(model) / "config.json"
-    settings = read_json(path, MOST_CONFIG_BYTES) if isfile(path) else {}
+    settings = read_json(path, MOST_CONFIG_BYTES) if is_there(path) else {}
     whole = next((settings[name] for name in LAYERS if isinstance(settings.get(name), int)), None)
     if whole is not None and whole > 0:
         widths.check_layer_numbers(whole)
@@ -93,7 +92,7 @@ def check_layers(model: str, widths: WidthRequest) -> None:
 def vocabulary_of(model: str) -> int | None:
     """The tokens that a folder's configuration says the model knows, if it does."""
     path = Path(model) / "config.json"
-    settings = read_json(path, MOST_CONFIG_BYTES) if isfile(path) else {}
+    settings = read_json(path, MOST_CONFIG_BYTES) if is_there(path) else {}
     own = settings["text_config"] if isinstance(settings.get("text_config"), dict) else settings
     rows = own.get("vocab_size")
     return rows if isinstance(rows, int) else None
