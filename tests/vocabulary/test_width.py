@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 
+from llmprune_cli.commands.prune.vocabulary import summarize_vocabulary
+from llmprune_cli.coupling.subject import understand
+from llmprune_cli.options import ModelReference
+from llmprune_cli.source.opening import open_checkpoint
 from support.cli import BY_MAGNITUDE, run_cli
 from support.full import in_full
 from support.gguf_exports import tiny
@@ -56,6 +60,14 @@ def test_what_is_written_weighs_what_was_shown(model: Path, tmp_path: Path) -> N
     assert run.code == 0, run.stderr
     written = sum(tensor.numel() for tensor in written_tensors(tmp_path / "out").values())
     assert found["after"]["parameters"] == written < found["before"]["parameters"]
+
+
+def test_rows_that_weigh_little_are_looked_into_no_further(model: Path) -> None:
+    with open_checkpoint(ModelReference(str(model)), need_weights=False) as checkpoint:
+        subject = understand(checkpoint)
+        brief, whole = (summarize_vocabulary(subject, least_share=share) for share in (0.99, 0.0))
+    assert brief.must_stay is None and whole.must_stay is not None
+    assert (brief.tokens, brief.parameters, brief.share) == (whole.tokens, whole.parameters, whole.share)
 
 
 def test_tokens_to_keep_are_counted(model: Path, tmp_path: Path) -> None:

@@ -172,11 +172,14 @@ def warn_of_lost_tokens(plan: Plan, bench: Workbench) -> None:
     )
 
 
-def summarize_vocabulary(subject: Subject, keep_file: Path | None = None) -> VocabularySummary:
+def summarize_vocabulary(
+    subject: Subject, keep_file: Path | None = None, least_share: float = 0.0
+) -> VocabularySummary:
     """What a model's tokens weigh, and how many of them must stay, where the twin proves that others can go.
 
     Args:
         keep_file: names tokens that stay.
+        least_share: of the parameters; where rows of tokens are less, only their weight is found out.
 
     Raises:
         UsageError: see `must_stay`.
@@ -184,6 +187,9 @@ def summarize_vocabulary(subject: Subject, keep_file: Path | None = None) -> Voc
     checkpoint, architecture, axes = subject.checkpoint, subject.architecture, {}
     try:
         axes = vocabulary_axes(one_of_each_kind(architecture))
+        weighed = _summary(subject, int(architecture.config.vocab_size), axes, None, "")
+        if weighed.share < least_share:
+            return weighed
         width = find_width(checkpoint, architecture, keep_file)
     except UsageError:
         raise
@@ -216,7 +222,7 @@ def told_of_tokens(
     budget = request.choice.budget
     if budget is None or budget.kind == "speedup" or request.vocabulary.vocab_size == KEEP:
         return None
-    found = summarize_vocabulary(subject)
+    found = summarize_vocabulary(subject, least_share=LEAST_SHARE)
     return found if found.share >= LEAST_SHARE and not found.refused else None
 
 
