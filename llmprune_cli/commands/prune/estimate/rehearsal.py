@@ -31,6 +31,7 @@ from llmprune_cli.run.calibration import CalibrationText
 from llmprune_cli.run.corpus import Corpus
 from llmprune_cli.run.divergence import Side, compare
 from llmprune_cli.run.layered_model import VOCABULARY
+from llmprune_cli.run.speed.clock import wait
 from llmprune_cli.run.speed.throughput import Clock
 from llmprune_cli.run.workbench import Workbench
 
@@ -82,19 +83,21 @@ def _calibrated(job: Job, plan: Plan, numbers: tuple[int, ...]) -> list[StageEst
 
 def _window_length(job: Job, two: TwoLayers) -> int:
     """Tokens of the longer window: as many as take a moment."""
-    states = torch.zeros(1, SHORTEST, two.widths.hidden_size)
+    states, place = torch.zeros(1, SHORTEST, two.widths.hidden_size), torch.device(two.device)
     with torch.inference_mode():
         layer = two.load_layer(0)
         layer.run(states)
+        wait(place)
         started = time.perf_counter()
         layer.run(states)
+        wait(place)
     taken = time.perf_counter() - started
     return min(max(SHORTEST, int(SHORTEST * WINDOW_S / taken)), LONGEST, job.windows.length)
 
 
 def _run(job: Job, plan: Plan, two: TwoLayers, length: int) -> list[Tried]:
     """Take all steps with windows of a length."""
-    watch = Stopwatch()
+    watch = Stopwatch(job.model.device)
     two = replace(two, watch=watch)
     bench, choice = _bench(job, two, length), job.request.choice
     text, method = bench.text, choice.settled.refit or ""
@@ -173,12 +176,14 @@ def _head_seconds(job: Job) -> tuple[float, float]:
     for learns in (False, True):
         taken = []
         for _ in range(3):
-            given, started = states.clone().requires_grad_(learns), time.perf_counter()
+            given = states.clone().requires_grad_(learns)
+            wait(place)
+            started = time.perf_counter()
             with torch.set_grad_enabled(learns):
                 loss = functional.nll_loss(functional.log_softmax(functional.linear(given, weight), -1), wanted)
             if learns:
                 torch.autograd.grad(loss, given)
-            loss.detach().item()
+            wait(place)
             taken.append(time.perf_counter() - started)
         found.append(min(taken) / HEAD_TOKENS * vocabulary / tried)
     return found[0], found[1]
@@ -197,11 +202,13 @@ def _solution_seconds(job: Job, shape: tuple[int, int, int], known: dict[tuple[i
     taken = []
     for _ in range(2):  # the first time, threads and memory are new
         own = Moments(moments.gram.clone(), moments.cross.clone())
+        wait(place)
         started = time.perf_counter()
         own.aim_at(matrix)
         own.error(matrix, stays)
         solve_reader(own, matrix, stays, DAMPING)
         own.error(matrix, stays)
+        wait(place)
         taken.append(time.perf_counter() - started)
     known[shape] = min(taken) * factor**3
     return known[shape]

@@ -6,7 +6,10 @@ import time
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+import torch
+
 from llmprune_cli.progress import Listener, Progress
+from llmprune_cli.run.speed.clock import wait
 
 
 @dataclass
@@ -41,9 +44,10 @@ class Tried:
 class Stopwatch:
     """Listens to stages and takes their times."""
 
-    def __init__(self) -> None:
-        """Begin with nothing."""
+    def __init__(self, device: str = "cpu") -> None:
+        """Begin with nothing; on a device, which is waited for before a time is taken."""
         self.stages: list[Tried] = []
+        self._device = torch.device(device)
         self._done, self._chooses = 0, True
 
     @property
@@ -54,7 +58,7 @@ class Stopwatch:
     def end(self) -> None:
         """The last stage has ended."""
         if self.stages and not self.stages[-1].ended:
-            self.stages[-1].ended = _now()
+            self.stages[-1].ended = self._now()
 
     def chosen(self) -> None:
         """What stays is chosen."""
@@ -79,16 +83,12 @@ class Stopwatch:
     def _told(self, now: Progress) -> None:
         if now.done == 0:
             self.end()
-            self.stages.append(Tried(now.stage, self._chooses, _now()))
+            self.stages.append(Tried(now.stage, self._chooses, self._now()))
             self._done = 0
         else:
-            self.stages[-1].steps.append((now.done - self._done, _now()))
+            self.stages[-1].steps.append((now.done - self._done, self._now()))
             self._done = now.done
 
-
-def _now() -> float:
-    import torch
-
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    def _now(self) -> float:
+        wait(self._device)
+        return time.perf_counter()
