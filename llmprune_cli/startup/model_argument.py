@@ -219,15 +219,14 @@ def check_purpose(path: Path, settings: dict[str, Any]) -> None:
                 "made from."
             )
     kind = settings.get("model_type")
+    what = names[0] if names else f"{kind} model"
     if kind in ENCODERS and not settings.get("is_decoder"):
-        what = names[0] if names else f"{kind} model"
         raise UnsupportedError(
             f"{path} describes a {what}, an encoder and no causal language model. llmprune prunes models that go on "
             "with a text, such as Llama, Qwen or Mistral."
         )
     is_decoder = any(name.endswith("ForCausalLM") for name in names)
     if settings.get("is_encoder_decoder") is True and "text_config" not in settings and not is_decoder:
-        what = names[0] if names else f"{kind} model"
         raise UnsupportedError(
             f"{path} describes a {what}, whose decoder reads what an encoder made. llmprune prunes models that go on "
             "with a text alone; a decoder that does is saved as its ForCausalLM class."

@@ -180,13 +180,20 @@ def test_an_architecture_that_is_no_causal_lm(tmp_path: Path, model_type: str) -
     assert_refused(run, UNSUPPORTED, model_type)
 
 
-@pytest.mark.parametrize("family", ["bart", "whisper", "marian"])
-def test_a_decoder_beside_its_encoder(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("bart", "BartForConditionalGeneration"),
+        ("whisper", "WhisperForConditionalGeneration"),
+        ("marian", "MarianMTModel"),
+    ],
+)
+def test_a_decoder_beside_its_encoder(tmp_path: Path, family: str, name: str) -> None:
     from transformers import AutoConfig
 
-    config = AutoConfig.for_model(family, architectures=[f"{family.title()}ForConditionalGeneration"])
+    config = AutoConfig.for_model(family, architectures=[name])
     config.save_pretrained(tmp_path / "model")
-    assert_refused(run_cli("inspect", tmp_path / "model"), UNSUPPORTED, "an encoder made", "ForCausalLM")
+    assert_refused(run_cli("inspect", tmp_path / "model"), UNSUPPORTED, name, "an encoder made", "ForCausalLM")
 
 
 def test_code_from_the_checkpoint_runs_on_request_only(model: Path, tmp_path: Path) -> None:
