@@ -5,10 +5,8 @@ Each stage is timed at two lengths of the window, which tells what a layer costs
 
 from __future__ import annotations
 
-import tempfile
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch.nn import functional
@@ -21,6 +19,7 @@ from llmprune_cli.commands.prune.estimate.job import Job
 from llmprune_cli.commands.prune.estimate.stopwatch import Stopwatch, Tried
 from llmprune_cli.commands.prune.estimate.two_layers import NoRoom, TwoLayers, Unsolved, commonest_layers, imagined
 from llmprune_cli.folder.documents import fsync
+from llmprune_cli.folder.scratch import scratch_folder
 from llmprune_cli.folder.shards import write_shards
 from llmprune_cli.folder.tensors import TensorEntry, split_name
 from llmprune_cli.plan.document import Plan
@@ -233,12 +232,12 @@ def _of_bytes(job: Job, plan: Plan, number: int) -> list[StageEstimate]:
         started = time.perf_counter()
         score_weights(part, job.decided.target, choice.settled.importance or "", choice.seed, QUIET)
         found.append(StageEstimate("Scoring", factor * (time.perf_counter() - started), 1, True))
-    with tempfile.TemporaryDirectory(prefix="llmprune-") as folder:
+    with scratch_folder() as folder:
         entries = pruned_entries(part.checkpoint, subject.trace, plan)
         tensors = pruned_tensors(part.checkpoint, subject.trace, plan, lambda size_bytes: None)
         started = time.perf_counter()
-        write_shards(Path(folder), entries, tensors, 2**62)
-        for path in Path(folder).iterdir():
+        write_shards(folder, entries, tensors, 2**62)
+        for path in folder.iterdir():
             fsync(path)
         found.append(StageEstimate("Writing", factor * (time.perf_counter() - started), 1, False))
     return found
