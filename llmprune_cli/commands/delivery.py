@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from llmprune_cli.commands.export import export
 from llmprune_cli.commands.prune import prune
-from llmprune_cli.commands.recover.pruned_and_healed import prune_and_recover
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.errors import LlmpruneError
 from llmprune_cli.progress import Listener
@@ -21,7 +20,7 @@ def deliver(request: PruneRequest, listener: Listener) -> PruneResult | None:
         LlmpruneError: see `prune`, `recover` and `export`; a model that is written by then stays.
     """
     started = time.perf_counter()
-    result = (prune if request.recover is None else prune_and_recover)(request, listener)
+    result = prune(request, listener) if request.recover is None else _prune_and_recover(request, listener)
     if result is None or result.output is None or request.export is None:
         return result
     conversion, folder = request.export
@@ -32,3 +31,10 @@ def deliver(request: PruneRequest, listener: Listener) -> PruneResult | None:
         error.args = (f"{error} The pruned model itself is in {result.output}.",)
         raise
     return replace(result, export=exported, seconds=time.perf_counter() - started)
+
+
+def _prune_and_recover(request: PruneRequest, listener: Listener) -> PruneResult | None:
+    """See there; a prune alone does not wait for the imports of training."""
+    from llmprune_cli.commands.recover.pruned_and_healed import prune_and_recover
+
+    return prune_and_recover(request, listener)

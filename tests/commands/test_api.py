@@ -121,10 +121,12 @@ def test_functions_show_what_they_take() -> None:
     assert all(getattr(llmprune_cli, name) for name in llmprune_cli.__all__)
 
 
-def test_the_name_of_a_stage_does_not_hide_a_function() -> None:
+def test_the_name_of_a_stage_does_not_hide_a_function_and_a_prune_loads_no_trainer() -> None:
     """Stages are folders of the package, whose names Python sets on it when they are imported."""
-    script = "import llmprune_cli, llmprune_cli.commands.export\nfrom llmprune_cli import export, inspect, prune\n"
-    script += "assert callable(export) and callable(inspect) and callable(prune) and callable(llmprune_cli.evaluate)"
+    script = "import sys, llmprune_cli.commands.delivery\n"
+    script += "assert not {'datasets', 'transformers.trainer'} & set(sys.modules), 'what takes a second, and has no use'\n"
+    script += "from llmprune_cli import evaluate, export, inspect, prune\n"
+    script += "assert all(map(callable, (evaluate, export, inspect, prune)))"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
