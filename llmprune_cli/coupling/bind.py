@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from llmprune_cli.coupling.step import Followers, Place, changed_axes, followers_of, shapes_of
+from llmprune_cli.coupling.step import Followers, Place, changed_axes, followers_of
 from llmprune_cli.coupling.trace import Binding
 from llmprune_cli.coupling.twin import Twin
 from llmprune_cli.errors import LlmpruneError
 from llmprune_cli.family.architecture import Architecture, reconfigure
 from llmprune_cli.family.layers import layer_changes
+from llmprune_cli.family.skeleton import shapes_of
 from llmprune_cli.family.widths import Width, Widths, field_changes
 from llmprune_cli.folder.tensors import split_name
 
@@ -156,10 +157,10 @@ def bind_whole_heads(twin: Twin, bound: Followers) -> list[Binding]:
     for steps in (0, 1):  # where the hidden size must be a multiple of the heads, both move
         hidden = field_changes(config, "hidden_size", widths.hidden_size // widths.num_attention_heads * more[0])
         try:
-            after = shapes_of(reconfigure(config, {**changes, **(hidden if steps else {})}))[0]
+            after = shapes_of(reconfigure(config, {**changes, **(hidden if steps else {})})).disk
         except (ValueError, LlmpruneError):
             continue
-        before = shapes_of(config)[0]
+        before = shapes_of(config).disk
         for (name, axis), size in changed_axes(before, after).items():
             for width, count in counts.items():
                 if size == count and after[name][axis] == changes.get(width, 0) and (name, axis) not in bound.disk:
@@ -175,10 +176,10 @@ def bind_layers(twin: Twin) -> tuple[Binding, ...]:
     for gone in reversed(range(count if count > 1 else 0)):
         fewer = tuple(layer for layer in range(count) if layer != gone)
         try:
-            after = shapes_of(reconfigure(config, layer_changes(config, fewer)))[0]
+            after = shapes_of(reconfigure(config, layer_changes(config, fewer))).disk
         except (ValueError, LlmpruneError):
             continue
-        places = changed_axes(shapes_of(config)[0], after).items()
+        places = changed_axes(shapes_of(config).disk, after).items()
         shares = {place: size // count for place, size in places if not split_name(place[0])[1]}
         return tuple(Binding(*place, Width.LAYERS, copies=share, interleaved=True) for place, share in shares.items())
     return ()

@@ -10,9 +10,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from llmprune_cli.coupling.products import Products
-from llmprune_cli.coupling.step import Followers, Place, shapes_of, template_place
+from llmprune_cli.coupling.step import Followers, Place, template_place
 from llmprune_cli.coupling.twin import Twin, run_twin
-from llmprune_cli.family.skeleton import on_disk
+from llmprune_cli.family.skeleton import on_disk, shapes_of
 from llmprune_cli.family.widths import HEAD_COUNTS, Width, Widths
 from llmprune_cli.folder.tensors import split_name
 
@@ -57,7 +57,7 @@ def find_reader(
     known = [template_place(place) for place in others]
     with _zeroed(twin, known, range(group * chunk)):
         baseline = _dead(twin, bound)
-    shapes = shapes_of(twin.architecture.config)[0]
+    shapes = shapes_of(twin.architecture.config).disk
     matrices = {(split_name(name)[0], axis): len(shapes[name]) > 1 for name, axis in bound.disk}
     best, best_score = None, 99 if others or "hidden_size" in spaces else 0
     summed, seen = summed_axes(twin), set(known)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from transformers import PretrainedConfig
-
 from llmprune_cli.coupling.twin import Twin, writes_head_dim
 from llmprune_cli.errors import LlmpruneError
 from llmprune_cli.family.architecture import reconfigure, rotary_changes
-from llmprune_cli.family.skeleton import build_skeleton, on_disk
+from llmprune_cli.family.skeleton import build_skeleton, shapes_of
 from llmprune_cli.family.widths import Width, field_changes
 from llmprune_cli.folder.tensors import split_name
 
@@ -42,8 +40,8 @@ def followers_of(twin: Twin, width: str, increment: int) -> Followers | None:
             after = shapes_of(reconfigure(config, changes))
         except (ValueError, LlmpruneError):
             continue
-        new = tuple(name for name in after[0] if name not in before[0])
-        return Followers(changed_axes(before[0], after[0]), changed_axes(before[1], after[1]), new)
+        new = tuple(name for name in after.disk if name not in before.disk)
+        return Followers(changed_axes(before.disk, after.disk), changed_axes(before.memory, after.memory), new)
     return None
 
 
@@ -69,14 +67,6 @@ def own_rule(twin: Twin, width: str) -> str:
     except (ValueError, LlmpruneError) as error:
         return f"it cannot change alone ({re.sub(r' [(][0-9]+[)]', '', str(error)).rstrip('.')})"
     return "it cannot change alone"
-
-
-def shapes_of(config: PretrainedConfig) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """The shapes of a model's tensors by their names on disk, and by their names in memory."""
-    model = build_skeleton(config)
-    state = model.state_dict()
-    disk = {name: tuple(tensor.shape) for name, tensor in on_disk(model, state).items()}
-    return disk, {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def changed_axes(before: dict[str, tuple[int, ...]], after: dict[str, tuple[int, ...]]) -> dict[Place, int]:

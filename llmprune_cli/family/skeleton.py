@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,6 +14,25 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from llmprune_cli.errors import CheckpointError, UnsupportedError
 from llmprune_cli.folder.tensors import Shape
+
+REMEMBERED = 32  # configurations whose shapes are kept
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The shapes of a model's tensors, by their names on disk and by their parameters' names in memory."""
+
+    disk: dict[str, Shape]  # a tied tensor appears once
+    memory: dict[str, Shape]
+
+
+@dataclass(frozen=True)
+class _Described:
+    """A configuration that equals others of the same class and fields."""
+
+    kind: type
+    fields: str
+    config: PretrainedConfig = field(compare=False)
 
 
 def build_skeleton(config: PretrainedConfig) -> PreTrainedModel:
@@ -45,8 +66,24 @@ def expected_index(config: PretrainedConfig) -> dict[str, Shape]:
     Raises:
         UnsupportedError, CheckpointError: see `build_skeleton`.
     """
-    model = build_skeleton(config)
-    return {name: tuple(tensor.shape) for name, tensor in on_disk(model, model.state_dict()).items()}
+    return shapes_of(config).disk
+
+
+def shapes_of(config: PretrainedConfig) -> Shapes:
+    """The shapes of the model of a configuration, which are asked for again and again.
+
+    Raises:
+        UnsupportedError, CheckpointError: see `build_skeleton`.
+    """
+    found = _shapes(_Described(type(config), config.to_json_string(use_diff=False), config))
+    return Shapes(dict(found.disk), dict(found.memory))
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _shapes(described: _Described) -> Shapes:
+    model = build_skeleton(described.config)
+    disk = {name: tuple(tensor.shape) for name, tensor in on_disk(model, model.state_dict()).items()}
+    return Shapes(disk, {name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
 
 
 def on_disk(model: PreTrainedModel, state: dict[str, Any]) -> dict[str, Any]:

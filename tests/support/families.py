@@ -160,7 +160,7 @@ CLASSES = (
     "mamba",  # no attention
 )
 # What differs most of these: for tests that take seconds for each family.
-FEW = ("llama", "gpt2", "qwen2_moe", "jamba")
+FEW = ("gpt2", "qwen2_moe", "jamba")
 EXPORT_CLASSES = ("llama", "gemma2", "qwen3_moe", "gpt2", "phi3")
 EVERY = bool(os.environ.get("LLMPRUNE_TEST_ALL"))
 TRIED = {family: FAMILIES[family] for family in (FAMILIES if EVERY else CLASSES)}

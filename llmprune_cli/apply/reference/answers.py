@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PADDED = slice(1, 5)  # places of a padded sequence that nobody sees; before its first token nobody would see any
-CACHED = 16  # tokens that are in the cache before the others come
+CACHED = 20  # tokens that are in the cache before the others come, one by one
 FIRST = 3  # token that is not special
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, NotImplementedError)
 

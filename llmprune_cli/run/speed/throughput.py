@@ -12,6 +12,7 @@ from llmprune_cli.run.layered_model import Ends
 from llmprune_cli.run.speed.clock import timing
 
 END_PASSES = 5  # of the ends, that are timed
+ENOUGH = 3  # windows, of which the first may be the pass that warms up
 
 
 @dataclass
@@ -27,7 +28,8 @@ class Clock:
     def advance(self, layer: Layer, stream: torch.Tensor) -> None:
         """Take hidden states [N, T, D] through a layer as `Layer.advance` does, one window at a time."""
         with timing(layer.block, layer.device) as passes:
-            layer.run(stream[:1])
+            if len(stream) < ENOUGH:
+                layer.run(stream[:1])
             for window in stream.split(1):
                 layer.advance(window)
         self.seconds.append(statistics.median(passes[1:]) / stream.shape[1])
