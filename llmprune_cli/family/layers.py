@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.family.widths import Width, field_changes, read_layers
 from llmprune_cli.folder.tensors import Shape, split_name
 
@@ -21,6 +22,7 @@ BORROWING = {"indexer_types": ("shared", "full")}
 SPARSE_STEP = "decoder_sparse_step"  # every n-th layer is a mixture of experts, but for `mlp_only_layers`
 # Fields that say which layers are special by a rhythm: every period-th, starting at the offset.
 PERIODIC = (("attn_layer_period", "attn_layer_offset"), ("expert_layer_period", "expert_layer_offset"))
+CYCLES = ("block_types",)  # lists of kinds of layers that are repeated as often as there are layers
 ROOT_OF_DEPTH = "scale_depth"  # what layers are multiplied by is this divided by the root of their number
 # Fields that count layers behind the last one, which predict further tokens; transformers leaves their weights out.
 FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
@@ -34,12 +36,21 @@ def find_layer_kinds(config: PretrainedConfig, shapes: dict[str, Shape]) -> tupl
 
     Args:
         shapes: of the model's tensors on disk, by name.
+
+    Raises:
+        UnsupportedError: some layers have no tensors, as where the same few run again and again.
     """
     tensors: list[list[tuple[str, tuple[int, ...], Shape]]] = [[] for _ in range(read_layers(config))]
     for name, shape in shapes.items():
         template, numbers = split_name(name)
         if numbers and numbers[0] < len(tensors):
             tensors[numbers[0]].append((template, numbers[1:], shape))
+    bare = sum(not own for own in tensors)
+    if 0 < bare < len(tensors):
+        raise UnsupportedError(
+            f"{config.model_type} counts {len(tensors)} layers and has tensors of {len(tensors) - bare}: layers that "
+            "run several times are not supported."
+        )
     lists = [value for name, value in config.to_dict().items() if _is_per_layer(config, name, value)]
     first: dict[Any, int] = {}
     kinds = []
@@ -68,7 +79,7 @@ def layer_changes(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, An
 
     What has one item for each layer is cut, layer numbers are renumbered, counts of leading or last layers are
     recounted, a scale by their number stays what it was, a rhythm of sparse layers becomes the list of its dense ones,
-    and any other rhythm gets the period that fits.
+    a list that is repeated is written out, and any other rhythm gets the period that fits.
 
     Raises:
         ValueError: no period fits the layers that are kept, or one of them takes what another has computed that goes.
@@ -88,6 +99,8 @@ def layer_changes(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, An
         elif _is_per_layer(config, name, value):
             items = [value[layer] for layer in kept]
             changes[name] = "".join(items) if isinstance(value, str) else items
+        elif name in CYCLES and value:
+            changes[name] = [value[layer % len(value)] for layer in kept]
     if scale := settings.get(ROOT_OF_DEPTH):
         changes[ROOT_OF_DEPTH] = scale * math.sqrt(len(kept) / read_layers(config))
     _check_lenders(settings, read_layers(config), kept)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from transformers import PretrainedConfig
 
+from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.family.layers import can_keep_layers, find_layer_kinds, layer_changes, sample_layers
 from support.cli import BY_MAGNITUDE, run_cli
 from support.families import FAMILIES
@@ -113,6 +114,8 @@ CHANGES: list[tuple[int, dict[str, Any], tuple[int, ...], dict[str, Any]]] = [
         (1, 2, 5),
         {"decoder_sparse_step": 1, "mlp_only_layers": [0, 1]},
     ),
+    (5, {"block_types": ["a", "a", "b"]}, (1, 2, 4), {"block_types": ["a", "b", "a"]}),
+    (3, {"block_types": ["a", "a", "b"]}, (1, 2), {"block_types": ["a", "b"]}),
     (8, ATTENTION, (0, 1, 2, 3), ATTENTION),
     (8, ATTENTION, (4, 5, 6, 7), ATTENTION),
     (8, ATTENTION, (1, 2, 5, 6), {"attn_layer_period": 2, "attn_layer_offset": 1}),
@@ -200,3 +203,9 @@ def test_layers_are_alike_by_their_tensors_and_by_their_settings() -> None:
     experts = {**same, "layers.1.experts.0.up.weight": (2, 3), "layers.3.experts.0.up.weight": (2, 3)}
     assert find_layer_kinds(of_layers(4), experts) == (0, 1, 0, 1)
     assert find_layer_kinds(of_layers(4), {**experts, "layers.3.experts.1.up.weight": (2, 3)}) == (0, 1, 0, 3)
+
+
+def test_layers_that_run_several_times_are_refused() -> None:
+    stack = {f"stack.layers.{layer}.up.weight": (2, 3) for layer in range(2)}
+    with pytest.raises(UnsupportedError, match="counts 16 layers and has tensors of 2"):
+        find_layer_kinds(of_layers(16), stack)

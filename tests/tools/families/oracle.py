@@ -137,7 +137,7 @@ def _without_layers(model: nn.Module, names: Names) -> Iterator[None]:
 
 def _pass_on(_: nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> Any:
     given = inputs[0] if inputs else named["hidden_states"]
-    return (given, *output[1:]) if isinstance(output, tuple) else given
+    return type(output)((given, *output[1:])) if isinstance(output, tuple | list) else given
 
 
 @contextmanager
@@ -152,6 +152,8 @@ def _norms_of_kept(whole: nn.Module, part: nn.Module, stayed: dict[str, torch.Te
         if own is None or "norm" not in type(module).__name__.lower() or list(module.children()):
             continue
         weight = getattr(module, "weight", None)
+        if weight is None and list(module.parameters()):
+            continue  # of queries and keys, by a factor for each head
         mask = stayed.get(f"{name}.weight", channels)
         is_cut = weight is None or weight.shape != own.weight.shape
         index = None if mask is None else mask.nonzero().flatten()
