@@ -43,6 +43,7 @@ SLOPES = "the slopes of its position bias (ALiBi) follow the number of heads, so
 IDLE = "takes no part in what the model makes of text, so that nothing shows what its rows and columns stand for"
 SHARED = "layers take the keys and values of others, so that all would have to keep the same groups"
 SEVERAL = "its layers have several sizes of it, of which a configuration cannot say fewer"
+SEVERAL_HEADS = "its layers have several numbers or sizes of heads, which llmprune cannot make fewer yet"
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def _trace_heads(twin: Twin, hidden: Followers | None) -> Findings:
     if _has_slopes(architecture.config):
         return Findings(refused=dict.fromkeys(spaces, SLOPES))
     if have_own_heads(architecture.config):
-        return Findings(refused=dict.fromkeys(spaces, SEVERAL))
+        return Findings(refused=dict.fromkeys(spaces, SEVERAL_HEADS))
     if spaces and architecture.own_heads:
         return _trace_latent_heads(twin)
     if bound is None or not bound.disk:
