@@ -8,10 +8,10 @@ import json
 import os
 import pty
 import re
+import select
 import shutil
 import struct
-import subprocess
-import sys
+import tempfile
 import termios
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from llmprune_cli.cli.screen.progress import Lines, in_words
 from llmprune_cli.cli.screen.tables import count_text, folded
 from llmprune_cli.progress import Listener
 from support.cli import BY_CHANCE, run_cli
+from support.started import start
 from support.tiny import save_tiny
 
 COLUMNS = 80
@@ -33,21 +34,18 @@ def in_terminal(*words: str | Path) -> str:
     """What a command shows in a terminal of 80 columns."""
     mine, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, COLUMNS, 0, 0))
-    env = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
-    command = [sys.executable, "-m", "llmprune_cli", *map(str, words)]
-    running = subprocess.Popen(command, stdout=its, stderr=subprocess.PIPE, env={**env, "TERM": "xterm-256color"})
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
+        for name in ("COLUMNS", "LINES", "NO_COLOR"):
+            patched.delenv(name, raising=False)
+        patched.setenv("TERM", "xterm-256color")
+        errors, shown = Path(folder, "errors"), b""
+        process = start(*words, said=Path(os.ttyname(its)), errors=errors)
+        while process.is_alive() or select.select([mine], [], [], 0)[0]:
+            if select.select([mine], [], [], 0.1)[0]:
+                shown += os.read(mine, 65536)
+        assert process.exitcode == 0, errors.read_text()
     os.close(its)
-    shown = b""
-    while True:
-        try:
-            part = os.read(mine, 65536)
-        except OSError:  # the other side is closed
-            break
-        if not part:
-            break
-        shown += part
-    _, errors = running.communicate()
-    assert running.returncode == 0, errors.decode()
+    os.close(mine)
     return COLOURS.sub("", shown.decode()).replace("\r\n", "\n")
 
 

@@ -6,17 +6,18 @@ import contextlib
 import errno
 import os
 import signal
-import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 
 from llmprune_cli.errors import CheckpointError
-from support.cli import BY_MAGNITUDE, run_cli
+from support.cli import BY_CHANCE, run_cli
 from support.full import examples
 from support.refusals import INTERRUPTED, MEMORY, assert_refused
+from support.started import start
 
 
 @pytest.fixture(scope="module")
@@ -43,70 +44,52 @@ def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def hear_signals() -> None:
-    """Undo what shells do to what they run behind, and nohup to what it runs."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+def begin(model: Path, place: Path, said: Path, errors: Path, terminal: int | None = None) -> BaseProcess:
+    """Start a prune, and wait until it writes.
+
+    Args:
+        terminal: our end of one that must not fill up meanwhile.
+    """
+    command = ("prune", model, *BY_CHANCE, "--intermediate-size", "4090", "--output", place / "out")
+    process, deadline = start(*command, said=said, errors=errors), time.monotonic() + 120
+    while not (place / ".out.llmprune-work" / "new" / "model.safetensors").exists():
+        assert process.is_alive() and time.monotonic() < deadline, "no writing was seen"
+        if terminal is not None:
+            with contextlib.suppress(BlockingIOError):
+                os.read(terminal, 4096)
+        time.sleep(0.005)
+    return process
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 @pytest.mark.parametrize("interruption", examples(["SIGINT", "SIGTERM", "SIGHUP"], ["SIGTERM"]))
 def test_an_interrupted_prune_leaves_nothing(large_model: Path, tmp_path: Path, interruption: str) -> None:
-    command = [sys.executable, "-m", "llmprune_cli", "prune", large_model, *BY_MAGNITUDE, "--intermediate-size", "4090"]
-    command += ["--importance", "random", "--output", tmp_path / "out"]
-    child = subprocess.Popen(
-        list(map(str, command)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=hear_signals,
-    )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / ".out.llmprune-work" / "new" / "model.safetensors").exists():
-        assert child.poll() is None and time.monotonic() < deadline, "no writing was seen"
-        time.sleep(0.005)
-    child.send_signal(getattr(signal, interruption))
-    while interruption != "SIGINT" and child.poll() is None:  # what comes again does not stop the tidying up
-        child.send_signal(getattr(signal, interruption))
+    place, said, errors = tmp_path / "place", tmp_path / "said", tmp_path / "errors"
+    place.mkdir()
+    process = begin(large_model, place, said, errors)
+    assert process.pid is not None
+    os.kill(process.pid, getattr(signal, interruption))
+    while interruption != "SIGINT" and process.is_alive():  # what comes again does not stop the tidying up
+        os.kill(process.pid, getattr(signal, interruption))
         time.sleep(0.001)
-    stdout, stderr = child.communicate(timeout=60)
-    assert child.returncode == INTERRUPTED, stderr
-    assert stdout == "" and "Traceback" not in stderr
-    assert not list(tmp_path.iterdir())
+    process.join(60)
+    assert process.exitcode == INTERRUPTED, errors.read_text()
+    assert said.read_text() == "" and "Traceback" not in errors.read_text()
+    assert not list(place.iterdir())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such terminals")
 def test_a_terminal_that_goes_away(large_model: Path, tmp_path: Path) -> None:
-    import fcntl
     import pty
-    import termios
 
-    command = [sys.executable, "-m", "llmprune_cli", "prune", large_model, *BY_MAGNITUDE, "--intermediate-size", "4090"]
-    command += ["--importance", "random", "--output", tmp_path / "out"]
-    terminal, its_end = pty.openpty()
-
-    def take_terminal() -> None:
-        hear_signals()
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-    child = subprocess.Popen(
-        list(map(str, command)),
-        stdin=its_end,
-        stdout=its_end,
-        stderr=its_end,
-        start_new_session=True,
-        preexec_fn=take_terminal,
-    )
-    os.close(its_end)
-    os.set_blocking(terminal, False)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / ".out.llmprune-work" / "new" / "model.safetensors").exists():
-        assert child.poll() is None and time.monotonic() < deadline, "no writing was seen"
-        with contextlib.suppress(BlockingIOError):
-            os.read(terminal, 4096)
-        time.sleep(0.005)
-    os.close(terminal)
-    assert child.wait(timeout=60) == INTERRUPTED
+    mine, its = pty.openpty()
+    os.set_blocking(mine, False)
+    terminal = Path(os.ttyname(its))
+    process = begin(large_model, tmp_path, terminal, terminal, mine)
+    os.close(its)
+    os.close(mine)
+    process.join(60)
+    assert process.exitcode == INTERRUPTED
     assert not list(tmp_path.iterdir())
 
 

@@ -6,8 +6,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +20,7 @@ from llmprune_cli.journal.forms import Json
 from llmprune_cli.journal.journal import Journal
 from support.cli import BY_MAGNITUDE, Run, run_cli
 from support.full import in_full
+from support.started import start
 from support.stock import written_tensors
 from support.tiny import save_tiny
 
@@ -63,12 +62,12 @@ def prune(*args: str | Path) -> Run:
 
 def kill(*args: str | Path, when: Callable[[], bool]) -> None:
     """Start `llmprune prune` in a process of its own and kill it as soon as it has come so far."""
-    command = [sys.executable, "-m", "llmprune_cli", "prune", *map(str, args)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not when() and process.poll() is None:
+    process = start("prune", *args)
+    while not when() and process.is_alive():
         time.sleep(0.002)
     process.kill()
-    assert process.wait() == -signal.SIGKILL, "it came to its end before it could be killed"
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "it came to its end before it could be killed"
 
 
 def layers_done(work: Path) -> int:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from support.checkpoints import flip
 from support.full import in_full
 from support.heal_runs import QUICK, recover, run_recover
 from support.refusals import CHECKPOINT, INTERRUPTED, OUTPUT, PLAN, assert_refused
+from support.started import start
 from support.stock import written_tensors
 
 resource: Any
@@ -100,14 +99,13 @@ def test_a_checkpoint_that_cannot_be_written_is_said(
 @pytest.mark.parametrize("delay", [0.0, 0.3, 0.7])
 def test_a_killed_run_goes_on(pruned: Path, text_file: Path, tmp_path: Path, delay: float) -> None:
     recover(pruned, text_file, tmp_path / "whole", *LONG)
-    arguments = ["recover", pruned, "--text", text_file, "--output", tmp_path / "out", *QUICK, *LONG]
-    command = [sys.executable, "-m", "llmprune_cli", *map(str, arguments)]
-    process: Any = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start("recover", pruned, "--text", text_file, "--output", tmp_path / "out", *QUICK, *LONG)
     work = tmp_path / ".out.llmprune-work"
-    while not any(work.glob("checkpoint-*")) and process.poll() is None:
+    while not any(work.glob("checkpoint-*")) and process.is_alive():
         time.sleep(0.002)
     time.sleep(delay)
     process.kill()
-    if process.wait() == -signal.SIGKILL:
+    process.join()
+    if process.exitcode == -signal.SIGKILL:
         recover(pruned, text_file, tmp_path / "out", *LONG, "--resume")
     assert_alike(tmp_path / "whole", tmp_path / "out")
