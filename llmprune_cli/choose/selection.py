@@ -13,7 +13,7 @@ import torch
 from llmprune_cli.choose import IMPORTANCES, LAYER_IMPORTANCES, needs_activity, ranks_layers, reads_text
 from llmprune_cli.choose.magnitude import check_scores, instances
 from llmprune_cli.choose.measuring import Activity, Measuring
-from llmprune_cli.choose.targets.limits import Limit, SizeLimit
+from llmprune_cli.choose.targets.limits import Limit
 from llmprune_cli.choose.targets.search import Candidate, in_words, least_target, most_candidates, search_widths
 from llmprune_cli.choose.targets.speed import Remembered, SpeedLimit
 from llmprune_cli.choose.targets.vocabulary import SizedVocabulary, TryOut, settle_vocabulary
@@ -54,7 +54,7 @@ def stored_plan(subject: Subject, path: Path) -> Plan:
     Raises:
         PlanError: it was made for another model, or is not a plan.
     """
-    plan = read_plan(path, most_plan_bytes(subject.widths))
+    plan = read_plan(path, most_plan_bytes(subject.widths, int(subject.architecture.config.vocab_size)))
     if plan.fingerprint != fingerprint(subject.checkpoint) or plan.before != subject.widths:
         raise PlanError(
             f"{path} was made for another model. Make a plan for {subject.checkpoint.source} with --save-plan."
@@ -221,7 +221,6 @@ def search_plan(
     chosen: SizedVocabulary | None = None
     tried: tuple[TriedVocabulary, ...] = ()
     if sized:
-        assert isinstance(limit, SizeLimit)
         fitted, method = text.fitted[: _windows_of(SEARCH_TOKENS, text)], choice.settled.refit or ""
         try_out = TryOut(bench, fitted, method, limit, choice.widths, layer_scores, follow)
         chosen, tried = settle_vocabulary(try_out, sized)

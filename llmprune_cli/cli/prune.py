@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -293,7 +294,8 @@ def _print_calibration(console: Console, card: CalibrationResult, protected: tup
     table.add_column("")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
-    table.add_row("perplexity", number_text(card.perplexity_before), number_text(card.perplexity_after))
+    if card.kl is not None:
+        table.add_row("perplexity", number_text(card.perplexity_before), number_text(card.perplexity_after))
     table.add_row("bits per byte", f"{card.bits_per_byte_before:.3f}", f"{card.bits_per_byte_after:.3f}")
     if card.kl is not None:
         table.add_row("KL divergence", "", f"{card.kl:.3f} nats")
@@ -312,13 +314,15 @@ def _layer_table(layers: tuple[LayerResult, ...], protected: tuple[int, ...]) ->
     table = Table(title="Layers", title_justify="left", caption=caption, caption_justify="left", **NARROW)
     refitted = any(layer.refit_error is not None for layer in layers)
     names = ("removal error", "refit error") if refitted else ()
-    for name in ("layer", *names, "stream error"):
-        table.add_column(name, justify="right")
-    table.add_column("", min_width=BAR_CELLS, no_wrap=True)
     rows = [layers[first : first + each] for first in range(0, len(layers), each)]
-    streams = [_mean([layer.stream_error for layer in row]) for row in rows]
+    errors_behind = [[layer.stream_error for layer in row if layer.stream_error is not None] for row in rows]
+    streams = [_mean(own) for own in errors_behind if own]  # none where tokens differ
+    for name in ("layer", *names, *(("stream error",) if streams else ())):
+        table.add_column(name, justify="right")
+    if streams:
+        table.add_column("", min_width=BAR_CELLS, no_wrap=True)
     worst = max((error for error in streams if math.isfinite(error)), default=0.0)
-    for row, stream in zip(rows, streams, strict=True):
+    for row, stream in zip_longest(rows, streams):
         numbers = str(row[0].layer) if len(row) == 1 else f"{row[0].layer}-{row[-1].layer}"
         cells = []
         if refitted:
@@ -326,7 +330,7 @@ def _layer_table(layers: tuple[LayerResult, ...], protected: tuple[int, ...]) ->
             refit = [layer.refit_error for layer in row if layer.refit_error is not None]
             kept = "kept" if {layer.layer for layer in row} <= {*protected} else "-"
             cells = [_percent(_mean(errors)) if errors else kept for errors in (removal, refit)]
-        table.add_row(numbers, *cells, _percent(stream), _bar(stream, worst))
+        table.add_row(numbers, *cells, *((_percent(stream), _bar(stream, worst)) if stream is not None else ()))
     return table
 
 

@@ -132,18 +132,8 @@ class PruneRequest:
         """
         if self.choice.rotate:
             raise UsageError("--vocab-size does not go with --rotate; leave one of them out.")
-        if self.choice.budget is not None and self.choice.budget.kind == "speedup":
-            raise UsageError(
-                "--target-speedup times models with all tokens; leave out --vocab-size and --vocab-text, or ask for a "
-                "size."
-            )
-        if self.delivery.finalists is not None:
-            raise UsageError("--finalists keeps all tokens; leave out --vocab-size and --vocab-text.")
-        if self.scratch.resume or self.delivery.report:
-            raise UsageError(
-                "a smaller vocabulary changes the tokens that a text has, so that --report and --resume do not go with "
-                "it. Prune first."
-            )
+        if self.choice.budget is not None and self.choice.budget.kind == "speedup" and self.vocabulary.number is None:
+            raise UsageError("--target-speedup finds no number of tokens; give one, --vocab N, or ask for a size.")
 
     def _check_what_goes(self) -> None:
         widths, plan = self.choice.widths, self.delivery.plan

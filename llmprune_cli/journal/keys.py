@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -31,13 +31,19 @@ def versions() -> dict[str, str]:
 
 
 def run_key(
-    subject: Subject, choice: Choice, plan: Plan | None, windows: Sequence[torch.Tensor], device: str
+    subject: Subject,
+    choice: Choice,
+    plan: Plan | None,
+    windows: Sequence[torch.Tensor],
+    device: str,
+    tokens: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything that decides what a run writes.
 
     Args:
         plan: that is replayed, if one is.
         windows: of calibration text, token ids, [N, T] each.
+        tokens: what decides which of them stay; None where all do.
     """
     chosen = asdict(choice)
     return {
@@ -46,6 +52,7 @@ def run_key(
         "plan": hashlib.sha256(json.dumps(plan.to_json()).encode()).hexdigest() if plan else None,
         "device": device,
         "versions": versions(),
+        **(tokens or {}),
         **chosen.pop("widths"),
         **chosen,
     }

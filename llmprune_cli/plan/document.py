@@ -27,6 +27,7 @@ class Vocabulary:
 
     before: int  # rows of the embedding
     kept: Numbers  # numbers of the tokens that stay, in their order, which get the numbers from 0
+    tokenizer: str = ""  # SHA-256 of all tokens with their numbers; empty of a twin, which has none
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -89,10 +90,14 @@ def save_plan(plan: Plan, path: Path) -> None:
     replace_file(path, [(json.dumps(plan.to_json()) + "\n").encode()], "Choose another --save-plan.")
 
 
-def most_plan_bytes(widths: Widths) -> int:
-    """How large a plan for a model may be: a number for each unit that can be chosen, and room for the rest."""
+def most_plan_bytes(widths: Widths, tokens: int) -> int:
+    """How large a plan for a model may be: a number for each unit that can be chosen, and room for the rest.
+
+    Args:
+        tokens: in the vocabulary.
+    """
     units: int = sum(asdict(widths).values())
-    return 2**20 + 12 * units * widths.num_hidden_layers * max(1, widths.num_experts)
+    return 2**20 + 12 * (units * widths.num_hidden_layers * max(1, widths.num_experts) + tokens)
 
 
 def read_plan(path: Path, most_bytes: int | None = None) -> Plan:

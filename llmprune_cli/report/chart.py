@@ -80,10 +80,13 @@ def draw_chart(result: PruneResult, card: CalibrationResult, path: Path) -> None
     refitted = [row for row in card.layers if row.removal_error is not None and row.refit_error is not None]
     width = min(max(INCHES[0], INCHES_PER_LAYER * result.before.widths.num_hidden_layers), INCHES[1])
     figure = Figure(figsize=(width, 6.5 if refitted else 4.0), layout="constrained")
-    panels = figure.subplots(2 if refitted else 1, 1, sharex=True, squeeze=False)[:, 0]
+    panels = figure.subplots(2 if refitted else 1, 1, sharex=card.kl is not None, squeeze=False)[:, 0]
     if refitted:
         _draw_repairs(panels[0], refitted)
-    _draw_stream(panels[-1], result, card)
+    if card.kl is None:
+        _draw_bits(panels[-1], card)
+    else:
+        _draw_stream(panels[-1], result, card)
     figure.suptitle(_title(result, card), fontsize=10)
     _save(figure, path)
 
@@ -218,6 +221,17 @@ def _draw_stream(axes: Any, result: PruneResult, card: CalibrationResult) -> Non
     _finish(axes)
 
 
+def _draw_bits(axes: Any, card: CalibrationResult) -> None:
+    """A bar for each model; what is behind a layer cannot be compared where the tokens before it differ."""
+    bits = {"before": card.bits_per_byte_before, "after": card.bits_per_byte_after}
+    bars = axes.barh([*bits], [*bits.values()], 0.6, color=[COLOURS["stream"], COLOURS["refit"]])
+    axes.bar_label(bars, fmt="%.3f", padding=4)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel("bits per byte (held-out text)")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def _finish(axes: Any) -> None:
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -230,12 +244,15 @@ def _finish(axes: Any) -> None:
 def _title(result: PruneResult, card: CalibrationResult) -> str:
     before, after = result.before.parameters, result.after.parameters
     target = f" (target: {result.target})" if result.target else ""
+    perplexity = f"perplexity {card.perplexity_before:,.4g} → {card.perplexity_after:,.4g}, "
+    bits = f"bits per byte {card.bits_per_byte_before:.3f} → {card.bits_per_byte_after:.3f}, "
+    own = result.vocabulary
+    tokens = f", {own.tokens:,} → {own.after:,} tokens" if own is not None and own.after is not None else ""
+    figures = bits if card.kl is None else f"{perplexity}{bits}KL {card.kl:.3f} nats, "
     return (
         f"{_shown(result.model)}\n"
-        f"{before:,} → {after:,} parameters, {100 * after / before:.1f}%{target}; refit: {result.refit}\n"
-        f"perplexity {card.perplexity_before:,.4g} → {card.perplexity_after:,.4g}, bits per byte "
-        f"{card.bits_per_byte_before:.3f} → {card.bits_per_byte_after:.3f}, KL {card.kl:.3f} nats, "
-        f"on {card.held_out_tokens:,} held-out tokens"
+        f"{before:,} → {after:,} parameters, {100 * after / before:.1f}%{tokens}{target}; refit: {result.refit}\n"
+        f"{figures}on {card.held_out_tokens:,} held-out tokens"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,10 +65,11 @@ def report_card(
         found = _run_side_by_side(bench, cut, plan, (windows, told))
     refitted = {row.layer: row for row in repairs if row.layer not in plan.protected}
     layers = []
-    for number, stream_error in zip(plan.layers, found.stream_errors, strict=False):  # none where tokens differ
+    for number, stream_error in zip_longest(plan.layers, found.stream_errors):
         row = refitted.get(number)
         removal, refit = (row.removal_error, row.refit_error) if row else (None, None)
-        layers.append(LayerResult(number, removal, refit, stream_error))
+        if row is not None or stream_error is not None:
+            layers.append(LayerResult(number, removal, refit, stream_error))
     before, after = found.clocks
     return CalibrationResult(
         dataset=text.corpus.name,

@@ -134,7 +134,8 @@ class LayerResult:
     layer: int  # its number before pruning
     removal_error: float | None  # see `LayerRepair`, on the text that was fitted; None where nothing was refitted
     refit_error: float | None
-    stream_error: float  # ‖ĥ − h‖²/‖h‖² of the residual stream behind the layer, pruned against dense, on held-out text
+    stream_error: float | None  # ‖ĥ − h‖²/‖h‖² of the residual stream behind the layer, pruned against dense, on
+    # held-out text; None where the tokens of that text differ
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,12 @@ def cut_config(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfi
     return reconfigure(config, {**renumbered(config.to_dict(), new_numbers(kept).get), **_sizes(config, kept)})
 
 
+def with_rows(config: PretrainedConfig, rows: int) -> PretrainedConfig:
+    """The configuration of a model of the same shapes with so many tokens, of which it names none."""
+    names = dict.fromkeys(name for name, value in config.to_dict().items() if name.endswith("token_id") and value)
+    return reconfigure(config, {**names, **_sizes(config, range(rows))})
+
+
 def _sizes(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
     names = (name for name in ("vocab_size", PER_LAYER) if getattr(config, name, None))
     return {name: rows_left(getattr(config, name), kept) for name in names}
@@ -113,8 +119,7 @@ def check_rows(config: PretrainedConfig, size: int, checkpoint: Checkpoint) -> N
         UnsupportedError: it does not.
     """
     family, axes, kept = config.model_type, vocabulary_axes(config), range(size)
-    names = dict.fromkeys(name for name, value in config.to_dict().items() if name.endswith("token_id") and value)
-    fewer = expected_index(reconfigure(config, {**names, **_sizes(config, kept)}))
+    fewer = expected_index(with_rows(config, size))
     for name, shape in expected_index(config).items():
         cut = tuple(rows_left(length, kept) if axes.get(name) == axis else length for axis, length in enumerate(shape))
         if fewer.get(name) != cut:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -30,6 +32,11 @@ class Tokens:
         """What splits words into tokens."""
         model: dict[str, Any] = self.document["model"]
         return model
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 of all tokens with their numbers."""
+        return hashlib.sha256(json.dumps(sorted(self.ids.items())).encode()).hexdigest()
 
     @cached_property
     def by_id(self) -> dict[int, str]:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from llmprune_cli.choose.targets.limits import whole_target
 from llmprune_cli.choose.targets.speed import Race, SpeedLimit, work_of
 from llmprune_cli.coupling.subject import understand
 from llmprune_cli.errors import PlanError
@@ -21,7 +22,9 @@ from llmprune_cli.source.opening import open_checkpoint
 from support import families
 from support.cli import run_cli
 from support.full import in_full
+from support.gguf_exports import tiny
 from support.refusals import PLAN, assert_refused
+from support.stock import load_stock
 from support.tiny import save_tiny
 
 FAMILIES = ["llama", "gpt2", "gemma3_text", "qwen3_moe", "deepseek_v3", "mamba2", "jamba", "lfm2"]
@@ -71,6 +74,27 @@ def test_a_model_that_is_so_much_faster_is_found_and_timed(model: Path, text_fil
     assert (speed["batch"], speed["prompt_tokens"], speed["new_tokens"]) == (3, 16, 128)
     assert speed["speedup"] > 1.1 and speed["device"] == "cpu" and speed["dtype"] == "float32"
     assert speed["after"]["decode_tokens_per_second"] > speed["before"]["decode_tokens_per_second"]
+
+
+def test_fewer_tokens_take_less_time(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "model", vocab_size=32768, num_hidden_layers=1)
+    with open_checkpoint(ModelReference(str(source)), need_weights=False) as checkpoint:
+        subject = understand(checkpoint)
+    race = Race(subject, work_of(subject, 1, 8), "cpu", QUIET, tokens=1024)
+    assert race.ratio(whole_target(subject)) < 0.8
+
+
+@in_full
+def test_a_number_of_tokens_is_a_part_of_what_is_timed_and_written(text_file: Path, tmp_path: Path) -> None:
+    source = tiny(tmp_path / "model", "llama", tie_word_embeddings=True)
+    text = ("--calibration", text_file, "--calibration-tokens", "80", "--calibration-seq-len", "40")
+    words = ("--importance", "range", "--refit", "none", "--context", "16", "--round-to", "48", "--vocab", "320")
+    run = run_cli("prune", source, "--target-speedup", "1.3", *text, *words, "--output", tmp_path / "out", "--json")
+    assert run.code == 0, run.stderr
+    result = json.loads(run.stdout)
+    assert result["vocabulary"]["after"] == 320 and result["speed"]["speedup"] > 1.1
+    best = result["candidates"][0]
+    assert best["parameters"] == result["after"]["parameters"] == load_stock(tmp_path / "out").num_parameters()
 
 
 def test_a_time_out_of_reach_is_told_before_anything_is_measured_on_text(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from support.cli import run_cli
 from support.full import in_full
+from support.gguf_exports import tiny
 from support.stock import load_stock
 from support.tiny import save_tiny
 
@@ -30,3 +31,18 @@ def test_the_candidate_that_heals_best_is_gone_on_with(text_file: Path, tmp_path
     recipe = json.loads((tmp_path / "out" / "llmprune.json").read_text())["recipe"]
     assert recipe["recover"] == "2048" and not {"target", "finalists"} & recipe.keys()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out"]
+
+
+@in_full
+def test_finalists_have_the_tokens_that_the_search_found(text_file: Path, tmp_path: Path) -> None:
+    dense = tiny(tmp_path / "dense", "llama")
+    words = ("prune", dense, "--target", "80%", "--vocab", "320", "--recover", "1024", "--finalists", "2")
+    text = ("--calibration", text_file, "--calibration-seq-len", "32", "--calibration-tokens", "512")
+    run = run_cli(*words, *text, "--output", tmp_path / "out", "--json")
+    assert run.code == 0, run.stderr
+    result = json.loads(run.stdout)
+    first, second = result["finalists"]
+    assert first["kl_after"] <= second["kl_after"] and first["widths"] != second["widths"]
+    stock = load_stock(tmp_path / "out")
+    assert stock.config.vocab_size == 320 and stock.num_parameters() == first["parameters"]
+    assert run.stderr.count("Ranking tokens") == 1

@@ -7,6 +7,7 @@ import math
 import shutil
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -74,15 +75,20 @@ def test_both_models_are_judged_by_the_bytes_of_the_same_text(
     """Bits per byte are those that transformers gives for the text that the first model's windows hold."""
     corpus, folder = Path(text[1]), tmp_path / "cut"
     limited = ("--dataset", corpus, "--max-seq-len", "32", "--limit", "9")
+    chart = tmp_path / "card.svg"
     run = run_cli(
-        *("prune", byte_level, *BY_MAGNITUDE, "--vocab-size", "320", *text, "--output", folder, "--json"),
-        *("--intermediate-pruning-ratio", "0.5", "--importance", "activation", "--eval", *limited),
+        *("prune", byte_level, "--vocab-size", "320", *text, "--output", folder, "--json", "--report", chart),
+        *("--mlp", "50%", "--importance", "activation", "--refit", "local", "--eval", *limited),
     )
     assert run.code == 0, run.stderr
     document = json.loads(run.stdout)
     assert "vocabulary" not in run.stderr and "Compare bits per byte" in run.stderr
     card, (first, second) = document["calibration"], document["evaluation"]["results"]
-    assert card["kl"] is None and card["layers"] == []
+    assert card["kl"] is None and [row["stream_error"] for row in card["layers"]] == [None] * 4
+    assert all(0 < row["refit_error"] <= row["removal_error"] for row in card["layers"])
+    words = " ".join(ElementTree.parse(chart).getroot().itertext())
+    assert "units removed" in words and "bits per byte" in words and "384 → 320 tokens" in words
+    assert not {"perplexity", "KL"} & {*words.split()} and f"{card['bits_per_byte_after']:.3f}" in words
     for model, bits in ((byte_level, card["bits_per_byte_before"]), (folder, card["bits_per_byte_after"])):
         assert bits == pytest.approx(judged_bits(byte_level, model, text), rel=1e-3)
     assert [first["same_tokens"], second["same_tokens"], second["kl"]] == [True, False, None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, Self
 
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.errors import PlanError
@@ -36,6 +36,9 @@ class Limit(Protocol):
 
     def fits(self, target: Target) -> bool:
         """Whether it is met."""
+
+    def sparing(self, spared: tuple[int, int]) -> Self:
+        """The same where tokens go, see `spared`."""
 
     def check(self, least: Target, remedy: str) -> None:
         """Refuse what leaves the model as it is, or cannot be reached.
@@ -99,11 +102,7 @@ class SizeLimit:
         return (self.of(self.whole) - self.most) / self._of_both(weight)
 
     def sparing(self, spared: tuple[int, int]) -> SizeLimit:
-        """The same where tokens go.
-
-        Args:
-            spared: see `Limit`.
-        """
+        """See `Limit`."""
         return replace(self, spared=spared)
 
     def check(self, least: Target, remedy: str) -> None:

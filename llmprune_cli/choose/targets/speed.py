@@ -24,6 +24,7 @@ from llmprune_cli.progress import Listener
 from llmprune_cli.run.layer import native_dtype
 from llmprune_cli.run.speed.figures import Pace, SpeedResult
 from llmprune_cli.run.speed.timed_model import LARGE_BYTES, NEW_TOKENS, STEPS, RunTime, TimedModel, Work
+from llmprune_cli.vocabulary.size import with_rows
 
 ROUNDS, LAST_ROUNDS = 3, 7  # in which each model is timed once: of a candidate, and of what was chosen
 WARM_UP = 32  # tokens of a prompt that touch fresh memory and start threads
@@ -51,9 +52,15 @@ def work_of(subject: Subject, batch: int | None, context: int | None) -> Work:
 class Race:
     """The dense model beside others."""
 
-    def __init__(self, subject: Subject, work: Work, device: str, listener: Listener) -> None:
-        """On a device, in the dtype of the weights, or in float32 where it multiplies these no faster."""
-        self.work = work
+    def __init__(
+        self, subject: Subject, work: Work, device: str, listener: Listener, tokens: int | None = None
+    ) -> None:
+        """On a device, in the dtype of the weights, or in float32 where it multiplies these no faster.
+
+        Args:
+            tokens: in the vocabulary of the others; None: as many as in the dense model's.
+        """
+        self.work, self._tokens = work, tokens
         self._subject, self._device, self._listener = subject, device, listener
         self._dtype = native_dtype(subject.checkpoint.stored_dtype, torch.device(device))
         architecture = subject.architecture
@@ -112,20 +119,22 @@ class Race:
         self._listener.stage(f"Timing {_in_words(widths)}", rounds)
         short = replace(self.work, prompt=min(self.work.prompt, WARM_UP))
         if self._dense is None:
-            self._dense = self._build(self._subject.widths)
+            self._dense = self._build(self._subject.widths, None)
             self._dense.run(short)
-        other, found = self._build(widths), []
+        other, found = self._build(widths, self._tokens), []
         other.run(short)
         for _ in range(rounds):
             found.append((self._dense.run(self.work), other.run(self.work)))
             self._listener.advance(1)
         return found
 
-    def _build(self, widths: Widths) -> TimedModel:
+    def _build(self, widths: Widths, tokens: int | None) -> TimedModel:
         architecture, layers = self._subject.architecture, self._layers
-        own = replace(widths, num_hidden_layers=len(layers))
+        config = with_widths(architecture, replace(widths, num_hidden_layers=len(layers)), layers)
+        if tokens is not None:
+            config = with_rows(config, tokens)
         kinds = [architecture.layer_kinds[layer] for layer in layers]
-        return TimedModel(with_widths(architecture, own, layers), kinds, self._device, self._dtype)
+        return TimedModel(config, kinds, self._device, self._dtype)
 
 
 def _in_words(widths: Widths) -> str:
@@ -144,7 +153,7 @@ class SpeedLimit:
 
     speedup: float
     race: Race
-    spared = (0, 0)  # as all tokens are timed
+    spared: tuple[int, int] = (0, 0)  # see `Limit`
     less = "less"
 
     def __str__(self) -> str:
@@ -158,6 +167,10 @@ class SpeedLimit:
     def fits(self, target: Target) -> bool:
         """See `Limit`."""
         return self.race.ratio(target) <= self.share
+
+    def sparing(self, spared: tuple[int, int]) -> SpeedLimit:
+        """See `Limit`; how many tokens are timed the race knows."""
+        return replace(self, spared=spared)
 
     def check(self, least: Target, remedy: str) -> None:
         """See `Limit`."""
@@ -198,6 +211,10 @@ class Remembered:
         """See `Limit`."""
         mark = sha256(repr(target).encode()).hexdigest()[:16]
         return self.journal.recall(f"fits-{mark}", Json(bool), lambda: self.limit.fits(target))
+
+    def sparing(self, spared: tuple[int, int]) -> Remembered:
+        """See `Limit`."""
+        return replace(self, limit=self.limit.sparing(spared))
 
     def check(self, least: Target, remedy: str) -> None:
         """See `Limit`."""

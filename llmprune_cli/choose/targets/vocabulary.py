@@ -10,7 +10,7 @@ from itertools import count
 
 import torch
 
-from llmprune_cli.choose.targets.limits import SizeLimit
+from llmprune_cli.choose.targets.limits import Limit
 from llmprune_cli.choose.targets.search import search_widths
 from llmprune_cli.errors import PlanError
 from llmprune_cli.journal.forms import Json
@@ -70,7 +70,7 @@ class TryOut:
     bench: Workbench
     fitted: torch.Tensor  # token ids, [N, T], on which the rest of the target is refitted
     method: str  # see `refit`
-    limit: SizeLimit  # of the model with all tokens
+    limit: Limit  # of the model with all tokens
     conditions: WidthRequest  # see `search_widths`, as for the next
     layer_scores: tuple[float, ...]
     follow: Callable[[Target], Plan]  # gives the plan of some widths

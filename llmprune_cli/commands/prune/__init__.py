@@ -27,7 +27,12 @@ from llmprune_cli.commands.prune.decision import (
 )
 from llmprune_cli.commands.prune.estimate import estimate_prune, going_on, most_bytes
 from llmprune_cli.commands.prune.outcome import Outcome, answer_both, evaluate_both, options_said, report
-from llmprune_cli.commands.prune.vocabulary import rank_vocabularies, told_of_tokens, warn_of_lost_tokens
+from llmprune_cli.commands.prune.vocabulary import (
+    rank_vocabularies,
+    read_token_text,
+    told_of_tokens,
+    warn_of_lost_tokens,
+)
 from llmprune_cli.commands.recipe import recipe_of, save_recipe
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.coupling.subject import Subject, understand
@@ -152,7 +157,8 @@ def _run(
             turned = stack.enter_context(scratch_folder())
             rotated = rotate_model(bench, text, decided.stream, turned)
             bench = replace(bench, model=layered(rotated, request, choice))
-        journal = stack.enter_context(_journal(request, choice, claim, decided.plan, bench))
+        decided = _with_token_text(request, decided, bench)
+        journal = stack.enter_context(_journal(request, choice, claim, decided, bench))
         bench = replace(bench, journal=journal)
         estimate = None
         if processes.is_first:
@@ -164,6 +170,16 @@ def _run(
         if request.delivery.dry_run and limit is not None:
             estimate = going_on(estimate, limit, outcome.after)
         return replace(outcome, estimate=estimate)
+
+
+def _with_token_text(request: PruneRequest, decided: Decided, bench: Workbench) -> Decided:
+    """With the text by which the first process will rank tokens, if any go and no plan says which."""
+    own = decided.vocabulary
+    if own is None or decided.plan is not None or not request.needs_weights or not bench.model.processes.is_first:
+        return decided
+    write = partial(write_own_text, request, bench.model.subject, bench.listener)
+    text = read_token_text(request, own.width.rows, bench, write)
+    return replace(decided, vocabulary=replace(own, text=text))
 
 
 def _expect(request: PruneRequest, decided: Decided, bench: Workbench, started: float) -> Estimate | None:
@@ -240,8 +256,7 @@ def _choose(
         return Selection(decided.plan)
     if not request.needs_weights:
         return None
-    write = partial(write_own_text, request, bench.model.subject, bench.listener)
-    sized = rank_vocabularies(request, decided.vocabulary, bench, write)
+    sized = rank_vocabularies(decided.vocabulary, bench)
     selection = select(bench, decided.target, choice, decided.limit, bound, sized)
     warn_of_lost_tokens(selection.plan, bench)
     return selection
@@ -249,7 +264,7 @@ def _choose(
 
 @contextmanager
 def _journal(
-    request: PruneRequest, choice: Choice, claim: Claim | None, plan: Plan | None, bench: Workbench
+    request: PruneRequest, choice: Choice, claim: Claim | None, decided: Decided, bench: Workbench
 ) -> Iterator[Journal]:
     """What the run remembers: in the first process a folder beside its output, and that of the user."""
     journal, text = bench.journal, bench.text
@@ -257,11 +272,12 @@ def _journal(
         if journal.processes.is_first:
             journal = replace(journal, statistics=request.scratch.statistics)
         if claim is not None and text is not None:
-            windows = (text.fitted, text.held_out)
-            key = run_key(bench.model.subject, choice, plan, windows, bench.model.device)
+            windows, own = (text.fitted, text.held_out), decided.vocabulary
+            tokens = own.identity if own is not None else None
+            key = run_key(bench.model.subject, choice, decided.plan, windows, bench.model.device, tokens)
             may_go_on = request.delivery.output is not None
-            own = stack.enter_context(kept_folder(claim, key, request.scratch.resume, may_go_on))
-            journal = replace(journal, folder=own)
+            folder = stack.enter_context(kept_folder(claim, key, request.scratch.resume, may_go_on))
+            journal = replace(journal, folder=folder)
         yield journal
 
 

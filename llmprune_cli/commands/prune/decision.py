@@ -14,7 +14,7 @@ from llmprune_cli.apply.proven_widths import check_proof, refusing, unproven
 from llmprune_cli.apply.vocabulary.proof import prove_rows
 from llmprune_cli.choose import needs_text
 from llmprune_cli.choose.selection import first_target, stored_plan, target_of
-from llmprune_cli.choose.targets.limits import Limit, SizeLimit, size_limit
+from llmprune_cli.choose.targets.limits import Limit, size_limit
 from llmprune_cli.choose.targets.speed import Race, SpeedLimit, work_of
 from llmprune_cli.commands.prune.vocabulary import DecidedVocabulary, decide_vocabulary
 from llmprune_cli.commands.requests import PruneRequest
@@ -42,6 +42,7 @@ from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.full_model import pick_device
 from llmprune_cli.source.own_text import Place, write_text
 from llmprune_cli.source.tokenizer import load_tokenizer, warn_of_other_splitting
+from llmprune_cli.vocabulary.request import resolve_size
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def decide(request: PruneRequest, subject: Subject, listener: Listener) -> Decid
     vocabulary = decide_vocabulary(request, subject, plan, limit)
     if vocabulary is not None and subject.processes.is_first:
         prove_rows(subject)
-    if vocabulary is not None and isinstance(limit, SizeLimit):
+    if vocabulary is not None and limit is not None:
         least = limit.sparing(vocabulary.spared(vocabulary.sizes[-1]))
     subject, target, tensors = _proven(request, subject, plan, least)
     size_bytes = sum(entry.size_bytes for entry in tensors)
@@ -94,8 +95,9 @@ def limit_of(request: PruneRequest, subject: Subject, listener: Listener) -> Lim
     if budget is None:
         return None
     if budget.kind == "speedup":
-        work = work_of(subject, request.choice.batch, budget.context)
-        return SpeedLimit(budget.amount, Race(subject, work, layer_device(request.model.device), listener))
+        work, asked = work_of(subject, request.choice.batch, budget.context), request.vocabulary.number
+        tokens = resolve_size(asked, int(subject.architecture.config.vocab_size)) if asked is not None else None
+        return SpeedLimit(budget.amount, Race(subject, work, layer_device(request.model.device), listener, tokens))
     return size_limit(subject, budget, partial(_weigh, subject, budget.dtype) if budget.dtype is not None else None)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,12 +19,16 @@ from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.errors import LlmpruneError, PlanError, UsageError, first_line
 from llmprune_cli.folder.tensors import TensorEntry
+from llmprune_cli.journal.forms import Json
+from llmprune_cli.journal.keys import statistics_key, text_identity
 from llmprune_cli.plan.document import Plan, Vocabulary
+from llmprune_cli.processes import ALONE
 from llmprune_cli.progress import LOGGER
 from llmprune_cli.run.calibration import Writer, load_calibration, windows_apart
-from llmprune_cli.run.corpus import cut_windows
+from llmprune_cli.run.corpus import Corpus, cut_windows
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.tokenizer import load_tokenizer
+from llmprune_cli.text.names import parts_of
 from llmprune_cli.vocabulary.choice import check_size, choose_tokens, rank_tokens
 from llmprune_cli.vocabulary.figures import VocabularySummary
 from llmprune_cli.vocabulary.request import AUTO, KEEP, VocabularyRequest, resolve_size
@@ -36,7 +42,24 @@ from llmprune_cli.vocabulary.size import (
 )
 from llmprune_cli.vocabulary.told import Told, tell
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 LEAST_SHARE = 0.1  # of the parameters that rows of tokens are, for a target to be spent on them
+
+
+@dataclass(frozen=True)
+class TokenText:
+    """The text by whose use tokens stay."""
+
+    parts: tuple[tuple[torch.Tensor, float], ...]  # windows of each, token ids, [N, T], and what it counts for
+    tokens: int  # of it that the model is run on
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells it from other text."""
+        windows, shares = zip(*self.parts, strict=True)
+        return {"vocabulary text": text_identity(*windows), "its shares": shares, "tokens ranked on": self.tokens}
 
 
 @dataclass(frozen=True)
@@ -46,6 +69,14 @@ class DecidedVocabulary:
     width: VocabularyWidth
     sizes: tuple[int, ...]  # that it may have, the largest first: one, or all that a search tries
     weight: tuple[int, int]  # parameters and bytes of the rows of all tokens, these as a target counts them
+    text: TokenText | None = None  # by which tokens are ranked, once it is read
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides which tokens stay, beside the weights."""
+        stays = hashlib.sha256(repr(sorted(self.width.stays)).encode()).hexdigest()
+        own = {"vocab size": self.sizes, "tokens that must stay": stays, "tokenizer": self.width.tokens.identity}
+        return own | self.text.identity if self.text is not None else own
 
     def spared(self, size: int) -> tuple[int, int]:
         """The parameters and bytes of the rows that go."""
@@ -82,6 +113,8 @@ def decide_vocabulary(
     width = find_width(checkpoint, subject.architecture, asked.keep_tokens)
     weight = _weigh_rows(request, subject, width.axes)
     if stored is not None:
+        if stored.tokenizer != width.tokens.identity:
+            raise PlanError("The plan's tokens are those of another tokenizer. Make the plan anew.")
         cut_tokens(width.tokens, stored.kept)
         sizes: tuple[int, ...] = (len(stored.kept),)
     elif asked.number is not None:
@@ -115,27 +148,51 @@ def _weigh_rows(request: PruneRequest, subject: Subject, axes: dict[str, int]) -
     return parameters, size_bytes
 
 
-def rank_vocabularies(
-    request: PruneRequest, decided: DecidedVocabulary | None, bench: Workbench, write: Writer
-) -> tuple[SizedVocabulary, ...]:
-    """The vocabularies of the sizes that are asked for, as the first process ranks tokens.
+def read_token_text(request: PruneRequest, rows: int, bench: Workbench, write: Writer) -> TokenText:
+    """The text by whose use tokens stay, without the windows by which the result is judged.
 
     Args:
         write: see `load_calibration`.
     """
+    checkpoint = bench.model.checkpoint
+    tokenizer, longest = load_tokenizer(checkpoint), getattr(checkpoint.config, "max_position_embeddings", None)
+    length = min(request.text.calibration_seq_len, longest or request.text.calibration_seq_len)
+    parts = []
+    for corpus, share in _corpora(request, bench, tokenizer, write):
+        windows = cut_windows(corpus, tokenizer, rows, length, None)
+        if bench.text is not None and length == bench.text.judged.shape[1]:
+            windows = windows_apart(windows, torch.cat((bench.text.judged, bench.text.held_out)))
+        parts.append((windows, share))
+    return TokenText(tuple(parts), request.text.calibration_tokens)
+
+
+def _corpora(
+    request: PruneRequest, bench: Workbench, tokenizer: PreTrainedTokenizerBase, write: Writer
+) -> Sequence[tuple[Corpus, float]]:
+    """The texts with their shares; the calibration text, where it is one, is there already."""
+    own, calibration = request.vocabulary.vocab_text, request.text.calibration
+    is_one = calibration is None or len(parts_of(calibration)) == 1
+    if own is None and bench.text is not None and is_one:
+        return [(bench.text.corpus, 1.0)]
+    text = replace(request.text, calibration=own or calibration)
+    return load_calibration(text, tokenizer, bench.listener.warn, write, request.text.calibration_tokens)
+
+
+def rank_vocabularies(decided: DecidedVocabulary | None, bench: Workbench) -> tuple[SizedVocabulary, ...]:
+    """The vocabularies of the sizes that are asked for, as the first process ranks tokens."""
     if decided is None:
         return ()
     processes, text = bench.model.processes, bench.text
     found = None
     if processes.is_first:
         width = decided.width
-        scores = _rank(request, width, bench, write)
+        scores = _rank(decided, bench)
         kept = [choose_tokens(width.tokens, scores, width.stays, size) for size in decided.sizes]
         told: Sequence[Told | None] = [None] * len(kept)
         if text is not None and len(kept) > 1:
             told = tell(width.tokens, kept, text.held_out[: judged_windows(text)])
         found = [
-            SizedVocabulary(Vocabulary(width.rows, own), decided.spared(len(own)), said)
+            SizedVocabulary(Vocabulary(width.rows, own, width.tokens.identity), decided.spared(len(own)), said)
             for own, said in zip(kept, told, strict=True)
         ]
     found = processes.broadcast(found)
@@ -143,20 +200,23 @@ def rank_vocabularies(
     return tuple(found)
 
 
-def _rank(request: PruneRequest, width: VocabularyWidth, bench: Workbench, write: Writer) -> torch.Tensor:
-    """See `rank_tokens`."""
-    asked, checkpoint = request.vocabulary, bench.model.checkpoint
-    text = replace(request.text, calibration=asked.vocab_text or request.text.calibration)
-    tokenizer, longest = load_tokenizer(checkpoint), getattr(checkpoint.config, "max_position_embeddings", None)
-    length = min(request.text.calibration_seq_len, longest or request.text.calibration_seq_len)
-    texts, wanted = [], request.text.calibration_tokens
-    for corpus, share in load_calibration(text, tokenizer, bench.listener.warn, write, wanted):
-        windows = cut_windows(corpus, tokenizer, width.rows, length, None)
-        if bench.text is not None and length == bench.text.judged.shape[1]:  # by which the result is judged
-            windows = windows_apart(windows, torch.cat((bench.text.judged, bench.text.held_out)))
-        texts.append((windows, share))
-    bench.listener.stage("Ranking tokens", bench.model.layers)
-    return rank_tokens(bench.model, texts, wanted, width.rows, bench.listener.advance)
+def _rank(decided: DecidedVocabulary, bench: Workbench) -> torch.Tensor:
+    """See `rank_tokens`; what this run or another has measured already is not measured anew."""
+    text, model, journal = decided.text, bench.model, replace(bench.journal, processes=ALONE)
+    assert text is not None
+
+    def measure() -> list[float]:
+        bench.listener.stage("Ranking tokens", model.layers)
+        scores = rank_tokens(model, text.parts, text.tokens, decided.width.rows, bench.listener.advance)
+        return [float(score) for score in scores]
+
+    if not journal.remembers_measurements:
+        return torch.tensor(measure(), dtype=torch.float64)
+    windows = torch.cat([windows for windows, _ in text.parts])
+    key = statistics_key(model.checkpoint, "tokens", windows, model.device, model.compute)
+    return torch.tensor(
+        journal.recall_measured({**key, **text.identity}, Json(list[float]), measure), dtype=torch.float64
+    )
 
 
 def warn_of_lost_tokens(plan: Plan, bench: Workbench) -> None:

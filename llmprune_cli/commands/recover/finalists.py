@@ -85,7 +85,7 @@ def _search(request: PruneRequest) -> PruneRequest:
 
 
 def _exactly(request: PruneRequest, candidate: CandidateResult, searched: PruneResult, output: Path) -> PruneRequest:
-    """What prunes to the widths and layers of a candidate."""
+    """What prunes to the widths and layers of a candidate, with the tokens of all."""
     before, after = asdict(searched.before.widths), asdict(candidate.widths)
     sizes = {name: size for name, size in after.items() if size != before[name] and name != "num_hidden_layers"}
     gone = tuple(sorted({*range(before["num_hidden_layers"])} - {*candidate.layers}))
@@ -93,4 +93,6 @@ def _exactly(request: PruneRequest, candidate: CandidateResult, searched: PruneR
     cleared: dict[str, Any] = dict.fromkeys((*TARGETS, "context", "batch", "layer_importance"))
     choice = replace(request.choice, widths=widths, **cleared)
     delivery = replace(request.delivery, output=output, finalists=None)
-    return replace(request, choice=choice, delivery=delivery, vocabulary=VocabularyRequest())
+    found = searched.vocabulary.after if searched.vocabulary is not None else None
+    vocabulary = VocabularyRequest() if found is None else replace(request.vocabulary, vocab_size=str(found))
+    return replace(request, choice=choice, delivery=delivery, vocabulary=vocabulary)
