@@ -14,6 +14,7 @@ import pytest
 from llmprune_cli.commands.prune import estimate
 from support.cli import BY_MAGNITUDE, CALIBRATED, run_cli
 from support.full import examples, in_full
+from support.gguf_exports import tiny
 from support.tiny import save_tiny
 
 QUARTER = ("--intermediate-size", "32")
@@ -104,6 +105,22 @@ def test_the_stages_that_are_expected_are_those_that_come(
         dry = expected(*asked, "--dry-run")
         assert dry["candidates"] == 0 and not any(stage["chooses"] for stage in dry["stages"])
     assert ("Expect about" in run.stderr) == (name != "magnitude")
+
+
+@pytest.mark.parametrize("width", examples([(), QUARTER], [()]))
+@pytest.mark.usefixtures("every_run")
+def test_ranking_tokens_is_a_stage_that_is_expected(width: tuple[str, ...], text_file: Path, tmp_path: Path) -> None:
+    source = tiny(tmp_path / "model", "llama", num_hidden_layers=2)
+    asked = ("prune", source, "--vocab", "320", *width, *CALIBRATED, "--calibration", text_file)
+    run = run_cli(*asked, "--output", tmp_path / "out", "--json")
+    assert run.code == 0, run.stderr
+    said = json.loads(run.stdout)["estimate"]
+    came = {line for line in run.stderr.splitlines() if not re.search(r"^Warning|^ |^Expect|of disk|: \d", line)}
+    assert {stage["name"] for stage in said["stages"]} == came >= {"Ranking tokens", "Judging on held-out text"}
+    assert said["seconds"] >= sum(stage["seconds"] for stage in said["stages"]) > 0
+    rows = 2 * 64 * 64 * 4  # of which the folder is smaller
+    whole = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    assert not width or said["disk_bytes"] < whole - rows + 100_000
 
 
 @in_full

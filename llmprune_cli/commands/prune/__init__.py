@@ -224,7 +224,9 @@ def choose_and_write(
     if not is_first:
         return None
     is_known = (target.widths, target.layers) == (decided.target.widths, decided.target.layers)
-    tensors = decided.tensors if is_known and decided.stream is None else predict(subject, target)
+    tensors = decided.tensors
+    if not is_known or decided.stream is not None or decided.vocabulary is not None:
+        tensors = predict(subject, target)
     if decided.vocabulary is not None and (selection is None or vocabulary is not None):
         tensors = decided.vocabulary.cut(tensors, vocabulary)
     after = summarize((*tensors, *subject.surroundings), target.widths)

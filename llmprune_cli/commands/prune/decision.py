@@ -78,6 +78,8 @@ def decide(request: PruneRequest, subject: Subject, listener: Listener) -> Decid
     if vocabulary is not None and limit is not None:
         least = limit.sparing(vocabulary.spared(vocabulary.sizes[-1]))
     subject, target, tensors = _proven(request, subject, plan, least)
+    if vocabulary is not None:
+        tensors = vocabulary.cut(tensors, plan.vocabulary if plan is not None else None)
     size_bytes = sum(entry.size_bytes for entry in tensors)
     if request.writes and subject.processes.is_first:
         check_room(request.delivery.output or Path(tempfile.gettempdir()), size_bytes)

@@ -31,7 +31,7 @@ def estimate_prune(request: PruneRequest, decided: Decided, bench: Workbench, st
     """
     job, spent = Job(request, decided, bench), time.perf_counter() - started
     work = bench.model.checkpoint.parameter_count * job.windows.fitted * job.windows.length
-    if not request.delivery.dry_run and not (job.calibrates and work >= LEAST_WORK):
+    if not request.delivery.dry_run and not (job.reads_text and work >= LEAST_WORK):
         return None
     stages = _stages(job)
     memory = peak_memory(job, bench.model.device != "cpu")
@@ -50,8 +50,9 @@ def _stages(job: Job) -> tuple[StageEstimate, ...]:
     """The stages with their seconds; none where there is nothing to time."""
     checkpoint, available = job.model.checkpoint, psutil.virtual_memory().available
     is_small = 3 * 4 * job.layer_parameters <= MOST_MEMORY * available
-    decided = job.decided
-    has_other_stages = decided.vocabulary is not None or isinstance(decided.limit, SpeedLimit)
+    decided, vocabulary = job.decided, job.decided.vocabulary
+    tries_tokens = vocabulary is not None and len(vocabulary.sizes) > 1
+    has_other_stages = tries_tokens or isinstance(decided.limit, SpeedLimit)
     if not checkpoint.has_weights or has_other_stages or not is_small:
         return ()
     try:

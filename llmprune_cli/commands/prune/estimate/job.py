@@ -38,6 +38,29 @@ class Job:
         return needs_text(self.request.choice, self.decided.plan is not None)
 
     @property
+    def ranked_windows(self) -> int:
+        """Windows of text on which tokens are ranked; none where all stay, or a plan says which."""
+        vocabulary, windows = self.decided.vocabulary, self.windows
+        if vocabulary is None or self.decided.plan is not None:
+            return 0
+        text = vocabulary.text
+        if text is None:
+            return max(1, self.request.text.calibration_tokens // windows.length)
+        parts = ((len(own), int(text.tokens * share) // own.shape[1]) for own, share in text.parts)
+        return sum(min(count, max(1, wanted)) for count, wanted in parts)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the model is run on text, to calibrate or to rank tokens."""
+        return self.calibrates or self.ranked_windows > 0
+
+    @property
+    def repairs(self) -> bool:
+        """Whether anything is refitted, as nothing is where only tokens go."""
+        decided = self.decided
+        return decided.vocabulary is None or bool(decided.target.widths.changed_from(decided.subject.widths))
+
+    @property
     def searches(self) -> bool:
         """Whether candidates are tried."""
         return self.decided.limit is not None

@@ -33,6 +33,7 @@ from llmprune_cli.run.layered_model import VOCABULARY
 from llmprune_cli.run.speed.clock import wait
 from llmprune_cli.run.speed.throughput import Clock
 from llmprune_cli.run.workbench import Workbench
+from llmprune_cli.vocabulary.choice import rank_tokens
 
 LONGEST, SHORTEST = 512, 32  # tokens of the window that is tried
 SHARE = 8  # of these tokens, one in so many makes the shorter window
@@ -48,7 +49,7 @@ def rehearse(job: Job) -> tuple[StageEstimate, ...]:
     free = [number for number in plan.layers if number not in plan.protected] or list(plan.layers)
     numbers = commonest_layers(job.decided.subject.architecture.layer_kinds, free)
     stages: list[StageEstimate] = []
-    if job.calibrates:
+    if job.reads_text:
         numbers = numbers if len(numbers) > 1 else numbers * 2
         stages += _calibrated(job, plan, numbers)
     return (*stages, *_of_bytes(job, plan, numbers[0]))
@@ -98,9 +99,30 @@ def _run(job: Job, plan: Plan, two: TwoLayers, length: int) -> list[Tried]:
     """Take all steps with windows of a length."""
     watch = Stopwatch(job.model.device)
     two = replace(two, watch=watch)
-    bench, choice = _bench(job, two, length), job.request.choice
-    text, method = bench.text, choice.settled.refit or ""
-    assert text is not None
+    bench = _bench(job, two, length)
+    if job.ranked_windows:
+        _rank(job, bench)
+    if job.calibrates:
+        _calibrate(job, bench, plan)
+    watch.end()
+    return watch.stages
+
+
+def _rank(job: Job, bench: Workbench) -> None:
+    """What ranking tokens takes."""
+    two, text = bench.model, bench.text
+    assert isinstance(two, TwoLayers) and text is not None
+    window, tokens = text.fitted[:1], job.ranked_windows * job.windows.length
+    bench.listener.stage("Ranking tokens", two.layers)
+    two.watch.shared(-(-tokens // window.shape[1]))
+    rank_tokens(two, [(window, 1.0)], window.shape[1], VOCABULARY, bench.listener.advance)
+
+
+def _calibrate(job: Job, bench: Workbench, plan: Plan) -> None:
+    """What everything else takes that text goes through."""
+    two, text, choice = bench.model, bench.text, job.request.choice
+    assert isinstance(two, TwoLayers) and text is not None
+    method = choice.settled.refit or ""
     if job.measures:
         measuring = Measuring(bench, text.fitted)
         activity = measure_units(measuring, choice)
@@ -108,11 +130,10 @@ def _run(job: Job, plan: Plan, two: TwoLayers, length: int) -> list[Tried]:
             score_layers(measuring, choice, activity)
     for _ in range(min(2, job.candidates)):  # the first one walks through the unpruned model as well
         try_plan(bench, text, plan, method, "Candidates", Unsolved)
-    watch.chosen()
-    repair(bench, plan, method, Unsolved)
+    two.watch.chosen()
+    if job.repairs:
+        repair(bench, plan, method, Unsolved)
     _judge(two, bench, text)
-    watch.end()
-    return watch.stages
 
 
 def _bench(job: Job, two: TwoLayers, length: int) -> Workbench:

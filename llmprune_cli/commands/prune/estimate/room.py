@@ -38,7 +38,7 @@ def peak_memory(job: Job, on_gpu: bool) -> Memory:
     whole = {(split_name(entry.name)[0], entry.shape) for entry in stored}
     cut = [e.size_bytes for e in job.decided.tensors if (split_name(e.name)[0], e.shape) not in whole]
     streaming = min(SLAB_BYTES, max(entry.size_bytes for entry in stored)) + max(cut, default=0)
-    if not job.calibrates:
+    if not job.reads_text:
         return Memory(base + streaming, 0)
     if job.bench.text is None:
         base += TEXT_BYTES
@@ -69,8 +69,11 @@ def _phases(job: Job) -> list[tuple[int, int]]:
     layer, head = each * job.layer_parameters, 4 * vocabulary * channels
     logits = 4 * min(LOGIT_ELEMENTS, vocabulary * windows.length)
     batch = 4 * made * min(BATCH_TOKENS, job.share)
-    judged = 4 * windows.judged * windows.length * channels
-    phases = [(2 * judged, 2 * layer + head + 6 * logits)]
+    judged, ranked = (4 * count * windows.length * channels for count in (windows.judged, job.ranked_windows))
+    phases = [(ranked, max(layer + batch, head + 3 * logits))] if ranked else []
+    if not job.calibrates:
+        return phases
+    phases.append((2 * judged, 2 * layer + head + 6 * logits))
     if job.measures:
         phases.append((2 * stream, layer + batch))
     if job.measures and reads_text(job.request.choice):
