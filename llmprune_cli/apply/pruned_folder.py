@@ -24,7 +24,7 @@ from llmprune_cli.plan.requested_widths import Target
 from llmprune_cli.progress import QUIET, Listener
 from llmprune_cli.source.tokenizer import copy_companions
 from llmprune_cli.vocabulary.rewriting import write_tokenizer
-from llmprune_cli.vocabulary.size import cut_config, vocabulary_axes
+from llmprune_cli.vocabulary.size import cut_config, cut_whole, vocabulary_axes
 
 
 def write_pruned(
@@ -56,7 +56,10 @@ def write_pruned(
     else:
         stored = names_within(checkpoint, remaining(checkpoint, subject.trace, plan)[1])
         entries, tensors = put_back(checkpoint, checkpoint.whole, stored, entries, tensors)
-        write_whole_config(checkpoint.whole.config, checkpoint.config, config, folder)
+        whole = checkpoint.whole.config
+        if plan.vocabulary is not None:
+            whole = cut_whole(whole, plan.vocabulary.kept)
+        write_whole_config(whole, checkpoint.config, config, folder)
     checksums = write_shards(folder, entries, tensors, max_shard_bytes)
     copy_companions(checkpoint, folder)
     if plan.vocabulary is not None and (folder / "tokenizer.json").is_file():  # a twin has none

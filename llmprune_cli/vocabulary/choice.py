@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,12 +13,14 @@ from llmprune_cli.errors import PlanError, UsageError
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.documents import read_json
 from llmprune_cli.run.calibration import spread_windows
-from llmprune_cli.run.divergence import predicted
+from llmprune_cli.run.divergence import check_loss, predicted
 from llmprune_cli.run.layered_model import LayeredModel
+from llmprune_cli.source.tokenizer import MOST_COMPANION_BYTES, PROCESSORS
 from llmprune_cli.vocabulary.numbering import named_tokens
 from llmprune_cli.vocabulary.request import read_keep_file
 from llmprune_cli.vocabulary.tokens import Tokens
 
+NAMING = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", *PROCESSORS)  # of tokens
 LITERAL = re.compile(r"'([^'\\]*)'|\"([^\"\\]*)\"")  # text in a chat template
 
 
@@ -34,6 +37,9 @@ def rank_tokens(
         texts: windows of the whole of each text, [N, T], and what it counts for, however long it is.
         tokens: of them that the model is run on.
         progress: told after each layer.
+
+    Raises:
+        CheckpointError: see `check_loss`.
     """
     counts, expected = (torch.zeros(rows, dtype=torch.float64) for _ in range(2))
     for windows, share in texts:
@@ -46,6 +52,7 @@ def rank_tokens(
         for window, places, _ in predicted(ends, part):
             logits = ends.logits(states[window : window + 1, places], items)[0]
             expected += logits.softmax(-1).sum(0).double().cpu()
+    check_loss(float(expected.sum()))
     return counts / counts.sum() + expected / expected.sum()
 
 
@@ -56,9 +63,10 @@ def must_stay(tokens: Tokens, checkpoint: Checkpoint, rows: int, keep_file: Path
         UsageError: the file names tokens that there are not.
     """
     found = set(tokens.required) | named_tokens(checkpoint.config.to_dict()) | _of_chats(tokens, checkpoint)
-    settings = checkpoint.companions / "generation_config.json"
-    if settings.is_file():
-        found |= named_tokens(read_json(settings))
+    if checkpoint.whole is not None:
+        found |= named_tokens(checkpoint.whole.config.to_dict())
+    for settings in _settings_of(checkpoint, *NAMING):
+        found |= named_tokens(settings) | {tokens.ids[text] for text in _spelled(settings) if text in tokens.ids}
     if keep_file is not None:
         found |= _read_keep_file(keep_file, tokens)
     return frozenset(number for number in tokens.closed(found) if number < rows)
@@ -104,14 +112,34 @@ def choose_tokens(tokens: Tokens, scores: torch.Tensor, stays: Collection[int], 
     return tuple(sorted(found))
 
 
+def _settings_of(checkpoint: Checkpoint, *names: str) -> list[dict[str, Any]]:
+    """What those of some files say that are there."""
+    paths = (checkpoint.companions / name for name in names)
+    return [read_json(path, MOST_COMPANION_BYTES) for path in paths if path.is_file()]
+
+
+def _spelled(settings: dict[str, Any]) -> Iterator[str]:
+    """The texts of tokens that settings name."""
+    for name, value in settings.items():
+        if name.endswith(("_token", "_tokens")):
+            yield from _texts_in(value)
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _texts_in(inner)
+
+
 def _of_chats(tokens: Tokens, checkpoint: Checkpoint) -> set[int]:
     """The tokens of what chat templates write themselves."""
     from tokenizers import Tokenizer
 
-    settings = checkpoint.companions / "tokenizer_config.json"
-    templates = [path.read_text(encoding="utf-8") for path in checkpoint.companions.glob("chat_template.jinja")]
-    own = read_json(settings).get("chat_template") if settings.is_file() else None
-    templates += [own] if isinstance(own, str) else []
+    paths = (*checkpoint.companions.glob("*.jinja"), *checkpoint.companions.glob("additional_chat_templates/*.jinja"))
+    templates = [path.read_text(encoding="utf-8") for path in paths]
+    for settings in _settings_of(checkpoint, "tokenizer_config.json", "chat_template.json"):
+        templates += _texts_in(settings.get("chat_template"))  # one, or several with their names
     tokenizer = Tokenizer.from_file(str(checkpoint.companions / "tokenizer.json"))
     texts = [first or second for template in templates for first, second in LITERAL.findall(template)]
     return {number for text in texts for number in tokenizer.encode(text, add_special_tokens=False).ids}

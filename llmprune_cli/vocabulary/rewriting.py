@@ -9,7 +9,7 @@ from typing import Any
 from llmprune_cli.errors import PlanError, UnsupportedError, VerificationError
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.documents import read_json, write_json
-from llmprune_cli.source.tokenizer import MOST_COMPANION_BYTES
+from llmprune_cli.source.tokenizer import MOST_COMPANION_BYTES, PROCESSORS
 from llmprune_cli.vocabulary.numbering import new_numbers, renumbered
 from llmprune_cli.vocabulary.tokens import Tokens, pair_of, read_tokens
 
@@ -121,7 +121,8 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path, kept: tuple[int, ...])
         (folder / name).unlink(missing_ok=True)
     _rewrite(folder / "tokenizer_config.json", numbers, _renumber_decoder)
     _rewrite(folder / "added_tokens.json", numbers, lambda own, new: {t: new[i] for t, i in own.items() if i in new})
-    _rewrite(folder / "generation_config.json", numbers, lambda own, new: renumbered(own, new.get))
+    for name in ("generation_config.json", *PROCESSORS):
+        _rewrite(folder / name, numbers, lambda own, new: renumbered(own, new.get))
 
 
 def _rewrite(path: Path, numbers: dict[int, int], change: Any) -> None:

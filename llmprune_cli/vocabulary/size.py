@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +14,15 @@ from llmprune_cli.family.layers import layer_changes, sample_layers
 from llmprune_cli.family.skeleton import expected_index
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.tensors import TensorEntry
+from llmprune_cli.source.stored_names import outer_model
 from llmprune_cli.vocabulary.choice import must_stay
-from llmprune_cli.vocabulary.numbering import new_numbers, renumbered
+from llmprune_cli.vocabulary.numbering import named_tokens, new_numbers, renumbered
 from llmprune_cli.vocabulary.request import STEP
 from llmprune_cli.vocabulary.rewriting import open_tokens
 from llmprune_cli.vocabulary.tokens import Tokens
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 # Rows of the embeddings that Gemma 3n and 4 have for every layer; the tokens behind them share the first of these rows.
 PER_LAYER = "vocab_size_per_layer_input"
@@ -52,11 +53,11 @@ def find_width(checkpoint: Checkpoint, architecture: Architecture, keep_file: Pa
         UnsupportedError: none can.
         UsageError: see `must_stay`.
     """
-    if checkpoint.whole is not None:
-        raise UnsupportedError(f"{checkpoint.source} is multimodal, whose tokens cannot go. Give --text-only with it.")
     tokens, rows = open_tokens(checkpoint), int(checkpoint.config.vocab_size)
     config = one_of_each_kind(architecture)
     check_rows(config, max(1, rows // 2), checkpoint)
+    if checkpoint.whole is not None:
+        _check_whole(checkpoint.whole.config, rows, config)
     stays = must_stay(tokens, checkpoint, rows, keep_file)
     if getattr(config, PER_LAYER, None):
         stays |= {0}
@@ -110,6 +111,66 @@ def with_rows(config: PretrainedConfig, rows: int) -> PretrainedConfig:
 def _sizes(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
     names = (name for name in ("vocab_size", PER_LAYER) if getattr(config, name, None))
     return {name: rows_left(getattr(config, name), kept) for name in names}
+
+
+def cut_whole(whole: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfig:
+    """The configuration of a multimodal model with these tokens."""
+    settings, text = whole.to_dict(), cut_config(whole.text_config, kept)
+    sizes = {"vocab_size": text.vocab_size} if settings.get("vocab_size") == whole.text_config.vocab_size else {}
+    changed = {**renumbered(settings, new_numbers(kept).get), **sizes, "text_config": text.to_dict()}
+    return type(whole).from_dict({**settings, **changed})
+
+
+def _check_whole(whole: PretrainedConfig, rows: int, text: PretrainedConfig) -> None:
+    """Hold that fewer tokens change nothing of a multimodal model but its language model.
+
+    Args:
+        text: the language model's configuration.
+
+    Raises:
+        UnsupportedError: they do, or parts of it know tokens in a way of their own.
+    """
+    remedy = "--text-only writes the language model alone."
+    settings = whole.to_dict()
+    speaking = next(_speaking_of_tokens(settings), None)
+    if speaking is not None:
+        raise UnsupportedError(f"{speaking} of a {whole.model_type} speaks of tokens in a way of its own. {remedy}")
+    beyond = sorted(number for number in named_tokens(settings) if number >= rows)
+    if beyond:
+        raise UnsupportedError(
+            f"A {whole.model_type} names the token {beyond[0]:,} of {rows:,}, which has no row, so that none can go. "
+            f"{remedy}"
+        )
+    named = named_tokens(settings) | named_tokens(whole.text_config.to_dict())
+    kept = sorted({*range(rows // 2), *(number for number in named if number < rows)})
+    before, after = (_stored_shapes(outer_model(config)) for config in (whole, cut_whole(whole, kept)))
+    changed = [name for name, shape in before.items() if after.get(name) != shape]
+    if len(changed) != len(vocabulary_axes(text)):
+        raise UnsupportedError(
+            f"With fewer tokens, {', '.join(changed) or 'nothing'} of a {whole.model_type} would change, which is not "
+            f"what changes of its language model. {remedy}"
+        )
+
+
+def _speaking_of_tokens(settings: dict[str, Any]) -> Iterator[str]:
+    """Fields of a multimodal model that know tokens otherwise than by their numbers in it, or in a part of it.
+
+    A `vocab_size` beside the language model's says nothing of these tokens: LLaVA's vision tower has one.
+    """
+    for name, value in settings.items():
+        if "vocab" in name and name != "vocab_size" and value:
+            yield name
+        if isinstance(value, dict) and name != "text_config":
+            own = {str(inner): said for inner, said in value.items() if said and not str(inner).endswith("vocab_size")}
+            yield from (
+                f"{name}.{inner}" for inner, said in own.items() if "vocab" in inner or named_tokens({inner: said})
+            )
+
+
+def _stored_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors but the second names of tied ones."""
+    tied = model.all_tied_weights_keys.keys()
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def check_rows(config: PretrainedConfig, size: int, checkpoint: Checkpoint) -> None:

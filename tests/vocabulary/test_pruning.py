@@ -12,12 +12,15 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from llmprune_cli.options import Text
+from llmprune_cli.options import ModelReference, Text
 from llmprune_cli.run.calibration import prepare_calibration
+from llmprune_cli.source.opening import open_checkpoint
+from llmprune_cli.vocabulary.choice import must_stay
+from llmprune_cli.vocabulary.rewriting import open_tokens
 from support.cli import BY_MAGNITUDE, run_cli
 from support.full import examples
 from support.gguf_exports import export, needs_llamacpp, tiny, verified
-from support.refusals import PLAN, UNSUPPORTED, USAGE, assert_prune_refused, edit_json
+from support.refusals import PLAN, UNSUPPORTED, USAGE, assert_prune_refused, assert_refused, edit_json
 from support.tiny import BYTE_LEVEL_VOCABULARY
 
 
@@ -60,6 +63,32 @@ def test_kept_tokens_keep_their_logits(family: str, tied: bool, text: tuple[str,
     assert run.code == 0, run.stderr
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
         assert (again / name).read_bytes() == (folder / name).read_bytes()
+    edit_json(model / "tokenizer.json", swap_two_tokens)
+    run = run_cli("prune", model, *BY_MAGNITUDE, "--plan", tmp_path / "plan.json", "--output", tmp_path / "other")
+    assert_refused(run, PLAN, "another tokenizer")
+
+
+def swap_two_tokens(document: dict[str, Any]) -> None:
+    vocabulary = document["model"]["vocab"]
+    one, other = list(vocabulary)[-2:]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+
+
+def test_tokens_stay_that_settings_or_templates_name(byte_level: Path, tmp_path: Path) -> None:
+    vocabulary = json.loads((byte_level / "tokenizer.json").read_text())["model"]["vocab"]
+    (one, first), (other, second) = sorted(vocabulary.items(), key=lambda own: -own[1])[:2]
+    model, templates = tmp_path / "model", tmp_path / "model" / "additional_chat_templates"
+    shutil.copytree(byte_level, model)
+    assert not {first, second} & staying(model)
+    edit_json(model / "tokenizer_config.json", lambda own: own.update(extra_special_tokens={"image_token": one}))
+    templates.mkdir()
+    (templates / "tools.jinja").write_text("{{ '" + other.replace("Ġ", " ") + "' }}")
+    assert {first, second} < staying(model)
+
+
+def staying(model: Path) -> frozenset[int]:
+    with open_checkpoint(ModelReference(str(model)), need_weights=False) as checkpoint:
+        return must_stay(open_tokens(checkpoint), checkpoint, BYTE_LEVEL_VOCABULARY, None)
 
 
 def test_tokens_go_together_with_neurons(text: tuple[str, ...], byte_level: Path, tmp_path: Path) -> None:

@@ -107,8 +107,8 @@ def decide_vocabulary(
     if stored is None and asked.number is None and not is_searched:
         return None
     request.check_tokens_may_go()
-    rows = int(checkpoint.config.vocab_size) if checkpoint.whole is None else 0
-    if stored is not None and rows and stored.before != rows:
+    rows = int(checkpoint.config.vocab_size)
+    if stored is not None and stored.before != rows:
         raise PlanError(f"The plan is for {stored.before:,} tokens, and the model has {rows:,}. Make the plan anew.")
     width = find_width(checkpoint, subject.architecture, asked.keep_tokens)
     weight = _weigh_rows(request, subject, width.axes)

@@ -1,6 +1,7 @@
 """Pruning the language model of a multimodal model gives the whole model back: what sees is as it was."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ from safetensors.torch import load_file
 
 from support.cli import BY_MAGNITUDE, run_cli
 from support.full import examples
-from support.refusals import PLAN, assert_refused
-from support.tiny import save_tokenizer
+from support.refusals import PLAN, UNSUPPORTED, assert_prune_refused, assert_refused, edit_json
+from support.tiny import BYTE_LEVEL_VOCABULARY, save_byte_level, save_tokenizer
 
 TEXT = {
     "hidden_size": 64,
@@ -28,6 +29,7 @@ PIXELS = {**SIGHT, "image_size": 16, "patch_size": 8}
 GRID = {"depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
 TURNS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 IMAGE = 90  # the token that stands for a piece of an image
+LAST = BYTE_LEVEL_VOCABULARY - 1  # the same in a vocabulary some of which can go
 
 # family: settings beside the text model's sizes, settings of the text model, pieces of an image of 16 × 16
 FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
@@ -85,21 +87,30 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
 GRIDDED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
-def save_multimodal(folder: Path, family: str) -> Path:
-    """A random multimodal model with a processor's file beside it."""
+def save_multimodal(folder: Path, family: str, image: int = IMAGE) -> Path:
+    """A random multimodal model with a processor's file beside it.
+
+    Args:
+        image: the token that stands for a piece of an image; `LAST` makes tokens of bytes.
+    """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     torch.manual_seed(3)
     outside, text, _ = FAMILIES[family]
-    tokens = {"image_token_id": IMAGE, "image_token_index": IMAGE}
-    config = AutoConfig.for_model(family, text_config={**TEXT, **text}, **tokens, **outside)
+    tokens = {"image_token_id": image, "image_token_index": image}
+    sizes = {**TEXT, "vocab_size": BYTE_LEVEL_VOCABULARY} if image == LAST else TEXT
+    config = AutoConfig.for_model(family, text_config={**sizes, **text}, **tokens, **outside)
+    for name, number in config.to_dict().items():  # that families name by themselves
+        if image == LAST and name.endswith(("_token_id", "_token_index")) and isinstance(number, int) and number > LAST:
+            setattr(config, name, LAST - 1)
     model = AutoModelForImageTextToText.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     model.save_pretrained(folder, max_shard_size="40KB")
-    save_tokenizer(folder)
-    (folder / "preprocessor_config.json").write_text('{"image_processor_type": "CLIPImageProcessor"}')
+    (save_byte_level if image == LAST else save_tokenizer)(folder)
+    processor = {"image_processor_type": "CLIPImageProcessor", "image_token_id": image}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return folder
 
 
@@ -111,18 +122,25 @@ def load(folder: Path) -> Any:
     return model.eval()
 
 
-def logits(model: Any, family: str) -> torch.Tensor:
-    """What a model says to a text with an image in it."""
+def logits(model: Any, family: str, image: int = IMAGE, number: Callable[[int], int] = int) -> torch.Tensor:
+    """What a model says to a text with an image in it.
+
+    Args:
+        image: see `save_multimodal`.
+        number: that the model has given to a token.
+    """
     generator = torch.Generator().manual_seed(5)
     pieces = FAMILIES[family][2]
     ids = torch.randint(3, 80, (1, 20), generator=generator)
-    ids[0, 4 : 4 + pieces] = IMAGE
+    ids[0, 4 : 4 + pieces] = image
+    ids.apply_(number)
+    is_image = (ids == number(image)).int()
     given: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     image = torch.randn(1, 3, 16, 16, generator=generator, dtype=torch.float64)
     if family in GRIDDED:
         given["pixel_values"] = torch.randn(16, 3 * 2 * 4 * 4, generator=generator, dtype=torch.float64)
         given["image_grid_thw"] = torch.tensor([[1, 4, 4]])
-        given["mm_token_type_ids"] = (ids == IMAGE).int()
+        given["mm_token_type_ids"] = is_image
     elif family == "smolvlm":
         given["pixel_values"] = image[None]
     else:
@@ -130,7 +148,7 @@ def logits(model: Any, family: str) -> torch.Tensor:
     if family == "mistral3":
         given["image_sizes"] = torch.tensor([[16, 16]])
     if family in ("gemma3", "paligemma"):
-        given["token_type_ids"] = (ids == IMAGE).int()
+        given["token_type_ids"] = is_image
     with torch.no_grad():
         found: torch.Tensor = model(**given).logits
     return found
@@ -190,6 +208,31 @@ def test_the_parts_that_see_are_the_same_bytes(tmp_path: Path) -> None:
     assert before.keys() == after.keys()
     verified = run_cli("inspect", tmp_path / "out", "--verify")
     assert verified.code == 0, verified.stderr
+
+
+@pytest.mark.parametrize("family", examples(FAMILIES, ["qwen2_5_vl"]))
+def test_a_multimodal_model_says_to_an_image_the_same_in_fewer_tokens(family: str, tmp_path: Path) -> None:
+    source, out, plan = save_multimodal(tmp_path / "source", family, LAST), tmp_path / "out", tmp_path / "plan.json"
+    (tmp_path / "text.txt").write_text(Path(__file__).read_text())
+    text = ("--calibration", tmp_path / "text.txt", "--calibration-seq-len", 40, "--calibration-tokens", 400)
+    run = run_cli("prune", source, *BY_MAGNITUDE, "--vocab", 320, *text, "--output", out, "--save-plan", plan)
+    assert run.code == 0, run.stderr
+    kept = json.loads(plan.read_text())["vocabulary"]["kept"]
+    whole, part = load(source), load(out)
+    assert len(kept) == 320 == part.config.get_text_config().vocab_size
+    given = logits(part, family, LAST, kept.index)
+    torch.testing.assert_close(given, logits(whole, family, LAST)[..., kept], rtol=0, atol=1e-12)
+    assert json.loads((out / "preprocessor_config.json").read_text())["image_token_id"] == kept.index(LAST)
+    assert part.config.image_token_id == kept.index(LAST)
+
+
+def test_tokens_of_which_other_parts_speak_stay(tmp_path: Path) -> None:
+    source = save_multimodal(tmp_path / "model", "llava", LAST)
+    edit_json(source / "config.json", lambda own: own.update(image_token_index=400))
+    assert_prune_refused(source, tmp_path, UNSUPPORTED, "token 400", "--text-only", options=("--vocab", "320"))
+    edit_json(source / "config.json", lambda own: own.update(image_token_index=LAST))
+    edit_json(source / "config.json", lambda own: own["vision_config"].update(vocab_offset=300))
+    assert_prune_refused(source, tmp_path, UNSUPPORTED, "vision_config.vocab_offset", options=("--vocab", "320"))
 
 
 def test_text_only_writes_the_language_model_alone_and_says_so(tmp_path: Path) -> None:
