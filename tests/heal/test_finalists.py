@@ -45,4 +45,4 @@ def test_finalists_have_the_tokens_that_the_search_found(text_file: Path, tmp_pa
     assert first["kl_after"] <= second["kl_after"] and first["widths"] != second["widths"]
     stock = load_stock(tmp_path / "out")
     assert stock.config.vocab_size == 320 and stock.num_parameters() == first["parameters"]
-    assert run.stderr.count("Ranking tokens") == 1
+    assert run.stderr.splitlines().count("Ranking tokens") == 1
