@@ -118,6 +118,7 @@ def test_ranking_tokens_is_a_stage_that_is_expected(width: tuple[str, ...], text
     came = {line for line in run.stderr.splitlines() if not re.search(r"^Warning|^ |^Expect|of disk|: \d", line)}
     assert {stage["name"] for stage in said["stages"]} == came >= {"Ranking tokens", "Judging on held-out text"}
     assert said["seconds"] >= sum(stage["seconds"] for stage in said["stages"]) > 0
+    assert bool(said["temporary_bytes"]) == bool(width)
     rows = 2 * 64 * 64 * 4  # of which the folder is smaller
     whole = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     assert not width or said["disk_bytes"] < whole - rows + 100_000

@@ -79,7 +79,7 @@ def _phases(job: Job) -> list[tuple[int, int]]:
     if job.measures and reads_text(job.request.choice):
         learned = 3 * 4 * made * min(GRADIENT_TOKENS, job.share)
         phases.append((2 * stream, max(layer + 12 * job.layer_parameters + learned, head + 4 * logits)))
-    if job.request.choice.settled.refit != "none":
+    if job.request.choice.settled.refit != "none" and job.repairs:
         kept = sum(min(KEPT_BYTES, size * job.share * each) for size in (neurons, heads)) if stream else 0
         gram = 8 * (2 * read**2 + 2 * channels * read)
         if widths.num_experts:
@@ -106,7 +106,7 @@ def disk_bytes(job: Job, tensors: tuple[TensorEntry, ...], size_bytes: int | Non
 
 def temporary_bytes(job: Job) -> int:
     """Bytes of files that the run makes for itself: hidden states of the unpruned model, and refitted weights."""
-    if not job.calibrates:
+    if not job.calibrates or not (job.measures or job.repairs):
         return 0
     channels, trace = job.model.widths.hidden_size, job.decided.subject.trace
     found = job.dense_bytes if job.keeps_dense else 0
