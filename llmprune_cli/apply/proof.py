@@ -13,7 +13,7 @@ from llmprune_cli.apply.reference.answers import answer, differ
 from llmprune_cli.apply.reference.removal import Kept, answer_without, silence_removed, stored_buffers
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.coupling.trace import Keep, Trace
-from llmprune_cli.coupling.twin import Twin, build_twin, proof_sizes
+from llmprune_cli.coupling.twin import NoLogitsError, Twin, build_twin, proof_sizes, run_twin
 from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.family.architecture import Architecture
 from llmprune_cli.family.kept_layers import check_kept_layers
@@ -93,10 +93,6 @@ def prove(
         )
 
 
-class NoLogitsError(UnsupportedError):
-    """A configuration whose models give no numbers, so that nothing can be proven of any width."""
-
-
 def _check_logits(twin: Twin) -> None:
     """Make sure that there is something to compare, before the twin is pruned; one that does not run is told there.
 
@@ -104,15 +100,11 @@ def _check_logits(twin: Twin) -> None:
         NoLogitsError: there is not.
     """
     try:
-        with torch.no_grad():
-            logits = twin.model(input_ids=twin.tokens, use_cache=False).logits
+        run_twin(twin)
+    except NoLogitsError:
+        raise
     except Exception:  # families fail in their own ways
         return
-    if not logits.isfinite().all():
-        raise NoLogitsError(
-            f"A small {twin.architecture.config.model_type} model of this config.json gives no finite logits, so that "
-            "nothing can be proven of it. Download config.json again."
-        )
 
 
 def _advice(architecture: Architecture, traced: Trace, changed: tuple[str, ...], prune: Prune, renumbers: bool) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from llmprune_cli.apply.proof import NoLogitsError, prove, prove_target
+from llmprune_cli.apply.proof import prove, prove_target
 from llmprune_cli.apply.pruned_folder import prune_twin
 from llmprune_cli.apply.second_opinion import hold_against_torch_pruning
 from llmprune_cli.coupling.subject import Subject, known_architecture
-from llmprune_cli.coupling.twin import one_thread
+from llmprune_cli.coupling.twin import NoLogitsError, one_thread
 from llmprune_cli.errors import LlmpruneError, UnsupportedError
 from llmprune_cli.family.widths import HEAD_COUNTS, Width
 from llmprune_cli.plan.requested_widths import Target

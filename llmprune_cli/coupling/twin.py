@@ -34,6 +34,10 @@ STATE_SPACE_HEADS = (
 )
 
 
+class NoLogitsError(UnsupportedError):
+    """A configuration whose models give no numbers, so that nothing can be found out about any width."""
+
+
 @dataclass(frozen=True)
 class TwinSizes:
     """How small a twin is; its heads are as many and as grouped as the model's."""
@@ -230,6 +234,8 @@ def settle_head_dim(architecture: Architecture) -> Architecture:
     """
     try:
         run_twin(build_twin(architecture, trace_sizes(architecture.config)))
+    except NoLogitsError:
+        raise
     except UnsupportedError:
         if not architecture.explicit_head_dim:
             raise
@@ -242,11 +248,17 @@ def run_twin(twin: Twin) -> None:
     """Run a twin on its tokens.
 
     Raises:
+        NoLogitsError: nothing comes of it.
         UnsupportedError: it does not run.
     """
+    family = twin.architecture.config.model_type
     try:
         with torch.no_grad():
-            twin.model(input_ids=twin.tokens, use_cache=False)
+            logits = twin.model(input_ids=twin.tokens, use_cache=False).logits
     except FAILURES as error:
-        family = twin.architecture.config.model_type
         raise UnsupportedError(f"A small twin of {family} does not run ({first_line(error)}).") from error
+    if not logits.isfinite().all():
+        raise NoLogitsError(
+            f"A small {family} model of this config.json gives no finite logits, so that nothing can be proven of it. "
+            "Download config.json again."
+        )

@@ -9,7 +9,9 @@ from support.cli import BY_MAGNITUDE, run_cli
 from support.refusals import UNSUPPORTED, assert_refused, edit_json
 
 
-@pytest.mark.parametrize("options", [("--pruning-ratio", "0.5"), ("--drop-layers", "0"), ()])
+@pytest.mark.parametrize(
+    "options", [("--pruning-ratio", "0.5"), ("--drop-layers", "0"), ("--mlp", "50%"), ("--heads", "50%"), ()]
+)
 def test_a_model_without_numbers_is_refused_as_a_whole(
     make_tiny: Callable[..., Path], tmp_path: Path, options: tuple[str, ...]
 ) -> None:

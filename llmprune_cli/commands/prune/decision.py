@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from llmprune_cli.apply.proof import NoLogitsError
 from llmprune_cli.apply.proven_widths import check_proof, refusing, unproven
 from llmprune_cli.apply.vocabulary.proof import prove_rows
 from llmprune_cli.choose import needs_text
@@ -19,6 +18,7 @@ from llmprune_cli.choose.targets.speed import Race, SpeedLimit, work_of
 from llmprune_cli.commands.prune.vocabulary import DecidedVocabulary, decide_vocabulary
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.coupling.subject import Subject
+from llmprune_cli.coupling.twin import NoLogitsError
 from llmprune_cli.errors import CheckpointError, MissingPackageError, PlanError, UnsupportedError
 from llmprune_cli.family.architecture import with_widths
 from llmprune_cli.folder.staging import check_room
