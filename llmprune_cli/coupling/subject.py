@@ -48,10 +48,11 @@ class Subject:
         Raises:
             PlanError: it cannot in one of those that change.
         """
-        for width in widths.changed_from(self.widths):
-            if width in self.trace.refused:
-                family = self.architecture.config.model_type
-                raise PlanError(f"{family} cannot be pruned in {width}: {self.trace.refused[width]}.")
+        refused = [width for width in widths.changed_from(self.widths) if width in self.trace.refused]
+        if refused:
+            reason = self.trace.refused[refused[0]]
+            named = " and ".join(width for width in refused if self.trace.refused[width] == reason)  # that go together
+            raise PlanError(f"{self.architecture.config.model_type} cannot be pruned in {named}: {reason}.")
 
 
 def understand(checkpoint: Checkpoint, processes: Processes = ALONE) -> Subject:

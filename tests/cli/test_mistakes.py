@@ -228,7 +228,12 @@ def test_a_target_below_what_a_search_reaches_is_told_before_anything_is_measure
     ("family", "settings", "ratio", "why"),
     [
         ("qwen2", {"num_key_value_heads": 1}, "--kv-group-pruning-ratio", "One of the KV groups stays"),
-        ("bloom", {"n_head": 4, "n_layer": 2}, "--head-pruning-ratio", "(ALiBi)"),
+        (
+            "bloom",
+            {"n_head": 4, "n_layer": 2},
+            "--head-pruning-ratio",
+            "in hidden_size and num_attention_heads: the slopes of its position bias (ALiBi)",
+        ),
     ],
 )
 def test_a_ratio_that_a_family_cannot_give_alone_makes_no_copy(
