@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from llmprune_cli.commands.prune import estimate
-from support.cli import BY_MAGNITUDE, CALIBRATED, run_cli
+from support.cli import BY_MAGNITUDE, CALIBRATED, Run, run_cli
 from support.full import examples, in_full
 from support.gguf_exports import tiny
 from support.tiny import save_tiny
@@ -136,6 +136,22 @@ def test_a_run_of_which_time_was_told_writes_the_same_bytes(
     assert "Expect" not in run.stderr
     for path in (tmp_path / "told").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "untold" / path.name).read_bytes()
+
+
+def test_only_what_a_model_or_a_machine_may_come_to_leaves_the_time_untold(
+    deep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(error: Exception) -> Run:
+        def raise_it(job: object) -> None:
+            raise error
+
+        monkeypatch.setattr(estimate, "rehearse", raise_it)
+        return run_cli("prune", deep, *QUARTER, *BY_MAGNITUDE, "--dry-run")
+
+    run = fail(RuntimeError("no room"))
+    assert run.code == 0 and "The time cannot be told beforehand: no room" in run.stderr
+    with pytest.raises(AttributeError, match="a fault of ours"):
+        fail(AttributeError("a fault of ours"))
 
 
 def test_the_disk_that_is_expected_is_what_is_written(tmp_path: Path) -> None:

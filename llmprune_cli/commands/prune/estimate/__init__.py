@@ -13,13 +13,15 @@ from llmprune_cli.commands.prune.estimate.job import Job
 from llmprune_cli.commands.prune.estimate.rehearsal import rehearse
 from llmprune_cli.commands.prune.estimate.room import disk_bytes, peak_memory, temporary_bytes
 from llmprune_cli.commands.requests import PruneRequest
-from llmprune_cli.errors import first_line
+from llmprune_cli.errors import LlmpruneError, first_line
 from llmprune_cli.progress import Estimate, StageEstimate
 from llmprune_cli.report.results import ModelSummary
 from llmprune_cli.run.workbench import Workbench
 
 LEAST_WORK = 2**37  # parameters times tokens of a run that is worth an estimate before its start
 MOST_MEMORY = 0.5  # of what is available, that two layers may take
+# What two layers of a family, with random hidden states, may come to, and what the machine may lack for them.
+UNTIMED = (LlmpruneError, RuntimeError, ValueError, OSError, MemoryError)
 
 
 def estimate_prune(request: PruneRequest, decided: Decided, bench: Workbench, started: float) -> Estimate | None:
@@ -57,7 +59,7 @@ def _stages(job: Job) -> tuple[StageEstimate, ...]:
         return ()
     try:
         return rehearse(job)
-    except Exception as error:  # what is only good to know shall end no run, whatever layers of a family raise
+    except UNTIMED as error:  # what is only good to know shall end no run; a fault of ours is no such thing
         job.bench.listener.warn(f"The time cannot be told beforehand: {first_line(error)}")
         return ()
 
