@@ -23,6 +23,8 @@ class Workbench:
     journal: Journal = field(default_factory=Journal)
     offload_dir: Path | None = None  # for the hidden states of calibration text; None keeps them in memory
     serves_several: bool = False  # pruned models, so that it is worth keeping what the unpruned one makes of all text
+    shows_answers: bool = True  # of a model that chats, in the card of a pruned one
+    answers: list[str] = field(default_factory=list, compare=False, repr=False)  # of the unpruned one, once asked
     known: dict[str, DenseStates] = field(default_factory=dict, compare=False, repr=False)  # by what the text is for
 
     @property

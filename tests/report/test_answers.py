@@ -88,6 +88,21 @@ def test_a_sweep_asks_nothing_that_it_does_not_show(chatting: Path, text_file: P
     assert run.code == 0 and "Judging" in run.stderr and "Answering" not in run.stderr, run.stderr
 
 
+def test_a_sweep_that_keeps_its_models_shows_in_each_card_what_prune_shows(
+    chatting: Path, text_file: Path, tmp_path: Path
+) -> None:
+    measured = ("--importance", "activation", "--refit", "none", "--calibration", text_file, *CALIBRATED)
+    run = run_cli("sweep", chatting, "--mlp", "25%,50%", *measured, "--keep-models", "--output", tmp_path / "sizes")
+    assert run.code == 0, run.stderr
+    assert run.stderr.count("Answering") == 3, "the unpruned model answers once"
+    alone = tmp_path / "alone"
+    assert run_cli("prune", chatting, "--mlp", "50%", *measured, "--output", alone).code == 0
+    kept = tmp_path / "sizes" / "mlp-50%"
+    said, expected = (json.loads((path / "llmprune.json").read_text())["calibration"] for path in (kept, alone))
+    assert said["answers"] == expected["answers"] and len(said["answers"]) == len(PROMPTS)
+    assert "## What it says" in (kept / "README.md").read_text()
+
+
 def test_a_template_that_fails_is_said_and_undoes_nothing(chatting: Path, text_file: Path, tmp_path: Path) -> None:
     (chatting / "chat_template.jinja").write_text("{{ raise_exception('only for tools') }}")
     card = prune(chatting, text_file, tmp_path / "out")

@@ -328,7 +328,7 @@ def _fill(
     if bench.text is not None:
         split, was_searched = request.text.calibration_split, outcome.choice.budget is not None
         card = report_card(bench, staging, plan, repairs, split, outcome.choice.seed, was_searched)
-        if not bench.serves_several:  # whose table has no room for answers
+        if bench.shows_answers:
             card = replace(card, answers=answer_both(subject.checkpoint, staging, bench))
         manifest = replace(manifest, calibration=asdict(card))
     config = with_widths(subject.architecture, plan.after, plan.layers)

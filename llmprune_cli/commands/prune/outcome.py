@@ -81,8 +81,9 @@ def answer_both(checkpoint: Checkpoint, folder: Path, bench: Workbench) -> tuple
     """
     how = bench.model.device, bench.model.compute, bench.listener
     try:
-        before = answer_prompts(checkpoint, *how)
-        if not before:
+        if not bench.answers:
+            bench.answers.extend(answer_prompts(checkpoint, *how))
+        if not bench.answers:
             return ()
         reference = ModelReference(str(folder), trust_remote_code=checkpoint.trust_remote_code)
         with open_checkpoint(reference, need_weights=True) as pruned:
@@ -90,7 +91,7 @@ def answer_both(checkpoint: Checkpoint, folder: Path, bench: Workbench) -> tuple
     except Exception as error:  # what is only shown shall not undo hours of work, whatever templates and models raise
         bench.listener.warn(f"The report card shows no answers, as the model gave none: {first_line(error)}")
         return ()
-    return tuple(Answered(*row) for row in zip(PROMPTS, before, after, strict=False))
+    return tuple(Answered(*row) for row in zip(PROMPTS, bench.answers, after, strict=False))
 
 
 def evaluate_both(

@@ -74,7 +74,12 @@ def sweep(model: ModelReference, asked: Sweep, listener: Listener) -> SweepResul
         if text is None:
             raise CheckpointError("A sweep judges all sizes on text, and there is none. Name some with --calibration.")
         bench = Workbench(layered(points[0].decided.subject, points[0].request, choice), text, listener)
-        bench = replace(bench, offload_dir=asked.scratch.offload_dir, serves_several=True)
+        bench = replace(
+            bench,
+            offload_dir=asked.scratch.offload_dir,
+            serves_several=True,
+            shows_answers=delivery.keep_models,  # in whose cards alone there is room for them
+        )
         common = replace(asked.choice.settled, compute_dtype=choice.compute_dtype)
         journal = _journal(asked, common, claim, bench, stack)
         rows = _prune_all(asked, points, common, replace(bench, journal=journal))
