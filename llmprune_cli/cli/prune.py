@@ -34,6 +34,7 @@ from llmprune_cli.cli.screen.tables import (
     speed_text,
 )
 from llmprune_cli.commands.requests import PruneRequest, check_prune
+from llmprune_cli.formats.request import suggested_gguf
 from llmprune_cli.options import Choice, Delivery, Evaluation, ModelReference, Scratch, Text
 from llmprune_cli.startup.loading import loading
 from llmprune_cli.vocabulary.request import VocabularyRequest
@@ -249,8 +250,10 @@ def _next(result: PruneResult, request: PruneRequest) -> Iterator[str]:
     yield f"llmprune eval {output} --compare {model}"
     if result.recovery is None:
         yield f"llmprune recover {output} --tokens 1M --output {shlex.quote(result.output + '-healed')}"
-    if result.export is None:
-        yield f"llmprune export {output} --format gguf --dtype q4_k_m --output {shlex.quote(result.output + '-gguf')}"
+    fits = any(own.runtime == "llama.cpp" and own.loads for own in result.runtimes)
+    kind = suggested_gguf() if fits and result.export is None else None
+    if kind is not None:
+        yield f"llmprune export {output} --format gguf --dtype {kind} --output {shlex.quote(result.output + '-gguf')}"
     yield f"llmprune push {output} YOUR_NAME/{shlex.quote(Path(result.output).name)}"
 
 

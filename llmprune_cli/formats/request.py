@@ -104,6 +104,13 @@ def check_counted(dtype: str) -> None:
         raise MissingPackageError(f"Counting as {dtype} needs the gguf package: pip install 'llmprune[gguf]'.")
 
 
+def suggested_gguf() -> str | None:
+    """The type of GGUF to suggest: a mix where its encoder is installed, blocks of one kind, or none at all."""
+    if find_spec("gguf") is None:
+        return None
+    return "q4_k_m" if find_spec("xllamacpp") is not None else "q8_0"
+
+
 def _other(dtype: str, form: str) -> str:
     """Which dtype may have been meant, and which there are."""
     shown = {long: short for short, long in SHORT_DTYPES.items()} if form == "gguf" else {}

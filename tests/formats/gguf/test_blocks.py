@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import sys
 from collections import Counter
@@ -254,6 +255,23 @@ def test_a_package_that_is_missing_is_named_before_anything_is_read(
     assert run_cli(*words, "q5_0").code == 0
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert_refused(run_cli(*words, "q5_0", "--overwrite"), UNSUPPORTED, "'llmprune[gguf]'")
+
+
+def test_what_prune_suggests_is_a_type_that_can_be_written_here(
+    byte_level_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def suggested(model: Path) -> str | None:
+        run = run_cli("prune", model, "--mlp", "0.5", *BY_MAGNITUDE, "-o", tmp_path / "out", "--overwrite")
+        assert run.code == 0, run.stderr
+        found = re.search(r"llmprune export .* --dtype (\w+)", run.stdout)
+        return found[1] if found else None
+
+    assert suggested(byte_level_llama) == "q4_k_m"
+    assert suggested(tiny(tmp_path / "opt", "opt")) is None  # which llama.cpp does not know
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    assert suggested(byte_level_llama) == "q8_0"
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert suggested(byte_level_llama) is None
 
 
 @pytest.mark.parametrize(
