@@ -22,7 +22,7 @@ from llmprune_cli.options import ModelReference
 from llmprune_cli.progress import LOGGER
 from llmprune_cli.source.configuration import read_config, text_part
 from llmprune_cli.source.conversion import convert_bin, dequantize, describe_dequantized, quantization_of
-from llmprune_cli.source.gguf.weights import convert_gguf, describe_gguf
+from llmprune_cli.source.gguf.weights import convert_gguf, describe_gguf, save_tokenizer
 from llmprune_cli.source.hub import fetch, read_headers
 from llmprune_cli.source.stored_names import Names, outer_model, resolve_names, usual_outer_model
 from llmprune_cli.startup.model_argument import MERGE, describe_adapter
@@ -32,11 +32,12 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def open_checkpoint(reference: ModelReference, need_weights: bool) -> Iterator[Checkpoint]:
+def open_checkpoint(reference: ModelReference, need_weights: bool, need_tokens: bool = False) -> Iterator[Checkpoint]:
     """Resolve a model; what has to be converted lives in a temporary folder while the block runs.
 
     Args:
         need_weights: without it, a hub id costs its small files only and a `config.json` alone will do.
+        need_tokens: whether the tokenizer is wanted too, which takes seconds to read where it is within a GGUF file.
 
     Raises:
         CheckpointError: nothing there, or something that contradicts itself.
@@ -44,18 +45,21 @@ def open_checkpoint(reference: ModelReference, need_weights: bool) -> Iterator[C
     """
     with scratch_folder() as temporary:
         try:
-            checkpoint = _opened(reference, need_weights, temporary)
+            checkpoint = _opened(reference, need_weights, need_tokens, temporary)
         except OSError as error:
             place = error.filename or reference.name
             raise CheckpointError(f"{place} cannot be read: {error.strerror or error}.") from error
         yield checkpoint
 
 
-def _opened(reference: ModelReference, need_weights: bool, temporary: Path) -> Checkpoint:
+def _opened(reference: ModelReference, need_weights: bool, need_tokens: bool, temporary: Path) -> Checkpoint:
     """See `open_checkpoint`; an empty folder takes what has to be converted."""
     path = Path(reference.name)
     if path.suffix == ".gguf" and not need_weights:
-        return _described(path.parent, reference, None, describe_gguf(path, reference.dtype), True)
+        described = _described(path.parent, reference, None, describe_gguf(path, reference.dtype), True)
+        if need_tokens:
+            save_tokenizer(path, temporary)
+        return replace(described, companions=temporary)  # what else lies beside the file may be another model's
     if path.suffix == ".gguf":
         folder, revision = temporary, None
         with unchanged([path]):

@@ -100,6 +100,8 @@ def open_tokens(checkpoint: Checkpoint) -> Tokens:
         CheckpointError: the file cannot be read.
     """
     path = checkpoint.companions / "tokenizer.json"
+    if not path.is_file() and checkpoint.source.endswith(".gguf"):
+        raise UnsupportedError("the tokenizer within a GGUF file is read where --vocab-size N asks for it")
     if not path.is_file():
         raise UnsupportedError(
             f"{checkpoint.source} has no tokenizer.json, and no other tokenizer can be cut. Save its fast tokenizer "

@@ -18,7 +18,7 @@ from llmprune_cli.source.gguf import header, weights
 from llmprune_cli.source.gguf.configuration import read_configuration
 from llmprune_cli.source.opening import open_checkpoint
 from support.checkpoints import Tensors, prune, rewrite
-from support.cli import run_cli
+from support.cli import BY_MAGNITUDE, run_cli
 from support.full import examples
 from support.gguf_files import EPSILON, GGUF_FAMILIES, GgufFamily, gguf_pair, write_gguf
 from support.refusals import UNSUPPORTED, assert_refused
@@ -195,6 +195,19 @@ def test_a_tokenizer_is_the_one_that_transformers_makes(tmp_path: Path, family: 
         tokenizer.save_pretrained(tmp_path / name)
     files = [{file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("ours", "theirs")]
     assert type(ours) is type(theirs) and files[0] and files[0] == files[1]
+
+
+def test_tokens_of_a_gguf_file_can_go_by_its_own_tokenizer_whatever_lies_beside_it(tmp_path: Path) -> None:
+    _, path = gguf_pair(tmp_path, "llama")
+    assert "--vocab-size" in json.loads(run_cli("inspect", path, "--json").stdout)["vocabulary"]["refused"]
+    save_byte_level(tmp_path)  # of another model
+    asked = ("--vocab-size", "64")
+    for words in (("inspect", path, *asked), ("prune", path, *asked, *BY_MAGNITUDE, "--dry-run")):
+        run = run_cli(*words, "--json")
+        assert run.code == 0, run.stderr
+        assert json.loads(run.stdout)["vocabulary"]["after"] == 64
+    written = AutoTokenizer.from_pretrained(prune(path, tmp_path / "out", "--mlp", "50%"))
+    assert len(written) == 96 and written.get_vocab()["ab"] == 3
 
 
 # Families whose files are llama.cpp's llama, with what is pruned: all have biases or heads that make it so.

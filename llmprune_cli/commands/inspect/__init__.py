@@ -73,7 +73,7 @@ def _find_out(reference: ModelReference, request: WidthRequest, tokens: Vocabula
     from llmprune_cli.report.runtimes import runtime_fits
     from llmprune_cli.source.opening import open_checkpoint, part_to_write
 
-    with open_checkpoint(reference, need_weights=False) as opened:
+    with open_checkpoint(reference, need_weights=False, need_tokens=tokens.number is not None) as opened:
         checkpoint = part_to_write(opened)
         subject = leave_unproven(understand(checkpoint))
         target = None if request.is_empty else resolve(subject.architecture, subject.trace.refused, request)

@@ -85,7 +85,9 @@ def prune(request: PruneRequest, listener: Listener) -> PruneResult | None:
     if processes.is_first and delivery.report is not None:
         check_chart_target(delivery.report, delivery.output)
     with ExitStack() as stack:
-        checkpoint = stack.enter_context(open_checkpoint(request.model, request.needs_weights))
+        checkpoint = stack.enter_context(
+            open_checkpoint(request.model, request.needs_weights, request.vocabulary.may_go)
+        )
         checkpoint = part_to_write(checkpoint, delivery.text_only)
         output = delivery.output
         if processes.is_first and output is None and request.writes:

@@ -77,10 +77,21 @@ def convert_gguf(path: Path, dtype: str | None, target: Path) -> None:
             _save_settings(model, plain, target)
             _stream(path, model, processor, names, plain, target)
         else:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, config=config, dtype=plain, output_loading_info=True
-            )
+            with _alone(path) as file:
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    file.parent, gguf_file=file.name, config=config, dtype=plain, output_loading_info=True
+                )
             save_plain(loaded[0], loaded[1], path, target)
+    save_tokenizer(path, target)
+
+
+def save_tokenizer(path: Path, target: Path) -> None:
+    """Write the tokenizer of a GGUF file into a folder.
+
+    Raises:
+        CheckpointError, UnsupportedError: see `convert_gguf`.
+    """
+    with _reading_gguf(path):
         tokenizer = _load_tokenizer(path)
     with scratch_space():
         tokenizer.save_pretrained(target)
@@ -96,18 +107,27 @@ def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
     library: Any = modeling_gguf_pytorch_utils
     read: Any = library.load_gguf_checkpoint
-    with scratch_folder() as folder:
+    with scratch_folder() as folder, _alone(path) as file:
         header = header_of(path, folder)
 
         def read_header(asked: Any, *arguments: Any, **named: Any) -> Any:
-            return read(header if Path(asked) == path else asked, *arguments, **named)
+            return read(header if Path(asked) == file else asked, *arguments, **named)
 
         library.load_gguf_checkpoint = read_header
         try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         finally:
             library.load_gguf_checkpoint = read
     return tokenizer
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[Path]:
+    """The file in a folder of its own: transformers takes a tokenizer, settings or an adapter beside it for its own."""
+    with scratch_folder() as folder:
+        link = folder / path.name
+        link.symlink_to(path.resolve())
+        yield link
 
 
 @contextmanager
