@@ -84,6 +84,7 @@ def decide(request: PruneRequest, subject: Subject, listener: Listener) -> Decid
     if request.writes and subject.processes.is_first:
         check_room(request.delivery.output or Path(tempfile.gettempdir()), size_bytes)
     check_export_fits(request, subject, target)
+    _check_tokens_fit(request, subject)
     return Decided(subject, plan, target, tensors, before, stream, untied, limit, vocabulary)
 
 
@@ -130,6 +131,23 @@ def check_export_fits(request: PruneRequest, subject: Subject, target: Target) -
     fit = load_format(request.export[0].format).fit(with_widths(subject.architecture, target.widths, target.layers))
     if not fit.loads:
         raise UnsupportedError(f"The pruned model cannot be exported: {fit.note}. Leave out --gguf.")
+
+
+def _check_tokens_fit(request: PruneRequest, subject: Subject) -> None:
+    """Refuse a tokenizer that what comes afterwards does not take.
+
+    Raises:
+        UnsupportedError, CheckpointError: see `read_vocabulary`.
+    """
+    if request.export is None or not subject.processes.is_first:
+        return
+    from llmprune_cli.formats.gguf.vocabulary import read_vocabulary
+
+    checkpoint = subject.checkpoint
+    try:
+        read_vocabulary(load_tokenizer(checkpoint), int(checkpoint.config.vocab_size))
+    except (UnsupportedError, CheckpointError) as error:
+        raise type(error)(f"The pruned model cannot be exported in one go: {error} Leave out --gguf.") from error
 
 
 def _proven(

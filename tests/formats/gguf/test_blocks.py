@@ -236,6 +236,12 @@ def test_a_prune_exports_in_one_go(byte_level_llama: Path, tmp_path: Path) -> No
     assert_refused(run_cli(*words), OUTPUT, "out-gguf is not empty", "--overwrite")
 
 
+def test_a_tokenizer_that_llama_cpp_does_not_take_is_told_before_a_prune(tiny_llama: Path, tmp_path: Path) -> None:
+    run = run_cli("prune", tiny_llama, "--mlp", "0.5", *BY_MAGNITUDE, "-o", tmp_path / "out", "--gguf", "q8_0")
+    assert_refused(run, UNSUPPORTED, "cannot be exported in one go", "its pre-tokenizer", "Leave out --gguf")
+    assert not [*tmp_path.iterdir()] and "Writing" not in run.stderr
+
+
 @in_full
 def test_what_llama_cpp_does_not_take_is_told_before_a_prune(tmp_path: Path) -> None:
     model = tiny(tmp_path / "model", "opt")
