@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmprune_cli.errors import CheckpointError
+from llmprune_cli.errors import CheckpointError, first_line
 from llmprune_cli.family.skeleton import is_remote
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.documents import is_there, read_json
@@ -31,6 +31,7 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
+OF_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 AS_IT_IS = ("TokenizersBackend", "PreTrainedTokenizerFast")  # classes that run tokenizer.json as it is
 SPLIT_SAMPLE = "In 2024, 12,345 dogs didn't walk;  \n\n\tif x == 10: return 'né'"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")  # of what is seen
@@ -52,7 +53,15 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     except Exception as error:  # tokenizers of every kind raise every kind
         if (checkpoint.companions / SENTENCEPIECE).is_file() and missing_packages():
             refuse_without_packages(checkpoint.source)
-        raise CheckpointError(f"{checkpoint.source} has no usable tokenizer, which this needs.") from error
+        if not any((checkpoint.companions / name).is_file() for name in OF_TOKENIZERS):
+            raise CheckpointError(
+                f"{checkpoint.source} has no tokenizer, which this needs. Put the model's own beside its weights "
+                "(tokenizer.json and tokenizer_config.json)."
+            ) from error
+        raise CheckpointError(
+            f"{checkpoint.source} has no usable tokenizer, which this needs: transformers cannot load its own "
+            f"({first_line(error).rstrip('.')}). Download its files again."
+        ) from error
     result: PreTrainedTokenizerBase = tokenizer
     return result
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, pre_tokenizers
 
 from support.cli import run_cli
+from support.refusals import CHECKPOINT, assert_refused
 from support.tiny import BYTE_LEVEL_VOCABULARY, save_byte_level, save_tiny
 
 
@@ -25,3 +26,13 @@ def test_a_class_that_splits_text_otherwise_than_the_file_is_told(text_file: Pat
     run = run_cli(*words)
     assert run.code == 0 and "a GPT2Tokenizer, which splits text otherwise" in run.stderr
     assert '"PreTrainedTokenizerFast" in tokenizer_config.json' in run.stderr
+
+
+def test_a_tokenizer_that_is_missing_or_damaged_is_told_with_what_to_do(text_file: Path, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model")
+    words = ("eval", model, "--dataset", text_file, "-q")
+    (model / "tokenizer.json").write_text("{}")
+    assert_refused(run_cli(*words), CHECKPOINT, "no usable tokenizer", "transformers cannot load its own (", "again")
+    for path in model.glob("*token*"):
+        path.unlink()
+    assert_refused(run_cli(*words), CHECKPOINT, "has no tokenizer, which this needs", "Put the model's own beside")
