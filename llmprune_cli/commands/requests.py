@@ -199,7 +199,8 @@ def check_prune(request: PruneRequest) -> None:
     if budget is not None and budget.dtype is not None:
         check_counted(budget.dtype)
     check_layers(request.model.name, request.choice.widths)
-    if request.evaluation is not None or (request.needs_text and request.needs_weights):
+    heals_or_judges = request.evaluation is not None or request.recover is not None
+    if heals_or_judges or (request.needs_text and request.needs_weights):
         check_tokenizer(request.model.name)
     if delivery.plan is not None and not (is_there(delivery.plan) and delivery.plan.stat().st_size > MOST_JSON_BYTES):
         read_json(delivery.plan)  # how large a plan may be depends on the model

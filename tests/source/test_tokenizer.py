@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, pre_tokenizers
 
-from support.cli import run_cli
+from support.cli import BY_MAGNITUDE, run_cli
 from support.refusals import CHECKPOINT, assert_refused
 from support.tiny import BYTE_LEVEL_VOCABULARY, save_byte_level, save_tiny
 
@@ -35,4 +35,9 @@ def test_a_tokenizer_that_is_missing_or_damaged_is_told_with_what_to_do(text_fil
     assert_refused(run_cli(*words), CHECKPOINT, "no usable tokenizer", "transformers cannot load its own (", "again")
     for path in model.glob("*token*"):
         path.unlink()
-    assert_refused(run_cli(*words), CHECKPOINT, "has no tokenizer, which this needs", "Put the model's own beside")
+    missing = (CHECKPOINT, "has no tokenizer, which this needs", "Put the model's own beside")
+    assert_refused(run_cli(*words), *missing)
+    healed = ("prune", model, "--mlp", "50%", *BY_MAGNITUDE, "--recover", "800", "-o", tmp_path / "out")
+    run = run_cli(*healed)
+    assert_refused(run, *missing)
+    assert "Writing" not in run.stderr, "it is told before the prune"

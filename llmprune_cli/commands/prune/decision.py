@@ -134,18 +134,21 @@ def check_export_fits(request: PruneRequest, subject: Subject, target: Target) -
 
 
 def _check_tokens_fit(request: PruneRequest, subject: Subject) -> None:
-    """Refuse a tokenizer that what comes afterwards does not take.
+    """Refuse a tokenizer that what comes afterwards does not take, or cannot do without.
 
     Raises:
-        UnsupportedError, CheckpointError: see `read_vocabulary`.
+        UnsupportedError, CheckpointError: see `load_tokenizer` and `read_vocabulary`.
     """
-    if request.export is None or not subject.processes.is_first:
+    if (request.export, request.recover) == (None, None) or not subject.processes.is_first:
+        return
+    checkpoint = subject.checkpoint
+    tokenizer = load_tokenizer(checkpoint)
+    if request.export is None:
         return
     from llmprune_cli.formats.gguf.vocabulary import read_vocabulary
 
-    checkpoint = subject.checkpoint
     try:
-        read_vocabulary(load_tokenizer(checkpoint), int(checkpoint.config.vocab_size))
+        read_vocabulary(tokenizer, int(checkpoint.config.vocab_size))
     except (UnsupportedError, CheckpointError) as error:
         raise type(error)(f"The pruned model cannot be exported in one go: {error} Leave out --gguf.") from error
 
