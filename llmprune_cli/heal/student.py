@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-MIXERS = ("attention", "mixer", "mamba", "conv", "deltanet")  # in names of classes: what lets tokens see each other
+# In names of classes: what lets tokens see each other.
+MIXERS = ("attention", "mixer", "mamba", "conv", "deltanet", "recurrentblock", "lstmlayer")
 SCALE = 2  # of adapters: alpha by rank
 
 
@@ -98,12 +99,16 @@ def trained_names(model: nn.Module, train: str) -> set[str]:
 
 def _part_of(model: nn.Module, name: str) -> str:
     """Which part a parameter belongs to: norms, attention (or what stands in its place), mlp, or else none."""
+    from transformers.pytorch_utils import Conv1D
+
     path = name.split(".")[:-1]
-    kinds = [type(model.get_submodule(".".join(path[:end]))).__name__.lower() for end in range(1, len(path) + 1)]
-    if "norm" in kinds[-1]:
+    modules = [model.get_submodule(".".join(path[:end])) for end in range(1, len(path) + 1)]
+    if "norm" in type(modules[-1]).__name__.lower():
         return "norms"
     if not split_name(name)[1]:
         return ""
+    kinds = [type(own).__name__.lower() for own in modules if not isinstance(own, Conv1D)]  # which is a linear layer
+    kinds = [kind for kind in kinds if "decoderlayer" not in kind]  # named after its mixer, and has an MLP as well
     return "attention" if any(mixer in kind for kind in kinds for mixer in MIXERS) else "mlp"
 
 
