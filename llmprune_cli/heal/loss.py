@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -31,7 +31,7 @@ class Goal(Protocol):
     """What a teacher predicts after each token of some windows but their last, one window after the other."""
 
     @property
-    def streams(self) -> Sequence[torch.Tensor]:
+    def streams(self) -> Iterable[torch.Tensor]:
         """Its residual stream behind each layer that is followed, [B, T, D]; none where none is."""
 
     def at(self, places: slice) -> Predicted:

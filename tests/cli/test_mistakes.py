@@ -124,9 +124,6 @@ MISTAKES = {
     "no tokens to heal on": Mistake(recover("--tokens", "0"), USAGE, ("--tokens", "65k")),
     "a learning rate in words": Mistake(recover("--learning-rate", "small"), USAGE, ("'small'", "nor auto")),
     "hidden states that count less than nothing": Mistake(recover("--hidden-weight", "-1"), USAGE, ("from 0 on",)),
-    "hidden states that are not kept": Mistake(
-        recover("--hidden-weight", "1", "--teacher-mode", "streamed"), USAGE, ("leave out --teacher-mode streamed",)
-    ),
     "a way to heal that is not there": Mistake(recover("--mode", "block"), USAGE, ("Did you mean blocks?",)),
     "adapters of single layers": Mistake(
         recover("--mode", "blocks", "--lora", "4"), USAGE, ("--lora is about the whole model", "--mode blocks")

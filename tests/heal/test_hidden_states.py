@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -10,15 +12,16 @@ from transformers import AutoModelForCausalLM
 
 from llmprune_cli.folder.manifest import read_manifest
 from llmprune_cli.heal.layers import relative_error, stands_for
+from llmprune_cli.heal.teacher.streamed import DRAWN, LIKELIEST
 from llmprune_cli.options import ModelReference
 from llmprune_cli.source.opening import open_checkpoint
 from support.cli import BY_MAGNITUDE, run_cli
 from support.full import in_full
 from support.heal_runs import recover, run_recover
-from support.refusals import CHECKPOINT, UNSUPPORTED, USAGE, assert_refused
+from support.refusals import CHECKPOINT, OUTPUT, PLAN, UNSUPPORTED, assert_refused, state_of
 from support.tiny import save_tiny
 
-LAYERS = 4
+LAYERS, LENGTH, CHANNELS = 4, 32, 64
 STAND_FOR = ((0, 2), (1, 3))  # of the two layers that stay: the layer behind which the stream is to be the teacher's
 
 
@@ -63,21 +66,25 @@ def test_a_layer_stands_for_those_that_went_behind_it(deep: Path, shallow: Path)
         assert stands_for(own, read_manifest(shallow), its, "") == tuple(theirs for _, theirs in STAND_FOR)
 
 
-@pytest.mark.parametrize("more", [(), pytest.param(("--gradient-checkpointing",), marks=in_full)])
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("--teacher-mode", "streamed"),
+        pytest.param(("--gradient-checkpointing",), marks=in_full),
+    ],
+)
 def test_streams_come_nearer_to_those_of_the_layers_that_they_stand_for(
     deep: Path, shallow: Path, text_file: Path, tmp_path: Path, more: tuple[str, ...]
 ) -> None:
     result = recover(shallow, text_file, tmp_path / "healed", "--hidden-weight", "20", *more)
-    assert result["hidden_weight"] == 20 and result["is_better"] and result["teacher_mode"] == "resident"
+    assert result["hidden_weight"] == 20 and result["is_better"]
     before, after = (stream_errors(folder, deep) for folder in (shallow, tmp_path / "healed"))
     assert sum(after) < 0.95 * sum(before)  # which grows where predictions alone are learned
 
 
 def test_what_cannot_be_compared_is_refused(deep: Path, shallow: Path, text_file: Path, tmp_path: Path) -> None:
     weight = ("--hidden-weight", "1")
-    for more in (("--teacher-mode", "streamed"), ("--teacher-cache", str(tmp_path / "cache"))):
-        run = run_recover(shallow, text_file, tmp_path / "out", *weight, *more)
-        assert_refused(run, USAGE, "--hidden-weight", "hidden states")
     narrow = tmp_path / "narrow"
     assert run_cli("prune", deep, *BY_MAGNITUDE, "--hidden-size", "32", "--output", narrow).code == 0
     run = run_recover(narrow, text_file, tmp_path / "out", *weight)
@@ -89,3 +96,23 @@ def test_what_cannot_be_compared_is_refused(deep: Path, shallow: Path, text_file
         (tmp_path / "manifest").rename(shallow / "llmprune.json")
     assert_refused(run, CHECKPOINT, "which of the 4 layers", "--hidden-weight")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["narrow"]
+
+
+def test_a_streamed_teacher_keeps_its_hidden_states_where_there_is_room(
+    shallow: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, weight = ("--teacher-cache", tmp_path / "cache"), ("--hidden-weight", "20", "--train", "norms")
+    resident = recover(shallow, text_file, tmp_path / "resident", *weight, "--teacher-mode", "resident")
+    streamed = recover(shallow, text_file, tmp_path / "streamed", *weight, *cache)
+    assert streamed["after"]["kl"] == pytest.approx(resident["after"]["kl"], rel=0.01)
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "cache").iterdir()}
+    windows = sizes["tokens.bin"] // (4 * (LENGTH - 1) * (LIKELIEST + DRAWN))
+    assert sizes["hidden-states.bin"] == 2 * len(STAND_FOR) * windows * LENGTH * CHANNELS
+    before = state_of(tmp_path)
+    run = run_recover(shallow, text_file, tmp_path / "out", *cache)
+    assert_refused(run, PLAN, "layers with hidden states", "--teacher-cache")
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 0, 500_000))
+    run = run_recover(shallow, text_file, tmp_path / "out", *weight, "--teacher-mode", "streamed")
+    assert_refused(run, OUTPUT, "500,000 bytes", "its hidden states for --hidden-weight")
+    assert state_of(tmp_path) == before

@@ -31,11 +31,6 @@ class RecoverRequest:
                 "--mode blocks runs the teacher beside the pruned model, layer by layer; leave out --teacher-mode and "
                 "--teacher-cache."
             )
-        if self.healing.hidden_weight and (self.teaching.teacher_mode == "streamed" or self.teaching.teacher_cache):
-            raise UsageError(
-                "--hidden-weight needs the hidden states of the teacher, which a streamed one does not keep; leave out "
-                "--teacher-mode streamed and --teacher-cache."
-            )
         if self.model.device.startswith("cuda:"):
             raise UsageError(
                 f"training takes the first GPU that it sees; set CUDA_VISIBLE_DEVICES to choose one, "

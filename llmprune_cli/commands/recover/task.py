@@ -15,7 +15,7 @@ import torch
 from llmprune_cli.commands.prune.decision import layer_device
 from llmprune_cli.commands.recover.request import RecoverRequest
 from llmprune_cli.coupling.subject import understand
-from llmprune_cli.errors import CheckpointError, OutputError, ResourceError
+from llmprune_cli.errors import CheckpointError, OutputError
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.manifest import Manifest
 from llmprune_cli.folder.scratch import check_folder
@@ -187,26 +187,16 @@ def check_room(task: Task, trained: TrainedModel, folder: Path) -> None:
 
 
 def choose_teacher(task: Task, trained: TrainedModel, folder: Path) -> tuple[str, Teacher]:
-    """The teacher, and the mode that it runs in.
-
-    Raises:
-        ResourceError: it has to be in memory, where there is no room for it.
-    """
+    """The teacher, and the mode that it runs in."""
     teaching, temperature = task.request.teaching, task.request.healing.temperature
     stored = task.teacher.stored_dtype
     dtype = stored if native_dtype(stored, torch.device(task.device)) == stored else torch.float32
     mode = teaching.teacher_mode
     if mode == "auto":
         size_bytes = dtype.itemsize * task.teacher.parameter_count + BYTES_PER_WEIGHT * trained.trained
-        free = _free_memory(task.device)
-        is_small = teaching.teacher_cache is None and size_bytes < MOST_OF_MEMORY * free
-        mode = "resident" if is_small else "streamed"
-        if task.layers and not is_small:
-            raise ResourceError(
-                f"--hidden-weight needs the teacher in memory beside the training, which takes {size_bytes:,} bytes, "
-                f"and {free:,} are free. Train less (--train mlp, --lora 16), leave it out, or give --teacher-mode "
-                "resident to try it all the same."
-            )
+        is_small = size_bytes < MOST_OF_MEMORY * _free_memory(task.device, task.processes)
+        is_small = teaching.teacher_cache is None and is_small
+        mode = task.processes.broadcast("resident" if is_small else "streamed")  # the same for all
     if mode == "resident":
         task.listener.stage("Loading the teacher", 1)
         model = load_model(task.teacher, task.device, str(dtype).removeprefix("torch."))
@@ -215,15 +205,17 @@ def choose_teacher(task: Task, trained: TrainedModel, folder: Path) -> tuple[str
     place = teaching.teacher_cache or folder / "teacher"
     windows = torch.cat([task.text.windows, task.text.held_out])
     layered = LayeredModel(understand(task.teacher), task.device.partition(":")[0], task.compute)
-    streamed = None
+    given = layered, windows, temperature, place, task.listener, task.tokens, task.layers
+    stream, streamed = partial(stream_teacher, *given), None
     if task.processes.is_first:
         check_folder(place, "--teacher-cache")
-        streamed = stream_teacher(layered, windows, temperature, place, task.listener, task.tokens)
+        streamed = stream()
     task.processes.broadcast(None)  # the others read what the first one wrote
-    return mode, streamed or stream_teacher(layered, windows, temperature, place, task.listener, task.tokens)
+    return mode, streamed or stream()
 
 
-def _free_memory(device: str) -> int:
+def _free_memory(device: str, processes: Processes) -> int:
+    """Bytes that each process may take."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available) // processes.count

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.states import allocate
 
 RECORD = "teacher.json"  # written last: what the other files hold
-LOGS, TOKENS = "log-probabilities.bin", "tokens.bin"
+LOGS, TOKENS, STATES = "log-probabilities.bin", "tokens.bin", "hidden-states.bin"
 LEAST = -60000.0  # a log-probability that float16 holds
 LIKELIEST = 64  # tokens that are kept of each prediction,
 DRAWN = 64  # and how many are drawn from all others, by their probabilities, to stand for them (arXiv 2503.16870)
@@ -36,12 +37,13 @@ class StreamedTeacher:
     logs: torch.Tensor  # log-probabilities of K likeliest tokens, of all others, of S of these, float16 [N, T−1, K+1+S]
     tokens: torch.Tensor  # ids of the likeliest and of those that were drawn, int32 [N, T−1, K+S]
     likeliest: int  # K
+    states: torch.Tensor | None = None  # the residual stream behind layers that are followed, bfloat16 [L, N, T, D]
 
     def goal(self, windows: torch.Tensor, numbers: torch.Tensor) -> Goal:
         """What it predicted on the windows with these numbers, [B]."""
         rows, place = numbers.cpu(), windows.device
         logs = self.logs[rows].to(place).float().flatten(0, 1)
-        return _StreamedGoal(logs, self.tokens[rows].to(place).long().flatten(0, 1), self.likeliest)
+        return _StreamedGoal(self, rows, logs, self.tokens[rows].to(place).long().flatten(0, 1))
 
     def keep(self, number: int, places: slice, logs: torch.Tensor, generator: torch.Generator) -> None:
         """Keep what it predicts at some places of a window.
@@ -64,14 +66,20 @@ class StreamedTeacher:
 
 @dataclass(frozen=True)
 class _StreamedGoal:
+    teacher: StreamedTeacher
+    rows: torch.Tensor  # numbers of the windows, [B]
     logs: torch.Tensor  # [n, K+1+S]
     tokens: torch.Tensor  # [n, K+S]
-    likeliest: int
-    streams: tuple[torch.Tensor, ...] = ()  # which are not kept
+
+    @property
+    def streams(self) -> Iterable[torch.Tensor]:
+        states = self.teacher.states
+        return () if states is None else (own[self.rows].to(self.logs.device) for own in states)
 
     def at(self, places: slice) -> Predicted:
-        known = self.logs[places, : self.likeliest + 1].log_softmax(-1)  # what rounding left
-        drawn = self.logs[places, self.likeliest + 1 :]
+        likeliest = self.teacher.likeliest
+        known = self.logs[places, : likeliest + 1].log_softmax(-1)  # what rounding left
+        drawn = self.logs[places, likeliest + 1 :]
         logs = torch.cat([known[:, :-1], drawn], -1)
         each = known[:, -1:].exp() / max(1, drawn.shape[-1])
         weights = torch.cat([known[:, :-1].exp(), each.expand(drawn.shape)], -1)
@@ -79,7 +87,7 @@ class _StreamedGoal:
 
 
 def cache_key(
-    model: LayeredModel, windows: torch.Tensor, temperature: float, tokens: TokenMap | None
+    model: LayeredModel, windows: torch.Tensor, temperature: float, tokens: TokenMap | None, layers: tuple[int, ...]
 ) -> dict[str, Any]:
     """Everything that decides what is kept of a teacher on windows [N, T]."""
     identity = {f"teacher's {name}": value for name, value in model_identity(model.checkpoint).items()}
@@ -90,23 +98,26 @@ def cache_key(
         "tokens kept": [LIKELIEST, DRAWN],
         "compute dtype": str(model.compute),
         "vocabulary": text_identity(tokens.numbers, tokens.owners) if tokens else None,
+        "layers with hidden states": list(layers) or None,
         "versions": versions(),
     }
 
 
-def check_room(model: LayeredModel, windows: torch.Tensor, vocabulary: int, folder: Path) -> None:
+def _check_room(model: LayeredModel, windows: torch.Tensor, files: tuple[_File, ...], folder: Path) -> None:
     """Make sure that a folder has room for what is kept, and meanwhile for hidden states.
 
     Raises:
         OutputError: it does not.
     """
-    kept = sum(file.size_bytes for file in _files(windows, vocabulary, folder))
-    states = 4 * windows.numel() * model.widths.hidden_size
+    predictions, states = (sum(own.size_bytes for own in some) for some in (files[:2], files[2:]))
+    meanwhile = 4 * windows.numel() * model.widths.hidden_size
     free = shutil.disk_usage(folder).free
-    if kept + states > free:
+    if predictions + states + meanwhile > free:
+        behind_layers = f", its hidden states for --hidden-weight {states:,}" if states else ""
         raise OutputError(
-            f"{folder} has room for {free:,} bytes, and what the teacher predicts takes {kept:,}, with {states:,} more "
-            "while it runs. Name another folder with --teacher-cache, or give fewer --tokens."
+            f"{folder} has room for {free:,} bytes, and what the teacher predicts takes {predictions:,}"
+            f"{behind_layers}, with {meanwhile:,} more while it runs. Name another folder with --teacher-cache, or "
+            "give fewer --tokens."
         )
 
 
@@ -117,11 +128,13 @@ def stream_teacher(
     folder: Path,
     listener: Listener,
     tokens: TokenMap | None = None,
+    layers: tuple[int, ...] = (),
 ) -> StreamedTeacher:
     """Run a teacher over windows [N, T], unless a folder holds what it predicts there already.
 
     Args:
         tokens: where the student, whose the windows are, has fewer.
+        layers: behind which its residual stream is kept, too.
 
     Raises:
         PlanError: the folder holds what another one predicts, or on other text.
@@ -129,8 +142,8 @@ def stream_teacher(
         OutputError: there is no room.
     """
     vocabulary = int(model.architecture.config.get_text_config().vocab_size) if tokens is None else len(tokens.numbers)
-    files = _files(windows, vocabulary, folder)
-    key, record = json.loads(json.dumps(cache_key(model, windows, temperature, tokens))), folder / RECORD
+    files = _files(model, windows, vocabulary, layers, folder)
+    key, record = json.loads(json.dumps(cache_key(model, windows, temperature, tokens, layers))), folder / RECORD
     if record.exists():
         different = differences(read_json(record, None), key)
         if different:
@@ -142,7 +155,7 @@ def stream_teacher(
             if not file.path.is_file() or file.path.stat().st_size != file.size_bytes:
                 raise CheckpointError(f"{file.path} is damaged. Remove {folder}, and the teacher runs again.")
         return _mapped(files, is_new=False)
-    check_room(model, windows, vocabulary, folder)
+    _check_room(model, windows, files, folder)
     try:
         for file in files:
             with file.path.open("wb") as opened:
@@ -151,7 +164,7 @@ def stream_teacher(
         raise OutputError(f"{folder} cannot be written: {error.strerror}. Choose another --teacher-cache.") from error
     teacher = _mapped(files, is_new=True)
     with torch.inference_mode():
-        _fill(teacher, model, windows, temperature, folder, listener, tokens)
+        _fill(teacher, model, windows, temperature, folder, listener, tokens, layers)
     replace_file(record, [json.dumps(key).encode()])
     return teacher
 
@@ -164,11 +177,14 @@ def _fill(
     folder: Path,
     listener: Listener,
     tokens: TokenMap | None,
+    layers: tuple[int, ...],
 ) -> None:
     if tokens is not None:
         windows = tokens.read(windows)
     listener.stage("Running the teacher", model.layers)
-    for states, items in model.walk(windows, folder=folder):  # noqa: B007 - those behind the last layer are wanted
+    for number, (states, items) in enumerate(model.walk(windows, folder=folder)):  # noqa: B007 - the last are wanted
+        if teacher.states is not None and number in layers:
+            teacher.states[layers.index(number)].copy_(states)
         listener.advance(1)
     generator = torch.Generator().manual_seed(0)
     ends = model.load_ends(exact=True, compute=model.compute)
@@ -194,19 +210,23 @@ class _File:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def _files(windows: torch.Tensor, vocabulary: int, folder: Path) -> tuple[_File, _File]:
-    """Where log-probabilities and tokens are kept, see `StreamedTeacher`."""
+def _files(
+    model: LayeredModel, windows: torch.Tensor, vocabulary: int, layers: tuple[int, ...], folder: Path
+) -> tuple[_File, ...]:
+    """Where log-probabilities, tokens and, behind some layers, hidden states are kept, see `StreamedTeacher`."""
     count, length = windows.shape
     likeliest = min(LIKELIEST, vocabulary)
     kept = likeliest + (DRAWN if likeliest < vocabulary else 0)
     logs = _File(folder / LOGS, (count, length - 1, kept + 1), torch.float16)
-    return logs, _File(folder / TOKENS, (count, length - 1, kept), torch.int32)
+    tokens = _File(folder / TOKENS, (count, length - 1, kept), torch.int32)
+    states = _File(folder / STATES, (len(layers), count, length, model.widths.hidden_size), torch.bfloat16)
+    return (logs, tokens, states) if layers else (logs, tokens)
 
 
-def _mapped(files: tuple[_File, _File], is_new: bool) -> StreamedTeacher:
+def _mapped(files: tuple[_File, ...], is_new: bool) -> StreamedTeacher:
     """Tensors that lie in the files; what is written to them is kept where these are new."""
-    logs, tokens = (
+    logs, tokens, *states = (
         torch.from_file(str(own.path), shared=is_new, size=math.prod(own.shape), dtype=own.dtype).view(*own.shape)
         for own in files
     )
-    return StreamedTeacher(logs, tokens, min(LIKELIEST, tokens.shape[-1]))
+    return StreamedTeacher(logs, tokens, min(LIKELIEST, tokens.shape[-1]), *states)
