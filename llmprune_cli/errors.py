@@ -96,7 +96,8 @@ def memory_explained() -> Iterator[None]:
         raise ResourceError(
             f"Memory ran out: {first_line(shortage)}. `eval` needs less with a smaller --max-seq-len or --batch-size, "
             "`prune` with fewer --calibration-tokens or with --offload-dir, `recover` with --lora or --train, "
-            "--gradient-checkpointing, --teacher-mode streamed or smaller --batch-tokens; --device names another one."
+            "--gradient-checkpointing, --teacher-mode streamed, smaller --batch-tokens or --mode blocks; --device "
+            "names another one."
         ) from error
 
 

@@ -18,7 +18,8 @@ class HeldOut:
 
     def loss(self, kind: str) -> float:
         """What is learned of it, see `LOSSES`, nats per token."""
-        return ("kl" in kind) * self.kl + ("ce" in kind) * math.log(self.perplexity)
+        parts = {"kl": self.kl, "ce": math.log(self.perplexity)}
+        return sum(part for name, part in parts.items() if name in kind)
 
 
 @dataclass(frozen=True)

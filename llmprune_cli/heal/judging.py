@@ -7,6 +7,7 @@ import math
 import torch
 from torch.nn import functional
 
+from llmprune_cli.errors import CheckpointError
 from llmprune_cli.heal.figures import HeldOut
 from llmprune_cli.heal.loss import Student, divergence, parts
 from llmprune_cli.heal.teacher import Teacher
@@ -38,7 +39,22 @@ def judge(student: Student, teacher: Teacher, text: TrainingText, temperature: f
 
 
 def held_out(kl: float, lost: float, text: TrainingText) -> HeldOut:
-    """From sums over all held-out tokens, in nats."""
+    """From sums over all held-out tokens, in nats; what is no number is infinite."""
     tokens = text.held_out[:, 1:].numel()
+    kl, lost = (own if math.isfinite(own) else math.inf for own in (kl, lost))
     perplexity = math.exp(min(lost / tokens, 700)) if math.isfinite(lost) else math.inf
     return HeldOut(max(0.0, kl / tokens), perplexity, bits_per_byte(lost, text.held_out_bytes))
+
+
+def check_judged(found: HeldOut) -> HeldOut:
+    """Hold that models which nothing was done to yet predict numbers.
+
+    Raises:
+        CheckpointError: they do not.
+    """
+    if not (math.isfinite(found.kl) and math.isfinite(found.perplexity)):
+        raise CheckpointError(
+            "The pruned model or its teacher turns text into NaN or into numbers that the computation cannot hold. "
+            "Its weights are damaged, or --compute-dtype is too narrow for it."
+        )
+    return found

@@ -137,7 +137,7 @@ def test_what_cannot_be_healed_by_blocks_is_refused(
     run = run_recover(narrow, text_file, tmp_path / "out", *BLOCKS)
     assert_refused(run, UNSUPPORTED, "32 channels and not 64", "--mode blocks")
     run = run_recover(pruned, text_file, tmp_path / "out", *BLOCKS, "--learning-rate", "1e30")
-    assert_refused(run, VERIFICATION, "smaller --learning-rate than 1e+30")
+    assert_refused(run, VERIFICATION, "in step 3 of a layer", "smaller --learning-rate than 1e+30")
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 0, 300_000))
     run = run_recover(pruned, text_file, tmp_path / "out", *BLOCKS)

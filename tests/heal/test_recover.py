@@ -60,6 +60,12 @@ def test_only_what_is_asked_for_is_trained(
     }
 
 
+@pytest.mark.parametrize("mode", ["end-to-end", "blocks"])
+def test_a_single_step_is_learned_from(pruned: Path, text_file: Path, tmp_path: Path, mode: str) -> None:
+    result = recover(pruned, text_file, tmp_path / "healed", "--tokens", "128", "--mode", mode)
+    assert result["steps"] == 1 and result["after"]["kl"] < result["before"]["kl"]
+
+
 def test_adapters_are_merged_and_ties_kept(pruned: Path, text_file: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     result = recover(pruned, text_file, tmp_path / "healed", "--lora", "4")

@@ -8,7 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from support.full import in_full
 from support.heal_runs import run_recover
 from support.refusals import CHECKPOINT, OUTPUT, UNSUPPORTED, USAGE, VERIFICATION, assert_refused, edit_json, state_of
 from support.tiny import save_tiny
@@ -112,6 +115,17 @@ def test_a_learning_rate_that_is_too_large(pruned: Path, text_file: Path, tmp_pa
     assert_recover_refused(
         pruned, text_file, tmp_path, VERIFICATION, "smaller --learning-rate than 1e+30", options=options
     )
+
+
+@pytest.mark.parametrize("mode", ["end-to-end", pytest.param("blocks", marks=in_full)])
+def test_a_model_that_predicts_no_numbers(pruned: Path, text_file: Path, tmp_path: Path, mode: str) -> None:
+    model = Path(shutil.copytree(pruned, tmp_path / "model"))
+    (shard,) = model.glob("*.safetensors")
+    tensors = load_file(shard)
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, shard, metadata={"format": "pt"})
+    words = ("The pruned model or its teacher", "damaged")
+    assert_recover_refused(model, text_file, tmp_path, CHECKPOINT, *words, options=("--mode", mode))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is not None, reason="peft is installed")

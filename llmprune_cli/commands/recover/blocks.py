@@ -19,6 +19,7 @@ from llmprune_cli.heal.blocks.judging import judge_layered
 from llmprune_cli.heal.blocks.walk import Walk, heal_layers, search_on_first_layer, written
 from llmprune_cli.heal.figures import HeldOut, Judgement, RateTrial, Training
 from llmprune_cli.heal.healed_folder import write_healed
+from llmprune_cli.heal.judging import check_judged
 from llmprune_cli.heal.teacher import Teacher
 from llmprune_cli.heal.teacher.streamed import stream_teacher
 from llmprune_cli.journal.forms import Json
@@ -43,7 +44,8 @@ def heal_by_blocks(task: Task, claim: Claim, started: float, stack: ExitStack) -
     predicted = stream_teacher(teacher, text.held_out, 1.0, predictions, listener, task.tokens)
     journal = Journal(folder=folder)
     listener.stage("Judging on held-out text", student.layers)
-    before = journal.recall("before", Json(HeldOut), partial(judge_layered, student, predicted, text, listener))
+    judge_before = partial(judge_layered, student, predicted, text, listener)
+    before = check_judged(journal.recall("before", Json(HeldOut), judge_before))
     train, trials = request.healing.train, tuple[RateTrial, ...]()
     walk = Walk(student, teacher, task.layers, task.tokens, text, train, task.learning_rate(()), journal, listener)
     if request.healing.learning_rate == "auto":

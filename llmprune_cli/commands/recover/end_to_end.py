@@ -43,12 +43,8 @@ def heal(task: Task, claim: Claim | None, started: float, stack: ExitStack) -> R
     mode, teacher = choose_teacher(task, trained, folder)
     student = Student(trained.model, healing.loss, healing.temperature, task.compute, healing.hidden_weight)
     lesson = Lesson(healing, teacher, task.text, task.learning_rate(()), task.processes, task.listener)
-    trials: tuple[RateTrial, ...] = ()
-    if healing.learning_rate == "auto":
-        journal = Journal(task.processes, folder if claim is not None else None)
-        search = partial(search_learning_rates, student, lesson, task.size, folder)
-        trials = journal.recall("learning-rates", Json(tuple[RateTrial, ...]), search)
-        lesson = replace(lesson, learning_rate=task.learning_rate(trials))
+    trials = _try_rates(task, student, lesson, folder) if healing.learning_rate == "auto" else ()
+    lesson = replace(lesson, learning_rate=task.learning_rate(trials))
     training, count = train(student, lesson, folder), trained.trained
     model = trained.merged()
     if claim is None:
@@ -64,6 +60,13 @@ def heal(task: Task, claim: Claim | None, started: float, stack: ExitStack) -> R
         after = _judge_written(task, teacher, staging)
         outcome = Outcome(training, after, mode, count, lesson.learning_rate, peak, trials)
         return deliver(task, outcome, started, staging, checksums)
+
+
+def _try_rates(task: Task, student: Student, lesson: Lesson, folder: Path) -> tuple[RateTrial, ...]:
+    """Learning rates, each for a few steps, unless a run that was cut short has tried them."""
+    journal = Journal(task.processes, folder if task.processes.is_first else None)
+    search = partial(search_learning_rates, student, lesson, task.size, folder)
+    return journal.recall("learning-rates", Json(tuple[RateTrial, ...]), search)
 
 
 def _judge_written(task: Task, teacher: Teacher, folder: Path) -> HeldOut:

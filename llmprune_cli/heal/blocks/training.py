@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from llmprune_cli.errors import VerificationError
 from llmprune_cli.heal.layers import relative_error
-from llmprune_cli.heal.training.trainer import BETAS, WARM_UP
+from llmprune_cli.heal.training.trainer import BETAS, warm_up_steps
 from llmprune_cli.heal.training_text import TrainingText
 from llmprune_cli.run.layer import Layer, windows_together
 
@@ -33,12 +32,12 @@ def train_layer(layer: Layer, weights: list[torch.Tensor], streams: Streams, tex
     """
     schedule = text.schedule
     optimizer = torch.optim.AdamW(weights, rate, BETAS, weight_decay=0.0)
-    slower = get_cosine_schedule_with_warmup(optimizer, math.ceil(WARM_UP * schedule.steps), schedule.steps)
+    slower = get_cosine_schedule_with_warmup(optimizer, warm_up_steps(schedule.steps), schedule.steps)
     for number, rows in enumerate(text.order.split(schedule.together), 1):
         loss = _loss(layer, streams, rows)
         if not bool(loss.isfinite()):
             raise VerificationError(
-                f"The loss became NaN or infinite in step {1 + number // schedule.accumulated} of a layer, so nothing "
+                f"The loss became NaN or infinite in step {-(-number // schedule.accumulated)} of a layer, so nothing "
                 f"was written. Give a smaller --learning-rate than {rate:g}."
             )
         (loss / schedule.accumulated).backward()

@@ -15,7 +15,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 
 from llmprune_cli.errors import OutputError, VerificationError, first_line
 from llmprune_cli.heal.figures import HeldOut, Judgement, Training
-from llmprune_cli.heal.judging import judge
+from llmprune_cli.heal.judging import check_judged, judge
 from llmprune_cli.heal.loss import Student
 from llmprune_cli.heal.options import Healing
 from llmprune_cli.heal.teacher import Teacher
@@ -24,7 +24,7 @@ from llmprune_cli.heal.training_text import TrainingText
 from llmprune_cli.processes import Processes
 from llmprune_cli.progress import Listener
 
-WARM_UP = 0.1  # share of the steps
+WARM_UP = 0.1  # share of the steps in which the rate rises, from nothing in the first one
 BETAS = 0.9, 0.95
 UNWRITTEN = ("PytorchStreamWriter", "inline_container", "iostream")  # in what torch says of a file that it cannot write
 PATIENCE = 3  # judgements without a better one, after which training ends
@@ -44,6 +44,11 @@ class Lesson:
     def judge(self, student: Student) -> HeldOut:
         """How a student stands on held-out text."""
         return judge(student, self.teacher, self.text, self.healing.temperature, self.processes)
+
+
+def warm_up_steps(steps: int) -> int:
+    """In how many of the steps the learning rate rises; the last is none of them."""
+    return min(math.ceil(WARM_UP * steps), steps - 1)
 
 
 class _Windows(Dataset[dict[str, torch.Tensor]]):
@@ -79,7 +84,7 @@ class _Distiller(Trainer):
             gradient_accumulation_steps=schedule.accumulated,
             learning_rate=lesson.learning_rate,
             lr_scheduler_type="cosine",
-            warmup_steps=math.ceil(WARM_UP * schedule.steps),
+            warmup_steps=warm_up_steps(schedule.steps),
             adam_beta1=BETAS[0],
             adam_beta2=BETAS[1],
             max_grad_norm=1.0,
@@ -116,7 +121,8 @@ class _Distiller(Trainer):
     ) -> Any:
         windows = inputs["input_ids"]
         loss = model(input_ids=windows, goal=self._lesson.teacher.goal(windows, inputs["number"]))
-        if not bool(loss.isfinite()):
+        (broken,) = self._lesson.processes.add_up(float(not loss.isfinite()))  # all of them end, or none
+        if broken:
             raise VerificationError(
                 f"The loss became NaN or infinite in step {self.state.global_step + 1}, so nothing was written. Give a "
                 f"smaller --learning-rate than {self._lesson.learning_rate:g}."
@@ -181,12 +187,12 @@ def train(student: Student, lesson: Lesson, folder: Path) -> Training:
         folder: for checkpoints.
 
     Raises:
-        CheckpointError: a checkpoint in the folder is damaged.
+        CheckpointError: a checkpoint in the folder is damaged, or a model predicts no numbers.
         VerificationError: the loss is no number.
         OutputError: a checkpoint cannot be written.
     """
     lesson.listener.stage("Judging on held-out text", 1)
-    before = lesson.judge(student)
+    before = check_judged(lesson.judge(student))
     lesson.listener.advance(1)
     begun = last_checkpoint(folder)
     try:
