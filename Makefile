@@ -92,8 +92,9 @@ faults: $(INSTALLED)  ## kill runs, fill disks, lose files: nothing may be lost 
 bench-8b: $(INSTALLED)  ## prune 16 GB under a limit of 2 GB, and what a gigabyte costs
 	$(BIN)/python tests/tools/bench/large_models.py
 
-bench-memory: $(INSTALLED)  ## peak memory and time of a calibrated prune, on 8B layers and by depth
+bench-memory: $(INSTALLED)  ## peak memory and time of a calibrated prune, on 8B layers and by depth, and of a healing
 	$(BIN)/python tests/tools/bench/calibrated_memory.py
+	$(BIN)/python tests/tools/bench/healing_memory.py
 
 bench-processes: $(INSTALLED)  ## two processes against one: perplexity, plan, tensors and wall time
 	$(BIN)/python tests/tools/bench/processes.py
@@ -110,8 +111,14 @@ bench-quality: $(OPTIPFAIR)  ## compare what pruned models are still worth, with
 bench-sweep: $(INSTALLED)  ## what a sweep over four sizes costs, in prunes to one of them
 	$(BIN)/python tests/tools/bench/sweep.py
 
-bench-recover: $(INSTALLED)  ## what healing makes of a pruned model, beside a plain loop with the teacher in memory
-	$(BIN)/python tests/tools/bench/recover.py
+bench-recover: $(INSTALLED)  ## what healing makes of a pruned model, beside a plain loop and trl with the teacher in memory
+	-$(MAKE) --no-print-directory $(VENV)-trl/.installed
+	$(BIN)/python tests/tools/bench/recover.py --trl $(VENV)-trl/bin/python
+
+$(VENV)-trl/.installed:
+	$(PYTHON) -m venv $(VENV)-trl
+	$(VENV)-trl/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch transformers trl==1.16.0
+	touch $@
 
 bench-vocab: $(INSTALLED)  ## bits per byte, tokens and speed of a real model with ever smaller vocabularies
 	$(BIN)/python tests/tools/bench/vocabulary.py

@@ -29,13 +29,13 @@ MAX_MEMORY_GROWTH = 1.1  # peak of the deepest over that of the shallowest
 MAX_TIME_GROWTH = 1.5  # time per layer added by the second step in depth over that added by the first
 
 
-def make_model(folder: Path, sizes: dict[str, int], layers: int) -> Path:
+def make_model(folder: Path, sizes: dict[str, int], layers: int, vocabulary: int = VOCABULARY) -> Path:
     """Write a random bf16 Llama with a tokenizer of single characters."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
-    config = LlamaConfig(**sizes, num_hidden_layers=layers, vocab_size=VOCABULARY, max_position_embeddings=8192)
+    config = LlamaConfig(**sizes, num_hidden_layers=layers, vocab_size=vocabulary, max_position_embeddings=8192)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="500MB")
     save_tokenizer(folder)
     return folder

@@ -1,9 +1,10 @@
 """What healing makes of a real model: a quarter of the MLP of SmolLM2 removed and refitted, then trained.
 
 `make bench-recover` runs it: perplexity on WikiText-2's test split and on Python's documentation of the dense model, of
-the pruned one, and of what `llmprune recover` makes of it with ever more tokens, as a whole and with `--mode blocks`,
-beside a plain transformers loop with the teacher in memory on the same tokens. Finished rows are kept in
-`bench-recover-output/`. Exit status 1 means that a bound was missed.
+the pruned one, and of what `llmprune recover` makes of it with ever more tokens: as a whole, with a streamed teacher,
+and by `--mode blocks`. Beside it stand a plain transformers loop and trl's GKDTrainer, both with the teacher in memory,
+on as many tokens of the same text in batches of the same size. trl is left out where it is not installed. Finished rows
+are kept in `bench-recover-output/`. Exit status 1 means that a bound was missed.
 """
 
 from __future__ import annotations
@@ -25,9 +26,15 @@ from tools.bench.prune_1b import Bound, print_bounds, print_table, say
 OUTPUT = Path("bench-recover-output")
 TEXTS = {"WikiText-2": "wikitext2", "Python's documentation": "python-docs"}
 WINDOW, WINDOWS = 512, 12  # that perplexity is measured on
-BATCH, LENGTH = 1024, 256  # tokens of a step and of a window of the plain loop
+BATCH, LENGTH = 1024, 256  # tokens of a step and of a window
 TOKENS = (65536, 262144, 1048576)
-KINDS = ("recovered", "by blocks", "plain loop")
+RECOVERED, STREAMED, BY_BLOCKS, PLAIN, TRL = KINDS = ("recovered", "streamed", "by blocks", "plain loop", "trl")
+OPTIONS = {
+    RECOVERED: ("--teacher-mode", "resident", "--batch-tokens", str(BATCH)),
+    STREAMED: ("--teacher-mode", "streamed", "--batch-tokens", str(BATCH)),
+    BY_BLOCKS: ("--mode", "blocks"),
+}
+MAX_STREAMED_MEMORY = 0.6  # of what trl, or else the plain loop, takes
 
 
 def llmprune(*arguments: str | Path) -> dict[str, Any]:
@@ -57,29 +64,45 @@ def fast_dtype() -> Any:
     return native_dtype(torch.bfloat16, torch.device("cpu"))
 
 
-def plain_loop(dense: Path, pruned: Path, output: Path, tokens: int) -> None:
+def windows_in_order(dense: Path, tokens: int) -> Any:
+    """So many tokens as windows [N, T] in the order in which they are learned from."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from llmprune_cli.run.corpus import load_corpus
+
+    tokenizer = AutoTokenizer.from_pretrained(dense)
+    ids = tokenizer(load_corpus("wikitext2", "validation").text, return_tensors="pt", verbose=False).input_ids[0]
+    windows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+    count = tokens // BATCH * (BATCH // LENGTH)
+    generator = torch.Generator().manual_seed(0)
+    rounds = [torch.randperm(len(windows), generator=generator) for _ in range(-(-count // len(windows)))]
+    return windows[torch.cat(rounds)[:count]]
+
+
+def usual_rate(pruned: Path, tokens: int) -> float:
+    """What llmprune takes for the pruned model."""
+    from llmprune_cli.heal.training.learning_rate import usual_learning_rate
+    from llmprune_cli.options import ModelReference
+    from llmprune_cli.source.opening import open_checkpoint
+
+    with open_checkpoint(ModelReference(str(pruned)), need_weights=True) as checkpoint:
+        return usual_learning_rate(checkpoint.parameter_count, tokens // BATCH)
+
+
+def plain_loop(dense: Path, pruned: Path, output: Path, windows: Any, rate: float) -> None:
     """What one writes in thirty lines: both models in memory, whole logits, AdamW, one cycle."""
     import torch
     from torch.nn import functional
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from llmprune_cli.heal.training.learning_rate import usual_learning_rate
-    from llmprune_cli.run.corpus import load_corpus
-
-    torch.manual_seed(0)
     dtype = fast_dtype()
     teacher = AutoModelForCausalLM.from_pretrained(dense, dtype=dtype).eval()
     student = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(dense)
-    ids = tokenizer(load_corpus("wikitext2", "validation").text, return_tensors="pt", verbose=False).input_ids[0]
-    windows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
-    each, steps = BATCH // LENGTH, tokens // BATCH
-    order = torch.cat([torch.randperm(len(windows)) for _ in range(steps * each // len(windows) + 1)])
-    rate = usual_learning_rate(student.num_parameters(), steps)  # as llmprune's
+    batches = windows.split(BATCH // LENGTH)
     optimizer = torch.optim.AdamW(student.parameters(), lr=rate, weight_decay=0.0, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
-    for step in range(steps):
-        batch = windows[order[step * each : (step + 1) * each]]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=len(batches), pct_start=0.1)
+    for batch in batches:
         with torch.no_grad():
             wanted = teacher(batch).logits.float().log_softmax(-1)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -92,23 +115,52 @@ def plain_loop(dense: Path, pruned: Path, output: Path, tokens: int) -> None:
         optimizer.step()
         schedule.step()
     student.to(torch.bfloat16).save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    AutoTokenizer.from_pretrained(dense).save_pretrained(output)
 
 
-def make(kind: str, dense: Path, pruned: Path, tokens: int, windows: int) -> dict[str, Any]:
+def has_trl(python: Path | None) -> bool:
+    """Whether an interpreter can import trl's trainer; if not, that is said."""
+    if python is None:
+        say(f"Left out: {TRL}, which --trl PYTHON names an environment of.")
+        return False
+    tried = subprocess.run([python, "-c", "import trl.experimental.gkd"], capture_output=True, text=True)
+    if tried.returncode:
+        reason = (tried.stderr.strip().splitlines() or ["it cannot be run"])[-1]
+        say(f"Left out: {TRL}, which is not installed in {python.parents[1]} ({reason}).")
+    return not tried.returncode
+
+
+def training_command(kind: str, models: tuple[Path, Path], folder: Path, tokens: int, trl: Path | None) -> list[str]:
+    """What trains a model; what the rows of other programs need is written beside its folder.
+
+    Args:
+        models: the dense one and the pruned one.
+    """
+    from safetensors.torch import save_file
+
+    dense, pruned = models
+    if kind in OPTIONS:
+        own = [sys.executable, "-m", "llmprune_cli", "recover", str(pruned), "--teacher", str(dense)]
+        own += ["--tokens", str(tokens), "--seq-len", str(LENGTH), "--text", "wikitext2", *OPTIONS[kind]]
+        return [*own, "--output", str(folder), "--overwrite"]
+    if kind == PLAIN:
+        return [sys.executable, __file__, "--plain", str(dense), str(pruned), str(folder), str(tokens)]
+    text = folder.with_suffix(".safetensors")
+    save_file({"windows": windows_in_order(dense, tokens)}, text)
+    dtype, rate = str(fast_dtype()).removeprefix("torch."), usual_rate(pruned, tokens)
+    script = Path(__file__).with_name("trl_loop.py")
+    return [*map(str, (trl, script, dense, pruned, folder, text, dtype, rate, BATCH))]
+
+
+def make(kind: str, models: tuple[Path, Path], tokens: int, windows: int, trl: Path | None) -> dict[str, Any]:
     """A healed model and what it cost, kept for the next time."""
     folder = OUTPUT / f"{kind.replace(' ', '-')}-{tokens}"
     record = folder.with_suffix(".json")
     if record.exists():
         return dict(json.loads(record.read_text()))
+    command = training_command(kind, models, folder, tokens, trl)
     started = time.perf_counter()
-    own = [sys.executable, __file__, "--plain", str(dense), str(pruned), str(folder), str(tokens)]
-    if kind != "plain loop":
-        own = [sys.executable, "-m", "llmprune_cli", "recover", str(pruned), "--teacher", str(dense)]
-        own += ["--tokens", str(tokens), "--seq-len", str(LENGTH)]
-        own += ["--output", str(folder), "--overwrite", "--text", "wikitext2"]
-        own += ["--mode", "blocks"] if kind == "by blocks" else ["--batch-tokens", str(BATCH)]
-    process = subprocess.Popen(own)
+    process = subprocess.Popen(command)
     _, status, used = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"{kind} with {tokens:,} tokens ended with status {status}.")
@@ -116,6 +168,32 @@ def make(kind: str, dense: Path, pruned: Path, tokens: int, windows: int) -> dic
     row = {**cost, "perplexities": perplexities(folder, windows)}
     record.write_text(json.dumps(row))
     return row
+
+
+def bounds_of(tokens: int, made: dict[str, dict[str, Any]], cut: list[float]) -> list[Bound]:
+    """What must hold of the models that were healed on so many tokens.
+
+    Args:
+        cut: perplexities of the pruned model.
+    """
+    values = {kind: row["perplexities"] for kind, row in made.items()}
+    others = [kind for kind in (PLAIN, TRL) if kind in made]
+    bounds = []
+    for place, text in enumerate(TEXTS):
+        ours = values[RECOVERED][place]
+        ratios = [("against pruned", ours / cut[place], 1.0)]
+        ratios += [(f"against {kind}", ours / values[kind][place], 1.01) for kind in others]
+        ratios += [("streamed against resident", values[STREAMED][place] / ours, 1.01)]
+        ratios += [("blocks against pruned", values[BY_BLOCKS][place] / cut[place], 1.0)]
+        ratios += [("blocks against the whole", values[BY_BLOCKS][place] / ours, 1.05)]
+        bounds += [Bound(f"{tokens:,} tokens, {text}: {what}", ratio, most) for what, ratio, most in ratios]
+    for kind in others:
+        times, memory = (
+            made[own][cost] / made[kind][cost] for own, cost in ((RECOVERED, "cpu_seconds"), (STREAMED, "peak_kib"))
+        )
+        bounds.append(Bound(f"{tokens:,} tokens: CPU seconds against {kind}", times, 1.0))
+        bounds.append(Bound(f"{tokens:,} tokens: memory, streamed, against {kind}", memory, MAX_STREAMED_MEMORY))
+    return bounds
 
 
 def main() -> int:
@@ -126,11 +204,13 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=WINDOWS, help="of 512 tokens that perplexity is measured on")
     parser.add_argument("--model", type=Path, help="the dense model (default: SmolLM2 from its wheel)")
     parser.add_argument("--pruned", type=Path, help="the pruned one (default: a quarter of its MLP removed)")
+    parser.add_argument("--trl", type=Path, help="the python of an environment with trl in it")
     parser.add_argument("--plain", nargs=4, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.plain:
         dense, pruned, output = map(Path, asked.plain[:3])
-        plain_loop(dense, pruned, output, int(asked.plain[3]))
+        tokens = int(asked.plain[3])
+        plain_loop(dense, pruned, output, windows_in_order(dense, tokens), usual_rate(pruned, tokens))
         return 0
     started = time.perf_counter()
     OUTPUT.mkdir(exist_ok=True)
@@ -139,24 +219,19 @@ def main() -> int:
         make_whole(dense)
     if not pruned.exists():
         llmprune("prune", dense, "--intermediate-pruning-ratio", "0.25", "--output", pruned)
+    kinds = [kind for kind in KINDS if kind != TRL or has_trl(asked.trl)]
     whole, cut = (perplexities(folder, asked.windows) for folder in (dense, pruned))
     rows = [["dense", "", *map(_two, whole), "", "", ""], ["pruned", "0", *map(_two, cut), "", "", ""]]
-    bounds = []
+    bounds: list[Bound] = []
     for tokens in asked.tokens:
         if time.perf_counter() - started > 60 * asked.minutes:
             say(f"Left out for lack of time: {tokens:,} tokens.")
             continue
-        made = {kind: make(kind, dense, pruned, tokens, asked.windows) for kind in KINDS}
+        made = {kind: make(kind, (dense, pruned), tokens, asked.windows, asked.trl) for kind in kinds}
         for kind, row in made.items():
             cost = [f"{row['seconds']:.0f} s", f"{row['cpu_seconds']:.0f} s", f"{row['peak_kib'] / 2**20:.2f} GiB"]
             rows.append([kind, f"{tokens:,}", *map(_two, row["perplexities"]), *cost])
-        ours, blocks, theirs = (made[kind]["perplexities"] for kind in KINDS)
-        for place, text in enumerate(TEXTS):
-            name = f"{tokens:,} tokens, {text}"
-            bounds.append(Bound(f"{name}: against pruned", ours[place] / cut[place], 1.0))
-            bounds.append(Bound(f"{name}: against the plain loop", ours[place] / theirs[place], 1.01))
-            bounds.append(Bound(f"{name}: blocks against pruned", blocks[place] / cut[place], 1.0))
-            bounds.append(Bound(f"{name}: blocks against the whole", blocks[place] / ours[place], 1.05))
+        bounds += bounds_of(tokens, made, cut)
     print_table("Perplexity", ["model", "tokens", *TEXTS, "wall", "CPU", "peak memory"], rows)
     print_bounds(bounds)
     return int(not all(bound.holds for bound in bounds))
