@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # Families whose classes there take query heads × head dim for the hidden size.
 FULL_WIDTH_IN_CTRANSLATE2 = ("llama", "qwen2")
+WITHOUT_WINDOWS_IN_MLX = ("mistral", "mixtral", "phi3", "gemma2")  # families whose windows it does not have
 FULL_WIDTH_IN_VLLM = ("qwen2", "qwen2_moe", "granitemoe", "lfm2", "internlm2", "minicpm", "jamba")
 NO_HEADS_IN_VLLM = (16, 40)  # head dims that its attention on a CPU lacks
 EXPERT_STEP = 32  # what the hidden size of experts has to be a multiple of there; in GPT-OSS their own width, too
@@ -80,6 +81,9 @@ def _fit_ctranslate2(config: PretrainedConfig) -> Fit:
         return Fit(False, "fails for this family when a text is longer than its window, pruned or not")
     if config.model_type == "phi3":
         return Fit(False, "its converter fails on the configuration as transformers 5 writes it, pruned or not")
+    rope = getattr(config, "rope_parameters", None) or {}
+    if config.model_type == "llama" and rope.get("rope_type") == "llama3":
+        return Fit(False, "converts it and gives other numbers without a word: Llama 3.1's RoPE scaling, pruned or not")
     narrow = _narrow(config)
     if not narrow or config.model_type not in FULL_WIDTH_IN_CTRANSLATE2:
         return Fit(loads=True)
@@ -107,6 +111,9 @@ def _fit_mlx(config: PretrainedConfig) -> Fit:
     from llmprune_cli.family.written import NTH_ALONE, nth_layers
 
     field, settings = NTH_ALONE.get(config.model_type, ""), config.to_dict()
+    window = settings.get("sliding_window")
+    if config.model_type in WITHOUT_WINDOWS_IN_MLX and window and window < config.max_position_embeddings:
+        return Fit(loads=True, note=f"it is right within the sliding window of {window} tokens only")
     windows = field != "sliding_window_pattern" or settings.get("sliding_window")
     if not field or not windows or nth_layers(config.model_type, settings)[field] is not None:
         return Fit(loads=True)

@@ -53,6 +53,14 @@ def test_a_runtime_that_places_every_nth_layer_is_named_where_none_fits(
 
 # A family, its settings, and what is said of which runtime. Query heads are halved. `make check-runtimes` holds what is
 # said of vLLM and CTranslate2 against these.
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 STUMBLES = [
     ("qwen2", {}, "vLLM", "model_impl"),
     ("qwen2_moe", {}, "vLLM", "model_impl"),
@@ -65,6 +73,7 @@ STUMBLES = [
     ("llama", {}, "CTranslate2", "fails at run time"),
     ("phi3", {}, "CTranslate2", "converter fails"),
     ("gemma2", {}, "CTranslate2", "other tokens"),
+    ("llama", {"rope_parameters": LLAMA3_ROPE}, "CTranslate2", "RoPE scaling"),
     ("deepseek_v3", {}, "OpenVINO", "older versions"),
     ("llama", {"intermediate_size": 203}, "bitsandbytes NF4 on AVX-512", "--round-to 64"),
 ]
@@ -81,6 +90,16 @@ def test_where_a_runtime_was_seen_to_stumble_is_said(
         config.num_key_value_heads = 4
     found = {fit.runtime: fit for fit in runtime_fits(config)}
     assert not found[runtime].loads and word in found[runtime].note
+
+
+@pytest.mark.parametrize("family", ["mistral", "mixtral", "phi3", "gemma2"])
+def test_a_runtime_without_windows_is_said_to_be_right_within_them(family: str) -> None:
+    found = {
+        window: {fit.runtime: fit for fit in runtime_fits(tiny_config(family, sliding_window=window))}
+        for window in (16, 1_000_000)
+    }
+    assert found[16]["mlx-lm"].loads and "window of 16 tokens" in found[16]["mlx-lm"].note
+    assert "mlx-lm" not in found[1_000_000]
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen3", "gpt_neox", "olmo2", "granite", "starcoder2"])
