@@ -16,7 +16,7 @@ set -euo pipefail
 place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
 python3 -m pip install --quiet --disable-pip-version-check --target "$place/packages" \
-    torch==2.13.0 transformers==5.23.0 keras==3.15.1 kagglehub==1.0.3 kagglesdk==0.1.28 absl-py sentencepiece
+    torch==2.13.0 transformers==5.23.0 keras==3.15.1 kagglehub==1.0.3 absl-py sentencepiece
 python3 -m pip install --quiet --disable-pip-version-check --no-deps --target "$place/packages" keras-hub==0.32.0
 cd "$place"
 export TRANSFORMERS_VERBOSITY=error HF_HUB_OFFLINE=1 TQDM_DISABLE=1 KERAS_BACKEND=torch
