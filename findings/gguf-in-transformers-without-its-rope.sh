@@ -13,7 +13,7 @@
 set -euo pipefail
 place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
-python3 -m pip install --quiet --disable-pip-version-check --target "$place/packages" torch==2.13.0 transformers==5.23.0 gguf==0.19.0
+python3 -m pip install --quiet --disable-pip-version-check --target "$place/packages" torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 gguf==0.19.0
 cd "$place"
 export HF_HUB_OFFLINE=1 TQDM_DISABLE=1
 PYTHONPATH=packages python3 - > seen.txt 2> warnings.txt <<'END'

@@ -2,8 +2,8 @@
 # mlx-lm 0.32.2: Llamas with Llama 3's rotary base (500,000) and with Llama 3.1's scaling, as transformers 5.23.0 saves them.
 #
 # Bet: mlx-lm reads `rope_parameters`, all that there is in such a `config.json`, or wants what it misses.
-# Seen: Llama, Qwen2, SmolLM3 and StarCoder2 turn with the base of 10,000 that stands in its code, without a word; other families
-# (Qwen3-MoE, Granite, OLMo 3) fail for want of `rope_theta`. With `rope_theta` and `rope_scaling` beside it all is well.
+# Seen: Llama, Qwen2 and SmolLM3 turn with the base of 10,000 that stands in its code, without a word.
+# With `rope_theta` and `rope_scaling` beside it all is well.
 #
 #   llama, base 500000: differs; with the older names: equal
 #   llama, scaled: differs; with the older names: equal
