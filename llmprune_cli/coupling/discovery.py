@@ -43,7 +43,7 @@ SLOPES = "the slopes of its position bias (ALiBi) follow the number of heads, so
 IDLE = "takes no part in what the model makes of text, so that nothing shows what its rows and columns stand for"
 SHARED = "layers take the keys and values of others, so that all would have to keep the same groups"
 SEVERAL = "its layers have several sizes of it, of which a configuration cannot say fewer"
-SEVERAL_HEADS = "its layers have several numbers or sizes of heads, which llmprune cannot make fewer yet"
+SEVERAL_HEADS = "its layers have heads of several sizes, or several numbers of them, which cannot be made fewer yet"
 
 
 @dataclass(frozen=True)
