@@ -15,7 +15,7 @@ from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.coupling.trace import Keep, Trace
 from llmprune_cli.coupling.twin import NoLogitsError, Twin, build_twin, proof_sizes, run_twin
 from llmprune_cli.errors import UnsupportedError
-from llmprune_cli.family.architecture import Architecture
+from llmprune_cli.family.architecture import Architecture, most_heads
 from llmprune_cli.family.kept_layers import check_kept_layers
 from llmprune_cli.family.layers import can_keep_layers
 from llmprune_cli.family.skeleton import expected_index
@@ -130,7 +130,7 @@ def half_of(architecture: Architecture, changed: tuple[str, ...], renumbers: boo
         groups = max(1, groups // 2)
     if Width.HEADS in changed and per_group > 1:
         per_group = max(1, per_group // 2)
-    heads = groups * per_group
+    heads = most_heads(architecture, groups, groups * per_group) if groups else 0
     hidden = before.hidden_size
     if Width.HIDDEN in changed:
         hidden = heads * (hidden // (2 * heads)) if 0 < heads <= hidden // 2 else hidden // 2

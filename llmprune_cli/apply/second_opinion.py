@@ -73,7 +73,7 @@ def _groups(twin: Twin, traced: Trace) -> Iterator[tuple[str, int, dict[Place, t
                 continue
             channels = channels and binding.width != "hidden_size"  # one group of channels is all of them
             unit = getattr(twin.architecture.widths, binding.width) // 2
-            start = (binding.units(twin.architecture.widths) == unit).nonzero().flatten().tolist()
+            start = (binding.units(twin.architecture.widths, module.out_features) == unit).nonzero().flatten().tolist()
             try:
                 group = graph.get_pruning_group(module, tp.prune_linear_out_channels, idxs=start)
             except Exception:  # likewise, in state-space layers
@@ -112,6 +112,6 @@ def _ours(
         if isinstance(module, nn.Linear) and (own in numbers or width == "hidden_size"):
             for binding in traced.on(template):
                 if binding.width == width and (_is_channel(binding) or width in NEURONS):
-                    same = binding.units(twin.architecture.widths) == unit
+                    same = binding.units(twin.architecture.widths, module.weight.shape[binding.axis]) == unit
                     found[f"{name}.weight", binding.axis] = tuple(same.nonzero().flatten().tolist())
     return found

@@ -71,8 +71,8 @@ def pruned_tensors(
     choices = plan.choices
 
     @lru_cache(maxsize=256)
-    def indices(template: str, numbers: tuple[int, ...], axis: int) -> torch.Tensor | None:
-        mask = kept_mask(trace, template, axis, numbers, choices, plan.before)
+    def indices(template: str, numbers: tuple[int, ...], axis: int, size: int) -> torch.Tensor | None:
+        mask = kept_mask(trace, template, (axis, size), numbers, choices, plan.before)
         return None if bool(mask.all()) else mask.nonzero().flatten()
 
     @cache
@@ -90,7 +90,7 @@ def pruned_tensors(
     for entry, tensor in rest.tensors():
         template, numbers = split_name(entry.name)
         for axis, alike in axes(template):
-            index = indices(template, () if alike else numbers, axis)
+            index = indices(template, () if alike else numbers, axis, entry.shape[axis])
             if index is not None:
                 tensor = take(tensor, axis, index)
         after = entries[names[entry.name]]

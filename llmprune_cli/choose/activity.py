@@ -131,7 +131,7 @@ def unit_ranges(model: LayeredModel, layer: Layer, number: int) -> dict[tuple[st
                 continue
             rows = tensor.movedim(binding.axis, 0).reshape(tensor.shape[binding.axis], -1).cpu().float()
             spread = (rows.max(1).values + rows.min(1).values.abs()).double()
-            units, elements = binding.units(widths), binding.elements(widths)
+            units, elements = (of(widths, len(rows)) for of in (binding.units, binding.elements))
             key = binding.width, instance_of(binding, (number, *numbers[1:]))
             total = found.setdefault(key, torch.zeros(getattr(widths, binding.width), dtype=torch.float64))
             for copy in range(binding.copies):

@@ -155,7 +155,7 @@ def add_saliences(
         for binding in trace.on(template):
             unreached = binding.width in NEURONS and not salience.any()
             along = (stored[name].float().square() if unreached else salience).movedim(binding.axis, 0)
-            units = binding.units(widths)
+            units = binding.units(widths, len(along))
             own = units >= 0
             units, values = units[own], along.reshape(len(along), -1).sum(1, dtype=torch.float64).cpu()[own]
             instance = instance_of(binding, numbers)

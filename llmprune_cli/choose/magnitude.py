@@ -14,7 +14,7 @@ from llmprune_cli.coupling.trace import Binding, Instance, Trace, instance_of
 from llmprune_cli.errors import CheckpointError
 from llmprune_cli.family.widths import HEAD_COUNTS, Width, Widths
 from llmprune_cli.folder.checkpoint import Checkpoint
-from llmprune_cli.folder.tensors import split_name
+from llmprune_cli.folder.tensors import Shape, split_name
 from llmprune_cli.plan.units import Scores
 
 Progress = Callable[[int], None]  # told the bytes that were just read
@@ -33,13 +33,15 @@ def score_magnitude(checkpoint: Checkpoint, trace: Trace, widths: Widths, seed: 
     A query head's terms are its own query rows and output columns. A KV group's are its key and value rows and the rows
     and columns of all its query heads. An expert's are all its weights and its row in the router.
     """
-    terms_of = {template: _terms(trace, template, widths) for template in trace.scored}
+    terms_of: dict[tuple[str, Shape], tuple[_Term, ...]] = {}
     totals: dict[tuple[str, Instance], torch.Tensor] = {}
     terms: dict[tuple[str, Instance], int] = defaultdict(int)
     scratch = torch.empty(min(SLAB_BYTES, max(entry.size_bytes for entry in checkpoint.entries)), dtype=torch.uint8)
     for entry, tensor in checkpoint.tensors():
         template, numbers = split_name(entry.name)
-        on_template = terms_of.get(template, ())
+        if (template, entry.shape) not in terms_of:
+            terms_of[template, entry.shape] = _terms(trace, template, entry.shape, widths)
+        on_template = terms_of[template, entry.shape]
         sums = squared_sums(tensor, {term.axis for term in on_template}, scratch)
         for term in on_template:
             key = term.width, instance_of(term.binding, numbers)
@@ -156,15 +158,15 @@ class _Term:
     size: int  # of that vector
 
 
-def _terms(trace: Trace, template: str, widths: Widths) -> tuple[_Term, ...]:
-    """What a template's tensors add to.
+def _terms(trace: Trace, template: str, shape: Shape, widths: Widths) -> tuple[_Term, ...]:
+    """What a template's tensors of a shape add to.
 
     Heads: unit by unit, P elements each. Neurons: copy by copy; a tensor that holds fewer copies than the gate|up
     projection adds to the last ones, as torch-pruning does.
     """
     found = []
-    for binding in trace.on(template):
-        units, elements = binding.units(widths), binding.elements(widths)
+    for binding in trace.on(template) if template in trace.scored else ():
+        units, elements = (of(widths, shape[binding.axis]) for of in (binding.units, binding.elements))
         source = (units >= 0).nonzero().flatten()
         units, elements = units[source], elements[source]
         count = getattr(widths, binding.width)

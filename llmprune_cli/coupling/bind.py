@@ -45,8 +45,11 @@ def bind(
                 continue  # a norm over one head's elements, shared by all heads
             return [], f"the units along axis {axis} of {template} could not be told apart"
         for binding in bindings:
-            if found.setdefault((template, axis, binding.width), binding) != binding:
+            known = found.setdefault((template, axis, binding.width), binding)
+            if known != binding and not (known.interleaved and binding.interleaved and binding.width == Width.HEADS):
                 return [], f"axis {axis} of {template} is laid out differently from layer to layer"
+            if known != binding:  # heads that are larger in some layers
+                found[template, axis, binding.width] = replace(binding, copies=0)
     return list(found.values()), "" if found else "no axis carries its units"
 
 
@@ -68,7 +71,7 @@ def _bind_neurons(bare: Binding, labels: torch.Tensor, widths: Widths) -> list[B
     for interleaved in (False, True):
         copies = len(labels) // getattr(widths, bare.width)
         binding = replace(bare, copies=copies, interleaved=interleaved)
-        units = binding.units(widths)
+        units = binding.units(widths, len(labels))
         if len(units) == len(labels) and bool((units == labels).all()):
             return [binding]
     return None

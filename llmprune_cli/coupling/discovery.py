@@ -30,7 +30,7 @@ from llmprune_cli.coupling.probe import (
 from llmprune_cli.coupling.step import Followers, Place, followers_of, own_rule, template_place, within_layers
 from llmprune_cli.coupling.trace import GLOBAL_WIDTHS, Binding, Reader, Trace
 from llmprune_cli.coupling.twin import Twin, build_twin, trace_sizes
-from llmprune_cli.family.architecture import Architecture, have_own_heads, rotary_fraction
+from llmprune_cli.family.architecture import Architecture, legal_heads, rotary_fraction
 from llmprune_cli.family.layers import KV_SHARED
 from llmprune_cli.family.skeleton import expected_index, on_disk
 from llmprune_cli.family.widths import HEAD_COUNTS, NEURONS, Width, Widths, varied_widths
@@ -43,7 +43,8 @@ SLOPES = "the slopes of its position bias (ALiBi) follow the number of heads, so
 IDLE = "takes no part in what the model makes of text, so that nothing shows what its rows and columns stand for"
 SHARED = "layers take the keys and values of others, so that all would have to keep the same groups"
 SEVERAL = "its layers have several sizes of it, of which a configuration cannot say fewer"
-SEVERAL_HEADS = "its layers have heads of several sizes, or several numbers of them, which cannot be made fewer yet"
+SEVERAL_HEADS = "its layers have several numbers of heads, which cannot be made fewer yet"
+OWN_GROUPS = "its layers have KV heads of several sizes, or several numbers of them: only the query heads of each can go"
 
 
 @dataclass(frozen=True)
@@ -152,10 +153,10 @@ def _trace_heads(twin: Twin, hidden: Followers | None) -> Findings:
     bound = bound or (hidden if architecture.hidden_follows_heads else None)
     if _has_slopes(architecture.config):
         return Findings(refused=dict.fromkeys(spaces, SLOPES))
-    if have_own_heads(architecture.config):
+    if Width.HEADS in varied_widths(architecture.config):
         return Findings(refused=dict.fromkeys(spaces, SEVERAL_HEADS))
     if spaces and architecture.own_heads:
-        return _trace_latent_heads(twin)
+        return _trace_own_heads(twin)
     if bound is None or not bound.disk:
         return Findings(refused=dict.fromkeys(spaces, "no tensor axis follows the size of its heads"))
     reader = find_reader(twin, bound, widths, spaces)
@@ -186,14 +187,21 @@ def _shared_groups(architecture: Architecture) -> dict[str, str]:
     return dict.fromkeys(map(str, widths), SHARED)
 
 
-def _trace_latent_heads(twin: Twin) -> Findings:
-    """What follows the heads of latent attention, which have sizes of their own and each their keys and values."""
-    is_shared = twin.architecture.widths.heads_per_group > 1
-    bound = None if is_shared else followers_of(twin, Width.HEADS, 1)
+def _trace_own_heads(twin: Twin) -> Findings:
+    """What follows heads that have sizes of their own, as in latent attention, or that differ from layer to layer.
+
+    Where several share their keys and values, these stay, and the same number of heads goes from each.
+    """
+    architecture = twin.architecture
+    is_shared = architecture.widths.heads_per_group > 1
+    step = legal_heads(architecture, architecture.widths.num_key_value_heads)[0] if is_shared else 1
+    bound = followers_of(twin, Width.HEADS, step)
     if bound is None or not bound.disk:
         return Findings(refused=dict.fromkeys(HEAD_COUNTS, "no tensor axis follows the number of its heads"))
     found = _trace_units(twin, bound, Width.HEADS)
-    return replace(found, refused=dict.fromkeys(HEAD_COUNTS, found.refused[Width.HEADS])) if found.refused else found
+    if found.refused:
+        return replace(found, refused=dict.fromkeys(HEAD_COUNTS, found.refused[Width.HEADS]))
+    return replace(found, refused={Width.GROUPS: OWN_GROUPS}) if is_shared else found
 
 
 def _trace_channels(twin: Twin, hidden: Followers | None, taken: set[Place]) -> Findings:
@@ -224,8 +232,7 @@ def _inputs(twin: Twin, readers: Sequence[Place], width: str, component: int = 0
 
 def _reading(twin: Twin, bound: Followers, reader: Place, bindings: list[Binding]) -> list[Binding]:
     """Those bindings whose axis on disk is the reader's."""
-    units = torch.arange(bound.memory[reader])
-    marked = reader_on_disk(twin, bound, template_place(reader), units)
+    marked = reader_on_disk(twin, bound, template_place(reader), torch.arange)
     places = {(split_name(name)[0], axis) for name, axis in marked}
     return [binding for binding in bindings if (binding.template, binding.axis) in places]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -55,7 +55,7 @@ def find_reader(
     # a whole KV group also silences keys and values, but with one group everything would be zero
     group = widths.heads_per_group if heads and widths.num_key_value_heads > 1 else 1
     known = [template_place(place) for place in others]
-    with _zeroed(twin, known, range(group * chunk)):
+    with _zeroed(twin, bound, known, lambda _: range(group * chunk)):
         baseline = _dead(twin, bound)
     shapes = shapes_of(twin.architecture.config).disk
     matrices = {(split_name(name)[0], axis): len(shapes[name]) > 1 for name, axis in bound.disk}
@@ -70,8 +70,8 @@ def find_reader(
         if best is not None and (template, axis) not in summed:
             break
         seen.add((template, axis))
-        first = range(size // count if latent else group * chunk)
-        with _zeroed(twin, [*known, (template, axis)], first):
+        readers = [*known, (template, axis)]
+        with _zeroed(twin, bound, readers, lambda own: range(own // count if latent else group * chunk)):
             dead = _dead(twin, bound)
         everywhere: dict[Place, bool] = {}  # a reader of heads or neurons silences them in every layer
         for name_on_disk, axis_on_disk in bound.disk:
@@ -90,15 +90,19 @@ def label_units(
 ) -> dict[Place, torch.Tensor]:
     """The unit of `width` at each index of each bound axis, -1 where no single unit is responsible."""
     places = [template_place(reader) for reader in readers]
-    size = bound.memory[readers[0]]
-    units = torch.arange(size) // (size // count) if width in HEAD_COUNTS else torch.arange(size) % count
+
+    def units(size: int) -> torch.Tensor:
+        return torch.arange(size) // (size // count) if width in HEAD_COUNTS else torch.arange(size) % count
+
+    def indices(bit: int, value: int) -> Callable[[int], torch.Tensor]:
+        return lambda size: ((units(size) >> bit) & 1 == value).nonzero().flatten()
+
     labels = {place: torch.zeros(size, dtype=torch.long) for place, size in bound.disk.items()}
     valid = {place: torch.ones(size, dtype=torch.bool) for place, size in bound.disk.items()}
     for bit in range(max(1, (count - 1).bit_length())):
-        ones = (units >> bit) & 1 == 1
-        with _zeroed(twin, places, ones.nonzero().flatten()):
+        with _zeroed(twin, bound, places, indices(bit, 1)):
             if_one = _dead(twin, bound)
-        with _zeroed(twin, places, (~ones).nonzero().flatten()):
+        with _zeroed(twin, bound, places, indices(bit, 0)):
             if_zero = _dead(twin, bound)
         for axis in bound.disk:
             valid[axis] &= if_one[axis] ^ if_zero[axis]
@@ -109,16 +113,22 @@ def label_units(
     return result
 
 
-def reader_on_disk(twin: Twin, bound: Followers, reader: Place, units: torch.Tensor) -> dict[Place, torch.Tensor]:
-    """Where the reader's own axis lies on disk: write its unit numbers into it and see where they come out."""
+def reader_on_disk(
+    twin: Twin, bound: Followers, reader: Place, units: Callable[[int], torch.Tensor]
+) -> dict[Place, torch.Tensor]:
+    """Where the reader's own axis lies on disk: write its unit numbers into it and see where they come out.
+
+    Args:
+        units: at each index of an axis of a size, which may differ from layer to layer.
+    """
     template, axis = reader
     marked = {}
     for name, parameter in twin.model.named_parameters():
         mark = torch.zeros_like(parameter)
-        if split_name(name)[0] == template and parameter.shape[axis] == len(units):
+        if split_name(name)[0] == template and (name, axis) in bound.memory:
             shape = [1] * parameter.ndim
             shape[axis] = -1
-            mark += (units + 1).reshape(shape)
+            mark += (units(parameter.shape[axis]) + 1).reshape(shape)
         marked[name] = mark.detach()
     result = {}
     stored = on_disk(twin.model, marked)
@@ -138,15 +148,22 @@ def summed_axes(twin: Twin) -> set[Place]:
 
 
 @contextmanager
-def _zeroed(twin: Twin, readers: Sequence[Place], indices: Any) -> Iterator[None]:
-    """Zero the same slices of some parameter templates' axes in every layer, for the time being."""
-    axes = dict(readers)
-    index = torch.as_tensor(list(indices), dtype=torch.long)
-    named = [(split_name(name)[0], parameter) for name, parameter in twin.model.named_parameters()]
-    zeroed = [(parameter, axes[template]) for template, parameter in named if template in axes]
+def _zeroed(
+    twin: Twin, bound: Followers, readers: Sequence[Place], indices: Callable[[int], Iterable[Any]]
+) -> Iterator[None]:
+    """Zero slices of some parameter templates' axes in every layer where these are bound, for the time being.
+
+    Args:
+        indices: to zero of an axis of a size.
+    """
+    named = [
+        (name, parameter, dict(readers).get(split_name(name)[0])) for name, parameter in twin.model.named_parameters()
+    ]
+    zeroed = [(own, axis) for name, own, axis in named if axis is not None and (name, axis) in bound.memory]
     saved = [parameter.detach().clone() for parameter, _ in zeroed]
     with torch.no_grad():
         for parameter, axis in zeroed:
+            index = torch.as_tensor(list(indices(parameter.shape[axis])), dtype=torch.long)
             parameter.index_fill_(axis, index, 0)
     try:
         yield

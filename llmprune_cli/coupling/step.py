@@ -34,7 +34,7 @@ def followers_of(twin: Twin, width: str, increment: int) -> Followers | None:
             head_dim = twin.architecture.widths.head_dim + steps
             changes.update(rotary_changes(config, head_dim))
             changes.update({"head_dim": head_dim} if writes_head_dim(twin.architecture) else {})
-        if width == Width.HEADS:  # of latent attention, where every head has keys and values of its own
+        if width == Width.HEADS and twin.architecture.widths.heads_per_group == 1:  # they have keys of their own
             changes.update(field_changes(config, Width.GROUPS, changes[next(iter(changes))]))
         try:
             after = shapes_of(reconfigure(config, changes))

@@ -69,7 +69,7 @@ class Binding:
     template: str  # tensor name with {} for numbers
     axis: int
     width: str  # a field of Widths
-    copies: int = 1  # channels and neurons: times that every unit occurs along the axis
+    copies: int = 1  # times that every unit occurs along the axis; 0 where that differs from layer to layer
     interleaved: bool = False
     heads: tuple[int, ...] = ()
     component: int = 0  # which of several MLPs in a layer share the width; of the hidden size, 0 is the residual stream
@@ -79,20 +79,25 @@ class Binding:
         """Whether one choice of units holds for the whole model."""
         return self.width in GLOBAL_WIDTHS and not self.component
 
-    def units(self, widths: Widths) -> torch.Tensor:
-        """The unit at each index of the axis, -1 where this width has no say; shape [axis size]."""
+    def units(self, widths: Widths, size: int) -> torch.Tensor:
+        """The unit at each index of the axis, -1 where this width has no say; shape [axis size].
+
+        Args:
+            size: of the axis, as far as a layer has units of its own size.
+        """
         if self.heads:
             return torch.tensor(self.heads).repeat_interleave(widths.head_dim)
         units = torch.arange(getattr(widths, self.width))
-        return units.repeat_interleave(self.copies) if self.interleaved else units.repeat(self.copies)
+        copies = self.copies or size // len(units)
+        return units.repeat_interleave(copies) if self.interleaved else units.repeat(copies)
 
-    def elements(self, widths: Widths) -> torch.Tensor:
+    def elements(self, widths: Widths, size: int) -> torch.Tensor:
         """The element of its unit that each index holds, counting repeats of the unit; shape [axis size].
 
         A gate|up projection holds element 0 of every neuron in its first half and element 1 in its second; a query
         projection holds elements 0 … P-1 of every head.
         """
-        units = self.units(widths)
+        units = self.units(widths, size)
         order = torch.argsort(units, stable=True)
         ordered = units[order]
         starts = torch.searchsorted(ordered, ordered)
@@ -174,14 +179,16 @@ class Trace:
         Raises:
             UnsupportedError: an axis has another size than its units say.
         """
-        sizes = {binding: len(binding.units(widths)) for binding in self.bindings}
+        sizes: dict[tuple[Binding, int], int] = {}
         for name, shape in shapes.items():
             for binding in self.on(split_name(name)[0]):
                 size = shape[binding.axis] if binding.axis < len(shape) else 0
-                if size != sizes[binding]:
+                key = binding, 0 if binding.copies else size
+                made = sizes[key] if key in sizes else sizes.setdefault(key, len(binding.units(widths, size)))
+                if size != made:
                     raise UnsupportedError(
                         f"{name}: axis {binding.axis} has {size or 'no'} elements where its units "
-                        f"({binding.width}) make {sizes[binding]}. This layout is not supported."
+                        f"({binding.width}) make {made}. This layout is not supported."
                     )
 
 
@@ -204,18 +211,23 @@ def reader_instance(trace: Trace, reader: Reader, number: int, expert: int | Non
 
 
 def kept_mask(
-    trace: Trace, template: str, axis: int, numbers: tuple[int, ...], keep: Keep, before: Widths
+    trace: Trace, template: str, place: tuple[int, int], numbers: tuple[int, ...], keep: Keep, before: Widths
 ) -> torch.Tensor:
-    """Which indices of an axis stay in the tensor with this template and these numbers; bool [axis size]."""
+    """Which indices of an axis stay in the tensor with this template and these numbers; bool [axis size].
+
+    Args:
+        place: the axis, and its size.
+    """
+    axis, size = place
     bindings = [binding for binding in trace.on(template) if binding.axis == axis]
-    mask = torch.ones(len(bindings[0].units(before)), dtype=torch.bool)
+    mask = torch.ones(size, dtype=torch.bool)
     for binding in bindings:
         chosen = keep.get(binding.width, {}).get(instance_of(binding, numbers))
         if chosen is not None:
             lookup = torch.zeros(getattr(before, binding.width) + 1, dtype=torch.bool)
             lookup[torch.tensor(chosen, dtype=torch.long)] = True
             lookup[-1] = True  # units of -1: this width has no say
-            mask &= lookup[binding.units(before)]
+            mask &= lookup[binding.units(before, size)]
     return mask
 
 

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from llmprune_cli.errors import LlmpruneError, UnsupportedError
 from llmprune_cli.family.exceptions import FAMILIES, Family
 from llmprune_cli.family.layers import find_layer_kinds, layer_changes, sample_layers
-from llmprune_cli.family.skeleton import expected_index
+from llmprune_cli.family.skeleton import expected_index, shapes_of
 from llmprune_cli.family.widths import (
     EXPERT_GROUPS,
     HEAD_COUNTS,
@@ -40,6 +40,7 @@ class Architecture:
     hidden_follows_heads: bool  # the hidden size is query heads × head dim
     hidden_multiple_of_heads: bool  # the configuration refuses other hidden sizes
     layer_kinds: tuple[int, ...]  # for every layer, the first layer with the same tensors and per-layer settings
+    kv_heads: tuple[int, ...] = ()  # KV heads of every layer, where layers have several numbers of them
 
     @property
     def own_heads(self) -> bool:
@@ -61,6 +62,10 @@ class Architecture:
     def expert_groups(self) -> int:
         """Groups of neighbouring experts that the router ranks before it picks, 1 where it does not."""
         return next((count for name in EXPERT_GROUPS if (count := getattr(self.config, name, None))), 1)
+
+    def kv_heads_in(self, layer: int | None) -> int:
+        """KV heads of a layer."""
+        return self.kv_heads[layer] if self.kv_heads and layer is not None else self.widths.num_key_value_heads
 
     def step_of(self, width: str) -> int:
         """What sizes of a width must be a multiple of, by the kernels that stock software runs experts with."""
@@ -87,14 +92,43 @@ def discover(config: PretrainedConfig, shapes: dict[str, Shape]) -> Architecture
         raise UnsupportedError(f"{config.model_type} cannot have only some of its layers: {error}") from error
     before = expected_index(shallow)
     headless = not widths.num_attention_heads
-    own_heads = headless or getattr(config, "kv_lora_rank", None) is not None or have_own_heads(config)
+    kv_heads = _kv_heads(config, kinds, {layers[place]: heads for place, heads in shapes_of(shallow).sharing.items()})
+    own_heads = (
+        headless or getattr(config, "kv_lora_rank", None) is not None or have_own_heads(config) or bool(kv_heads)
+    )
     others = [] if own_heads else [widths.head_dim + 2, widths.head_dim - 2]  # of which a family may refuse one
     explicit = any(_moves(shallow, before, {"head_dim": dim, **rotary_changes(config, dim)}) for dim in others)
     free = Architecture(shallow, replace(widths, num_hidden_layers=len(layers)), explicit, False, False, ())
     one, more = (replace(free.widths, hidden_size=widths.hidden_size + n) for n in (1, widths.num_attention_heads))
     multiple = not headless and not _accepts(free, one) and _accepts(free, more)
     fill = widths.num_attention_heads * widths.head_dim == widths.hidden_size
-    return Architecture(config, widths, explicit, not explicit and not own_heads and fill, multiple, kinds)
+    return Architecture(config, widths, explicit, not explicit and not own_heads and fill, multiple, kinds, kv_heads)
+
+
+def legal_heads(architecture: Architecture, groups: int) -> list[int]:
+    """The numbers of query heads that so many KV groups, and the KV heads of every layer, can share evenly."""
+    step = math.lcm(*architecture.kv_heads)
+    return [heads for n in range(architecture.widths.heads_per_group) if (heads := groups * (n + 1)) % step == 0]
+
+
+def most_heads(architecture: Architecture, groups: int, limit: int) -> int:
+    """The largest legal number of query heads within a limit, the least where none is."""
+    legal = legal_heads(architecture, groups)
+    return max((heads for heads in legal if heads <= limit), default=legal[0])
+
+
+def _kv_heads(config: PretrainedConfig, kinds: tuple[int, ...], sharing: dict[int, int]) -> tuple[int, ...]:
+    """KV heads of every layer; none where all have the same number.
+
+    Args:
+        sharing: query heads for each KV head, by layers of every kind.
+    """
+    widths = read_widths(config)
+    if Width.HEADS in varied_widths(config):
+        return ()
+    usual = widths.heads_per_group
+    found = tuple(widths.num_attention_heads // sharing.get(kind, usual) for kind in kinds)
+    return found if len(set(found)) > 1 else ()
 
 
 def have_own_heads(config: PretrainedConfig) -> bool:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from llmprune_cli.errors import CheckpointError, UnsupportedError
-from llmprune_cli.folder.tensors import Shape
+from llmprune_cli.folder.tensors import Shape, split_name
 
 REMEMBERED = 32  # configurations whose shapes are kept
 
@@ -24,6 +24,7 @@ class Shapes:
 
     disk: dict[str, Shape]  # a tied tensor appears once
     memory: dict[str, Shape]
+    sharing: dict[int, int]  # query heads for each KV head, by the number of the layer, where its attention says so
 
 
 @dataclass(frozen=True)
@@ -76,14 +77,19 @@ def shapes_of(config: PretrainedConfig) -> Shapes:
         UnsupportedError, CheckpointError: see `build_skeleton`.
     """
     found = _shapes(_Described(type(config), config.to_json_string(use_diff=False), config))
-    return Shapes(dict(found.disk), dict(found.memory))
+    return Shapes(dict(found.disk), dict(found.memory), dict(found.sharing))
 
 
 @lru_cache(maxsize=REMEMBERED)
 def _shapes(described: _Described) -> Shapes:
     model = build_skeleton(described.config)
     disk = {name: tuple(tensor.shape) for name, tensor in on_disk(model, model.state_dict()).items()}
-    return Shapes(disk, {name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+    sharing = {}
+    for name, module in model.named_modules():
+        numbers, heads = split_name(name)[1], getattr(module, "num_key_value_groups", None)
+        if numbers and isinstance(heads, int):
+            sharing[numbers[0]] = heads
+    return Shapes(disk, {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, sharing)
 
 
 def on_disk(model: PreTrainedModel, state: dict[str, Any]) -> dict[str, Any]:

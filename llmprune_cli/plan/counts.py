@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from llmprune_cli.errors import PlanError
+from llmprune_cli.family.architecture import Architecture, legal_heads, most_heads
 from llmprune_cli.family.widths import Widths
 from llmprune_cli.options import WidthRequest
 from llmprune_cli.plan.legal import within
@@ -26,14 +27,14 @@ def count_groups(before: Widths, request: WidthRequest, deviations: list[str]) -
     return _at_least_one("KV groups", whole - math.ceil(ratio * whole), deviations)
 
 
-def count_heads(before: Widths, groups: int, request: WidthRequest, deviations: list[str]) -> int:
+def count_heads(architecture: Architecture, groups: int, request: WidthRequest, deviations: list[str]) -> int:
     """Query heads that stay: every KV group loses ceil(ceil(r·H)/K) of them.
 
     Raises:
         PlanError: an exact number that the KV groups cannot share evenly.
     """
-    whole, per_group = before.num_attention_heads, before.heads_per_group
-    legal = [groups * count for count in range(1, per_group + 1)]
+    before = architecture.widths
+    whole, per_group, legal = before.num_attention_heads, before.heads_per_group, legal_heads(architecture, groups)
     if request.num_attention_heads is not None:
         within("num_attention_heads", request.num_attention_heads, whole)
         if request.num_attention_heads not in legal:
@@ -46,7 +47,11 @@ def count_heads(before: Widths, groups: int, request: WidthRequest, deviations: 
     if ratio is None or per_group == 1:
         return legal[-1]
     removed = math.ceil(math.ceil(ratio * whole) / before.num_key_value_heads)
-    return groups * _at_least_one("query heads in a KV group", per_group - removed, deviations)
+    kept = groups * _at_least_one("query heads in a KV group", per_group - removed, deviations)
+    heads = most_heads(architecture, groups, kept)
+    if heads != kept:
+        deviations.append(f"{heads} query heads stay instead of {kept}, which KV heads of every layer share evenly.")
+    return heads
 
 
 def count_units(

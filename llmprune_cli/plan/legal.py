@@ -6,7 +6,7 @@ import math
 
 from llmprune_cli.coupling.trace import Trace
 from llmprune_cli.errors import PlanError
-from llmprune_cli.family.architecture import Architecture
+from llmprune_cli.family.architecture import Architecture, legal_heads
 from llmprune_cli.family.widths import NEURONS
 
 
@@ -24,7 +24,7 @@ def legal_values(architecture: Architecture, trace: Trace) -> dict[str, str]:
         hidden = f"query heads × {widths.head_dim}"
     elif architecture.hidden_multiple_of_heads:
         hidden += ", multiples of the query heads"
-    heads = ", ".join(str(groups * count) for count in range(1, per_group + 1))
+    heads = ", ".join(map(str, legal_heads(architecture, groups)))
     together = f"1 to {groups}, query and KV heads together"
     by_head = {
         "num_attention_heads": together if per_group == 1 else heads,

@@ -55,7 +55,7 @@ def predicted_tensors(shapes: dict[str, Shape], trace: Trace, before: Widths, ta
     }
     chosen[Width.HEADS] = heads
     keep: Keep = {width: _Everywhere(units) for width, units in chosen.items()}
-    counts: dict[str, dict[int, int]] = {}
+    counts: dict[tuple[str, Shape], dict[int, int]] = {}
     result = {}
     layers, first_experts = renumbered(target.layers), renumbered(chosen[Width.EXPERTS])
     experts = {Instance(layer): first_experts for layer in target.layers}
@@ -64,12 +64,12 @@ def predicted_tensors(shapes: dict[str, Shape], trace: Trace, before: Widths, ta
         if new is None:
             continue
         template, numbers = split_name(name)
-        if template not in counts:
+        if (template, shape) not in counts:
             axes = {binding.axis for binding in trace.on(template)}
-            counts[template] = {
-                axis: int(kept_mask(trace, template, axis, numbers, keep, before).sum()) for axis in axes
+            counts[template, shape] = {
+                axis: int(kept_mask(trace, template, (axis, shape[axis]), numbers, keep, before).sum()) for axis in axes
             }
-        result[new] = tuple(counts[template].get(axis, size) for axis, size in enumerate(shape))
+        result[new] = tuple(counts[template, shape].get(axis, size) for axis, size in enumerate(shape))
     return result
 
 

@@ -46,7 +46,7 @@ def resolve(architecture: Architecture, refused: dict[str, str], request: WidthR
     groups = heads = 0
     if before.num_attention_heads:
         groups = count_groups(before, request, deviations)
-        heads = count_heads(before, groups, request, deviations)
+        heads = count_heads(architecture, groups, request, deviations)
     elif request.asks_for_heads:
         raise PlanError(f"{architecture.config.model_type} has no attention heads. Leave their options out.")
     neurons = {width: _neurons(architecture, width, refused, request, deviations) for width in NEURONS}

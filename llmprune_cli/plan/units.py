@@ -31,6 +31,10 @@ def choose(scores: Scores, architecture: Architecture, after: Widths) -> Keep:
         return keep
     keep[Width.HEADS], keep[Width.GROUPS] = {}, {}
     for instance, by_head in scores.get(Width.HEADS, {}).items():
+        if architecture.kv_heads:  # which all stay
+            groups = architecture.kv_heads_in(instance.layer)
+            keep[Width.HEADS][instance] = _best_evenly(by_head, groups, after.num_attention_heads)
+            continue
         per_group = by_head.view(before.num_key_value_heads, -1)
         by_group = scores[Width.GROUPS][instance] if before.heads_per_group > 1 else by_head
         groups_kept = _best(by_group, after.num_key_value_heads)

@@ -35,8 +35,8 @@ class Shifted(Binding):
 
     by: int = 1
 
-    def units(self, widths: Widths) -> torch.Tensor:
-        return super().units(widths).roll(self.by * (widths.head_dim if self.heads else 1))
+    def units(self, widths: Widths, size: int) -> torch.Tensor:
+        return super().units(widths, size).roll(self.by * (widths.head_dim if self.heads else 1))
 
 
 def shifted(binding: Binding) -> Binding:

@@ -85,6 +85,7 @@ def test_sections_of_positions_add_up_in_every_twin(make_tiny: Callable[..., Pat
 
 
 def test_sizes_of_single_layers_stay_and_all_else_can_go(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Heads too, which are larger in some layers."""
     kinds = ["sliding_attention", "sliding_attention", "full_attention", "full_attention"]
     folder = make_tiny(
         "gemma4_text",
@@ -96,8 +97,9 @@ def test_sizes_of_single_layers_stay_and_all_else_can_go(make_tiny: Callable[...
         per_layer_config={"2": {"head_dim": 32}, "3": {"head_dim": 32}},
     )
     said = prunable(folder)
-    assert "several sizes" in said["num_attention_heads"] and said["num_hidden_layers"] == "1 to 4"
-    options = ("--intermediate-size", "24", "--drop-layers", "1")
+    assert (said["num_attention_heads"], said["num_hidden_layers"]) == ("2, 4, 6, 8", "1 to 4")
+    assert "only the query heads of each can go" in said["num_key_value_heads"]
+    options = ("--intermediate-size", "24", "--num-attention-heads", "2", "--drop-layers", "1")
     run = run_cli("prune", folder, *BY_CHANCE, *options, "--output", tmp_path / "out")
     assert run.code == 0, run.stderr
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -106,6 +108,36 @@ def test_sizes_of_single_layers_stay_and_all_else_can_go(make_tiny: Callable[...
         2: {"head_dim": 32},
     }
     assert "allow_global_per_layer_attribute_access" not in config
-    load_stock(tmp_path / "out")
+    layers = load_stock(tmp_path / "out").model.layers
+    assert [layer.self_attn.q_proj.weight.shape[0] for layer in layers] == [2 * 16, 2 * 32, 2 * 32]
     run = run_cli("prune", folder, *BY_CHANCE, "--drop-layers", "2,3", "--dry-run")
     assert run.code == 5 and "rule of its own for layer_types" in run.stderr
+
+
+def test_query_heads_go_evenly_from_the_kv_heads_of_every_layer(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_tiny(
+        "mimo_v2_flash",
+        num_hidden_layers=2,
+        layer_types=["full_attention", "sliding_attention"],  # of which the latter has twice as many KV heads
+        mlp_layer_types=["dense", "dense"],
+        num_attention_heads=12,
+        num_key_value_heads=3,
+        head_dim=16,
+        v_head_dim=8,
+        sliding_window=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=8,
+    )
+    assert prunable(folder)["num_attention_heads"] == "6, 12"
+    plan = tmp_path / "plan.json"
+    options = ("--head-pruning-ratio", "0.25", "--save-plan", plan)
+    run = run_cli("prune", folder, *BY_CHANCE, *options, "--output", tmp_path / "out")
+    assert run.code == 0 and "6 query heads stay instead of 9" in run.stderr, run.stderr
+    kept = json.loads(plan.read_text())["keep"]["num_attention_heads"]
+    assert [head // 4 for head in kept["0"]] == [0, 0, 1, 1, 2, 2]
+    assert [head // 2 for head in kept["1"]] == [0, 1, 2, 3, 4, 5]
+    attention = [layer.self_attn for layer in load_stock(tmp_path / "out").model.layers]
+    assert [own.q_proj.weight.shape[0] // 16 for own in attention] == [6, 6]
+    assert [own.k_proj.weight.shape[0] // 16 for own in attention] == [3, 6]
+    assert attention[1].sinks.shape == (6,)

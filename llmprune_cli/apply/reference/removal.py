@@ -64,7 +64,8 @@ def silence_removed(folder: Path, kept: Kept, buffers: Collection[str]) -> None:
                 else:
                     routes &= tensor.ndim == 2 and _is_router(kept.trace, template)
                 if reads or routes:
-                    mask = kept_mask(kept.trace, template, binding.axis, numbers, kept.keep, kept.before)
+                    place = binding.axis, tensor.shape[binding.axis]
+                    mask = kept_mask(kept.trace, template, place, numbers, kept.keep, kept.before)
                     tensor.index_fill_(binding.axis, (~mask).nonzero().flatten(), 0 if reads else UNPICKED)
         save_file(tensors, path, metadata={"format": "pt"})
 
@@ -138,7 +139,9 @@ def _norms_of_kept(model: PreTrainedModel, pruned: PreTrainedModel, kept: Kept) 
         normed = _normed(kept.trace, names.get(f"{name}.weight", ""), module)
         if new is None or normed is None:
             continue
-        mask = kept_mask(kept.trace, normed.template, normed.axis, numbers, kept.keep, kept.before)
+        weight = getattr(module, "weight", None)
+        place = normed.axis, kept.before.hidden_size if weight is None else len(weight)
+        mask = kept_mask(kept.trace, normed.template, place, numbers, kept.keep, kept.before)
         if bool(mask.all()):
             continue
         norm = copy.deepcopy(small_modules[new.removesuffix(".weight")])

@@ -11,6 +11,7 @@ import torch
 from llmprune_cli.choose.layers.figures import WidthSensitivity
 from llmprune_cli.choose.targets.limits import measure_size, whole_target
 from llmprune_cli.coupling.subject import Subject
+from llmprune_cli.family.architecture import most_heads
 from llmprune_cli.family.widths import HEAD_COUNTS, NEURONS, Width
 from llmprune_cli.folder.tensors import split_name
 from llmprune_cli.plan.document import Plan
@@ -41,8 +42,9 @@ def _reductions(subject: Subject) -> Iterator[tuple[str, dict[str, int]]]:
         if getattr(before, width) > 1:
             yield width, {width: _fewer(getattr(before, width))}
     groups, each = before.num_key_value_heads, before.heads_per_group
-    if groups and each > 1:
-        yield Width.HEADS, {Width.HEADS: groups * _fewer(each)}
+    fewer = most_heads(subject.architecture, groups, groups * _fewer(each)) if groups else 0
+    if fewer < before.num_attention_heads and each > 1:
+        yield Width.HEADS, {Width.HEADS: fewer}
     if groups > 1:
         fewer = _fewer(groups)
         name = Width.HEADS if each == 1 else Width.GROUPS  # where each query head has its own, they go together

@@ -11,6 +11,7 @@ from typing import Any
 from llmprune_cli.choose.targets.limits import Limit, measure_size
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.errors import PlanError
+from llmprune_cli.family.architecture import legal_heads
 from llmprune_cli.family.widths import NEURONS
 from llmprune_cli.options import WidthRequest
 from llmprune_cli.plan.legal import legal_experts
@@ -165,8 +166,9 @@ def _head_counts(subject: Subject) -> list[int]:
         return []
     if "num_attention_heads" in subject.trace.refused or subject.architecture.hidden_follows_heads:
         return []
-    step = max(1, before.heads_per_group // 4)
-    return [count for count in (before.heads_per_group - step, before.heads_per_group - 2 * step) if count >= 1]
+    step, groups = max(1, before.heads_per_group // 4), before.num_key_value_heads
+    fewer = (before.heads_per_group - step, before.heads_per_group - 2 * step)
+    return [count for count in fewer if groups * count in legal_heads(subject.architecture, groups)]
 
 
 def _expert_counts(subject: Subject) -> list[int]:
