@@ -15,9 +15,8 @@ from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.coupling.trace import Keep, Trace
 from llmprune_cli.coupling.twin import NoLogitsError, Twin, build_twin, proof_sizes, run_twin
 from llmprune_cli.errors import UnsupportedError
-from llmprune_cli.family.architecture import Architecture, most_heads
+from llmprune_cli.family.architecture import Architecture, has_layers, most_heads
 from llmprune_cli.family.kept_layers import check_kept_layers
-from llmprune_cli.family.layers import can_keep_layers
 from llmprune_cli.family.skeleton import expected_index
 from llmprune_cli.family.widths import HEAD_COUNTS, NEURONS, Width
 from llmprune_cli.folder.scratch import scratch_folder, scratch_space
@@ -158,7 +157,10 @@ def _without_one(architecture: Architecture, layers: tuple[int, ...], renumbers:
     early = [layer for layer in layers if kinds[layer] in kinds[layer + 1 :]]
     order = (*early, *layers) if renumbers else (layers[-1], *reversed(early), *layers)
     choices = (tuple(other for other in layers if other != layer) for layer in order)
-    return next(kept for kept in choices if can_keep_layers(architecture.config, kept))
+    found = next((kept for kept in choices if has_layers(architecture.config, kept)), None)
+    if found is None:
+        raise UnsupportedError(f"{architecture.config.model_type} has no layer that could go alone.")
+    return found
 
 
 def _keep_positive(twin: Twin) -> None:

@@ -17,6 +17,8 @@ from llmprune_cli.family.widths import EXPERT_GROUPS, HEAD_COUNTS, NEURONS, PICK
 
 TOKENS = 24  # length of the twin's input
 WINDOW = 6  # of sliding attention, so that it matters within the input
+CAPS = ("logit_softcapping", "logits_soft_cap", "logit_soft_cap")  # how fields end that hold logits below a number
+UNCAPPED = 1e4  # what it is in the twin, whose logits would all be that number, and show no difference
 WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size", "window_size", "index_topk")
 VOCABULARY = 32
 TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2}
@@ -97,7 +99,9 @@ def build_twin(architecture: Architecture, sizes: TwinSizes) -> Twin:
     if latent and real.num_attention_heads:
         real = replace(real, num_attention_heads=LATENT_HEADS, num_key_value_heads=LATENT_HEADS)
     heads = real.num_attention_heads or LATENT_HEADS
-    hidden_per_head = sizes.head_dim if architecture.hidden_follows_heads else sizes.channels_per_head
+    hidden_per_head = (
+        sizes.head_dim if architecture.hidden_follows_heads else _channels_per_head(architecture, heads, sizes)
+    )
     widths = replace(
         real,
         hidden_size=heads * hidden_per_head,
@@ -142,6 +146,12 @@ def build_twin(architecture: Architecture, sizes: TwinSizes) -> Twin:
     model = _in_runnable_precision(model, tokens)
     own_kinds = tuple(layers.index(architecture.layer_kinds[layer]) for layer in layers)
     return Twin(replace(architecture, config=small, widths=widths, layer_kinds=own_kinds), model, tokens)
+
+
+def _channels_per_head(architecture: Architecture, heads: int, sizes: TwinSizes) -> int:
+    """Fewer where there are many heads of the model's own size, which would make a twin too large for its purpose."""
+    usual = sizes.channels_per_head
+    return min(usual, max(usual // 3, usual * LATENT_HEADS // heads)) if architecture.own_heads else usual
 
 
 def _accepted(config: PretrainedConfig, changes: dict[str, Any]) -> PretrainedConfig:
@@ -219,6 +229,8 @@ def _small_fields(config: PretrainedConfig, sizes: TwinSizes, hidden_size: int) 
             changes.update({name: min(value, 2 if sizes.experts % 2 == 0 else 1), "topk_group": 1})
         elif name in WINDOWS and isinstance(value, int) and value > WINDOW:
             changes[name] = WINDOW
+        elif name.endswith(CAPS) and value:
+            changes[name] = UNCAPPED
         elif value in ("relu", "relu2") and ("act" in name):
             changes[name] = "gelu"  # a neuron that never fires would look like one that nothing reads
         elif name in ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -207,6 +208,15 @@ def reconfigure(config: PretrainedConfig, changes: dict[str, Any]) -> Pretrained
     except Exception as error:  # every family raises its own kind
         last_line = (str(error).strip() or repr(error)).splitlines()[-1]
         raise ValueError(last_line.strip().removeprefix("ValueError: ")) from error
+
+
+def has_layers(config: PretrainedConfig, kept: Sequence[int]) -> bool:
+    """Whether a configuration can describe only these of its layers, and does not make others of them."""
+    try:
+        reconfigure(config, layer_changes(config, kept))
+    except ValueError:
+        return False
+    return True
 
 
 def rotary_changes(config: PretrainedConfig, head_dim: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ class Family:
 
 
 GEMMA = Family(scaled_embedding="model.embed_tokens.weight", final_norm="model.norm", norm_offset=1.0)
-
+GEMMA_4 = Family(scaled_embedding="model.embed_tokens.weight", final_norm="model.norm")
 BIOGPT = Family(scaled_embedding="biogpt.embed_tokens.weight", final_norm="biogpt.layer_norm")
 LFM2 = Family(rounds_neurons="block_auto_adjust_ff_dim", neurons="model.layers.0.feed_forward.w1.weight")
 
@@ -29,6 +29,8 @@ FAMILIES: dict[str, Family] = {
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
     "vaultgemma": GEMMA,
+    "gemma4_text": GEMMA_4,
+    "gemma4_unified_text": GEMMA_4,
     "biogpt": BIOGPT,
     "lfm2": LFM2,
 }

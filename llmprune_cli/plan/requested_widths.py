@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llmprune_cli.errors import PlanError
-from llmprune_cli.family.architecture import Architecture, with_widths
-from llmprune_cli.family.layers import can_keep_layers
+from llmprune_cli.family.architecture import Architecture, has_layers, with_widths
 from llmprune_cli.family.widths import NEURONS, Widths, read_widths
 from llmprune_cli.options import WidthRequest
 from llmprune_cli.plan.counts import count_groups, count_heads, count_units, usual_step
@@ -219,7 +218,7 @@ def _layers(
         )
     dropped = set(deepest_first[: whole - count])
     kept = tuple(layer for layer in range(whole) if layer not in dropped)
-    if not can_keep_layers(architecture.config, kept) and set(protected) <= set(range(count)):
+    if not has_layers(architecture.config, kept) and set(protected) <= set(range(count)):
         family = architecture.config.model_type
         deviations.append(f"The last {whole - count} layers go, so that {family} keeps its rhythm of layers.")
         return tuple(range(count))

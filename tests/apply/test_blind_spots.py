@@ -21,6 +21,7 @@ from llmprune_cli.family import architecture as rules
 from llmprune_cli.family.architecture import Architecture, discover, reconfigure
 from llmprune_cli.family.kept_layers import check_kept_layers
 from llmprune_cli.family.skeleton import expected_index
+from llmprune_cli.source.configuration import text_part
 from support.cli import BY_CHANCE, BY_MAGNITUDE, run_cli
 from support.families import FAMILIES, SIZES, model_type
 from support.stock import load_stock
@@ -54,7 +55,7 @@ HASHED = {
 
 
 def found_out(family: str, **changes: Any) -> Architecture:
-    config: Any = tiny_config(family, **{**SIZES, **changes})
+    config: Any = text_part(tiny_config(family, **{**SIZES, **changes}))
     return settle_head_dim(discover(config, expected_index(config)))
 
 
@@ -250,3 +251,19 @@ def test_every_expert_of_a_twin_is_reached(family: str) -> None:
             experts[expert].neg_()
             assert differ(answers, answer(twin.model, twin.tokens))[0] > 1e-5, expert
             experts[expert].neg_()
+
+
+# --- logits that cannot differ -------------------------------------------------------------------------------------
+
+
+def test_a_cap_on_the_logits_hides_no_difference() -> None:
+    """The router of Gemma 4 divides by the root of the hidden size, which nothing makes up for."""
+    sizes = {"num_attention_heads": 16, "num_key_value_heads": 8, "num_hidden_layers": 2, "head_dim": 16}
+    routed = {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 8}
+    alone = {"hidden_size_per_layer_input": 0, "per_layer_config": {"1": {"head_dim": 32, "num_key_value_heads": 2}}}
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+    gemma = found_out("gemma4_text", final_logit_softcapping=30.0, **sizes, **routed, **alone, **kinds)
+    found = trace(gemma)
+    prove(gemma, found, ("num_attention_heads", "num_experts"), prune_twin)
+    with pytest.raises(UnsupportedError, match="The twin proof fails"):
+        prove(gemma, found, ("hidden_size", "num_experts"), prune_twin)

@@ -43,7 +43,7 @@ def answer(model: PreTrainedModel, tokens: torch.Tensor) -> Answers:
 
 
 def differ(dense: Answers, pruned: Answers) -> tuple[float, str]:
-    """Largest difference of logits relative to the largest logit, and the way of asking that shows it.
+    """Largest difference of logits relative to how far they differ among tokens, and the way of asking that shows it.
 
     A way that the dense model has no finite answer to is left out, but for the first.
 
@@ -61,7 +61,7 @@ def differ(dense: Answers, pruned: Answers) -> tuple[float, str]:
             raise UnsupportedError(f"A pruned twin does not run {way} ({first_line(given)}).") from given
         if number and not expected.isfinite().all():
             continue
-        difference = float((expected - given).abs().max() / expected.abs().max())
+        difference = float((expected - given).abs().max() / (expected - expected.mean(-1, keepdim=True)).abs().max())
         if not difference <= found[0]:
             found = (difference, way)
     return found

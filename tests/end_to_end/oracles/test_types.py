@@ -13,7 +13,7 @@ LAYERS, NEURONS, HEADS = "num_hidden_layers", "intermediate_size", "num_attentio
 TYPES: dict[str, tuple[str, ...]] = {
     "bert": (LAYERS, NEURONS, HEADS),  # norms behind the residual: a layer of zeros is no identity
     "bart": (LAYERS, NEURONS),  # a decoder's fields beside those of an encoder
-    "gemma4_text": (LAYERS, NEURONS),  # one table with a share for each layer
+    "gemma4_text": (LAYERS, NEURONS, HEADS),  # heads of several sizes, and one table with a share for each layer
     "ctrl": (LAYERS, NEURONS),  # a list of two layers that do other work than each other
     "doge": (LAYERS, NEURONS),  # a residual with a weight
     "kimi_linear": (LAYERS, NEURONS, "moe_intermediate_size"),  # heads of two layouts under one name
