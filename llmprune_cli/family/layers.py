@@ -20,8 +20,12 @@ KV_SHARED = "num_kv_shared_layers"  # counts the last layers, which take the key
 # Lists in which a layer may take what the last one before it of another kind has computed: the first kind of the two.
 BORROWING = {"indexer_types": ("shared", "full")}
 SPARSE_STEP = "decoder_sparse_step"  # every n-th layer is a mixture of experts, but for `mlp_only_layers`
-# Fields that say which layers are special by a rhythm: every period-th, starting at the offset.
-PERIODIC = (("attn_layer_period", "attn_layer_offset"), ("expert_layer_period", "expert_layer_offset"))
+# Fields that say which layers are special by a rhythm: every period-th, starting at the offset; and the list of kinds
+# of layers that is read in their place where a configuration has one.
+PERIODIC = (
+    ("attn_layer_period", "attn_layer_offset", "layers_block_type"),
+    ("expert_layer_period", "expert_layer_offset", ""),
+)
 CYCLES = ("block_types",)  # lists of kinds of layers that are repeated as often as there are layers
 ROOT_OF_DEPTH = "scale_depth"  # what layers are multiplied by is this divided by the root of their number
 # Fields that count layers behind the last one, which predict further tokens; transformers leaves their weights out.
@@ -109,9 +113,9 @@ def layer_changes(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, An
         named = set(getattr(config, "mlp_only_layers", None) or ())
         dense = [layer for layer in kept if (layer + 1) % step or layer in named]
         changes.update({SPARSE_STEP: 1, "mlp_only_layers": [position[layer] for layer in dense]})
-    for period, offset in PERIODIC:
+    for period, offset, listed in PERIODIC:
         every, start = getattr(config, period, None), getattr(config, offset, None)
-        if isinstance(every, int) and isinstance(start, int):
+        if isinstance(every, int) and isinstance(start, int) and not isinstance(settings.get(listed), list):
             changes.update(zip((period, offset), _rhythm(kept, every, start, period), strict=True))
     return changes
 

@@ -49,7 +49,10 @@ def build_skeleton(config: PretrainedConfig) -> PreTrainedModel:
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=is_remote(config))
     except ValueError as error:
         if "Unrecognized configuration class" in str(error):
-            raise UnsupportedError(f"{config.model_type} is not a causal language model in transformers.") from None
+            raise UnsupportedError(
+                f"transformers' AutoModelForCausalLM builds no {config.model_type}, so that nothing can be proven of "
+                "it. Prune a causal language model of another family."
+            ) from None
         raise CheckpointError(f"config.json does not describe a model: {error}") from error
     except Exception as error:  # every model class raises its own kind
         raise CheckpointError(f"config.json does not describe a model: {error}") from error

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ConfigDict, with_config
 
 from llmprune_cli.errors import CheckpointError, UnsupportedError
+from llmprune_cli.family.exceptions import FAMILIES, Family
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -47,7 +48,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
 }
 PICKED = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")  # experts of a token
 EXPERT_GROUPS = ("n_group", "num_expert_group")
-MULTIPLES = ("attention_hidden_size",)  # may be several times the hidden size
+# Fields that may be several times a width.
+MULTIPLES: dict[str, str] = {Width.HIDDEN: "attention_hidden_size", Width.LAYERS: "num_hidden_layers"}
 HEAD_COUNTS = (Width.HEADS, Width.GROUPS)
 NEURONS = (Width.NEURONS, Width.EXPERT_NEURONS, Width.SHARED_NEURONS)
 OPTIONAL = (Width.EXPERT_NEURONS, Width.SHARED_NEURONS, Width.EXPERTS)
@@ -118,8 +120,13 @@ def read_widths(config: PretrainedConfig) -> Widths:
     return Widths(**found)
 
 
+def _fields(config: PretrainedConfig, width: str) -> tuple[str, ...]:
+    own = FAMILIES.get(config.model_type, Family()).layers if width == Width.LAYERS else ""
+    return (own,) if own else FIELDS[width]
+
+
 def _read(config: PretrainedConfig, width: str) -> Any:
-    found = next((value for name in FIELDS[width] if (value := getattr(config, name, None)) is not None), None)
+    found = next((value for name in _fields(config, width) if (value := getattr(config, name, None)) is not None), None)
     return found[0] if isinstance(found, list | tuple) and found else found  # see `varied_widths`
 
 
@@ -157,15 +164,18 @@ def neuron_fields(config: PretrainedConfig) -> list[str]:
 def field_changes(config: PretrainedConfig, width: str, size: int) -> dict[str, Any]:
     """The fields to set so that a configuration has a width of this size."""
     lists = {name: [size] * len(sizes) for name, sizes in _lists(config, width).items()}
-    present = [name for name in FIELDS[width] if getattr(config, name, None) is not None]
+    made = {name for name in FIELDS[width] if isinstance(getattr(type(config), name, None), property)}  # of others
+    present = [name for name in _fields(config, width) if name not in made and getattr(config, name, None) is not None]
     if width == Width.GROUPS and not getattr(config, "new_decoder_architecture", True):
         present = ["num_kv_heads"]  # which Falcon reads
     alike = {name: size for name in present if getattr(config, name) == getattr(config, present[0])}
-    return (alike or {str(width): size}) | lists | (_multiples(config, size) if width == Width.HIDDEN else {})
+    return (alike or {str(width): size}) | lists | _multiple(config, width, size)
 
 
-def _multiples(config: PretrainedConfig, size: int) -> dict[str, int]:
-    """The sizes that are several times the hidden size, for another one, such as Zamba's doubled input of attention."""
-    found = {name: getattr(config, name, None) for name in MULTIPLES}
-    times = {name: value // config.hidden_size for name, value in found.items() if value and value > config.hidden_size}
-    return {name: count * size for name, count in times.items() if count * config.hidden_size == found[name]}
+def _multiple(config: PretrainedConfig, width: str, size: int) -> dict[str, int]:
+    """What is several times a width, for another one, such as Zamba's doubled input of attention."""
+    name = MULTIPLES.get(width)
+    if name is None or name in _fields(config, width):  # which may be an encoder's
+        return {}
+    times, rest = divmod(getattr(config, name, None) or 0, _read(config, width))
+    return {name: times * size} if times > 1 and not rest else {}

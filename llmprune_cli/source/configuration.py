@@ -71,6 +71,12 @@ def text_part(config: PretrainedConfig) -> PretrainedConfig:
     if not isinstance(text, PretrainedConfig):
         return _with_sizes_of_all(config)
     text = _as_language_model(text)
+    try:
+        build_skeleton(text)
+    except UnsupportedError as error:
+        raise UnsupportedError(
+            f"The language model within {config.model_type} does not stand alone: {error}"
+        ) from error
     text.tie_word_embeddings = bool(outer_model(config).all_tied_weights_keys)
     text.dtype = text.dtype or config.dtype
     text.architectures = [type(build_skeleton(text)).__name__]

@@ -122,6 +122,13 @@ CHANGES: list[tuple[int, dict[str, Any], tuple[int, ...], dict[str, Any]]] = [
     (8, ATTENTION, (2, 6), {"attn_layer_period": 1, "attn_layer_offset": 0}),
     (8, ATTENTION, (0, 1), ATTENTION),  # none is left, and none comes before the offset
     (8, {"attn_layer_period": 4, "attn_layer_offset": 0}, (1, 2, 3), {"attn_layer_period": 4, "attn_layer_offset": 3}),
+    (3, {**ATTENTION, "layers_block_type": ["a", "b", "b"]}, (0, 2), {"layers_block_type": ["a", "b"]}),
+    (
+        4,
+        {"model_type": "hrm_text", "num_layers_per_stack": 2},
+        (1,),
+        {"num_layers_per_stack": 1, "num_hidden_layers": 2},
+    ),
 ]
 
 

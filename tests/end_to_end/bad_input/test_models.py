@@ -180,6 +180,17 @@ def test_an_architecture_that_is_no_causal_lm(tmp_path: Path, model_type: str) -
     assert_refused(run, UNSUPPORTED, model_type)
 
 
+@pytest.mark.parametrize(("model_type", "within"), [("mllama", "mllama_text_model"), ("mllama_text_model", "")])
+def test_a_language_model_that_stands_not_alone(tmp_path: Path, model_type: str, within: str) -> None:
+    (tmp_path / "model").mkdir()
+    small = {"num_hidden_layers": 2, "vocab_size": 96, "hidden_size": 64, "num_attention_heads": 8}
+    settings = {"text_config": {"model_type": within, **small}} if within else small
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": model_type, **settings}))
+    run = run_cli("inspect", tmp_path / "model")
+    words = [f"within {model_type} does not stand alone"] if within else []
+    assert_refused(run, UNSUPPORTED, *words, "AutoModelForCausalLM builds no mllama_text_model", "of another family")
+
+
 @pytest.mark.parametrize(
     ("family", "name"),
     [

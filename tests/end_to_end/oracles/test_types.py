@@ -16,10 +16,14 @@ TYPES: dict[str, tuple[str, ...]] = {
     "gemma4_text": (LAYERS, NEURONS, HEADS),  # heads of several sizes, and one table with a share for each layer
     "ctrl": (LAYERS, NEURONS),  # a list of two layers that do other work than each other
     "doge": (LAYERS, NEURONS),  # a residual with a weight
+    "hrm_text": (LAYERS, NEURONS),  # two stacks of layers, each of which runs several times
     "kimi_linear": (LAYERS, NEURONS, "moe_intermediate_size"),  # heads of two layouts under one name
+    "longcat_flash": (LAYERS, NEURONS, HEADS),  # two attentions in each layer, of which num_hidden_layers counts both
+    "mimo_v2_flash": (LAYERS, NEURONS, HEADS),  # twice as many KV heads in some layers
     "minicpm3": (LAYERS, NEURONS, HEADS),  # a scale by the number of layers
     "modernbert-decoder": (LAYERS, NEURONS, HEADS),  # token ids that must be numbers
     "persimmon": (LAYERS, NEURONS, HEADS),  # a norm of single heads where hidden size and heads go together
+    "prophetnet": (LAYERS, NEURONS),  # a number of layers that is the encoder's, and may not be set
     "xglm": (LAYERS, NEURONS),  # a mask that exists in float32 alone
     "zaya": ("moe_intermediate_size",),  # a router that knows one expert for each token
 }
