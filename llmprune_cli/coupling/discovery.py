@@ -32,7 +32,7 @@ from llmprune_cli.coupling.trace import GLOBAL_WIDTHS, Binding, Reader, Trace
 from llmprune_cli.coupling.twin import Twin, build_twin, trace_sizes
 from llmprune_cli.family.architecture import Architecture, legal_heads, rotary_fraction
 from llmprune_cli.family.layers import KV_SHARED
-from llmprune_cli.family.skeleton import expected_index, on_disk
+from llmprune_cli.family.skeleton import expected_index, on_disk, shapes_of
 from llmprune_cli.family.widths import HEAD_COUNTS, NEURONS, Width, Widths, varied_widths
 from llmprune_cli.folder.tensors import split_name
 
@@ -44,6 +44,7 @@ IDLE = "takes no part in what the model makes of text, so that nothing shows wha
 SHARED = "layers take the keys and values of others, so that all would have to keep the same groups"
 SEVERAL = "its layers have several sizes of it, of which a configuration cannot say fewer"
 SEVERAL_HEADS = "its layers have several numbers of heads, which cannot be made fewer yet"
+OTHERS = "is of these heads in some layers alone: in others, attention of another kind has heads under that name"
 OWN_GROUPS = "its layers have KV heads of several sizes, or several numbers of them: only the query heads of each can go"
 
 
@@ -171,7 +172,10 @@ def _trace_heads(twin: Twin, hidden: Followers | None) -> Findings:
     if reason:
         return Findings(inputs=inputs, refused=dict.fromkeys(spaces, reason))
     whole = bind_whole_heads(twin, bound)
-    return Findings((*bindings, *whole), tuple(_reading(twin, bound, reader, bindings)), inputs)
+    readers = _reading(twin, bound, reader, bindings)
+    summed = summed_axes(twin)  # what else reads all heads, such as the mask that Doge makes of their values
+    readers += [b for b in bindings if b not in readers and (b.template, b.axis) in summed]
+    return Findings((*bindings, *whole), tuple(readers), inputs)
 
 
 def _has_slopes(config: PretrainedConfig) -> bool:
@@ -201,6 +205,11 @@ def _trace_own_heads(twin: Twin) -> Findings:
     found = _trace_units(twin, bound, Width.HEADS)
     if found.refused:
         return replace(found, refused=dict.fromkeys(HEAD_COUNTS, found.refused[Width.HEADS]))
+    axes = {binding.template: binding.axis for binding in found.bindings}
+    names = [name for name in shapes_of(architecture.config).disk if split_name(name)[0] in axes]
+    others = [template for name in names if (name, axes[template := split_name(name)[0]]) not in bound.disk]
+    if others:
+        return Findings(refused=dict.fromkeys(HEAD_COUNTS, f"{others[0]} {OTHERS}"))
     return replace(found, refused={Width.GROUPS: OWN_GROUPS}) if is_shared else found
 
 

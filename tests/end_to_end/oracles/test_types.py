@@ -15,7 +15,7 @@ TYPES: dict[str, tuple[str, ...]] = {
     "bart": (LAYERS, NEURONS),  # a decoder's fields beside those of an encoder
     "gemma4_text": (LAYERS, NEURONS, HEADS),  # heads of several sizes, and one table with a share for each layer
     "ctrl": (LAYERS, NEURONS),  # a list of two layers that do other work than each other
-    "doge": (LAYERS, NEURONS),  # a residual with a weight
+    "doge": (LAYERS, NEURONS, HEADS),  # a residual with a weight, and a mask that is made of all heads
     "hrm_text": (LAYERS, NEURONS),  # two stacks of layers, each of which runs several times
     "kimi_linear": (LAYERS, NEURONS, "moe_intermediate_size"),  # heads of two layouts under one name
     "longcat_flash": (LAYERS, NEURONS, HEADS),  # two attentions in each layer, of which num_hidden_layers counts both
