@@ -90,6 +90,9 @@ def prove(
             f"logits by {difference:.1e} of their size {way}, where the removed units are not read. "
             f"{_advice(architecture, traced, changed, prune, renumbers)}"
         )
+    kinds = twin.architecture.layer_kinds
+    if {kinds[layer] for layer in target.layers} != {*kinds}:  # the only layer of its kind went, and was not proven
+        prove(architecture, traced, tuple(width for width in changed if width != Width.LAYERS), prune)
 
 
 def _check_logits(twin: Twin) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -267,3 +268,16 @@ def test_a_cap_on_the_logits_hides_no_difference() -> None:
     prove(gemma, found, ("num_attention_heads", "num_experts"), prune_twin)
     with pytest.raises(UnsupportedError, match="The twin proof fails"):
         prove(gemma, found, ("hidden_size", "num_experts"), prune_twin)
+
+
+# --- layers without their like -------------------------------------------------------------------------------------
+
+
+def test_a_width_is_proven_on_the_only_layer_of_a_kind_though_layers_go_beside_it() -> None:
+    lfm2 = found_out("lfm2", num_hidden_layers=2, layer_types=["conv", "full_attention"])
+    found = trace(lfm2)
+    prove(lfm2, found, ("hidden_size", "num_hidden_layers"), prune_twin)
+    bindings = tuple(own for own in found.bindings if not (own.template.endswith("in_proj.weight") and own.axis == 1))
+    assert len(bindings) < len(found.bindings)
+    with pytest.raises(LlmpruneError, match="in_proj"):
+        prove(lfm2, replace(found, bindings=bindings), ("hidden_size", "num_hidden_layers"), prune_twin)
