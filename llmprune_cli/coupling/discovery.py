@@ -45,7 +45,7 @@ SHARED = "layers take the keys and values of others, so that all would have to k
 SEVERAL = "its layers have several sizes of it, of which a configuration cannot say fewer"
 SEVERAL_HEADS = "its layers have several numbers of heads, which cannot be made fewer yet"
 OTHERS = "is of these heads in some layers alone: in others, attention of another kind has heads under that name"
-OWN_GROUPS = "its layers have KV heads of several sizes, or several numbers of them: only the query heads of each can go"
+OWN_GROUPS = "its layers have KV heads of several sizes, or several numbers of them: only query heads can go"
 
 
 @dataclass(frozen=True)
