@@ -24,6 +24,7 @@ VOCABULARY = 32
 TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2}
 OTHER_TOKEN = 0  # for padding and whatever else a configuration names; none of these is in a twin's input
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)  # of models that do not run
+EMPTY_EXPERTS = "zero_expert_num"  # LongCat's experts that pass on their input, and are picked beside the others
 SEED = 20241  # of the twin's weights; any seed must give the same trace
 # Ranks of latent attention in the twin, and how many heads it has there; the sizes of a head are the model's own.
 LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8}
@@ -224,7 +225,9 @@ def _small_fields(config: PretrainedConfig, sizes: TwinSizes, hidden_size: int) 
         elif name in LATENT and isinstance(value, int) and hasattr(config, "kv_lora_rank"):
             changes[name] = LATENT[name]
         elif name in PICKED and isinstance(value, int):
-            changes[name] = sizes.experts_per_token
+            changes[name] = sizes.experts_per_token + min(2, getattr(config, EMPTY_EXPERTS, None) or 0)
+        elif name == EMPTY_EXPERTS and value:
+            changes[name] = min(2, value)
         elif name in EXPERT_GROUPS and value:
             changes.update({name: min(value, 2 if sizes.experts % 2 == 0 else 1), "topk_group": 1})
         elif name in WINDOWS and isinstance(value, int) and value > WINDOW:
