@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -229,7 +230,7 @@ def test_a_twin_answers_in_every_way_and_shows_its_window(family: str) -> None:
 
 
 def test_a_pruned_twin_that_does_not_run_is_refused() -> None:
-    logits = torch.ones(1, 2, 3)
+    logits = torch.arange(6.0).reshape(1, 2, 3)
     with pytest.raises(UnsupportedError, match=r"A pruned twin does not run from a cache \(index 7"):
         differ(
             {"in a batch": logits, "from a cache": logits},
@@ -239,6 +240,8 @@ def test_a_pruned_twin_that_does_not_run_is_refused() -> None:
         differ({"in a batch": logits, "from a cache": ValueError()}, {"in a batch": logits, "from a cache": logits})[0]
         == 0
     )
+    alike = {"in a batch": torch.ones(1, 2, 3)}
+    assert math.isnan(differ(alike, alike)[0])  # which is no proof
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "gpt_oss", "lfm2_moe"])
