@@ -211,12 +211,12 @@ def _rank(decided: DecidedVocabulary, bench: Workbench) -> torch.Tensor:
         return [float(score) for score in scores]
 
     if not journal.remembers_measurements:
-        return torch.tensor(measure(), dtype=torch.float64)
-    windows = torch.cat([windows for windows, _ in text.parts])
-    key = statistics_key(model.checkpoint, "tokens", windows, model.device, model.compute)
-    return torch.tensor(
-        journal.recall_measured({**key, **text.identity}, Json(list[float]), measure), dtype=torch.float64
-    )
+        found = measure()
+    else:
+        windows = torch.cat([windows for windows, _ in text.parts])
+        key = statistics_key(model.checkpoint, "tokens", windows, model.device, model.compute)
+        found = journal.recall_measured({**key, **text.identity}, Json(list[float]), measure)
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def warn_of_lost_tokens(plan: Plan, bench: Workbench) -> None:

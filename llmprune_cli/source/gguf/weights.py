@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -126,7 +127,10 @@ def _alone(path: Path) -> Iterator[Path]:
     """The file in a folder of its own: transformers takes a tokenizer, settings or an adapter beside it for its own."""
     with scratch_folder() as folder:
         link = folder / path.name
-        link.symlink_to(path.resolve())
+        try:
+            link.symlink_to(path.resolve())
+        except OSError:  # on Windows, where not every user may make one
+            shutil.copyfile(path, link)
         yield link
 
 
