@@ -21,7 +21,7 @@ from llmprune_cli.journal.journal import Journal
 from support.cli import BY_MAGNITUDE, Run, run_cli
 from support.full import in_full
 from support.started import start
-from support.stock import written_tensors
+from support.stock import written_files, written_tensors
 from support.tiny import save_tiny
 
 WORK = ".out.llmprune-work"
@@ -38,15 +38,6 @@ def deep_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def calibrated(text_file: Path) -> Arguments:
     return "--calibration", text_file, "--calibration-tokens", "600", "--calibration-seq-len", "40"
-
-
-def written(folder: Path) -> dict[str, bytes]:
-    """Everything that a run wrote, but for the speeds that it measured."""
-    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-    manifest = json.loads(files["llmprune.json"])
-    for side in ("before", "after"):
-        del manifest["calibration"][f"prefill_tokens_per_second_{side}"]
-    return {**files, "llmprune.json": json.dumps(manifest).encode()}
 
 
 def in_a_line(run: Run) -> str:
@@ -112,7 +103,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert [path.name for path in tmp_path.iterdir() if path.name not in ("model", "whole")] == [WORK]
     run = prune(*command, "--resume")
     assert MEASURING not in run.stderr and "Warning" not in run.stderr
-    assert written(tmp_path / "out") == written(tmp_path / "whole")
+    assert written_files(tmp_path / "out") == written_files(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "whole"]
     new, old = written_tensors(tmp_path / "out"), written_tensors(source)
     for number, layer in enumerate(json.loads((tmp_path / "out" / "llmprune.json").read_text())["layers"]):
@@ -133,7 +124,7 @@ def test_a_search_goes_on_without_trying_a_candidate_twice(
     run = prune(*options, "--output", tmp_path / "out", "--resume")
     assert MEASURING not in run.stderr
     assert tries(run) + 2 == tries(whole) > 2
-    assert written(tmp_path / "out") == written(tmp_path / "whole")
+    assert written_files(tmp_path / "out") == written_files(tmp_path / "whole")
 
 
 @pytest.fixture
@@ -264,5 +255,5 @@ def test_hidden_states_in_files_give_the_same_bytes(
     # attention and MLP make, and what the readers of both are given
     states, heads, neurons = 15 * 40 * 64, 15 * 40 * 64, 15 * 40 * 48
     assert mapped[:4] == [states] * 4 and sorted(mapped[4:]) == sorted(2 * [states, states, states, heads, neurons])
-    assert written(tmp_path / "a") == written(tmp_path / "b")
+    assert written_files(tmp_path / "a") == written_files(tmp_path / "b")
     assert not list((tmp_path / "states").iterdir())

@@ -10,6 +10,7 @@ import torch
 from llmprune_cli.coupling.subject import understand
 from llmprune_cli.options import ModelReference
 from llmprune_cli.run.layered_model import LayeredModel
+from llmprune_cli.run.speed.throughput import Clock
 from llmprune_cli.source.full_model import load_model
 from llmprune_cli.source.opening import open_checkpoint
 from support import families
@@ -26,6 +27,17 @@ def test_layers_run_one_at_a_time_as_the_stock_model_runs_them(opened: Opened) -
         logits = opened.layered.load_ends().logits(states, items)
         expected = opened.model(opened.tokens, use_cache=False).logits
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("windows", "passes"), [(1, 2), (2, 3), (3, 3)])
+def test_a_layer_is_warmed_up_apart_only_where_windows_are_few(tmp_path: Path, windows: int, passes: int) -> None:
+    stream, counted = torch.randn(windows, 8, 64), []
+    with open_checkpoint(ModelReference(str(save_tiny(tmp_path / "model"))), need_weights=True) as checkpoint:
+        layer, clock = LayeredModel(understand(checkpoint), "cpu").load_layer(0), Clock()
+        layer.block.register_forward_hook(lambda *_: counted.append(1))
+        with torch.inference_mode():
+            clock.advance(layer, stream)
+    assert len(counted) == passes and len(clock.seconds) == 1 and clock.seconds[0] > 0
 
 
 def test_a_layer_alone_keeps_the_scale_of_its_number(tmp_path: Path) -> None:

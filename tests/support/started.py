@@ -15,10 +15,10 @@ if sys.platform != "win32":
 
 
 def start(*arguments: str | Path, said: Path | None = None, errors: Path | None = None) -> BaseProcess:
-    """Start `llmprune`; what it says goes to files, and to the terminal of its own name where they are one.
+    """Start `llmprune` in a session of its own.
 
     Args:
-        said: file, or terminal, that gets standard output; nothing is kept by default.
+        said: file or terminal that gets standard output; nothing is kept by default.
         errors: the same for standard error.
     """
     places = (str(said or os.devnull), str(errors or os.devnull))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
@@ -61,3 +62,12 @@ def plain_perplexity(folder: Path, text: str, window: int, limit: int | None = N
             logits = model(batch).logits.float()
         losses.append(torch.nn.functional.cross_entropy(logits[0, :-1], batch[0, 1:]).item())
     return math.exp(sum(losses) / len(losses))
+
+
+def written_files(folder: Path) -> dict[str, bytes]:
+    """Everything that a calibrated run wrote, but for the speeds that it measured."""
+    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    manifest = json.loads(files["llmprune.json"])
+    for side in ("before", "after"):
+        del manifest["calibration"][f"prefill_tokens_per_second_{side}"]
+    return {**files, "llmprune.json": json.dumps(manifest).encode()}

@@ -15,6 +15,7 @@ from support.cli import Run, run_cli
 from support.full import in_full
 from support.gguf_exports import tiny
 from support.refusals import PLAN, assert_refused
+from support.stock import written_files
 
 RANKING = "Ranking tokens"
 
@@ -56,15 +57,6 @@ def prune(*args: str | Path) -> Run:
     return run
 
 
-def written(folder: Path) -> dict[str, bytes]:
-    """Everything that a run wrote, but for the speeds that it measured."""
-    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-    manifest = json.loads(files["llmprune.json"])
-    for side in ("before", "after"):
-        del manifest["calibration"][f"prefill_tokens_per_second_{side}"]
-    return {**files, "llmprune.json": json.dumps(manifest).encode()}
-
-
 def test_a_run_that_was_cut_short_keeps_the_same_tokens(
     options: tuple[str | Path, ...], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,7 +72,7 @@ def test_a_run_that_was_cut_short_keeps_the_same_tokens(
     run = prune(*command)
     assert RANKING not in run.stderr and "starting at the beginning" not in run.stderr
     prune(*options, "--output", tmp_path / "whole")
-    assert written(tmp_path / "out") == written(tmp_path / "whole")
+    assert written_files(tmp_path / "out") == written_files(tmp_path / "whole")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 320
 
 
@@ -95,4 +87,4 @@ def test_a_search_for_tokens_goes_on_where_it_was(
     run = prune(*options, "--output", tmp_path / "out", "--resume")
     assert RANKING not in run.stderr and "Trying 384 tokens" not in run.stderr and "Trying 320 tokens" in run.stderr
     prune(*options, "--output", tmp_path / "whole")
-    assert written(tmp_path / "out") == written(tmp_path / "whole")
+    assert written_files(tmp_path / "out") == written_files(tmp_path / "whole")
