@@ -39,6 +39,10 @@ class CheckpointError(LlmpruneError):
     exit_code = 3
 
 
+class NoNumbersError(CheckpointError):
+    """A model that turns text into NaN: nothing that was computed serves a later run."""
+
+
 class UnsupportedError(LlmpruneError):
     """An architecture for which the twin proof does not hold."""
 

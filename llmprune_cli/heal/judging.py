@@ -7,7 +7,7 @@ import math
 import torch
 from torch.nn import functional
 
-from llmprune_cli.errors import CheckpointError
+from llmprune_cli.errors import NoNumbersError
 from llmprune_cli.heal.figures import HeldOut
 from llmprune_cli.heal.loss import Student, divergence, parts
 from llmprune_cli.heal.teacher import Teacher
@@ -50,10 +50,10 @@ def check_judged(found: HeldOut) -> HeldOut:
     """Hold that models which nothing was done to yet predict numbers.
 
     Raises:
-        CheckpointError: they do not.
+        NoNumbersError: they do not.
     """
     if not (math.isfinite(found.kl) and math.isfinite(found.perplexity)):
-        raise CheckpointError(
+        raise NoNumbersError(
             "The pruned model or its teacher turns text into NaN or into numbers that the computation cannot hold. "
             "Its weights are damaged, or --compute-dtype is too narrow for it."
         )

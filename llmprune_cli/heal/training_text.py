@@ -11,8 +11,8 @@ import torch
 from llmprune_cli.errors import CheckpointError
 from llmprune_cli.heal.options import Healing
 from llmprune_cli.options import Text
-from llmprune_cli.run.calibration import Writer, load_calibration, together, windows_of
-from llmprune_cli.run.corpus import Corpus, predicted_bytes
+from llmprune_cli.run.calibration import SeenText, Writer, load_calibration, mixed, together
+from llmprune_cli.run.corpus import Corpus, cut_windows, predicted_bytes
 from llmprune_cli.run.layer import BATCH_TOKENS
 
 if TYPE_CHECKING:
@@ -62,14 +62,19 @@ def prepare_training(
     processes: int,
     warn: Callable[[str], None],
     write: Writer | None = None,
+    before: tuple[SeenText, PreTrainedTokenizerBase] | None = None,
 ) -> TrainingText:
     """Draw windows from a corpus, and repeat them where it has too few.
+
+    Nothing that the pruned model was fitted on is held out as long as there is other text, and it is trained on last:
+    on such text the pruned model looks better than it is.
 
     Args:
         vocabulary: token ids that the models know.
         longest: tokens that they can attend to, if they say so.
         processes: that share every batch.
         write: what makes the teacher write text itself.
+        before: what the pruned model was fitted on, and the tokenizer that read it, where that is known.
 
     Raises:
         CheckpointError: no such text, less than a batch of it, or a tokenizer of another model.
@@ -78,7 +83,7 @@ def prepare_training(
     parts = load_calibration(options, tokenizer, warn, write, min(healing.token_count, MOST_WRITTEN))
     corpus = together(healing.text, [own for own, _ in parts])
     length = min(healing.seq_len, longest or healing.seq_len)
-    windows = windows_of(parts, tokenizer, vocabulary, length)
+    windows, is_known = _cut(parts, tokenizer, vocabulary, length, healing.text_split, before)
     wanted = max(1, healing.token_count // length)
     held_out = max(1, min(len(windows), wanted, MOST_HELD_OUT // length * HELD_OUT_SHARE) // HELD_OUT_SHARE)
     present = (len(windows) - held_out) * length
@@ -92,6 +97,12 @@ def prepare_training(
     count = schedule.steps * schedule.accumulated * schedule.together * processes
     generator = torch.Generator().manual_seed(healing.seed)
     drawn = torch.randperm(len(windows), generator=generator)
+    drawn = torch.cat((drawn[~is_known[drawn]], drawn[is_known[drawn]]))
+    if bool(is_known[drawn[:held_out]].any()):
+        warn(
+            f"The pruned model was fitted on nearly all of {corpus.origin}, so that held-out text flatters it. "
+            "Give other --text."
+        )
     judged, trained = drawn[:held_out].sort().values, drawn[held_out:][:count].sort().values
     if count > len(trained):
         warn(
@@ -102,6 +113,61 @@ def prepare_training(
     return TrainingText(
         corpus, windows[trained], torch.cat(rounds)[:count], held, predicted_bytes(tokenizer, held), schedule
     )
+
+
+def _cut(
+    parts: list[tuple[Corpus, float]],
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int,
+    length: int,
+    split: str,
+    before: tuple[SeenText, PreTrainedTokenizerBase] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows of several texts, of each as large a share as is asked for, and as many as that allows.
+
+    Returns:
+        Token ids, [N, T], and which of these windows the pruned model was fitted on, [N] of bool.
+    """
+    cut = [cut_windows(corpus, tokenizer, vocabulary, length, None) for corpus, _ in parts]
+    shares = [share for _, share in parts]
+    total = min(len(own) / share for own, share in zip(cut, shares, strict=True))
+    kept = [own[: max(1, int(total * share))] for own, share in zip(cut, shares, strict=True)]
+    known = [torch.zeros(len(own), dtype=torch.bool) for own in kept]
+    if before is not None:
+        pairs = zip(parts, kept, strict=True)
+        known = [_fitted_before(corpus, split, own.shape, tokenizer, before) for (corpus, _), own in pairs]
+    return mixed(kept), mixed(known)
+
+
+def _fitted_before(
+    corpus: Corpus,
+    split: str,
+    shape: torch.Size,
+    tokenizer: PreTrainedTokenizerBase,
+    before: tuple[SeenText, PreTrainedTokenizerBase],
+) -> torch.Tensor:
+    """Which of a text's windows, of shape [N, T], hold a token that the pruned model was fitted on, [N] of bool."""
+    (seen, reader), (count, length) = before, shape
+    share = seen.share_of(corpus.name, split)
+    if not share:
+        return torch.zeros(count, dtype=torch.bool)
+    edges = torch.arange(count + 1) * length
+    if reader is tokenizer:
+        read = len(tokenizer(corpus.text, verbose=False)["input_ids"])
+        first, end = edges[:-1], edges[1:]
+    else:
+        own, its = (_starts(by, corpus.text) for by in (tokenizer, reader))
+        read = len(its) - 1
+        first = torch.searchsorted(its, own[edges[:-1]], right=True) - 1
+        end = torch.searchsorted(its, own[edges[1:]])
+    counted = torch.cat((torch.zeros(1, dtype=torch.long), seen.places(read, share).cumsum(0)))
+    return counted[end] > counted[first]
+
+
+def _starts(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
+    """The characters at which tokens begin, and the text's end, [L + 1]; special ones begin where the last one did."""
+    offsets = tokenizer(text, verbose=False, return_offsets_mapping=True)["offset_mapping"]
+    return torch.tensor([*(first for first, _ in offsets), len(text)]).cummax(0).values
 
 
 def _default_batch(healing: Healing) -> int:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from llmprune_cli.errors import CheckpointError, OutputError, PlanError
+from llmprune_cli.errors import CheckpointError, NoNumbersError, OutputError, PlanError
 from llmprune_cli.folder.documents import read_json, replace_file
 from llmprune_cli.folder.shards import raw_bytes
 from llmprune_cli.folder.staging import Claim, empty, hidden_folder
@@ -162,8 +162,8 @@ def kept_folder(claim: Claim, key: dict[str, Any], resume: bool, may_go_on: bool
         raise OutputError(f"Cannot write beside {claim.target}: {error.strerror}. Choose another --output.") from error
     try:
         yield folder
-    except BaseException:
-        if may_go_on and _is_worth_keeping(folder):
+    except BaseException as error:
+        if may_go_on and not isinstance(error, NoNumbersError) and _is_worth_keeping(folder):
             LOGGER.warning(f"The work so far is kept in {folder}: the same command with --resume goes on from there.")
         else:
             with suppress(OSError):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from pydantic import PositiveInt, TypeAdapter, ValidationError
 
 from llmprune_cli.errors import CheckpointError
 from llmprune_cli.options import Text
@@ -37,6 +39,45 @@ class CalibrationText:
     def without_corpus(self) -> CalibrationText:
         """The windows, without the text from which they were drawn."""
         return replace(self, corpus=replace(self.corpus, text=""))
+
+
+@dataclass(frozen=True)
+class SeenText:
+    """Text that a pruned model was fitted on, as its manifest says."""
+
+    dataset: str
+    split: str
+    tokens: PositiveInt
+    seq_len: PositiveInt
+    seed: int
+
+    @classmethod
+    def of(cls, said: dict[str, Any] | None) -> SeenText | None:
+        """What the `calibration` of a manifest says of it; None where that is too little."""
+        try:
+            return TypeAdapter(cls).validate_python(said)
+        except ValidationError:
+            return None
+
+    def share_of(self, name: str, split: str) -> float:
+        """Of these tokens that is of a text; 0 where none is."""
+        path = Path(name)
+        has_splits = name != PYTHON_DOCS and not path.is_file()
+        if name == SELF or (has_splits and split != self.split):
+            return 0.0
+        parts = (part for part in parts_of(self.dataset) if part.name)
+        return sum(part.share for part in parts if part.name == name or _is_same_file(path, Path(part.name)))
+
+    def places(self, tokens: int, share: float) -> torch.Tensor:
+        """Which of a text's tokens are among these, [tokens] of bool.
+
+        Args:
+            share: see `share_of`.
+        """
+        count, seen = tokens // self.seq_len, torch.zeros(tokens, dtype=torch.bool)
+        fitted = max(1, round(self.tokens // self.seq_len * share))
+        seen[: count * self.seq_len].view(count, self.seq_len)[_order(count, self.seed)[:fitted]] = True
+        return seen
 
 
 def prepare_calibration(
@@ -94,7 +135,7 @@ def _drawn(
     fitted = min(wanted, len(windows) - held_out)
     if fitted < wanted:
         warn(f"{corpus.origin} has {fitted * length:,} tokens to calibrate on instead of {wanted * length:,}.")
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    order = _order(len(windows), seed)
     left = len(windows) - fitted - held_out
     judged = min(left, max(1, math.ceil(share * JUDGED_TOKENS / (length - 1))))
     places = (order[:fitted], order[fitted : fitted + held_out], order[len(windows) - judged :])
@@ -102,8 +143,17 @@ def _drawn(
     return drawn, chosen_by, judged_by
 
 
+def _order(windows: int, seed: int) -> torch.Tensor:
+    """In which windows are drawn, [windows]: those to fit on first, then those to choose by, last those to judge by."""
+    return torch.randperm(windows, generator=torch.Generator().manual_seed(seed))
+
+
+def _is_same_file(path: Path, other: Path) -> bool:
+    return path.exists() and other.exists() and path.samefile(other)
+
+
 def mixed(windows: list[torch.Tensor]) -> torch.Tensor:
-    """The windows of several texts spread over each other, so that any run of them has something of all."""
+    """What belongs to the windows of several texts, [N, ...] each, so mixed that any run of it has something of all."""
     if len(windows) == 1:
         return windows[0]
     places = torch.cat([(torch.arange(len(own)) + 0.5) / len(own) for own in windows])
@@ -116,15 +166,6 @@ def together(name: str | None, corpora: list[Corpus]) -> Corpus:
         return corpora[0]
     texts, origins = ("\n\n".join(c.text for c in corpora), ", ".join(c.origin for c in corpora))
     return Corpus(name or "", texts, origins)
-
-
-def windows_of(
-    parts: list[tuple[Corpus, float]], tokenizer: PreTrainedTokenizerBase, vocabulary: int, length: int
-) -> torch.Tensor:
-    """Windows [N, T] of several texts, of each as large a share as is asked for, and as many as that allows."""
-    cut = [cut_windows(corpus, tokenizer, vocabulary, length, None) for corpus, _ in parts]
-    total = min(len(own) / share for own, (_, share) in zip(cut, parts, strict=True))
-    return mixed([own[: max(1, int(total * share))] for own, (_, share) in zip(cut, parts, strict=True)])
 
 
 def spread_windows(windows: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -35,7 +35,7 @@ def test_layer_by_layer_it_comes_nearer_to_its_teacher(
 ) -> None:
     settings = {**SIZES, **FAMILIES[family], "initializer_range": 0.05}
     student = save_tiny(tmp_path / "student", model_type(family), **settings)
-    options = ("--teacher", tiny_of(family), "--tokens", "1024", "--batch-tokens", "64", "--mode", "blocks")
+    options = ("--teacher", tiny_of(family), "--tokens", "2048", "--batch-tokens", "64", "--mode", "blocks")
     result = recover(student, text_file, tmp_path / "healed", *options)
     assert all(own["error_after"] < own["error_before"] for own in result["layers"])
     load_stock(tmp_path / "healed")

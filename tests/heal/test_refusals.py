@@ -117,15 +117,24 @@ def test_a_learning_rate_that_is_too_large(pruned: Path, text_file: Path, tmp_pa
     )
 
 
-@pytest.mark.parametrize("mode", ["end-to-end", pytest.param("blocks", marks=in_full)])
-def test_a_model_that_predicts_no_numbers(pruned: Path, text_file: Path, tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        pytest.param(("--teacher-mode", "streamed"), marks=in_full),
+        pytest.param(("--mode", "blocks"), marks=in_full),
+    ],
+)
+def test_a_model_that_predicts_no_numbers(
+    pruned: Path, text_file: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
     model = Path(shutil.copytree(pruned, tmp_path / "model"))
     (shard,) = model.glob("*.safetensors")
     tensors = load_file(shard)
     tensors["model.norm.weight"][0] = torch.nan
     save_file(tensors, shard, metadata={"format": "pt"})
     words = ("The pruned model or its teacher", "damaged")
-    assert_recover_refused(model, text_file, tmp_path, CHECKPOINT, *words, options=("--mode", mode))
+    assert_recover_refused(model, text_file, tmp_path, CHECKPOINT, *words, options=options)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is not None, reason="peft is installed")

@@ -44,8 +44,9 @@ def heal_by_blocks(task: Task, claim: Claim, started: float, stack: ExitStack) -
     predicted = stream_teacher(teacher, text.held_out, 1.0, predictions, listener, task.tokens)
     journal = Journal(folder=folder)
     listener.stage("Judging on held-out text", student.layers)
-    judge_before = partial(judge_layered, student, predicted, text, listener)
-    before = check_judged(journal.recall("before", Json(HeldOut), judge_before))
+    before = journal.recall(
+        "before", Json(HeldOut), lambda: check_judged(judge_layered(student, predicted, text, listener))
+    )
     train, trials = request.healing.train, tuple[RateTrial, ...]()
     walk = Walk(student, teacher, task.layers, task.tokens, text, train, task.learning_rate(()), journal, listener)
     if request.healing.learning_rate == "auto":

@@ -35,6 +35,7 @@ from llmprune_cli.journal.keys import model_identity, text_identity, versions
 from llmprune_cli.options import ModelReference
 from llmprune_cli.processes import Processes
 from llmprune_cli.progress import Listener
+from llmprune_cli.run.calibration import SeenText
 from llmprune_cli.run.corpus import Corpus, own_corpus
 from llmprune_cli.run.layer import native_dtype
 from llmprune_cli.run.layered_model import LayeredModel
@@ -44,6 +45,7 @@ from llmprune_cli.source.own_text import Place, write_text
 from llmprune_cli.source.tokenizer import load_tokenizer, warn_of_other_splitting
 
 BYTES_PER_WEIGHT = 16  # that is trained: itself, its gradient, and two moments of that, in float32
+FROM_PRUNING = 100_000  # added to the seed of a text that the teacher writes, for `prune` calibrates on what it writes
 MOST_OF_MEMORY = 0.8  # that a resident teacher may take together with the training
 
 
@@ -125,15 +127,25 @@ def prepare(
 ) -> Task:
     """The text, and where and how everything is computed."""
     layers = _layers_compared(request.healing, pruned, manifest, teacher)
-    tokenizer = load_tokenizer(pruned)
+    tokenizer, reader = load_tokenizer(pruned), load_tokenizer(teacher)
     if processes.is_first:
         warn_of_other_splitting(pruned, tokenizer, listener.warn)
-    tokens = map_tokens((pruned, tokenizer), (teacher, load_tokenizer(teacher)))
+    tokens = map_tokens((pruned, tokenizer), (teacher, reader))
     settings = pruned.config.get_text_config()
     longest = getattr(settings, "max_position_embeddings", None)
     warn = listener.warn if processes.is_first else lambda _: None
     write = partial(_write_text, request, teacher, processes, listener)
-    text = prepare_training(request.healing, tokenizer, settings.vocab_size, longest, processes.count, warn, write)
+    seen = SeenText.of(manifest.calibration) if manifest is not None else None
+    text = prepare_training(
+        request.healing,
+        tokenizer,
+        settings.vocab_size,
+        longest,
+        processes.count,
+        warn,
+        write,
+        None if seen is None else (seen, tokenizer if tokens is None else reader),
+    )
     device = layer_device(request.model.device)
     device = f"cuda:{processes.local_rank}" if device == "cuda" else device
     compute = _compute(request, pruned, device)
@@ -157,7 +169,8 @@ def _write_text(
     device = request.model.device
     if processes.is_first:
         place = Place(device, native_dtype(teacher.stored_dtype, torch.device(layer_device(device))))
-        documents = write_text(teacher, load_tokenizer(teacher), place, tokens, request.healing.seed, listener)
+        seed = request.healing.seed + FROM_PRUNING
+        documents = write_text(teacher, load_tokenizer(teacher), place, tokens, seed, listener)
     return own_corpus(processes.broadcast(documents), teacher.source)
 
 

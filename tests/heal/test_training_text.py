@@ -1,0 +1,108 @@
+"""Which text is learned from, and by which a healing is judged."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmprune_cli.folder.manifest import read_manifest
+from llmprune_cli.heal.options import Healing
+from llmprune_cli.heal.training_text import TrainingText, prepare_training
+from llmprune_cli.options import ModelReference, Text
+from llmprune_cli.run.calibration import SeenText, prepare_calibration
+from llmprune_cli.source.opening import open_checkpoint
+from llmprune_cli.source.tokenizer import load_tokenizer
+from support.cli import run_cli
+from support.heal_runs import run_recover
+from support.tiny import BYTE_LEVEL_VOCABULARY, save_byte_level, save_tiny
+
+WORDS = {"plain": "w{:04d} ", "mixed": "v{:04d} "}
+PRUNED_BY = ("--mlp", "50%", "--calibration-seq-len", "24", "--calibration-tokens", "1200")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("training-text") / "model"
+    save_tiny(folder, initializer_range=0.2, vocab_size=BYTE_LEVEL_VOCABULARY)
+    save_byte_level(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(model: Path) -> dict[str, Path]:
+    """Of words that each occur once."""
+    paths = {name: model.with_name(f"{name}.txt") for name in WORDS}
+    for name, path in paths.items():
+        path.write_text("".join(WORDS[name].format(number) for number in range(900)))
+    return paths
+
+
+def words_of(folder: Path, windows: torch.Tensor) -> set[str]:
+    """Whole words that are in any window."""
+    with open_checkpoint(ModelReference(str(folder)), need_weights=True) as checkpoint:
+        tokenizer = load_tokenizer(checkpoint)
+    return {word for window in windows for word in re.findall(r"[vw]\d{4}", tokenizer.decode(window))}
+
+
+def training_text(pruned: Path, model: Path, healing: Healing, warnings: list[str]) -> TrainingText:
+    seen = SeenText.of(read_manifest(pruned).calibration)
+    assert seen is not None
+    with (
+        open_checkpoint(ModelReference(str(pruned)), need_weights=True) as own,
+        open_checkpoint(ModelReference(str(model)), need_weights=True) as dense,
+    ):
+        tokenizer, size = load_tokenizer(own), own.config.vocab_size
+        reader = tokenizer if size == dense.config.vocab_size else load_tokenizer(dense)
+    return prepare_training(healing, tokenizer, size, None, 1, warnings.append, None, (seen, reader))
+
+
+@pytest.mark.parametrize("is_mixture_and_cut", [False, True])
+def test_text_that_the_prune_was_fitted_on_is_not_held_out(
+    is_mixture_and_cut: bool, model: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    name = f"{texts['plain']}:0.7,{texts['mixed']}:0.3" if is_mixture_and_cut else str(texts["plain"])
+    options = ("--vocab-size", "300") if is_mixture_and_cut else ()
+    pruned = tmp_path / "pruned"
+    run = run_cli("prune", model, *PRUNED_BY, *options, "--calibration", name, "--output", pruned)
+    assert run.code == 0, run.stderr
+    asked = Text(calibration=name, calibration_tokens=1200, calibration_seq_len=24)
+    with open_checkpoint(ModelReference(str(model)), need_weights=True) as checkpoint:
+        used = prepare_calibration(asked, load_tokenizer(checkpoint), BYTE_LEVEL_VOCABULARY, None, 0, print)
+    seen, warnings = words_of(model, used.fitted), list[str]()
+    for length in (24, 40):
+        few = Healing(tokens="1280", text=name, seq_len=length, batch_tokens=length)
+        text = training_text(pruned, model, few, warnings)
+        judged, trained = (words_of(pruned, windows) for windows in (text.held_out, text.windows))
+        assert judged and trained and not seen & judged and not seen & trained and not judged & trained
+        assert not warnings
+    everything = Healing(tokens="100k", text=name, seq_len=40, batch_tokens=40)
+    text = training_text(pruned, model, everything, warnings)
+    judged, trained = (words_of(pruned, windows) for windows in (text.held_out, text.windows))
+    assert judged and not seen & judged and seen & trained  # what is left is learned from, all of it
+
+
+def test_where_no_other_text_is_left_it_is_said_that_what_is_held_out_flatters(
+    model: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    words = ("prune", model, *PRUNED_BY, "--calibration-tokens", "3000")
+    run = run_cli(*words, "--calibration", texts["plain"], "--output", tmp_path / "pruned")
+    assert run.code == 0, run.stderr
+    long = ("--seq-len", "64", "--batch-tokens", "64")  # so that some of every window was fitted on
+    healed = run_recover(tmp_path / "pruned", texts["plain"], tmp_path / "healed", *long)
+    assert healed.code == 0 and "flatters" in healed.stderr and "--text" in healed.stderr
+    other = run_recover(tmp_path / "pruned", texts["mixed"], tmp_path / "by-other-text")
+    assert other.code == 0 and "flatters" not in other.stderr
+
+
+def test_what_a_prune_saw_is_known_by_file_and_split(texts: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(texts["plain"].parent)
+    seen = SeenText("plain.txt:0.7,org/set:0.3", "validation", 1200, 24, 0)
+    assert seen.share_of(str(texts["plain"]), "validation") == pytest.approx(0.7)
+    assert seen.share_of(str(texts["plain"]), "train") == pytest.approx(0.7)  # a file has no splits
+    assert seen.share_of("org/set", "validation") == pytest.approx(0.3) and not seen.share_of("org/set", "train")
+    assert not seen.share_of(str(texts["mixed"]), "validation")
+    assert not SeenText("self", "validation", 1200, 24, 0).share_of("self", "validation")  # written with another seed
+    assert SeenText.of(None) is None and SeenText.of({"dataset": "a.txt", "tokens": -1}) is None
