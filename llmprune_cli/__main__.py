@@ -6,7 +6,7 @@ import gc
 import sys
 
 from llmprune_cli.errors import LlmpruneError, memory_explained
-from llmprune_cli.interruption import INTERRUPTED, end_tidily
+from llmprune_cli.interruption import end_tidily, exit_interrupted
 
 COLLECT_AFTER = 20_000  # new objects: importing makes very many that stay, and looking through them took a fifth of it
 
@@ -30,8 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"Error: {error}", file=sys.stderr)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
-            print("Interrupted: what was not finished is not kept.", file=sys.stderr)
-            sys.exit(INTERRUPTED)
+            exit_interrupted()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from types import FrameType
+from typing import NoReturn
 
 INTERRUPTED = 130  # exit code
 
@@ -14,6 +16,12 @@ def end_tidily() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup asks for
         signal.signal(signal.SIGHUP, _hang_up)
+
+
+def exit_interrupted() -> NoReturn:
+    """Say that a run was stopped, and leave."""
+    print("Interrupted: what was not finished is not kept.", file=sys.stderr)
+    sys.exit(INTERRUPTED)
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from llmprune_cli.choose import IMPORTANCES, LAYER_IMPORTANCES, needs_activity, ranks_layers, reads_text
+from llmprune_cli.choose.importances import IMPORTANCES, LAYER_IMPORTANCES, needs_activity, ranks_layers, reads_text
 from llmprune_cli.choose.magnitude import check_scores, instances
 from llmprune_cli.choose.measuring import Activity, Measuring
 from llmprune_cli.choose.targets.limits import Limit

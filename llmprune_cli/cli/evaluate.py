@@ -12,14 +12,22 @@ from rich.table import Table
 from llmprune_cli.cli.parameters import COMMON, AsJson, Quiet, Verbose, takes
 from llmprune_cli.cli.screen.answers import answers_table
 from llmprune_cli.cli.screen.progress import progress_on_stderr
-from llmprune_cli.cli.screen.tables import NARROW, count_text, folded, new_console, number_text, print_json, size_text
+from llmprune_cli.cli.screen.table_parts import (
+    NARROW,
+    count_text,
+    folded,
+    new_console,
+    number_text,
+    print_json,
+    size_text,
+)
 from llmprune_cli.commands.requests import check_eval
 from llmprune_cli.options import Evaluation, ModelReference
 from llmprune_cli.run.questions.request import TaskRequest
 from llmprune_cli.startup.loading import loading
 
 if TYPE_CHECKING:
-    from llmprune_cli.report.results import EvalReport, EvalResult
+    from llmprune_cli.report.json_results import EvalReport, EvalResult
 
 HEADS = ("parameters", "size", "perplexity", "Δ", "ratio", "KL", "bits/byte", "tokens/s")
 LEFT_OUT = ("tokens/s", "Δ", "size")  # where there is no room for all, in this order

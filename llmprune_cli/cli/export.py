@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmprune_cli.cli.parameters import COMMON, AsJson, Quiet, takes
-from llmprune_cli.cli.screen.tables import new_console, print_json, size_text
+from llmprune_cli.cli.screen.table_parts import new_console, print_json, size_text
 from llmprune_cli.commands.push import check_push
 from llmprune_cli.commands.requests import check_export
 from llmprune_cli.formats.request import Conversion
@@ -16,7 +16,7 @@ from llmprune_cli.options import OUTPUT, ModelReference
 from llmprune_cli.startup.loading import loading
 
 if TYPE_CHECKING:
-    from llmprune_cli.report.results import ExportResult, PushResult
+    from llmprune_cli.report.json_results import ExportResult, PushResult
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", rich_help_panel=COMMON)]
 Overwrite = Annotated[

@@ -12,7 +12,7 @@ from rich.table import Table
 from llmprune_cli.cli.parameters import COMMON, AsJson, takes
 from llmprune_cli.cli.screen.progress import progress_on_stderr
 from llmprune_cli.cli.screen.sensitivity import print_sensitivity
-from llmprune_cli.cli.screen.tables import (
+from llmprune_cli.cli.screen.table_parts import (
     NARROW,
     WIDTH_LABELS,
     count_text,
@@ -26,14 +26,14 @@ from llmprune_cli.cli.screen.tables import (
 )
 from llmprune_cli.commands.inspect.request import LEFT_OUT, Measured, check_inspect
 from llmprune_cli.options import ModelReference
+from llmprune_cli.startup.config_json import ENCODERS
 from llmprune_cli.startup.loading import loading
-from llmprune_cli.startup.model_argument import ENCODERS
 from llmprune_cli.vocabulary.request import STEP
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from llmprune_cli.report.results import InspectResult, ModelSummary, TensorRow, VerifyResult
+    from llmprune_cli.report.json_results import InspectResult, ModelSummary, TensorRow, VerifyResult
     from llmprune_cli.vocabulary.figures import VocabularySummary
 
 LEAST_NAME = 20  # characters of a tensor's name in a line

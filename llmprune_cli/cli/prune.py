@@ -20,7 +20,7 @@ from llmprune_cli.cli.parameters import COMMON, AsJson, Detail, takes
 from llmprune_cli.cli.recover import print_recovery
 from llmprune_cli.cli.screen.card import print_card
 from llmprune_cli.cli.screen.progress import estimate_text, in_words, progress_on_stderr
-from llmprune_cli.cli.screen.tables import (
+from llmprune_cli.cli.screen.table_parts import (
     NARROW,
     WIDTH_LABELS,
     count_text,
@@ -41,7 +41,7 @@ from llmprune_cli.vocabulary.request import VocabularyRequest
 
 if TYPE_CHECKING:
     from llmprune_cli.heal.figures import FinalistResult
-    from llmprune_cli.report.results import CandidateResult, PruneResult
+    from llmprune_cli.report.json_results import CandidateResult, PruneResult
     from llmprune_cli.vocabulary.figures import TriedVocabulary
 
 TARGETS = (  # that a dry run has made widths of

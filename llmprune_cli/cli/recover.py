@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from llmprune_cli.cli.parameters import AsJson, Quiet, takes
-from llmprune_cli.cli.screen.tables import new_console, number_text, print_json, size_text
+from llmprune_cli.cli.screen.table_parts import new_console, number_text, print_json, size_text
 from llmprune_cli.commands.recover.request import RecoverRequest, check_recover
 from llmprune_cli.heal.options import Healed, Healing, Teaching
 from llmprune_cli.options import ModelReference
@@ -15,7 +15,7 @@ from llmprune_cli.startup.loading import loading
 
 if TYPE_CHECKING:
     from llmprune_cli.heal.figures import HeldOut
-    from llmprune_cli.report.results import RecoverResult
+    from llmprune_cli.report.json_results import RecoverResult
 
 
 @takes("dtype")

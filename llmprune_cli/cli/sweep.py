@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from llmprune_cli.cli.parameters import AsJson, Quiet, takes
-from llmprune_cli.cli.screen.tables import (
+from llmprune_cli.cli.screen.table_parts import (
     NARROW,
     count_text,
     new_console,
@@ -23,7 +23,7 @@ from llmprune_cli.options import ModelReference
 from llmprune_cli.startup.loading import loading
 
 if TYPE_CHECKING:
-    from llmprune_cli.report.results import SweepPoint, SweepResult
+    from llmprune_cli.report.json_results import SweepPoint, SweepResult
 
 # Widths that have a column where they vary.
 SHAPES = {

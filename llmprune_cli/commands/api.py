@@ -39,7 +39,7 @@ from llmprune_cli.formats.request import Conversion
 from llmprune_cli.heal.options import Healed, Healing, Teaching
 from llmprune_cli.options import Evaluation, ModelReference
 from llmprune_cli.progress import Listener, Told
-from llmprune_cli.report.results import (
+from llmprune_cli.report.json_results import (
     EvalReport,
     ExportResult,
     InspectResult,

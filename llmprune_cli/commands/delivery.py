@@ -10,7 +10,7 @@ from llmprune_cli.commands.prune import prune
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.errors import LlmpruneError
 from llmprune_cli.progress import Listener
-from llmprune_cli.report.results import PruneResult
+from llmprune_cli.report.json_results import PruneResult
 
 
 def deliver(request: PruneRequest, listener: Listener) -> PruneResult | None:

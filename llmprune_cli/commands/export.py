@@ -18,14 +18,14 @@ from llmprune_cli.folder.shards import warn_of_large_shards
 from llmprune_cli.folder.staging import claimed
 from llmprune_cli.folder.tensors import SHORT_DTYPES
 from llmprune_cli.formats import load_format
-from llmprune_cli.formats.format import ExportOptions, Fit, Format
+from llmprune_cli.formats.interface import ExportOptions, Fit, Format
 from llmprune_cli.formats.request import Conversion
 from llmprune_cli.formats.verification import PROMPTS, missing_memory, missing_runtime, verify
 from llmprune_cli.journal.keys import versions
 from llmprune_cli.options import ModelReference, Text
 from llmprune_cli.progress import Listener
+from llmprune_cli.report.json_results import SCHEMA_VERSION, ExportResult
 from llmprune_cli.report.model_card import write_card
-from llmprune_cli.report.results import SCHEMA_VERSION, ExportResult
 from llmprune_cli.report.runtimes import runtime_fits
 from llmprune_cli.run.calibration import prepare_calibration
 from llmprune_cli.run.layered_model import LayeredModel

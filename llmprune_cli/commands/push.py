@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import ModelInfo
 
-    from llmprune_cli.report.results import PushResult
+    from llmprune_cli.report.json_results import PushResult
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 LOG_IN = "Run `hf auth login`, or set HF_TOKEN to a token that may write"
@@ -79,7 +79,7 @@ def upload(folder: Path, repository: str, is_public: bool, listener: Listener) -
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     from llmprune_cli.folder.integrity import WEIGHTS, check_files
-    from llmprune_cli.report.results import SCHEMA_VERSION, PushResult
+    from llmprune_cli.report.json_results import SCHEMA_VERSION, PushResult
 
     disable_progress_bars()
     api = HfApi()

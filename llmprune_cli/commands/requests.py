@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llmprune_cli.choose import IMPORTANCES, LAYER_IMPORTANCES, needs_text, ranks_layers, reads_text
+from llmprune_cli.choose.importances import IMPORTANCES, LAYER_IMPORTANCES, needs_text, ranks_layers, reads_text
 from llmprune_cli.errors import UsageError
 from llmprune_cli.formats import FORMATS
 from llmprune_cli.formats.request import Conversion, check_conversion, check_counted
@@ -189,7 +189,8 @@ def check_prune(request: PruneRequest) -> None:
     from llmprune_cli.folder.documents import MOST_JSON_BYTES, is_there, read_json
     from llmprune_cli.folder.staging import check_target as check_output
     from llmprune_cli.report.chart import check_chart_target
-    from llmprune_cli.startup.model_argument import check_layers, check_model, check_target, check_tokenizer
+    from llmprune_cli.startup.config_json import check_layers
+    from llmprune_cli.startup.model_argument import check_model, check_target, check_tokenizer
     from llmprune_cli.text.names import check_text, parts_of
 
     delivery = request.delivery

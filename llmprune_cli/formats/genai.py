@@ -17,8 +17,7 @@ from llmprune_cli.errors import UnsupportedError, VerificationError, first_line
 from llmprune_cli.family.widths import read_widths
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.scratch import scratch_folder
-from llmprune_cli.formats.format import Continuation, ExportOptions, Fit, Format, Limits
-from llmprune_cli.formats.request import FORMAT_DTYPES
+from llmprune_cli.formats.interface import Continuation, ExportOptions, Fit, Format, Limits
 from llmprune_cli.formats.safetensors import write_safetensors
 from llmprune_cli.source.tokenizer import load_tokenizer
 
@@ -133,7 +132,6 @@ def open_genai(folder: Path) -> Iterator[GenaiModel]:
 
 GENAI = Format(
     runs_in="onnxruntime-genai",
-    dtypes=FORMAT_DTYPES["genai"],
     write=write_genai,
     fit=fit_genai,
     loading="`onnxruntime_genai.Model(FOLDER)`, where FOLDER is this folder.",

@@ -12,7 +12,6 @@ import torch
 
 from llmprune_cli.errors import UnsupportedError, VerificationError, first_line
 from llmprune_cli.folder.checkpoint import Checkpoint
-from llmprune_cli.formats.format import FLOAT_LIMITS, Continuation, ExportOptions, Fit, Format
 from llmprune_cli.formats.graphs import (
     EXAMPLE,
     example_past,
@@ -23,7 +22,7 @@ from llmprune_cli.formats.graphs import (
     without_cache,
     write_beside,
 )
-from llmprune_cli.formats.request import FORMAT_DTYPES
+from llmprune_cli.formats.interface import FLOAT_LIMITS, Continuation, ExportOptions, Fit, Format
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -167,7 +166,6 @@ def open_onnx(folder: Path) -> Iterator[OnnxModel]:
 
 ONNX = Format(
     runs_in="ONNX Runtime",
-    dtypes=FORMAT_DTYPES["onnx"],
     write=write_onnx,
     fit=fit_onnx,
     loading='`onnxruntime.InferenceSession("FILE")`: token ids and a key-value cache in, logits and the cache out.',

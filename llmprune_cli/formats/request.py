@@ -10,21 +10,11 @@ from typing import Annotated
 
 from llmprune_cli.errors import MissingPackageError, UsageError
 from llmprune_cli.folder.tensors import SHORT_DTYPES
+from llmprune_cli.formats import FORMATS, MIXES
 from llmprune_cli.options import EVALUATION, METHOD, OUTPUT, Option
 from llmprune_cli.sizes import parse_dtype, parse_size
 from llmprune_cli.text.names import check_text, parts_of
 
-FLOATS = tuple(SHORT_DTYPES.values())
-LEGACY = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")  # blocks of one kind, which the gguf package encodes
-MIXES = ("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "iq4_nl", "iq4_xs", "q3_k_m")  # llama.cpp encodes these
-# What `--dtype` takes in each format.
-FORMAT_DTYPES = {
-    "safetensors": FLOATS,
-    "gguf": (*FLOATS, *MIXES, *LEGACY),
-    "onnx": ("float32", "float16"),
-    "genai": ("float32", "int8", "int4"),
-    "torch-export": FLOATS,
-}
 FILES = (".gguf", ".onnx", ".pt2", ".safetensors")
 
 
@@ -73,7 +63,7 @@ def check_conversion(conversion: Conversion, output: Path) -> None:
         CheckpointError: no such text.
     """
     name = conversion.format
-    if conversion.dtype is not None and conversion.dtype not in FORMAT_DTYPES[name]:
+    if conversion.dtype is not None and conversion.dtype not in FORMATS[name].dtypes:
         raise UsageError(f"--format {name} has no --dtype {conversion.dtype}.{_other(conversion.dtype, name)}")
     if output.suffix in FILES:
         raise UsageError(f"--output names a folder, and {output} looks like a file.")
@@ -98,7 +88,7 @@ def check_counted(dtype: str) -> None:
         UsageError: see above.
         MissingPackageError: the package that knows the sizes of its blocks is missing.
     """
-    if dtype not in FORMAT_DTYPES["gguf"]:
+    if dtype not in FORMATS["gguf"].dtypes:
         raise UsageError(f"a size is counted as one of GGUF's types, not as {dtype}.{_other(dtype, 'gguf')}")
     if find_spec("gguf") is None:
         raise MissingPackageError(f"Counting as {dtype} needs the gguf package: pip install 'llmprune[gguf]'.")
@@ -114,7 +104,7 @@ def suggested_gguf() -> str | None:
 def _other(dtype: str, form: str) -> str:
     """Which dtype may have been meant, and which there are."""
     shown = {long: short for short, long in SHORT_DTYPES.items()} if form == "gguf" else {}
-    names = [shown.get(known, known) for known in FORMAT_DTYPES[form]]
+    names = [shown.get(known, known) for known in FORMATS[form].dtypes]
     near = [known for known in names if known.startswith(dtype)] or get_close_matches(dtype, names, 1)
     return (f" Did you mean {near[0]}?" if near else "") + f" It has {', '.join(names)}."
 

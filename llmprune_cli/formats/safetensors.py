@@ -12,8 +12,7 @@ from llmprune_cli.family.written import write_config
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.shards import write_shards
 from llmprune_cli.folder.tensors import BY_NAME, DTYPES, TensorEntry
-from llmprune_cli.formats.format import ExportOptions, Fit, Format
-from llmprune_cli.formats.request import FORMAT_DTYPES
+from llmprune_cli.formats.interface import ExportOptions, Fit, Format
 from llmprune_cli.source.tokenizer import copy_companions
 
 
@@ -46,7 +45,6 @@ def write_safetensors(
 
 SAFETENSORS = Format(
     runs_in="transformers",
-    dtypes=FORMAT_DTYPES["safetensors"],
     write=write_safetensors,
     fit=lambda config: Fit(loads=True),
     loading="""```python

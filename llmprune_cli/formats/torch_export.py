@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 
 from llmprune_cli.folder.checkpoint import Checkpoint
-from llmprune_cli.formats.format import FLOAT_LIMITS, Continuation, ExportOptions, Format
 from llmprune_cli.formats.graphs import EXAMPLE, fit_graph, load_traceable, traced_quietly, without_cache, write_beside
-from llmprune_cli.formats.request import FORMAT_DTYPES
+from llmprune_cli.formats.interface import FLOAT_LIMITS, Continuation, ExportOptions, Format
 
 FILE = "model.pt2"
 
@@ -60,7 +59,6 @@ def open_torch_program(folder: Path) -> Iterator[TorchProgram]:
 
 TORCH_EXPORT = Format(
     runs_in="torch.export",
-    dtypes=FORMAT_DTYPES["torch-export"],
     write=write_torch_export,
     fit=fit_graph,
     loading='`torch.export.load("FILE").module()`: token ids in, logits out.',

@@ -15,7 +15,7 @@ from llmprune_cli.folder.documents import replace_file
 
 if TYPE_CHECKING:
     from llmprune_cli.choose.layers.figures import WidthSensitivity
-    from llmprune_cli.report.results import (
+    from llmprune_cli.report.json_results import (
         CalibrationResult,
         LayerResult,
         PruneResult,

@@ -8,7 +8,7 @@ from pydantic import TypeAdapter
 
 from llmprune_cli.folder.manifest import Manifest
 from llmprune_cli.plan.document import PLAN_VERSION, Plan
-from llmprune_cli.report.results import (
+from llmprune_cli.report.json_results import (
     EvalReport,
     ExportResult,
     InspectResult,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from llmprune_cli.family.widths import Widths
 from llmprune_cli.folder.tensors import Shape, TensorEntry, split_name
-from llmprune_cli.report.results import ModelSummary, TensorRow
+from llmprune_cli.report.json_results import ModelSummary, TensorRow
 
 
 def summarize(entries: Sequence[TensorEntry], widths: Widths) -> ModelSummary:

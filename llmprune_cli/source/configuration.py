@@ -1,4 +1,4 @@
-"""A model folder's `config.json`: read, refused where no model has such sizes, and reduced to its language model."""
+"""A model folder's configuration as transformers reads it, reduced to its language model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from llmprune_cli.errors import CheckpointError, UnsupportedError
 from llmprune_cli.family.skeleton import build_skeleton
 from llmprune_cli.source.stored_names import outer_model
-from llmprune_cli.startup.model_argument import read_settings
+from llmprune_cli.startup.config_json import read_settings
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

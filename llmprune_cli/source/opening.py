@@ -22,10 +22,10 @@ from llmprune_cli.options import ModelReference
 from llmprune_cli.progress import LOGGER
 from llmprune_cli.source.configuration import read_config, text_part
 from llmprune_cli.source.conversion import convert_bin, dequantize, describe_dequantized, quantization_of
-from llmprune_cli.source.gguf.weights import convert_gguf, describe_gguf, save_tokenizer
+from llmprune_cli.source.gguf.reading import convert_gguf, describe_gguf, save_tokenizer
 from llmprune_cli.source.hub import fetch, read_headers
 from llmprune_cli.source.stored_names import Names, outer_model, resolve_names, usual_outer_model
-from llmprune_cli.startup.model_argument import MERGE, describe_adapter
+from llmprune_cli.startup.config_json import MERGE, describe_adapter
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

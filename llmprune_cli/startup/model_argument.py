@@ -10,40 +10,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llmprune_cli.errors import CheckpointError, MissingPackageError, PlanError, UnsupportedError
+from llmprune_cli.errors import CheckpointError, MissingPackageError, PlanError
 from llmprune_cli.folder.documents import is_there, read_json
-from llmprune_cli.options import ModelReference, WidthRequest
+from llmprune_cli.options import ModelReference
 from llmprune_cli.sizes import Budget
+from llmprune_cli.startup.config_json import MERGE, MOST_BYTES, describe_adapter, read_settings
 
-MOST_CONFIG_BYTES, MOST_HEADER_BYTES = 2 * 2**20, 100 * 10**6
-ADAPTER_CONFIG = "adapter_config.json"
-MERGE = "Merge it first (merge_and_unload of peft, then save_pretrained)"
+MOST_HEADER_BYTES = 100 * 10**6
 MAGIC = b"GGUF"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-# How the names of classes end that do something else than to go on with a text.
-OTHER_PURPOSES = (
-    *("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice"),
-    *("ForMaskedLM", "ForNextSentencePrediction", "ForPreTraining", "ForImageClassification"),
-)
-# Encoders, of which transformers makes language models only where their configuration says `is_decoder`.
-ENCODERS = (
-    *(
-        "bert",
-        "roberta",
-        "xlm-roberta",
-        "xlm-roberta-xl",
-        "camembert",
-        "electra",
-        "megatron-bert",
-        "big_bird",
-        "rembert",
-    ),
-    *("roformer", "ernie", "xmod", "data2vec-text", "roc_bert", "roberta-prelayernorm"),
-)
 SENTENCEPIECE = "tokenizer.model"
 NEEDED = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # to read it, by module
-LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")  # what configurations call their number
-MOST = {"layer": 2048, "expert": 8192}  # by how the names of settings end
 GPUS = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # one of which Linux has where torch finds CUDA
 
 
@@ -74,28 +51,6 @@ def has_weights(model: str) -> bool:
     if path.suffix == ".gguf":
         return is_there(path)
     return any(True for pattern in WEIGHTS for _ in path.glob(pattern)) if is_there(path) and path.is_dir() else False
-
-
-def check_layers(model: str, widths: WidthRequest) -> None:
-    """Refuse numbers of layers that a folder's configuration says there are none of.
-
-    Raises:
-        PlanError: see above.
-    """
-    path = Path(model) / "config.json"
-    settings = read_json(path, MOST_CONFIG_BYTES) if is_there(path) else {}
-    whole = next((settings[name] for name in LAYERS if isinstance(settings.get(name), int)), None)
-    if whole is not None and whole > 0:
-        widths.check_layer_numbers(whole)
-
-
-def vocabulary_of(model: str) -> int | None:
-    """The tokens that a folder's configuration says the model knows, if it does."""
-    path = Path(model) / "config.json"
-    settings = read_json(path, MOST_CONFIG_BYTES) if is_there(path) else {}
-    own = settings["text_config"] if isinstance(settings.get("text_config"), dict) else settings
-    rows = own.get("vocab_size")
-    return rows if isinstance(rows, int) else None
 
 
 def check_tokenizer(model: str) -> None:
@@ -151,22 +106,6 @@ def _beginning(path: Path, count: int) -> bytes:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """What `config.json` says, of which no model is refused here that transformers would load.
-
-    Raises:
-        CheckpointError: there is none, or one with numbers that no model has.
-        UnsupportedError: it is of a model that does not go on with a text.
-    """
-    path = folder / "config.json"
-    if not path.exists():
-        refuse_without_config(folder)
-    settings = read_json(path, MOST_CONFIG_BYTES)
-    check_counts(path, settings)
-    check_purpose(path, settings)
-    return settings
-
-
 def _check_folder(folder: Path, needs_weights: bool) -> None:
     read_settings(folder)
     if needs_weights and not any(True for pattern in WEIGHTS for _ in folder.glob(pattern)):
@@ -175,76 +114,6 @@ def _check_folder(folder: Path, needs_weights: bool) -> None:
             raise CheckpointError(f"{folder} holds {adapter} and no weights. {MERGE} and give the merged model.")
         if not any(folder.glob("*.safetensors.index.json")):
             raise CheckpointError(f"{folder} has no weights (*.safetensors or pytorch_model*.bin), which this needs.")
-
-
-def refuse_without_config(folder: Path) -> None:
-    """Say what a folder without `config.json` is.
-
-    Raises:
-        CheckpointError: always.
-    """
-    if adapter := describe_adapter(folder):
-        raise CheckpointError(f"{folder} holds {adapter} and no model. {MERGE} and give the merged model.")
-    if ggufs := sorted(path.name for path in folder.glob("*.gguf")):
-        raise CheckpointError(f"{folder} has no config.json, but GGUF files. Give one of them: {folder / ggufs[0]}")
-    raise CheckpointError(f"{folder} has no config.json, so it is not a model folder. Check the path of the model.")
-
-
-def describe_adapter(folder: Path) -> str:
-    """What adapter of peft lies in a folder, in words; empty where none does.
-
-    Raises:
-        CheckpointError: its configuration cannot be read.
-    """
-    path = folder / ADAPTER_CONFIG
-    if not path.is_file():
-        return ""
-    settings = read_json(path, MOST_CONFIG_BYTES)
-    base = settings.get("base_model_name_or_path")
-    return f"a {settings.get('peft_type', 'PEFT')} adapter{f' of {base}' if base else ''} ({ADAPTER_CONFIG})"
-
-
-def check_purpose(path: Path, settings: dict[str, Any]) -> None:
-    """Refuse models that do not go on with a text.
-
-    Raises:
-        UnsupportedError: see above.
-    """
-    named = settings.get("architectures")
-    names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
-    for name in names:
-        if name.endswith(OTHER_PURPOSES):
-            raise UnsupportedError(
-                f"{path} describes a {name}, which is no causal language model. Give the language model that it was "
-                "made from."
-            )
-    kind = settings.get("model_type")
-    what = names[0] if names else f"{kind} model"
-    if kind in ENCODERS and not settings.get("is_decoder"):
-        raise UnsupportedError(
-            f"{path} describes a {what}, an encoder and no causal language model. llmprune prunes models that go on "
-            "with a text, such as Llama, Qwen or Mistral."
-        )
-    is_decoder = any(name.endswith("ForCausalLM") for name in names)
-    if settings.get("is_encoder_decoder") is True and "text_config" not in settings and not is_decoder:
-        raise UnsupportedError(
-            f"{path} describes a {what}, whose decoder reads what an encoder made. llmprune prunes models that go on "
-            "with a text alone; a decoder that does is saved as its ForCausalLM class."
-        )
-
-
-def check_counts(path: Path, settings: dict[str, Any]) -> None:
-    """Refuse numbers of layers and experts that no model has: each of them takes time before any tensor is looked at.
-
-    Raises:
-        CheckpointError: see above.
-    """
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            check_counts(path, value)
-        for word, most in MOST.items():
-            if name.rstrip("s").endswith(word) and isinstance(value, int) and value > most:
-                raise CheckpointError(f"{path}: {name} is {value:,}, and models have at most {most:,}.")
 
 
 def _check_device(device: str) -> None:
@@ -298,7 +167,7 @@ def _stored_sizes(folder: Path) -> tuple[int, int, int, int] | None:
     None where they say nothing of the kind: other weights, quantized ones, or damage, which others find.
     """
     try:
-        settings = read_json(folder / "config.json", MOST_CONFIG_BYTES) if folder.is_dir() else {}
+        settings = read_json(folder / "config.json", MOST_BYTES) if folder.is_dir() else {}
         headers = [_header(path) for path in sorted(folder.glob("*.safetensors"))] if settings else []
     except (CheckpointError, OSError, ValueError, struct.error):
         return None

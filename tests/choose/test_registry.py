@@ -29,7 +29,7 @@ IMPORTANCE = '    "first": Importance("nothing", "magnitude:score_first", "the f
 MODULE = '''
 """Names of tensors, one a line."""
 
-from llmprune_cli.formats.format import Fit, Format
+from llmprune_cli.formats.interface import Fit, Format
 
 
 def write_names(checkpoint, folder, options, progress):
@@ -40,13 +40,12 @@ def write_names(checkpoint, folder, options, progress):
 
 NAMES = Format(
     runs_in="a reader",
-    dtypes=("float32",),
     write=write_names,
     fit=lambda config: Fit(loads=True),
     loading="`cat`",
 )
 '''
-FORMAT = '    "names": "names:NAMES",\n'
+FORMAT = '    "names": Entry("names:NAMES", ("float32",)),\n'
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +57,10 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file.write(FUNCTION)
     (package / "formats" / "names.py").write_text(MODULE)
     for name, before, line in (
-        ("choose", '    "random": Importance(', IMPORTANCE),
-        ("formats", '    "gguf": ', FORMAT),
+        ("choose/importances.py", '    "random": Importance(', IMPORTANCE),
+        ("formats/__init__.py", '    "gguf": ', FORMAT),
     ):
-        path = package / name / "__init__.py"
+        path = package / name
         text = path.read_text()
         assert text.count(before) == 1
         path.write_text(text.replace(before, line + before))
@@ -85,7 +84,7 @@ def run(root: Path, *commands: tuple[str | Path, ...]) -> list[str]:
 def test_a_new_importance_or_format_is_one_function_or_module_and_one_line(extended: Path, tiny_llama: Path) -> None:
     prune = ("prune", tiny_llama, "--intermediate-size", "24", "--importance", "first", "--refit", "none")
     prune += ("--output", extended / "out", "--save-plan", extended / "plan.json")
-    export = ("export", tiny_llama, "--format", "names", "--output", extended / "n", "--json")
+    export = ("export", tiny_llama, "--format", "names", "--dtype", "float32", "--output", extended / "n", "--json")
     helped, _, other_help, exported = run(extended, ("prune", "--help"), prune, ("export", "--help"), export)
     assert "first" in helped.split("--importance")[1].split("--layer-importance")[0]
     plan = json.loads((extended / "plan.json").read_text())
@@ -97,7 +96,7 @@ def test_a_new_importance_or_format_is_one_function_or_module_and_one_line(exten
 
 
 def test_the_docs_list_what_there_is() -> None:
-    from llmprune_cli.choose import IMPORTANCES, LAYER_IMPORTANCES
+    from llmprune_cli.choose.importances import IMPORTANCES, LAYER_IMPORTANCES
     from llmprune_cli.repair import REFITS
 
     page = (PACKAGE.parent / "docs" / "calibration.md").read_text(encoding="utf-8")

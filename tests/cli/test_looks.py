@@ -19,7 +19,7 @@ import pytest
 from rich.console import Console
 
 from llmprune_cli.cli.screen.progress import Lines, in_words
-from llmprune_cli.cli.screen.tables import count_text, folded
+from llmprune_cli.cli.screen.table_parts import count_text, folded
 from llmprune_cli.progress import Listener
 from support.cli import BY_CHANCE, run_cli
 from support.started import start

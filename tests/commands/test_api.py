@@ -14,7 +14,7 @@ import pytest
 
 import llmprune_cli
 from llmprune_cli import LlmpruneError, Plan, Progress, UsageError, evaluate, export, inspect, prune
-from llmprune_cli.report.results import to_json
+from llmprune_cli.report.json_results import to_json
 from support.cli import BY_MAGNITUDE, run_cli
 from support.full import in_full
 from support.stock import written_tensors

@@ -14,7 +14,7 @@ import llmprune_cli
 from llmprune_cli.cli.sweep import print_sweep
 from llmprune_cli.journal.forms import Json
 from llmprune_cli.plan.document import Plan
-from llmprune_cli.report.results import to_json
+from llmprune_cli.report.json_results import to_json
 from llmprune_cli.report.schemas import DOCUMENTS, adapter_of
 from llmprune_cli.run.layered_model import LayeredModel
 from support.cli import Run, run_cli

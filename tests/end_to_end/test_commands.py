@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from llmprune_cli.cli.screen.tables import count_text
+from llmprune_cli.cli.screen.table_parts import count_text
 from support.cli import BY_MAGNITUDE, run_cli, run_process
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from llmprune_cli import evaluate
 from llmprune_cli.cli.screen.answers import answers_table
-from llmprune_cli.report.results import EvalResult
+from llmprune_cli.report.json_results import EvalResult
 from llmprune_cli.run.questions.figures import TaskResult
 from support.cli import BY_MAGNITUDE, evaluated, run_cli
 from support.refusals import CHECKPOINT, UNSUPPORTED, USAGE, assert_refused

@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from llmprune_cli.choose import IMPORTANCES, LAYER_IMPORTANCES
+from llmprune_cli.choose.importances import IMPORTANCES, LAYER_IMPORTANCES
 from llmprune_cli.options import DEFAULT_IMPORTANCE, DEFAULT_REFIT
 from llmprune_cli.repair import REFITS
 from support import ROOT

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from llmprune_cli.cli.screen.tables import NARROW, folded, number_text
+from llmprune_cli.cli.screen.table_parts import NARROW, folded, number_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from llmprune_cli.report.results import EvalResult
+    from llmprune_cli.report.json_results import EvalResult
     from llmprune_cli.run.questions.figures import TaskResult
 
 HEADS = ("questions", "value", "±", "Δ")

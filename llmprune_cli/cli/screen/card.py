@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from llmprune_cli.cli.screen.tables import NARROW, number_text
+from llmprune_cli.cli.screen.table_parts import NARROW, number_text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llmprune_cli.report.results import CalibrationResult, LayerResult
+    from llmprune_cli.report.json_results import CalibrationResult, LayerResult
 
 BAR_CELLS = 24  # of the longest bar
 EIGHTHS = " ▏▎▍▌▋▊▉"

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from llmprune_cli.cli.screen.tables import size_text
+from llmprune_cli.cli.screen.table_parts import size_text
 from llmprune_cli.progress import LOGGER, Estimate, Listener
 from llmprune_cli.progress import Progress as Reached
 

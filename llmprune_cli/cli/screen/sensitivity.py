@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from llmprune_cli.cli.screen.progress import in_words
-from llmprune_cli.cli.screen.tables import NARROW, count_text, new_console, ranges_text
+from llmprune_cli.cli.screen.table_parts import NARROW, count_text, new_console, ranges_text
 
 if TYPE_CHECKING:
-    from llmprune_cli.report.results import SensitivityResult
+    from llmprune_cli.report.json_results import SensitivityResult
 
 HEADS = {
     "num_attention_heads": "query\nheads",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llmprune_cli.options import ModelReference, WidthRequest
 from llmprune_cli.progress import LOGGER
-from llmprune_cli.report.results import SCHEMA_VERSION, InspectResult, VerifyResult
+from llmprune_cli.report.json_results import SCHEMA_VERSION, InspectResult, VerifyResult
 from llmprune_cli.report.summary import summarize
 from llmprune_cli.startup.loading import loading
 from llmprune_cli.startup.remembered import recall, remember, remembered_in, state_of

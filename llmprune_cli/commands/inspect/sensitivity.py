@@ -25,7 +25,7 @@ from llmprune_cli.options import ModelReference
 from llmprune_cli.processes import ALONE
 from llmprune_cli.progress import Listener
 from llmprune_cli.report.chart import draw_sensitivity
-from llmprune_cli.report.results import SCHEMA_VERSION, SensitivityResult
+from llmprune_cli.report.json_results import SCHEMA_VERSION, SensitivityResult
 from llmprune_cli.run.calibration import spread_windows
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.opening import open_checkpoint, part_to_write

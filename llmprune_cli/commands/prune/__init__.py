@@ -56,12 +56,12 @@ from llmprune_cli.repair.layer_refit import LayerRepair
 from llmprune_cli.repair.refit import repair
 from llmprune_cli.report.chart import check_chart_target, draw_chart
 from llmprune_cli.report.eval_report import EvalText, prepare_text
-from llmprune_cli.report.model_card import write_card
-from llmprune_cli.report.report_card import report_card
-from llmprune_cli.report.results import (
+from llmprune_cli.report.json_results import (
     CalibrationResult,
     PruneResult,
 )
+from llmprune_cli.report.model_card import write_card
+from llmprune_cli.report.report_card import report_card
 from llmprune_cli.report.runtimes import runtime_fits
 from llmprune_cli.report.summary import summarize
 from llmprune_cli.run.calibration import warn_of_shared_text

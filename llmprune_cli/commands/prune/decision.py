@@ -11,7 +11,7 @@ import torch
 
 from llmprune_cli.apply.proven_widths import check_proof, refusing, unproven
 from llmprune_cli.apply.vocabulary.proof import prove_rows
-from llmprune_cli.choose import needs_text
+from llmprune_cli.choose.importances import needs_text
 from llmprune_cli.choose.selection import first_target, stored_plan, target_of
 from llmprune_cli.choose.targets.limits import Limit, size_limit
 from llmprune_cli.choose.targets.speed import Race, SpeedLimit, work_of
@@ -32,7 +32,7 @@ from llmprune_cli.processes import Processes
 from llmprune_cli.progress import Listener
 from llmprune_cli.repair.residual_stream import ResidualStream, find_residual_stream
 from llmprune_cli.repair.rotation import principal_components, rotate, untie
-from llmprune_cli.report.results import ModelSummary
+from llmprune_cli.report.json_results import ModelSummary
 from llmprune_cli.report.summary import summarize
 from llmprune_cli.run.calibration import CalibrationText, prepare_calibration
 from llmprune_cli.run.corpus import Corpus, own_corpus

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmprune_cli.choose import ranks_layers
+from llmprune_cli.choose.importances import ranks_layers
 from llmprune_cli.choose.targets.search import Candidate
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.coupling.subject import Subject
@@ -18,7 +18,7 @@ from llmprune_cli.plan.document import Plan
 from llmprune_cli.plan.requested_widths import Target
 from llmprune_cli.progress import Estimate, Listener
 from llmprune_cli.report.eval_report import EvalText, prepare_text, report_perplexity
-from llmprune_cli.report.results import (
+from llmprune_cli.report.json_results import (
     SCHEMA_VERSION,
     CalibrationResult,
     CandidateResult,

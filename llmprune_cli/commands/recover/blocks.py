@@ -25,7 +25,7 @@ from llmprune_cli.heal.teacher.streamed import stream_teacher
 from llmprune_cli.journal.forms import Json
 from llmprune_cli.journal.journal import Journal, kept_folder
 from llmprune_cli.options import ModelReference
-from llmprune_cli.report.results import RecoverResult
+from llmprune_cli.report.json_results import RecoverResult
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.perplexity import peak_memory_bytes
 from llmprune_cli.sizes import parse_size

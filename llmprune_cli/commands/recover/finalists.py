@@ -18,7 +18,7 @@ from llmprune_cli.heal.options import Healed
 from llmprune_cli.options import WidthRequest
 from llmprune_cli.processes import join
 from llmprune_cli.progress import Listener
-from llmprune_cli.report.results import CandidateResult, PruneResult
+from llmprune_cli.report.json_results import CandidateResult, PruneResult
 from llmprune_cli.sizes import TARGETS
 from llmprune_cli.vocabulary.request import VocabularyRequest
 

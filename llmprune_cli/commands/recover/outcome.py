@@ -13,8 +13,8 @@ from llmprune_cli.folder.manifest import Manifest, write_manifest
 from llmprune_cli.formats import load_format
 from llmprune_cli.heal.figures import HealedLayer, HeldOut, RateTrial, Training
 from llmprune_cli.journal.keys import versions
+from llmprune_cli.report.json_results import SCHEMA_VERSION, RecoverResult
 from llmprune_cli.report.model_card import write_card
-from llmprune_cli.report.results import SCHEMA_VERSION, RecoverResult
 from llmprune_cli.report.runtimes import runtime_fits
 
 

@@ -17,7 +17,7 @@ from llmprune_cli.folder.staging import check_target
 from llmprune_cli.heal.options import Healed
 from llmprune_cli.processes import join
 from llmprune_cli.progress import Listener
-from llmprune_cli.report.results import PruneResult
+from llmprune_cli.report.json_results import PruneResult
 
 
 def prune_and_recover(request: PruneRequest, listener: Listener) -> PruneResult | None:

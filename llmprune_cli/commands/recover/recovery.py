@@ -19,7 +19,7 @@ from llmprune_cli.heal.teacher.identity import check_teacher, teacher_reference
 from llmprune_cli.processes import join
 from llmprune_cli.progress import Listener
 from llmprune_cli.report.chart import check_chart_target, draw_curve
-from llmprune_cli.report.results import RecoverResult
+from llmprune_cli.report.json_results import RecoverResult
 from llmprune_cli.source.opening import open_checkpoint
 
 

@@ -29,14 +29,14 @@ from llmprune_cli.plan.requested_widths import Target
 from llmprune_cli.processes import join
 from llmprune_cli.progress import Listener
 from llmprune_cli.report.chart import check_chart_target, draw_sizes
-from llmprune_cli.report.results import SCHEMA_VERSION, SweepPoint, SweepResult, to_json
+from llmprune_cli.report.json_results import SCHEMA_VERSION, SweepPoint, SweepResult, to_json
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.opening import open_checkpoint, part_to_write
 
 if TYPE_CHECKING:
     from llmprune_cli.commands.prune.outcome import Outcome
     from llmprune_cli.options import Choice
-    from llmprune_cli.report.results import CalibrationResult, ModelSummary
+    from llmprune_cli.report.json_results import CalibrationResult, ModelSummary
 
 KEPT, POINTS = "kept", "points"  # in the folder of a run: what goes into the output, and the work on each point
 UNPRUNED = "unpruned"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from llmprune_cli.choose import needs_text
+from llmprune_cli.choose.importances import needs_text
 from llmprune_cli.commands.named_options import options_of
 from llmprune_cli.commands.requests import PruneRequest, check_prune
 from llmprune_cli.errors import UsageError

@@ -19,14 +19,14 @@ from llmprune_cli.folder.scratch import scratch_folder
 from llmprune_cli.folder.shards import check_finite
 from llmprune_cli.folder.staging import check_room
 from llmprune_cli.folder.tensors import SHORT_DTYPES, TensorEntry
-from llmprune_cli.formats.format import FLOAT_LIMITS, ExportOptions, Fit, Format, Limits
+from llmprune_cli.formats import LEGACY
 from llmprune_cli.formats.gguf.blocks.encoding import can_encode, encode_blocks
 from llmprune_cli.formats.gguf.families import GgufFamily, written_family
 from llmprune_cli.formats.gguf.llamacpp import open_llamacpp
 from llmprune_cli.formats.gguf.metadata import add_metadata, rope_factors
 from llmprune_cli.formats.gguf.tensors import FileTensor, Layout, lay_out
 from llmprune_cli.formats.gguf.vocabulary import add_vocabulary
-from llmprune_cli.formats.request import FORMAT_DTYPES, LEGACY
+from llmprune_cli.formats.interface import FLOAT_LIMITS, ExportOptions, Fit, Format, Limits
 from llmprune_cli.formats.safetensors import write_safetensors
 
 if TYPE_CHECKING:
@@ -221,7 +221,6 @@ def _complete_folder(checkpoint: Checkpoint) -> Iterator[Path]:
 
 GGUF = Format(
     runs_in="llama.cpp",
-    dtypes=FORMAT_DTYPES["gguf"],
     write=write_gguf,
     fit=fit_llamacpp,
     loading="`llama-cli -m FILE`, and whatever else is built on llama.cpp.",

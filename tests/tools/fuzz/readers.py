@@ -82,7 +82,7 @@ def read_configuration(folder: Path) -> None:
 
 def read_gguf(folder: Path) -> None:
     """The header of a GGUF file."""
-    from llmprune_cli.source.gguf.weights import describe_gguf
+    from llmprune_cli.source.gguf.reading import describe_gguf
 
     describe_gguf(folder / "model.gguf", None)
 

@@ -15,7 +15,7 @@ from llmprune_cli.commands.prune.estimate.room import disk_bytes, peak_memory, t
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.errors import LlmpruneError, first_line
 from llmprune_cli.progress import Estimate, StageEstimate
-from llmprune_cli.report.results import ModelSummary
+from llmprune_cli.report.json_results import ModelSummary
 from llmprune_cli.run.workbench import Workbench
 
 LEAST_WORK = 2**37  # parameters times tokens of a run that is worth an estimate before its start

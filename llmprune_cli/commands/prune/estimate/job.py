@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from llmprune_cli.choose import needs_text
+from llmprune_cli.choose.importances import needs_text
 from llmprune_cli.choose.selection import SEARCH_TOKENS
 from llmprune_cli.choose.targets.search import most_candidates
 from llmprune_cli.commands.prune.decision import Decided

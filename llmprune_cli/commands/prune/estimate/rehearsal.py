@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from llmprune_cli.apply.surgery import pruned_entries, pruned_tensors
-from llmprune_cli.choose import ranks_layers, reads_text
+from llmprune_cli.choose.importances import ranks_layers, reads_text
 from llmprune_cli.choose.measuring import Measuring
 from llmprune_cli.choose.selection import make_random_plan, measure_units, score_layers, score_weights, try_plan
 from llmprune_cli.commands.prune.estimate.job import Job

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import psutil
 
-from llmprune_cli.choose import reads_text
 from llmprune_cli.choose.gradients import GRADIENT_TOKENS
+from llmprune_cli.choose.importances import reads_text
 from llmprune_cli.choose.magnitude import SLAB_BYTES
 from llmprune_cli.commands.prune.estimate.job import Job
 from llmprune_cli.folder.shards import header_bytes

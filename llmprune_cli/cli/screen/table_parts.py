@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from llmprune_cli.report.results import ModelSummary
+    from llmprune_cli.report.json_results import ModelSummary
     from llmprune_cli.report.runtimes import RuntimeFit
     from llmprune_cli.run.speed.figures import SpeedResult
 
@@ -32,7 +32,7 @@ WIDTH_LABELS = {
 
 def print_json(result: Any) -> None:
     """Print a result as one JSON document; a number that JSON lacks becomes null."""
-    from llmprune_cli.report.results import to_json
+    from llmprune_cli.report.json_results import to_json
 
     sys.stdout.write(to_json(result) + "\n")
     sys.stdout.flush()  # here, where a reader that went away is no bug of ours

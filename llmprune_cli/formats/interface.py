@@ -91,10 +91,10 @@ class Format:
     """One way to write a model."""
 
     runs_in: str  # the software that takes it, as users call it
-    dtypes: tuple[str, ...]  # that `--dtype` takes
     write: Write  # into a staging folder; progress is in bytes of the checkpoint; gives the SHA-256 of files it knows
     fit: Callable[[PretrainedConfig], Fit]  # known before anything is written
     loading: str  # how to load it, in Markdown, where FILE stands for the file and PATH for the folder
+    dtypes: tuple[str, ...] = ()  # that `--dtype` takes, as the registry says
     file: str = ""  # pattern of the file's name
     package: str = ""  # that has to be importable to verify; none where nothing runs the result but transformers itself
     extra: str = ""  # of llmprune that installs it
