@@ -94,7 +94,7 @@ def print_eval(report: EvalReport, is_verbose: bool = False) -> None:
         for result in report.results:
             console.print(
                 f"{result.model}: {result.parameters:,} parameters, {result.windows:,} windows of "
-                f"{result.max_seq_len:,} tokens, {result.bytes:,} bytes, in {result.seconds:.1f} s "
+                f"{result.max_seq_len:,} tokens, {result.bytes:,} bytes, in {result.dtype}, in {result.seconds:.1f} s "
                 f"({result.tokens_per_second:,.0f} tokens/s), peak memory so far "
                 f"{size_text(result.peak_memory_bytes)}.",
                 highlight=False,

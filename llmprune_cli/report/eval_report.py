@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 
 from llmprune_cli.folder.checkpoint import Checkpoint
@@ -15,6 +16,7 @@ from llmprune_cli.processes import ALONE, Processes
 from llmprune_cli.progress import Listener
 from llmprune_cli.report.json_results import SCHEMA_VERSION, EvalReport, EvalResult
 from llmprune_cli.run.corpus import Corpus, cut_windows, load_corpus, predicted_bytes, read_tokens, spelled
+from llmprune_cli.run.layer import native_dtype
 from llmprune_cli.run.perplexity import (
     FirstModel,
     RunningPerplexity,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LONG_WINDOW = 8192  # tokens; longer windows by default deserve a warning
+MOST_OF_MEMORY = 0.5  # that is free, for weights in a wider dtype than the stored one
 FALLBACK_WINDOW = 2048  # tokens, for models that state no maximum
 
 
@@ -98,6 +101,8 @@ def report_perplexity(
         CheckpointError: one cannot be loaded.
     """
     results = []
+    if reference.dtype is None:
+        reference = replace(reference, dtype=_fast_dtype([own for own, _ in sides], reference.device, processes))
     with scratch_folder() as states:
         first = FirstModel(states) if len(sides) > 1 else None
         for number, side in enumerate(sides):
@@ -112,6 +117,20 @@ def report_perplexity(
             results.append(replace(result, same_tokens=alike))
     origin = sides[0][1].corpus.origin
     return EvalReport(SCHEMA_VERSION, options.dataset, origin, options.split, tuple(results))
+
+
+def _fast_dtype(checkpoints: list[Checkpoint], device: str, processes: Processes) -> str | None:
+    """What all are loaded in: None, as stored; or float32 where half precision is emulated, if memory allows that."""
+    place = pick_device(device)
+    kind = torch.device("cuda" if place == "auto" else place)
+    emulated = [
+        own
+        for own in checkpoints
+        if own.stored_dtype.itemsize == 2 and native_dtype(own.stored_dtype, kind).itemsize > 2
+    ]
+    size_bytes = max((4 * own.parameter_count for own in emulated), default=0)
+    room = MOST_OF_MEMORY * psutil.virtual_memory().available / processes.count
+    return processes.broadcast("float32" if emulated and size_bytes < room else None)
 
 
 def _evaluate(
@@ -144,7 +163,8 @@ def _evaluate(
             more = evaluate_perplexity(model, text.tail[None], 1, lambda state: None, processes)
             nats += more.mean_nll * (len(text.tail) - 1)
         peak = max(processes.gather(peak_memory_bytes(model)))
-        result = _eval_result(checkpoint, final, text, bits_per_byte(nats, text.bytes), peak)
+        dtype = str(model.dtype).removeprefix("torch.")
+        result = _eval_result(checkpoint, final, text, bits_per_byte(nats, text.bytes), peak, dtype)
         return replace(result, tasks=answers)
 
 
@@ -174,7 +194,7 @@ def _window_tokens(checkpoint: Checkpoint, options: Evaluation, listener: Listen
 
 
 def _eval_result(
-    checkpoint: Checkpoint, state: RunningPerplexity, text: EvalText, bits: float, peak: int
+    checkpoint: Checkpoint, state: RunningPerplexity, text: EvalText, bits: float, peak: int, dtype: str
 ) -> EvalResult:
     return EvalResult(
         model=checkpoint.source,
@@ -192,4 +212,5 @@ def _eval_result(
         peak_memory_bytes=peak,
         parameters=checkpoint.parameter_count,
         size_bytes=checkpoint.size_bytes,
+        dtype=dtype,
     )

@@ -113,6 +113,7 @@ class EvalResult:
     peak_memory_bytes: int  # of this process, on CUDA of the device
     parameters: int
     size_bytes: int
+    dtype: str  # that it was evaluated in
     tasks: tuple[TaskResult, ...] = ()  # what it answered
 
 

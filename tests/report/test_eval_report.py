@@ -93,3 +93,26 @@ def test_prune_with_eval_is_the_examples_whole_run(tiny_llama: Path, tmp_path: P
     again = evaluated(tmp_path / "out", "--dataset", text_file, "--max-seq-len", str(WINDOW))["results"][0]
     assert again["perplexity"] == reports[0][1]["perplexity"]
     assert json.loads(temporary.stdout)["output"] is None
+
+
+def test_half_precision_is_emulated_only_for_lack_of_memory(
+    make_tiny: Callable[..., Path], text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psutil
+    import torch
+
+    folder, options = make_tiny(dtype="bfloat16"), ("--dataset", text_file, "--max-seq-len", str(WINDOW))
+
+    def found(*more: str) -> tuple[str, float]:
+        (result,) = evaluated(folder, *options, *more)["results"]
+        return result["dtype"], result["perplexity"]
+
+    asked = [found("--dtype", dtype) for dtype in ("bfloat16", "float32")]
+    assert [dtype for dtype, _ in asked] == ["bfloat16", "float32"] and asked[0] != asked[1]
+    monkeypatch.setattr(eval_report, "native_dtype", lambda stored, device: stored)
+    assert found() == asked[0]
+    monkeypatch.setattr(eval_report, "native_dtype", lambda stored, device: torch.float32)
+    assert found() == asked[1]
+    size, whole = sum(path.stat().st_size for path in folder.glob("*.safetensors")), psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: whole._replace(available=3 * size))
+    assert found() == asked[0]

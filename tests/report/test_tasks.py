@@ -156,6 +156,7 @@ def test_the_table_fits_and_shows_a_group_in_the_place_of_its_parts() -> None:
             **counts,
             same_tokens=True,
             kl=None,
+            dtype="float32",
             peak_memory_bytes=1,
             tasks=(*tasks,),  # type: ignore[arg-type]
         )
