@@ -95,6 +95,37 @@ def test_every_block_of_python_runs(page: Path, place: Path) -> None:
             exec(compile(block, page.name, "exec"), names)
 
 
+@in_full
+def test_every_row_of_what_people_want_runs(place: Path) -> None:
+    rows = re.findall(
+        r"^\| [a-z].* \| `llmprune (.*)` \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert len(rows) > 20
+    gguf = run_cli("export", MODEL, "--format", "gguf", "--output", "whole")
+    assert gguf.code == 0, gguf.stderr
+    shutil.copy(*place.glob("whole/*.gguf"), "model.gguf")
+    Path("chat.jsonl").write_text(
+        json.dumps({"prompt": "Who jumps? " * 90, "completion": "The quick fox. " * 90}) + "\n"
+    )
+    size = sum(path.stat().st_size for path in MODEL.glob("*.safetensors"))
+    small = {"MODEL": str(MODEL), "8192": "64", "32768": "64", "1M": "16k", "YOUR_NAME/pruned": "someone/pruned"}
+    small |= {
+        "4GiB": f"{size * 0.8e-3:.0f}KB",
+        "22GiB": f"{size * 0.9e-3:.0f}KB",
+        "4GiB as q4_k_m": f"{size * 0.25e-3:.0f}KB as q8_0",
+    }
+    small |= {"2": "1.05", "q4_k_m": "q8_0", "20-25": "1-2", "arc_easy,hellaswag": ""}
+    for row in rows:
+        words = [small.get(word, word) for word in shlex.split(row)]
+        if "--tasks" in words:  # which the hub has
+            continue
+        for output in (words[number + 1] for number, word in enumerate(words) if word == "-o"):
+            for folder in (output, f"{output}-gguf"):
+                shutil.rmtree(folder, ignore_errors=True)
+        run = run_cli(*words)
+        assert run.code == 0, f"{row}\n{run.stderr}"
+
+
 def test_every_make_target_that_is_promised_runs_something() -> None:
     root = ROOT
     listed = re.findall(r"^\.PHONY: (.*)$", (root / "Makefile").read_text(), re.MULTILINE)

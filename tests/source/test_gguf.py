@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from llmprune_cli.options import ModelReference
-from llmprune_cli.source.gguf import header, weights
+from llmprune_cli.source.gguf import header, reading
 from llmprune_cli.source.gguf.configuration import read_configuration
 from llmprune_cli.source.opening import open_checkpoint
 from support.checkpoints import Tensors, prune, rewrite
@@ -54,17 +54,17 @@ def test_weights_made_plain_one_by_one_are_those_that_transformers_loads(
     _, path = gguf_pair(tmp_path, family)
     streamed, whole = tmp_path / "streamed", tmp_path / "whole"
     loaded: list[Path] = []
-    original = weights.save_plain
+    original = reading.save_plain
 
     def counted(model: Any, info: Any, source: Path, target: Path) -> None:
         loaded.append(target)
         original(model, info, source, target)
 
-    monkeypatch.setattr(weights, "save_plain", counted)
+    monkeypatch.setattr(reading, "save_plain", counted)
     for folder in (streamed, whole):
         folder.mkdir()
-        weights.convert_gguf(path, None, folder)
-        monkeypatch.setattr(weights, "ONE_BY_ONE", {})
+        reading.convert_gguf(path, None, folder)
+        monkeypatch.setattr(reading, "ONE_BY_ONE", {})
     assert loaded == ([whole] if family not in LOADED_WHOLE else [streamed, whole])
     one, other = written_tensors(streamed), written_tensors(whole)
     assert one.keys() == other.keys() and {tensor.dtype for tensor in one.values()} == {torch.bfloat16}
@@ -190,11 +190,16 @@ def test_a_gguf_architecture_that_transformers_cannot_read_is_refused(tmp_path: 
 @pytest.mark.parametrize("family", GGUF_FAMILIES)
 def test_a_tokenizer_is_the_one_that_transformers_makes(tmp_path: Path, family: str) -> None:
     _, path = gguf_pair(tmp_path, family)
-    ours, theirs = weights._load_tokenizer(path), AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
+    ours, theirs = reading._load_tokenizer(path), AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
     for name, tokenizer in (("ours", ours), ("theirs", theirs)):
         tokenizer.save_pretrained(tmp_path / name)
-    files = [{file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("ours", "theirs")]
-    assert type(ours) is type(theirs) and files[0] and files[0] == files[1]
+    files = [
+        {file.name: json.loads(file.read_text()) for file in (tmp_path / name).glob("*.json")}
+        for name in ("ours", "theirs")
+    ]
+    vocabulary, added = files[1]["tokenizer.json"]["model"]["vocab"], files[1]["tokenizer.json"]["added_tokens"]
+    files[1]["tokenizer.json"]["added_tokens"] = [own for own in added if own["content"] in vocabulary]
+    assert type(ours) is type(theirs) and len(files[0]) > 1 and files[0] == files[1]
 
 
 def test_tokens_of_a_gguf_file_can_go_by_its_own_tokenizer_whatever_lies_beside_it(tmp_path: Path) -> None:
@@ -237,3 +242,21 @@ def test_a_file_of_llama_cpps_llama_is_read_back_with_its_biases(family: str, tm
     with torch.no_grad():
         one, other = (load_stock(folder).float()(ids).logits for folder in (pruned, tmp_path / "back"))
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_tokenizer_has_the_tokens_of_its_file_and_no_more(tmp_path: Path) -> None:
+    """Else one of them has no embedding, and the model fails on it."""
+    source = save_tiny(tmp_path / "model", vocab_size=BYTE_LEVEL_VOCABULARY)
+    save_byte_level(source)
+    for name, words in (("file", ("export", source)), ("again", ("export", tmp_path / "plain"))):
+        run = run_cli(*words, "--format", "gguf", "--dtype", "f32", "--no-verify", "--output", tmp_path / name)
+        assert run.code == 0, run.stderr
+        if name == "file":
+            (file,) = (tmp_path / name).glob("*.gguf")
+            run = run_cli("export", file, "--dtype", "float32", "--output", tmp_path / "plain")
+            assert run.code == 0, run.stderr
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "plain")
+    assert len(tokenizer) == BYTE_LEVEL_VOCABULARY and tokenizer.eos_token == "</s>"
+    text = "of <|endoftext|> there is none, </s>"
+    expected = AutoTokenizer.from_pretrained(source)(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == expected
