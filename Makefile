@@ -129,7 +129,7 @@ $(OLDER)/.installed:
 	touch $@
 
 check-consumers: $(CONSUMERS) $(OLDER)/.installed  ## run pruned folders through lm-eval, peft, mlx-lm and transformers 4
-	LLMPRUNE_OLDER_PYTHON=$(CURDIR)/$(OLDER)/bin/python $(BIN)/python -m pytest tests/end_to_end/models/test_consumers.py tests/end_to_end/models/test_older_transformers.py tests/heal/test_recover.py tests/report/test_tasks.py
+	LLMPRUNE_OLDER_PYTHON=$(CURDIR)/$(OLDER)/bin/python $(BIN)/python -m pytest tests/end_to_end/models/test_consumers.py tests/end_to_end/models/test_older_transformers.py tests/heal/test_adapters.py tests/heal/test_recover.py tests/report/test_tasks.py
 
 check-gpu: $(INSTALLED)  ## the calibrated path on a CUDA device; skipped, with the reason, where there is none
 	$(BIN)/python -m pytest -n0 -rs tests/end_to_end/test_gpu.py

@@ -26,8 +26,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOLERANCE = 1e-4  # relative; RoPE, softmax and norms run in float32 inside a float64 model
+OTHERS = "Prune other widths."
+ONLY_LAST = "What a layer computes follows its number here, so that only the last layers can go (--drop-layers)."
 
 Prune = Callable[[Path, Path, Trace, Architecture, Target], Keep]
+
+
+class DifferingError(UnsupportedError):
+    """A pruned twin answers otherwise than the dense one without the same units."""
 
 
 def prove_target(subject: Subject, target: Target, prune: Prune) -> None:
@@ -49,6 +55,31 @@ def prove_target(subject: Subject, target: Target, prune: Prune) -> None:
 def prove(
     architecture: Architecture, traced: Trace, changed: tuple[str, ...], prune: Prune, renumbers: bool = True
 ) -> None:
+    """Do what `compare` does, and where the two differ, find out what would hold instead.
+
+    Raises:
+        UnsupportedError: the proof does not hold, with the tensor, axis or width to blame, and what to do.
+    """
+    try:
+        compare(architecture, traced, changed, prune, renumbers)
+    except DifferingError as error:
+        if renumbers and Width.LAYERS in changed and _holds(architecture, traced, changed, prune):
+            raise UnsupportedError(f"{error} {ONLY_LAST}") from error
+        raise UnsupportedError(f"{error} {OTHERS}") from error
+
+
+def _holds(architecture: Architecture, traced: Trace, changed: tuple[str, ...], prune: Prune) -> bool:
+    """Whether the same is proven if layers go from the end."""
+    try:
+        compare(architecture, traced, changed, prune, False)
+    except UnsupportedError:
+        return False
+    return True
+
+
+def compare(
+    architecture: Architecture, traced: Trace, changed: tuple[str, ...], prune: Prune, renumbers: bool = True
+) -> None:
     """Prune a twin of other sizes for real and hold the result against a dense model without the same units.
 
     The pruned twin must load through stock `AutoModelForCausalLM` with no missing, unexpected or mismatched key, and
@@ -62,7 +93,8 @@ def prove(
         renumbers: whether layers that stay get other numbers, since one goes before them.
 
     Raises:
-        UnsupportedError: the proof does not hold, with the tensor, axis or width to blame.
+        DifferingError: the logits are others.
+        UnsupportedError: it does not come to that, with the tensor, axis or width to blame.
     """
     if not changed:
         return
@@ -85,14 +117,13 @@ def prove(
         whole, part = (load_stock(folder, twin) for folder in (dense, pruned))
     difference, way = differ(answer_without(whole, part, twin.tokens, kept), answer(part, twin.tokens))
     if not difference <= TOLERANCE:
-        raise UnsupportedError(
+        raise DifferingError(
             f"The twin proof fails for {architecture.config.model_type}: pruning {', '.join(changed)} changes the "
-            f"logits by {difference:.1e} of their size {way}, where the removed units are not read. "
-            f"{_advice(architecture, traced, changed, prune, renumbers)}"
+            f"logits by {difference:.1e} of their size {way}, where the removed units are not read."
         )
     kinds = twin.architecture.layer_kinds
     if {kinds[layer] for layer in target.layers} != {*kinds}:  # the only layer of its kind went, and was not proven
-        prove(architecture, traced, tuple(width for width in changed if width != Width.LAYERS), prune)
+        compare(architecture, traced, tuple(width for width in changed if width != Width.LAYERS), prune)
 
 
 def _check_logits(twin: Twin) -> None:
@@ -107,17 +138,6 @@ def _check_logits(twin: Twin) -> None:
         raise
     except Exception:  # families fail in their own ways
         return
-
-
-def _advice(architecture: Architecture, traced: Trace, changed: tuple[str, ...], prune: Prune, renumbers: bool) -> str:
-    """What to do where the proof does not hold."""
-    if not renumbers or "num_hidden_layers" not in changed:
-        return "Prune other widths."
-    try:
-        prove(architecture, traced, changed, prune, False)
-    except UnsupportedError:
-        return "Prune other widths."
-    return "What a layer computes follows its number here, so that only the last layers can go (--drop-layers)."
 
 
 def half_of(architecture: Architecture, changed: tuple[str, ...], renumbers: bool = True) -> Target:

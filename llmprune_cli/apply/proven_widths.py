@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from llmprune_cli.apply.proof import prove, prove_target
+from llmprune_cli.apply.proof import OTHERS, DifferingError, compare, prove_target
 from llmprune_cli.apply.pruned_folder import prune_twin
-from llmprune_cli.apply.second_opinion import hold_against_torch_pruning
+from llmprune_cli.apply.second_opinion import disagreements, hold_against_torch_pruning
 from llmprune_cli.coupling.subject import Subject, known_architecture
 from llmprune_cli.coupling.twin import NoLogitsError, one_thread
 from llmprune_cli.errors import LlmpruneError, UnsupportedError
@@ -74,11 +74,16 @@ def find_unproven(subject: Subject) -> dict[str, str]:
         NoLogitsError: a small model of this configuration gives nothing that could be compared.
     """
     parts = _parts(subject)
-    if _why_not(subject, tuple(width for part in parts for width in part)) is None:
+    offered = tuple(width for part in parts for width in part)
+    try:
+        disputed = disagreements(subject.architecture, subject.trace.limited_to(offered))
+    except LlmpruneError as error:
+        return dict.fromkeys(offered, str(error).rstrip("."))
+    if not disputed and _why_not(subject, offered) is None:
         return {}
     reasons: dict[str, str] = {}
     for part in parts:
-        reason = _why_not(subject, part)
+        reason = next((disputed[width] for width in part if width in disputed), None) or _why_not(subject, part)
         if reason is not None:
             reasons |= dict.fromkeys(part, reason.rstrip("."))
     return reasons
@@ -99,23 +104,19 @@ def _parts(subject: Subject) -> list[tuple[str, ...]]:
 def _why_not(subject: Subject, widths: tuple[str, ...]) -> str | None:
     """Why a change of these widths is not proven; None where it is."""
     try:
-        hold_against_torch_pruning(subject.architecture, subject.trace.limited_to(widths))
-    except LlmpruneError as error:
-        return str(error)
-    try:
-        prove(subject.architecture, subject.trace, widths, prune_twin)
+        compare(subject.architecture, subject.trace, widths, prune_twin)
     except NoLogitsError:
         raise
     except LlmpruneError as error:
         if Width.LAYERS not in widths or not _last_layers_go(subject, widths):
-            return str(error)
+            return f"{error} {OTHERS}" if isinstance(error, DifferingError) else str(error)
     return None
 
 
 def _last_layers_go(subject: Subject, widths: tuple[str, ...]) -> bool:
     """Whether layers can go from the end, so that none that stays gets another number."""
     try:
-        prove(subject.architecture, subject.trace, widths, prune_twin, False)
+        compare(subject.architecture, subject.trace, widths, prune_twin, False)
     except LlmpruneError:
         return False
     return True

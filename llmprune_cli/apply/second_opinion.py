@@ -31,21 +31,39 @@ def hold_against_torch_pruning(architecture: Architecture, traced: Trace) -> int
     Raises:
         UnsupportedError: the two couple different tensors or indices.
     """
-    twin = build_twin(architecture, trace_sizes(architecture.config))
     compared = 0
+    for _, difference in _compared(architecture, traced):
+        if difference:
+            raise UnsupportedError(difference)
+        compared += 1
+    return compared
+
+
+def disagreements(architecture: Architecture, traced: Trace) -> dict[str, str]:
+    """The widths of which torch-pruning couples other tensors or indices than the trace, and which."""
+    found: dict[str, str] = {}
+    for width, difference in _compared(architecture, traced):
+        if difference:
+            found.setdefault(width, difference)
+    return found
+
+
+def _compared(architecture: Architecture, traced: Trace) -> Iterator[tuple[str, str]]:
+    """The width of each group that is compared, and how the two differ about it; empty where they agree."""
+    twin = build_twin(architecture, trace_sizes(architecture.config))
+    tied = bool(getattr(twin.model, "all_tied_weights_keys", None))
     for width, unit, group in _groups(twin, traced):
-        ours = _ours(twin, traced, width, unit, group)
-        tied = bool(getattr(twin.model, "all_tied_weights_keys", None))
+        ours, difference = _ours(twin, traced, width, unit, group), ""
         for place in ours.keys() | group.keys():
             # the graph knows no ties: what a module before a tied output projection makes are channels of its own to it
             is_before_tied = tied and width == Width.HIDDEN and place not in group and not split_name(place[0])[1]
             if ours.get(place) != group.get(place) and not is_before_tied:
-                raise UnsupportedError(
+                difference = (
                     f"torch-pruning and the twin disagree about {place[0]}, axis {place[1]}: of {width} {unit} "
                     f"one says {group.get(place, ())}, the other {ours.get(place, ())}. This layout is not supported."
                 )
-        compared += 1
-    return compared
+                break
+        yield width, difference
 
 
 def _groups(twin: Twin, traced: Trace) -> Iterator[tuple[str, int, dict[Place, tuple[int, ...]]]]:

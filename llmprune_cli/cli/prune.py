@@ -240,18 +240,29 @@ def _next(result: PruneResult, request: PruneRequest) -> Iterator[str]:
     """Commands that go on from here."""
     if result.output is None and result.evaluation is not None:
         return
+    from llmprune_cli.source.tokenizer import has_tokenizer
+
     if result.output is None:
         yield f"llmprune prune {_going_on(result, request)} --output pruned"
         return
     output, model = shlex.quote(result.output), shlex.quote(result.model)
-    yield f"llmprune eval {output} --compare {model}"
-    if result.recovery is None:
-        yield f"llmprune recover {output} --tokens 1M --output {shlex.quote(result.output + '-healed')}"
-    fits = any(own.runtime == "llama.cpp" and own.loads for own in result.runtimes)
-    kind = suggested_gguf() if fits and result.export is None else None
-    if kind is not None:
+    if has_tokenizer(Path(result.output)):
+        yield f"llmprune eval {output} --compare {model}"
+        if result.recovery is None:
+            yield f"llmprune recover {output} --tokens 1M --output {shlex.quote(result.output + '-healed')}"
+    kind = suggested_gguf() if result.export is None else None
+    if kind is not None and _fits_llamacpp(result, request):
         yield f"llmprune export {output} --format gguf --dtype {kind} --output {shlex.quote(result.output + '-gguf')}"
     yield f"llmprune push {output} YOUR_NAME/{shlex.quote(Path(result.output).name)}"
+
+
+def _fits_llamacpp(result: PruneResult, request: PruneRequest) -> bool:
+    """Whether what was written can be exported for llama.cpp, with its tokenizer."""
+    from llmprune_cli.formats.gguf.vocabulary import knows_tokenizer
+
+    assert result.output is not None
+    fits = any(own.runtime == "llama.cpp" and own.loads for own in result.runtimes)
+    return fits and knows_tokenizer(Path(result.output), request.model.trust_remote_code)
 
 
 def _print_candidates(console: Console, candidates: tuple[CandidateResult, ...]) -> None:

@@ -1,6 +1,6 @@
 """The commands as functions of named options: the defaults, the checks and the bytes of the command line.
 
-Nothing is printed and nothing ends the process. Warnings go to the logger `llmprune_cli`.
+Nothing is printed and nothing ends the process. Warnings go to the logger `llmprune_cli`. A call loads what it needs.
 """
 
 from __future__ import annotations
@@ -12,27 +12,14 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
-from transformers.utils import logging as transformers_logging
 
-from llmprune_cli.commands import evaluate as evaluating
-from llmprune_cli.commands import export as exporting
 from llmprune_cli.commands import inspect as inspecting
-from llmprune_cli.commands.delivery import deliver
-from llmprune_cli.commands.inspect import sensitivity as measuring
 from llmprune_cli.commands.inspect.request import LEFT_OUT as NOT_MEASURED
 from llmprune_cli.commands.inspect.request import Measured, check_inspect
 from llmprune_cli.commands.named_options import NamedOption, make, options_of, refuse_unknown
 from llmprune_cli.commands.recipe import read_recipe
-from llmprune_cli.commands.recover import recovery
 from llmprune_cli.commands.recover.request import RecoverRequest, check_recover
-from llmprune_cli.commands.requests import (
-    PRUNE_PARTS,
-    PruneRequest,
-    check_eval,
-    check_export,
-    check_prune,
-)
-from llmprune_cli.commands.sweep import curve as sweeping
+from llmprune_cli.commands.requests import PRUNE_PARTS, PruneRequest, check_eval, check_export, check_prune
 from llmprune_cli.commands.sweep.request import LEFT_OUT, Sweep, check_sweep
 from llmprune_cli.errors import UsageError, memory_explained
 from llmprune_cli.formats.request import Conversion
@@ -106,6 +93,8 @@ def inspect(
     check_inspect(reference, measured, verify, sensitivity)
     with _at_work():
         if sensitivity:
+            from llmprune_cli.commands.inspect import sensitivity as measuring
+
             return measuring.sensitivity(reference, measured, Listener(progress))
         if verify:
             return inspecting.verify_folder(Path(name))
@@ -144,6 +133,8 @@ def prune(
     request = PruneRequest(_reference(name, given), choice, text, delivery, scratch, judge, vocabulary)
     check_prune(request)
     with _at_work():
+        from llmprune_cli.commands.delivery import deliver
+
         return deliver(request, Listener(progress))
 
 
@@ -173,6 +164,8 @@ def sweep(
     reference, asked = _reference(name, given), make(Sweep, given)
     check_sweep(reference, asked)
     with _at_work():
+        from llmprune_cli.commands.sweep import curve as sweeping
+
         return sweeping.sweep(reference, asked, Listener(progress))
 
 
@@ -204,6 +197,8 @@ def recover(
     request = RecoverRequest(_reference(name, given), healing, teaching, delivery)
     check_recover(request)
     with _at_work():
+        from llmprune_cli.commands.recover import recovery
+
         return recovery.recover(request, Listener(progress))
 
 
@@ -238,6 +233,8 @@ def evaluate(
     evaluation, asked = make(Evaluation, given), make(TaskRequest, given)
     check_eval([reference, *others], evaluation, asked.tasks)
     with _at_work():
+        from llmprune_cli.commands import evaluate as evaluating
+
         return evaluating.evaluate(reference, others, evaluation, Listener(progress), asked)
 
 
@@ -273,6 +270,8 @@ def export(
     overwrite = overwrite or bool(given.get("overwrite"))
     check_export(reference, Path(target), overwrite, conversion)
     with _at_work():
+        from llmprune_cli.commands import export as exporting
+
         return exporting.export(reference, Path(target), overwrite, conversion, Listener(progress))
 
 
@@ -336,6 +335,8 @@ def _reference(name: str, given: dict[str, Any]) -> ModelReference:
 @contextmanager
 def _at_work() -> Iterator[None]:
     """Keep libraries from drawing progress bars, and say so where memory runs out."""
+    from transformers.utils import logging as transformers_logging
+
     drew = transformers_logging.is_progress_bar_enabled()
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()

@@ -7,7 +7,7 @@ import shlex
 import tomllib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -17,8 +17,10 @@ from llmprune_cli.errors import CheckpointError, UsageError
 from llmprune_cli.folder.documents import read_json, replace_file
 from llmprune_cli.folder.manifest import MANIFEST_NAME
 from llmprune_cli.options import Choice, Delivery, ModelReference, Text
-from llmprune_cli.run.calibration import CalibrationText
 from llmprune_cli.vocabulary.request import VocabularyRequest
+
+if TYPE_CHECKING:
+    from llmprune_cli.run.calibration import CalibrationText
 
 MOST_BYTES = 2**20
 RECIPE_KINDS = (ModelReference, Choice, Text, Delivery, VocabularyRequest)

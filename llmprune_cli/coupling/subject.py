@@ -38,9 +38,8 @@ class Subject:
 
     @property
     def surroundings(self) -> tuple[TensorEntry, ...]:
-        """The tensors that go with the language model as they are."""
-        whole = self.checkpoint.whole
-        return whole.entries if whole is not None else ()
+        """See `Checkpoint.surroundings`."""
+        return self.checkpoint.surroundings
 
     def require(self, widths: Widths) -> None:
         """Make sure that this family can be pruned to these widths.

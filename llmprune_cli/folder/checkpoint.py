@@ -65,6 +65,11 @@ class Checkpoint:
         return self.around if self.around is not None and self.around.is_written else None
 
     @property
+    def surroundings(self) -> tuple[TensorEntry, ...]:
+        """The tensors that go with the language model as they are."""
+        return self.whole.entries if self.whole is not None else ()
+
+    @property
     def parameter_count(self) -> int:
         """Number of stored parameters (a tied tensor counts once)."""
         return sum(entry.numel for entry in self.entries)

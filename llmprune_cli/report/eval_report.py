@@ -196,6 +196,7 @@ def _window_tokens(checkpoint: Checkpoint, options: Evaluation, listener: Listen
 def _eval_result(
     checkpoint: Checkpoint, state: RunningPerplexity, text: EvalText, bits: float, peak: int, dtype: str
 ) -> EvalResult:
+    entries = (*checkpoint.entries, *checkpoint.surroundings)
     return EvalResult(
         model=checkpoint.source,
         perplexity=state.perplexity,
@@ -210,7 +211,7 @@ def _eval_result(
         seconds=state.seconds,
         tokens_per_second=state.tokens / max(state.seconds, 1e-9),
         peak_memory_bytes=peak,
-        parameters=checkpoint.parameter_count,
-        size_bytes=checkpoint.size_bytes,
+        parameters=sum(entry.numel for entry in entries),
+        size_bytes=sum(entry.size_bytes for entry in entries),
         dtype=dtype,
     )

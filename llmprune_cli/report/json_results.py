@@ -111,8 +111,8 @@ class EvalResult:
     seconds: float
     tokens_per_second: float
     peak_memory_bytes: int  # of this process, on CUDA of the device
-    parameters: int
-    size_bytes: int
+    parameters: int  # of all that is stored, of a multimodal model as well
+    size_bytes: int  # of these
     dtype: str  # that it was evaluated in
     tasks: tuple[TaskResult, ...] = ()  # what it answered
 

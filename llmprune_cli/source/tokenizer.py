@@ -38,7 +38,15 @@ PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_prepro
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer.
+    """The checkpoint's tokenizer, see `read_tokenizer`."""
+    return read_tokenizer(checkpoint.companions, checkpoint.source, checkpoint.trust_remote_code)
+
+
+def read_tokenizer(folder: Path, source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder.
+
+    Args:
+        source: what the folder is called in messages.
 
     Raises:
         CheckpointError: there is none, or one of absurd size.
@@ -47,23 +55,28 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     for name in COMPANIONS:
-        _check_size(checkpoint.companions / name)
+        _check_size(folder / name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.companions, trust_remote_code=checkpoint.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers of every kind raise every kind
-        if (checkpoint.companions / SENTENCEPIECE).is_file() and missing_packages():
-            refuse_without_packages(checkpoint.source)
-        if not any((checkpoint.companions / name).is_file() for name in OF_TOKENIZERS):
+        if (folder / SENTENCEPIECE).is_file() and missing_packages():
+            refuse_without_packages(source)
+        if not has_tokenizer(folder):
             raise CheckpointError(
-                f"{checkpoint.source} has no tokenizer, which this needs. Put the model's own beside its weights "
+                f"{source} has no tokenizer, which this needs. Put the model's own beside its weights "
                 "(tokenizer.json and tokenizer_config.json)."
             ) from error
         raise CheckpointError(
-            f"{checkpoint.source} has no usable tokenizer, which this needs: transformers cannot load its own "
+            f"{source} has no usable tokenizer, which this needs: transformers cannot load its own "
             f"({first_line(error).rstrip('.')}). Download its files again."
         ) from error
     result: PreTrainedTokenizerBase = tokenizer
     return result
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has any file of a tokenizer."""
+    return any((folder / name).is_file() for name in OF_TOKENIZERS)
 
 
 def warn_of_other_splitting(

@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from llmprune_cli.apply import proof, proven_widths
+from llmprune_cli.coupling.subject import understand
+from llmprune_cli.options import ModelReference
+from llmprune_cli.source.opening import open_checkpoint
 from support.cli import BY_CHANCE, BY_MAGNITUDE, run_cli
 from support.full import examples, in_full
 from support.stock import load_stock
@@ -32,6 +37,23 @@ def test_one_ratio_leaves_whole_what_is_not_proven_and_says_so(make_tiny: Callab
     assert (config.hidden_size, config.num_attention_heads, config.intermediate_size) == (64, 4, 24)
     run = run_cli("prune", folder, *BY_MAGNITUDE, "--hidden-size", "32", "--output", tmp_path / "alone")
     assert run.code == 5 and "cannot be pruned in hidden_size: The twin proof fails" in run.stderr
+
+
+def test_no_two_twins_are_compared_in_the_same_widths(
+    make_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    compare = proof.compare
+
+    def counted(*arguments: Any) -> None:
+        asked.append(repr(arguments[2:3] + arguments[4:]))
+        compare(*arguments)
+
+    for module in (proof, proven_widths):
+        monkeypatch.setattr(module, "compare", counted)
+    with open_checkpoint(ModelReference(str(make_tiny("minicpm3", **MINICPM))), need_weights=False) as checkpoint:
+        assert proven_widths.find_unproven(understand(checkpoint)).keys() == {"hidden_size"}
+    assert len(asked) == len({*asked}) == 6  # all, all with the last layers, and four parts
 
 
 def test_heads_whose_number_gives_the_bias_of_positions_are_not_offered(make_tiny: Callable[..., Path]) -> None:

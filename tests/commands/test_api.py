@@ -121,12 +121,16 @@ def test_functions_show_what_they_take() -> None:
     assert all(getattr(llmprune_cli, name) for name in llmprune_cli.__all__)
 
 
-def test_the_name_of_a_stage_does_not_hide_a_function_and_a_prune_loads_no_trainer() -> None:
-    """Stages are folders of the package, whose names Python sets on it when they are imported."""
-    script = "import sys, llmprune_cli.commands.delivery\n"
-    script += "assert not {'datasets', 'transformers.trainer'} & set(sys.modules), 'takes a second'\n"
-    script += "from llmprune_cli import evaluate, export, inspect, prune\n"
-    script += "assert all(map(callable, (evaluate, export, inspect, prune)))"
+def test_functions_load_what_they_need_and_a_prune_loads_no_trainer(tiny_llama: Path) -> None:
+    """And names of stages, which Python sets on the package when they are imported, hide none of them."""
+    script = (
+        "import sys\nfrom llmprune_cli import evaluate, export, inspect, prune, recover, sweep\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules), 'takes seconds'\n"
+        f"prune({str(tiny_llama)!r}, intermediate_size=24, importance='magnitude', refit='none', dry_run=True)\n"
+        "assert not {'datasets', 'transformers.trainer'} & set(sys.modules), 'takes a second'\n"
+        "from llmprune_cli import evaluate, export, inspect, prune, recover, sweep\n"
+        "assert all(map(callable, (evaluate, export, inspect, prune, recover, sweep)))"
+    )
     subprocess.run([sys.executable, "-c", script], check=True)
 
 

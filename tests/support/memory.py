@@ -46,7 +46,8 @@ def share_findings(patched: pytest.MonkeyPatch) -> None:
         (subject, "trace"),
         (proof, "prove"),
         (proof, "check_kept_layers"),
-        (proven_widths, "prove"),
+        (proven_widths, "compare"),
+        (proven_widths, "disagreements"),
         (proven_widths, "hold_against_torch_pruning"),
     ):
         patched.setattr(module, name, remembering(getattr(module, name)))

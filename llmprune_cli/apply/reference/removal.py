@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,14 +96,16 @@ def answer_without(dense: PreTrainedModel, pruned: PreTrainedModel, tokens: torc
         return answer(dense, tokens)
 
 
-def _routers_of_kept(dense: PreTrainedModel, kept: Kept) -> Products:
+def _routers_of_kept(dense: PreTrainedModel, kept: Kept) -> AbstractContextManager[object]:
     """While active, routers give removed experts a score that no token picks, whatever the norm before them.
 
     In a norm that takes the mean away the sum over the channels, which `silence_removed` relies on, has no sign.
     """
+    if Width.EXPERTS not in kept.keep:
+        return nullcontext()
 
     def score(product: Product) -> torch.Tensor | None:
-        chosen = kept.keep.get(Width.EXPERTS, {}).get(Instance(split_name(product.parameter)[1][0]))
+        chosen = kept.keep[Width.EXPERTS].get(Instance(split_name(product.parameter)[1][0]))
         if chosen is None or product.result.shape[-1] != kept.before.num_experts:
             return None
         gone = torch.ones(kept.before.num_experts, dtype=torch.bool)

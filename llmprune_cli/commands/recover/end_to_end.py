@@ -17,7 +17,7 @@ from llmprune_cli.heal.figures import HeldOut, RateTrial
 from llmprune_cli.heal.healed_folder import write_healed
 from llmprune_cli.heal.judging import judge
 from llmprune_cli.heal.loss import Student
-from llmprune_cli.heal.student import load_trained, stored_tensors
+from llmprune_cli.heal.student import TrainedModel, load_trained, stored_tensors
 from llmprune_cli.heal.teacher import Teacher
 from llmprune_cli.heal.training.learning_rate import search_learning_rates
 from llmprune_cli.heal.training.trainer import Lesson, train
@@ -31,6 +31,8 @@ from llmprune_cli.sizes import parse_size
 from llmprune_cli.source.full_model import load_model
 from llmprune_cli.source.opening import open_checkpoint
 
+LITTLE = 0.01  # of the weights of the layers
+
 
 def heal(task: Task, claim: Claim | None, started: float, stack: ExitStack) -> RecoverResult | None:
     """Train, write and judge; None in processes that do not report."""
@@ -39,13 +41,14 @@ def heal(task: Task, claim: Claim | None, started: float, stack: ExitStack) -> R
     if claim is not None:
         folder = stack.enter_context(kept_folder(claim, task.key(), request.delivery.resume, may_go_on=True))
     trained = load_trained(task.pruned, task.device, healing)
+    _say_bare(task, trained)
     check_room(task, trained, folder)
     mode, teacher = choose_teacher(task, trained, folder)
     student = Student(trained.model, healing.loss, healing.temperature, task.compute, healing.hidden_weight)
     lesson = Lesson(healing, teacher, task.text, task.learning_rate(()), task.processes, task.listener)
     trials = _try_rates(task, student, lesson, folder) if healing.learning_rate == "auto" else ()
     lesson = replace(lesson, learning_rate=task.learning_rate(trials))
-    training, count = train(student, lesson, folder), trained.trained
+    training, count = train(student, lesson, folder), trained.trained - _say_idle(task, trained)
     model = trained.merged()
     if claim is None:
         return None
@@ -60,6 +63,27 @@ def heal(task: Task, claim: Claim | None, started: float, stack: ExitStack) -> R
         after = _judge_written(task, teacher, staging)
         outcome = Outcome(training, after, mode, count, lesson.learning_rate, peak, trials)
         return deliver(task, outcome, started, staging, checksums)
+
+
+def _say_bare(task: Task, trained: TrainedModel) -> None:
+    """Warn of much that could be trained, but not beside adapters."""
+    own = trained.adapters
+    if task.processes.is_first and own is not None and own.bare_share > LITTLE:
+        task.listener.warn(
+            f"--lora puts no adapters beside {len(own.bare)} tensors, such as {own.bare[0]}: they stay as they are, "
+            f"{own.bare_share:.0%} of the weights of the layers. Without --lora they are trained."
+        )
+
+
+def _say_idle(task: Task, trained: TrainedModel) -> int:
+    """Warn of adapters that learned nothing; how many numbers they have."""
+    idle = {} if trained.adapters is None else trained.adapters.idle()
+    if task.processes.is_first and idle:
+        task.listener.warn(
+            f"The adapters of {len(idle)} matrices learned nothing, such as those of {next(iter(idle))}: no gradient "
+            "reaches them. These matrices stay as they are."
+        )
+    return sum(idle.values())
 
 
 def _try_rates(task: Task, student: Student, lesson: Lesson, folder: Path) -> tuple[RateTrial, ...]:

@@ -206,7 +206,8 @@ def choose_teacher(task: Task, trained: TrainedModel, folder: Path) -> tuple[str
     dtype = stored if native_dtype(stored, torch.device(task.device)) == stored else torch.float32
     mode = teaching.teacher_mode
     if mode == "auto":
-        size_bytes = dtype.itemsize * task.teacher.parameter_count + BYTES_PER_WEIGHT * trained.trained
+        training_bytes = BYTES_PER_WEIGHT * trained.trained + trained.summed_bytes
+        size_bytes = dtype.itemsize * task.teacher.parameter_count + training_bytes
         is_small = size_bytes < MOST_OF_MEMORY * _free_memory(task.device, task.processes)
         is_small = teaching.teacher_cache is None and is_small
         mode = task.processes.broadcast("resident" if is_small else "streamed")  # the same for all

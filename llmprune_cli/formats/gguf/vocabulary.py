@@ -7,11 +7,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune_cli.errors import CheckpointError, UnsupportedError
+from llmprune_cli.errors import CheckpointError, LlmpruneError, UnsupportedError
 from llmprune_cli.folder.checkpoint import Checkpoint
-from llmprune_cli.source.tokenizer import load_tokenizer
+from llmprune_cli.source.tokenizer import load_tokenizer, read_tokenizer
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -58,6 +59,7 @@ BY_RULE: Mapping[tuple[tuple[str, ...], bool], str] = {
     ((WORDS + r"\p{N}{1,3}" + REST, "bytes"), False): "dbrx",
     ((WORDS + r"\p{N}" + REST, "bytes"), False): "qwen2",
 }
+DEFAULT = "default"  # SentencePiece's
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 SPACE = "▁"
 UNREACHABLE = -10000.0  # score of a token that no merge makes
@@ -119,25 +121,49 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary
     Raises:
         CheckpointError, UnsupportedError: see `add_vocabulary`.
     """
+    described, pre_tokenizer = _recognized(tokenizer, size)
+    by_id = {number: token for token, number in tokenizer.get_vocab().items()}
+    pieces = pre_tokenizer == DEFAULT
+    rows = [_token(by_id.get(number), number, tokenizer, pieces) for number in range(size)]
+    tokens, types = tuple(text for text, _ in rows), tuple(kind for _, kind in rows)
+    if not pieces:
+        return Vocabulary("gpt2", pre_tokenizer, tokens, types)
+    scores = _scores(described["model"], by_id, size)
+    return Vocabulary("llama", pre_tokenizer, tokens, types, scores, _space_prefix(described))
+
+
+def knows_tokenizer(folder: Path, trust_remote_code: bool) -> bool:
+    """Whether the tokenizer of a model folder can be written: a quick look, without its tokens."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = read_tokenizer(folder, str(folder), trust_remote_code)
+        _recognized(tokenizer, int(config.get_text_config().vocab_size))
+    except LlmpruneError:
+        return False
+    return True
+
+
+def _recognized(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[Mapping[str, Any], str]:
+    """What a fast tokenizer says of itself, and llama.cpp's name for how it splits text.
+
+    Raises:
+        CheckpointError, UnsupportedError: see `add_vocabulary`.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     described = json.loads(backend.to_str()) if backend is not None else {"model": {}}
     model = described["model"]
     if model.get("type") != "BPE":
         raise _refused(f"a tokenizer of the kind {model.get('type') or type(tokenizer).__name__}")
-    ids = tokenizer.get_vocab()
-    if max(ids.values()) >= size:
-        raise CheckpointError(f"The tokenizer has {max(ids.values()) + 1} tokens and the model {size} embeddings.")
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= size:
+        raise CheckpointError(f"The tokenizer has {highest + 1} tokens and the model {size} embeddings.")
     pieces = model.get("byte_fallback") and "<0x0A>" in model["vocab"]
     for step in _steps(described["normalizer"], "normalizers"):
         if step["type"] not in (("Prepend", "Replace") if pieces else ("NFC",)):
             raise _refused(f"this tokenizer's way of normalizing text ({step['type']})")
-    pre_tokenizer = "default" if pieces else name_pre_tokenizer(tokenizer, described)
-    by_id = {number: token for token, number in ids.items()}
-    rows = [_token(by_id.get(number), number, tokenizer, bool(pieces)) for number in range(size)]
-    tokens, types = tuple(text for text, _ in rows), tuple(kind for _, kind in rows)
-    if not pieces:
-        return Vocabulary("gpt2", pre_tokenizer, tokens, types)
-    return Vocabulary("llama", pre_tokenizer, tokens, types, _scores(model, by_id, size), _space_prefix(described))
+    return described, DEFAULT if pieces else name_pre_tokenizer(tokenizer, described)
 
 
 def _token(token: str | None, number: int, tokenizer: PreTrainedTokenizerBase, pieces: bool) -> tuple[str, int]:

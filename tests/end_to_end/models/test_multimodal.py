@@ -210,6 +210,23 @@ def test_the_parts_that_see_are_the_same_bytes(tmp_path: Path) -> None:
     assert verified.code == 0, verified.stderr
 
 
+def test_every_table_counts_all_that_is_stored(tmp_path: Path) -> None:
+    source = save_multimodal(tmp_path / "source", "llava")
+    pruned = ("--intermediate-size", 24, "--output", tmp_path / "out", "--json")
+    said = run_cli("prune", source, *BY_MAGNITUDE, *pruned)
+    (tmp_path / "text.txt").write_text(Path(__file__).read_text())
+    text = ("--dataset", tmp_path / "text.txt", "--max-seq-len", 32, "--limit", 2)
+    judged = run_cli("eval", tmp_path / "out", "--compare", source, *text, "--json")
+    assert said.code == judged.code == 0, said.stderr + judged.stderr
+    shown = [json.loads(said.stdout)[side] for side in ("after", "before")]
+    stored = [
+        sum(t.numel() for p in f.glob("*.safetensors") for t in load_file(p).values())
+        for f in (tmp_path / "out", source)
+    ]
+    counted = [(own["parameters"], own["size_bytes"]) for own in json.loads(judged.stdout)["results"]]
+    assert counted == [(own["parameters"], own["size_bytes"]) for own in shown] == [(own, 4 * own) for own in stored]
+
+
 @pytest.mark.parametrize("family", examples(FAMILIES, ["qwen2_5_vl"]))
 def test_a_multimodal_model_says_to_an_image_the_same_in_fewer_tokens(family: str, tmp_path: Path) -> None:
     source, out, plan = save_multimodal(tmp_path / "source", family, LAST), tmp_path / "out", tmp_path / "plan.json"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -14,6 +13,7 @@ from llmprune_cli.family.skeleton import build_skeleton, on_disk
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.tensors import split_name
 from llmprune_cli.heal.options import Healing
+from llmprune_cli.heal.student.adapters import Adapters, adapt
 from llmprune_cli.source.full_model import load_model
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 # In names of classes: what lets tokens see each other.
 MIXERS = ("attention", "mixer", "mamba", "conv", "deltanet", "recurrentblock", "lstmlayer")
-SCALE = 2  # of adapters: alpha by rank
 
 
 def check_packages(healing: Healing) -> None:
@@ -40,16 +39,23 @@ class TrainedModel:
     """A model some of whose weights are trained."""
 
     model: PreTrainedModel  # adapters, if there are any, are parts of its modules
-    adapted: Any = None  # peft's wrapping of it; None without adapters
+    adapters: Adapters | None = None
 
     @property
     def trained(self) -> int:
         """How many numbers are trained."""
         return sum(own.numel() for own in self.model.parameters() if own.requires_grad)
 
+    @property
+    def summed_bytes(self) -> int:
+        """What each step adds adapters to, as far as that is formed before it is multiplied with."""
+        return 0 if self.adapters is None else self.adapters.summed_bytes
+
     def merged(self) -> PreTrainedModel:
         """The model without adapters: they are added to what they adapt."""
-        return self.model if self.adapted is None else self.adapted.merge_and_unload()
+        if self.adapters is not None:
+            self.adapters.merge()
+        return self.model
 
 
 def load_trained(checkpoint: Checkpoint, device: str, healing: Healing) -> TrainedModel:
@@ -67,7 +73,7 @@ def load_trained(checkpoint: Checkpoint, device: str, healing: Healing) -> Train
     if not names:
         raise UnsupportedError(f"{checkpoint.config.model_type} has no weights that --train {healing.train} names.")
     if healing.lora is not None:
-        return _adapted(model, names, healing.lora)
+        return TrainedModel(model, adapt(model, names, healing.lora))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
     return TrainedModel(model)
@@ -110,25 +116,6 @@ def _part_of(model: nn.Module, name: str) -> str:
     kinds = [type(own).__name__.lower() for own in modules if not isinstance(own, Conv1D)]  # which is a linear layer
     kinds = [kind for kind in kinds if "decoderlayer" not in kind]  # named after its mixer, and has an MLP as well
     return "attention" if any(mixer in kind for kind in kinds for mixer in MIXERS) else "mlp"
-
-
-def _adapted(model: PreTrainedModel, names: set[str], rank: int) -> TrainedModel:
-    """With adapters beside every matrix of the decoder layers among the parameters of these names."""
-    from peft import LoraConfig, get_peft_model
-    from transformers.pytorch_utils import Conv1D
-
-    matrices = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and f"{name}.weight" in names and split_name(name)[1]
-    ]
-    if not matrices:
-        raise UnsupportedError(f"{model.config.model_type} has no matrices for --lora. Leave it out.")
-    config = LoraConfig(r=rank, lora_alpha=SCALE * rank, lora_dropout=0.0, target_modules=matrices)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # it asks transformers by older names
-        adapted = get_peft_model(model, config)
-    return TrainedModel(adapted.get_base_model(), adapted)
 
 
 def stored_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
