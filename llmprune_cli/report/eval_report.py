@@ -28,7 +28,7 @@ from llmprune_cli.run.perplexity import (
 from llmprune_cli.run.questions.figures import TaskResult
 from llmprune_cli.run.questions.tasks import Tasks, ask
 from llmprune_cli.source.full_model import load_model, own_device, pick_device
-from llmprune_cli.source.tokenizer import load_tokenizer, warn_of_other_splitting
+from llmprune_cli.source.tokenizer import load_tokenizer, warn_of_other_reading
 from llmprune_cli.text.names import KNOWN
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def prepare_text(
         options = replace(options, max_seq_len=first.windows.shape[1])
     pick_device(device)
     tokenizer = load_tokenizer(checkpoint)
-    warn_of_other_splitting(checkpoint, tokenizer, listener.warn)
+    warn_of_other_reading(checkpoint, tokenizer, listener.warn)
     column = None if options.dataset in KNOWN else options.text_column
     corpus = load_corpus(options.dataset, options.split, column, tokenizer)
     window = _window_tokens(checkpoint, options, listener)

@@ -41,6 +41,7 @@ def runtime_fits(config: PretrainedConfig) -> tuple[RuntimeFit, ...]:
         "OpenVINO": _fit_openvino(config),
         "mlx-lm": _fit_mlx(config),
         "bitsandbytes NF4 on AVX-512": _fit_nf4(config),
+        "bitsandbytes, torchao, quanto": _fit_quantizers(config),
     }
     found |= {name: fit for name, fit in others.items() if fit.note}
     return tuple(RuntimeFit(name, fit.loads, fit.note) for name, fit in found.items())
@@ -105,6 +106,12 @@ def _fit_nf4(config: PretrainedConfig) -> Fit:
         if isinstance(size, int) and size % NF4_INPUTS:
             return Fit(False, f"{size} {what} are no multiple of {NF4_INPUTS}; --round-to {NF4_INPUTS} gives one")
     return Fit(loads=True)
+
+
+def _fit_quantizers(config: PretrainedConfig) -> Fit:
+    """What they leave as it is: transformers 5 stacks experts, and they quantize Linear layers alone."""
+    experts = read_widths(config).num_experts
+    return Fit(loads=True, note="they leave its experts in 16 bits, without a word" if experts else "")
 
 
 def _fit_mlx(config: PretrainedConfig) -> Fit:

@@ -14,6 +14,7 @@ from llmprune_cli.startup.model_argument import SENTENCEPIECE, missing_packages,
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 MOST_COMPANION_BYTES = 2**28  # the largest tokenizers have 35 MB
@@ -79,19 +80,38 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in OF_TOKENIZERS)
 
 
-def warn_of_other_splitting(
-    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, warn: Callable[[str], None]
-) -> None:
-    """Warn where the class that the tokenizer names splits text otherwise than its `tokenizer.json` says."""
+def reader_of(document: str) -> Tokenizer:
+    """What reads whole texts as a `tokenizer.json` says, which may hold the cut and the padding of its last call."""
     from tokenizers import Tokenizer
 
+    reader = Tokenizer.from_str(document)
+    reader.no_truncation()
+    reader.no_padding()
+    return reader
+
+
+def warn_of_other_reading(
+    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, warn: Callable[[str], None]
+) -> None:
+    """Warn where `tokenizer.json` says to cut texts, or to split them otherwise than transformers does."""
     path, name = checkpoint.companions / "tokenizer.json", type(tokenizer).__name__
-    if name in AS_IT_IS or not path.is_file() or not hasattr(tokenizer, "backend_tokenizer"):
+    if not path.is_file() or not hasattr(tokenizer, "backend_tokenizer"):
+        return
+    length = (tokenizer.backend_tokenizer.truncation or {}).get("max_length")
+    longest = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
+    if length and (not longest or length < longest):
+        warn(
+            f"The tokenizer.json of {checkpoint.source} cuts texts to {length:,} tokens, as it was left by a call with "
+            "truncation. They are read whole here, as transformers reads them; what reads that file alone cuts them. "
+            'Set "truncation" to null in it.'
+        )
+    if name in AS_IT_IS:
         return
     try:
-        said = Tokenizer.from_file(str(path)).encode(SPLIT_SAMPLE, add_special_tokens=False).ids
+        reader = reader_of(path.read_text(encoding="utf-8"))
     except Exception:  # a file that the library cannot read says nothing; the class could
         return
+    said = reader.encode(SPLIT_SAMPLE, add_special_tokens=False).ids
     if said != tokenizer(SPLIT_SAMPLE, add_special_tokens=False)["input_ids"]:
         warn(
             f"transformers reads the tokenizer of {checkpoint.source} as a {name}, which splits text otherwise than "

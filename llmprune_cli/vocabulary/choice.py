@@ -15,7 +15,7 @@ from llmprune_cli.folder.documents import read_json
 from llmprune_cli.run.calibration import spread_windows
 from llmprune_cli.run.divergence import check_loss, predicted
 from llmprune_cli.run.layered_model import LayeredModel
-from llmprune_cli.source.tokenizer import MOST_COMPANION_BYTES, PROCESSORS
+from llmprune_cli.source.tokenizer import MOST_COMPANION_BYTES, PROCESSORS, reader_of
 from llmprune_cli.vocabulary.numbering import named_tokens
 from llmprune_cli.vocabulary.request import read_keep_file
 from llmprune_cli.vocabulary.tokens import Tokens
@@ -134,13 +134,11 @@ def _texts_in(value: Any) -> Iterator[str]:
 
 def _of_chats(tokens: Tokens, checkpoint: Checkpoint) -> set[int]:
     """The tokens of what chat templates write themselves."""
-    from tokenizers import Tokenizer
-
     paths = (*checkpoint.companions.glob("*.jinja"), *checkpoint.companions.glob("additional_chat_templates/*.jinja"))
     templates = [path.read_text(encoding="utf-8") for path in paths]
     for settings in _settings_of(checkpoint, "tokenizer_config.json", "chat_template.json"):
         templates += _texts_in(settings.get("chat_template"))  # one, or several with their names
-    tokenizer = Tokenizer.from_file(str(checkpoint.companions / "tokenizer.json"))
+    tokenizer = reader_of((checkpoint.companions / "tokenizer.json").read_text(encoding="utf-8"))
     texts = [first or second for template in templates for first, second in LITERAL.findall(template)]
     return {number for text in texts for number in tokenizer.encode(text, add_special_tokens=False).ids}
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from llmprune_cli.source.tokenizer import reader_of
 from llmprune_cli.vocabulary.rewriting import cut_tokens
 from llmprune_cli.vocabulary.tokens import Tokens
 
@@ -31,9 +32,7 @@ def tell(tokens: Tokens, vocabularies: Sequence[Sequence[int]], windows: torch.T
         vocabularies: numbers of the tokens that each has, the largest first.
         windows: token ids, [N, T].
     """
-    from tokenizers import Tokenizer
-
-    whole = Tokenizer.from_str(json.dumps(tokens.document))
+    whole = reader_of(json.dumps(tokens.document))
     readers = [(_reader(tokens, whole, kept), kept) for kept in vocabularies]
     texts = [whole.decode(window, False) for window in windows.tolist()]
     least = [_read(*readers[-1], text)[: windows.shape[1]] for text in texts]
@@ -42,11 +41,9 @@ def tell(tokens: Tokens, vocabularies: Sequence[Sequence[int]], windows: torch.T
 
 
 def _reader(tokens: Tokens, whole: Any, kept: Sequence[int]) -> Any:
-    from tokenizers import Tokenizer
-
     if set(tokens.by_id) <= set(kept):
         return whole
-    return Tokenizer.from_str(json.dumps(cut_tokens(tokens, tuple(kept))))
+    return reader_of(json.dumps(cut_tokens(tokens, tuple(kept))))
 
 
 def _read(reader: Any, kept: Sequence[int], text: str) -> list[int]:

@@ -102,6 +102,15 @@ def test_a_runtime_without_windows_is_said_to_be_right_within_them(family: str) 
     assert "mlx-lm" not in found[1_000_000]
 
 
+def test_experts_are_said_to_stay_whole_where_transformers_quantizes() -> None:
+    found = {
+        family: {fit.runtime: fit for fit in runtime_fits(tiny_config(family))} for family in ("qwen3_moe", "qwen3")
+    }
+    runtime = "bitsandbytes, torchao, quanto"
+    assert found["qwen3_moe"][runtime].loads and "experts in 16 bits" in found["qwen3_moe"][runtime].note
+    assert runtime not in found["qwen3"]
+
+
 @pytest.mark.parametrize("family", ["mistral", "qwen3", "gpt_neox", "olmo2", "granite", "starcoder2"])
 def test_runtimes_that_were_seen_to_run_a_shape_are_not_blamed(family: str) -> None:
     config = tiny_config(family, head_dim=32, intermediate_size=1088)

@@ -41,7 +41,7 @@ from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.full_model import pick_device
 from llmprune_cli.source.own_text import Place, write_text
-from llmprune_cli.source.tokenizer import load_tokenizer, warn_of_other_splitting
+from llmprune_cli.source.tokenizer import load_tokenizer, warn_of_other_reading
 from llmprune_cli.vocabulary.request import resolve_size
 
 
@@ -241,7 +241,7 @@ def _prepare_text(request: PruneRequest, subject: Subject, listener: Listener) -
     longest = getattr(checkpoint.config, "max_position_embeddings", None)
     vocabulary = checkpoint.config.get_text_config().vocab_size
     tokenizer = load_tokenizer(checkpoint)
-    warn_of_other_splitting(checkpoint, tokenizer, listener.warn)
+    warn_of_other_reading(checkpoint, tokenizer, listener.warn)
     write = partial(write_own_text, request, subject, listener)
     text = prepare_calibration(request.text, tokenizer, vocabulary, longest, choice.seed, listener.warn, write)
     if choice.importance is None or choice.refit is None:

@@ -42,7 +42,7 @@ from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.source.full_model import load_model
 from llmprune_cli.source.opening import open_checkpoint
 from llmprune_cli.source.own_text import Place, write_text
-from llmprune_cli.source.tokenizer import load_tokenizer, warn_of_other_splitting
+from llmprune_cli.source.tokenizer import load_tokenizer, warn_of_other_reading
 
 BYTES_PER_WEIGHT = 16  # that is trained: itself, its gradient, and two moments of that, in float32
 FROM_PRUNING = 100_000  # added to the seed of a text that the teacher writes, for `prune` calibrates on what it writes
@@ -129,7 +129,7 @@ def prepare(
     layers = _layers_compared(request.healing, pruned, manifest, teacher)
     tokenizer, reader = load_tokenizer(pruned), load_tokenizer(teacher)
     if processes.is_first:
-        warn_of_other_splitting(pruned, tokenizer, listener.warn)
+        warn_of_other_reading(pruned, tokenizer, listener.warn)
     tokens = map_tokens((pruned, tokenizer), (teacher, reader))
     settings = pruned.config.get_text_config()
     longest = getattr(settings, "max_position_embeddings", None)
