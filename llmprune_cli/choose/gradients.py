@@ -17,8 +17,8 @@ from llmprune_cli.plan.units import Scores
 from llmprune_cli.processes import Processes
 from llmprune_cli.repair.dense_goals import walk_dense
 from llmprune_cli.run.divergence import check_loss, predicted
-from llmprune_cli.run.layer import Layer, batches
-from llmprune_cli.run.layered_model import Ends, LayeredModel
+from llmprune_cli.run.layer import Ends, Layer, batches
+from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.states import DenseStates
 
 GRADIENT_TOKENS = 1024  # that run through a layer together while its intermediate results are kept for the way back

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from llmprune_cli.heal.layers import following, relative_error
 from llmprune_cli.run.layer import multiplying_in
-from llmprune_cli.run.perplexity import LOGIT_ELEMENTS, head_logits
+from llmprune_cli.run.perplexity import LOGIT_ELEMENTS, head_logits, without_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +55,7 @@ def divergence(logits: torch.Tensor, predicted: Predicted, temperature: float) -
 
 def hidden_states(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor:
     """What a model's head is given for every token of windows [B, T] but their last, [B·(T−1), D]."""
-    output: torch.Tensor = model.base_model(input_ids=windows, use_cache=False).last_hidden_state
+    output: torch.Tensor = without_head(model)(input_ids=windows, use_cache=False).last_hidden_state
     return output[:, :-1].flatten(0, 1)
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from llmprune_cli.errors import CheckpointError
 from llmprune_cli.processes import ALONE, Processes
-from llmprune_cli.run.layered_model import Ends
+from llmprune_cli.run.layer import Ends
 from llmprune_cli.run.perplexity import LOGIT_ELEMENTS
 
 

@@ -1,4 +1,4 @@
-"""One decoder layer, run over hidden states batch by batch."""
+"""One decoder layer, run over hidden states batch by batch, and what comes before and after all layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from llmprune_cli.errors import CheckpointError
+from llmprune_cli.errors import CheckpointError, UnsupportedError
 from llmprune_cli.family.skeleton import on_disk
 
 if TYPE_CHECKING:
@@ -113,6 +113,58 @@ class Layer:
     def stored(self) -> dict[str, torch.Tensor]:
         """Its tensors as on disk, numbered 0."""
         return on_disk(self.model, {name: parameter.detach() for name, parameter in self.model.named_parameters()})
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What comes before and after the decoder layers: embeddings, final norm, output projection."""
+
+    model: PreTrainedModel  # with one layer, whose weights are on `meta`
+    block: nn.Module
+    device: str
+    compute: torch.dtype = torch.float32  # of the output projection
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Token ids [B, T] to the hidden states [B, T, D] that the first layer gets, float32.
+
+        Raises:
+            UnsupportedError: it gets others than one for each token.
+        """
+        caught: list[torch.Tensor] = []
+
+        def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught.append(args[0] if args else kwargs["hidden_states"])
+            raise Enough
+
+        handle = self.block.register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            with suppress(Enough):
+                self.model(input_ids=tokens.to(self.device), use_cache=False)
+        finally:
+            handle.remove()
+        if caught[0].shape[:2] != tokens.shape:
+            raise UnsupportedError(
+                f"The layers of {self.model.config.model_type} read more than one hidden state for each token, so that "
+                "none can be run alone. Choose by weights: --importance magnitude --refit none."
+            )
+        return caught[0].float().cpu()
+
+    def logits(self, hidden: torch.Tensor, items: int) -> torch.Tensor:
+        """Hidden states [B, T, D] that the last layer gives to logits [B, T, V], float32.
+
+        Args:
+            items: see `Layer.returned_items`.
+        """
+        forward = self.block.forward
+        given = hidden.to(self.device, self.model.get_output_embeddings().weight.dtype)
+        self.block.forward = lambda *args, **kwargs: (given, *[None] * (items - 1)) if items else given
+        try:
+            ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
+            with multiplying_in(self.compute, torch.device(self.device)):
+                logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
+        finally:
+            self.block.forward = forward
+        return logits.float()
 
 
 def native_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:

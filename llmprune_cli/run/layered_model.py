@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +22,7 @@ from llmprune_cli.family.widths import Widths
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.tensors import split_name
 from llmprune_cli.processes import Processes
-from llmprune_cli.run.layer import BATCH_TOKENS, Enough, Layer, check_states, multiplying_in, windows_together
+from llmprune_cli.run.layer import BATCH_TOKENS, Ends, Layer, check_states, windows_together
 from llmprune_cli.run.states import new_states
 from llmprune_cli.source.stored_names import Rules
 
@@ -65,49 +64,6 @@ def _multiplied(model: PreTrainedModel) -> frozenset[str]:
     found = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     experts = {name for name, parameter in model.named_parameters() if parameter.ndim == 3 and ".experts." in name}
     return frozenset(found | experts)
-
-
-@dataclass(frozen=True)
-class Ends:
-    """What comes before and after the decoder layers: embeddings, final norm, output projection."""
-
-    model: PreTrainedModel  # with one layer, whose weights are on `meta`
-    block: nn.Module
-    device: str
-    compute: torch.dtype = torch.float32  # of the output projection
-
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Token ids [B, T] to the hidden states [B, T, D] that the first layer gets, float32."""
-        caught: list[torch.Tensor] = []
-
-        def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            caught.append(args[0] if args else kwargs["hidden_states"])
-            raise Enough
-
-        handle = self.block.register_forward_pre_hook(catch, with_kwargs=True)
-        try:
-            with suppress(Enough):
-                self.model(input_ids=tokens.to(self.device), use_cache=False)
-        finally:
-            handle.remove()
-        return caught[0].float().cpu()
-
-    def logits(self, hidden: torch.Tensor, items: int) -> torch.Tensor:
-        """Hidden states [B, T, D] that the last layer gives to logits [B, T, V], float32.
-
-        Args:
-            items: see `Layer.returned_items`.
-        """
-        forward = self.block.forward
-        given = hidden.to(self.device, self.model.get_output_embeddings().weight.dtype)
-        self.block.forward = lambda *args, **kwargs: (given, *[None] * (items - 1)) if items else given
-        try:
-            ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
-            with multiplying_in(self.compute, torch.device(self.device)):
-                logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
-        finally:
-            self.block.forward = forward
-        return logits.float()
 
 
 @dataclass(frozen=True)

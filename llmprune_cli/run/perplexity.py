@@ -106,9 +106,10 @@ class FirstModel:
         model = self._model
         if model is None:
             return
-        within = {*model.base_model.modules()}
+        body = without_head(model)
+        within = {*body.modules()}
         needed = {id(p) for m in model.modules() if m not in within for p in m.parameters(recurse=False)}
-        for parameter in model.base_model.parameters():
+        for parameter in body.parameters():
             if id(parameter) not in needed and not parameter.is_meta:
                 parameter.data = torch.empty(0, dtype=parameter.dtype)
 
@@ -192,12 +193,20 @@ def window_nll(model: PreTrainedModel, batch: torch.Tensor, hidden: torch.Tensor
     return _nll_and_kl(model, batch, hidden, None)[0]
 
 
+def without_head(model: PreTrainedModel) -> Any:
+    """The part of a model that gives hidden states; Llama 4 names another one as its base model, which it lacks."""
+    base, embedding = model.base_model, model.get_input_embeddings()
+    if base is not model:
+        return base
+    return next(own for own in model.children() if any(part is embedding for part in own.modules()))
+
+
 def last_states(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
     """Hidden states behind the last layer and its norm, [B, T-1, D], of all places that something follows."""
     place = next(model.get_input_embeddings().parameters()).device
     if place.type != "meta":  # where an embedding lies on disk, accelerate moves what it is given
         batch = batch.to(place)
-    states: torch.Tensor = model.base_model(input_ids=batch, use_cache=False).last_hidden_state[:, :-1]
+    states: torch.Tensor = without_head(model)(input_ids=batch, use_cache=False).last_hidden_state[:, :-1]
     return states
 
 
@@ -254,13 +263,16 @@ def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
         asked.append(options)
         return _Given(hidden)
 
-    parts = [part for part in (model.base_model, getattr(model.base_model, "decoder", None)) if part is not None]
+    body = without_head(model)
+    parts = [part for part in (body, getattr(body, "decoder", None)) if part is not None]
     originals = [part.forward for part in parts]
     try:
         for part in parts:
             part.forward = hand_out
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    except IndexError:  # it wants more than the states, as ProphetNet does
+        asked.clear()
     finally:
         for part, original in zip(parts, originals, strict=True):
             part.forward = original

@@ -16,7 +16,9 @@ from llmprune_cli.run import perplexity as evaluation
 from llmprune_cli.source.full_model import load_model
 from llmprune_cli.source.opening import open_checkpoint
 from support.cli import WINDOW, evaluated, run_cli
+from support.refusals import UNSUPPORTED, assert_refused
 from support.stock import plain_perplexity
+from support.tiny import save_tokenizer
 
 
 def test_a_perplexity_that_overflows_is_null(make_tiny: Callable[..., Path], text_file: Path) -> None:
@@ -40,6 +42,7 @@ def test_a_perplexity_that_overflows_is_null(make_tiny: Callable[..., Path], tex
         ("gpt2", {"n_inner": 48}),
         ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 64}),
         ("mixtral", {"num_local_experts": 3}),
+        ("llama4_text", {"num_local_experts": 2, "intermediate_size_mlp": 48, "head_dim": 8}),
     ],
 )
 def test_it_agrees_with_a_plain_loop(
@@ -108,3 +111,18 @@ def test_the_largest_memory_so_far_is_more_than_the_memory_now(tiny_llama: Path)
         now = psutil.Process().memory_info().rss
         held = torch.ones(before // 4, dtype=torch.float32)
         assert 0.9 * now < before < evaluation.peak_memory_bytes(model) and held.any()
+
+
+def test_a_model_with_more_states_than_tokens_is_refused(text_file: Path, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder, layers = tmp_path / "model", {"num_encoder_layers": 2, "num_decoder_layers": 2}
+    heads = {"num_encoder_attention_heads": 8, "num_decoder_attention_heads": 8}
+    sizes = {"vocab_size": 96, "hidden_size": 64, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_buckets": 8}
+    config = AutoConfig.for_model("prophetnet", **sizes, **layers, **heads, max_position_embeddings=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    assert_refused(run_cli("eval", folder, "--dataset", text_file, "--max-seq-len", "32"), UNSUPPORTED, "prophetnet")
+    options = ("--mlp", "50%", "--calibration", text_file, "--calibration-seq-len", "32", "--output", tmp_path / "out")
+    assert_refused(run_cli("prune", folder, *options), UNSUPPORTED, "prophetnet", "--importance magnitude")
+    assert not (tmp_path / "out").exists()

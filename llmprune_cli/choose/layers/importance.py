@@ -12,8 +12,8 @@ from llmprune_cli.choose.measuring import Activity, Measuring
 from llmprune_cli.processes import Processes
 from llmprune_cli.run.calibration import spread_windows
 from llmprune_cli.run.divergence import predicted
-from llmprune_cli.run.layer import check_states
-from llmprune_cli.run.layered_model import Ends, LayeredModel
+from llmprune_cli.run.layer import Ends, check_states
+from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.states import copy_states
 
 ABLATION_TOKENS = 2048  # of calibration text, at most: the cost grows with the square of the number of layers

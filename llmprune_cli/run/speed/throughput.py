@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from llmprune_cli.run.layer import Layer
-from llmprune_cli.run.layered_model import Ends
+from llmprune_cli.run.layer import Ends, Layer
 from llmprune_cli.run.speed.clock import timing
 
 END_PASSES = 5  # of the ends, that are timed

@@ -18,8 +18,8 @@ from llmprune_cli.folder.tensors import DTYPES, TensorEntry
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.processes import ALONE
 from llmprune_cli.repair.layer_refit import LayerRefit
-from llmprune_cli.run.layer import BATCH_TOKENS, Layer
-from llmprune_cli.run.layered_model import VOCABULARY, Ends, LayeredModel
+from llmprune_cli.run.layer import BATCH_TOKENS, Ends, Layer
+from llmprune_cli.run.layered_model import VOCABULARY, LayeredModel
 from llmprune_cli.run.states import DenseStates, new_states
 
 if TYPE_CHECKING:
