@@ -15,7 +15,9 @@ from llmprune_cli.folder.tensors import Shape, split_name
 # Fields that name layers by number, and how the names of others end that do.
 NUMBERED = ("mlp_only_layers", "full_attn_idxs", "attn_layer_indices", "cross_attention_layers", "global_attn_layers")
 NUMBERED_ENDS = ("_layers", "_layer_ids", "_layer_idx", "_layer_indices", "_idxs")
-LEADING = ("first_k_dense_replace", "max_window_layers", "num_dense_layers")  # count the first layers, which differ
+# Fields that count the first layers, which differ; and the number of the last one that has experts.
+LEADING = ("first_k_dense_replace", "max_window_layers", "num_dense_layers", "moe_layer_start_index")
+LAST_SPARSE = "moe_layer_end_index"
 KV_SHARED = "num_kv_shared_layers"  # counts the last layers, which take the keys and values of earlier ones
 # Lists in which a layer may take what the last one before it of another kind has computed: the first kind of the two.
 BORROWING = {"indexer_types": ("shared", "full")}
@@ -98,6 +100,8 @@ def layer_changes(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, An
             changes[name] = {str(position[int(key)]): own for key, own in value.items() if int(key) in position}
         elif name in LEADING and isinstance(value, int):
             changes[name] = sum(layer < value for layer in kept)
+        elif name == LAST_SPARSE and isinstance(value, int):
+            changes[name] = sum(layer <= value for layer in kept) - 1
         elif name == KV_SHARED and value:
             changes[name] = sum(layer >= read_layers(config) - value for layer in kept)
         elif _is_per_layer(config, name, value):

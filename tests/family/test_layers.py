@@ -85,6 +85,18 @@ CHANGES: list[tuple[int, dict[str, Any], tuple[int, ...], dict[str, Any]]] = [
     (4, {"first_k_dense_replace": 2}, (0, 3), {"first_k_dense_replace": 1}),
     (4, {"first_k_dense_replace": 2}, (2, 3), {"first_k_dense_replace": 0}),
     (4, {"num_dense_layers": 4}, (2, 3), {"num_dense_layers": 2}),
+    (
+        4,
+        {"moe_layer_start_index": 1, "moe_layer_end_index": 2},
+        (0, 2, 3),
+        {"moe_layer_end_index": 1, "moe_layer_start_index": 1},
+    ),
+    (
+        4,
+        {"moe_layer_start_index": 1, "moe_layer_end_index": 3},
+        (2, 3),
+        {"moe_layer_end_index": 1, "moe_layer_start_index": 0},
+    ),
     (4, {"hybrid_layer_ids": [0, 2]}, (1, 2, 3), {"hybrid_layer_ids": [1]}),
     (3, {"moe_layers": [0, 1, 2]}, (1, 2), {"moe_layers": [0, 1]}),
     (4, {"ple_layer_ids": [3]}, (0, 1), {"ple_layer_ids": []}),
