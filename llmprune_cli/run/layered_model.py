@@ -44,6 +44,28 @@ def _number_as(block: nn.Module, original: nn.Module) -> None:
                 setattr(own, attribute, value)
 
 
+def _alone(config: PretrainedConfig, number: int) -> PretrainedConfig:
+    """The configuration of one layer, which others may follow: Gemma 4's last one, if its rules ask for that.
+
+    Raises:
+        ValueError: there is none.
+    """
+    last = config.get_text_config().num_hidden_layers - 1
+    try:
+        return reconfigure(config, layer_changes(config, (number,)))
+    except ValueError:
+        if number == last:
+            raise
+        return reconfigure(config, layer_changes(config, (number, last)))
+
+
+def _leave_first(model: PreTrainedModel) -> None:
+    """Take all layers but the first one out of a model."""
+    prefix = layer_prefix(model)
+    layers: Any = model.get_submodule(prefix.removesuffix(".0."))
+    del layers[1:]
+
+
 def _without_tokens(config: PretrainedConfig) -> PretrainedConfig:
     """The configuration with next to no vocabulary."""
     known, ids = {"bos_token_id": 1, "eos_token_id": 2}, config.to_dict().items()
@@ -170,11 +192,12 @@ class LayeredModel:
         if number in self._shells:
             return self._shells[number]
         config = self.architecture.config
-        own = _without_tokens(reconfigure(config, layer_changes(config, (number,))))
+        own = _without_tokens(_alone(config, number))
         key = own.to_json_string(use_diff=False)
         if key not in self._shells:
             with init_empty_weights(include_buffers=False), torch.inference_mode(False):
                 model = AutoModelForCausalLM.from_config(own, experts_implementation="eager")
+            _leave_first(model)
             self._shells[key] = _Shell(model, layer_prefix(model), Rules(model), _multiplied(model))
         self._shells[number] = self._shells[key]
         return self._shells[number]
@@ -215,6 +238,7 @@ class LayeredModel:
             output_loading_info=True,
         )
         model, info = loaded
+        _leave_first(model)
         wrong = [str(name) for name in (*info["missing_keys"], *info["mismatched_keys"])]
         wrong = [name for name in wrong if name.startswith(shell.prefix)]
         if wrong:
@@ -241,7 +265,8 @@ class LayeredModel:
         config = self.architecture.config
         try:
             with init_empty_weights(include_buffers=False):
-                model = AutoModelForCausalLM.from_config(reconfigure(config, layer_changes(config, (0,))))
+                model = AutoModelForCausalLM.from_config(_alone(config, 0))
+            _leave_first(model)
         except (ValueError, RuntimeError, TypeError, AttributeError) as error:
             raise UnsupportedError(f"{config.model_type} cannot be run layer by layer ({error}).") from error
         prefix, rules = layer_prefix(model), Rules(model)
@@ -254,7 +279,11 @@ class LayeredModel:
             is_embedding = model.get_submodule(name.rpartition(".")[0]) is embedding
             dtype = torch.float32 if exact and (is_tied or not is_embedding) else tensor.dtype
             state[name] = tensor.to(self.device, dtype)
-        model.load_state_dict(state, strict=False, assign=True)
+        try:
+            model.load_state_dict(state, strict=False, assign=True)
+        except RuntimeError as error:  # what every layer has a part of, such as Gemma 4's embeddings for each
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise UnsupportedError(f"{config.model_type} cannot be run layer by layer ({reason}).") from error
         model.tie_weights()
         rest = [n for n, p in model.named_parameters() if p.device.type == "meta" and not n.startswith(prefix)]
         if rest:

@@ -15,6 +15,7 @@ from llmprune_cli.source.full_model import load_model
 from llmprune_cli.source.opening import open_checkpoint
 from support import families
 from support.opened import Opened
+from support.stock import load_stock
 from support.tiny import save_tiny
 
 every_family = pytest.mark.parametrize("opened", families.TRIED, indirect=True)
@@ -49,4 +50,24 @@ def test_a_layer_alone_keeps_the_scale_of_its_number(tmp_path: Path) -> None:
             *_, (states, _) = layered.walk(tokens)
             expected = model(tokens, use_cache=False).logits
             logits = layered.load_ends().logits(states, 0)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+KINDS = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+RULED: dict[str, dict[str, object]] = {  # families whose rules say what the first layers or the last ones are
+    "gemma4_text": {"layer_types": KINDS, "sliding_window": 8, "head_dim": 16, "hidden_size_per_layer_input": 0},
+    "ernie4_5_moe": {"moe_intermediate_size": 40, "moe_num_experts": 4, "moe_k": 2},
+}
+
+
+@pytest.mark.parametrize("family", RULED)
+def test_layers_run_alone_whatever_rules_say_of_the_first_or_the_last(tmp_path: Path, family: str) -> None:
+    folder = save_tiny(tmp_path / "model", family, num_hidden_layers=4, **RULED[family])
+    tokens = torch.randint(3, 90, (2, 24), generator=torch.Generator().manual_seed(1))
+    with open_checkpoint(ModelReference(str(folder)), need_weights=True) as checkpoint:
+        layered = LayeredModel(understand(checkpoint), "cpu")
+        with torch.inference_mode():
+            *_, (states, items) = layered.walk(tokens)
+            logits = layered.load_ends().logits(states, items)
+            expected = load_stock(folder)(tokens, use_cache=False).logits
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
