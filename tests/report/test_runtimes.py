@@ -52,7 +52,7 @@ def test_a_runtime_that_places_every_nth_layer_is_named_where_none_fits(
 
 
 # A family, its settings, and what is said of which runtime. Query heads are halved. `make check-runtimes` holds what is
-# said of vLLM and CTranslate2 against these.
+# said of most of them against the runtimes.
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
