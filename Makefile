@@ -8,7 +8,7 @@ CONSUMERS := $(VENV)/.consumers
 OLDER := $(VENV)-transformers-4
 FUZZ := $(VENV)/.fuzz
 MINUTES ?= 10
-RUNTIMES ?= vllm ctranslate2 mlx openvino executorch
+RUNTIMES ?= vllm ctranslate2 mlx openvino
 
 BASE ?= HEAD~1
 TYPES ?=
