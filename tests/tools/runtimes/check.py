@@ -1,8 +1,8 @@
 """Hold pruned shapes of many families, as other runtimes compute them, against transformers and against what is said.
 
-`make check-runtimes` builds an environment for each runtime and prints a table: `=` where all log-probabilities agree,
-`differs` or `fails` where they do not, and beside it what `inspect` predicts. Exit status 1: a cell where numbers
-differ, or that fails, without the prediction saying so, or a prediction that is wrong.
+`make check-runtimes` builds an environment for each runtime and prints a table of each: `=` where all log-probabilities
+agree, `differs` or `fails` where they do not, and beside it what `inspect` predicts. Exit status 1: a cell where
+numbers differ, or that fails, without the prediction saying so, or a prediction that is wrong.
 """
 
 from __future__ import annotations
@@ -28,6 +28,14 @@ from support.stock import load_stock  # noqa: E402
 from support.tiny import save_tiny  # noqa: E402
 
 TOKENS = [3 + 7 * step % 90 for step in range(24)]
+# As `inspect` calls them, by the names of their environments and of the scripts that print log-probabilities
+RUNTIMES = {
+    "ctranslate2": "CTranslate2",
+    "vllm": "vLLM",
+    "mlx": "mlx-lm",
+    "openvino": "OpenVINO",
+    "executorch": "ExecuTorch",
+}
 UNKNOWN = "has no such family"
 NO_SUCH_FAMILY = ("No conversion is registered", "Unrecognized configuration class")
 TOLERANCE = 2e-3  # of a log-probability
@@ -42,19 +50,24 @@ WIDE = {
 ALL_HEADS = {**WIDE, "num_key_value_heads": 8}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 96}
 SIZES = {"num_hidden_layers": 3, "vocab_size": 128}  # more rows than the tokenizer has tokens
+WHOLE = ("--intermediate-size", "192")  # all, as this program writes them
 HEADS, NEURONS, FEWER = ("--num-attention-heads", "4"), ("--intermediate-size", "101"), ("--experts", "6")
 
 # family, settings, shapes by name: the options that prune it so
 Shapes = dict[str, tuple[str, ...]]
 MODELS: list[tuple[str, dict[str, Any], Shapes]] = [
-    ("llama", WIDE, {"whole": (), "4 of 8 heads": HEADS, "101 neurons": NEURONS, "2 of 3 layers": ("--layers", "2")}),
+    (
+        "llama",
+        WIDE,
+        {"whole": WHOLE, "4 of 8 heads": HEADS, "101 neurons": NEURONS, "2 of 3 layers": ("--layers", "2")},
+    ),
     ("llama", ALL_HEADS, {"4 of 8 heads, each with keys of its own": HEADS}),
     ("mistral", WIDE, {"4 of 8 heads": HEADS, "101 neurons": NEURONS}),
-    ("qwen2", WIDE, {"whole": (), "4 of 8 heads": HEADS, "101 neurons": NEURONS}),
+    ("qwen2", WIDE, {"whole": WHOLE, "4 of 8 heads": HEADS, "101 neurons": NEURONS}),
     ("qwen3", WIDE, {"4 of 8 heads": HEADS, "101 neurons": NEURONS, "hidden 224": ("--hidden-size", "224")}),
     ("qwen3", {**WIDE, "head_dim": 40}, {"head dim 40": NEURONS}),
     ("phi3", WIDE, {"101 neurons": NEURONS}),
-    ("gemma2", WIDE, {"whole": (), "101 neurons": NEURONS}),
+    ("gemma2", WIDE, {"whole": WHOLE, "101 neurons": NEURONS}),
     ("olmo2", WIDE, {"101 neurons": NEURONS}),
     ("starcoder2", WIDE, {"4 of 8 heads": HEADS}),
     ("mixtral", {**WIDE, "num_local_experts": 8, "num_experts_per_tok": 2}, {"6 of 8 experts": FEWER}),
@@ -78,12 +91,16 @@ class Cell:
         return self.seen == UNKNOWN or (self.seen == "=") == (not self.said)
 
 
-def compared(folder: Path, python: Path, script: Path) -> str:
-    """See `Cell.seen`."""
+def scored(folder: Path) -> torch.Tensor:
+    """Log-probabilities of the text in transformers."""
     ids = torch.tensor([TOKENS])
     with torch.no_grad():
         scores = load_stock(folder).float()(ids).logits.log_softmax(-1)[0, :-1]
-    expected = scores.gather(1, ids[0, 1:, None])[:, 0]
+    return scores.gather(1, ids[0, 1:, None])[:, 0]
+
+
+def compared(folder: Path, expected: torch.Tensor, python: Path, script: Path) -> str:
+    """See `Cell.seen`."""
     command = [python, script, folder, json.dumps(TOKENS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     lines = done.stdout.strip().splitlines()
@@ -96,39 +113,40 @@ def compared(folder: Path, python: Path, script: Path) -> str:
     return "=" if gap < TOLERANCE else f"differs by {gap:.3f}"
 
 
-def predicted(folder: Path, runtime: str) -> str:
-    """See `Cell.said`."""
-    fits = json.loads(run_cli("inspect", folder, "--json").stdout)["runtimes"]
-    return next((fit["note"] for fit in fits if fit["runtime"] == runtime and not fit["loads"]), "")
-
-
 def main() -> int:
-    """Print the table of one runtime."""
+    """Print a table of each runtime."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runtime", help="as the table of `inspect` calls it")
-    parser.add_argument("python", type=Path, help="of its environment")
-    parser.add_argument("script", type=Path, help="that prints log-probabilities")
+    parser.add_argument("environments", help="what the folders of all environments begin with, as in .venv-vllm")
+    parser.add_argument("runtime", nargs="+", choices=RUNTIMES)
     parser.add_argument("--family", action="append", help="try these alone")
     arguments = parser.parse_args()
-    cells = []
+    cells: dict[str, list[Cell]] = {name: [] for name in arguments.runtime}
     for family, settings, shapes in MODELS:
         if arguments.family and family not in arguments.family:
             continue
         for shape, options in shapes.items():
             with tempfile.TemporaryDirectory() as scratch:
-                source = save_tiny(Path(scratch, "model"), family, **{**SIZES, **settings})
-                folder = Path(scratch, "pruned") if options else source
-                run = run_cli("prune", source, *BY_MAGNITUDE, *options, "--output", folder) if options else None
-                if run is not None and run.code:
+                source, folder = (
+                    save_tiny(Path(scratch, "model"), family, **{**SIZES, **settings}),
+                    Path(scratch, "pruned"),
+                )
+                run = run_cli("prune", source, *BY_MAGNITUDE, *options, "--output", folder)
+                if run.code:
                     raise SystemExit(f"{family}, {shape}: {run.stderr}")
-                seen = compared(folder, arguments.python.absolute(), arguments.script.absolute())
-                cells.append(Cell(family, shape, seen, predicted(folder, arguments.runtime)))
-            print(cells[-1], file=sys.stderr, flush=True)
-    table = Table("family", "shape", "seen", "said", "", title=arguments.runtime)
-    for cell in cells:
-        table.add_row(cell.family, cell.shape, cell.seen, cell.said, "" if cell.is_told else "NOT TOLD")
-    Console(width=160).print(table)
-    return int(not all(cell.is_told for cell in cells))
+                expected = scored(folder)
+                fits = json.loads(run_cli("inspect", folder, "--json").stdout)["runtimes"]
+                said = {fit["runtime"]: fit["note"] for fit in fits if not fit["loads"]}
+                for name in cells:
+                    python = Path(f"{arguments.environments}-{name}/bin/python").absolute()
+                    seen = compared(folder, expected, python, Path(__file__).with_name(f"in_{name}.py").absolute())
+                    cells[name].append(Cell(family, shape, seen, said.get(RUNTIMES[name], "")))
+                    print(name, cells[name][-1], file=sys.stderr, flush=True)
+    for name, column in cells.items():
+        table = Table("family", "shape", "seen", "said", "", title=RUNTIMES[name])
+        for cell in column:
+            table.add_row(cell.family, cell.shape, cell.seen, cell.said, "" if cell.is_told else "NOT TOLD")
+        Console(width=160).print(table)
+    return int(not all(cell.is_told for column in cells.values() for cell in column))
 
 
 if __name__ == "__main__":
