@@ -56,7 +56,8 @@ def write_card(
     source = checkpoint.source if manifest is None else manifest.source or checkpoint.source
     try:
         rows, how = _pruning(manifest) if manifest is not None else ([], "")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        answers = _answers(manifest) if manifest is not None else []
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(
             f"{checkpoint.companions / MANIFEST_NAME} is not a manifest of llmprune ({error!r}). Remove it."
         ) from error
@@ -66,10 +67,7 @@ def write_card(
         title=f"{_code(Path(source).name)}{', pruned' if manifest else ''}",
         written_by=f"Written by llmprune {__version__} from {_code(source)}.",
         rows=rows,
-        answers=[
-            (own["prompt"], _code(own["before"]), _code(own["after"]))
-            for own in ((manifest.calibration or {}).get("answers", ()) if manifest else ())
-        ],
+        answers=answers,
         how=how,
         loading=_loading(folder, form, checkpoint),
         note=" ".join(f"{text[0].upper()}{text[1:]}." for text in (note, _part(checkpoint)) if text),
@@ -132,6 +130,12 @@ def _pruning(manifest: Manifest) -> tuple[list[tuple[str, str, str]], str]:
     whole, layers = widths.before["num_hidden_layers"], len(manifest.layers)
     kept = f" {layers} of {whole} layers stay." if layers < whole else ""
     return rows, f"{how}{text}. {_training(manifest)}{kept} All of it is in `{MANIFEST_NAME}`."
+
+
+def _answers(manifest: Manifest) -> list[tuple[str, str, str]]:
+    """Prompts, each with how it goes on before and after pruning."""
+    answers = (manifest.calibration or {}).get("answers", ())
+    return [(own["prompt"], _code(own["before"]), _code(own["after"])) for own in answers]
 
 
 def _training(manifest: Manifest) -> str:

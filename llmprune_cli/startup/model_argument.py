@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from llmprune_cli.errors import CheckpointError, MissingPackageError, PlanError
-from llmprune_cli.folder.documents import is_there, read_json
+from llmprune_cli.folder.documents import check_regular, is_there, read_json
 from llmprune_cli.options import ModelReference
 from llmprune_cli.sizes import Budget
 from llmprune_cli.startup.config_json import MERGE, MOST_BYTES, describe_adapter, read_settings
@@ -92,7 +92,8 @@ def _is_installed(module: str) -> bool:
 
 
 def _check_gguf(path: Path) -> None:
-    if path.is_file() and _beginning(path, len(MAGIC)) != MAGIC:
+    check_regular(path)
+    if _beginning(path, len(MAGIC)) != MAGIC:
         raise CheckpointError(f"{path} is not a GGUF file. Download it again.")
     if find_spec("gguf") is None:
         raise MissingPackageError("Reading a GGUF file needs the gguf package: pip install 'llmprune[gguf]'")
@@ -186,6 +187,7 @@ def _stored_sizes(folder: Path) -> tuple[int, int, int, int] | None:
 
 
 def _header(path: Path) -> dict[str, Any]:
+    check_regular(path)
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > MOST_HEADER_BYTES:

@@ -15,6 +15,7 @@ from llmprune_cli.folder.documents import read_json
 from llmprune_cli.run.calibration import spread_windows
 from llmprune_cli.run.divergence import check_loss, predicted
 from llmprune_cli.run.layered_model import LayeredModel
+from llmprune_cli.sizes import WHOLE
 from llmprune_cli.source.tokenizer import MOST_COMPANION_BYTES, PROCESSORS, reader_of
 from llmprune_cli.vocabulary.numbering import named_tokens
 from llmprune_cli.vocabulary.request import read_keep_file
@@ -146,7 +147,7 @@ def _of_chats(tokens: Tokens, checkpoint: Checkpoint) -> set[int]:
 def _read_keep_file(path: Path, tokens: Tokens) -> set[int]:
     found = set()
     for line in read_keep_file(path):
-        number = tokens.ids.get(line, int(line) if line.isdecimal() and int(line) in tokens.by_id else None)
+        number = tokens.ids.get(line, int(line) if re.fullmatch(WHOLE, line) and int(line) in tokens.by_id else None)
         if number is None:
             raise UsageError(f"--keep-tokens {path} names {line!r}, which is no token of the model.")
         found.add(number)

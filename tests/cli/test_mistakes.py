@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -39,6 +41,7 @@ def sweep(*words: str) -> tuple[str, ...]:
 
 
 HALF = ("--pruning-ratio", "50%")
+LONG = 300 * "x"  # more than a file's name may have
 MISTAKES = {
     "a target above the model": Mistake(prune("--target-params", "6B"), PLAN, ("51,520", "removes nothing", "85%")),
     "a size above the model": Mistake(prune("--target-size", "4GiB"), PLAN, ("206,080 bytes", "removes nothing")),
@@ -161,6 +164,28 @@ MISTAKES = {
     "a text for a sweep that is not there": Mistake(
         sweep("--mlp", "10%,20%", "--calibration", "nope.txt"), CHECKPOINT, ("nope.txt does not",)
     ),
+    "a packed text that is none": Mistake(
+        prune(*HALF, "--calibration", "plain.txt.gz"), CHECKPOINT, ("plain.txt.gz cannot be read: Not a gzipped file",)
+    ),
+    "a packed text that is cut short": Mistake(
+        recover("--text", "cut.jsonl.gz"), CHECKPOINT, ("cut.jsonl.gz cannot be read: Compressed file ended",)
+    ),
+    "a day in a recipe that is none": Mistake(prune("--config", "day.yaml"), CHECKPOINT, ("month must be in 1..12",)),
+    "a recipe in a tag": Mistake(prune("--config", "tag.yaml"), CHECKPOINT, ("tag.yaml is not a readable recipe",)),
+    "a recipe without end": Mistake(prune("--config", "/dev/zero"), CHECKPOINT, ("/dev/zero has more than",)),
+    "a recipe that names nothing": Mistake(prune("--config", "none.yaml"), USAGE, ("such as `layers: 27`",)),
+    "tokens by the thousand digits": Mistake(prune("--vocab-size", "9" * 5000), USAGE, ("such as 32000",)),
+    "healing by the thousand digits": Mistake(recover("--tokens", "9" * 5000), USAGE, ("such as 65k",)),
+    "layers by the thousand digits": Mistake(prune("--drop-layers", "9" * 5000), USAGE, ("such as 3,7,-1",)),
+    "a size by the hundred digits": Mistake(prune("--target", f"{'9' * 400}GB"), USAGE, ("500MB, 5GB or 4GiB",)),
+    "a seed that is none": Mistake(recover("--seed", "9" * 30), USAGE, ("--seed", "from 0 to 4294967295")),
+    "shares that are none": Mistake(prune(*HALF, "--calibration", "a.txt:1,b.txt:nan"), USAGE, ("a share above 0",)),
+    "an output with too long a name": Mistake(("prune", "model", *HALF, "-o", LONG), OUTPUT, ("File name too long",)),
+    "a model with too long a name": Mistake(("inspect", f"./{LONG}"), CHECKPOINT, (f"{LONG} does not exist",)),
+    "a text with too long a name": Mistake(
+        prune(*HALF, "--calibration", f"{LONG}.txt"), CHECKPOINT, (f"{LONG}.txt does not",)
+    ),
+    "a recipe with too long a name": Mistake(prune("--config", f"{LONG}.yaml"), CHECKPOINT, ("File name too long",)),
 }
 
 
@@ -180,6 +205,11 @@ def place(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     Path("bare", "config.json").write_text((tiny_llama / "config.json").read_text())
     Path("ggufs", "a.gguf").write_bytes(b"GGUF")
     Path("taken", "thesis.tex").write_text("years of work")
+    Path("plain.txt.gz").write_text("Once")
+    Path("cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "Once"}\n')[:-9])
+    Path("day.yaml").write_text("layers: 2001-99-99\n")
+    Path("tag.yaml").write_text("layers: !!timestamp soon\n")
+    Path("none.yaml").write_text("- layers\n")
     return tmp_path
 
 
@@ -189,6 +219,26 @@ def test_a_mistake_is_told_with_what_where_and_what_next(place: Path, name: str)
     mistake, before = MISTAKES[name], sorted(place.rglob("*"))
     assert_refused(run_cli(*mistake.words), mistake.code, *mistake.said)
     assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
+@pytest.mark.parametrize(
+    "words",
+    [
+        prune(*HALF, "--calibration", "pipe.txt"),
+        prune("--vocab-size", "50%", "--keep-tokens", "pipe.txt"),
+        recover("--text", "pipe.jsonl"),
+        ("inspect", "pipe.gguf"),
+        ("prune", "holed", "--target", "80%", "--calibration", "pipe.txt", "--output", "out"),
+    ],
+)
+def test_nobody_waits_for_a_pipe(place: Path, words: tuple[str, ...]) -> None:
+    for name in ("pipe.txt", "pipe.jsonl", "pipe.gguf"):
+        os.mkfifo(name)
+    Path("holed").mkdir()
+    Path("holed", "config.json").write_bytes(Path("model", "config.json").read_bytes())
+    os.mkfifo("holed/model.safetensors")
+    assert_refused(run_cli(*words), CHECKPOINT, "is not a regular file")
 
 
 def test_no_mistake_waits_for_a_library(place: Path) -> None:

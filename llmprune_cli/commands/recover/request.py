@@ -50,6 +50,7 @@ def check_recover(request: RecoverRequest) -> None:
     Raises:
         LlmpruneError: see there.
     """
+    from llmprune_cli.folder.documents import is_there
     from llmprune_cli.folder.staging import check_target as check_output
     from llmprune_cli.startup.model_argument import check_model, check_tokenizer
     from llmprune_cli.text.names import check_text, parts_of
@@ -64,4 +65,4 @@ def check_recover(request: RecoverRequest) -> None:
         check_text(part.name)
     if is_first():
         source = Path(request.model.name)
-        check_output(request.output, request.delivery.overwrite, source if source.exists() else None)
+        check_output(request.output, request.delivery.overwrite, source if is_there(source) else None)
