@@ -102,6 +102,27 @@ def replace_file(path: Path, parts: Iterable[Any], advice: str = "Make room, or 
                 other.unlink()
 
 
+def check_replaceable(path: Path, option: str) -> None:
+    """Make sure that a file can be written or replaced, before any work is done; see `replace_file`.
+
+    Args:
+        option: that names it.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    try:
+        folder = path.absolute().parent
+        while not folder.exists():
+            folder = folder.parent
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder. Choose another {option}.")
+        if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+            raise OutputError(f"{path} cannot be written: {folder} is no folder to write in. Choose another {option}.")
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}. Choose another {option}.") from error
+
+
 def check_regular(path: Path) -> None:
     """Make sure that a file has an end: a pipe waits for whoever writes into it, and a device may give bytes for ever.
 

@@ -17,6 +17,7 @@ from llmprune_cli.sizes import Budget
 from llmprune_cli.startup.config_json import MERGE, MOST_BYTES, describe_adapter, read_settings
 
 MOST_HEADER_BYTES = 100 * 10**6
+LONGEST_ID = 96  # characters of a hub id, at most
 MAGIC = b"GGUF"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 SENTENCEPIECE = "tokenizer.model"
@@ -34,7 +35,8 @@ def check_model(reference: ModelReference, needs_weights: bool) -> None:
     path = Path(reference.name)
     _check_device(reference.device)
     if not is_there(path):
-        if path.suffix == ".gguf" or reference.name.startswith((".", "/", "~")) or reference.name.count("/") > 1:
+        is_path = path.suffix == ".gguf" or reference.name.startswith((".", "/", "~")) or reference.name.count("/") > 1
+        if is_path or len(reference.name) > LONGEST_ID:
             raise CheckpointError(f"{path} does not exist. Check the path of the model.")
         return
     if path.suffix == ".gguf":

@@ -74,6 +74,13 @@ MISTAKES = {
         ("eval", "model", "--dataset", "thesis.docx"), CHECKPOINT, ("thesis.docx", ".txt")
     ),
     "a plan that is not there": Mistake(prune("--plan", "plan.json"), CHECKPOINT, ("plan.json does not exist",)),
+    "a plan to save below a file": Mistake(
+        prune(*HALF, "--save-plan", "good.jsonl/plan.json"), OUTPUT, ("good.jsonl is no folder", "another --save-plan")
+    ),
+    "a plan to save as a folder": Mistake(prune(*HALF, "--save-plan", "taken"), OUTPUT, ("taken is a folder",)),
+    "a recipe to save below a file": Mistake(
+        prune(*HALF, "--save-config", "good.jsonl/a.yaml"), OUTPUT, ("good.jsonl is no folder", "--save-config")
+    ),
     "a model that is not there": Mistake(("inspect", "./nowhere"), CHECKPOINT, ("nowhere does not exist",)),
     "sensitivity beside widths": Mistake(
         ("inspect", "model", "--sensitivity", "--mlp", "25%"), USAGE, ("leave out the width options",)
@@ -121,6 +128,11 @@ MISTAKES = {
     "a type to prune to that is not there": Mistake(prune(*HALF, "--gguf", "q5"), USAGE, ("Did you mean q5_k_m?",)),
     "a GGUF of nothing": Mistake(("prune", "model", *HALF, "--dry-run", "--gguf", "q4_k_m"), USAGE, ("--output",)),
     "a file for a folder": Mistake(("export", "model", "-o", "out.gguf"), USAGE, ("names a folder", "out.gguf")),
+    "a manifest that is none": Mistake(("recover", "torn", "-o", "out"), CHECKPOINT, ("torn/llmprune.json is not",)),
+    "a model that nobody pruned": Mistake(("recover", "model", "-o", "out"), CHECKPOINT, ("Give --teacher",)),
+    "a model that was pruned elsewhere": Mistake(
+        ("recover", "moved", "-o", "out"), CHECKPOINT, ("made from ./gone", "does not exist", "Give --teacher if")
+    ),
     "a teacher that is not there": Mistake(recover("--teacher", "./nobody"), CHECKPOINT, ("nobody does not exist",)),
     "an adapter as a teacher": Mistake(recover("--teacher", "adapter"), CHECKPOINT, ("LORA adapter of org/base",)),
     "a lesson that is not there": Mistake(recover("--text", "nope.txt"), CHECKPOINT, ("nope.txt does not",)),
@@ -181,7 +193,10 @@ MISTAKES = {
     "a seed that is none": Mistake(recover("--seed", "9" * 30), USAGE, ("--seed", "from 0 to 4294967295")),
     "shares that are none": Mistake(prune(*HALF, "--calibration", "a.txt:1,b.txt:nan"), USAGE, ("a share above 0",)),
     "an output with too long a name": Mistake(("prune", "model", *HALF, "-o", LONG), OUTPUT, ("File name too long",)),
-    "a model with too long a name": Mistake(("inspect", f"./{LONG}"), CHECKPOINT, (f"{LONG} does not exist",)),
+    "a model with too long a name": Mistake(
+        ("prune", LONG, *HALF, "-o", "out"), CHECKPOINT, (f"{LONG} does not exist",)
+    ),
+    "a push of what has too long a name": Mistake(("push", LONG, "me/pruned"), CHECKPOINT, ("is no folder",)),
     "a text with too long a name": Mistake(
         prune(*HALF, "--calibration", f"{LONG}.txt"), CHECKPOINT, (f"{LONG}.txt does not",)
     ),
@@ -205,6 +220,11 @@ def place(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     Path("bare", "config.json").write_text((tiny_llama / "config.json").read_text())
     Path("ggufs", "a.gguf").write_bytes(b"GGUF")
     Path("taken", "thesis.tex").write_text("years of work")
+    for folder, said in (("torn", '{"widths": 7}'), ("moved", '{"source": "./gone"}')):
+        Path(folder).mkdir()
+        Path(folder, "config.json").write_text((tiny_llama / "config.json").read_text())
+        Path(folder, "model.safetensors").symlink_to(next(tiny_llama.glob("*.safetensors")))
+        Path(folder, "llmprune.json").write_text(said)
     Path("plain.txt.gz").write_text("Once")
     Path("cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "Once"}\n')[:-9])
     Path("day.yaml").write_text("layers: 2001-99-99\n")

@@ -9,13 +9,13 @@ from dataclasses import replace
 from llmprune_cli.commands.prune import source_folder
 from llmprune_cli.commands.recover.blocks import heal_by_blocks
 from llmprune_cli.commands.recover.end_to_end import heal
-from llmprune_cli.commands.recover.request import RecoverRequest
+from llmprune_cli.commands.recover.request import RecoverRequest, teacher_reference
 from llmprune_cli.commands.recover.task import open_teacher, prepare
 from llmprune_cli.errors import UsageError
 from llmprune_cli.folder.manifest import MANIFEST_NAME, read_manifest
 from llmprune_cli.folder.staging import check_target, claimed
 from llmprune_cli.heal.student import check_packages
-from llmprune_cli.heal.teacher.identity import check_teacher, teacher_reference
+from llmprune_cli.heal.teacher.identity import check_teacher
 from llmprune_cli.processes import join
 from llmprune_cli.progress import Listener
 from llmprune_cli.report.chart import check_chart_target, draw_curve

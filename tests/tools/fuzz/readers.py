@@ -22,12 +22,20 @@ from support.cli import BY_MAGNITUDE, run_cli
 from support.refusals import edit_json
 from support.tiny import BYTE_LEVEL_VOCABULARY, save_byte_level, save_tiny
 
-
 # What a manifest says of the text that a model was fitted on, and of how it does on others.
 CALIBRATION = {
-    **{"dataset": "a.txt:0.7,b.txt:0.3", "origin": "a.txt, b.txt", "split": "train", "tokens": 240, "seq_len": 40},
-    **{"seed": 0, "kl": 0.1, "perplexity_before": 9.1, "perplexity_after": 9.5, "bits_per_byte_before": 1.1},
-    **{"bits_per_byte_after": 1.2, "answers": [{"prompt": "Once", "before": " upon", "after": " again"}]},
+    "dataset": "a.txt:0.7,b.txt:0.3",
+    "origin": "a.txt, b.txt",
+    "split": "train",
+    "tokens": 240,
+    "seq_len": 40,
+    "seed": 0,
+    "kl": 0.1,
+    "perplexity_before": 9.1,
+    "perplexity_after": 9.5,
+    "bits_per_byte_before": 1.1,
+    "bits_per_byte_after": 1.2,
+    "answers": [{"prompt": "Once", "before": " upon", "after": " again"}],
 }
 
 
