@@ -191,8 +191,7 @@ def check_target(target: Path, overwrite: bool, forbidden: Path | None = None) -
     try:
         _check_place(target, forbidden)
         hidden = hidden_folder(target)
-        found = [path for path in (lock_file(hidden), hidden) if path.exists()]  # the longest name is tried as well
-        if hidden not in found:
+        if not (lock_file(hidden).exists() or hidden.exists()):
             _check_free(target, overwrite)
         parent = target.absolute().parent
         while not parent.exists():
