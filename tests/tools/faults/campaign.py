@@ -533,7 +533,7 @@ def run_campaign(
 def main() -> None:
     """Run the campaign and print what came of it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=216, help="faults to try (default: 216)")
+    parser.add_argument("--count", type=int, default=270, help="faults to try (default: 270)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     met, problems = run_campaign(arguments.count, arguments.seed, lambda text: print(text, flush=True))
