@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from llmprune_cli.errors import PlanError, UsageError
+from llmprune_cli.errors import CheckpointError, PlanError, UsageError
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.documents import read_json
 from llmprune_cli.run.calibration import spread_windows
@@ -136,12 +136,21 @@ def _texts_in(value: Any) -> Iterator[str]:
 def _of_chats(tokens: Tokens, checkpoint: Checkpoint) -> set[int]:
     """The tokens of what chat templates write themselves."""
     paths = (*checkpoint.companions.glob("*.jinja"), *checkpoint.companions.glob("additional_chat_templates/*.jinja"))
-    templates = [path.read_text(encoding="utf-8") for path in paths]
+    templates = [_read_template(path) for path in paths]
     for settings in _settings_of(checkpoint, "tokenizer_config.json", "chat_template.json"):
         templates += _texts_in(settings.get("chat_template"))  # one, or several with their names
     tokenizer = reader_of((checkpoint.companions / "tokenizer.json").read_text(encoding="utf-8"))
     texts = [first or second for template in templates for first, second in LITERAL.findall(template)]
     return {number for text in texts for number in tokenizer.encode(text, add_special_tokens=False).ids}
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"{path} is not UTF-8 text: byte 0x{error.object[error.start]:02x} at {error.start:,}. Correct it."
+        ) from error
 
 
 def _read_keep_file(path: Path, tokens: Tokens) -> set[int]:
