@@ -19,6 +19,7 @@ from llmprune_cli.sizes import (
     check_config,
     check_device,
     check_ratio,
+    check_seed,
     check_speedup,
     parse_batch,
     parse_dtype,
@@ -201,7 +202,8 @@ class Choice:
         False
     )
     seed: Annotated[
-        int, Option("Seed of random importance and of the windows that are drawn from the text.", METHOD)
+        int,
+        Option("Seed of random importance and of the windows that are drawn from the text.", METHOD, check=check_seed),
     ] = 0
     compute_dtype: Annotated[
         str,

@@ -12,6 +12,8 @@ from typing import Any
 from llmprune_cli.errors import UsageError
 
 PARAMETER_UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+WHOLE = r"[0-9]{1,18}"  # digits of a whole number, which fits into 64 bits
+DECIMAL = rf"{WHOLE}(?:\.[0-9]+)?"
 LEAST_PLAIN = 1000  # a number without a unit that is smaller was meant with one
 BYTE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -22,7 +24,7 @@ def parse_size(text: str) -> int:
     Raises:
         UsageError: the text is not a positive size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(rf"\s*({DECIMAL})\s*([KMG]i?B)?\s*", text, re.IGNORECASE)
     size = int(float(match[1]) * BYTE_UNITS[(match[2] or "").upper()]) if match else 0
     if size <= 0:
         raise UsageError(f"{text!r} is not a size. Write it like 500MB, 5GB or 4GiB.{_meant(text, 'GiB')}")
@@ -134,7 +136,7 @@ def parse_speedup(text: str) -> float:
     Raises:
         UsageError: no such number.
     """
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*[x×]?\s*", text, re.IGNORECASE)
+    found = re.fullmatch(rf"\s*({DECIMAL})\s*[x×]?\s*", text, re.IGNORECASE)
     if not found:
         raise UsageError(f"{text!r} is not a number such as 1.5, for a model that is 1.5 times as fast.")
     return float(found[1])
@@ -156,7 +158,7 @@ def parse_parameters(text: str) -> Budget:
     Raises:
         UsageError: none of these, or not positive.
     """
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMBT%]?)\s*", text, re.IGNORECASE)
+    found = re.fullmatch(rf"\s*({DECIMAL})\s*([KMBT%]?)\s*", text, re.IGNORECASE)
     if not found or not float(found[1]):
         raise UsageError(f"{text!r} is not a number of parameters such as 6B, 350M or 80%, or a size such as 4GiB.")
     amount, unit = float(found[1]), found[2].upper()
@@ -187,7 +189,7 @@ def parse_count(text: str) -> Budget:
     Raises:
         UsageError: none, or not positive.
     """
-    if text.strip().isdecimal() and int(text):
+    if re.fullmatch(rf"\s*{WHOLE}\s*", text) and int(text):
         return Budget(float(text), "parameters")
     return parse_parameters(text)
 
@@ -200,6 +202,16 @@ def check_ratio(value: float) -> None:
     """
     if not 0 <= value < 1:
         raise UsageError("a pruning ratio is a fraction from 0 up to, but not including, 1.")
+
+
+def check_seed(value: int) -> None:
+    """A seed.
+
+    Raises:
+        UsageError: no library takes it.
+    """
+    if not 0 <= value < 2**32:
+        raise UsageError(f"a seed is a whole number from 0 to {2**32 - 1}.")
 
 
 def check_device(value: str) -> None:
@@ -234,7 +246,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
     """
     numbers: list[int] = []
     for part in text.split(","):
-        found = re.fullmatch(r"\s*(-?\d+)(?:-(-?\d+))?\s*", part)
+        found = re.fullmatch(rf"\s*(-?{WHOLE})(?:-(-?{WHOLE}))?\s*", part)
         if found is None:
             raise UsageError(f"give layer numbers such as 3,7,-1 or 20-25, not {text!r}.")
         first, last = int(found[1]), int(found[2] or found[1])
@@ -262,6 +274,6 @@ def parse_batch(text: str) -> int | None:
     """
     if text == "auto":
         return None
-    if not text.isdecimal() or int(text) < 1:
+    if not re.fullmatch(WHOLE, text) or int(text) < 1:
         raise UsageError(f"give a number of windows from 1, or auto, not {text!r}.")
     return int(text)

@@ -25,7 +25,7 @@ from llmprune_cli.journal.keys import versions
 from llmprune_cli.options import ModelReference, Text
 from llmprune_cli.progress import Listener
 from llmprune_cli.report.json_results import SCHEMA_VERSION, ExportResult
-from llmprune_cli.report.model_card import write_card
+from llmprune_cli.report.model_card import tell_pruning, write_card
 from llmprune_cli.report.runtimes import runtime_fits
 from llmprune_cli.run.calibration import prepare_calibration
 from llmprune_cli.run.layered_model import LayeredModel
@@ -128,7 +128,14 @@ def _why_not_verified(form: Format, checkpoint: Checkpoint, conversion: Conversi
 
 
 def source_manifest(checkpoint: Checkpoint) -> Manifest:
-    """What the source's manifest says of how it was made, or else where it is from."""
-    if (checkpoint.companions / MANIFEST_NAME).is_file():
-        return read_manifest(checkpoint.companions)
-    return Manifest(source=checkpoint.source, revision=checkpoint.revision)
+    """What the source's manifest says of how it was made, or else where it is from.
+
+    Raises:
+        CheckpointError: it does not say what a model card needs.
+    """
+    if not (checkpoint.companions / MANIFEST_NAME).is_file():
+        return Manifest(source=checkpoint.source, revision=checkpoint.revision)
+    manifest = read_manifest(checkpoint.companions)
+    if manifest.is_pruned:
+        tell_pruning(manifest, checkpoint.companions)
+    return manifest

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune_cli import __version__
 from llmprune_cli.errors import CheckpointError, OutputError, UsageError, first_line
+from llmprune_cli.folder.documents import is_there
 from llmprune_cli.progress import Listener, Told
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def check_push(folder: Path, repository: str) -> None:
 
     if not HUB_ID.fullmatch(repository):
         raise UsageError(f"{repository!r} is no name on the hub. Write ORG/NAME; your own name may be the ORG.")
-    if not folder.is_dir():
+    if not (is_there(folder) and folder.is_dir()):
         raise CheckpointError(f"{folder} is no folder. Give one that llmprune wrote.")
     if not (folder / MANIFEST_NAME).is_file():
         raise CheckpointError(

@@ -13,8 +13,8 @@ import yaml
 
 from llmprune_cli.commands.named_options import options_of, refuse_unknown
 from llmprune_cli.commands.requests import PruneRequest
-from llmprune_cli.errors import CheckpointError, UsageError
-from llmprune_cli.folder.documents import read_json, replace_file
+from llmprune_cli.errors import CheckpointError, UsageError, first_line
+from llmprune_cli.folder.documents import is_there, read_json, replace_file
 from llmprune_cli.folder.manifest import MANIFEST_NAME
 from llmprune_cli.options import Choice, Delivery, ModelReference, Text
 from llmprune_cli.vocabulary.request import VocabularyRequest
@@ -96,7 +96,7 @@ def read_recipe(path: Path, command: str) -> dict[str, Any]:
         CheckpointError: it cannot be read.
         UsageError: it is not a recipe, or one of another command.
     """
-    path = path / MANIFEST_NAME if path.is_dir() else path
+    path = path / MANIFEST_NAME if is_there(path) and path.is_dir() else path
     document = _read(path)
     if path.name == MANIFEST_NAME or "schema_version" in document:
         document = _of_manifest(path, document)
@@ -120,15 +120,18 @@ def _read(path: Path) -> dict[str, Any]:
     if path.suffix.lower() == ".json":
         return read_json(path)
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, and recipes at most {MOST_BYTES:,}.")
-        text = path.read_text(encoding="utf-8")
-        document = tomllib.loads(text) if path.suffix.lower() == ".toml" else yaml.safe_load(text)
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path} is not a readable recipe ({reason}).") from error
+    if len(content) > MOST_BYTES:
+        raise CheckpointError(f"{path} has more than the {MOST_BYTES:,} bytes that recipes have at most.")
+    try:
+        text = content.decode()
+        document = tomllib.loads(text) if path.suffix.lower() == ".toml" else yaml.safe_load(text)
+    except Exception as error:  # yaml raises whatever tags such as !!int or !!timestamp lead it to
+        reason = " ".join(str(error).split()) or first_line(error)
+        raise CheckpointError(f"{path} is not a readable recipe ({reason}). Correct it.") from error
     if not isinstance(document, dict):
         raise UsageError(f"{path} is not a recipe: it has to name options, such as `layers: 27`.")
     return document

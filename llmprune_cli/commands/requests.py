@@ -186,7 +186,7 @@ def check_prune(request: PruneRequest) -> None:
     Raises:
         LlmpruneError: see there.
     """
-    from llmprune_cli.folder.documents import MOST_JSON_BYTES, is_there, read_json
+    from llmprune_cli.folder.documents import MOST_JSON_BYTES, check_replaceable, is_there, read_json
     from llmprune_cli.folder.staging import check_target as check_output
     from llmprune_cli.report.chart import check_chart_target
     from llmprune_cli.startup.config_json import check_layers
@@ -211,11 +211,14 @@ def check_prune(request: PruneRequest) -> None:
     check_vocabulary(request.vocabulary, request.model.name)
     if request.evaluation is not None:
         check_text(request.evaluation.dataset, request.evaluation.text_column)
+    for path, option in ((delivery.save_plan, "--save-plan"), (delivery.save_config, "--save-config")):
+        if is_first() and path is not None:
+            check_replaceable(path, option)
     if is_first() and delivery.report is not None:
         check_chart_target(delivery.report, delivery.output)
     if is_first() and delivery.output is not None:
         model = Path(request.model.name)
-        check_output(delivery.output, delivery.overwrite, model if model.exists() else None)
+        check_output(delivery.output, delivery.overwrite, model if is_there(model) else None)
     if request.export is not None:
         conversion, folder = request.export
         check_export(request.model, folder, delivery.overwrite, conversion)
@@ -236,10 +239,11 @@ def check_eval(models: Iterable[ModelReference], evaluation: Evaluation, tasks: 
 
 def check_export(model: ModelReference, output: Path, overwrite: bool, conversion: Conversion) -> None:
     """The same for `export`."""
+    from llmprune_cli.folder.documents import is_there
     from llmprune_cli.folder.staging import check_target as check_output
     from llmprune_cli.startup.model_argument import check_model
 
     check_conversion(conversion, output)
     check_model(model, needs_weights=True)
     source = Path(model.name)
-    check_output(output, overwrite, source if source.exists() else None)
+    check_output(output, overwrite, source if is_there(source) else None)

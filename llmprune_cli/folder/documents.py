@@ -34,11 +34,10 @@ def read_json(path: Path, most_bytes: int | None = MOST_JSON_BYTES) -> dict[str,
         CheckpointError: the file is missing, too large, not JSON, or not an object.
     """
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path} is not a regular file.")
-        if most_bytes is not None and status.st_size > most_bytes:
-            raise CheckpointError(f"{path} has {status.st_size:,} bytes, and files of its kind at most {most_bytes:,}.")
+        check_regular(path)
+        size_bytes = path.stat().st_size
+        if most_bytes is not None and size_bytes > most_bytes:
+            raise CheckpointError(f"{path} has {size_bytes:,} bytes, and files of its kind at most {most_bytes:,}.")
         text = path.read_text(encoding="utf-8")
         if most_bytes is not None and text.count("[") + text.count("{") > MOST_CONTAINERS:
             raise CheckpointError(f"{path} holds more than {MOST_CONTAINERS:,} lists and objects.")
@@ -101,6 +100,38 @@ def replace_file(path: Path, parts: Iterable[Any], advice: str = "Make room, or 
         for other in path.parent.glob(UNFINISHED.format(escape(path.name), "*")):
             if time.time() - other.stat().st_mtime > DEAD_S:
                 other.unlink()
+
+
+def check_replaceable(path: Path, option: str) -> None:
+    """Make sure that a file can be written or replaced, before any work is done; see `replace_file`.
+
+    Args:
+        option: that names it.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    try:
+        folder = path.absolute().parent
+        while not folder.exists():
+            folder = folder.parent
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder. Choose another {option}.")
+        if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+            raise OutputError(f"{path} cannot be written: {folder} is no folder to write in. Choose another {option}.")
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}. Choose another {option}.") from error
+
+
+def check_regular(path: Path) -> None:
+    """Make sure that a file has an end: a pipe waits for whoever writes into it, and a device may give bytes for ever.
+
+    Raises:
+        CheckpointError: it is something else.
+        OSError: it is not there.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise CheckpointError(f"{path} is not a regular file.")
 
 
 def is_there(path: Path) -> bool:

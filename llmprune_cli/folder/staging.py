@@ -188,12 +188,17 @@ def check_target(target: Path, overwrite: bool, forbidden: Path | None = None) -
     Raises:
         OutputError: see above.
     """
-    _check_place(target, forbidden)
-    if not hidden_folder(target).exists():
-        _check_free(target, overwrite)
-    parent = target.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
+    try:
+        _check_place(target, forbidden)
+        hidden = hidden_folder(target)
+        if not (lock_file(hidden).exists() or hidden.exists()):
+            _check_free(target, overwrite)
+        parent = target.absolute().parent
+        while not parent.exists():
+            parent = parent.parent
+    except (OSError, ValueError) as error:  # a name that is too long, or holds what no name may
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OutputError(f"{target} cannot be written: {reason}. Choose another --output.") from error
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{parent} is not writable. Choose another --output.")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 from llmprune_cli.errors import MissingPackageError, UsageError
+from llmprune_cli.folder.documents import is_there
 from llmprune_cli.folder.tensors import SHORT_DTYPES
 from llmprune_cli.formats import FORMATS, MIXES
 from llmprune_cli.options import EVALUATION, METHOD, OUTPUT, Option
@@ -69,7 +70,7 @@ def check_conversion(conversion: Conversion, output: Path) -> None:
         raise UsageError(f"--output names a folder, and {output} looks like a file.")
     if conversion.converter is not None and name != "gguf":
         raise UsageError("--converter writes gguf; give --format gguf with it.")
-    if conversion.converter is not None and not conversion.converter.is_file():
+    if conversion.converter is not None and not (is_there(conversion.converter) and conversion.converter.is_file()):
         raise UsageError(f"--converter: {conversion.converter} is not a file.")
     if conversion.imatrix is not None and (conversion.dtype not in MIXES or conversion.converter is not None):
         raise UsageError(f"--imatrix is about gguf in {', '.join(MIXES)}; give one of them as --dtype.")

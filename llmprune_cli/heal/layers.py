@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ def stands_for(pruned: Checkpoint, manifest: Manifest | None, teacher: Checkpoin
         )
     said = manifest.layers if manifest is not None else None
     kept = said if said is not None else tuple(range(its.num_hidden_layers))
-    if len(kept) != own.num_hidden_layers or max(kept) >= its.num_hidden_layers:
+    are_in_order = all(first < second for first, second in pairwise((-1, *kept, its.num_hidden_layers)))
+    if len(kept) != own.num_hidden_layers or not are_in_order:
         raise CheckpointError(
             f"Nothing says which of the {its.num_hidden_layers} layers of {teacher.source} the "
             f"{own.num_hidden_layers} of {pruned.source} were, which {option} has to know. Leave it out."

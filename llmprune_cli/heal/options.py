@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from llmprune_cli.errors import UsageError
 from llmprune_cli.options import MACHINE, METHOD, OUTPUT, Option
-from llmprune_cli.sizes import check_chart, parse_count, parse_size
+from llmprune_cli.sizes import check_chart, check_seed, parse_count, parse_size
 
 ABOUT_ALL_LAYERS = ("loss", "temperature", "hidden_weight", "lora", "gradient_checkpointing")  # not for single ones
 
@@ -116,7 +116,7 @@ class Healing:
     lora: Annotated[
         int | None, Option("Train adapters of this rank, and merge them at the end (peft).", METHOD, least=1)
     ] = None
-    seed: Annotated[int, Option("Seed of the order of the text.", METHOD)] = 0
+    seed: Annotated[int, Option("Seed of the order of the text.", METHOD, check=check_seed)] = 0
     gradient_checkpointing: Annotated[
         bool, Option("Compute activations twice instead of keeping them: slower, in less memory.", MACHINE)
     ] = False

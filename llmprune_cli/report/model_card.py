@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
 from llmprune_cli import __version__
-from llmprune_cli.errors import CheckpointError
+from llmprune_cli.errors import CheckpointError, first_line
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.documents import is_there
 from llmprune_cli.folder.manifest import MANIFEST_NAME, Manifest
@@ -18,6 +18,7 @@ from llmprune_cli.formats.interface import Format
 from llmprune_cli.report.runtimes import RuntimeFit
 from llmprune_cli.source.tokenizer import copy_small
 
+Row: TypeAlias = tuple[str, str, str]
 CARD = "README.md"
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -54,28 +55,39 @@ def write_card(
             if path.is_file():
                 copy_small(path, folder / path.name)
     source = checkpoint.source if manifest is None else manifest.source or checkpoint.source
-    try:
-        rows, how = _pruning(manifest) if manifest is not None else ([], "")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{checkpoint.companions / MANIFEST_NAME} is not a manifest of llmprune ({error!r}). Remove it."
-        ) from error
+    rows, how, answers = tell_pruning(manifest, checkpoint.companions) if manifest is not None else ([], "", [])
     card = ModelCard.from_template(
         _front_matter(checkpoint, source, manifest is not None),
         template_path=str(TEMPLATE),
         title=f"{_code(Path(source).name)}{', pruned' if manifest else ''}",
         written_by=f"Written by llmprune {__version__} from {_code(source)}.",
         rows=rows,
-        answers=[
-            (own["prompt"], _code(own["before"]), _code(own["after"]))
-            for own in ((manifest.calibration or {}).get("answers", ()) if manifest else ())
-        ],
+        answers=answers,
         how=how,
         loading=_loading(folder, form, checkpoint),
         note=" ".join(f"{text[0].upper()}{text[1:]}." for text in (note, _part(checkpoint)) if text),
         fits=fits if form.keeps_dtypes else (),
     )
     (folder / CARD).write_text(f"{str(card).rstrip()}\n", encoding="utf-8", errors="replace")
+
+
+def tell_pruning(manifest: Manifest, folder: Path) -> tuple[list[Row], str, list[Row]]:
+    """What was removed, as rows of a table, and how; and prompts, each with how it goes on before and after that.
+
+    Args:
+        folder: that holds the manifest.
+
+    Raises:
+        CheckpointError: it does not say that.
+    """
+    try:
+        answers = (manifest.calibration or {}).get("answers", ())
+        told = [(own["prompt"], _code(own["before"]), _code(own["after"])) for own in answers]
+        return *_pruning(manifest), told
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise CheckpointError(
+            f"{folder / MANIFEST_NAME} is not a manifest of llmprune ({first_line(error)}). Remove it."
+        ) from error
 
 
 def _code(text: str) -> str:
@@ -108,7 +120,7 @@ def _known(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _pruning(manifest: Manifest) -> tuple[list[tuple[str, str, str]], str]:
+def _pruning(manifest: Manifest) -> tuple[list[Row], str]:
     """What was removed, as rows of a table, and how."""
     options, widths, parameters = manifest.options, manifest.widths, manifest.parameters
     if options is None or widths is None or parameters is None or manifest.layers is None:

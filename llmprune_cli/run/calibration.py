@@ -6,12 +6,13 @@ import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import torch
-from pydantic import PositiveInt, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
-from llmprune_cli.errors import CheckpointError
+from llmprune_cli.errors import CheckpointError, UsageError
+from llmprune_cli.folder.documents import is_there
 from llmprune_cli.options import Text
 from llmprune_cli.run.corpus import Corpus, cut_windows, load_corpus
 from llmprune_cli.text.names import PYTHON_DOCS, SELF, WIKITEXT2, parts_of
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Writer: TypeAlias = "Callable[[int], Corpus]"  # a text of so many tokens, that a model writes itself
+Count: TypeAlias = Annotated[int, Field(gt=0, le=2**53)]
+Seed: TypeAlias = Annotated[int, Field(ge=-(2**63), lt=2**64)]  # that torch takes
 HELD_OUT_SHARE = 8  # one window in so many is held out, one at least
 JUDGED_TOKENS = 16_384  # that are predicted of further text, on which the result is judged, where there are as many
 
@@ -47,22 +50,24 @@ class SeenText:
 
     dataset: str
     split: str
-    tokens: PositiveInt
-    seq_len: PositiveInt
-    seed: int
+    tokens: Count
+    seq_len: Count
+    seed: Seed
 
     @classmethod
     def of(cls, said: dict[str, Any] | None) -> SeenText | None:
         """What the `calibration` of a manifest says of it; None where that is too little."""
         try:
-            return TypeAdapter(cls).validate_python(said)
-        except ValidationError:
+            found = TypeAdapter(cls).validate_python(said)
+            parts_of(found.dataset)
+        except (ValidationError, UsageError):
             return None
+        return found
 
     def share_of(self, name: str, split: str) -> float:
         """Of these tokens that is of a text; 0 where none is."""
         path = Path(name)
-        has_splits = name != PYTHON_DOCS and not path.is_file()
+        has_splits = name != PYTHON_DOCS and not (is_there(path) and path.is_file())
         if name == SELF or (has_splits and split != self.split):
             return 0.0
         parts = (part for part in parts_of(self.dataset) if part.name)
@@ -149,7 +154,7 @@ def _order(windows: int, seed: int) -> torch.Tensor:
 
 
 def _is_same_file(path: Path, other: Path) -> bool:
-    return path.exists() and other.exists() and path.samefile(other)
+    return is_there(path) and is_there(other) and path.samefile(other)
 
 
 def mixed(windows: list[torch.Tensor]) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmprune_cli.errors import CheckpointError, first_line
+from llmprune_cli.folder.documents import is_there
 from llmprune_cli.progress import LOGGER
 from llmprune_cli.text.columns import Message, find_columns, texts_in
 from llmprune_cli.text.files import COLUMNS, PLAIN, Row, check_file, kind_of, looks_like_a_file, read_rows, read_text
@@ -60,9 +61,9 @@ def load_corpus(
         from pydoc_data.topics import topics
 
         return Corpus(dataset, BETWEEN.join(topics.values()), "the documentation in pydoc_data.topics")
-    if path.is_dir():
+    if is_there(path) and path.is_dir():
         return Corpus(dataset, _joined(dataset, _load(dataset, None, split), column, tokenizer), dataset)
-    if path.is_file() or looks_like_a_file(dataset):
+    if is_there(path) or looks_like_a_file(dataset):
         check_file(path)
         if kind_of(path) in PLAIN:
             return Corpus(dataset, read_text(path), str(path))

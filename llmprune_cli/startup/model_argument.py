@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from llmprune_cli.errors import CheckpointError, MissingPackageError, PlanError
-from llmprune_cli.folder.documents import is_there, read_json
+from llmprune_cli.folder.documents import check_regular, is_there, read_json
 from llmprune_cli.options import ModelReference
 from llmprune_cli.sizes import Budget
 from llmprune_cli.startup.config_json import MERGE, MOST_BYTES, describe_adapter, read_settings
 
 MOST_HEADER_BYTES = 100 * 10**6
+LONGEST_ID = 96  # characters of a hub id, at most
 MAGIC = b"GGUF"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 SENTENCEPIECE = "tokenizer.model"
@@ -34,7 +35,8 @@ def check_model(reference: ModelReference, needs_weights: bool) -> None:
     path = Path(reference.name)
     _check_device(reference.device)
     if not is_there(path):
-        if path.suffix == ".gguf" or reference.name.startswith((".", "/", "~")) or reference.name.count("/") > 1:
+        is_path = path.suffix == ".gguf" or reference.name.startswith((".", "/", "~")) or reference.name.count("/") > 1
+        if is_path or len(reference.name) > LONGEST_ID:
             raise CheckpointError(f"{path} does not exist. Check the path of the model.")
         return
     if path.suffix == ".gguf":
@@ -92,7 +94,8 @@ def _is_installed(module: str) -> bool:
 
 
 def _check_gguf(path: Path) -> None:
-    if path.is_file() and _beginning(path, len(MAGIC)) != MAGIC:
+    check_regular(path)
+    if _beginning(path, len(MAGIC)) != MAGIC:
         raise CheckpointError(f"{path} is not a GGUF file. Download it again.")
     if find_spec("gguf") is None:
         raise MissingPackageError("Reading a GGUF file needs the gguf package: pip install 'llmprune[gguf]'")
@@ -186,6 +189,7 @@ def _stored_sizes(folder: Path) -> tuple[int, int, int, int] | None:
 
 
 def _header(path: Path) -> dict[str, Any]:
+    check_regular(path)
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > MOST_HEADER_BYTES:

@@ -6,14 +6,16 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 from llmprune_cli.errors import CheckpointError, MissingPackageError
-from llmprune_cli.folder.documents import is_there
+from llmprune_cli.folder.documents import check_regular, is_there
 
 PLAIN, LINES, TABLES, COLUMNS = (".txt", ".md"), (".jsonl", ".json", ".ndjson"), (".csv", ".tsv"), (".parquet",)
 PACKED = (".gz", ".zst")
@@ -50,6 +52,7 @@ def check_file(path: Path) -> None:
     """
     if not is_there(path):
         raise CheckpointError(f"{path} does not exist. Give a file, a folder, or a dataset of the hub (ORG/NAME).")
+    check_regular(path)
     kind = kind_of(path)
     if not kind:
         raise CheckpointError(f"{path} is not {IN_WORDS}.")
@@ -135,26 +138,35 @@ def _csv_rows(path: Path, text: IO[str]) -> Iterator[Row]:
         raise CheckpointError(f"{path}, line {reader.line_num} is not CSV ({error}).") from error
 
 
-def _opened(path: Path) -> IO[bytes]:
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a file, unpacked.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not packed as its name says.
+    """
+    kind = path.suffix.lower()
+    unpacker = _zstd(path) if kind == ".zst" else gzip
+    damaged = (OSError, EOFError, zlib.error, *([unpacker.ZstdError] if kind == ".zst" else []))
     try:
-        if path.suffix.lower() == ".zst":
-            return _unzstd(path)
-        return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+        with unpacker.open(path, "rb") if kind in PACKED else path.open("rb") as file:
+            yield file
+    except damaged as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path} cannot be read: {str(reason).rstrip('.')}.") from error
 
 
-def _unzstd(path: Path) -> IO[bytes]:
+def _zstd(path: Path) -> Any:
+    """The module that unpacks zstd."""
     if find_spec("compression") is not None:
         from compression import zstd
 
-        return zstd.open(path)  # type: ignore[no-any-return]
+        return zstd
     if find_spec("zstandard") is None:
         raise MissingPackageError(f"{path} is packed with zstd, and unpacking that needs: pip install zstandard.")
     import zstandard
 
-    stream: IO[bytes] = zstandard.open(path, "rb")
-    return stream
+    return zstandard
 
 
 def _decoded(path: Path, content: bytes, line: int | None = None, is_cut: bool = False) -> str:

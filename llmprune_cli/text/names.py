@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmprune_cli.errors import CheckpointError, UsageError
+from llmprune_cli.folder.documents import is_there
 from llmprune_cli.text.columns import find_columns
 from llmprune_cli.text.files import COLUMNS, PLAIN, check_file, first_rows, kind_of, looks_like_a_file
 
@@ -28,16 +30,16 @@ def parts_of(text: str) -> tuple[Part, ...]:
     """The texts in a name such as `a.jsonl:0.7,b.txt:0.3`; without numbers they have equal shares.
 
     Raises:
-        UsageError: some have shares and others have none, or one is no positive number.
+        UsageError: some have shares and others have none, or one is no positive number, or their sum is none.
     """
     names = [part.strip() for part in text.split(",")]
-    if len(names) == 1 or Path(text).exists():
+    if len(names) == 1 or is_there(Path(text)):
         return (Part(text, 1.0),)
     found = [_weighted(name) for name in names]
     if not all(name for name, _ in found):
         raise UsageError(f"{text!r} names no text between two commas.")
     weights = [weight for _, weight in found if weight is not None]
-    if weights and (len(weights) < len(found) or min(weights) <= 0):
+    if weights and (len(weights) < len(found) or min(weights) <= 0 or not math.isfinite(sum(weights))):
         raise UsageError(f"give every text of {text!r} a share above 0, as in a.jsonl:0.7,b.txt:0.3, or none of them.")
     total = sum(weights) or len(found)
     return tuple(Part(name, (weight or 1.0) / total) for name, weight in found)
@@ -58,10 +60,10 @@ def check_text(name: str, column: str | None = None) -> None:
         CheckpointError: it does not.
     """
     local = os.environ.get("LLMPRUNE_WIKITEXT2")
-    if name == WIKITEXT2 and local and not Path(local).exists():
+    if name == WIKITEXT2 and local and not is_there(Path(local)):
         raise CheckpointError(f"LLMPRUNE_WIKITEXT2 names {local}, which does not exist. Correct it, or unset it.")
     path = Path(name)
-    if name in KNOWN or path.is_dir() or not (path.is_file() or looks_like_a_file(name)):
+    if name in KNOWN or not (is_there(path) or looks_like_a_file(name)) or (is_there(path) and path.is_dir()):
         return
     check_file(path)
     if kind_of(path) not in (*PLAIN, *COLUMNS):

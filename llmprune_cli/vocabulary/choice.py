@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from llmprune_cli.errors import PlanError, UsageError
+from llmprune_cli.errors import CheckpointError, PlanError, UsageError
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.documents import read_json
 from llmprune_cli.run.calibration import spread_windows
 from llmprune_cli.run.divergence import check_loss, predicted
 from llmprune_cli.run.layered_model import LayeredModel
+from llmprune_cli.sizes import WHOLE
 from llmprune_cli.source.tokenizer import MOST_COMPANION_BYTES, PROCESSORS, reader_of
 from llmprune_cli.vocabulary.numbering import named_tokens
 from llmprune_cli.vocabulary.request import read_keep_file
@@ -135,7 +136,7 @@ def _texts_in(value: Any) -> Iterator[str]:
 def _of_chats(tokens: Tokens, checkpoint: Checkpoint) -> set[int]:
     """The tokens of what chat templates write themselves."""
     paths = (*checkpoint.companions.glob("*.jinja"), *checkpoint.companions.glob("additional_chat_templates/*.jinja"))
-    templates = [path.read_text(encoding="utf-8") for path in paths]
+    templates = [_read_template(path) for path in paths]
     for settings in _settings_of(checkpoint, "tokenizer_config.json", "chat_template.json"):
         templates += _texts_in(settings.get("chat_template"))  # one, or several with their names
     tokenizer = reader_of((checkpoint.companions / "tokenizer.json").read_text(encoding="utf-8"))
@@ -143,10 +144,19 @@ def _of_chats(tokens: Tokens, checkpoint: Checkpoint) -> set[int]:
     return {number for text in texts for number in tokenizer.encode(text, add_special_tokens=False).ids}
 
 
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"{path} is not UTF-8 text: byte 0x{error.object[error.start]:02x} at {error.start:,}. Correct it."
+        ) from error
+
+
 def _read_keep_file(path: Path, tokens: Tokens) -> set[int]:
     found = set()
     for line in read_keep_file(path):
-        number = tokens.ids.get(line, int(line) if line.isdecimal() and int(line) in tokens.by_id else None)
+        number = tokens.ids.get(line, int(line) if re.fullmatch(WHOLE, line) and int(line) in tokens.by_id else None)
         if number is None:
             raise UsageError(f"--keep-tokens {path} names {line!r}, which is no token of the model.")
         found.add(number)

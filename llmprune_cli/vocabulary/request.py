@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from llmprune_cli.errors import PlanError, UsageError
+from llmprune_cli.folder.documents import check_regular
 from llmprune_cli.options import GOES, TEXT, Option
 from llmprune_cli.sizes import parse_count
 
@@ -123,8 +124,10 @@ def read_keep_file(path: Path) -> list[str]:
 
     Raises:
         UsageError: it is not readable.
+        CheckpointError: it is a pipe or a device.
     """
     try:
+        check_regular(path)
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"byte {error.start:,} is not UTF-8"

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llmprune_cli.errors import PlanError, UnsupportedError, VerificationError
+from llmprune_cli.errors import CheckpointError, PlanError, UnsupportedError, VerificationError, first_line
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.documents import read_json, write_json
 from llmprune_cli.source.tokenizer import MOST_COMPANION_BYTES, PROCESSORS
@@ -99,6 +99,8 @@ def open_tokens(checkpoint: Checkpoint) -> Tokens:
         UnsupportedError: it has no tokenizer.json, or one of another kind.
         CheckpointError: the file cannot be read.
     """
+    from tokenizers import Tokenizer
+
     path = checkpoint.companions / "tokenizer.json"
     if not path.is_file() and checkpoint.source.endswith(".gguf"):
         raise UnsupportedError("the tokenizer within a GGUF file is read where --vocab-size N asks for it")
@@ -107,7 +109,15 @@ def open_tokens(checkpoint: Checkpoint) -> Tokens:
             f"{checkpoint.source} has no tokenizer.json, and no other tokenizer can be cut. Save its fast tokenizer "
             "with transformers, or leave --vocab-size out."
         )
-    return read_tokens(read_json(path, MOST_COMPANION_BYTES), checkpoint.source)
+    document = read_json(path, MOST_COMPANION_BYTES)
+    try:
+        tokens = read_tokens(document, checkpoint.source)
+        Tokenizer.from_file(str(path))
+    except UnsupportedError:
+        raise
+    except Exception as error:  # what the library has against a file is of no kind of its own
+        raise CheckpointError(f"{path} is no tokenizer that can be read: {first_line(error)}.") from error
+    return tokens
 
 
 def write_tokenizer(checkpoint: Checkpoint, folder: Path, kept: tuple[int, ...]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -39,6 +41,7 @@ def sweep(*words: str) -> tuple[str, ...]:
 
 
 HALF = ("--pruning-ratio", "50%")
+LONG = 300 * "x"  # more than a file's name may have
 MISTAKES = {
     "a target above the model": Mistake(prune("--target-params", "6B"), PLAN, ("51,520", "removes nothing", "85%")),
     "a size above the model": Mistake(prune("--target-size", "4GiB"), PLAN, ("206,080 bytes", "removes nothing")),
@@ -71,6 +74,13 @@ MISTAKES = {
         ("eval", "model", "--dataset", "thesis.docx"), CHECKPOINT, ("thesis.docx", ".txt")
     ),
     "a plan that is not there": Mistake(prune("--plan", "plan.json"), CHECKPOINT, ("plan.json does not exist",)),
+    "a plan to save below a file": Mistake(
+        prune(*HALF, "--save-plan", "good.jsonl/plan.json"), OUTPUT, ("good.jsonl is no folder", "another --save-plan")
+    ),
+    "a plan to save as a folder": Mistake(prune(*HALF, "--save-plan", "taken"), OUTPUT, ("taken is a folder",)),
+    "a recipe to save below a file": Mistake(
+        prune(*HALF, "--save-config", "good.jsonl/a.yaml"), OUTPUT, ("good.jsonl is no folder", "--save-config")
+    ),
     "a model that is not there": Mistake(("inspect", "./nowhere"), CHECKPOINT, ("nowhere does not exist",)),
     "sensitivity beside widths": Mistake(
         ("inspect", "model", "--sensitivity", "--mlp", "25%"), USAGE, ("leave out the width options",)
@@ -118,6 +128,11 @@ MISTAKES = {
     "a type to prune to that is not there": Mistake(prune(*HALF, "--gguf", "q5"), USAGE, ("Did you mean q5_k_m?",)),
     "a GGUF of nothing": Mistake(("prune", "model", *HALF, "--dry-run", "--gguf", "q4_k_m"), USAGE, ("--output",)),
     "a file for a folder": Mistake(("export", "model", "-o", "out.gguf"), USAGE, ("names a folder", "out.gguf")),
+    "a manifest that is none": Mistake(("recover", "torn", "-o", "out"), CHECKPOINT, ("torn/llmprune.json is not",)),
+    "a model that nobody pruned": Mistake(("recover", "model", "-o", "out"), CHECKPOINT, ("Give --teacher",)),
+    "a model that was pruned elsewhere": Mistake(
+        ("recover", "moved", "-o", "out"), CHECKPOINT, ("made from ./gone", "does not exist", "Give --teacher if")
+    ),
     "a teacher that is not there": Mistake(recover("--teacher", "./nobody"), CHECKPOINT, ("nobody does not exist",)),
     "an adapter as a teacher": Mistake(recover("--teacher", "adapter"), CHECKPOINT, ("LORA adapter of org/base",)),
     "a lesson that is not there": Mistake(recover("--text", "nope.txt"), CHECKPOINT, ("nope.txt does not",)),
@@ -161,6 +176,31 @@ MISTAKES = {
     "a text for a sweep that is not there": Mistake(
         sweep("--mlp", "10%,20%", "--calibration", "nope.txt"), CHECKPOINT, ("nope.txt does not",)
     ),
+    "a packed text that is none": Mistake(
+        prune(*HALF, "--calibration", "plain.txt.gz"), CHECKPOINT, ("plain.txt.gz cannot be read: Not a gzipped file",)
+    ),
+    "a packed text that is cut short": Mistake(
+        recover("--text", "cut.jsonl.gz"), CHECKPOINT, ("cut.jsonl.gz cannot be read: Compressed file ended",)
+    ),
+    "a day in a recipe that is none": Mistake(prune("--config", "day.yaml"), CHECKPOINT, ("month must be in 1..12",)),
+    "a recipe in a tag": Mistake(prune("--config", "tag.yaml"), CHECKPOINT, ("tag.yaml is not a readable recipe",)),
+    "a recipe without end": Mistake(prune("--config", "/dev/zero"), CHECKPOINT, ("/dev/zero has more than",)),
+    "a recipe that names nothing": Mistake(prune("--config", "none.yaml"), USAGE, ("such as `layers: 27`",)),
+    "tokens by the thousand digits": Mistake(prune("--vocab-size", "9" * 5000), USAGE, ("such as 32000",)),
+    "healing by the thousand digits": Mistake(recover("--tokens", "9" * 5000), USAGE, ("such as 65k",)),
+    "layers by the thousand digits": Mistake(prune("--drop-layers", "9" * 5000), USAGE, ("such as 3,7,-1",)),
+    "a size by the hundred digits": Mistake(prune("--target", f"{'9' * 400}GB"), USAGE, ("500MB, 5GB or 4GiB",)),
+    "a seed that is none": Mistake(recover("--seed", "9" * 30), USAGE, ("--seed", "from 0 to 4294967295")),
+    "shares that are none": Mistake(prune(*HALF, "--calibration", "a.txt:1,b.txt:nan"), USAGE, ("a share above 0",)),
+    "an output with too long a name": Mistake(("prune", "model", *HALF, "-o", LONG), OUTPUT, ("File name too long",)),
+    "a model with too long a name": Mistake(
+        ("prune", LONG, *HALF, "-o", "out"), CHECKPOINT, (f"{LONG} does not exist",)
+    ),
+    "a push of what has too long a name": Mistake(("push", LONG, "me/pruned"), CHECKPOINT, ("is no folder",)),
+    "a text with too long a name": Mistake(
+        prune(*HALF, "--calibration", f"{LONG}.txt"), CHECKPOINT, (f"{LONG}.txt does not",)
+    ),
+    "a recipe with too long a name": Mistake(prune("--config", f"{LONG}.yaml"), CHECKPOINT, ("File name too long",)),
 }
 
 
@@ -180,6 +220,16 @@ def place(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     Path("bare", "config.json").write_text((tiny_llama / "config.json").read_text())
     Path("ggufs", "a.gguf").write_bytes(b"GGUF")
     Path("taken", "thesis.tex").write_text("years of work")
+    for folder, said in (("torn", '{"widths": 7}'), ("moved", '{"source": "./gone"}')):
+        Path(folder).mkdir()
+        Path(folder, "config.json").write_text((tiny_llama / "config.json").read_text())
+        Path(folder, "model.safetensors").symlink_to(next(tiny_llama.glob("*.safetensors")))
+        Path(folder, "llmprune.json").write_text(said)
+    Path("plain.txt.gz").write_text("Once")
+    Path("cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "Once"}\n')[:-9])
+    Path("day.yaml").write_text("layers: 2001-99-99\n")
+    Path("tag.yaml").write_text("layers: !!timestamp soon\n")
+    Path("none.yaml").write_text("- layers\n")
     return tmp_path
 
 
@@ -189,6 +239,26 @@ def test_a_mistake_is_told_with_what_where_and_what_next(place: Path, name: str)
     mistake, before = MISTAKES[name], sorted(place.rglob("*"))
     assert_refused(run_cli(*mistake.words), mistake.code, *mistake.said)
     assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
+@pytest.mark.parametrize(
+    "words",
+    [
+        prune(*HALF, "--calibration", "pipe.txt"),
+        prune("--vocab-size", "50%", "--keep-tokens", "pipe.txt"),
+        recover("--text", "pipe.jsonl"),
+        ("inspect", "pipe.gguf"),
+        ("prune", "holed", "--target", "80%", "--calibration", "pipe.txt", "--output", "out"),
+    ],
+)
+def test_nobody_waits_for_a_pipe(place: Path, words: tuple[str, ...]) -> None:
+    for name in ("pipe.txt", "pipe.jsonl", "pipe.gguf"):
+        os.mkfifo(name)
+    Path("holed").mkdir()
+    Path("holed", "config.json").write_bytes(Path("model", "config.json").read_bytes())
+    os.mkfifo("holed/model.safetensors")
+    assert_refused(run_cli(*words), CHECKPOINT, "is not a regular file")
 
 
 def test_no_mistake_waits_for_a_library(place: Path) -> None:

@@ -12,7 +12,9 @@ import pytest
 
 import llmprune_cli
 from llmprune_cli.cli.sweep import print_sweep
+from llmprune_cli.commands.sweep.request import Kept, Points, Sweep, check_sweep
 from llmprune_cli.journal.forms import Json
+from llmprune_cli.options import ModelReference
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.report.json_results import to_json
 from llmprune_cli.report.schemas import DOCUMENTS, adapter_of
@@ -69,6 +71,19 @@ def without_times(document: Any) -> Any:
 def same_tensors(one: Path, other: Path) -> bool:
     first, second = written_tensors(one), written_tensors(other)
     return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+
+
+def test_a_sweep_may_replace_what_one_of_the_same_sizes_wrote(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sizes" / "85%").mkdir(parents=True)
+    for name in ("sweep.json", "85%/config.json"):
+        (tmp_path / "sizes" / name).write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    asked = Sweep(Points(targets=("85%",)), delivery=Kept(Path("sizes"), overwrite=True))
+    check_sweep(ModelReference(str(tiny_llama)), asked)
+    (tmp_path / ".sizes.llmprune-work").mkdir()  # of a run that died when all but this was done
+    check_sweep(ModelReference(str(tiny_llama)), replace(asked, delivery=Kept(Path("sizes"))))
 
 
 @pytest.mark.parametrize("name", examples(["85%", "60%"], ["85%"]))

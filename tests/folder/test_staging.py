@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from llmprune_cli.errors import OutputError
 from llmprune_cli.folder.scratch import scratch_folder
-from llmprune_cli.folder.staging import locked_folder
+from llmprune_cli.folder.staging import check_target, claimed, hidden_folder, lock_file, locked_folder
 from support.cli import BY_MAGNITUDE, run_cli
 
 CUT = (*BY_MAGNITUDE, "--intermediate-size", "24")
@@ -98,3 +99,17 @@ def test_a_run_that_died_while_replacing_is_finished_or_undone(moment: str, tiny
     assert (target / "config.json").read_text() == ("new model" if moment == "after" else "old model")
     assert run_cli("prune", tiny_llama, *CUT, "--overwrite", "--output", target).code == 0
     assert run_cli("inspect", target, "--verify").code == 0 and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_dead_run_left_beside_its_target_goes_with_the_next_refusal(tmp_path: Path) -> None:
+    """Also where it died with nothing left to do but to remove its lock."""
+    target, hidden = tmp_path / "out", hidden_folder(tmp_path / "out")
+    target.mkdir()
+    (target / "config.json").touch()
+    lock_file(hidden).touch()
+    check_target(target, overwrite=False)  # what stands there is only looked at by whoever has the lock
+    with pytest.raises(OutputError, match="not empty"), claimed(target, overwrite=False):
+        pass
+    assert list(tmp_path.iterdir()) == [target]
+    with pytest.raises(OutputError, match="not empty"):
+        check_target(target, overwrite=False)

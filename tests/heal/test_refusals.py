@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -141,3 +143,27 @@ def test_a_model_that_predicts_no_numbers(
 def test_adapters_without_peft(pruned: Path, text_file: Path, tmp_path: Path) -> None:
     words = ("peft", "pip install")
     assert_recover_refused(pruned, text_file, tmp_path, UNSUPPORTED, *words, options=("--lora", "4"))
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "said"),
+    [
+        (lambda manifest: manifest["calibration"].update(answers=5), (), "is not a manifest of llmprune"),
+        (lambda manifest: manifest["calibration"].pop("kl"), (), "is not a manifest of llmprune"),
+        (lambda manifest: manifest["layers"].reverse(), ("--mode", "blocks"), "Nothing says which of the"),
+        (lambda manifest: manifest["layers"].insert(0, -1), ("--hidden-weight", "1"), "Nothing says which of the"),
+    ],
+)
+def test_what_a_manifest_cannot_mean_is_told_before_anything_is_trained(
+    pruned: Path,
+    text_file: Path,
+    tmp_path: Path,
+    change: Callable[[dict[str, Any]], object],
+    options: tuple[str, ...],
+    said: str,
+) -> None:
+    folder = shutil.copytree(pruned, tmp_path / "torn")
+    calibration = {"dataset": "a", "origin": "a", "tokens": 1, "kl": None}
+    edit_json(folder / "llmprune.json", lambda manifest: manifest.update(calibration=calibration))
+    edit_json(folder / "llmprune.json", change)
+    assert_recover_refused(folder, text_file, tmp_path, CHECKPOINT, said, options=options)

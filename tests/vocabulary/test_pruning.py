@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -20,7 +21,7 @@ from llmprune_cli.vocabulary.rewriting import open_tokens
 from support.cli import BY_MAGNITUDE, run_cli
 from support.full import examples
 from support.gguf_exports import export, needs_llamacpp, tiny, verified
-from support.refusals import PLAN, UNSUPPORTED, USAGE, assert_prune_refused, assert_refused, edit_json
+from support.refusals import CHECKPOINT, PLAN, UNSUPPORTED, USAGE, assert_prune_refused, assert_refused, edit_json
 from support.tiny import BYTE_LEVEL_VOCABULARY
 
 
@@ -195,3 +196,25 @@ def test_what_cannot_be_cut_is_refused(byte_level: Path, tmp_path: Path) -> None
     refuse(UNSUPPORTED, "WordPiece")
     tokenizer.unlink()
     refuse(UNSUPPORTED, "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda document: document["model"].update(merges=[["a", "b", "c"]]), "is no tokenizer that can be read"),
+        (lambda document: document.update(added_tokens=[{"content": "x"}]), "is no tokenizer that can be read"),
+    ],
+)
+def test_a_damaged_tokenizer_is_refused(
+    byte_level: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object], said: str
+) -> None:
+    folder = shutil.copytree(byte_level, tmp_path / "model")
+    edit_json(folder / "tokenizer.json", change)
+    assert_prune_refused(folder, tmp_path, CHECKPOINT, "tokenizer.json", said, options=("--vocab-size", "320"))
+
+
+def test_a_chat_template_in_another_encoding_is_refused(byte_level: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(byte_level, tmp_path / "model")
+    (folder / "chat_template.jinja").write_bytes("{{ 'Käse' }}".encode("latin-1"))
+    words = ("chat_template.jinja is not UTF-8 text: byte 0xe4 at 5",)
+    assert_prune_refused(folder, tmp_path, CHECKPOINT, *words, options=("--vocab-size", "320"))

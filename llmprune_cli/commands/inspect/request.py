@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -58,7 +59,7 @@ class Measured:
     def request(self, model: ModelReference) -> PruneRequest:
         """What `prune` would be asked for that reads text and weights, and writes no model."""
         choice = replace(self.choice, widths=WidthRequest(num_hidden_layers=1), refit="residual")
-        delivery = Delivery(dry_run=True, save_plan=Path("plan.json"))
+        delivery = Delivery(dry_run=True, save_plan=Path(tempfile.gettempdir(), "plan.json"))
         return PruneRequest(model, choice, self.text, delivery, self.scratch)
 
 

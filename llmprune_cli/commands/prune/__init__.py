@@ -38,6 +38,7 @@ from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.coupling.subject import Subject, understand
 from llmprune_cli.family.architecture import with_widths
 from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.folder.documents import is_there
 from llmprune_cli.folder.integrity import list_files
 from llmprune_cli.folder.manifest import Numbers, write_manifest
 from llmprune_cli.folder.scratch import check_folder, scratch_folder
@@ -342,4 +343,4 @@ def _fill(
 def source_folder(reference: ModelReference, checkpoint: Checkpoint) -> Path | None:
     """The user's own folder or file that must stay untouched."""
     path = Path(reference.name)
-    return path if path.exists() else checkpoint.folder
+    return path if is_there(path) else checkpoint.folder

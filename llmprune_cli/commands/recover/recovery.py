@@ -9,17 +9,18 @@ from dataclasses import replace
 from llmprune_cli.commands.prune import source_folder
 from llmprune_cli.commands.recover.blocks import heal_by_blocks
 from llmprune_cli.commands.recover.end_to_end import heal
-from llmprune_cli.commands.recover.request import RecoverRequest
+from llmprune_cli.commands.recover.request import RecoverRequest, teacher_reference
 from llmprune_cli.commands.recover.task import open_teacher, prepare
 from llmprune_cli.errors import UsageError
 from llmprune_cli.folder.manifest import MANIFEST_NAME, read_manifest
 from llmprune_cli.folder.staging import check_target, claimed
 from llmprune_cli.heal.student import check_packages
-from llmprune_cli.heal.teacher.identity import check_teacher, teacher_reference
+from llmprune_cli.heal.teacher.identity import check_teacher
 from llmprune_cli.processes import join
 from llmprune_cli.progress import Listener
 from llmprune_cli.report.chart import check_chart_target, draw_curve
 from llmprune_cli.report.json_results import RecoverResult
+from llmprune_cli.report.model_card import tell_pruning
 from llmprune_cli.source.opening import open_checkpoint
 
 
@@ -47,6 +48,8 @@ def recover(request: RecoverRequest, listener: Listener, name: str | None = None
         pruned = replace(pruned, source=name or pruned.source)
         own = pruned.companions / MANIFEST_NAME
         manifest = read_manifest(pruned.companions) if own.is_file() else None
+        if manifest is not None and manifest.is_pruned:
+            tell_pruning(replace(manifest, healing=None), pruned.companions)  # as the card of the result will
         reference = teacher_reference(request.teaching.teacher, request.model, manifest)
         teacher = open_teacher(reference, request, stack)
         check_teacher(pruned, manifest, teacher)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from llmprune_cli.errors import UsageError
+from llmprune_cli.errors import CheckpointError, UsageError
 from llmprune_cli.heal.options import Healed, Healing, Teaching
 from llmprune_cli.options import ModelReference
 from llmprune_cli.processes import is_first
+
+if TYPE_CHECKING:
+    from llmprune_cli.folder.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -44,24 +50,71 @@ class RecoverRequest:
         return self.delivery.output
 
 
+def teacher_reference(given: str | None, pruned: ModelReference, manifest: Manifest | None) -> ModelReference:
+    """The model to learn from: the one that was named, else the one that the pruned model was made from.
+
+    Raises:
+        CheckpointError: nothing says which.
+    """
+    if given is not None:
+        return ModelReference(given, trust_remote_code=pruned.trust_remote_code, device=pruned.device)
+    if manifest is None or manifest.source is None:
+        raise CheckpointError(f"{pruned.name} has no llmprune.json that says what it was made from. Give --teacher.")
+    dtype = (manifest.options or {}).get("dtype")
+    return ModelReference(
+        manifest.source,
+        manifest.revision,
+        trust_remote_code=pruned.trust_remote_code,
+        dtype=dtype if isinstance(dtype, str) else None,
+        device=pruned.device,
+    )
+
+
+@contextmanager
+def teacher_explained(request: RecoverRequest, teacher: ModelReference) -> Iterator[None]:
+    """Say of a teacher that cannot be read who named it, where that was not the user."""
+    try:
+        yield
+    except CheckpointError as error:
+        if request.teaching.teacher is not None:
+            raise
+        raise CheckpointError(
+            f"{request.model.name} was made from {teacher.name}, which cannot be read: {error} Give --teacher if it "
+            "lies elsewhere."
+        ) from error
+
+
 def check_recover(request: RecoverRequest) -> None:
-    """Refuse what can be refused in a moment; what the pruned model says of its teacher is looked at later.
+    """Refuse what can be refused in a moment.
 
     Raises:
         LlmpruneError: see there.
     """
+    from llmprune_cli.folder.documents import is_there
     from llmprune_cli.folder.staging import check_target as check_output
     from llmprune_cli.startup.model_argument import check_model, check_tokenizer
     from llmprune_cli.text.names import check_text, parts_of
 
-    models = [request.model]
-    if request.teaching.teacher is not None:
-        models.append(ModelReference(request.teaching.teacher))
-    for model in models:
-        check_model(model, needs_weights=True)
-        check_tokenizer(model.name)
+    check_model(request.model, needs_weights=True)
+    check_tokenizer(request.model.name)
     for part in parts_of(request.healing.text) if request.healing.text is not None else ():
         check_text(part.name)
     if is_first():
         source = Path(request.model.name)
-        check_output(request.output, request.delivery.overwrite, source if source.exists() else None)
+        check_output(request.output, request.delivery.overwrite, source if is_there(source) else None)
+    teacher = _known_teacher(request)
+    if teacher is not None:
+        with teacher_explained(request, teacher):
+            check_model(teacher, needs_weights=True)
+        check_tokenizer(teacher.name)
+
+
+def _known_teacher(request: RecoverRequest) -> ModelReference | None:
+    """The teacher, where the user names it or the pruned model's folder is here; None where it is not known yet."""
+    from llmprune_cli.folder.manifest import MANIFEST_NAME, read_manifest
+
+    folder, given = Path(request.model.name), request.teaching.teacher
+    if not folder.is_dir():
+        return None if given is None else teacher_reference(given, request.model, None)
+    manifest = read_manifest(folder) if (folder / MANIFEST_NAME).exists() else None
+    return teacher_reference(given, request.model, manifest)

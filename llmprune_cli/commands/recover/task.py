@@ -13,9 +13,9 @@ import psutil
 import torch
 
 from llmprune_cli.commands.prune.decision import layer_device
-from llmprune_cli.commands.recover.request import RecoverRequest
+from llmprune_cli.commands.recover.request import RecoverRequest, teacher_explained
 from llmprune_cli.coupling.subject import understand
-from llmprune_cli.errors import CheckpointError, OutputError
+from llmprune_cli.errors import OutputError
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.manifest import Manifest
 from llmprune_cli.folder.scratch import check_folder
@@ -106,15 +106,8 @@ def open_teacher(reference: ModelReference, request: RecoverRequest, stack: Exit
     Raises:
         CheckpointError: it cannot be read.
     """
-    try:
+    with teacher_explained(request, reference):
         return stack.enter_context(open_checkpoint(reference, need_weights=True))
-    except CheckpointError as error:
-        if request.teaching.teacher is not None:
-            raise
-        raise CheckpointError(
-            f"{request.model.name} was made from {reference.name}, which cannot be read: {error} Give --teacher if it "
-            "lies elsewhere."
-        ) from error
 
 
 def prepare(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -25,7 +26,7 @@ from llmprune_cli.options import (
     WidthRequest,
 )
 from llmprune_cli.processes import is_first
-from llmprune_cli.sizes import check_chart, check_ratio, parse_budget, parse_ratio
+from llmprune_cli.sizes import WHOLE, check_chart, check_ratio, parse_budget, parse_ratio
 
 # Options of `prune` that say what is tried, and those that one text and one model for all points leave no room for.
 LEFT_OUT = (
@@ -77,7 +78,7 @@ def _ratios(text: str) -> tuple[float, ...]:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
+    if not re.fullmatch(WHOLE, text) or not int(text):
         raise UsageError(f"give numbers of layers such as 28,26,24, not {text!r}.")
     return int(text)
 
@@ -189,14 +190,17 @@ def check_sweep(model: ModelReference, asked: Sweep) -> None:
     Raises:
         LlmpruneError: see there.
     """
+    from llmprune_cli.folder.documents import is_there
     from llmprune_cli.folder.staging import check_target as check_output
+    from llmprune_cli.folder.staging import hidden_folder
     from llmprune_cli.report.chart import check_chart_target
 
     delivery = asked.delivery
     if is_first() and delivery.output is not None:
         source = Path(model.name)
-        check_output(delivery.output, delivery.overwrite, source if source.exists() else None)
+        check_output(delivery.output, delivery.overwrite, source if is_there(source) else None)
     if is_first() and delivery.report is not None:
         check_chart_target(delivery.report, delivery.output)
-    for request in asked.requests(model, delivery.output or Path(tempfile.gettempdir())).values():
+    place = hidden_folder(delivery.output or Path(tempfile.gettempdir(), "sweep"))  # the output may hold older models
+    for request in asked.requests(model, place).values():
         check_prune(request)

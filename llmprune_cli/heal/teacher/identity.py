@@ -1,4 +1,4 @@
-"""Which model is the teacher, and whether it is the right one."""
+"""Whether a teacher is the right one."""
 
 from __future__ import annotations
 
@@ -8,28 +8,7 @@ from llmprune_cli.errors import CheckpointError, UnsupportedError
 from llmprune_cli.family.widths import read_widths
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.manifest import Manifest
-from llmprune_cli.options import ModelReference
 from llmprune_cli.plan.document import fingerprint
-
-
-def teacher_reference(given: str | None, pruned: ModelReference, manifest: Manifest | None) -> ModelReference:
-    """The model to learn from: the one that was named, else the one that the pruned model was made from.
-
-    Raises:
-        CheckpointError: nothing says which.
-    """
-    if given is not None:
-        return ModelReference(given, trust_remote_code=pruned.trust_remote_code, device=pruned.device)
-    if manifest is None or manifest.source is None:
-        raise CheckpointError(f"{pruned.name} has no llmprune.json that says what it was made from. Give --teacher.")
-    dtype = (manifest.options or {}).get("dtype")
-    return ModelReference(
-        manifest.source,
-        manifest.revision,
-        trust_remote_code=pruned.trust_remote_code,
-        dtype=dtype if isinstance(dtype, str) else None,
-        device=pruned.device,
-    )
 
 
 def check_teacher(pruned: Checkpoint, manifest: Manifest | None, teacher: Checkpoint) -> None:

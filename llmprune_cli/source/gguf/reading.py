@@ -144,7 +144,8 @@ def _alone(path: Path) -> Iterator[Path]:
         try:
             link.symlink_to(path.resolve())
         except OSError:  # on Windows, where not every user may make one
-            shutil.copyfile(path, link)
+            with scratch_space():
+                shutil.copyfile(path, link)
         yield link
 
 

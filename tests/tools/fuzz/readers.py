@@ -19,7 +19,24 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from support.cli import BY_MAGNITUDE, run_cli
+from support.refusals import edit_json
 from support.tiny import BYTE_LEVEL_VOCABULARY, save_byte_level, save_tiny
+
+# What a manifest says of the text that a model was fitted on, and of how it does on others.
+CALIBRATION = {
+    "dataset": "a.txt:0.7,b.txt:0.3",
+    "origin": "a.txt, b.txt",
+    "split": "train",
+    "tokens": 240,
+    "seq_len": 40,
+    "seed": 0,
+    "kl": 0.1,
+    "perplexity_before": 9.1,
+    "perplexity_after": 9.5,
+    "bits_per_byte_before": 1.1,
+    "bits_per_byte_after": 1.2,
+    "answers": [{"prompt": "Once", "before": " upon", "after": " again"}],
+}
 
 
 @dataclass(frozen=True)
@@ -53,19 +70,23 @@ def read_stored_plan(folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> None:
-    """A manifest: to verify a folder, and to go on in another and in a model card."""
+    """A manifest: to verify a folder, to go on in another and in a model card, and for text that is known already."""
     from llmprune_cli.commands.export import source_manifest
     from llmprune_cli.errors import LlmpruneError
     from llmprune_cli.folder.checkpoint import Checkpoint
     from llmprune_cli.folder.integrity import check_files
     from llmprune_cli.formats import load_format
     from llmprune_cli.report.model_card import write_card
+    from llmprune_cli.run.calibration import SeenText
 
     with suppress(LlmpruneError):
         check_files(folder)
     checkpoint = Checkpoint(folder, "model", None, None, (), True, folder)  # type: ignore[arg-type]
     manifest = source_manifest(checkpoint)
     if manifest.is_pruned:
+        seen = SeenText.of(manifest.calibration)
+        if seen is not None:
+            seen.places(1000, seen.share_of("a.txt", "train"))
         write_card(folder / "card", checkpoint, manifest, load_format("safetensors"), ())
 
 
@@ -111,6 +132,7 @@ def model_folder() -> Iterator[Path]:
         assert run.code == 0, run.stderr
         run = run_cli("export", source, "--format", "gguf", "--no-verify", "--output", folder / "gguf")
         assert run.code == 0, run.stderr
+        edit_json(pruned / "llmprune.json", lambda manifest: manifest.update(calibration=CALIBRATION))
         (folder / "plan.json").rename(pruned / "plan.json")
         next((folder / "gguf").glob("*.gguf")).rename(pruned / "model.gguf")
         for name in ("alone", "card"):
