@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from llmprune_cli.coupling.products import Collector, Watcher
 
 BATCH_TOKENS = 4096  # that run through a layer together
+# What can be done with a model whose layers cannot be run alone.
+WITHOUT_LAYERS = "Prune it by --importance magnitude --refit none, and heal it with --teacher-mode resident."
 
 
 class Enough(Exception):  # noqa: N818 - not an error
@@ -142,10 +144,10 @@ class Ends:
                 self.model(input_ids=tokens.to(self.device), use_cache=False)
         finally:
             handle.remove()
-        if caught[0].shape[:2] != tokens.shape:
+        if caught[0].ndim != 3 or caught[0].shape[:2] != tokens.shape:  # streams of hyper-connections, or of n-grams
             raise UnsupportedError(
                 f"The layers of {self.model.config.model_type} read more than one hidden state for each token, so that "
-                "none can be run alone. Choose by weights: --importance magnitude --refit none."
+                f"none can be run alone. {WITHOUT_LAYERS}"
             )
         return caught[0].float().cpu()
 

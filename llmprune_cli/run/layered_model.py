@@ -14,7 +14,7 @@ from torch import nn
 
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.coupling.trace import Trace
-from llmprune_cli.errors import UnsupportedError
+from llmprune_cli.errors import UnsupportedError, first_line
 from llmprune_cli.family.architecture import Architecture, reconfigure
 from llmprune_cli.family.layers import layer_changes
 from llmprune_cli.family.skeleton import build_skeleton
@@ -22,7 +22,7 @@ from llmprune_cli.family.widths import Widths
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.tensors import split_name
 from llmprune_cli.processes import Processes
-from llmprune_cli.run.layer import BATCH_TOKENS, Ends, Layer, check_states, windows_together
+from llmprune_cli.run.layer import BATCH_TOKENS, WITHOUT_LAYERS, Ends, Layer, check_states, windows_together
 from llmprune_cli.run.states import new_states
 from llmprune_cli.source.stored_names import Rules
 
@@ -71,6 +71,10 @@ def _without_tokens(config: PretrainedConfig) -> PretrainedConfig:
     known, ids = {"bos_token_id": 1, "eos_token_id": 2}, config.to_dict().items()
     tokens = {n: known.get(n, None if own is None else 0) for n, own in ids if n.endswith("_token_id")}
     return reconfigure(config, {**tokens, "vocab_size": VOCABULARY})
+
+
+def _refused(what: str, reason: str) -> UnsupportedError:
+    return UnsupportedError(f"{what} cannot be run on its own ({reason}). {WITHOUT_LAYERS}")
 
 
 def layer_prefix(model: PreTrainedModel) -> str:
@@ -166,12 +170,10 @@ class LayeredModel:
                 model = self._filled(shell, {places[name][0]: tensor for name, tensor in state.items()})
             else:
                 model = self._converted(shell, state)
+            block = model.get_submodule(shell.prefix[:-1])
+            _number_as(block, self.skeleton.get_submodule(f"{shell.prefix[:-2]}{number}"))
         except (ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
-            raise UnsupportedError(
-                f"Layer {number} of {config.model_type} cannot be run on its own ({error})."
-            ) from error
-        block = model.get_submodule(shell.prefix[:-1])
-        _number_as(block, self.skeleton.get_submodule(f"{shell.prefix[:-2]}{number}"))
+            raise _refused(f"Layer {number} of {config.model_type}", first_line(error)) from error
         return Layer(model.eval(), block, shell.prefix, self.compute)
 
     def runs(self) -> bool:
@@ -263,12 +265,13 @@ class LayeredModel:
         from transformers import AutoModelForCausalLM
 
         config = self.architecture.config
+        ends = f"What is around the layers of {config.model_type}"
         try:
             with init_empty_weights(include_buffers=False):
                 model = AutoModelForCausalLM.from_config(_alone(config, 0))
             _leave_first(model)
         except (ValueError, RuntimeError, TypeError, AttributeError) as error:
-            raise UnsupportedError(f"{config.model_type} cannot be run layer by layer ({error}).") from error
+            raise _refused(ends, first_line(error)) from error
         prefix, rules = layer_prefix(model), Rules(model)
         embedding = model.get_input_embeddings()
         is_tied = bool(getattr(model, "all_tied_weights_keys", None))
@@ -282,12 +285,11 @@ class LayeredModel:
         try:
             model.load_state_dict(state, strict=False, assign=True)
         except RuntimeError as error:  # what every layer has a part of, such as Gemma 4's embeddings for each
-            reason = str(error).strip().splitlines()[-1].strip()
-            raise UnsupportedError(f"{config.model_type} cannot be run layer by layer ({reason}).") from error
+            raise _refused(ends, str(error).strip().splitlines()[-1].strip()) from error
         model.tie_weights()
         rest = [n for n, p in model.named_parameters() if p.device.type == "meta" and not n.startswith(prefix)]
         if rest:
-            raise UnsupportedError(f"{config.model_type}: {rest[0]} is not in the checkpoint under this name.")
+            raise _refused(ends, f"{rest[0]} is not in the checkpoint under this name")
         for name, buffer in model.named_buffers():
             if not name.startswith(prefix):
                 parent, _, own = name.rpartition(".")
