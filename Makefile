@@ -40,7 +40,7 @@ matrix: $(INSTALLED)  ## write the tables of families, formats and methods into 
 	$(BIN)/python tests/tools/support_matrix.py
 
 families: $(INSTALLED)  ## prune a small model of every type that transformers has, or of TYPES="llama qwen3"
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/tools/families/families.py $(TYPES)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/tools/families/families.py $(if $(CALIBRATED),--calibrated) $(TYPES)
 
 schemas: $(INSTALLED)  ## write the JSON schemas of all documents into the docs
 	PYTHONPATH=tests $(BIN)/python tests/tools/schemas.py

@@ -3,6 +3,8 @@
 `make families` builds a small model of each configuration in `configurations.json`, asks `llmprune inspect` what can be
 pruned, prunes half of it and more with `llmprune prune`, and holds the result against `oracle.py`. Where all widths
 together differ, each is tried alone. It fails where anything crashes, takes long, differs, or is offered and refused.
+`CALIBRATED=1` prunes one width by what units do on text instead, and evaluates the result: refusals are shown, and what
+crashes is a fault.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from transformers import logging as transformers_logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from support.cli import BY_CHANCE, run_cli
+from support.tiny import save_tokenizer
 from tools.families.oracle import difference
 
 CONFIGURATIONS = Path(__file__).with_name("configurations.json")
@@ -62,6 +65,7 @@ def main() -> int:
     parser.add_argument("types", nargs="*", help="types of models; all where none is named")
     parser.add_argument("--slice", default="1/1", metavar="I/N", help="the I-th of N parts of them")
     parser.add_argument("--rows", type=Path, help="file that rows are added to, one JSON object on each line")
+    parser.add_argument("--calibrated", action="store_true", help="prune one width by text, and evaluate")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers_logging.set_verbosity_error()
@@ -69,7 +73,7 @@ def main() -> int:
     rows = []
     for name in (given.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))[part - 1 :: parts]:
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(tried(name, Path(folder)))
+            rows.append(tried(name, Path(folder), given.calibrated))
         show(rows[-1])
         if given.rows:
             with given.rows.open("a") as file:
@@ -91,7 +95,7 @@ def show(row: Row) -> None:
         print(f"    FAULT {fault}", flush=True)
 
 
-def tried(name: str, work: Path) -> Row:
+def tried(name: str, work: Path, by_text: bool) -> Row:
     """Inspect and prune one type."""
     row = Row(name)
     os.environ["XDG_CACHE_HOME"] = str(work / "cache")
@@ -107,6 +111,10 @@ def tried(name: str, work: Path) -> Row:
         one = legal == "1" or legal.split(",")[0] == "1 to 1"
         row.widths[width] = legal if legal.startswith("no: ") else "only one" if one else "proven"
     options = dict(requested(row.widths, prunable, before))
+    if by_text:
+        for width, own in [*options.items()][:1]:
+            row.widths = {f"{width}, calibrated": calibrated(row, model, work, own)}
+        return row
     together = [option for own in options.values() for option in own]
     fault = judge(row, model, work / "all", together) if together else None
     if fault is not None:
@@ -142,6 +150,25 @@ def build(name: str, folder: Path) -> str:
             tensor.copy_(tensor + 0.2 * noise if is_plain else noise / max(1, tensor.shape[-1]) ** 0.5)
     model.save_pretrained(folder)
     return ""
+
+
+def calibrated(row: Row, model: Path, work: Path, options: list[str]) -> str:
+    """What came of pruning by text, and of evaluating that."""
+    save_tokenizer(model)
+    text, pruned = work / "text.txt", work / "pruned"
+    text.write_text("The quick brown fox jumps over the lazy dog, and then it does so again. " * 20)
+    sizes = ("--calibration", text, "--calibration-seq-len", "24", "--calibration-tokens", "192")
+    for command in (
+        ("prune", model, *options, *sizes, "--output", pruned),
+        ("eval", model, pruned, "--dataset", text, "--max-seq-len", "24", "--limit", "2"),
+    ):
+        answer = Row(row.name)
+        told(answer, *command, "--json")
+        row.seconds = max(row.seconds, answer.seconds)
+        row.faults += answer.faults
+        if answer.state:
+            return answer.state
+    return "proven"
 
 
 def different(like: torch.Tensor) -> torch.Tensor:
