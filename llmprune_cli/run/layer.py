@@ -73,7 +73,7 @@ class Layer:
                 self.model(input_ids=ids, use_cache=False)
         if not seen:
             return None
-        output: torch.Tensor = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+        output: torch.Tensor = seen[0][0] if isinstance(seen[0], tuple | list) else seen[0]
         return output.to(hidden.device, torch.float32)
 
     def _in_float32(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -144,9 +144,11 @@ class Ends:
                 self.model(input_ids=tokens.to(self.device), use_cache=False)
         finally:
             handle.remove()
-        if caught[0].ndim != 3 or caught[0].shape[:2] != tokens.shape:  # streams of hyper-connections, or of n-grams
+        config = self.model.config.get_text_config()
+        width = getattr(config, "hidden_size", caught[0].shape[-1])
+        if caught[0].shape != (*tokens.shape, width):  # but streams of hyper-connections, or of n-grams
             raise UnsupportedError(
-                f"The layers of {self.model.config.model_type} read more than one hidden state for each token, so that "
+                f"The layers of {config.model_type} read more than one hidden state for each token, so that "
                 f"none can be run alone. {WITHOUT_LAYERS}"
             )
         return caught[0].float().cpu()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 
 FEW = 8  # tokens that show whether a layer runs
+UNBUILDABLE = (ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError)  # what classes raise
 VOCABULARY = 8  # of a one-layer model, whose embedding is never used
 
 
@@ -45,18 +47,18 @@ def _number_as(block: nn.Module, original: nn.Module) -> None:
 
 
 def _alone(config: PretrainedConfig, number: int) -> PretrainedConfig:
-    """The configuration of one layer, which others may follow: Gemma 4's last one, if its rules ask for that.
+    """The configuration of one layer, and of another behind it where the rules of a family ask for one of its kind.
 
     Raises:
         ValueError: there is none.
     """
-    last = config.get_text_config().num_hidden_layers - 1
     try:
         return reconfigure(config, layer_changes(config, (number,)))
-    except ValueError:
-        if number == last:
-            raise
-        return reconfigure(config, layer_changes(config, (number, last)))
+    except ValueError as error:
+        for other in reversed(range(config.get_text_config().num_hidden_layers)):
+            with suppress(ValueError):
+                return reconfigure(config, layer_changes(config, (number, other)))
+        raise error
 
 
 def _leave_first(model: PreTrainedModel) -> None:
@@ -172,7 +174,7 @@ class LayeredModel:
                 model = self._converted(shell, state)
             block = model.get_submodule(shell.prefix[:-1])
             _number_as(block, self.skeleton.get_submodule(f"{shell.prefix[:-2]}{number}"))
-        except (ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
+        except UNBUILDABLE as error:
             raise _refused(f"Layer {number} of {config.model_type}", first_line(error)) from error
         return Layer(model.eval(), block, shell.prefix, self.compute)
 
@@ -270,7 +272,7 @@ class LayeredModel:
             with init_empty_weights(include_buffers=False):
                 model = AutoModelForCausalLM.from_config(_alone(config, 0))
             _leave_first(model)
-        except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+        except UNBUILDABLE as error:
             raise _refused(ends, first_line(error)) from error
         prefix, rules = layer_prefix(model), Rules(model)
         embedding = model.get_input_embeddings()

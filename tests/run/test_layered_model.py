@@ -56,6 +56,13 @@ def test_a_layer_alone_keeps_the_scale_of_its_number(tmp_path: Path) -> None:
 KINDS = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 RULED: dict[str, dict[str, object]] = {  # families whose rules say what the first layers or the last ones are
     "gemma4_text": {"layer_types": KINDS, "sliding_window": 8, "head_dim": 16, "hidden_size_per_layer_input": 0},
+    "olmo_hybrid": {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
     "ernie4_5_moe": {"moe_intermediate_size": 40, "moe_num_experts": 4, "moe_k": 2},
 }
 
