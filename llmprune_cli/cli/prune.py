@@ -251,18 +251,18 @@ def _next(result: PruneResult, request: PruneRequest) -> Iterator[str]:
         if result.recovery is None:
             yield f"llmprune recover {output} --tokens 1M --output {shlex.quote(result.output + '-healed')}"
     kind = suggested_gguf() if result.export is None else None
-    if kind is not None and _fits_llamacpp(result, request):
+    if kind is not None and _fits_llamacpp(result):
         yield f"llmprune export {output} --format gguf --dtype {kind} --output {shlex.quote(result.output + '-gguf')}"
     yield f"llmprune push {output} YOUR_NAME/{shlex.quote(Path(result.output).name)}"
 
 
-def _fits_llamacpp(result: PruneResult, request: PruneRequest) -> bool:
+def _fits_llamacpp(result: PruneResult) -> bool:
     """Whether what was written can be exported for llama.cpp, with its tokenizer."""
     from llmprune_cli.formats.gguf.vocabulary import knows_tokenizer
 
     assert result.output is not None
     fits = any(own.runtime == "llama.cpp" and own.loads for own in result.runtimes)
-    return fits and knows_tokenizer(Path(result.output), request.model.trust_remote_code)
+    return fits and knows_tokenizer(Path(result.output))
 
 
 def _print_candidates(console: Console, candidates: tuple[CandidateResult, ...]) -> None:

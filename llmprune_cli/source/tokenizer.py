@@ -39,15 +39,7 @@ PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_prepro
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, see `read_tokenizer`."""
-    return read_tokenizer(checkpoint.companions, checkpoint.source, checkpoint.trust_remote_code)
-
-
-def read_tokenizer(folder: Path, source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder.
-
-    Args:
-        source: what the folder is called in messages.
+    """The checkpoint's tokenizer.
 
     Raises:
         CheckpointError: there is none, or one of absurd size.
@@ -55,10 +47,11 @@ def read_tokenizer(folder: Path, source: str, trust_remote_code: bool) -> PreTra
     """
     from transformers import AutoTokenizer
 
+    folder, source = checkpoint.companions, checkpoint.source
     for name in COMPANIONS:
         _check_size(folder / name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=checkpoint.trust_remote_code)
     except Exception as error:  # tokenizers of every kind raise every kind
         if (folder / SENTENCEPIECE).is_file() and missing_packages():
             refuse_without_packages(source)

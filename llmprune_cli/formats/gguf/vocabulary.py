@@ -10,9 +10,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune_cli.errors import CheckpointError, LlmpruneError, UnsupportedError
+from llmprune_cli.errors import CheckpointError, UnsupportedError
 from llmprune_cli.folder.checkpoint import Checkpoint
-from llmprune_cli.source.tokenizer import load_tokenizer, read_tokenizer
+from llmprune_cli.source.tokenizer import load_tokenizer, reader_of
+from llmprune_cli.startup.config_json import vocabulary_of
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -121,8 +122,12 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary
     Raises:
         CheckpointError, UnsupportedError: see `add_vocabulary`.
     """
-    described, pre_tokenizer = _recognized(tokenizer, size)
-    by_id = {number: token for token, number in tokenizer.get_vocab().items()}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise _refused(f"a tokenizer of the kind {type(tokenizer).__name__}")
+    described, vocabulary = json.loads(backend.to_str()), tokenizer.get_vocab()
+    pre_tokenizer = _recognize(described, vocabulary, tokenizer(CHECK)["input_ids"], size)
+    by_id = {number: token for token, number in vocabulary.items()}
     pieces = pre_tokenizer == DEFAULT
     rows = [_token(by_id.get(number), number, tokenizer, pieces) for number in range(size)]
     tokens, types = tuple(text for text, _ in rows), tuple(kind for _, kind in rows)
@@ -132,38 +137,43 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary
     return Vocabulary("llama", pre_tokenizer, tokens, types, scores, _space_prefix(described))
 
 
-def knows_tokenizer(folder: Path, trust_remote_code: bool) -> bool:
-    """Whether the tokenizer of a model folder can be written: a quick look, without its tokens."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+def knows_tokenizer(folder: Path) -> bool:
+    """Whether the `tokenizer.json` of a model folder can be written: a quick look, which loads no tokenizer."""
+    size, path = vocabulary_of(str(folder)), folder / "tokenizer.json"
+    if size is None or not path.is_file():
+        return False
+    document = path.read_text(encoding="utf-8")
     try:
-        tokenizer = read_tokenizer(folder, str(folder), trust_remote_code)
-        _recognized(tokenizer, int(config.get_text_config().vocab_size))
-    except LlmpruneError:
+        reader = reader_of(document)
+        _recognize(json.loads(document), reader.get_vocab(), reader.encode(CHECK).ids, size)
+    except Exception:  # what tokenizers has against a file is of no kind of its own
         return False
     return True
 
 
-def _recognized(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[Mapping[str, Any], str]:
-    """What a fast tokenizer says of itself, and llama.cpp's name for how it splits text.
+def _recognize(described: Mapping[str, Any], vocabulary: Mapping[str, int], check: list[int], size: int) -> str:
+    """llama.cpp's name for how a fast tokenizer splits text.
+
+    Args:
+        described: what it says of itself.
+        vocabulary: ids by token.
+        check: what it makes of `CHECK`.
+        size: number of embeddings.
 
     Raises:
         CheckpointError, UnsupportedError: see `add_vocabulary`.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    described = json.loads(backend.to_str()) if backend is not None else {"model": {}}
     model = described["model"]
-    if model.get("type") != "BPE":
-        raise _refused(f"a tokenizer of the kind {model.get('type') or type(tokenizer).__name__}")
-    highest = max(tokenizer.get_vocab().values())
+    if model["type"] != "BPE":
+        raise _refused(f"a tokenizer of the kind {model['type']}")
+    highest = max(vocabulary.values())
     if highest >= size:
         raise CheckpointError(f"The tokenizer has {highest + 1} tokens and the model {size} embeddings.")
     pieces = model.get("byte_fallback") and "<0x0A>" in model["vocab"]
     for step in _steps(described["normalizer"], "normalizers"):
         if step["type"] not in (("Prepend", "Replace") if pieces else ("NFC",)):
             raise _refused(f"this tokenizer's way of normalizing text ({step['type']})")
-    return described, DEFAULT if pieces else name_pre_tokenizer(tokenizer, described)
+    return DEFAULT if pieces else name_pre_tokenizer(check, described)
 
 
 def _token(token: str | None, number: int, tokenizer: PreTrainedTokenizerBase, pieces: bool) -> tuple[str, int]:
@@ -203,14 +213,13 @@ def _steps(described: Mapping[str, Any] | None, name: str) -> list[Mapping[str, 
     return list(described.get(name, [])) if described["type"] == "Sequence" else [described]
 
 
-def name_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, described: Mapping[str, Any]) -> str:
-    """llama.cpp's name for how a byte-level tokenizer splits text: by its tokens of a text, or by its rule.
+def name_pre_tokenizer(check: list[int], described: Mapping[str, Any]) -> str:
+    """llama.cpp's name for how a byte-level tokenizer splits text: by its tokens of `CHECK`, or by its rule.
 
     Raises:
         UnsupportedError: neither is known.
     """
-    tokens = tokenizer(CHECK)["input_ids"]
-    known = BY_TOKENS.get(sha256(str(tokens).encode()).hexdigest())
+    known = BY_TOKENS.get(sha256(str(check).encode()).hexdigest())
     rule = tuple(_step(step) for step in _steps(described["pre_tokenizer"], "pretokenizers"))
     known = known or BY_RULE.get((rule, bool(described["model"].get("ignore_merges"))))
     if known is None:
