@@ -12,7 +12,7 @@ from llmprune_cli.errors import CheckpointError
 from llmprune_cli.heal.options import Healing
 from llmprune_cli.options import Text
 from llmprune_cli.run.calibration import SeenText, Writer, load_calibration, mixed, together
-from llmprune_cli.run.corpus import Corpus, cut_windows, predicted_bytes
+from llmprune_cli.run.corpus import Corpus, predicted_bytes, read_tokens, windows_in
 from llmprune_cli.run.layer import BATCH_TOKENS
 
 if TYPE_CHECKING:
@@ -128,34 +128,40 @@ def _cut(
     Returns:
         Token ids, [N, T], and which of these windows the pruned model was fitted on, [N] of bool.
     """
-    cut = [cut_windows(corpus, tokenizer, vocabulary, length, None) for corpus, _ in parts]
+    read = [read_tokens(corpus, tokenizer, vocabulary) for corpus, _ in parts]
+    cut = [windows_in(own, length, None, corpus.origin) for own, (corpus, _) in zip(read, parts, strict=True)]
     shares = [share for _, share in parts]
     total = min(len(own) / share for own, share in zip(cut, shares, strict=True))
     kept = [own[: max(1, int(total * share))] for own, share in zip(cut, shares, strict=True)]
     known = [torch.zeros(len(own), dtype=torch.bool) for own in kept]
     if before is not None:
-        pairs = zip(parts, kept, strict=True)
-        known = [_fitted_before(corpus, split, own.shape, tokenizer, before) for (corpus, _), own in pairs]
+        texts = zip(parts, read, known, strict=True)
+        known = [
+            _fitted_before(corpus, split, torch.arange(len(own) + 1) * length, len(tokens), tokenizer, before)
+            for (corpus, _), tokens, own in texts
+        ]
     return mixed(kept), mixed(known)
 
 
 def _fitted_before(
     corpus: Corpus,
     split: str,
-    shape: torch.Size,
+    edges: torch.Tensor,
+    read: int,
     tokenizer: PreTrainedTokenizerBase,
     before: tuple[SeenText, PreTrainedTokenizerBase],
 ) -> torch.Tensor:
-    """Which of a text's windows, of shape [N, T], hold a token that the pruned model was fitted on, [N] of bool."""
-    (seen, reader), (count, length) = before, shape
+    """Which of a text's N windows hold a token that the pruned model was fitted on, [N] of bool.
+
+    Args:
+        edges: the tokens at which windows begin, and the last one ends, [N + 1].
+        read: tokens of the text.
+    """
+    (seen, reader), first, end = before, edges[:-1], edges[1:]
     share = seen.share_of(corpus.name, split)
     if not share:
-        return torch.zeros(count, dtype=torch.bool)
-    edges = torch.arange(count + 1) * length
-    if reader is tokenizer:
-        read = len(tokenizer(corpus.text, verbose=False)["input_ids"])
-        first, end = edges[:-1], edges[1:]
-    else:
+        return torch.zeros(len(first), dtype=torch.bool)
+    if reader is not tokenizer:
         own, its = (_starts(by, corpus.text) for by in (tokenizer, reader))
         read = len(its) - 1
         first = torch.searchsorted(its, own[edges[:-1]], right=True) - 1

@@ -150,11 +150,22 @@ def cut_windows(
     Raises:
         CheckpointError: the text is shorter than one window, or the tokenizer is that of another model.
     """
-    tokens = read_tokens(corpus, tokenizer, vocabulary)
+    return windows_in(read_tokens(corpus, tokenizer, vocabulary), window_tokens, limit, corpus.origin)
+
+
+def windows_in(tokens: torch.Tensor, window_tokens: int, limit: int | None, origin: str) -> torch.Tensor:
+    """Token ids [L] cut into windows, [windows, window_tokens]; the tail is dropped.
+
+    Args:
+        origin: of the text, for the message.
+
+    Raises:
+        CheckpointError: the text is shorter than one window.
+    """
     windows = len(tokens) // window_tokens
     if windows == 0:
         raise CheckpointError(
-            f"{corpus.origin} has {len(tokens)} tokens, less than one window of {window_tokens}. "
+            f"{origin} has {len(tokens)} tokens, less than one window of {window_tokens}. "
             "Give more text, or ask for shorter windows (--max-seq-len, --calibration-seq-len, --seq-len)."
         )
     kept = windows if limit is None else min(limit, windows)
