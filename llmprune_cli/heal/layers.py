@@ -15,6 +15,7 @@ from llmprune_cli.family.widths import read_widths
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.manifest import Manifest
 from llmprune_cli.folder.tensors import split_name
+from llmprune_cli.run.layer import unpacked
 
 
 def stands_for(pruned: Checkpoint, manifest: Manifest | None, teacher: Checkpoint, option: str) -> tuple[int, ...]:
@@ -62,7 +63,7 @@ def following(model: nn.Module, layers: Sequence[int] | None) -> Iterator[list[t
     streams: list[torch.Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Any) -> None:
-        streams.append(output[0] if isinstance(output, tuple) else output)
+        streams.append(unpacked(output)[0])
 
     modules = _decoder_layers(model)
     with ExitStack() as stack:

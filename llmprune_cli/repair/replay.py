@@ -13,7 +13,7 @@ from torch import nn
 
 from llmprune_cli.coupling.products import Product
 from llmprune_cli.repair.sites import Site
-from llmprune_cli.run.layer import Enough, Layer, batches, multiplying_in
+from llmprune_cli.run.layer import Enough, Layer, batches, multiplying_in, unpacked
 from llmprune_cli.run.states import new_states
 
 KEPT_BYTES = 2**29  # of a reader's inputs that are kept in memory; in a folder there may be more
@@ -77,13 +77,13 @@ class Replay:
         """
 
         def ended(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            given = output[0] if isinstance(output, tuple) else output
+            given, items = unpacked(output)
             if len(seen) == 1 and _is_same(given, seen[0].result):
                 values = seen[0].values.reshape(*given.shape[:2], -1)
                 if inputs.values is None and first == 0:
                     shape = (*self._stream.shape[:2], values.shape[-1])
                     inputs.values = new_states(shape, self._folder, values.dtype)
-                    inputs.output_items = len(output) if isinstance(output, tuple) else 0
+                    inputs.output_items = items
                 if inputs.values is not None:
                     inputs.values[first : first + len(values)] = values
             else:

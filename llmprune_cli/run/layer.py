@@ -28,6 +28,11 @@ class Enough(Exception):  # noqa: N818 - not an error
     """Raised by a watcher that has seen what it wanted: the rest of the layer need not run."""
 
 
+def unpacked(output: Any) -> tuple[torch.Tensor, int]:
+    """What a module makes of hidden states, and how many items it returns, of which that is the first; 0: none else."""
+    return (output[0], len(output)) if isinstance(output, tuple | list) else (output, 0)
+
+
 @dataclass(frozen=True)
 class Layer:
     """One decoder layer, inside a model that has no other."""
@@ -73,8 +78,7 @@ class Layer:
                 self.model(input_ids=ids, use_cache=False)
         if not seen:
             return None
-        output: torch.Tensor = seen[0][0] if isinstance(seen[0], tuple | list) else seen[0]
-        return output.to(hidden.device, torch.float32)
+        return unpacked(seen[0])[0].to(hidden.device, torch.float32)
 
     def _in_float32(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function of what is seen, whose own products are not in the dtype of the computation."""
@@ -110,7 +114,7 @@ class Layer:
         precision = multiplying_in(self.compute, self.device)
         with _replacing_input(self.block, token), _catching_output(self.block, seen), precision, suppress(Enough):
             self.model(input_ids=ids, use_cache=False)
-        return len(seen[0]) if isinstance(seen[0], tuple) else 0
+        return unpacked(seen[0])[1]
 
     def stored(self) -> dict[str, torch.Tensor]:
         """Its tensors as on disk, numbered 0."""

@@ -19,6 +19,7 @@ from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.family.skeleton import on_disk, vectors_on_disk
 from llmprune_cli.family.widths import Width, Widths
 from llmprune_cli.folder.tensors import split_name
+from llmprune_cli.run.layer import unpacked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -184,7 +185,7 @@ def _layers_of_kept(model: PreTrainedModel, kept: Kept) -> Iterator[None]:
 
 def _pass_on(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
     given = inputs[0] if inputs else named.get("hidden_states")
-    made = output[0] if isinstance(output, tuple | list) else output
+    made, _ = unpacked(output)
     if not isinstance(given, torch.Tensor) or not isinstance(made, torch.Tensor) or given.shape != made.shape:
         raise UnsupportedError(f"{type(layer).__name__} makes no hidden states of hidden states, so that none can go.")
     return given if made is output else type(output)((given, *output[1:]))
