@@ -33,6 +33,24 @@ def unpacked(output: Any) -> tuple[torch.Tensor, int]:
     return (output[0], len(output)) if isinstance(output, tuple | list) else (output, 0)
 
 
+def number_as(block: nn.Module, original: nn.Module) -> None:
+    """Give a layer that stands alone the plain numbers of its original: its own, and scales that depend on it.
+
+    Raises:
+        ValueError: the original has other parts, since it is not the first of the model.
+    """
+    modules, parts = dict(block.named_modules()), dict(original.named_modules())
+    differing = [name for name in {**modules, **parts} if type(modules.get(name)) is not type(parts.get(name))]
+    differing += {n for n, _ in block.named_parameters()} ^ {n for n, _ in original.named_parameters()}
+    if differing:
+        raise ValueError(f"its {min(differing)} is another one where the layer is not the first")
+    for name, module in parts.items():
+        own = modules[name]
+        for attribute, value in vars(module).items():
+            if isinstance(value, int | float) and attribute != "training" and attribute in vars(own):
+                setattr(own, attribute, value)
+
+
 @dataclass(frozen=True)
 class Layer:
     """One decoder layer, inside a model that has no other."""

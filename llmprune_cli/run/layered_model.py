@@ -23,7 +23,7 @@ from llmprune_cli.family.widths import Widths
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.tensors import split_name
 from llmprune_cli.processes import Processes
-from llmprune_cli.run.layer import BATCH_TOKENS, WITHOUT_LAYERS, Ends, Layer, check_states, windows_together
+from llmprune_cli.run.layer import BATCH_TOKENS, WITHOUT_LAYERS, Ends, Layer, check_states, number_as, windows_together
 from llmprune_cli.run.states import new_states
 from llmprune_cli.source.stored_names import Rules
 
@@ -34,16 +34,6 @@ if TYPE_CHECKING:
 FEW = 8  # tokens that show whether a layer runs
 UNBUILDABLE = (ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError)  # what classes raise
 VOCABULARY = 8  # of a one-layer model, whose embedding is never used
-
-
-def _number_as(block: nn.Module, original: nn.Module) -> None:
-    """Give a layer that stands alone the plain numbers of its original: its own, and scales that depend on it."""
-    modules = dict(block.named_modules())
-    for name, module in original.named_modules():
-        own = modules[name]
-        for attribute, value in vars(module).items():
-            if isinstance(value, int | float) and attribute != "training" and attribute in vars(own):
-                setattr(own, attribute, value)
 
 
 def _alone(config: PretrainedConfig, number: int) -> PretrainedConfig:
@@ -112,6 +102,7 @@ class LayeredModel:
     device: str  # where the parts run
     compute: torch.dtype = torch.float32  # of matrix products
     _shells: dict[str | int, _Shell] = field(default_factory=dict, compare=False, repr=False)  # by kind, by number
+    _tried: set[int] = field(default_factory=set, compare=False, repr=False)  # kinds of layers that do run alone
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -173,10 +164,26 @@ class LayeredModel:
             else:
                 model = self._converted(shell, state)
             block = model.get_submodule(shell.prefix[:-1])
-            _number_as(block, self.skeleton.get_submodule(f"{shell.prefix[:-2]}{number}"))
+            number_as(block, self.skeleton.get_submodule(f"{shell.prefix[:-2]}{number}"))
         except UNBUILDABLE as error:
             raise _refused(f"Layer {number} of {config.model_type}", first_line(error)) from error
-        return Layer(model.eval(), block, shell.prefix, self.compute)
+        layer, kind = Layer(model.eval(), block, shell.prefix, self.compute), self.architecture.layer_kinds[number]
+        if kind not in self._tried:
+            self._check_alone(layer)
+            self._tried.add(kind)
+        return layer
+
+    def _check_alone(self, layer: Layer) -> None:
+        """Refuse a layer that does not run by its own weights: those outside of it are NaN."""
+        states = torch.randn(1, 1, self.widths.hidden_size, generator=torch.Generator().manual_seed(0))
+        try:
+            with torch.no_grad():
+                output = layer.run(states)
+        except UNBUILDABLE as error:
+            raise _refused(f"A layer of {self.architecture.config.model_type}", first_line(error)) from error
+        is_sound = all(own.isfinite().all() for own in layer.block.parameters())
+        if output is not None and is_sound and not output.isfinite().all():
+            raise _refused(f"A layer of {self.architecture.config.model_type}", "it reads weights outside of it")
 
     def runs(self) -> bool:
         """Whether layers of every kind make numbers of a few random hidden states, in the dtype of the computation."""
@@ -184,7 +191,7 @@ class LayeredModel:
         try:
             with torch.inference_mode():
                 made = [self.load_layer(number).run(states) for number in {*self.architecture.layer_kinds}]
-        except (RuntimeError, TypeError, ValueError):  # a family that mixes dtypes in its own way
+        except (UnsupportedError, RuntimeError, TypeError, ValueError):  # a family that mixes dtypes in its own way
             return False
         return all(output is not None and bool(output.isfinite().all()) for output in made)
 
@@ -207,7 +214,7 @@ class LayeredModel:
         return self._shells[number]
 
     def _filled(self, shell: _Shell, state: dict[str, torch.Tensor]) -> PreTrainedModel:
-        """A copy of the shell with these weights, named as in memory, and zeros outside of the layer.
+        """A copy of the shell with these weights, named as in memory, and NaN outside of the layer.
 
         Raises:
             ValueError: one is missing.
@@ -223,8 +230,8 @@ class LayeredModel:
                 if name.startswith(shell.prefix):
                     raise ValueError(f"it lacks {name}")
                 parent, _, own = name.rpartition(".")
-                zeros = torch.zeros(parameter.shape, device=self.device)
-                model.get_submodule(parent).register_parameter(own, nn.Parameter(zeros, requires_grad=False))
+                unknown = torch.full(parameter.shape, torch.nan, device=self.device)
+                model.get_submodule(parent).register_parameter(own, nn.Parameter(unknown, requires_grad=False))
         return model.to(self.device)  # type: ignore[no-any-return, arg-type]
 
     def _converted(self, shell: _Shell, state: dict[str, torch.Tensor]) -> PreTrainedModel:
@@ -250,6 +257,9 @@ class LayeredModel:
         for name in shell.multiplied:
             parameter = model.get_parameter(name)
             parameter.data = parameter.data.to(self.compute)
+        for name, parameter in model.named_parameters():
+            if not name.startswith(shell.prefix):
+                parameter.data.fill_(torch.nan)
         return model.to(self.device)  # type: ignore[no-any-return]
 
     def load_ends(self, exact: bool = False, compute: torch.dtype = torch.float32) -> Ends:

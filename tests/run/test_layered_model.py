@@ -14,7 +14,9 @@ from llmprune_cli.run.speed.throughput import Clock
 from llmprune_cli.source.full_model import load_model
 from llmprune_cli.source.opening import open_checkpoint
 from support import families
+from support.cli import run_cli
 from support.opened import Opened
+from support.refusals import UNSUPPORTED, assert_refused
 from support.stock import load_stock
 from support.tiny import save_tiny
 
@@ -79,3 +81,22 @@ def test_layers_of_special_families_run_alone_as_the_stock_model_runs_them(tmp_p
             logits = layered.load_ends().logits(states, items)
             expected = load_stock(folder)(tokens, use_cache=False).logits
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "why"),
+    [
+        ("roformer", {"is_decoder": True, "pad_token_id": 0}, "reads weights outside of it"),  # positions
+        (
+            "modernbert-decoder",
+            {"layer_types": ["full_attention"] * 2, "pad_token_id": 0},
+            "attn_norm",
+        ),  # which the first one lacks
+    ],
+)
+def test_layers_that_would_run_otherwise_alone_are_refused(
+    tmp_path: Path, text_file: Path, family: str, settings: dict[str, object], why: str
+) -> None:
+    folder = save_tiny(tmp_path / "model", family, **settings)
+    options = ("--mlp", "50%", "--calibration", text_file, "--calibration-seq-len", "32", "--output", tmp_path / "out")
+    assert_refused(run_cli("prune", folder, *options), UNSUPPORTED, why, "--importance magnitude")

@@ -3,8 +3,8 @@
 `make families` builds a small model of each configuration in `configurations.json`, asks `llmprune inspect` what can be
 pruned, prunes half of it and more with `llmprune prune`, and holds the result against `oracle.py`. Where all widths
 together differ, each is tried alone. It fails where anything crashes, takes long, differs, or is offered and refused.
-`CALIBRATED=1` prunes one width by what units do on text instead, and evaluates the result: refusals are shown, and what
-crashes is a fault.
+`CALIBRATED=1` prunes one width by what units do on text instead, evaluates the result, and compares
+the model, run layer by layer, with the stock one: refusals are shown, and what crashes or differs is a fault.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers import logging as transformers_logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from llmprune_cli.coupling.subject import understand
+from llmprune_cli.options import ModelReference
+from llmprune_cli.run.layered_model import LayeredModel
+from llmprune_cli.source.full_model import load_model
+from llmprune_cli.source.opening import open_checkpoint
 from support.cli import BY_CHANCE, run_cli
 from support.tiny import save_tokenizer
 from tools.families.oracle import difference
@@ -168,7 +173,22 @@ def calibrated(row: Row, model: Path, work: Path, options: list[str]) -> str:
         row.faults += answer.faults
         if answer.state:
             return answer.state
+    found = layers_apart(model)
+    if not found <= TOLERANCE:
+        row.faults.append(f"run layer by layer, logits differ by {found:.1e} of their size")
     return "proven"
+
+
+def layers_apart(model: Path) -> float:
+    """How far logits of a batch are from the stock model's where its layers run one at a time, relative."""
+    tokens = torch.randint(5, 90, (2, 24), generator=torch.Generator().manual_seed(1))
+    with open_checkpoint(ModelReference(str(model)), need_weights=True) as checkpoint:
+        layered = LayeredModel(understand(checkpoint), "cpu")
+        with torch.inference_mode():
+            *_, (states, items) = layered.walk(tokens)
+            logits = layered.load_ends().logits(states, items)
+            expected = load_model(checkpoint, "cpu", "float32")(tokens, use_cache=False).logits
+    return float((logits - expected).norm() / expected.norm())
 
 
 def different(like: torch.Tensor) -> torch.Tensor:
