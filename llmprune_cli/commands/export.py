@@ -7,9 +7,6 @@ from pathlib import Path
 
 import torch
 
-from llmprune_cli.commands.prune import source_folder
-from llmprune_cli.commands.prune.decision import layer_device
-from llmprune_cli.coupling.subject import understand
 from llmprune_cli.errors import UnsupportedError, VerificationError
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.integrity import list_files
@@ -27,10 +24,8 @@ from llmprune_cli.progress import Listener
 from llmprune_cli.report.json_results import SCHEMA_VERSION, ExportResult
 from llmprune_cli.report.model_card import tell_pruning, write_card
 from llmprune_cli.report.runtimes import runtime_fits
-from llmprune_cli.run.calibration import prepare_calibration
-from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.sizes import parse_size
-from llmprune_cli.source.opening import open_checkpoint, text_alone
+from llmprune_cli.source.opening import open_checkpoint, source_folder, text_alone
 from llmprune_cli.source.tokenizer import load_tokenizer
 
 SEED = 0  # of the windows that are drawn from text
@@ -102,7 +97,11 @@ def _importance(checkpoint: Checkpoint, text: str, device: str, listener: Listen
     Raises:
         CheckpointError: no such text, or no tokenizer.
     """
+    from llmprune_cli.commands.prune.decision import layer_device
+    from llmprune_cli.coupling.subject import understand
     from llmprune_cli.formats.gguf.blocks.importance import measure_importance
+    from llmprune_cli.run.calibration import prepare_calibration
+    from llmprune_cli.run.layered_model import LayeredModel
 
     longest = getattr(checkpoint.config, "max_position_embeddings", None)
     vocabulary, tokenizer = checkpoint.config.get_text_config().vocab_size, load_tokenizer(checkpoint)

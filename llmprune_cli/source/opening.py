@@ -52,6 +52,12 @@ def open_checkpoint(reference: ModelReference, need_weights: bool, need_tokens: 
         yield checkpoint
 
 
+def source_folder(reference: ModelReference, checkpoint: Checkpoint) -> Path | None:
+    """The user's own folder or file that must stay untouched."""
+    path = Path(reference.name)
+    return path if is_there(path) else checkpoint.folder
+
+
 def _opened(reference: ModelReference, need_weights: bool, need_tokens: bool, temporary: Path) -> Checkpoint:
     """See `open_checkpoint`; an empty folder takes what has to be converted."""
     path = Path(reference.name)

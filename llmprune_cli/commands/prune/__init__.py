@@ -38,7 +38,6 @@ from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.coupling.subject import Subject, understand
 from llmprune_cli.family.architecture import with_widths
 from llmprune_cli.folder.checkpoint import Checkpoint
-from llmprune_cli.folder.documents import is_there
 from llmprune_cli.folder.integrity import list_files
 from llmprune_cli.folder.manifest import Numbers, write_manifest
 from llmprune_cli.folder.scratch import check_folder, scratch_folder
@@ -47,7 +46,7 @@ from llmprune_cli.folder.staging import Claim, check_target, claimed
 from llmprune_cli.formats import load_format
 from llmprune_cli.journal.journal import Journal, kept_folder
 from llmprune_cli.journal.keys import run_key
-from llmprune_cli.options import Choice, ModelReference
+from llmprune_cli.options import Choice
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.plan.predict import predict
 from llmprune_cli.plan.requested_widths import Target
@@ -68,7 +67,7 @@ from llmprune_cli.report.summary import summarize
 from llmprune_cli.run.calibration import warn_of_shared_text
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.sizes import parse_size
-from llmprune_cli.source.opening import open_checkpoint, part_to_write
+from llmprune_cli.source.opening import open_checkpoint, part_to_write, source_folder
 from llmprune_cli.startup.remembered import statistics_folder
 
 
@@ -338,9 +337,3 @@ def _fill(
     write_card(staging, subject.checkpoint, manifest, load_format("safetensors"), runtime_fits(config))
     write_manifest(staging, replace(manifest, files=list_files(staging, checksums)))
     return card
-
-
-def source_folder(reference: ModelReference, checkpoint: Checkpoint) -> Path | None:
-    """The user's own folder or file that must stay untouched."""
-    path = Path(reference.name)
-    return path if is_there(path) else checkpoint.folder

@@ -6,7 +6,6 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 
-from llmprune_cli.commands.prune import source_folder
 from llmprune_cli.commands.recover.blocks import heal_by_blocks
 from llmprune_cli.commands.recover.end_to_end import heal
 from llmprune_cli.commands.recover.request import RecoverRequest, teacher_reference
@@ -21,7 +20,7 @@ from llmprune_cli.progress import Listener
 from llmprune_cli.report.chart import check_chart_target, draw_curve
 from llmprune_cli.report.json_results import RecoverResult
 from llmprune_cli.report.model_card import tell_pruning
-from llmprune_cli.source.opening import open_checkpoint
+from llmprune_cli.source.opening import open_checkpoint, source_folder
 
 
 def recover(request: RecoverRequest, listener: Listener, name: str | None = None) -> RecoverResult | None:

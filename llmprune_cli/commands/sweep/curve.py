@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmprune_cli.choose.selection import first_target
-from llmprune_cli.commands.prune import choose_and_write, source_folder
+from llmprune_cli.commands.prune import choose_and_write
 from llmprune_cli.commands.prune.decision import Decided, decide, layered, limit_of, settle
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.commands.sweep.request import Sweep
@@ -31,7 +31,7 @@ from llmprune_cli.progress import Listener
 from llmprune_cli.report.chart import check_chart_target, draw_sizes
 from llmprune_cli.report.json_results import SCHEMA_VERSION, SweepPoint, SweepResult, to_json
 from llmprune_cli.run.workbench import Workbench
-from llmprune_cli.source.opening import open_checkpoint, part_to_write
+from llmprune_cli.source.opening import open_checkpoint, part_to_write, source_folder
 
 if TYPE_CHECKING:
     from llmprune_cli.commands.prune.outcome import Outcome
