@@ -26,7 +26,7 @@ Writer: TypeAlias = "Callable[[int], Corpus]"  # a text of so many tokens, that 
 Count: TypeAlias = Annotated[int, Field(gt=0, le=2**53)]
 Seed: TypeAlias = Annotated[int, Field(ge=-(2**63), lt=2**64)]  # that torch takes
 HELD_OUT_SHARE = 8  # one window in so many is held out, one at least
-JUDGED_TOKENS = 16_384  # that are predicted of further text, on which the result is judged, where there are as many
+JUDGED_TOKENS = 4_096  # of further text, on which the result is judged, where there are as many
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def _drawn(
         warn(f"{corpus.origin} has {fitted * length:,} tokens to calibrate on instead of {wanted * length:,}.")
     order = _order(len(windows), seed)
     left = len(windows) - fitted - held_out
-    judged = min(left, max(1, math.ceil(share * JUDGED_TOKENS / (length - 1))))
+    judged = min(left, max(1, math.ceil(share * JUDGED_TOKENS / length)))
     places = (order[:fitted], order[fitted : fitted + held_out], order[len(windows) - judged :])
     drawn, chosen_by, judged_by = (windows[place.sort().values] for place in places)
     return drawn, chosen_by, judged_by

@@ -65,9 +65,9 @@ def prune(name: str, build: Path, bench: Bench, options: tuple[str, ...], tokens
     output = bench.work / "calibrated-output"
     shutil.rmtree(output, ignore_errors=True)
     text = ("--calibration", corpus, "--calibration-tokens", str(tokens), "--calibration-seq-len", str(WINDOW))
-    command = ["env", f"PYTHONPATH={build}", sys.executable, "-m", "llmprune_cli", "prune", str(bench.model)]
+    command = [sys.executable, "-m", "llmprune_cli", "prune", str(bench.model)]
     say(f"{name}, {tokens:,} tokens …")
-    taken = measure([*command, *options, *text, "--output", str(output)])
+    taken = measure([*command, *options, *text, "--output", str(output)], build)
     run = Run(name, taken, measure_worth(output, bench.texts)[1])
     shutil.rmtree(output)
     return run
@@ -145,7 +145,7 @@ def main() -> int:
     parser.add_argument("--no-target", action="store_true", help="leave the search for a target size out")
     parser.add_argument("--work", type=Path, default=Path("bench-quality-output"), help="keeps the model")
     asked = parser.parse_args()
-    bench, bounds = prepare(asked.work), []
+    bench, bounds = prepare(asked.work.resolve()), []
     with checked_out(asked.base) as base:
         for tokens in asked.tokens:
             with_target = tokens == asked.tokens[0] and not asked.no_target

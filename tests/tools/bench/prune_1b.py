@@ -211,15 +211,18 @@ def prune_as_the_example_does(folder: str, output: str) -> None:
 # --- measuring -----------------------------------------------------------------------------------------------------
 
 
-def measure(command: list[str]) -> Measurement:
+def measure(command: list[str], folder: Path | None = None) -> Measurement:
     """Run a child process to its end and say what it took.
+
+    Args:
+        folder: to run it in; Python imports from there first.
 
     Raises:
         RuntimeError: it failed; the message holds the end of what it printed.
     """
     with tempfile.TemporaryFile() as log:
         started = time.perf_counter()
-        child = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        child = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=folder)
         peak, ended = [0], threading.Event()
         sampler = threading.Thread(target=sample_anonymous, args=(child.pid, peak, ended))
         sampler.start()

@@ -88,7 +88,7 @@ class Job:
         longest = getattr(self.model.checkpoint.config, "max_position_embeddings", None)
         length = min(asked.calibration_seq_len, longest or asked.calibration_seq_len)
         fitted = max(1, asked.calibration_tokens // length)
-        return Windows(length, fitted, max(1, fitted // HELD_OUT_SHARE), math.ceil(JUDGED_TOKENS / (length - 1)))
+        return Windows(length, fitted, max(1, fitted // HELD_OUT_SHARE), math.ceil(JUDGED_TOKENS / length))
 
     @property
     def share(self) -> int:
