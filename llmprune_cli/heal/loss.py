@@ -46,7 +46,7 @@ def divergence(logits: torch.Tensor, predicted: Predicted, temperature: float) -
     Args:
         logits: of the student, float32 [n, V].
     """
-    logs = functional.log_softmax(logits / temperature, -1)
+    logs = functional.log_softmax(logits if temperature == 1 else logits / temperature, -1)
     if predicted.tokens is None:
         return functional.kl_div(logs, predicted.logs, reduction="sum", log_target=True) * temperature**2
     assert predicted.weights is not None
@@ -61,7 +61,7 @@ def hidden_states(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor
 
 def parts(count: int, vocabulary: int) -> Iterator[slice]:
     """Places of so many tokens, cut so that the logits of one part are few."""
-    size = max(1, LOGIT_ELEMENTS // vocabulary)
+    size = max(1, LOGIT_ELEMENTS // 4 // vocabulary)
     for first in range(0, count, size):
         yield slice(first, min(first + size, count))
 
@@ -91,7 +91,7 @@ class _InParts(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, scale: torch.Tensor) -> Any:
-        return None, None, *(gradient * scale for gradient in context.saved_tensors)
+        return None, None, *(gradient.mul_(scale) for gradient in context.saved_tensors)
 
 
 class Student(nn.Module):

@@ -13,7 +13,6 @@ from llmprune_cli.heal.options import Healing
 from llmprune_cli.options import Text
 from llmprune_cli.run.calibration import SeenText, Writer, load_calibration, mixed, together
 from llmprune_cli.run.corpus import Corpus, predicted_bytes, read_tokens, windows_in
-from llmprune_cli.run.layer import BATCH_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,6 +22,7 @@ MOST_WRITTEN = 65536  # tokens that a teacher writes itself; they are repeated w
 MOST_HELD_OUT = 8192  # tokens that are
 BATCHES = 256  # optimizer steps by default, as long as a batch has neither too few tokens nor too many
 LEAST_BATCH, MOST_BATCH = 1024, 65536  # tokens
+TOGETHER, TOGETHER_ON_CPU = 4096, 256  # tokens that run together: their activations lie in memory
 STEPS_BETWEEN = 16  # judgements, at least
 MOST_JUDGEMENTS = 8
 
@@ -60,6 +60,7 @@ def prepare_training(
     vocabulary: int,
     longest: int | None,
     processes: int,
+    device: str,
     warn: Callable[[str], None],
     write: Writer | None = None,
     before: tuple[SeenText, PreTrainedTokenizerBase] | None = None,
@@ -72,7 +73,7 @@ def prepare_training(
     Args:
         vocabulary: token ids that the models know.
         longest: tokens that they can attend to, if they say so.
-        processes: that share every batch.
+        processes, device: that share every batch, and where they train.
         write: what makes the teacher write text itself.
         before: what the pruned model was fitted on, and the tokenizer that read it, where that is known.
 
@@ -93,7 +94,7 @@ def prepare_training(
             f"{corpus.origin} has {present:,} tokens to train on, less than a batch of {batch:,}. Give more text, or "
             "smaller --batch-tokens or --seq-len."
         )
-    schedule = _schedule(healing.token_count, batch, length, processes)
+    schedule = _schedule(healing.token_count, batch, length, processes, device)
     count = schedule.steps * schedule.accumulated * schedule.together * processes
     generator = torch.Generator().manual_seed(healing.seed)
     drawn = torch.randperm(len(windows), generator=generator)
@@ -181,11 +182,12 @@ def _default_batch(healing: Healing) -> int:
     return min(max(healing.token_count // BATCHES, least), MOST_BATCH)
 
 
-def _schedule(tokens: int, batch_tokens: int, length: int, processes: int) -> Schedule:
+def _schedule(tokens: int, batch_tokens: int, length: int, processes: int, device: str) -> Schedule:
     """Steps of about so many tokens, of which some are judged."""
-    windows = max(1, batch_tokens // length)
-    together = min(max(1, BATCH_TOKENS // length), -(-windows // processes))
-    accumulated = max(1, round(windows / (together * processes)))
+    own = -(-max(1, batch_tokens // length) // processes)
+    most = max(1, (TOGETHER_ON_CPU if device == "cpu" else TOGETHER) // length)
+    accumulated = -(-own // most)
+    together = round(own / accumulated)
     steps = max(1, round(tokens / (accumulated * together * processes * length)))
     judgements = max(1, min(MOST_JUDGEMENTS, steps // STEPS_BETWEEN))
     between = -(-steps // judgements)

@@ -56,7 +56,7 @@ def training_text(pruned: Path, model: Path, healing: Healing, warnings: list[st
     ):
         tokenizer, size = load_tokenizer(own), own.config.vocab_size
         reader = tokenizer if size == dense.config.vocab_size else load_tokenizer(dense)
-    return prepare_training(healing, tokenizer, size, None, 1, warnings.append, None, (seen, reader))
+    return prepare_training(healing, tokenizer, size, None, 1, "cpu", warnings.append, None, (seen, reader))
 
 
 @pytest.mark.parametrize("is_mixture_and_cut", [False, True])

@@ -129,18 +129,19 @@ def prepare(
     warn = listener.warn if processes.is_first else lambda _: None
     write = partial(_write_text, request, teacher, processes, listener)
     seen = SeenText.of(manifest.calibration) if manifest is not None else None
+    device = layer_device(request.model.device)
+    device = f"cuda:{processes.local_rank}" if device == "cuda" else device
     text = prepare_training(
         request.healing,
         tokenizer,
         settings.vocab_size,
         longest,
         processes.count,
+        device,
         warn,
         write,
         None if seen is None else (seen, tokenizer if tokens is None else reader),
     )
-    device = layer_device(request.model.device)
-    device = f"cuda:{processes.local_rank}" if device == "cuda" else device
     compute = _compute(request, pruned, device)
     return Task(request, pruned, manifest, teacher, tokens, layers, text, device, compute, processes, listener)
 

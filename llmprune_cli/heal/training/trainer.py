@@ -116,6 +116,12 @@ class _Distiller(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return torch.utils.data.SequentialSampler(range(len(self._lesson.text.order)))
 
+    def create_optimizer(self, *arguments: Any, **named: Any) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*arguments, **named)
+        if self.args.use_cpu and not self.is_fsdp_enabled:
+            _allocate_moments(optimizer)
+        return optimizer
+
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -145,6 +151,13 @@ class _Distiller(Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def _allocate_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Make what AdamW makes in its first step, before activations come and go, which leave holes around it."""
+    for parameter in (own for group in optimizer.param_groups for own in group["params"]):
+        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
 
 
 class _Reports(TrainerCallback):
