@@ -13,7 +13,7 @@ from torch import nn
 
 from llmprune_cli.coupling.products import Product
 from llmprune_cli.repair.sites import Site
-from llmprune_cli.run.layer import Enough, Layer, batches, multiplying_in, unpacked
+from llmprune_cli.run.layer import Enough, Layer, batches, multiplying_in, running_as, unpacked
 from llmprune_cli.run.states import new_states
 
 KEPT_BYTES = 2**29  # of a reader's inputs that are kept in memory; in a folder there may be more
@@ -53,7 +53,8 @@ class Replay:
         with ExitStack() as stack:
             for part, (site, results, items) in self._known.items():
                 rows = results[first : first + count].to(self._layer.device)
-                stack.enter_context(_giving(self._layer.block.get_submodule(part), rows, items, site.name, tell))
+                module = self._layer.block.get_submodule(part)
+                stack.enter_context(running_as(module, _giving(rows, items, site.name, tell)))
             yield
 
     def recorder(self, site: Site) -> Inputs | None:
@@ -125,19 +126,13 @@ def _is_same(given: Any, result: torch.Tensor) -> bool:
     )
 
 
-@contextmanager
 def _giving(
-    module: nn.Module, result: torch.Tensor, items: int, name: str, tell: Callable[[str, torch.Tensor], None]
-) -> Iterator[None]:
-    """Let a module give a result [B, T, D], and None for whatever else it returns."""
-    forward = module.forward
+    result: torch.Tensor, items: int, name: str, tell: Callable[[str, torch.Tensor], None]
+) -> Callable[..., Any]:
+    """What a module runs that gives a result [B, T, D], and None for whatever else it returns."""
 
-    def answer(*args: Any, **kwargs: Any) -> Any:
+    def answer(*_: Any, **__: Any) -> Any:
         tell(name, result)
         return (result, *[None] * (items - 1)) if items else result
 
-    module.forward = answer
-    try:
-        yield
-    finally:
-        module.forward = forward
+    return answer

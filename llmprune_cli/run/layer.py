@@ -181,15 +181,11 @@ class Ends:
         Args:
             items: see `Layer.returned_items`.
         """
-        forward = self.block.forward
         given = hidden.to(self.device, self.model.get_output_embeddings().weight.dtype)
-        self.block.forward = lambda *args, **kwargs: (given, *[None] * (items - 1)) if items else given
-        try:
-            ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
-            with multiplying_in(self.compute, torch.device(self.device)):
-                logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
-        finally:
-            self.block.forward = forward
+        output = (given, *[None] * (items - 1)) if items else given
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
+        with running_as(self.block, lambda *_, **__: output), multiplying_in(self.compute, torch.device(self.device)):
+            logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits.float()
 
 
@@ -239,6 +235,22 @@ def check_states(stream: torch.Tensor, origin: str) -> None:
             f"{origin} turns text into NaN or into numbers that float32 cannot hold: its weights are damaged. Download "
             "the checkpoint again."
         )
+
+
+@contextmanager
+def running_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """While active, a module runs another function.
+
+    Afterwards nothing is left on it: its own method, kept there, would hold it in memory until Python looks for cycles.
+    """
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import operator
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from torch.nn import functional
 
 from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.processes import ALONE, Processes
+from llmprune_cli.run.layer import running_as
 from llmprune_cli.run.states import new_states
 
 if TYPE_CHECKING:
@@ -265,17 +267,14 @@ def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 
     body = without_head(model)
     parts = [part for part in (body, getattr(body, "decoder", None)) if part is not None]
-    originals = [part.forward for part in parts]
-    try:
+    with ExitStack() as stack:
         for part in parts:
-            part.forward = hand_out
+            stack.enter_context(running_as(part, hand_out))
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
-    except IndexError:  # it wants more than the states, as ProphetNet does
-        asked.clear()
-    finally:
-        for part, original in zip(parts, originals, strict=True):
-            part.forward = original
+        try:
+            logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        except IndexError:  # it wants more than the states, as ProphetNet does
+            asked.clear()
     if not asked:
         raise UnsupportedError(f"{model.config.model_type} forms its logits in a way that is unknown here.")
     return logits

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 
 from llmprune_cli.coupling.subject import understand
 from llmprune_cli.options import ModelReference
+from llmprune_cli.run.layer import Layer
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.speed.throughput import Clock
 from llmprune_cli.source.full_model import load_model
@@ -100,3 +104,29 @@ def test_layers_that_would_run_otherwise_alone_are_refused(
     folder = save_tiny(tmp_path / "model", family, **settings)
     options = ("--mlp", "50%", "--calibration", text_file, "--calibration-seq-len", "32", "--output", tmp_path / "out")
     assert_refused(run_cli("prune", folder, *options), UNSUPPORTED, why, "--importance magnitude")
+
+
+def test_a_layer_is_gone_as_soon_as_the_next_but_one_comes(
+    make_tiny: Callable[..., Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Python frees only when it looks for cycles is many layers on the way there."""
+    load, loaded = LayeredModel.load_layer, []
+
+    def load_and_count(self: LayeredModel, number: int) -> Layer:
+        left = [parts for parts in loaded if any(part() is not None for part in parts)]
+        assert len(left) < 3, "two of a side-by-side run, or the one before"
+        layer = load(self, number)
+        loaded.append([weakref.ref(part) for part in layer.block.modules()])
+        return layer
+
+    monkeypatch.setattr(LayeredModel, "load_layer", load_and_count)
+    folder = make_tiny(num_hidden_layers=6)
+    options = ("--mlp", "50%", "--calibration", text_file, "--calibration-seq-len", "32", "--output", tmp_path / "out")
+    gc.collect()
+    gc.disable()
+    try:
+        run = run_cli("prune", folder, *options)
+    finally:
+        gc.enable()
+    assert run.code == 0, run.stderr
+    assert len(loaded) > 12
