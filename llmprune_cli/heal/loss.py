@@ -61,7 +61,7 @@ def hidden_states(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor
 
 def parts(count: int, vocabulary: int) -> Iterator[slice]:
     """Places of so many tokens, cut so that the logits of one part are few."""
-    size = max(1, LOGIT_ELEMENTS // 4 // vocabulary)
+    size = max(1, LOGIT_ELEMENTS // vocabulary)
     for first in range(0, count, size):
         yield slice(first, min(first + size, count))
 
@@ -74,7 +74,8 @@ class _InParts(torch.autograd.Function):
         context: Any, part_of: Callable[[torch.Tensor, slice], torch.Tensor], vocabulary: int, *tensors: torch.Tensor
     ) -> torch.Tensor:
         hidden, *weights = tensors
-        gradients = [torch.zeros_like(tensor) for tensor in tensors]
+        own_gradient = torch.zeros_like(hidden)
+        gradients: list[torch.Tensor | None] = [None] * len(weights)
         total = hidden.new_zeros((), dtype=torch.float32)
         for places in parts(len(hidden), vocabulary):
             with torch.enable_grad():
@@ -82,16 +83,17 @@ class _InParts(torch.autograd.Function):
                 part = part_of(own, places)
                 found = torch.autograd.grad(part, [own, *weights], allow_unused=True)
             total += part.detach()
-            gradients[0][places] = found[0]
-            for gradient, more in zip(gradients[1:], found[1:], strict=True):
-                if more is not None:
-                    gradient += more
-        context.save_for_backward(*gradients)
+            own_gradient[places] = found[0]
+            for index, more in enumerate(found[1:]):
+                before = gradients[index]
+                gradients[index] = more if before is None or more is None else before.add_(more)
+            del part, found
+        context.save_for_backward(own_gradient, *gradients)
         return total
 
     @staticmethod
     def backward(context: Any, scale: torch.Tensor) -> Any:
-        return None, None, *(gradient.mul_(scale) for gradient in context.saved_tensors)
+        return None, None, *(None if own is None else own.mul_(scale) for own in context.saved_tensors)
 
 
 class Student(nn.Module):

@@ -22,7 +22,7 @@ MOST_WRITTEN = 65536  # tokens that a teacher writes itself; they are repeated w
 MOST_HELD_OUT = 8192  # tokens that are
 BATCHES = 256  # optimizer steps by default, as long as a batch has neither too few tokens nor too many
 LEAST_BATCH, MOST_BATCH = 1024, 65536  # tokens
-TOGETHER, TOGETHER_ON_CPU = 4096, 256  # tokens that run together: their activations lie in memory
+TOGETHER, TOGETHER_ON_CPU = 4096, 512  # tokens that run together: their activations lie in memory
 STEPS_BETWEEN = 16  # judgements, at least
 MOST_JUDGEMENTS = 8
 
@@ -186,8 +186,9 @@ def _schedule(tokens: int, batch_tokens: int, length: int, processes: int, devic
     """Steps of about so many tokens, of which some are judged."""
     own = -(-max(1, batch_tokens // length) // processes)
     most = max(1, (TOGETHER_ON_CPU if device == "cpu" else TOGETHER) // length)
-    accumulated = -(-own // most)
-    together = round(own / accumulated)
+    least = -(-own // most)
+    accumulated = min(range(least, 2 * least + 1), key=lambda count: abs(count * round(own / count) - own))
+    together = max(1, round(own / accumulated))
     steps = max(1, round(tokens / (accumulated * together * processes * length)))
     judgements = max(1, min(MOST_JUDGEMENTS, steps // STEPS_BETWEEN))
     between = -(-steps // judgements)
