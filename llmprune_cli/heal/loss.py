@@ -85,8 +85,9 @@ class _InParts(torch.autograd.Function):
             total += part.detach()
             own_gradient[places] = found[0]
             for index, more in enumerate(found[1:]):
-                before = gradients[index]
-                gradients[index] = more if before is None or more is None else before.add_(more)
+                if more is not None:
+                    before = gradients[index]
+                    gradients[index] = more if before is None else before.add_(more)
             del part, found
         context.save_for_backward(own_gradient, *gradients)
         return total

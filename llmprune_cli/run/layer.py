@@ -33,6 +33,11 @@ def unpacked(output: Any) -> tuple[torch.Tensor, int]:
     return (output[0], len(output)) if isinstance(output, tuple | list) else (output, 0)
 
 
+def packed(states: torch.Tensor, items: int) -> Any:
+    """What a module returns that gives hidden states first, and None for the rest of so many items; see `unpacked`."""
+    return (states, *[None] * (items - 1)) if items else states
+
+
 def number_as(block: nn.Module, original: nn.Module) -> None:
     """Give a layer that stands alone the plain numbers of its original: its own, and scales that depend on it.
 
@@ -182,7 +187,7 @@ class Ends:
             items: see `Layer.returned_items`.
         """
         given = hidden.to(self.device, self.model.get_output_embeddings().weight.dtype)
-        output = (given, *[None] * (items - 1)) if items else given
+        output = packed(given, items)
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
         with running_as(self.block, lambda *_, **__: output), multiplying_in(self.compute, torch.device(self.device)):
             logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits

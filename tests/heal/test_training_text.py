@@ -10,7 +10,13 @@ import torch
 
 from llmprune_cli.folder.manifest import read_manifest
 from llmprune_cli.heal.options import Healing
-from llmprune_cli.heal.training_text import TrainingText, prepare_training
+from llmprune_cli.heal.training_text import (
+    TOGETHER,
+    TOGETHER_ON_CPU,
+    TrainingText,
+    _schedule,
+    prepare_training,
+)
 from llmprune_cli.options import ModelReference, Text
 from llmprune_cli.run.calibration import SeenText, prepare_calibration
 from llmprune_cli.source.opening import open_checkpoint
@@ -106,3 +112,16 @@ def test_what_a_prune_saw_is_known_by_file_and_split(texts: dict[str, Path], mon
     assert not seen.share_of(str(texts["mixed"]), "validation")
     assert not SeenText("self", "validation", 1200, 24, 0).share_of("self", "validation")  # written with another seed
     assert SeenText.of(None) is None and SeenText.of({"dataset": "a.txt", "tokens": -1}) is None
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+@pytest.mark.parametrize(("batch", "length"), [(1024, 40), (1024, 256), (65536, 512), (200, 512), (5000, 37)])
+def test_a_batch_has_the_tokens_that_were_asked_for_few_of_them_together(
+    batch: int, length: int, device: str, processes: int
+) -> None:
+    schedule = _schedule(10 * batch, batch, length, processes, device)
+    asked, made = max(1, batch // length), schedule.together * schedule.accumulated * processes
+    assert abs(made - asked) <= processes - 1 + 0.02 * asked
+    most = TOGETHER_ON_CPU if device == "cpu" else TOGETHER
+    assert schedule.together * length <= max(most, length)

@@ -90,18 +90,14 @@ def test_layers_of_special_families_run_alone_as_the_stock_model_runs_them(tmp_p
 @pytest.mark.parametrize(
     ("family", "settings", "why"),
     [
-        ("roformer", {"is_decoder": True, "pad_token_id": 0}, "reads weights outside of it"),  # positions
-        (
-            "modernbert-decoder",
-            {"layer_types": ["full_attention"] * 2, "pad_token_id": 0},
-            "attn_norm",
-        ),  # which the first one lacks
+        ("roformer", {"is_decoder": True}, "reads weights outside of it"),  # positions
+        ("modernbert-decoder", {"layer_types": ["full_attention"] * 2}, "attn_norm"),  # which the first one lacks
     ],
 )
 def test_layers_that_would_run_otherwise_alone_are_refused(
     tmp_path: Path, text_file: Path, family: str, settings: dict[str, object], why: str
 ) -> None:
-    folder = save_tiny(tmp_path / "model", family, **settings)
+    folder = save_tiny(tmp_path / "model", family, pad_token_id=0, **settings)
     options = ("--mlp", "50%", "--calibration", text_file, "--calibration-seq-len", "32", "--output", tmp_path / "out")
     assert_refused(run_cli("prune", folder, *options), UNSUPPORTED, why, "--importance magnitude")
 

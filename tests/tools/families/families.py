@@ -3,8 +3,8 @@
 `make families` builds a small model of each configuration in `configurations.json`, asks `llmprune inspect` what can be
 pruned, prunes half of it and more with `llmprune prune`, and holds the result against `oracle.py`. Where all widths
 together differ, each is tried alone. It fails where anything crashes, takes long, differs, or is offered and refused.
-`CALIBRATED=1` prunes one width by what units do on text instead, evaluates the result, and compares
-the model, run layer by layer, with the stock one: refusals are shown, and what crashes or differs is a fault.
+`CALIBRATED=1` prunes one width by what units do on text instead, evaluates the result, and compares the model, run
+layer by layer, with the stock one: refusals are shown, and what crashes or differs is a fault.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def tried(name: str, work: Path, by_text: bool) -> Row:
         row.widths[width] = legal if legal.startswith("no: ") else "only one" if one else "proven"
     options = dict(requested(row.widths, prunable, before))
     if by_text:
-        for width, own in [*options.items()][:1]:
-            row.widths = {f"{width}, calibrated": calibrated(row, model, work, own)}
+        width, own = next(iter(options.items()), ("", []))
+        row.widths = {f"{width}, calibrated": calibrated(row, model, work, own)} if width else row.widths
         return row
     together = [option for own in options.values() for option in own]
     fault = judge(row, model, work / "all", together) if together else None
