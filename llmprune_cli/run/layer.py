@@ -186,7 +186,8 @@ class Ends:
         Args:
             items: see `Layer.returned_items`.
         """
-        given = hidden.to(self.device, self.model.get_output_embeddings().weight.dtype)
+        head = self.model.get_output_embeddings().weight
+        given = hidden.to(self.device, head.dtype if self.compute == torch.float32 else torch.float32)
         output = packed(given, items)
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
         with running_as(self.block, lambda *_, **__: output), multiplying_in(self.compute, torch.device(self.device)):

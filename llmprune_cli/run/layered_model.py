@@ -267,8 +267,7 @@ class LayeredModel:
         """Embeddings, final norm and output projection, without any layer.
 
         Args:
-            exact: norm and output projection in float32, to compute logits; an embedding of its own stays as it is
-                stored.
+            exact: norm in float32 and output projection in `compute`, for logits; an own embedding as it is stored.
             compute: of the product with the output projection.
 
         Raises:
@@ -286,15 +285,16 @@ class LayeredModel:
         except UNBUILDABLE as error:
             raise _refused(ends, first_line(error)) from error
         prefix, rules = layer_prefix(model), Rules(model)
-        embedding = model.get_input_embeddings()
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         is_tied = bool(getattr(model, "all_tied_weights_keys", None))
         entries = tuple(entry for entry in self.checkpoint.entries if not split_name(entry.name)[1])
         state = {}
         for entry, tensor in replace(self.checkpoint, entries=entries).tensors():
             name = rules.locate(entry.name)[0]
-            is_embedding = model.get_submodule(name.rpartition(".")[0]) is embedding
-            dtype = torch.float32 if exact and (is_tied or not is_embedding) else tensor.dtype
-            state[name] = tensor.to(self.device, dtype)
+            owner = model.get_submodule(name.rpartition(".")[0])
+            is_head = owner is head or (is_tied and owner is embedding)
+            exactly = compute if is_head else tensor.dtype if owner is embedding else torch.float32
+            state[name] = tensor.to(self.device, exactly if exact else tensor.dtype)
         try:
             model.load_state_dict(state, strict=False, assign=True)
         except RuntimeError as error:  # what every layer has a part of, such as Gemma 4's embeddings for each

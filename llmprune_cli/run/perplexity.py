@@ -32,7 +32,7 @@ try:
 except ImportError:  # on Windows, where psutil tells the peak, as it does nowhere else
     resource = None  # type: ignore[assignment]
 
-LOGIT_ELEMENTS = 2**24  # logits formed at a time: 64 MiB in float32
+LOGIT_ELEMENTS = 2**23  # logits formed at a time: 32 MiB in float32
 MOST_WINDOWS = 64  # that are tried together
 
 
