@@ -171,7 +171,7 @@ class LayerRefit:
         template, numbers = split_name(site.name)
         name = template.format(self.number, *numbers[1:])
         for expert, own in moments.items():
-            matrix, kept = self._matrix(site, expert), self._kept(site, expert)
+            matrix = self._matrix(site, expert)
             own.aim_at(matrix)
             if self.whole.processes.is_first:
                 if not own.is_finite:
@@ -179,13 +179,13 @@ class LayerRefit:
                         f"What {name} reads is too large for float32: weights of that layer are damaged. Download the "
                         "checkpoint again."
                     )
-                removal = own.error(matrix, kept) if self.with_errors else 0.0
-                solved = solve_reader(own, matrix.float(), kept, DAMPING).to(dtype)
+                removal = own.error(matrix) if self.with_errors else 0.0
+                solved = solve_reader(own, matrix.float(), DAMPING).to(dtype)
                 check_finite(name, solved)
                 matrix.copy_(solved)
                 if dtype.itemsize > self.layer.compute.itemsize:
                     self._matrix_of(self._exact_parameter(site.name), site, expert).copy_(solved)
-                refit = own.error(matrix, kept) if self.with_errors else 0.0
+                refit = own.error(matrix) if self.with_errors else 0.0
                 errors.append(_Errors(removal, refit, own.total))
             self.whole.processes.copy_from_first_(matrix)
         return errors
@@ -218,8 +218,9 @@ class LayerRefit:
             goal: the dense stream behind the reader [fitted, T, D]; None where nothing is made up for.
             recorded: what keeps the inputs of all windows, also of those that only pass through.
         """
-        sizes = self._matrix(site, experts[0]).shape
-        moments = {expert: Moments.zero(sizes[0], sizes[1], self.layer.device) for expert in experts}
+        outputs, inputs = self._matrix(site, experts[0]).shape
+        device = self.layer.device
+        moments = {expert: Moments.zero(outputs, inputs, self._kept(site, expert), device) for expert in experts}
         is_enough = None in moments and (goal is None or not site.ends_layer)
         fitted = self.streams.fitted
         rest = batches(self.streams.pruned[fitted:]) if recorded else ()
@@ -240,13 +241,14 @@ class LayerRefit:
                 continue
             if goal is None or site.entry is None:
                 for seen in uses.products:
-                    moments[seen.expert].add(seen.values.reshape(-1, sizes[1]), None)
+                    made = seen.made.reshape(-1, outputs).float()
+                    moments[seen.expert].add(seen.values.reshape(-1, inputs), None, made)
                 continue
             missing = goal[first : first + len(batch)] - (stream.states if output is None else output)
-            for expert, inputs, aims in site.entry.corrections(uses, missing.flatten(0, 1).to(self.layer.device)):
-                moments[expert].add(inputs, aims)
-        for own in moments.values():
-            own.add_up(self.whole.processes)
+            for own in site.entry.corrections(uses, missing.flatten(0, 1).to(device)):
+                moments[own.expert].add(own.inputs, own.aims, own.made)
+        for sums in moments.values():
+            sums.add_up(self.whole.processes)
         return moments
 
     def _silence_biases(self) -> None:

@@ -11,77 +11,98 @@ from llmprune_cli.processes import Processes
 
 DAMPING = 0.5  # of every refit, relative to the mean diagonal of the Gram matrix
 PRODUCT_ELEMENTS = 2**25  # of XᵀX that are formed at a time: 128 MiB in float32
+BLOCK = 256  # rows of XₖᵀXₖ that are formed together at least: of fewer, a product takes longer than what it saves
 
 
 @dataclass
 class Moments:
-    """Second moments, in float64, of a reader's inputs x and of what it should make of them, y."""
+    """Second moments, in float64, of a reader's inputs x and of what it should make of all of them, y.
 
-    gram: torch.Tensor  # XᵀX, [U, U]
-    cross: torch.Tensor  # YᵀX, [O, U]
+    Of the inputs, k are kept, xₖ; the others, x₋, are but what y is made of.
+    """
+
+    kept: torch.Tensor  # indices of the inputs that stay, sorted, [k]
+    gone: torch.Tensor  # of the others, [U−k]
+    gram: torch.Tensor  # XₖᵀXₖ, [k, k]
+    across: torch.Tensor  # X₋ᵀXₖ, [U−k, k]
+    cross: torch.Tensor  # YᵀXₖ, [O, k]
     total: float = 0.0  # ‖Y‖²
 
     @classmethod
-    def zero(cls, outputs: int, inputs: int, device: torch.device | str = "cpu") -> Moments:
+    def zero(cls, outputs: int, inputs: int, kept: torch.Tensor, device: torch.device | str = "cpu") -> Moments:
         """Of no tokens, on a device that has float64."""
         place = torch.device("cpu" if torch.device(device).type == "mps" else device)
-        gram, cross = (torch.zeros(n, inputs, dtype=torch.float64, device=place) for n in (inputs, outputs))
-        return cls(gram, cross)
+        goes = torch.ones(inputs, dtype=torch.bool)
+        goes[kept.cpu()] = False
+        gone, k = goes.nonzero().flatten(), len(kept)
+        gram, across, cross = (torch.zeros(n, k, dtype=torch.float64, device=place) for n in (k, len(gone), outputs))
+        return cls(kept.to(place), gone.to(place), gram, across, cross)
 
-    def add(self, inputs: torch.Tensor, outputs: torch.Tensor | None) -> None:
-        """Add tokens: x [n, U] and y [n, O]; products in float32, of rows of U numbers at a time, to bound memory."""
-        inputs = inputs.float()
-        rows = max(1, PRODUCT_ELEMENTS // inputs.shape[1])
-        for first in range(0, inputs.shape[1], rows):
-            part = inputs[:, first : first + rows]
-            self.gram[first : first + rows] += (part.T @ inputs).to(self.gram.device)
-        if outputs is not None:
-            self.cross += (outputs.T @ inputs).to(self.cross.device)
-            self.total += float(outputs.cpu().double().square().sum())
+    def add(self, inputs: torch.Tensor, aims: torch.Tensor | None, made: torch.Tensor) -> None:
+        """Add tokens: x [n, U] and y [n, O], which is what the reader makes of x and, where given, aims on top.
+
+        Products are in float32, of rows of U numbers at a time, to bound memory; XₖᵀXₖ is symmetric, so that little
+        more than half of it is formed.
+
+        Args:
+            made: y without the aims, for ‖Y‖² alone; see `aim_at`.
+        """
+        kept, gone = (inputs[:, own.to(inputs.device)].float() for own in (self.kept, self.gone))
+        count = kept.shape[1]
+        most = max(1, PRODUCT_ELEMENTS // max(1, count))
+        size = min(most, max(BLOCK, -(-count // 4)))
+        for first in range(0, count, size):
+            last = min(first + size, count)
+            part = (kept[:, first:last].T @ kept[:, first:]).to(self.gram.device)
+            self.gram[first:last, first:] += part
+            self.gram[last:, first:last] += part[:, last - first :].T
+        for first in range(0, gone.shape[1], most):
+            self.across[first : first + most] += (gone[:, first : first + most].T @ kept).to(self.gram.device)
+        if aims is not None:
+            self.cross += (aims.T @ kept).to(self.cross.device)
+            made = made + aims
+        self.total += float(made.square().sum(dtype=torch.float32 if made.device.type == "mps" else torch.float64))
 
     def add_up(self, processes: Processes) -> None:
         """Let it be of the tokens of all processes."""
-        processes.sum_(self.gram, self.cross)
+        processes.sum_(*(sums for sums in (self.gram, self.across, self.cross) if sums.numel()))
         (self.total,) = processes.add_up(self.total)
 
     def aim_at(self, matrix: torch.Tensor) -> None:
-        """Let y be what this weight [O, U] makes of x, plus the y that were added."""
+        """Let y be what this weight [O, U] makes of x, plus the aims that were added."""
         for rows in self._slabs():
-            wide = self.widened(matrix[rows])
-            own = wide @ self.gram
-            self.total += float(((own + 2 * self.cross[rows]) * wide).sum())
-            self.cross[rows] += own
+            self.cross[rows] += self.widened(matrix[rows], self.kept) @ self.gram
+            self.cross[rows] += self.widened(matrix[rows], self.gone) @ self.across
 
     @property
     def is_finite(self) -> bool:
         """Whether no product was NaN or too large for float32."""
-        return bool(self.gram.sum().isfinite() and self.cross.sum().isfinite())
+        return all(bool(sums.sum().isfinite()) for sums in (self.gram, self.across, self.cross))
 
-    def error(self, matrix: torch.Tensor, kept: torch.Tensor) -> float:
-        """‖Y − WX‖² of a weight [O, U] that is zero but for the kept inputs [k]."""
-        change, kept = 0.0, kept.to(self.gram.device)
-        gram = self.gram[kept[:, None], kept]
+    def error(self, matrix: torch.Tensor) -> float:
+        """‖Y − WXₖ‖² of what a weight [O, U] makes of the kept inputs."""
+        change = 0.0
         for rows in self._slabs():
-            wide = self.widened(matrix[rows])[:, kept]
-            change += float(((wide @ gram - 2 * self.cross[rows][:, kept]) * wide).sum())
+            wide = self.widened(matrix[rows], self.kept)
+            change += float(((wide @ self.gram - 2 * self.cross[rows]) * wide).sum())
         return max(0.0, change + self.total)
 
     def _slabs(self) -> Iterator[slice]:
         """The outputs, so many at a time that products of them with all inputs stay small."""
-        size = max(1, PRODUCT_ELEMENTS // 4 // self.cross.shape[1])
+        size = max(1, PRODUCT_ELEMENTS // 4 // max(1, self.cross.shape[1]))
         for first in range(0, len(self.cross), size):
             yield slice(first, first + size)
 
-    def widened(self, matrix: torch.Tensor) -> torch.Tensor:
-        """A weight where the moments are, in float64."""
-        return matrix.to(self.gram.device).to(self.gram.dtype)
+    def widened(self, matrix: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        """The columns of a weight for some inputs, where the moments are, in float64."""
+        return matrix[:, inputs.to(matrix.device)].to(self.gram.device).to(self.gram.dtype)
 
-    def solve(self, matrix: torch.Tensor, kept: torch.Tensor, factor: torch.Tensor, strength: float) -> torch.Tensor:
-        """See `solve_reader`; all outputs are solved with L, [k, k], where LLᵀ is the kept part of XᵀX + μI."""
+    def solve(self, matrix: torch.Tensor, factor: torch.Tensor, strength: float) -> torch.Tensor:
+        """See `solve_reader`; all outputs are solved with L, [k, k], where LLᵀ is XₖᵀXₖ + μI."""
         result = torch.zeros_like(matrix)
-        places = kept.to(matrix.device)
+        places = self.kept.to(matrix.device)
         for rows in self._slabs():
-            goals = self.cross[rows][:, kept] + strength * self.widened(matrix[rows][:, places])
+            goals = self.cross[rows] + strength * self.widened(matrix[rows], self.kept)
             half = torch.linalg.solve_triangular(factor, goals.T, upper=False)
             solved = torch.linalg.solve_triangular(factor.mT, half, upper=True).T
             result[rows, places] = solved.to(matrix.dtype).to(matrix.device)
@@ -95,7 +116,7 @@ def only(matrix: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def solve_reader(moments: Moments, matrix: torch.Tensor, kept: torch.Tensor, damping: float) -> torch.Tensor:
+def solve_reader(moments: Moments, matrix: torch.Tensor, damping: float) -> torch.Tensor:
     """The weight that best makes y from the kept inputs, pulled towards the weight that it replaces.
 
     W = argmin Σ_t ‖y_t − W x_t‖² + μ‖W − W₀‖² over the kept inputs, with μ = damping times the mean of the kept
@@ -105,18 +126,16 @@ def solve_reader(moments: Moments, matrix: torch.Tensor, kept: torch.Tensor, dam
 
     Args:
         matrix: W₀, [O, U].
-        kept: indices of the inputs that stay, sorted, [k].
         damping: relative, above 0.
 
     Returns:
         [O, U], zero for the inputs that go.
     """
-    kept = kept.to(moments.gram.device)
-    inputs = moments.gram[kept[:, None], kept]
+    inputs = moments.gram.clone()
     strength = damping * float(inputs.diagonal().mean())
     if not strength > 0:
-        return only(matrix, kept.to(matrix.device))
+        return only(matrix, moments.kept.to(matrix.device))
     inputs.diagonal().add_(strength)
     factor = inputs.mT  # the same, since it is symmetric, in the order in which it is factorised without a copy
     torch.linalg.cholesky(factor, out=factor)
-    return moments.solve(matrix, kept, factor, strength)
+    return moments.solve(matrix, factor, strength)

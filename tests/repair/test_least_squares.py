@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmprune_cli.repair.least_squares import Moments, solve_reader
+from llmprune_cli.repair.least_squares import BLOCK, Moments, solve_reader
 
 
 def test_the_refit_is_the_least_squares_solution() -> None:
@@ -14,10 +14,11 @@ def test_the_refit_is_the_least_squares_solution() -> None:
     generator = torch.Generator().manual_seed(3)
     inputs, outputs = torch.randn(200, 12, generator=generator), torch.randn(200, 5, generator=generator)
     matrix, kept, damping = torch.randn(5, 12, generator=generator), torch.tensor([0, 2, 3, 7, 11]), 0.2
-    moments = Moments.zero(5, 12)
+    moments = Moments.zero(5, 12, kept)
     for first in range(0, 200, 64):
-        moments.add(inputs[first : first + 64], outputs[first : first + 64])
-    solved = solve_reader(moments, matrix, kept, damping)
+        own = outputs[first : first + 64]
+        moments.add(inputs[first : first + 64], own, torch.zeros_like(own))
+    solved = solve_reader(moments, matrix, damping)
     x, old = inputs[:, kept].double(), matrix[:, kept].double()
     strength = damping * x.square().sum(0).mean()
     rows = torch.cat([x, strength.sqrt() * torch.eye(5, dtype=torch.float64)])
@@ -25,29 +26,39 @@ def test_the_refit_is_the_least_squares_solution() -> None:
     expected = np.linalg.lstsq(rows.numpy(), goals.numpy(), rcond=None)[0].T
     np.testing.assert_allclose(solved[:, kept].numpy(), expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(solved[:, [1, 4, 5, 6, 8, 9, 10]], torch.zeros(5, 7))
-    assert moments.error(solved, kept) < moments.error(matrix, kept)
+    assert moments.error(solved) < moments.error(matrix)
     gap = outputs.double() - x @ old.T
-    assert moments.error(matrix, kept) == pytest.approx(float(gap.square().sum()), rel=1e-5)
+    assert moments.error(matrix) == pytest.approx(float(gap.square().sum()), rel=1e-5)
 
 
 def test_an_input_that_is_always_zero_keeps_its_weight() -> None:
     inputs = torch.randn(50, 4)
     inputs[:, 1] = 0
     matrix = torch.randn(3, 4)
-    moments = Moments.zero(3, 4)
-    moments.add(inputs, torch.randn(50, 3))
-    solved = solve_reader(moments, matrix, torch.tensor([0, 1, 2]), 0.1)
+    moments = Moments.zero(3, 4, torch.tensor([0, 1, 2]))
+    moments.add(inputs, torch.randn(50, 3), torch.zeros(50, 3))
+    solved = solve_reader(moments, matrix, 0.1)
     torch.testing.assert_close(solved[:, 1], matrix[:, 1])
-    dead = Moments.zero(3, 4)
-    assert torch.equal(solve_reader(dead, matrix, torch.arange(4), 0.1), matrix)
+    dead = Moments.zero(3, 4, torch.arange(4))
+    assert torch.equal(solve_reader(dead, matrix, 0.1), matrix)
 
 
 def test_an_aim_that_is_added_comes_on_top_of_what_a_weight_makes() -> None:
     generator = torch.Generator().manual_seed(4)
     inputs, aims, matrix = (torch.randn(*shape, generator=generator) for shape in ((30, 4), (30, 3), (3, 4)))
-    aimed, direct = Moments.zero(3, 4), Moments.zero(3, 4)
-    aimed.add(inputs, aims)
+    aimed, direct = (Moments.zero(3, 4, torch.tensor([0, 3])) for _ in range(2))
+    made = inputs @ matrix.T
+    aimed.add(inputs, aims, made)
     aimed.aim_at(matrix)
-    direct.add(inputs, inputs @ matrix.T + aims)
+    direct.add(inputs, made + aims, torch.zeros_like(made))
     torch.testing.assert_close(aimed.cross, direct.cross, rtol=1e-5, atol=1e-5)
     assert aimed.total == pytest.approx(direct.total, rel=1e-5)
+
+
+def test_a_gram_matrix_formed_in_blocks_is_that_of_all_kept_inputs() -> None:
+    inputs, kept = torch.randn(64, 3 * BLOCK), torch.arange(0, 3 * BLOCK, 2)[: BLOCK + 10]
+    moments = Moments.zero(1, inputs.shape[1], kept)
+    moments.add(inputs, None, torch.zeros(64, 1))
+    x = inputs.double()
+    torch.testing.assert_close(moments.gram, x[:, kept].T @ x[:, kept], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(moments.across, x[:, moments.gone].T @ x[:, kept], rtol=1e-5, atol=1e-4)
