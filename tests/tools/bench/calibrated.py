@@ -26,7 +26,7 @@ from tools.bench.quality_runs import measure as measure_worth
 
 ROOT = Path(__file__).parents[3]
 BASE = "f00d1a8"  # the build that took some 24 forward passes
-WINDOW = 2048
+WINDOW = 512  # the default of --calibration-seq-len
 NEURONS = 1152  # three quarters of SmolLM2's
 QUARTER = ("--intermediate-pruning-ratio", "0.25")
 CHEAP = (*QUARTER, "--importance", "range", "--refit", "residual")
