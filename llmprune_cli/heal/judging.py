@@ -25,7 +25,7 @@ def judge(student: Student, teacher: Teacher, text: TrainingText, temperature: f
     shares = processes.share(torch.arange(len(text.held_out)))
     kl, lost = 0.0, 0.0
     device = next(student.parameters()).device
-    with torch.no_grad():
+    with torch.no_grad(), student.head_cast_once():
         for number in shares.tolist():
             window = text.held_out[number : number + 1].to(device)
             goal = teacher.goal(window, torch.tensor([len(text.windows) + number]))

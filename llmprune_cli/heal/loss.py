@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from llmprune_cli.heal.head import Gradients, Head, cast_once
 from llmprune_cli.heal.layers import following, relative_error
 from llmprune_cli.run.layer import multiplying_in
 from llmprune_cli.run.perplexity import LOGIT_ELEMENTS, head_logits, without_head
@@ -71,25 +73,24 @@ class _InParts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        context: Any, part_of: Callable[[torch.Tensor, slice], torch.Tensor], vocabulary: int, *tensors: torch.Tensor
+        context: Any, part_of: Callable[[torch.Tensor, slice], torch.Tensor], student: Student, *tensors: torch.Tensor
     ) -> torch.Tensor:
         hidden, *weights = tensors
         own_gradient = torch.zeros_like(hidden)
-        gradients: list[torch.Tensor | None] = [None] * len(weights)
         total = hidden.new_zeros((), dtype=torch.float32)
-        for places in parts(len(hidden), vocabulary):
-            with torch.enable_grad():
-                own = hidden[places].detach().requires_grad_()
-                part = part_of(own, places)
-                found = torch.autograd.grad(part, [own, *weights], allow_unused=True)
-            total += part.detach()
-            own_gradient[places] = found[0]
-            for index, more in enumerate(found[1:]):
-                if more is not None:
-                    before = gradients[index]
-                    gradients[index] = more if before is None else before.add_(more)
-            del part, found
-        context.save_for_backward(own_gradient, *gradients)
+        with student.head_cast_once() as head:
+            gradients = Gradients(weights, head)
+            for places in parts(len(hidden), student.vocabulary):
+                with torch.enable_grad():
+                    own = hidden[places].detach().requires_grad_()
+                    part = part_of(own, places)
+                    wanted = gradients.wanted()
+                    found = torch.autograd.grad(part, [own, *wanted], allow_unused=True)
+                total += part.detach()
+                own_gradient[places] = found[0]
+                gradients.add(found[1:])
+                del part, found, wanted
+        context.save_for_backward(own_gradient, *gradients.finished())
         return total
 
     @staticmethod
@@ -139,7 +140,7 @@ class Student(nn.Module):
             return lost / len(wanted)
 
         weights = [own for own in self.model.get_output_embeddings().parameters() if own.requires_grad]
-        lost: torch.Tensor = _InParts.apply(part_of, self.vocabulary, hidden, *weights)  # type: ignore[no-untyped-call]
+        lost: torch.Tensor = _InParts.apply(part_of, self, hidden, *weights)  # type: ignore[no-untyped-call]
         if self._hidden_weight:
             errors = [relative_error(*pair) for pair in zip(streams, goal.streams, strict=True)]
             lost = lost + self._hidden_weight * torch.stack(errors).mean()
@@ -149,6 +150,10 @@ class Student(nn.Module):
         """What the head is given for every token of windows [B, T] but their last, [B·(T−1), D]."""
         with multiplying_in(self._compute, windows.device):
             return hidden_states(self.model, windows)
+
+    def head_cast_once(self) -> AbstractContextManager[Head | None]:
+        """See `cast_once`: within it, weights of the head must not change."""
+        return cast_once(self.model.get_output_embeddings(), self._compute)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [n, D] to logits, float32 [n, V]."""
