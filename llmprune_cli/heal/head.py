@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from llmprune_cli.run.layer import running_as
 
-WAITING_ELEMENTS = 2**25  # of gradients of logits that wait to become one of the weights: 64 MiB in bfloat16
+WAITING_ELEMENTS = 2**24  # of gradients of logits that wait to become one of the weights: 32 MiB in bfloat16
+ROWS = 4096  # of that gradient that are formed together
 
 
 @dataclass
@@ -106,9 +107,12 @@ class Gradients:
         given, gradients = (torch.cat(own) for own in zip(*self._waiting, strict=True))
         self._waiting = []
         for place, weight in enumerate(self._weights):
-            is_bias = weight is self._head.module.bias
-            own = gradients.sum(0, dtype=torch.float32) if is_bias else gradients.T @ given
-            self._add_to(place, own.to(weight.dtype))
+            total = self._sums.setdefault(place, torch.zeros_like(weight))
+            if weight is self._head.module.bias:
+                total += gradients.sum(0, dtype=total.dtype)
+                continue
+            for own, part in zip(total.split(ROWS), gradients.split(ROWS, dim=1), strict=True):
+                own += part.T @ given
 
     def _add_to(self, place: int, more: torch.Tensor | None) -> None:
         if more is not None:

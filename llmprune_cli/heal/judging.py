@@ -28,7 +28,7 @@ def judge(student: Student, teacher: Teacher, text: TrainingText, temperature: f
     with torch.no_grad(), student.head_cast_once():
         for number in shares.tolist():
             window = text.held_out[number : number + 1].to(device)
-            goal = teacher.goal(window, torch.tensor([len(text.windows) + number]))
+            goal = teacher.judged_goal(window, torch.tensor([len(text.windows) + number]))
             hidden, following = student.hidden_states(window), window[0, 1:]
             for places in parts(len(hidden), student.vocabulary):
                 logits = student.logits(hidden[places])

@@ -48,11 +48,30 @@ def divergence(logits: torch.Tensor, predicted: Predicted, temperature: float) -
     Args:
         logits: of the student, float32 [n, V].
     """
-    logs = functional.log_softmax(logits if temperature == 1 else logits / temperature, -1)
+    logits = logits if temperature == 1 else logits / temperature
     if predicted.tokens is None:
-        return functional.kl_div(logs, predicted.logs, reduction="sum", log_target=True) * temperature**2
+        whole: torch.Tensor = _Divergence.apply(logits, predicted.logs)  # type: ignore[no-untyped-call]
+        return whole * temperature**2
     assert predicted.weights is not None
+    logs = functional.log_softmax(logits, -1)
     return (predicted.weights * (predicted.logs - logs.gather(-1, predicted.tokens))).sum() * temperature**2
+
+
+class _Divergence(torch.autograd.Function):
+    """Sum of KL(p ‖ q) over n tokens, of logits [n, V] and log p [n, V]; its gradient by the logits is q − p."""
+
+    @staticmethod
+    def forward(context: Any, logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        logs, chances = functional.log_softmax(logits, -1), wanted.exp()
+        total = (wanted - logs).mul_(chances).sum()
+        if context.needs_input_grad[0]:
+            context.save_for_backward(logs.exp_().sub_(chances))
+        return total
+
+    @staticmethod
+    def backward(context: Any, scale: torch.Tensor) -> Any:
+        (gradient,) = context.saved_tensors
+        return gradient * scale, None
 
 
 def hidden_states(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor:

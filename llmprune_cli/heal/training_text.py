@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 HELD_OUT_SHARE = 8  # one window in so many is held out, one at least
 MOST_WRITTEN = 65536  # tokens that a teacher writes itself; they are repeated where more are asked for
-MOST_HELD_OUT = 8192  # tokens that are
+MOST_HELD_OUT = 4096  # tokens that are
 BATCHES = 256  # optimizer steps by default, as long as a batch has neither too few tokens nor too many
 LEAST_BATCH, MOST_BATCH = 1024, 65536  # tokens
-TOGETHER, TOGETHER_ON_CPU = 4096, 512  # tokens that run together: their activations lie in memory
+TOGETHER, TOGETHER_ON_CPU = 4096, 1024  # tokens that run together: their activations lie in memory
 STEPS_BETWEEN = 16  # judgements, at least
 MOST_JUDGEMENTS = 8
 

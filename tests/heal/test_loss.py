@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from llmprune_cli.heal import head as heads
 from llmprune_cli.heal import loss as losses
 from llmprune_cli.heal.loss import Predicted, Student, divergence
 from llmprune_cli.heal.teacher.resident import ResidentTeacher
@@ -17,12 +19,23 @@ from llmprune_cli.heal.teacher.streamed import DRAWN, LIKELIEST, StreamedTeacher
 KINDS = ("kl", "ce", "kl+ce")
 
 
+class OtherProjection(nn.Linear):
+    """A projection that is no plain one, though it does the same."""
+
+
+@pytest.mark.parametrize("projection", ["plain", "biased", "other"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradients_are_those_of_all_tokens_at_once(
-    dense: Path, pruned: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+    dense: Path, pruned: Path, kind: str, projection: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(losses, "LOGIT_ELEMENTS", 7 * 96)  # logits of seven tokens
+    monkeypatch.setattr(heads, "WAITING_ELEMENTS", 10 * 96)
+    monkeypatch.setattr(heads, "ROWS", 40)
     teacher, model = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (dense, pruned))
+    if projection == "biased":
+        model.lm_head.bias = nn.Parameter(torch.randn(96, generator=torch.Generator().manual_seed(5)))
+    elif projection == "other":
+        model.lm_head.__class__ = OtherProjection
     windows = torch.randint(0, 96, (3, 24), generator=torch.Generator().manual_seed(1))
     logits, wanted = model(windows).logits[:, :-1] / 2, teacher(windows).logits[:, :-1] / 2
     kl = functional.kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), reduction="none", log_target=True)
@@ -55,3 +68,16 @@ def test_tokens_that_are_kept_of_a_teacher_stand_for_all() -> None:
     goal = kept.goal(torch.zeros(1, 4001), torch.zeros(1, dtype=torch.long))
     assert divergence(student, goal.at(slice(None)), 1.0) == pytest.approx(float(exact), rel=0.005)
     assert abs(float(divergence(teacher, goal.at(slice(None)), 1.0)) / float(exact)) < 0.002
+
+
+def test_a_teacher_in_memory_runs_once_on_windows_that_are_judged_again(dense: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(dense).eval()
+    teacher, windows, numbers = ResidentTeacher(model, 1.0, torch.float32, layers=(0,)), torch.arange(24)[None], (7,)
+    runs: list[object] = []
+    model.model.layers[0].register_forward_hook(lambda *_: runs.append(None))
+    whole = teacher.goal(windows, torch.tensor(numbers)).at(slice(None)).logs
+    for _ in range(3):
+        again = teacher.judged_goal(windows, torch.tensor(numbers))
+        torch.testing.assert_close(again.at(slice(None)).logs, whole)
+        assert not list(again.streams)
+    assert len(runs) == 2

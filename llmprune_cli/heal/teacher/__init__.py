@@ -15,3 +15,6 @@ class Teacher(Protocol):
 
     def goal(self, windows: torch.Tensor, numbers: torch.Tensor) -> Goal:
         """What it predicts on windows [B, T] with these numbers, [B]."""
+
+    def judged_goal(self, windows: torch.Tensor, numbers: torch.Tensor) -> Goal:
+        """The same of windows that are asked for more than once, without its residual stream."""

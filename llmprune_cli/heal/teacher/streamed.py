@@ -45,6 +45,8 @@ class StreamedTeacher:
         logs = self.logs[rows].to(place).float().flatten(0, 1)
         return _StreamedGoal(self, rows, logs, self.tokens[rows].to(place).long().flatten(0, 1))
 
+    judged_goal = goal
+
     def keep(self, number: int, places: slice, logs: torch.Tensor, generator: torch.Generator) -> None:
         """Keep what it predicts at some places of a window.
 

@@ -164,7 +164,8 @@ def make(kind: str, models: tuple[Path, Path], tokens: int, windows: int, trl: P
     _, status, used = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"{kind} with {tokens:,} tokens ended with status {status}.")
-    cost = {"seconds": time.perf_counter() - started, "cpu_seconds": used.ru_utime, "peak_kib": used.ru_maxrss}
+    cpu_seconds = used.ru_utime + used.ru_stime
+    cost = {"seconds": time.perf_counter() - started, "cpu_seconds": cpu_seconds, "peak_kib": used.ru_maxrss}
     row = {**cost, "perplexities": perplexities(folder, windows)}
     record.write_text(json.dumps(row))
     return row
