@@ -163,6 +163,7 @@ MISTAKES = {
     ),
     "targets that are none": Mistake(sweep("--targets", "90%,small"), USAGE, ("--targets", "'small'", "such as 6B")),
     "targets without their signs": Mistake(sweep("--targets", "0.9,0.8"), USAGE, ("--targets", "90%?")),
+    "ratios that are called alike": Mistake(sweep("--mlp", "10%,0.1000000001"), USAGE, ("two ratios come to 10%",)),
     "a target that is there twice": Mistake(sweep("--targets", "80%,90%,80.0%"), USAGE, ("80.0% is there twice",)),
     "ratios that are none": Mistake(sweep("--mlp", "10%,half"), USAGE, ("--mlp", "'half'")),
     "a ratio of nothing": Mistake(sweep("--mlp", "0,10%"), USAGE, ("--mlp", "removes nothing")),

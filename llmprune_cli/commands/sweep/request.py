@@ -73,8 +73,18 @@ def _ratio(text: str) -> float:
     return ratio
 
 
+def _percent(ratio: float) -> str:
+    """How a ratio is called in tables and names of files."""
+    return f"{100 * ratio:g}%"
+
+
 def _ratios(text: str) -> tuple[float, ...]:
-    return _listed(text, _ratio)
+    ratios: tuple[float, ...] = _listed(text, _ratio)
+    shown = [_percent(ratio) for ratio in ratios]
+    alike = [name for name in shown if shown.count(name) > 1]
+    if alike:
+        raise UsageError(f"two ratios come to {alike[0]}; leave out one of them.")
+    return ratios
 
 
 def _count(text: str) -> int:
@@ -124,7 +134,7 @@ class Points:
         if self.depths is not None:
             return {f"{count}-layers": _with(choice, "num_hidden_layers", count) for count in self.depths}
         name, attribute = next((n, a) for n, a in RATIOS.items() if getattr(self, n) is not None)
-        return {f"{name}-{100 * ratio:g}%": _with(choice, attribute, ratio) for ratio in getattr(self, name)}
+        return {f"{name}-{_percent(ratio)}": _with(choice, attribute, ratio) for ratio in getattr(self, name)}
 
 
 RATIOS = {

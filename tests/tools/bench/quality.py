@@ -142,6 +142,7 @@ def prepare(work: Path) -> Bench:
     """Dequantize the model, once, and cut the texts to measure on."""
     from transformers import AutoTokenizer
 
+    from llmprune_cli.errors import LlmpruneError
     from llmprune_cli.run.corpus import cut_windows, load_corpus
 
     model = work.resolve() / "model"
@@ -153,7 +154,13 @@ def prepare(work: Path) -> Bench:
         gguf = Path(spec.submodule_search_locations[0], GGUF_NAME)
         run_command(["llmprune", "export", str(gguf), "--output", str(model)])
     tokenizer = AutoTokenizer.from_pretrained(model)
-    corpora = {name: load_corpus(name, "test") for name in (WIKITEXT2, PYTHON_DOCS)}
+    shared = ROOT.parent / "shared" / "data" / "wikitext-2-raw-v1"
+    if shared.is_dir():
+        os.environ.setdefault("LLMPRUNE_WIKITEXT2", str(shared))
+    try:
+        corpora = {name: load_corpus(name, "test") for name in (WIKITEXT2, PYTHON_DOCS)}
+    except LlmpruneError as error:
+        sys.exit(f"There is no text to judge by. {error}")
     texts = {
         name: cut_windows(corpus, tokenizer, len(tokenizer), WINDOW_TOKENS, WINDOWS) for name, corpus in corpora.items()
     }
@@ -217,9 +224,6 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=40, help="of calibration text (default: 40)")
     parser.add_argument("--work", type=Path, default=Path("bench-quality-output"), help="where finished rows are kept")
     arguments = parser.parse_args()
-    shared = ROOT.parent / "shared" / "data" / "wikitext-2-raw-v1"
-    if shared.is_dir():
-        os.environ.setdefault("LLMPRUNE_WIKITEXT2", str(shared))
     try:
         bench = prepare(arguments.work)
         outcomes = run_all(bench, arguments.windows, lambda name: fnmatch(name, arguments.only))
