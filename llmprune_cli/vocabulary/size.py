@@ -54,6 +54,12 @@ def find_width(checkpoint: Checkpoint, architecture: Architecture, keep_file: Pa
         UsageError: see `must_stay`.
     """
     tokens, rows = open_tokens(checkpoint), int(checkpoint.config.vocab_size)
+    beyond = min((number for number in tokens.required if number >= rows), default=None)
+    if beyond is not None:
+        raise UnsupportedError(
+            f"{checkpoint.source} has no row for the token {tokens.by_id[beyond]!r}, whose number is {beyond:,}: the "
+            f"model has {rows:,}. Take it out of tokenizer.json, or give the model that many rows with transformers."
+        )
     config = one_of_each_kind(architecture)
     check_rows(config, max(1, rows // 2), checkpoint)
     if checkpoint.whole is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from llmprune_cli.source.opening import open_checkpoint
 from support.cli import BY_MAGNITUDE, run_cli
 from support.full import in_full
 from support.gguf_exports import tiny
-from support.refusals import PLAN, USAGE
+from support.refusals import PLAN, UNSUPPORTED, USAGE
 from support.stock import written_tensors
 
 
@@ -84,6 +85,17 @@ def test_why_no_token_can_go_is_shown(tiny_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((tiny_llama / "config.json").read_text())
     assert "no tokenizer.json" in inspected(tmp_path)["vocabulary"]["refused"]
     assert "no: " in run_cli("inspect", tmp_path).stdout.split("vocabulary")[1]
+
+
+def test_an_added_token_without_a_row_is_named_at_once(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "more")
+    path = tmp_path / "more" / "tokenizer.json"
+    document = json.loads(path.read_text())
+    document["added_tokens"].append({**document["added_tokens"][0], "id": 384, "content": "<extra>"})
+    path.write_text(json.dumps(document))
+    assert "'<extra>', whose number is 384" in inspected(path.parent)["vocabulary"]["refused"]
+    run = run_cli("prune", path.parent, "--vocab-size", "320", *BY_MAGNITUDE, "--output", tmp_path / "out")
+    assert run.code == UNSUPPORTED and "<extra>" in run.stderr and not (tmp_path / "out").exists()
 
 
 def test_a_size_that_cannot_be_is_refused(model: Path) -> None:
