@@ -26,11 +26,6 @@ class Product:
     bias: Tensor | None
     result: Tensor  # [..., outputs]
 
-    @property
-    def made(self) -> Tensor:
-        """The result without the bias."""
-        return self.result if self.bias is None else self.result - self.bias
-
 
 Watcher = Callable[[Product], "Tensor | None"]  # told of a product; what it returns replaces the result
 Collector = Callable[["Tensor", "Tensor"], None]  # told the tokens [n] and the results [n, outputs] of an expert

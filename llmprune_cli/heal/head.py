@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,8 +13,25 @@ from torch.nn import functional
 
 from llmprune_cli.run.layer import running_as
 
-WAITING_ELEMENTS = 2**24  # of gradients of logits that wait to become one of the weights: 32 MiB in bfloat16
+WAITING_ELEMENTS = 2**24  # of gradients of logits, beyond which they become one of the weights
 ROWS = 4096  # of that gradient that are formed together
+
+
+class _Projection(torch.autograd.Function):
+    """A product with weights that stand still; its gradient by the result is noted."""
+
+    @staticmethod
+    def forward(context: Any, given: torch.Tensor, head: Head) -> torch.Tensor:
+        context.head = head
+        context.save_for_backward(given)
+        return functional.linear(given, head.weight, head.bias)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> Any:
+        (given,) = context.saved_tensors
+        if context.head.is_learned:
+            context.head.waiting.append((given.flatten(0, -2), gradient.flatten(0, -2)))
+        return gradient @ context.head.weight, None
 
 
 @dataclass
@@ -26,25 +44,18 @@ class Head:
     module: nn.Linear
     weight: torch.Tensor  # in the dtype of the product, [V, D]
     bias: torch.Tensor | None  # [V]
-    _made: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    is_learned: bool
+    waiting: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # hidden states, gradients of logits
 
     def run(self, given: torch.Tensor) -> torch.Tensor:
-        """Hidden states [..., D] to logits [..., V], which are noted where they have a gradient."""
-        given = given.to(self.weight.dtype)
-        logits = functional.linear(given, self.weight, self.bias)
-        if logits.requires_grad:
-            self._made.append((given, logits))
+        """Hidden states [..., D] to logits [..., V]."""
+        logits: torch.Tensor = _Projection.apply(given.to(self.weight.dtype), self)  # type: ignore[no-untyped-call]
         return logits
-
-    def taken(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """What it was given, and what it made of it, since this was asked last."""
-        made, self._made = self._made, []
-        return made
 
 
 @contextmanager
 def cast_once(module: nn.Module | None, compute: torch.dtype) -> Iterator[Head | None]:
-    """While active, an output projection multiplies with weights that were cast once, and notes what it makes.
+    """While active, an output projection multiplies with weights that were cast once.
 
     Args:
         compute: dtype of products.
@@ -56,7 +67,8 @@ def cast_once(module: nn.Module | None, compute: torch.dtype) -> Iterator[Head |
         yield None
         return
     bias = None if module.bias is None else module.bias.detach().to(compute)
-    head = Head(module, module.weight.detach().to(compute), bias)
+    is_learned = any(own.requires_grad for own in module.parameters())
+    head = Head(module, module.weight.detach().to(compute), bias, is_learned)
     with running_as(module, head.run):
         yield head
 
@@ -68,32 +80,17 @@ class Gradients:
         """Of those of its weights that are trained.
 
         Args:
-            head: a plain projection, whose weights need no gradient from automatic differentiation.
+            head: a plain projection, which notes what automatic differentiation does not see.
         """
         self._weights, self._head = weights, head
         self._sums: dict[int, torch.Tensor] = {}
-        self._made: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def wanted(self) -> list[torch.Tensor]:
-        """What the loss of a part that was just formed is to be differentiated by."""
-        if self._head is None:
-            return list(self._weights)
-        made = self._head.taken()
-        self._made = made if self._weights else []
-        return [logits for _, logits in self._made]
 
     def add(self, found: Sequence[torch.Tensor | None]) -> None:
-        """Take in the gradients by what was wanted; None where the loss does not depend on it."""
-        if self._head is None:
-            for place, more in enumerate(found):
-                self._add_to(place, more)
-            return
-        for (given, _), gradient in zip(self._made, found, strict=True):
-            if gradient is not None:
-                self._waiting.append((given.detach().flatten(0, -2), gradient.flatten(0, -2)))
-        self._made = []
-        if sum(gradient.numel() for _, gradient in self._waiting) >= WAITING_ELEMENTS:
+        """Take in a part: what automatic differentiation has for each weight, and what the head has noted of it."""
+        for place, more in enumerate(found):
+            if more is not None:
+                self._sums[place] = self._sums[place].add_(more) if place in self._sums else more
+        if self._head is not None and sum(own.numel() for _, own in self._head.waiting) >= WAITING_ELEMENTS:
             self._form()
 
     def finished(self) -> list[torch.Tensor | None]:
@@ -102,18 +99,16 @@ class Gradients:
         return [self._sums.get(place) for place in range(len(self._weights))]
 
     def _form(self) -> None:
-        if self._head is None or not self._waiting:
+        if self._head is None or not self._head.waiting:
             return
-        given, gradients = (torch.cat(own) for own in zip(*self._waiting, strict=True))
-        self._waiting = []
+        given, gradients = (torch.cat(own) for own in zip(*self._head.waiting, strict=True))
+        self._head.waiting.clear()
         for place, weight in enumerate(self._weights):
-            total = self._sums.setdefault(place, torch.zeros_like(weight))
+            if place not in self._sums:
+                self._sums[place] = torch.zeros_like(weight)
+            total = self._sums[place]
             if weight is self._head.module.bias:
                 total += gradients.sum(0, dtype=total.dtype)
                 continue
             for own, part in zip(total.split(ROWS), gradients.split(ROWS, dim=1), strict=True):
                 own += part.T @ given
-
-    def _add_to(self, place: int, more: torch.Tensor | None) -> None:
-        if more is not None:
-            self._sums[place] = self._sums[place].add_(more) if place in self._sums else more

@@ -103,12 +103,11 @@ class _InParts(torch.autograd.Function):
                 with torch.enable_grad():
                     own = hidden[places].detach().requires_grad_()
                     part = part_of(own, places)
-                    wanted = gradients.wanted()
-                    found = torch.autograd.grad(part, [own, *wanted], allow_unused=True)
+                    found = torch.autograd.grad(part, [own, *weights], allow_unused=True)
                 total += part.detach()
                 own_gradient[places] = found[0]
                 gradients.add(found[1:])
-                del part, found, wanted
+                del part, found
         context.save_for_backward(own_gradient, *gradients.finished())
         return total
 

@@ -146,7 +146,8 @@ class LayerRefit:
             e for e in self._experts(site) if with_all or len(self._kept(site, e)) < self._matrix(site, e).shape[1]
         ]
         size = self._matrix(site, self._experts(site)[0]).shape[1]
-        each = max(1, GRAM_BYTES // (8 * size * size))
+        kept = max((len(self._kept(site, expert)) for expert in losing), default=size)
+        each = max(1, GRAM_BYTES // (8 * size * max(1, kept)))
         for first in range(0, len(losing), each):
             yield losing[first : first + each]
 
@@ -221,6 +222,7 @@ class LayerRefit:
         outputs, inputs = self._matrix(site, experts[0]).shape
         device = self.layer.device
         moments = {expert: Moments.zero(outputs, inputs, self._kept(site, expert), device) for expert in experts}
+        weights = {expert: self._matrix(site, expert) if self.with_errors else None for expert in experts}
         is_enough = None in moments and (goal is None or not site.ends_layer)
         fitted = self.streams.fitted
         rest = batches(self.streams.pruned[fitted:]) if recorded else ()
@@ -241,14 +243,13 @@ class LayerRefit:
                 continue
             if goal is None or site.entry is None:
                 for seen in uses.products:
-                    made = seen.made.reshape(-1, outputs).float()
-                    moments[seen.expert].add(seen.values.reshape(-1, inputs), None, made)
+                    moments[seen.expert].add(seen.values.reshape(-1, inputs), None, weights[seen.expert])
                 continue
             missing = goal[first : first + len(batch)] - (stream.states if output is None else output)
-            for own in site.entry.corrections(uses, missing.flatten(0, 1).to(device)):
-                moments[own.expert].add(own.inputs, own.aims, own.made)
-        for sums in moments.values():
-            sums.add_up(self.whole.processes)
+            for expert, values, aims in site.entry.corrections(uses, missing.flatten(0, 1).to(device)):
+                moments[expert].add(values, aims, weights[expert])
+        for own in moments.values():
+            own.add_up(self.whole.processes)
         return moments
 
     def _silence_biases(self) -> None:

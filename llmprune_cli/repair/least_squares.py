@@ -26,7 +26,7 @@ class Moments:
     gram: torch.Tensor  # XₖᵀXₖ, [k, k]
     across: torch.Tensor  # X₋ᵀXₖ, [U−k, k]
     cross: torch.Tensor  # YᵀXₖ, [O, k]
-    total: float = 0.0  # ‖Y‖²
+    total: float = 0.0  # ‖Y‖²; before `aim_at`, of y without what is made of xₖ
 
     @classmethod
     def zero(cls, outputs: int, inputs: int, kept: torch.Tensor, device: torch.device | str = "cpu") -> Moments:
@@ -38,14 +38,14 @@ class Moments:
         gram, across, cross = (torch.zeros(n, k, dtype=torch.float64, device=place) for n in (k, len(gone), outputs))
         return cls(kept.to(place), gone.to(place), gram, across, cross)
 
-    def add(self, inputs: torch.Tensor, aims: torch.Tensor | None, made: torch.Tensor) -> None:
-        """Add tokens: x [n, U] and y [n, O], which is what the reader makes of x and, where given, aims on top.
+    def add(self, inputs: torch.Tensor, aims: torch.Tensor | None, matrix: torch.Tensor | None) -> None:
+        """Add tokens: x [n, U], and where given aims [n, O], which y has on top of what the reader makes of x.
 
         Products are in float32, of rows of U numbers at a time, to bound memory; XₖᵀXₖ is symmetric, so that little
         more than half of it is formed.
 
         Args:
-            made: y without the aims, for ‖Y‖² alone; see `aim_at`.
+            matrix: the reader's weight [O, U], for ‖Y‖²; None where no errors are wanted. See `aim_at`.
         """
         kept, gone = (inputs[:, own.to(inputs.device)].float() for own in (self.kept, self.gone))
         count = kept.shape[1]
@@ -60,8 +60,9 @@ class Moments:
             self.across[first : first + most] += (gone[:, first : first + most].T @ kept).to(self.gram.device)
         if aims is not None:
             self.cross += (aims.T @ kept).to(self.cross.device)
-            made = made + aims
-        self.total += float(made.square().sum(dtype=torch.float32 if made.device.type == "mps" else torch.float64))
+        if matrix is not None:
+            lost = gone @ matrix[:, self.gone.to(matrix.device)].T.float()
+            self.total += float((lost if aims is None else lost + aims).cpu().double().square().sum())
 
     def add_up(self, processes: Processes) -> None:
         """Let it be of the tokens of all processes."""
@@ -71,8 +72,10 @@ class Moments:
     def aim_at(self, matrix: torch.Tensor) -> None:
         """Let y be what this weight [O, U] makes of x, plus the aims that were added."""
         for rows in self._slabs():
-            self.cross[rows] += self.widened(matrix[rows], self.kept) @ self.gram
-            self.cross[rows] += self.widened(matrix[rows], self.gone) @ self.across
+            wide = self.widened(matrix[rows], self.kept)
+            own, rest = wide @ self.gram, self.cross[rows] + self.widened(matrix[rows], self.gone) @ self.across
+            self.total += float(((own + 2 * rest) * wide).sum())
+            self.cross[rows] = own + rest
 
     @property
     def is_finite(self) -> bool:

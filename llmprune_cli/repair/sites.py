@@ -61,27 +61,14 @@ class Entry:
             for part in uses.parts:
                 if part.inputs is not None:
                     ratio = (part.weights.square() / squares[part.tokens]).nan_to_num()
-                    weights = part.weights[:, None]
-                    yield Correction(
-                        part.expert, part.inputs * weights, aim[part.tokens] * ratio[:, None], part.made * weights
-                    )
+                    yield part.expert, part.inputs * part.weights[:, None], aim[part.tokens] * ratio[:, None]
             return
         for seen in uses.products:
-            values, made = seen.values.flatten(0, -2), seen.made.flatten(0, -2).float()
-            if self.way == "normed":
-                factor = _inverse_rms(seen.result.flatten(0, -2).float())
-                values, made = values * factor, made * factor
-            yield Correction(seen.expert, values, aim, made)
+            values, result = seen.values.flatten(0, -2), seen.result.flatten(0, -2).float()
+            yield seen.expert, values * _inverse_rms(result) if self.way == "normed" else values, aim
 
 
-@dataclass(frozen=True)
-class Correction:
-    """What one product has to make besides what it makes."""
-
-    expert: int | None
-    inputs: torch.Tensor  # q x, [n, U]
-    aims: torch.Tensor  # missing/f, [n, D]
-    made: torch.Tensor  # q W x, [n, D]
+Correction = tuple["int | None", "torch.Tensor", "torch.Tensor"]  # expert; inputs q x [n, U]; missing/f [n, D]
 
 
 @dataclass(frozen=True)
@@ -102,7 +89,6 @@ class _Part:
     inputs: torch.Tensor | None  # [n, U]; None where they are not wanted
     tokens: torch.Tensor  # [n]
     weights: torch.Tensor  # that the router gives it, [n]
-    made: torch.Tensor  # without a bias, float32 [n, D]
 
 
 class Uses:
@@ -131,7 +117,7 @@ class Uses:
             result = seen.result.float()
             weights = (source.float() * result).sum(-1) / result.square().sum(-1)
             wanted = seen.values if seen.expert in self._experts else None
-            self.parts.append(_Part(seen.expert, wanted, tokens, weights.nan_to_num(), seen.made.float()))
+            self.parts.append(_Part(seen.expert, wanted, tokens, weights.nan_to_num()))
 
 
 def _inverse_rms(result: torch.Tensor) -> torch.Tensor:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llmprune_cli.heal import head as heads
 from llmprune_cli.heal import loss as losses
@@ -23,19 +27,41 @@ class OtherProjection(nn.Linear):
     """A projection that is no plain one, though it does the same."""
 
 
-@pytest.mark.parametrize("projection", ["plain", "biased", "other"])
+class InPlace(LlamaForCausalLM):
+    """A model that changes what its projection makes."""
+
+    def forward(self, input_ids: torch.Tensor, **options: Any) -> CausalLMOutputWithPast:
+        logits = self.lm_head(self.model(input_ids=input_ids, **options)[0])
+        logits /= 4
+        return CausalLMOutputWithPast(logits=logits)
+
+
+class Bypassing(LlamaForCausalLM):
+    """A model that multiplies with its projection's weights itself."""
+
+    def forward(self, input_ids: torch.Tensor, **options: Any) -> CausalLMOutputWithPast:
+        states = self.model(input_ids=input_ids, **options)[0]
+        return CausalLMOutputWithPast(logits=functional.linear(states, self.lm_head.weight))
+
+
+OWN_FORWARD = {"in place": InPlace, "bypassed": Bypassing}
+
+
+@pytest.mark.parametrize("projection", ["plain", "biased", "other", *OWN_FORWARD])
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradients_are_those_of_all_tokens_at_once(
     dense: Path, pruned: Path, kind: str, projection: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(losses, "LOGIT_ELEMENTS", 7 * 96)  # logits of seven tokens
-    monkeypatch.setattr(heads, "WAITING_ELEMENTS", 10 * 96)
+    monkeypatch.setattr(heads, "WAITING_ELEMENTS", 15 * 96)
     monkeypatch.setattr(heads, "ROWS", 40)
     teacher, model = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (dense, pruned))
     if projection == "biased":
         model.lm_head.bias = nn.Parameter(torch.randn(96, generator=torch.Generator().manual_seed(5)))
     elif projection == "other":
         model.lm_head.__class__ = OtherProjection
+    elif projection in OWN_FORWARD:
+        model.__class__ = OWN_FORWARD[projection]
     windows = torch.randint(0, 96, (3, 24), generator=torch.Generator().manual_seed(1))
     logits, wanted = model(windows).logits[:, :-1] / 2, teacher(windows).logits[:, :-1] / 2
     kl = functional.kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), reduction="none", log_target=True)
@@ -73,6 +99,7 @@ def test_tokens_that_are_kept_of_a_teacher_stand_for_all() -> None:
 def test_a_teacher_in_memory_runs_once_on_windows_that_are_judged_again(dense: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(dense).eval()
     teacher, windows, numbers = ResidentTeacher(model, 1.0, torch.float32, layers=(0,)), torch.arange(24)[None], (7,)
+    alive = weakref.ref(teacher)
     runs: list[object] = []
     model.model.layers[0].register_forward_hook(lambda *_: runs.append(None))
     whole = teacher.goal(windows, torch.tensor(numbers)).at(slice(None)).logs
@@ -81,3 +108,9 @@ def test_a_teacher_in_memory_runs_once_on_windows_that_are_judged_again(dense: P
         torch.testing.assert_close(again.at(slice(None)).logs, whole)
         assert not list(again.streams)
     assert len(runs) == 2
+    gc.disable()
+    try:
+        del teacher, again
+        assert alive() is None
+    finally:
+        gc.enable()

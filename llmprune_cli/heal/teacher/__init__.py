@@ -17,4 +17,4 @@ class Teacher(Protocol):
         """What it predicts on windows [B, T] with these numbers, [B]."""
 
     def judged_goal(self, windows: torch.Tensor, numbers: torch.Tensor) -> Goal:
-        """The same of windows that are asked for more than once, without its residual stream."""
+        """The same of windows that are asked for more than once; its residual stream is not wanted."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,9 +27,9 @@ class ResidentTeacher:
     compute: torch.dtype  # of products
     tokens: TokenMap | None = None  # where the student has fewer
     layers: tuple[int, ...] = ()  # behind which its residual stream is a goal
-    _judged: dict[tuple[int, ...], Goal] = field(default_factory=dict, compare=False)
+    _judged: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict, compare=False)  # hidden states
 
-    def goal(self, windows: torch.Tensor, numbers: torch.Tensor) -> Goal:
+    def goal(self, windows: torch.Tensor, numbers: torch.Tensor) -> _ResidentGoal:
         """What it predicts on windows [B, T], whatever their numbers."""
         if self.tokens is not None:
             windows = self.tokens.read(windows)
@@ -42,8 +42,8 @@ class ResidentTeacher:
         """The same of windows that are asked for more than once: the model runs the first time."""
         asked = tuple(numbers.tolist())
         if asked not in self._judged:
-            self._judged[asked] = replace(self, layers=()).goal(windows, numbers)
-        return self._judged[asked]
+            self._judged[asked] = self.goal(windows, numbers).hidden
+        return _ResidentGoal(self, self._judged[asked], [])
 
 
 @dataclass(frozen=True)

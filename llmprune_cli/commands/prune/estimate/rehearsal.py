@@ -218,7 +218,7 @@ def _solution_seconds(job: Job, shape: tuple[int, int, int], known: dict[tuple[i
     generator, place = torch.Generator().manual_seed(0), torch.device(job.model.device)
     moments = Moments.zero(outputs, inputs, torch.arange(kept), place)
     matrix, read = (torch.randn(rows, inputs, generator=generator).to(place) for rows in (outputs, inputs))
-    moments.add(read, None, read @ matrix.T)
+    moments.add(read, None, matrix)
     taken = []
     for _ in range(2):  # the first time, threads and memory are new
         wait(place)
