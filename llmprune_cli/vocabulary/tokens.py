@@ -45,13 +45,19 @@ class Tokens:
 
     @cached_property
     def required(self) -> frozenset[int]:
-        """Added and special tokens, the unknown one, and what spells any text: bytes, else all single characters."""
+        """Added and special tokens, the unknown one, and what spells any text: bytes, else all single characters.
+
+        Of Unigram also the worst piece: by its score, unknown characters cost as much as ever beside other pieces.
+        """
         model, own = self.model, _model_ids(self.model)
         found = {added["id"] for added in self.document.get("added_tokens") or ()}
         found |= {self.ids[token] for token in _processed(self.document.get("post_processor")) if token in self.ids}
         unknown = model.get("unk_token")
         found |= {own[unknown]} if unknown in own else set()
         found |= {model["unk_id"]} if model.get("unk_id") is not None else set()
+        if isinstance(model["vocab"], list):
+            scores = [score for _, score in model["vocab"]]
+            found.add(scores.index(min(scores)))
         if is_byte_level(self.document):
             return frozenset(found | {own[token] for token in _byte_alphabet() if token in own})
         if model.get("byte_fallback"):

@@ -71,6 +71,22 @@ def test_text_of_kept_tokens_gets_the_same_tokens(kind: str) -> None:
     assert found > 10
 
 
+@pytest.mark.parametrize("has_bytes", [True, False])
+def test_unknown_characters_cost_what_they_did_beside_unigram_pieces(has_bytes: bool) -> None:
+    from tokenizers import Tokenizer, models
+
+    from llmprune_cli.vocabulary.rewriting import cut_tokens
+    from llmprune_cli.vocabulary.tokens import read_tokens
+
+    pieces = [("<unk>", 0.0), *((f"<0x{byte:02X}>", 0.0) for byte in range(256 * has_bytes))]
+    pieces += [("ab", -20.0), ("cd", -20.0), ("bcd", -1.0), ("zz", -100.0)]
+    whole = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=has_bytes))
+    tokens = read_tokens(json.loads(whole.to_str()), "a model")
+    kept = tuple(sorted({*tokens.required, *(tokens.ids[token] for token in ("ab", "cd", "bcd"))}))
+    part = Tokenizer.from_str(json.dumps(cut_tokens(tokens, kept)))
+    assert part.encode("abcd").tokens == whole.encode("abcd").tokens == ["ab", "cd"]
+
+
 def test_a_plan_without_what_builds_a_token_is_refused() -> None:
     from llmprune_cli.errors import PlanError
     from llmprune_cli.vocabulary.rewriting import cut_tokens
