@@ -78,15 +78,23 @@ def _phases(job: Job) -> list[tuple[int, int]]:
         phases.append((2 * stream, layer + batch))
     if job.measures and reads_text(job.request.choice):
         learned = 3 * 4 * made * min(GRADIENT_TOKENS, job.share)
-        phases.append((2 * stream, max(layer + 12 * job.layer_parameters + learned, head + 4 * logits)))
+        narrow = each * vocabulary * channels  # the output projection, in the dtype of the computation
+        phases.append((2 * stream, max(layer + 12 * job.layer_parameters + learned, narrow + 4 * logits)))
     if job.request.choice.settled.refit != "none" and job.repairs:
         kept = sum(min(KEPT_BYTES, size * job.share * each) for size in (neurons, heads)) if stream else 0
-        gram = 8 * (2 * read**2 + 2 * channels * read)
+        left = job.decided.target.widths
+        stay = max(left.intermediate_size, left.moe_intermediate_size), left.num_attention_heads * left.head_dim
+        gram = max(_moments_bytes(size, k, channels) for size, k in zip((neurons, heads), stay, strict=True))
         if widths.num_experts:
             gram = max(gram, min(GRAM_BYTES, widths.num_experts * gram))
         product = 12 * min(PRODUCT_ELEMENTS, read**2)
         phases.append((4 * stream + kept, layer + max(batch, product) + gram))
     return phases
+
+
+def _moments_bytes(inputs: int, kept: int, outputs: int) -> int:
+    """What a reader's moments take, with what is solved in their place."""
+    return 8 * kept * (2 * kept + (inputs - kept) + 2 * outputs)
 
 
 def disk_bytes(job: Job, tensors: tuple[TensorEntry, ...], size_bytes: int | None) -> int:
