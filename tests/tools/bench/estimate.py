@@ -172,7 +172,7 @@ def device_memory(folder: Path, way: str, tokens: int) -> tuple[float, float]:
     reference = ModelReference(str(folder), device="cpu")
     request = PruneRequest(reference, choice, Text(calibration_tokens=tokens), Delivery(dry_run=True))
     with open_checkpoint(reference, need_weights=False) as checkpoint:
-        decided = decide(request, understand(checkpoint))
+        decided = decide(request, understand(checkpoint), QUIET)
         memory = peak_memory(
             Job(request, decided, Workbench(layered(decided.subject, request, choice), None, QUIET)), on_gpu=True
         )
