@@ -1,11 +1,14 @@
-"""What is made before the first step changes nothing that is trained."""
+"""What is made before the first step changes nothing that is trained, and training ends where it no longer serves."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from llmprune_cli.heal.training.trainer import _allocate_moments
+from llmprune_cli.heal.training.trainer import PATIENCE, _allocate_moments, _StopsInTheEnd
 
 
 @pytest.mark.parametrize("is_fused", [False, True])
@@ -22,3 +25,18 @@ def test_moments_made_early_are_those_that_adamw_makes(is_fused: bool) -> None:
             optimizer.step()
         trained.append(weight.detach())
     assert torch.equal(*trained)
+
+
+def test_training_ends_where_nothing_gains_but_not_while_the_learning_rate_is_high(tmp_path: Path) -> None:
+    arguments = TrainingArguments(
+        str(tmp_path), eval_strategy="steps", save_strategy="steps", load_best_model_at_end=True, use_cpu=True
+    )
+    arguments.metric_for_best_model, arguments.greater_is_better = "eval_loss", False
+    callback, ended = _StopsInTheEnd(PATIENCE), []
+    for step in range(10, 161, 10):  # after the first judgement, none is better
+        state = TrainerState(global_step=step, max_steps=160, best_metric=1.0)
+        control = TrainerControl()
+        callback.on_evaluate(arguments, state, control, metrics={"eval_loss": 1.5})
+        if control.should_training_stop:
+            ended.append(step)
+    assert ended[0] == 80 + 10 * PATIENCE

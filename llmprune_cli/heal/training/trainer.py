@@ -27,7 +27,7 @@ from llmprune_cli.progress import Listener
 WARM_UP = 0.1  # share of the steps in which the rate rises, from nothing in the first one
 BETAS = 0.9, 0.95
 UNWRITTEN = ("PytorchStreamWriter", "inline_container", "iostream")  # in what torch says of a file that it cannot write
-PATIENCE = 3  # judgements without a better one, after which training ends
+PATIENCE = 3  # judgements without a better one, after which training ends, once the learning rate has half fallen
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class _Distiller(Trainer):
         )
         logging.getLogger("accelerate").setLevel(logging.ERROR)
         arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for several processes
-        callbacks: list[Any] = [] if is_trial else [EarlyStoppingCallback(PATIENCE), _Reports(lesson)]
+        callbacks: list[Any] = [] if is_trial else [_StopsInTheEnd(PATIENCE), _Reports(lesson)]
         windows = _Windows(lesson.text)
         super().__init__(student, arguments, train_dataset=windows, eval_dataset=windows, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
@@ -158,6 +158,17 @@ def _allocate_moments(optimizer: torch.optim.Optimizer) -> None:
     for parameter in (own for group in optimizer.param_groups for own in group["params"]):
         moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+
+
+class _StopsInTheEnd(EarlyStoppingCallback):
+    """Stops where held-out text gains no more, in the second half of the steps.
+
+    Before, the learning rate is so high that a model may well be worse than before, and better once it falls.
+    """
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **given: Any) -> None:
+        if 2 * state.global_step > state.max_steps:
+            super().on_evaluate(args, state, control, metrics, **given)  # type: ignore[no-untyped-call]
 
 
 class _Reports(TrainerCallback):
