@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional
 
 from llmprune_cli.coupling.subject import understand
 from llmprune_cli.options import ModelReference
@@ -45,6 +46,23 @@ def test_a_layer_is_warmed_up_apart_only_where_windows_are_few(tmp_path: Path, w
         with torch.inference_mode():
             clock.advance(layer, stream)
     assert len(counted) == passes and len(clock.seconds) == 1 and clock.seconds[0] > 0
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_logits_are_multiplied_in_the_dtype_of_the_computation_and_normed_in_float32(
+    tmp_path: Path, is_tied: bool, compute: torch.dtype
+) -> None:
+    folder = save_tiny(tmp_path / "model", "llama", "bfloat16", tie_word_embeddings=is_tied)
+    hidden = 30 * torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1))
+    with open_checkpoint(ModelReference(str(folder)), need_weights=True) as checkpoint:
+        ends = LayeredModel(understand(checkpoint), "cpu").load_ends(exact=True, compute=compute)
+        stock = load_model(checkpoint, "cpu", "float32")
+    with torch.inference_mode():
+        expected = functional.linear(stock.model.norm(hidden).to(compute), stock.lm_head.weight.to(compute)).float()
+        assert torch.equal(ends.logits(hidden, 0), expected)
+    assert ends.model.lm_head.weight.dtype == compute and ends.model.model.norm.weight.dtype == torch.float32
+    assert ends.model.model.embed_tokens.weight.dtype == (compute if is_tied else torch.bfloat16)
 
 
 def test_a_layer_alone_keeps_the_scale_of_its_number(tmp_path: Path) -> None:
