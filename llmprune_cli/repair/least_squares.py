@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -80,7 +81,8 @@ class Moments:
     @property
     def is_finite(self) -> bool:
         """Whether no product was NaN or too large for float32."""
-        return all(bool(sums.sum().isfinite()) for sums in (self.gram, self.across, self.cross))
+        sums = (self.gram, self.across, self.cross)
+        return math.isfinite(self.total) and all(bool(own.sum().isfinite()) for own in sums)
 
     def error(self, matrix: torch.Tensor) -> float:
         """‖Y − WXₖ‖² of what a weight [O, U] makes of the kept inputs."""

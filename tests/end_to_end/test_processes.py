@@ -122,6 +122,13 @@ def alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return place
 
 
+def errors_of(folder: Path) -> list[float]:
+    """What the manifest says of every refitted layer; nothing where no text was read."""
+    layers = json.loads((folder / "llmprune.json").read_text()).get("calibration", {}).get("layers", [])
+    found = [row[name] for row in layers for name in ("removal_error", "refit_error", "stream_error")]
+    return [error for error in found if error is not None]
+
+
 def largest_difference(one: Path, two: Path) -> float:
     """Of all tensors, relative to their norms."""
     a, b = written_tensors(one), written_tensors(two)
@@ -151,6 +158,8 @@ def test_two_processes_write_what_one_writes(alone: Path, both: dict[str, list[R
     assert both[name][0].code == 0, both[name][0].stderr
     assert run_cli(*at_work(name, "one")).code == 0
     assert largest_difference(alone / "one" / name, alone / "two" / name) < 1e-5
+    one, two = (errors_of(alone / side / name) for side in ("one", "two"))
+    assert one == pytest.approx(two, rel=1e-3, abs=1e-9) and (name == "magnitude" or one)
     plans = [alone / side / f"{name}.json" for side in ("one", "two")]
     assert [plan.exists() for plan in plans] == [name == "default"] * 2
     assert name != "default" or plans[0].read_bytes() == plans[1].read_bytes()

@@ -74,3 +74,6 @@ def test_a_number_that_float32_cannot_hold_is_noticed_wherever_it_is() -> None:
         moments = Moments.zero(1, 2, torch.tensor([0]))
         moments.add(inputs, torch.ones(2, 1), None)
         assert not moments.is_finite
+    moments = Moments.zero(1, 2, torch.tensor([0]))
+    moments.add(torch.tensor([[1.0, 1e20]]), torch.ones(1, 1), torch.full((1, 2), 1e20))  # of what is made of x₋
+    assert moments.across.isfinite().all() and not moments.is_finite
