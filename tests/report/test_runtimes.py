@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from llmprune_cli.report.runtimes import runtime_fits
 from support.cli import run_cli
@@ -96,6 +97,25 @@ def test_where_a_runtime_was_seen_to_stumble_is_said(
         config.num_key_value_heads = 4
     found = {fit.runtime: fit for fit in runtime_fits(config)}
     assert not found[runtime].loads and word in found[runtime].note
+
+
+@pytest.mark.parametrize(
+    ("family", "setting", "experts", "loads", "words"),
+    [
+        ("deepseek_v4", "n_routed_experts", 144, False, "144 experts on CUDA; it has one for 128 or 192"),
+        ("deepseek_v4", "n_routed_experts", 192, True, ""),
+        ("mixtral", "num_local_experts", 6, True, "to 4 or 8 experts faster than to 6"),
+        ("mixtral", "num_local_experts", 4, True, ""),
+        ("qwen3_moe", "num_experts", 600, True, "to 576 experts faster than to 600"),
+    ],
+)
+def test_numbers_of_experts_without_a_kernel_of_their_own_are_told(
+    family: str, setting: str, experts: int, loads: bool, words: str
+) -> None:
+    config = AutoConfig.for_model(family, **{"hidden_size": 64, setting: experts})
+    found = {fit.runtime: fit for fit in runtime_fits(config)}.get("vLLM")
+    assert (found is None) == (not words)
+    assert found is None or (found.loads == loads and words in found.note)
 
 
 @pytest.mark.parametrize("family", ["mistral", "mixtral", "phi3", "gemma2"])

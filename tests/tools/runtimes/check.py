@@ -49,6 +49,21 @@ WIDE = {
 }
 ALL_HEADS = {**WIDE, "num_key_value_heads": 8}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 96}
+WINDOWED = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+LATENT = {
+    **EXPERTS,
+    "num_key_value_heads": 8,
+    "n_routed_experts": 8,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 2,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+}
 SIZES = {"num_hidden_layers": 3, "vocab_size": 128}  # more rows than the tokenizer has tokens
 WHOLE = ("--intermediate-size", "192")  # all, as this program writes them
 HEADS, NEURONS, FEWER = ("--num-attention-heads", "4"), ("--intermediate-size", "101"), ("--experts", "6")
@@ -73,6 +88,24 @@ MODELS: list[tuple[str, dict[str, Any], Shapes]] = [
     ("mixtral", {**WIDE, "num_local_experts": 8, "num_experts_per_tok": 2}, {"6 of 8 experts": FEWER}),
     ("mixtral", {**WIDE, "num_local_experts": 8}, {"hidden 144": ("--hidden-size", "144")}),
     ("qwen3_moe", {**WIDE, **EXPERTS, "num_experts": 8}, {"6 of 8 experts": FEWER, "4 of 8 heads": HEADS}),
+    ("qwen2_moe", {**WIDE, **EXPERTS, "num_experts": 8, "shared_expert_intermediate_size": 192}, {"6 of 8": FEWER}),
+    ("olmoe", {**WIDE, "num_experts": 8, "num_experts_per_tok": 2}, {"6 of 8 experts": FEWER}),
+    ("granitemoe", {**WIDE, "num_local_experts": 8, "num_experts_per_tok": 2}, {"6 of 8 experts": FEWER}),
+    ("gpt_oss", {**WIDE, **WINDOWED, "num_local_experts": 8, "num_experts_per_tok": 2}, {"6 of 8 experts": FEWER}),
+    ("gpt_oss", {**WIDE, **WINDOWED, "num_local_experts": 8}, {"88 neurons": ("--intermediate-size", "88")}),
+    ("deepseek_v3", {**WIDE, **LATENT}, {"6 of 8 experts": FEWER, "hidden 224": ("--hidden-size", "224")}),
+    ("gemma3_text", {**WIDE, **WINDOWED}, {"whole": WHOLE, "101 neurons": NEURONS, "4 of 8 heads": HEADS}),
+    ("granite", WIDE, {"101 neurons": NEURONS, "4 of 8 heads": HEADS}),
+    ("smollm3", WIDE, {"101 neurons": NEURONS, "4 of 8 heads": HEADS}),
+    ("glm4", WIDE, {"101 neurons": NEURONS}),
+    ("cohere", {**WIDE, "pad_token_id": 0}, {"101 neurons": NEURONS}),
+    ("stablelm", WIDE, {"101 neurons": NEURONS}),
+    ("phi", WIDE, {"101 neurons": NEURONS}),
+    ("gpt2", {**WIDE, "n_inner": 192}, {"101 neurons": NEURONS, "hidden 128, 4 of 8 heads": HEADS}),
+    ("gpt_neox", WIDE, {"101 neurons": NEURONS}),
+    ("opt", {**WIDE, "ffn_dim": 192, "word_embed_proj_dim": 256}, {"101 neurons": NEURONS}),
+    ("falcon", {**WIDE, "new_decoder_architecture": True, "num_kv_heads": 2}, {"101 neurons": NEURONS}),
+    ("lfm2", {**WIDE, "layer_types": ["conv", "full_attention", "conv"]}, {"101 neurons": NEURONS}),
 ]
 
 
