@@ -26,7 +26,7 @@ from llmprune_cli.cli.screen.table_parts import (
 )
 from llmprune_cli.commands.inspect.request import LEFT_OUT, Measured, check_inspect
 from llmprune_cli.options import ModelReference
-from llmprune_cli.startup.config_json import ENCODERS
+from llmprune_cli.startup.config_checks import ENCODERS
 from llmprune_cli.startup.loading import loading
 from llmprune_cli.vocabulary.request import STEP
 

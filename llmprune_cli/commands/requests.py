@@ -189,7 +189,7 @@ def check_prune(request: PruneRequest) -> None:
     from llmprune_cli.folder.documents import MOST_JSON_BYTES, check_replaceable, is_there, read_json
     from llmprune_cli.folder.staging import check_target as check_output
     from llmprune_cli.report.chart import check_chart_target
-    from llmprune_cli.startup.config_json import check_layers
+    from llmprune_cli.startup.config_checks import check_layers
     from llmprune_cli.startup.model_argument import check_model, check_target, check_tokenizer
     from llmprune_cli.text.names import check_text, parts_of
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from llmprune_cli.folder.tensors import SHORT_DTYPES
 
 if TYPE_CHECKING:
-    from llmprune_cli.formats.interface import Format
+    from llmprune_cli.formats.registry import Format
 
 FLOATS = tuple(SHORT_DTYPES.values())
 LEGACY = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")  # blocks of one kind, which the gguf package encodes

@@ -17,7 +17,7 @@ from llmprune_cli.errors import UnsupportedError, VerificationError, first_line
 from llmprune_cli.family.widths import read_widths
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.scratch import scratch_folder
-from llmprune_cli.formats.interface import Continuation, ExportOptions, Fit, Format, Limits
+from llmprune_cli.formats.registry import Continuation, ExportOptions, Fit, Format, Limits
 from llmprune_cli.formats.safetensors import write_safetensors
 from llmprune_cli.source.tokenizer import load_tokenizer
 

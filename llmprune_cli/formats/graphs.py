@@ -15,7 +15,7 @@ from llmprune_cli.errors import UnsupportedError, first_line
 from llmprune_cli.family.written import write_config
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.shards import check_finite
-from llmprune_cli.formats.interface import Fit
+from llmprune_cli.formats.registry import Fit
 from llmprune_cli.source.full_model import load_model
 from llmprune_cli.source.tokenizer import copy_companions
 

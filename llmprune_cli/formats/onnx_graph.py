@@ -22,7 +22,7 @@ from llmprune_cli.formats.graphs import (
     without_cache,
     write_beside,
 )
-from llmprune_cli.formats.interface import FLOAT_LIMITS, Continuation, ExportOptions, Fit, Format
+from llmprune_cli.formats.registry import FLOAT_LIMITS, Continuation, ExportOptions, Fit, Format
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

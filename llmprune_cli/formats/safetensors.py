@@ -12,7 +12,7 @@ from llmprune_cli.family.written import write_config
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.shards import write_shards
 from llmprune_cli.folder.tensors import BY_NAME, DTYPES, TensorEntry
-from llmprune_cli.formats.interface import ExportOptions, Fit, Format
+from llmprune_cli.formats.registry import ExportOptions, Fit, Format
 from llmprune_cli.source.tokenizer import copy_companions
 
 

@@ -10,7 +10,7 @@ import torch
 
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.formats.graphs import EXAMPLE, fit_graph, load_traceable, traced_quietly, without_cache, write_beside
-from llmprune_cli.formats.interface import FLOAT_LIMITS, Continuation, ExportOptions, Format
+from llmprune_cli.formats.registry import FLOAT_LIMITS, Continuation, ExportOptions, Format
 
 FILE = "model.pt2"
 

@@ -13,7 +13,7 @@ import torch
 
 from llmprune_cli.errors import CheckpointError, VerificationError, first_line
 from llmprune_cli.folder.checkpoint import Checkpoint
-from llmprune_cli.formats.interface import Format, Limits, Runtime, Tokenizes, Verification
+from llmprune_cli.formats.registry import Format, Limits, Runtime, Tokenizes, Verification
 from llmprune_cli.source.full_model import load_model
 from llmprune_cli.source.tokenizer import load_tokenizer
 

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from llmprune_cli.choose.layers.figures import WidthSensitivity
 from llmprune_cli.family.widths import Widths
 from llmprune_cli.folder.tensors import Shape
-from llmprune_cli.formats.interface import Verification
+from llmprune_cli.formats.registry import Verification
 from llmprune_cli.heal.figures import FinalistResult, HealedLayer, HeldOut, Judgement, RateTrial
 from llmprune_cli.progress import Estimate
 from llmprune_cli.report.runtimes import RuntimeFit

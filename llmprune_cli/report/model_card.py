@@ -14,7 +14,7 @@ from llmprune_cli.errors import CheckpointError, first_line
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.documents import is_there
 from llmprune_cli.folder.manifest import MANIFEST_NAME, Manifest
-from llmprune_cli.formats.interface import Format
+from llmprune_cli.formats.registry import Format
 from llmprune_cli.report.runtimes import RuntimeFit
 from llmprune_cli.source.tokenizer import copy_small
 

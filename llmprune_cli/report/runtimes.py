@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from llmprune_cli.family.widths import read_widths
 from llmprune_cli.formats import FORMATS, load_format
-from llmprune_cli.formats.interface import Fit
+from llmprune_cli.formats.registry import Fit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -14,7 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from llmprune_cli.errors import CheckpointError, UsageError
 from llmprune_cli.folder.documents import is_there
 from llmprune_cli.options import Text
-from llmprune_cli.run.corpus import Corpus, cut_windows, load_corpus
+from llmprune_cli.text.corpus import Corpus, cut_windows, load_corpus
 from llmprune_cli.text.names import PYTHON_DOCS, SELF, WIKITEXT2, parts_of
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from llmprune_cli.errors import CheckpointError, UnsupportedError
 from llmprune_cli.family.skeleton import build_skeleton
 from llmprune_cli.source.stored_names import outer_model
-from llmprune_cli.startup.config_json import read_settings
+from llmprune_cli.startup.config_checks import read_settings
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

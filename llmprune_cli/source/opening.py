@@ -25,7 +25,7 @@ from llmprune_cli.source.conversion import convert_bin, dequantize, describe_deq
 from llmprune_cli.source.gguf.reading import convert_gguf, describe_gguf, save_tokenizer
 from llmprune_cli.source.hub import fetch, read_headers
 from llmprune_cli.source.stored_names import Names, outer_model, resolve_names, usual_outer_model
-from llmprune_cli.startup.config_json import MERGE, describe_adapter
+from llmprune_cli.startup.config_checks import MERGE, describe_adapter
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -14,7 +14,7 @@ from llmprune_cli.errors import CheckpointError, MissingPackageError, PlanError
 from llmprune_cli.folder.documents import check_regular, is_there, read_json
 from llmprune_cli.options import ModelReference
 from llmprune_cli.sizes import Budget
-from llmprune_cli.startup.config_json import MERGE, MOST_BYTES, describe_adapter, read_settings
+from llmprune_cli.startup.config_checks import MERGE, MOST_BYTES, describe_adapter, read_settings
 
 MOST_HEADER_BYTES = 100 * 10**6
 LONGEST_ID = 96  # characters of a hub id, at most

@@ -107,7 +107,7 @@ def check_vocabulary(asked: VocabularyRequest, model: str) -> None:
     Raises:
         LlmpruneError: a file or a text is not there, or no token would go.
     """
-    from llmprune_cli.startup.config_json import vocabulary_of
+    from llmprune_cli.startup.config_checks import vocabulary_of
     from llmprune_cli.text.names import check_text, parts_of
 
     if asked.keep_tokens is not None:

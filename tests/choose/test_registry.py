@@ -29,7 +29,7 @@ IMPORTANCE = '    "first": Importance("nothing", "magnitude:score_first", "the f
 MODULE = '''
 """Names of tensors, one a line."""
 
-from llmprune_cli.formats.interface import Fit, Format
+from llmprune_cli.formats.registry import Fit, Format
 
 
 def write_names(checkpoint, folder, options, progress):

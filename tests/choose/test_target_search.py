@@ -20,7 +20,7 @@ from llmprune_cli.formats.gguf.writing import weights_bytes
 from llmprune_cli.options import Choice, ModelReference, WidthRequest
 from llmprune_cli.plan.requested_widths import Target, resolve
 from llmprune_cli.run.calibration import CalibrationText
-from llmprune_cli.run.corpus import Corpus
+from llmprune_cli.text.corpus import Corpus
 from llmprune_cli.sizes import Budget
 from llmprune_cli.source.full_model import load_model
 from llmprune_cli.source.opening import open_checkpoint

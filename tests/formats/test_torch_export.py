@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llmprune_cli.formats import load_format, torch_export
-from llmprune_cli.formats.interface import Fit
+from llmprune_cli.formats.registry import Fit
 from support import families
 from support.exports import export, pruned, verified
 from support.full import examples, in_full

@@ -12,7 +12,7 @@ from llmprune_cli.errors import VerificationError
 from llmprune_cli.heal.training import learning_rate
 from llmprune_cli.heal.training.learning_rate import best_rate, search_rates, usual_learning_rate
 from llmprune_cli.heal.training_text import Schedule, TrainingText
-from llmprune_cli.run.corpus import Corpus
+from llmprune_cli.text.corpus import Corpus
 from support.full import in_full
 from support.heal_runs import recover, run_recover
 from support.refusals import INTERRUPTED

@@ -24,7 +24,7 @@ LIGHT |= {
     "text.columns",
     "text.names",
     "startup.model_argument",
-    "startup.config_json",
+    "startup.config_checks",
     "run",
     "run.questions",
     "run.questions.request",

@@ -55,7 +55,7 @@ from llmprune_cli.progress import Estimate, Listener
 from llmprune_cli.repair.layer_refit import LayerRepair
 from llmprune_cli.repair.refit import repair
 from llmprune_cli.report.chart import check_chart_target, draw_chart
-from llmprune_cli.report.eval_report import EvalText, prepare_text
+from llmprune_cli.report.model_perplexity import EvalText, prepare_text
 from llmprune_cli.report.json_results import (
     CalibrationResult,
     PruneResult,

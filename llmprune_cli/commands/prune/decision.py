@@ -35,7 +35,7 @@ from llmprune_cli.repair.rotation import principal_components, rotate, untie
 from llmprune_cli.report.json_results import ModelSummary
 from llmprune_cli.report.summary import summarize
 from llmprune_cli.run.calibration import CalibrationText, prepare_calibration
-from llmprune_cli.run.corpus import Corpus, own_corpus
+from llmprune_cli.text.corpus import Corpus, own_corpus
 from llmprune_cli.run.layer import BATCH_TOKENS, native_dtype, windows_together
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.workbench import Workbench

@@ -25,7 +25,7 @@ from llmprune_cli.plan.document import Plan, Vocabulary
 from llmprune_cli.processes import ALONE
 from llmprune_cli.progress import LOGGER
 from llmprune_cli.run.calibration import Writer, load_calibration, windows_apart
-from llmprune_cli.run.corpus import Corpus, cut_windows
+from llmprune_cli.text.corpus import Corpus, cut_windows
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.tokenizer import load_tokenizer
 from llmprune_cli.text.names import parts_of

@@ -36,7 +36,7 @@ from llmprune_cli.options import ModelReference
 from llmprune_cli.processes import Processes
 from llmprune_cli.progress import Listener
 from llmprune_cli.run.calibration import SeenText
-from llmprune_cli.run.corpus import Corpus, own_corpus
+from llmprune_cli.text.corpus import Corpus, own_corpus
 from llmprune_cli.run.layer import native_dtype
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.source.full_model import load_model

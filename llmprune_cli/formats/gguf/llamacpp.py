@@ -17,7 +17,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 import torch
 
 from llmprune_cli.errors import VerificationError
-from llmprune_cli.formats.interface import Continuation
+from llmprune_cli.formats.registry import Continuation
 
 PATIENCE = 600  # seconds for an answer
 CONTEXT = 256  # tokens; llama.cpp rounds up to multiples of it

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llmprune_cli.errors import CheckpointError, UnsupportedError
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.source.tokenizer import load_tokenizer, reader_of
-from llmprune_cli.startup.config_json import vocabulary_of
+from llmprune_cli.startup.config_checks import vocabulary_of
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

@@ -26,7 +26,7 @@ from llmprune_cli.formats.gguf.llamacpp import open_llamacpp
 from llmprune_cli.formats.gguf.metadata import add_metadata, rope_factors
 from llmprune_cli.formats.gguf.tensors import FileTensor, Layout, lay_out
 from llmprune_cli.formats.gguf.vocabulary import add_vocabulary
-from llmprune_cli.formats.interface import FLOAT_LIMITS, ExportOptions, Fit, Format, Limits
+from llmprune_cli.formats.registry import FLOAT_LIMITS, ExportOptions, Fit, Format, Limits
 from llmprune_cli.formats.safetensors import write_safetensors
 
 if TYPE_CHECKING:

@@ -143,7 +143,7 @@ def prepare(work: Path) -> Bench:
     from transformers import AutoTokenizer
 
     from llmprune_cli.errors import LlmpruneError
-    from llmprune_cli.run.corpus import cut_windows, load_corpus
+    from llmprune_cli.text.corpus import cut_windows, load_corpus
 
     model = work.resolve() / "model"
     if not model.is_dir():

@@ -69,7 +69,7 @@ def windows_in_order(dense: Path, tokens: int) -> Any:
     import torch
     from transformers import AutoTokenizer
 
-    from llmprune_cli.run.corpus import load_corpus
+    from llmprune_cli.text.corpus import load_corpus
 
     tokenizer = AutoTokenizer.from_pretrained(dense)
     ids = tokenizer(load_corpus("wikitext2", "validation").text, return_tensors="pt", verbose=False).input_ids[0]

@@ -27,7 +27,7 @@ from llmprune_cli.progress import QUIET, StageEstimate
 from llmprune_cli.repair.least_squares import DAMPING, Moments, solve_reader
 from llmprune_cli.repair.refit import repair
 from llmprune_cli.run.calibration import CalibrationText
-from llmprune_cli.run.corpus import Corpus
+from llmprune_cli.text.corpus import Corpus
 from llmprune_cli.run.divergence import Side, compare
 from llmprune_cli.run.layered_model import VOCABULARY
 from llmprune_cli.run.speed.clock import wait

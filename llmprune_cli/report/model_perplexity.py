@@ -15,7 +15,7 @@ from llmprune_cli.options import Evaluation, ModelReference
 from llmprune_cli.processes import ALONE, Processes
 from llmprune_cli.progress import Listener
 from llmprune_cli.report.json_results import SCHEMA_VERSION, EvalReport, EvalResult
-from llmprune_cli.run.corpus import Corpus, cut_windows, load_corpus, predicted_bytes, read_tokens, spelled
+from llmprune_cli.text.corpus import Corpus, cut_windows, load_corpus, predicted_bytes, read_tokens, spelled
 from llmprune_cli.run.layer import native_dtype
 from llmprune_cli.run.perplexity import (
     FirstModel,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llmprune_cli.report import eval_report
+from llmprune_cli.report import model_perplexity
 from llmprune_cli.source.full_model import load_model
 from support.cli import BY_MAGNITUDE, WINDOW, evaluated, run_cli
 
@@ -77,7 +77,7 @@ def test_what_exceeds_the_memory_lies_on_disk(
         seen.append(({*model.hf_device_map.values()}, args[-1], list(args[-1].glob("*experts*"))))
         return model
 
-    monkeypatch.setattr(eval_report, "load_model", load_and_look)
+    monkeypatch.setattr(model_perplexity, "load_model", load_and_look)
     assert evaluated(folder, *options)["results"][0]["perplexity"] == pytest.approx(expected, rel=1e-6)
     ((places, offload, resaved),) = seen
     assert places == {"cpu", "disk"} and (not resaved) == stays and not offload.exists()
@@ -109,9 +109,9 @@ def test_half_precision_is_emulated_only_for_lack_of_memory(
 
     asked = [found("--dtype", dtype) for dtype in ("bfloat16", "float32")]
     assert [dtype for dtype, _ in asked] == ["bfloat16", "float32"] and asked[0] != asked[1]
-    monkeypatch.setattr(eval_report, "native_dtype", lambda stored, device: stored)
+    monkeypatch.setattr(model_perplexity, "native_dtype", lambda stored, device: stored)
     assert found() == asked[0]
-    monkeypatch.setattr(eval_report, "native_dtype", lambda stored, device: torch.float32)
+    monkeypatch.setattr(model_perplexity, "native_dtype", lambda stored, device: torch.float32)
     assert found() == asked[1]
     size, whole = sum(path.stat().st_size for path in folder.glob("*.safetensors")), psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: whole._replace(available=3 * size))
