@@ -9,7 +9,7 @@ from llmprune_cli.choose.gradients import measure_taylor
 from llmprune_cli.choose.measuring import Activity, Measuring
 from llmprune_cli.coupling.trace import Instance
 from llmprune_cli.plan.units import Scores
-from llmprune_cli.run.calibration import spread_windows
+from llmprune_cli.text.windows import spread_windows
 
 FIRST_COUNTS = 2
 GRADIENT_SHARE_TOKENS = 8192  # of calibration text, at most: the inputs of all layers are kept on disk for the way back

@@ -76,7 +76,7 @@ def _list_formats(wanted: bool) -> None:
     if not wanted:
         return
     with loading():
-        from llmprune_cli.formats import FORMATS, load_format
+        from llmprune_cli.formats.registry import FORMATS, load_format
 
     table = Table("format", "runs in", "dtypes", **NARROW)
     for name in FORMATS:

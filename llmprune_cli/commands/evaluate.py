@@ -8,8 +8,8 @@ from contextlib import ExitStack
 from llmprune_cli.options import Evaluation, ModelReference
 from llmprune_cli.processes import join
 from llmprune_cli.progress import Listener
-from llmprune_cli.report.model_perplexity import prepare_text, report_perplexity
 from llmprune_cli.report.json_results import EvalReport
+from llmprune_cli.report.model_perplexity import prepare_text, report_perplexity
 from llmprune_cli.run.questions.request import TaskRequest
 from llmprune_cli.run.questions.tasks import load_tasks
 from llmprune_cli.source.opening import open_checkpoint

@@ -14,8 +14,7 @@ from llmprune_cli.folder.manifest import MANIFEST_NAME, Manifest, read_manifest,
 from llmprune_cli.folder.shards import warn_of_large_shards
 from llmprune_cli.folder.staging import claimed
 from llmprune_cli.folder.tensors import SHORT_DTYPES
-from llmprune_cli.formats import load_format
-from llmprune_cli.formats.registry import ExportOptions, Fit, Format
+from llmprune_cli.formats.registry import ExportOptions, Fit, Format, load_format
 from llmprune_cli.formats.request import Conversion
 from llmprune_cli.formats.verification import PROMPTS, missing_memory, missing_runtime, verify
 from llmprune_cli.journal.keys import versions

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llmprune_cli.choose.importances import IMPORTANCES, LAYER_IMPORTANCES, needs_text, ranks_layers, reads_text
 from llmprune_cli.errors import UsageError
-from llmprune_cli.formats import FORMATS
+from llmprune_cli.formats.registry import FORMATS
 from llmprune_cli.formats.request import Conversion, check_conversion, check_counted
 from llmprune_cli.heal import LOSSES, MODES, TEACHER_MODES, TRAINED
 from llmprune_cli.heal.options import Healing, Teaching

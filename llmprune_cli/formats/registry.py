@@ -1,20 +1,25 @@
-"""What an export format is, and what a runtime has to give to be compared with transformers."""
+"""The export formats, one line each, from which they get into `--help` and the docs; and what a format has to be."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from llmprune_cli.folder.tensors import DTYPES
+from llmprune_cli.folder.tensors import DTYPES, SHORT_DTYPES
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
     from llmprune_cli.folder.checkpoint import Checkpoint
+
+FLOATS = tuple(SHORT_DTYPES.values())
+LEGACY = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")  # blocks of one kind, which the gguf package encodes
+MIXES = ("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "iq4_nl", "iq4_xs", "q3_k_m")  # llama.cpp encodes these
 
 
 @dataclass(frozen=True)
@@ -106,3 +111,28 @@ class Format:
         """The dtype for a checkpoint where none is asked for: that of its largest tensor, or else float32."""
         stored = DTYPES[max(checkpoint.entries, key=lambda entry: entry.numel).dtype].name
         return stored if stored in self.dtypes else "float32"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of a format before it is loaded."""
+
+    place: str  # of its `Format`, `module:name`
+    dtypes: tuple[str, ...]  # that `--dtype` takes
+
+
+FORMATS = {
+    "safetensors": Entry("safetensors:SAFETENSORS", FLOATS),
+    "gguf": Entry("gguf.writing:GGUF", (*FLOATS, *MIXES, *LEGACY)),
+    "onnx": Entry("onnx_graph:ONNX", ("float32", "float16")),
+    "genai": Entry("genai:GENAI", ("float32", "int8", "int4")),
+    "torch-export": Entry("torch_export:TORCH_EXPORT", FLOATS),
+}
+
+
+def load_format(name: str) -> Format:
+    """A format by name."""
+    entry = FORMATS[name]
+    module, _, constant = entry.place.partition(":")
+    form: Format = getattr(import_module(f"{__package__}.{module}"), constant)
+    return replace(form, dtypes=entry.dtypes)

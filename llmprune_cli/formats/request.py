@@ -11,7 +11,7 @@ from typing import Annotated
 from llmprune_cli.errors import MissingPackageError, UsageError
 from llmprune_cli.folder.documents import is_there
 from llmprune_cli.folder.tensors import SHORT_DTYPES
-from llmprune_cli.formats import FORMATS, MIXES
+from llmprune_cli.formats.registry import FORMATS, MIXES
 from llmprune_cli.options import EVALUATION, METHOD, OUTPUT, Option
 from llmprune_cli.sizes import parse_dtype, parse_size
 from llmprune_cli.text.names import check_text, parts_of

@@ -11,6 +11,15 @@ from llmprune_cli.options import MACHINE, METHOD, OUTPUT, Option
 from llmprune_cli.sizes import check_chart, check_seed, parse_count, parse_size
 
 ABOUT_ALL_LAYERS = ("loss", "temperature", "hidden_weight", "lora", "gradient_checkpointing")  # not for single ones
+USUAL_RATE, USUAL_SIZE = 3e-4, 135e6  # a learning rate that heals a model of this many parameters well,
+USUAL_STEPS = 128  # in at least so many steps: fewer, of which each has moments of few gradients, need a smaller one
+MOST_RATE = 1e-3
+
+
+def usual_learning_rate(parameters: int, steps: int) -> float:
+    """Less for larger models, by the fourth root of their size, and for few steps, by the root of their number."""
+    for_size = min(MOST_RATE, USUAL_RATE * (USUAL_SIZE / parameters) ** 0.25)
+    return float(for_size * min(1.0, steps / USUAL_STEPS) ** 0.5)
 
 
 def count_tokens(text: str) -> int:

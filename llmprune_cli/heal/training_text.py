@@ -11,8 +11,9 @@ import torch
 from llmprune_cli.errors import CheckpointError
 from llmprune_cli.heal.options import Healing
 from llmprune_cli.options import Text
-from llmprune_cli.run.calibration import SeenText, Writer, load_calibration, mixed, together
-from llmprune_cli.text.corpus import Corpus, predicted_bytes, read_tokens, windows_in
+from llmprune_cli.run.calibration import SeenText, Writer, load_calibration, together
+from llmprune_cli.text.corpus import Corpus
+from llmprune_cli.text.windows import mixed, predicted_bytes, read_tokens, windows_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,8 +10,8 @@ from llmprune_cli.errors import PlanError
 from llmprune_cli.family.architecture import Architecture, has_layers, with_widths
 from llmprune_cli.family.widths import NEURONS, Widths, read_widths
 from llmprune_cli.options import WidthRequest
-from llmprune_cli.plan.rounding import count_groups, count_heads, count_units, usual_step
 from llmprune_cli.plan.legal import legal_experts, listed, near, stepped, within
+from llmprune_cli.plan.rounding import count_groups, count_heads, count_units, usual_step
 
 
 @dataclass(frozen=True)

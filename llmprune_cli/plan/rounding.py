@@ -1,4 +1,4 @@
-"""How many units stay: ratios turned into counts, as the reference counts them."""
+"""How many units a ratio leaves, as the reference counts them, and what that is rounded to."""
 
 from __future__ import annotations
 

@@ -15,7 +15,6 @@ from llmprune_cli.options import Evaluation, ModelReference
 from llmprune_cli.processes import ALONE, Processes
 from llmprune_cli.progress import Listener
 from llmprune_cli.report.json_results import SCHEMA_VERSION, EvalReport, EvalResult
-from llmprune_cli.text.corpus import Corpus, cut_windows, load_corpus, predicted_bytes, read_tokens, spelled
 from llmprune_cli.run.layer import native_dtype
 from llmprune_cli.run.perplexity import (
     FirstModel,
@@ -29,7 +28,9 @@ from llmprune_cli.run.questions.figures import TaskResult
 from llmprune_cli.run.questions.tasks import Tasks, ask
 from llmprune_cli.source.full_model import load_model, own_device, pick_device
 from llmprune_cli.source.tokenizer import load_tokenizer, warn_of_other_reading
+from llmprune_cli.text.corpus import Corpus, load_corpus
 from llmprune_cli.text.names import KNOWN
+from llmprune_cli.text.windows import cut_windows, predicted_bytes, read_tokens, spelled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

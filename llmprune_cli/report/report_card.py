@@ -20,7 +20,6 @@ from llmprune_cli.processes import ALONE
 from llmprune_cli.repair.layer_refit import LayerRepair, relative_distance
 from llmprune_cli.report.json_results import CalibrationResult, LayerResult
 from llmprune_cli.run.calibration import CalibrationText
-from llmprune_cli.text.corpus import predicted_bytes, spelled
 from llmprune_cli.run.divergence import Side, compare, losses, tokens_at_a_time
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.perplexity import bits_per_byte
@@ -29,6 +28,7 @@ from llmprune_cli.run.states import new_states
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.opening import open_checkpoint
 from llmprune_cli.source.tokenizer import load_tokenizer
+from llmprune_cli.text.windows import predicted_bytes, spelled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmprune_cli.family.widths import read_widths
-from llmprune_cli.formats import FORMATS, load_format
-from llmprune_cli.formats.registry import Fit
+from llmprune_cli.formats.registry import FORMATS, Fit, load_format
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -14,8 +14,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 from llmprune_cli.errors import CheckpointError, UsageError
 from llmprune_cli.folder.documents import is_there
 from llmprune_cli.options import Text
-from llmprune_cli.text.corpus import Corpus, cut_windows, load_corpus
+from llmprune_cli.text.corpus import Corpus, load_corpus
 from llmprune_cli.text.names import PYTHON_DOCS, SELF, WIKITEXT2, parts_of
+from llmprune_cli.text.windows import cut_windows, mixed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -157,34 +158,12 @@ def _is_same_file(path: Path, other: Path) -> bool:
     return is_there(path) and is_there(other) and path.samefile(other)
 
 
-def mixed(windows: list[torch.Tensor]) -> torch.Tensor:
-    """What belongs to the windows of several texts, [N, ...] each, so mixed that any run of it has something of all."""
-    if len(windows) == 1:
-        return windows[0]
-    places = torch.cat([(torch.arange(len(own)) + 0.5) / len(own) for own in windows])
-    return torch.cat(windows)[places.sort(stable=True).indices]
-
-
 def together(name: str | None, corpora: list[Corpus]) -> Corpus:
     """Several texts as one."""
     if len(corpora) == 1:
         return corpora[0]
     texts, origins = ("\n\n".join(c.text for c in corpora), ", ".join(c.origin for c in corpora))
     return Corpus(name or "", texts, origins)
-
-
-def spread_windows(windows: torch.Tensor, tokens: int) -> torch.Tensor:
-    """So many of the windows [N, T] that they have at most as many tokens (one at least), from all over them."""
-    count = min(len(windows), max(1, tokens // windows.shape[1]))
-    return windows[torch.linspace(0, len(windows) - 1, count).long()]
-
-
-def windows_apart(windows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """The windows [N, T] that are none of others, [M, T]; all of them where that would leave none."""
-    is_other = torch.zeros(len(windows), dtype=torch.bool)
-    for other in others:
-        is_other |= (windows == other).all(1)
-    return windows if bool(is_other.all()) else windows[~is_other]
 
 
 def warn_of_shared_text(calibration: Corpus, evaluated: Corpus, warn: Callable[[str], None]) -> None:

@@ -12,11 +12,11 @@ import torch
 from llmprune_cli.errors import CheckpointError, PlanError, UsageError
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.documents import read_json
-from llmprune_cli.run.calibration import spread_windows
 from llmprune_cli.run.divergence import check_loss, predicted
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.sizes import WHOLE
 from llmprune_cli.source.tokenizer import MOST_COMPANION_BYTES, PROCESSORS, reader_of
+from llmprune_cli.text.windows import spread_windows
 from llmprune_cli.vocabulary.numbering import named_tokens
 from llmprune_cli.vocabulary.request import read_keep_file
 from llmprune_cli.vocabulary.tokens import Tokens

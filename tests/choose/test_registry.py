@@ -58,7 +58,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (package / "formats" / "names.py").write_text(MODULE)
     for name, before, line in (
         ("choose/importances.py", '    "random": Importance(', IMPORTANCE),
-        ("formats/__init__.py", '    "gguf": ', FORMAT),
+        ("formats/registry.py", '    "gguf": ', FORMAT),
     ):
         path = package / name
         text = path.read_text()

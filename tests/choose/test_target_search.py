@@ -20,10 +20,10 @@ from llmprune_cli.formats.gguf.writing import weights_bytes
 from llmprune_cli.options import Choice, ModelReference, WidthRequest
 from llmprune_cli.plan.requested_widths import Target, resolve
 from llmprune_cli.run.calibration import CalibrationText
-from llmprune_cli.text.corpus import Corpus
 from llmprune_cli.sizes import Budget
 from llmprune_cli.source.full_model import load_model
 from llmprune_cli.source.opening import open_checkpoint
+from llmprune_cli.text.corpus import Corpus
 from support import families
 from support.architectures import count_llama, llama_on_paper
 from support.cli import CALIBRATED, run_cli

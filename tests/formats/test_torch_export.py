@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmprune_cli.formats import load_format, torch_export
-from llmprune_cli.formats.registry import Fit
+from llmprune_cli.formats import torch_export
+from llmprune_cli.formats.registry import Fit, load_format
 from support import families
 from support.exports import export, pruned, verified
 from support.full import examples, in_full

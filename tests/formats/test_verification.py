@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from llmprune_cli.formats import load_format, torch_export
-from llmprune_cli.formats.registry import Limits
+from llmprune_cli.formats import torch_export
+from llmprune_cli.formats.registry import Limits, load_format
 from llmprune_cli.formats.verification import kl_limit
 from support.exports import export, needs_onnx, verified
 from support.full import in_full

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from llmprune_cli.errors import VerificationError
+from llmprune_cli.heal.options import usual_learning_rate
 from llmprune_cli.heal.training import learning_rate
-from llmprune_cli.heal.training.learning_rate import best_rate, search_rates, usual_learning_rate
+from llmprune_cli.heal.training.learning_rate import best_rate, search_rates
 from llmprune_cli.heal.training_text import Schedule, TrainingText
 from llmprune_cli.text.corpus import Corpus
 from support.full import in_full

@@ -65,7 +65,7 @@ HOMES = {
     "typer": {"cli"},
     "rich": {"cli"},
     "yaml": {"commands"},
-    "datasets": {"run"},
+    "datasets": {"text"},
     "accelerate": {"run", "processes"},
     "torch_pruning": {"apply"},
     "peft": {"heal"},

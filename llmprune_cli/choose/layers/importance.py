@@ -10,11 +10,11 @@ from torch.nn import functional
 
 from llmprune_cli.choose.measuring import Activity, Measuring
 from llmprune_cli.processes import Processes
-from llmprune_cli.run.calibration import spread_windows
 from llmprune_cli.run.divergence import predicted
 from llmprune_cli.run.layer import Ends, check_states
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.states import copy_states
+from llmprune_cli.text.windows import spread_windows
 
 ABLATION_TOKENS = 2048  # of calibration text, at most: the cost grows with the square of the number of layers
 

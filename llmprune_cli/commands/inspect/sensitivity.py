@@ -26,10 +26,10 @@ from llmprune_cli.processes import ALONE
 from llmprune_cli.progress import Listener
 from llmprune_cli.report.chart import draw_sensitivity
 from llmprune_cli.report.json_results import SCHEMA_VERSION, SensitivityResult
-from llmprune_cli.run.calibration import spread_windows
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.opening import open_checkpoint, part_to_write
 from llmprune_cli.startup.remembered import statistics_folder
+from llmprune_cli.text.windows import spread_windows
 
 
 def sensitivity(model: ModelReference, asked: Measured, listener: Listener) -> SensitivityResult:

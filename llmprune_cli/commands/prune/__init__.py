@@ -43,7 +43,7 @@ from llmprune_cli.folder.manifest import Numbers, write_manifest
 from llmprune_cli.folder.scratch import check_folder, scratch_folder
 from llmprune_cli.folder.shards import warn_of_large_shards
 from llmprune_cli.folder.staging import Claim, check_target, claimed
-from llmprune_cli.formats import load_format
+from llmprune_cli.formats.registry import load_format
 from llmprune_cli.journal.journal import Journal, kept_folder
 from llmprune_cli.journal.keys import run_key
 from llmprune_cli.options import Choice
@@ -55,12 +55,12 @@ from llmprune_cli.progress import Estimate, Listener
 from llmprune_cli.repair.layer_refit import LayerRepair
 from llmprune_cli.repair.refit import repair
 from llmprune_cli.report.chart import check_chart_target, draw_chart
-from llmprune_cli.report.model_perplexity import EvalText, prepare_text
 from llmprune_cli.report.json_results import (
     CalibrationResult,
     PruneResult,
 )
 from llmprune_cli.report.model_card import write_card
+from llmprune_cli.report.model_perplexity import EvalText, prepare_text
 from llmprune_cli.report.report_card import report_card
 from llmprune_cli.report.runtimes import runtime_fits
 from llmprune_cli.report.summary import summarize

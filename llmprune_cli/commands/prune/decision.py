@@ -23,7 +23,7 @@ from llmprune_cli.errors import CheckpointError, MissingPackageError, PlanError,
 from llmprune_cli.family.architecture import with_widths
 from llmprune_cli.folder.staging import check_room
 from llmprune_cli.folder.tensors import BY_NAME, TensorEntry
-from llmprune_cli.formats import load_format
+from llmprune_cli.formats.registry import load_format
 from llmprune_cli.options import Choice
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.plan.predict import predict, predicted_tensors
@@ -35,13 +35,13 @@ from llmprune_cli.repair.rotation import principal_components, rotate, untie
 from llmprune_cli.report.json_results import ModelSummary
 from llmprune_cli.report.summary import summarize
 from llmprune_cli.run.calibration import CalibrationText, prepare_calibration
-from llmprune_cli.text.corpus import Corpus, own_corpus
 from llmprune_cli.run.layer import BATCH_TOKENS, native_dtype, windows_together
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.full_model import pick_device
 from llmprune_cli.source.own_text import Place, write_text
 from llmprune_cli.source.tokenizer import load_tokenizer, warn_of_other_reading
+from llmprune_cli.text.corpus import Corpus, own_corpus
 from llmprune_cli.vocabulary.request import resolve_size
 
 

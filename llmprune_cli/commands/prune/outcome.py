@@ -17,7 +17,6 @@ from llmprune_cli.options import Choice, ModelReference
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.plan.requested_widths import Target
 from llmprune_cli.progress import Estimate, Listener
-from llmprune_cli.report.model_perplexity import EvalText, prepare_text, report_perplexity
 from llmprune_cli.report.json_results import (
     SCHEMA_VERSION,
     CalibrationResult,
@@ -26,6 +25,7 @@ from llmprune_cli.report.json_results import (
     ModelSummary,
     PruneResult,
 )
+from llmprune_cli.report.model_perplexity import EvalText, prepare_text, report_perplexity
 from llmprune_cli.report.runtimes import runtime_fits
 from llmprune_cli.run.questions.figures import Answered
 from llmprune_cli.run.questions.prompts import PROMPTS, answer_prompts

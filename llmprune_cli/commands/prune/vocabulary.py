@@ -24,11 +24,12 @@ from llmprune_cli.journal.keys import statistics_key, text_identity
 from llmprune_cli.plan.document import Plan, Vocabulary
 from llmprune_cli.processes import ALONE
 from llmprune_cli.progress import LOGGER
-from llmprune_cli.run.calibration import Writer, load_calibration, windows_apart
-from llmprune_cli.text.corpus import Corpus, cut_windows
+from llmprune_cli.run.calibration import Writer, load_calibration
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.tokenizer import load_tokenizer
+from llmprune_cli.text.corpus import Corpus
 from llmprune_cli.text.names import parts_of
+from llmprune_cli.text.windows import cut_windows, windows_apart
 from llmprune_cli.vocabulary.choice import check_size, choose_tokens, rank_tokens
 from llmprune_cli.vocabulary.figures import VocabularySummary
 from llmprune_cli.vocabulary.request import AUTO, KEEP, VocabularyRequest, resolve_size

@@ -10,7 +10,7 @@ from pathlib import Path
 from llmprune_cli.commands.recover.task import Task
 from llmprune_cli.folder.integrity import list_files
 from llmprune_cli.folder.manifest import Manifest, write_manifest
-from llmprune_cli.formats import load_format
+from llmprune_cli.formats.registry import load_format
 from llmprune_cli.heal.figures import HealedLayer, HeldOut, RateTrial, Training
 from llmprune_cli.journal.keys import versions
 from llmprune_cli.report.json_results import SCHEMA_VERSION, RecoverResult

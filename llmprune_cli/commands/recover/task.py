@@ -22,27 +22,27 @@ from llmprune_cli.folder.scratch import check_folder
 from llmprune_cli.folder.tensors import BY_NAME, split_name
 from llmprune_cli.heal.figures import RateTrial
 from llmprune_cli.heal.layers import stands_for
-from llmprune_cli.heal.options import Healing
+from llmprune_cli.heal.options import Healing, usual_learning_rate
 from llmprune_cli.heal.student import TrainedModel
 from llmprune_cli.heal.teacher import Teacher
 from llmprune_cli.heal.teacher.resident import ResidentTeacher
 from llmprune_cli.heal.teacher.streamed import stream_teacher
 from llmprune_cli.heal.teacher.token_map import TokenMap, map_tokens
 from llmprune_cli.heal.training.checkpoints import bytes_of
-from llmprune_cli.heal.training.learning_rate import best_rate, usual_learning_rate
+from llmprune_cli.heal.training.learning_rate import best_rate
 from llmprune_cli.heal.training_text import TrainingText, prepare_training
 from llmprune_cli.journal.keys import model_identity, text_identity, versions
 from llmprune_cli.options import ModelReference
 from llmprune_cli.processes import Processes
 from llmprune_cli.progress import Listener
 from llmprune_cli.run.calibration import SeenText
-from llmprune_cli.text.corpus import Corpus, own_corpus
 from llmprune_cli.run.layer import native_dtype
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.source.full_model import load_model
 from llmprune_cli.source.opening import open_checkpoint
 from llmprune_cli.source.own_text import Place, write_text
 from llmprune_cli.source.tokenizer import load_tokenizer, warn_of_other_reading
+from llmprune_cli.text.corpus import Corpus, own_corpus
 
 BYTES_PER_WEIGHT = 16  # that is trained: itself, its gradient, and two moments of that, in float32
 FROM_PRUNING = 100_000  # added to the seed of a text that the teacher writes, for `prune` calibrates on what it writes

@@ -19,14 +19,13 @@ from llmprune_cli.folder.scratch import scratch_folder
 from llmprune_cli.folder.shards import check_finite
 from llmprune_cli.folder.staging import check_room
 from llmprune_cli.folder.tensors import SHORT_DTYPES, TensorEntry
-from llmprune_cli.formats import LEGACY
 from llmprune_cli.formats.gguf.blocks.encoding import can_encode, encode_blocks
 from llmprune_cli.formats.gguf.families import GgufFamily, written_family
 from llmprune_cli.formats.gguf.llamacpp import open_llamacpp
 from llmprune_cli.formats.gguf.metadata import add_metadata, rope_factors
 from llmprune_cli.formats.gguf.tensors import FileTensor, Layout, lay_out
 from llmprune_cli.formats.gguf.vocabulary import add_vocabulary
-from llmprune_cli.formats.registry import FLOAT_LIMITS, ExportOptions, Fit, Format, Limits
+from llmprune_cli.formats.registry import FLOAT_LIMITS, LEGACY, ExportOptions, Fit, Format, Limits
 from llmprune_cli.formats.safetensors import write_safetensors
 
 if TYPE_CHECKING:

@@ -12,21 +12,13 @@ from safetensors.torch import load_file, save_file
 from llmprune_cli.errors import VerificationError
 from llmprune_cli.heal.figures import RateTrial
 from llmprune_cli.heal.loss import Student
+from llmprune_cli.heal.options import usual_learning_rate
 from llmprune_cli.heal.training.trainer import Lesson, loss_after
 from llmprune_cli.heal.training_text import TrainingText
 
-USUAL_RATE, USUAL_SIZE = 3e-4, 135e6  # a learning rate that heals a model of this many parameters well,
-USUAL_STEPS = 128  # in at least so many steps: fewer, of which each has moments of few gradients, need a smaller one
-MOST_RATE = 1e-3
 TRIAL_STEPS = 16  # of the optimizer, at most
 MOST_TRIALS = 6
 START = "start.safetensors"
-
-
-def usual_learning_rate(parameters: int, steps: int) -> float:
-    """Less for larger models, by the fourth root of their size, and for few steps, by the root of their number."""
-    for_size = min(MOST_RATE, USUAL_RATE * (USUAL_SIZE / parameters) ** 0.25)
-    return float(for_size * min(1.0, steps / USUAL_STEPS) ** 0.5)
 
 
 def best_rate(trials: tuple[RateTrial, ...], parameters: int, steps: int) -> float:

@@ -143,7 +143,8 @@ def prepare(work: Path) -> Bench:
     from transformers import AutoTokenizer
 
     from llmprune_cli.errors import LlmpruneError
-    from llmprune_cli.text.corpus import cut_windows, load_corpus
+    from llmprune_cli.text.corpus import load_corpus
+    from llmprune_cli.text.windows import cut_windows
 
     model = work.resolve() / "model"
     if not model.is_dir():

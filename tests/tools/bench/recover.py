@@ -82,7 +82,7 @@ def windows_in_order(dense: Path, tokens: int) -> Any:
 
 def usual_rate(pruned: Path, tokens: int) -> float:
     """What llmprune takes for the pruned model."""
-    from llmprune_cli.heal.training.learning_rate import usual_learning_rate
+    from llmprune_cli.heal.options import usual_learning_rate
     from llmprune_cli.options import ModelReference
     from llmprune_cli.source.opening import open_checkpoint
 

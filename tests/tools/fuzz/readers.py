@@ -75,7 +75,7 @@ def read_manifest(folder: Path) -> None:
     from llmprune_cli.errors import LlmpruneError
     from llmprune_cli.folder.checkpoint import Checkpoint
     from llmprune_cli.folder.integrity import check_files
-    from llmprune_cli.formats import load_format
+    from llmprune_cli.formats.registry import load_format
     from llmprune_cli.report.model_card import write_card
     from llmprune_cli.run.calibration import SeenText
 

@@ -27,12 +27,12 @@ from llmprune_cli.progress import QUIET, StageEstimate
 from llmprune_cli.repair.least_squares import DAMPING, Moments, solve_reader
 from llmprune_cli.repair.refit import repair
 from llmprune_cli.run.calibration import CalibrationText
-from llmprune_cli.text.corpus import Corpus
 from llmprune_cli.run.divergence import Side, compare
 from llmprune_cli.run.layered_model import VOCABULARY
 from llmprune_cli.run.speed.clock import wait
 from llmprune_cli.run.speed.throughput import Clock
 from llmprune_cli.run.workbench import Workbench
+from llmprune_cli.text.corpus import Corpus
 from llmprune_cli.vocabulary.choice import rank_tokens
 
 LONGEST, SHORTEST = 512, 32  # tokens of the window that is tried

@@ -1,0 +1,104 @@
+"""Text becomes tokens, and these become windows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+
+from llmprune_cli.errors import CheckpointError
+from llmprune_cli.text.corpus import Corpus
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def cut_windows(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, vocabulary: int, window_tokens: int, limit: int | None
+) -> torch.Tensor:
+    """Tokenize once, with the tokenizer's default special tokens, and cut; the tail is dropped.
+
+    Args:
+        vocabulary: token ids that the model knows.
+
+    Returns:
+        Token ids, [windows, window_tokens].
+
+    Raises:
+        CheckpointError: the text is shorter than one window, or the tokenizer is that of another model.
+    """
+    return windows_in(read_tokens(corpus, tokenizer, vocabulary), window_tokens, limit, corpus.origin)
+
+
+def windows_in(tokens: torch.Tensor, window_tokens: int, limit: int | None, origin: str) -> torch.Tensor:
+    """Token ids [L] cut into windows, [windows, window_tokens]; the tail is dropped.
+
+    Args:
+        origin: of the text, for the message.
+
+    Raises:
+        CheckpointError: the text is shorter than one window.
+    """
+    windows = len(tokens) // window_tokens
+    if windows == 0:
+        raise CheckpointError(
+            f"{origin} has {len(tokens)} tokens, less than one window of {window_tokens}. "
+            "Give more text, or ask for shorter windows (--max-seq-len, --calibration-seq-len, --seq-len)."
+        )
+    kept = windows if limit is None else min(limit, windows)
+    return tokens[: kept * window_tokens].view(kept, window_tokens)
+
+
+def read_tokens(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> torch.Tensor:
+    """Token ids [L] of a text, with the tokenizer's default special tokens.
+
+    Args:
+        vocabulary: token ids that the model knows.
+
+    Raises:
+        CheckpointError: the tokenizer is that of another model.
+    """
+    tokens = torch.tensor(tokenizer(corpus.text, verbose=False)["input_ids"], dtype=torch.long)
+    if len(tokens) and int(tokens.max()) >= vocabulary:
+        raise CheckpointError(
+            f"The tokenizer gives token {int(tokens.max())}, but the model knows {vocabulary} tokens, so it is the "
+            "tokenizer of another model. Put the right one beside the weights."
+        )
+    return tokens
+
+
+def predicted_bytes(tokenizer: PreTrainedTokenizerBase, windows: Iterable[torch.Tensor]) -> int:
+    """UTF-8 bytes of text in the tokens of windows, [T] each, that are predicted: in all but the first."""
+    total = 0
+    for window in windows:
+        whole, first = (spelled(tokenizer, ids).encode(errors="replace") for ids in (window, window[:1]))
+        total += len(whole) - len(first)
+    return total
+
+
+def spelled(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> str:
+    """The text of token ids, [T], special ones included."""
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def mixed(windows: list[torch.Tensor]) -> torch.Tensor:
+    """What belongs to the windows of several texts, [N, ...] each, so mixed that any run of it has something of all."""
+    if len(windows) == 1:
+        return windows[0]
+    places = torch.cat([(torch.arange(len(own)) + 0.5) / len(own) for own in windows])
+    return torch.cat(windows)[places.sort(stable=True).indices]
+
+
+def spread_windows(windows: torch.Tensor, tokens: int) -> torch.Tensor:
+    """So many of the windows [N, T] that they have at most as many tokens (one at least), from all over them."""
+    count = min(len(windows), max(1, tokens // windows.shape[1]))
+    return windows[torch.linspace(0, len(windows) - 1, count).long()]
+
+
+def windows_apart(windows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """The windows [N, T] that are none of others, [M, T]; all of them where that would leave none."""
+    is_other = torch.zeros(len(windows), dtype=torch.bool)
+    for other in others:
+        is_other |= (windows == other).all(1)
+    return windows if bool(is_other.all()) else windows[~is_other]
