@@ -1,17 +1,21 @@
 """Hold pruned shapes of many families, as other runtimes compute them, against transformers and against what is said.
 
 `make check-runtimes` builds an environment for each runtime and prints a table of each: `=` where all log-probabilities
-agree, `differs` or `fails` where they do not, and beside it what `inspect` predicts. Exit status 1: a cell where
-numbers differ, or that fails, without the prediction saying so, or a prediction that is wrong.
+agree, `differs` or `fails` where they do not, and beside it what `inspect` predicts. A check of all shapes writes what
+was seen into the docs. Exit status 1: a cell where numbers differ, or that fails, without the prediction saying so, or
+a prediction that is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,9 +136,10 @@ def scored(folder: Path) -> torch.Tensor:
     return scores.gather(1, ids[0, 1:, None])[:, 0]
 
 
-def compared(folder: Path, expected: torch.Tensor, python: Path, script: Path) -> str:
+def compared(folder: Path, expected: torch.Tensor, runtime: str, environments: str) -> str:
     """See `Cell.seen`."""
-    command = [python, script, folder, json.dumps(TOKENS)]
+    python = Path(f"{environments}-{runtime}/bin/python").absolute()
+    command = [python, Path(__file__).absolute().with_name(f"in_{runtime}.py"), folder, json.dumps(TOKENS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     lines = done.stdout.strip().splitlines()
     if any(words in done.stderr for words in NO_SUCH_FAMILY):
@@ -144,6 +149,20 @@ def compared(folder: Path, expected: torch.Tensor, python: Path, script: Path) -
         return f"fails: {(errors or ['no word'])[-1].strip()[-160:]}"
     gap = float((torch.tensor(json.loads(lines[-1])) - expected).abs().max())
     return "=" if gap < TOLERANCE else f"differs by {gap:.3f}"
+
+
+def write_into_docs(cells: dict[str, list[Cell]]) -> None:
+    """Replace the docs' table of what was seen in these runtimes."""
+    begin, end = "<!-- runtimes: made by `make check-runtimes` -->\n", "<!-- end of runtimes -->"
+    heads = ["family", "shape", *(RUNTIMES[name] for name in cells)]
+    rows = [heads, ["---"] * len(heads)]
+    for column in zip(*cells.values(), strict=True):
+        seen = [re.sub(r"^(fails|differs).*", r"\1", cell.seen).replace(UNKNOWN, "") for cell in column]
+        rows.append([column[0].family, column[0].shape, *seen])
+    page = ROOT / "docs" / "exports.md"
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    lines = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    page.write_text(before + begin + lines + end + rest.partition(end)[2], encoding="utf-8")
 
 
 def main() -> int:
@@ -169,16 +188,18 @@ def main() -> int:
                 expected = scored(folder)
                 fits = json.loads(run_cli("inspect", folder, "--json").stdout)["runtimes"]
                 said = {fit["runtime"]: fit["note"] for fit in fits if not fit["loads"]}
-                for name in cells:
-                    python = Path(f"{arguments.environments}-{name}/bin/python").absolute()
-                    seen = compared(folder, expected, python, Path(__file__).with_name(f"in_{name}.py").absolute())
-                    cells[name].append(Cell(family, shape, seen, said.get(RUNTIMES[name], "")))
-                    print(name, cells[name][-1], file=sys.stderr, flush=True)
+                with ThreadPoolExecutor(os.cpu_count()) as pool:
+                    asked = [pool.submit(compared, folder, expected, name, arguments.environments) for name in cells]
+                for (name, column), seen in zip(cells.items(), asked, strict=True):
+                    column.append(Cell(family, shape, seen.result(), said.get(RUNTIMES[name], "")))
+                    print(name, column[-1], file=sys.stderr, flush=True)
     for name, column in cells.items():
         table = Table("family", "shape", "seen", "said", "", title=RUNTIMES[name])
         for cell in column:
             table.add_row(cell.family, cell.shape, cell.seen, cell.said, "" if cell.is_told else "NOT TOLD")
         Console(width=160).print(table)
+    if not arguments.family:
+        write_into_docs(cells)
     return int(not all(cell.is_told for column in cells.values() for cell in column))
 
 
