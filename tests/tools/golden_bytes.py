@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TWO = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "llmprune_cli")
 BY_MAGNITUDE = ("--importance", "magnitude", "--refit", "none")
+IN_FLOAT32 = ("--compute-dtype", "float32")  # as builds compute that know no other dtype
 ON_TEXT = ("--calibration", "python-docs", "--calibration-tokens")
 QUARTER = ("smollm2", "--intermediate-pruning-ratio", "0.25", *ON_TEXT, "8192")
 TINY_TEXT = ("--calibration", "text.txt", "--calibration-seq-len", "40", "--calibration-tokens", "4000")
@@ -101,6 +102,8 @@ def run_case(name: str, build: Path, models: Path, output: Path) -> dict[str, st
     launcher = TWO if name == "two processes" else ("llmprune_cli",)
     environment = {**os.environ, "PYTHONPATH": str(build), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     environment |= {"OMP_NUM_THREADS": "1" if name == "two processes" else "2"}
+    if command == "prune" and "compute_dtype" in (build / "llmprune_cli" / "options.py").read_text():
+        arguments = [*arguments, *IN_FLOAT32]
     full = [sys.executable, "-m", *launcher, command, *arguments, "--output", str(output)]
     done = subprocess.run(full, cwd=models, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -109,7 +112,7 @@ def run_case(name: str, build: Path, models: Path, output: Path) -> dict[str, st
     for path in sorted(output.rglob("*")):
         found.update(digests(path, str(path.relative_to(output))))
     if "--save-plan" in arguments:
-        found["plan"] = hashlib.sha256((models / arguments[-1]).read_bytes()).hexdigest()
+        found["plan"] = hashlib.sha256((models / CASES[name][-1]).read_bytes()).hexdigest()
     shutil.rmtree(output)
     return found
 
