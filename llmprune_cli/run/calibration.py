@@ -27,7 +27,7 @@ Writer: TypeAlias = "Callable[[int], Corpus]"  # a text of so many tokens, that 
 Count: TypeAlias = Annotated[int, Field(gt=0, le=2**53)]
 Seed: TypeAlias = Annotated[int, Field(ge=-(2**63), lt=2**64)]  # that torch takes
 HELD_OUT_SHARE = 8  # one window in so many is held out, one at least
-JUDGED_TOKENS = 4_096  # of further text, on which the result is judged, where there are as many
+JUDGED_TOKENS = 16_384  # of further text, on which the result is judged, where there are as many
 
 
 @dataclass(frozen=True)
