@@ -20,6 +20,7 @@ class Importance:
     reads: Literal["weights", "text", "nothing"]
     place: str  # of its function, `module:name`, loaded when it is wanted
     about: str  # one line for the docs
+    has_gradients: bool = False  # whether the loss is followed backwards
 
     def load(self) -> Callable[..., Any]:
         """The function: of a `Measuring` where text is read; else of checkpoint, trace, widths, seed and progress."""
@@ -35,6 +36,7 @@ IMPORTANCES: dict[str, Importance] = {
         "consensus:measure_consensus",
         "the sum of the ranks by `range`, which count twice, and by `taylor`, whose gradients are measured on at most "
         "8,192 of the tokens",
+        has_gradients=True,
     ),
     "range": Importance("text", "activity:measure_range", "for neurons, activation norm times weight ranges"),
     "activation": Importance(
@@ -47,6 +49,7 @@ IMPORTANCES: dict[str, Importance] = {
         "gradients:measure_taylor",
         "weights times gradients of the loss ([arXiv 2305.11627](https://arxiv.org/abs/2305.11627)); for its "
         "backward sweep the input of every layer is kept in a temporary file",
+        has_gradients=True,
     ),
     "magnitude": Importance(
         "weights", "magnitude:score_magnitude", "group magnitude as torch-pruning computes it; reads no text"
@@ -71,6 +74,11 @@ LAYER_IMPORTANCES: dict[str, Importance] = {
 def reads_text(choice: Choice) -> bool:
     """Whether units are ranked by what they do on text."""
     return IMPORTANCES[choice.settled.importance or ""].reads == "text"
+
+
+def has_gradients(choice: Choice) -> bool:
+    """Whether units are ranked by gradients, too."""
+    return IMPORTANCES[choice.settled.importance or ""].has_gradients
 
 
 def ranks_layers(choice: Choice) -> bool:

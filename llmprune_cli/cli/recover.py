@@ -49,7 +49,8 @@ def print_recover(result: RecoverResult) -> None:
 def print_recovery(result: RecoverResult) -> None:
     """How healing went."""
     console = new_console()
-    table = Table(title=f"Held-out text of {result.dataset} ({result.split})")
+    console.print(f"Held-out text of {result.dataset} ({result.split})", highlight=False, markup=False)
+    table = Table()
     for label in ("tokens", "KL divergence, nats", "perplexity", "bits per byte"):
         table.add_column(label, justify="right")
     table.add_row("0", *_figures(result.before))

@@ -65,7 +65,9 @@ def print_sweep(result: SweepResult) -> None:
         console.print(f"{point.name}: {', '.join(sizes)}", highlight=False)
     name, held_out = Path(result.dataset).name, result.held_out_tokens
     console.print(f"Fitted on {result.tokens:,} tokens of {name}, judged on {held_out:,} others.", highlight=False)
-    console.print("KL: nats a token from the unpruned model. Tokens/s: of prefill.", highlight=False)
+    spread = max(point.prefill_spread for point in points)
+    console.print("KL: nats a token from the unpruned model.", highlight=False)
+    console.print(f"Tokens/s: of prefill, half of all windows within ±{spread:.0%}.", highlight=False)
     if result.output is None:
         console.print("Nothing was kept: --output DIR keeps the plans, --keep-models the models, too.")
         return

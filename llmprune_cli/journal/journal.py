@@ -25,7 +25,17 @@ from llmprune_cli.progress import LOGGER
 
 RUN, LAYER, STATISTICS = "run.json", "layer.json", "statistics"
 # What makes it worth going on; of a sweep, the work on its points.
-STARTED = ("judged-*", "choice*", LAYER, "block-*", "checkpoint-*", "teacher/teacher.json", "points/*/*", "point-*")
+STARTED = (
+    f"{STATISTICS}/*",
+    "judged-*",
+    "choice*",
+    LAYER,
+    "block-*",
+    "checkpoint-*",
+    "teacher/teacher.json",
+    "points/*/*",
+    "point-*",
+)
 
 Value = TypeVar("Value")
 
@@ -196,7 +206,7 @@ def _begin(folder: Path, key: dict[str, Any], resume: bool) -> None:
 
 
 def _is_worth_keeping(folder: Path) -> bool:
-    """Whether a candidate was judged, units were chosen, a layer was refitted, or a teacher or a student ran."""
+    """Whether there is anything to go on from, see `STARTED`."""
     return any(next(folder.glob(pattern), None) is not None for pattern in STARTED)
 
 

@@ -132,7 +132,9 @@ def draw_sizes(result: SweepResult, path: Path) -> None:
     panels = figure.subplots(len(SIZE_PANELS), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (name, (label, colour)) in zip(panels, SIZE_PANELS.items(), strict=True):
         heights = [getattr(point, name) for point in points]
-        axes.plot(sizes, heights, "o-", color=COLOURS[colour])
+        speeds = name == "prefill_tokens_per_second"
+        spread = [height * point.prefill_spread for height, point in zip(heights, points, strict=True)]
+        axes.errorbar(sizes, heights, spread if speeds else None, fmt="o-", capsize=3, color=COLOURS[colour])
         axes.set_ylabel(label)
         if max(heights) > LOGARITHMIC * min(heights) > 0:
             axes.set_yscale("log")

@@ -158,6 +158,8 @@ class CalibrationResult:
     layers: tuple[LayerResult, ...]  # those that stay; none where the vocabulary is smaller
     prefill_tokens_per_second_before: float  # float32, window by window, one layer at a time, loading excluded
     prefill_tokens_per_second_after: float
+    prefill_spread_before: float  # share of the median time by which the quartiles of its windows lie around it
+    prefill_spread_after: float
     device: str  # on which that was measured
     answers: tuple[Answered, ...] = ()  # of a model that chats
 
@@ -251,6 +253,7 @@ class SweepPoint:
     bits_per_byte: float  # of text in the tokens that are predicted
     kl: float  # mean KL(dense ‖ this) of the next token, nats
     prefill_tokens_per_second: float  # see `CalibrationResult`
+    prefill_spread: float  # see `CalibrationResult`
     deviations: tuple[str, ...]
     seconds: float  # that it took
     plan: str | None  # file in the output, for `prune --plan`

@@ -87,6 +87,8 @@ def report_card(
         layers=tuple(layers),
         prefill_tokens_per_second_before=before.tokens_per_second,
         prefill_tokens_per_second_after=after.tokens_per_second,
+        prefill_spread_before=before.spread,
+        prefill_spread_after=after.spread,
         device=dense.device,
     )
 

@@ -27,7 +27,7 @@ Writer: TypeAlias = "Callable[[int], Corpus]"  # a text of so many tokens, that 
 Count: TypeAlias = Annotated[int, Field(gt=0, le=2**53)]
 Seed: TypeAlias = Annotated[int, Field(ge=-(2**63), lt=2**64)]  # that torch takes
 HELD_OUT_SHARE = 8  # one window in so many is held out, one at least
-JUDGED_TOKENS = 4_096  # of further text, on which the result is judged, where there are as many
+JUDGED_TOKENS = 16_384  # of further text, on which the result is judged, where there are as many
 
 
 @dataclass(frozen=True)
@@ -143,10 +143,15 @@ def _drawn(
         warn(f"{corpus.origin} has {fitted * length:,} tokens to calibrate on instead of {wanted * length:,}.")
     order = _order(len(windows), seed)
     left = len(windows) - fitted - held_out
-    judged = min(left, max(1, math.ceil(share * JUDGED_TOKENS / length)))
+    judged = min(left, windows_to_judge_by(length, share))
     places = (order[:fitted], order[fitted : fitted + held_out], order[len(windows) - judged :])
     drawn, chosen_by, judged_by = (windows[place.sort().values] for place in places)
     return drawn, chosen_by, judged_by
+
+
+def windows_to_judge_by(length: int, share: float = 1.0) -> int:
+    """How many windows hold the tokens to judge by, or a share of them; the first token of each is not predicted."""
+    return max(1, math.ceil(share * JUDGED_TOKENS / (length - 1)))
 
 
 def _order(windows: int, seed: int) -> torch.Tensor:
@@ -179,7 +184,7 @@ def warn_of_shared_text(calibration: Corpus, evaluated: Corpus, warn: Callable[[
 def tokens_to_write(options: Text) -> int:
     """How many a model has to write itself to be calibrated on, to choose by, and to be judged by."""
     windows = options.calibration_tokens * (HELD_OUT_SHARE + 1) // HELD_OUT_SHARE + 2 * options.calibration_seq_len
-    return windows + JUDGED_TOKENS
+    return windows + windows_to_judge_by(options.calibration_seq_len) * options.calibration_seq_len
 
 
 def load_calibration(

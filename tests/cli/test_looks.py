@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import itertools
 import json
 import os
 import pty
@@ -13,11 +14,13 @@ import shutil
 import struct
 import tempfile
 import termios
+from functools import partial
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from llmprune_cli.cli.screen import progress
 from llmprune_cli.cli.screen.progress import Lines, in_words
 from llmprune_cli.cli.screen.table_parts import count_text, folded
 from llmprune_cli.progress import Listener
@@ -27,6 +30,7 @@ from support.tiny import save_tiny
 
 COLUMNS = 80
 COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+REACHED = r"[\d,]+ of [\d,]+ \(\d+%\), \d+ (s|min)(, about \d+ (s|min) left)?"  # of a stage
 CALIBRATED = ("--calibration-tokens", "160", "--calibration-seq-len", "40", "--importance", "range")
 
 
@@ -71,18 +75,66 @@ def test_inspect_fits_into_80_columns_without_cutting_anything(wide: Path) -> No
         assert whole in shown, shown
 
 
-def test_prune_ends_with_at_most_15_lines(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
-    asked = ("--pruning-ratio", "50%", "--drop-layers", "0", *CALIBRATED, "--calibration", text_file)
-    judged = ("--eval", "--dataset", text_file, "--max-seq-len", "64", "--limit", "2")
-    shutil.copytree(tiny_llama, tmp_path / "model")
-    shown = in_terminal("prune", tmp_path / "model", *asked, *judged, "--output", tmp_path / "out")
-    lines = [line for line in shown.splitlines() if not line.startswith("  llmprune") and str(tmp_path) not in line]
-    assert max(map(len, lines)) <= COLUMNS and "…" not in shown and len(shown.splitlines()) <= 15, shown
+def test_prune_ends_with_at_most_15_lines(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_llama, "model")
+    shutil.copy(text_file, "corpus.txt")
+    asked = ("--pruning-ratio", "50%", "--drop-layers", "0", *CALIBRATED, "--calibration", "corpus.txt")
+    judged = ("--eval", "--dataset", "corpus.txt", "--max-seq-len", "64", "--limit", "2")
+    shown = in_terminal("prune", "model", *asked, *judged, "--output", "out")
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= COLUMNS and "…" not in shown and len(lines) <= 15, shown
     for said in ("parameters", "51.5k", "size", "perplexity", "KL ", "Layers 2 → 1: 0 went.", "tokens of corpus.txt"):
         assert said in shown, shown
     for command in ("llmprune eval", "llmprune recover", "llmprune push"):
         assert f"  {command} " in shown
     assert "Modules" not in shown and "Where it runs" not in shown
+
+
+MODEL = "a-model-whose-name-goes-on-and-on-until-it-fills-most-of-a-line-of-a-terminal"
+TEXT = "a-text-whose-name-goes-on-and-on-until-it-fills-most-of-such-a-line.txt"
+HEALING = ("--tokens", "256", "--batch-tokens", "128", "--seq-len", "32")
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "sweep": ("--mlp", "25%,50%", "--calibration", TEXT, *CALIBRATED, "--refit", "none", "--output", "sizes"),
+    "eval": ("pruned", "--dataset", TEXT, "--max-seq-len", "32", "--limit", "4"),
+    "recover": ("--teacher", MODEL, "--text", TEXT, *HEALING, "--output", "healed"),
+}
+NUMBER = r" +[\d,.]+"
+ROWS: dict[str, tuple[str, ...]] = {  # of their tables, as regular expressions
+    "sweep": (
+        rf"unpruned +51\.5k +201 KiB +48{4 * NUMBER}",
+        rf"mlp-25% +46\.9k +183 KiB +36{4 * NUMBER}",
+        rf"mlp-50% +42\.3k +165 KiB +24{4 * NUMBER}",
+    ),
+    "eval": (
+        rf"a-model-whose-\S* +51\.5k +201\.25 KiB{2 * NUMBER}",
+        rf"pruned +42\.3k +165\.25 KiB{NUMBER} +×[\d.]+{2 * NUMBER}",
+    ),
+    "recover": (
+        r"┃ +tokens ┃ KL divergence, nats ┃ perplexity ┃ bits per byte ┃",
+        *(rf"│ +{tokens}(?: │{NUMBER}){{3}} │" for tokens in ("0", "256", "written")),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_tables_of_other_commands_fit_without_cutting_anything_either(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_llama, MODEL)
+    shutil.copy(text_file, TEXT)
+    assert run_cli("prune", MODEL, "--mlp", "50%", *BY_CHANCE, "--output", "pruned").code == 0
+    shown = in_terminal(name, "pruned" if name == "recover" else MODEL, *COMMANDS[name])
+    lines = [line.rstrip() for line in shown.splitlines() if not line.startswith("  llmprune")]
+    assert max(map(len, lines)) <= COLUMNS and "…" not in shown, shown
+    first_column = "".join(line[:16].strip() for line in lines)
+    assert shown.count(TEXT) == (2 if name == "recover" else 1), shown
+    assert MODEL in (first_column if name == "eval" else shown), shown
+    for row in ROWS[name]:
+        assert sum(bool(re.fullmatch(row, line)) for line in lines) == 1, f"{row}\n{shown}"
 
 
 def test_verbose_shows_all_tables_and_quiet_no_progress(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
@@ -113,6 +165,22 @@ def test_without_a_terminal_a_stage_is_a_line_and_so_is_each_tenth_or_minute() -
     assert lines[0] == "Refitting" and lines[1] == "Refitting: 3 of 30 (10%), 30 s, about 4 min left"
     assert lines[10] == "Refitting: 30 of 30 (100%), 5 min" and lines[11] == "Writing"
     assert lines[12] == "Writing: 2%, 61 s, about 50 min left" and len(lines) == 17 and lines[-1] == "Judging"
+
+
+def test_a_run_into_a_file_says_its_stages_layers_and_times_and_nothing_else(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = itertools.count(step=10)  # each step takes ten seconds
+    monkeypatch.setattr(progress, "Lines", partial(Lines, clock=lambda: next(ticks)))
+    run = run_cli("prune", tiny_llama, "--mlp", "25%", "--calibration", text_file, *CALIBRATED, "-o", tmp_path / "out")
+    lines, measuring = run.stderr.splitlines(), "Measuring activity"
+    assert lines[:2] == [measuring, f"{measuring}: 1 of 2 (50%), 10 s, about 10 s left"]
+    assert lines[2:4] == [f"{measuring}: 2 of 2 (100%), 20 s", "Refitting (residual)"]
+    stages = {line for line in lines if ":" not in line}
+    assert stages == {measuring, "Refitting (residual)", "Writing", "Judging on held-out text"}
+    for line in lines:
+        stage, _, reached = line.partition(": ")
+        assert stage in stages and (not reached or re.fullmatch(REACHED, reached)), line
 
 
 def test_a_dry_run_ends_with_the_command_that_goes_on_from_it(

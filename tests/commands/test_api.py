@@ -20,13 +20,15 @@ from support.full import in_full
 from support.stock import written_tensors
 
 VARYING = ("seconds", "tokens_per_second", "peak_memory_bytes", "output", "model", "files")
+SPEEDS = ("per_second", "prefill_spread")  # in the names of what a card measures
 MAGNITUDE = {"importance": "magnitude", "refit": "none"}
 
 
 def plain(document: Any) -> Any:
     """A document without what differs from run to run."""
     if isinstance(document, dict):
-        return {n: plain(v) for n, v in document.items() if n not in VARYING and "per_second" not in n}
+        kept = (n for n in document if n not in VARYING and not any(speed in n for speed in SPEEDS))
+        return {n: plain(document[n]) for n in kept}
     return [plain(item) for item in document] if isinstance(document, list) else document
 
 

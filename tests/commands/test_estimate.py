@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from llmprune_cli.commands.prune import estimate
+from llmprune_cli.commands.prune.estimate.room import peak_memory
 from support.cli import BY_MAGNITUDE, CALIBRATED, Run, run_cli
 from support.full import examples, in_full
 from support.gguf_exports import tiny
@@ -161,6 +162,32 @@ def test_the_disk_that_is_expected_is_what_is_written(tmp_path: Path) -> None:
     assert run_cli(*asked, "--output", tmp_path / "out").code == 0
     written = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
     assert said["disk_bytes"] == pytest.approx(written, rel=0.02)
+
+
+LAYER = 2 * 64 * 64 + 2 * 16 * 64 + 3 * 48 * 64 + 2 * 64  # parameters of a layer of `deep`
+MADE = 3 * 48 + 3 * 64 + 6 * 64  # numbers that it makes of a token
+
+
+@pytest.mark.parametrize(
+    ("name", "taken"),
+    [
+        ("magnitude", 0),
+        ("range", 4 * LAYER + 4 * MADE * 600),
+        ("taylor, not refitted", 4 * LAYER + 12 * LAYER + 3 * 4 * MADE * 600),
+    ],
+)
+def test_where_a_gpu_computes_its_memory_is_told_apart(
+    deep: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, name: str, taken: int
+) -> None:
+    refit = () if "--refit" in REQUESTS[name] else ("--refit", "none")
+    asked = ("prune", deep, *REQUESTS[name], *refit, *CALIBRATED, "--calibration", text_file, "--dry-run")
+    assert expected(*asked)["device_bytes"] == 0
+    monkeypatch.setattr(estimate, "peak_memory", lambda job, on_gpu: peak_memory(job, True))
+    assert expected(*asked)["device_bytes"] == taken
+    shown = run_cli(*asked).stdout
+    words = f"of memory, {taken / 2**20:.2f} MiB of GPU memory,\n"
+    assert words in shown if taken else "GPU" not in shown, shown
+    assert max(map(len, shown.split("To go on")[0].splitlines())) <= 80
 
 
 @in_full

@@ -157,6 +157,18 @@ def test_what_was_measured_is_not_measured_again(words: tuple[str | Path, ...], 
     assert json.loads(again.stdout)["widths"] == json.loads(first.stdout)["widths"]
 
 
+def test_a_later_prune_measures_nothing_again(
+    model: Path, text_file: Path, measured: tuple[Path, Run], tmp_path: Path
+) -> None:
+    folder, first = measured
+    influence, plan = json.loads(first.stdout)["influence"], tmp_path / "plan.json"
+    asked = ("--mlp", "25%", "--layers", "3", "--calibration", text_file, *CALIBRATED, "--save-plan", plan)
+    run = run_cli("prune", model, *asked, "--statistics", folder / "kept")
+    assert run.code == 0 and "Measuring" not in run.stderr, run.stderr
+    least = min(range(4), key=influence.__getitem__)
+    assert Plan.load(plan).layers == tuple(number for number in range(4) if number != least)
+
+
 @in_full
 def test_the_commands_that_come_next_find_what_was_measured(
     words: tuple[str | Path, ...], measured: tuple[Path, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

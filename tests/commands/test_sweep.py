@@ -63,7 +63,7 @@ def swept(model: Path, text: Words, tmp_path_factory: pytest.TempPathFactory) ->
 def without_times(document: Any) -> Any:
     """A document without what differs from run to run."""
     if isinstance(document, dict):
-        varying = ("seconds", "output", "prefill_tokens_per_second")
+        varying = ("seconds", "output", "prefill_tokens_per_second", "prefill_spread")
         return {name: without_times(value) for name, value in document.items() if name not in varying}
     return [without_times(each) for each in document] if isinstance(document, list) else document
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -111,6 +112,24 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
             continue  # nothing is missing yet where its attention enters the stream
         reader = "model.layers.{}.self_attn.o_proj.weight"
         assert not torch.equal(new[reader.format(number)], old[reader.format(layer)]), "not written as refitted"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signal")
+@pytest.mark.parametrize("finished", ["range", "taylor"])
+def test_ctrl_c_keeps_what_was_measured(deep_llama: Path, calibrated: Arguments, tmp_path: Path, finished: str) -> None:
+    """Of the ranks that are used by default, activity makes the one half and gradients the other."""
+    command = (deep_llama, "--intermediate-size", "24", *calibrated, "--output", tmp_path / "out")
+    errors, place = tmp_path / "errors", tmp_path / WORK / "statistics"
+    process = start("prune", *command, errors=errors)
+    while not list(place.glob(f"{finished}-*.safetensors")) and process.is_alive():
+        time.sleep(0.001)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130, errors.read_text()
+    run = prune(*command, "--resume")
+    assert MEASURING not in run.stderr and ("Measuring gradients" in run.stderr) == (finished == "range")
+    assert "goes on from there" in errors.read_text() and not place.exists()
 
 
 def test_a_search_goes_on_without_trying_a_candidate_twice(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from llmprune_cli.run.speed import clock
 from support.cli import BY_MAGNITUDE, CALIBRATED, run_cli
 from support.stock import written_tensors
 from support.tiny import save_tiny
@@ -45,6 +48,27 @@ def test_the_card_is_drawn_and_its_numbers_are_those_of_the_document(
     else:
         words = " ".join(ET.parse(chart).getroot().itertext())
         assert f"{card['kl']:.3f} nats" in words and "units removed" in words and "shaded: dropped" in words
+
+
+@pytest.mark.parametrize(("seconds", "spread"), [((1.0,), (0.0, 0.0)), ((1.0, 3.0), (0.3, 1.0))])
+def test_speeds_have_a_spread(
+    tiny_llama: Path,
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: tuple[float, ...],
+    spread: tuple[float, float],
+) -> None:
+    """Of passes that take these seconds in turns."""
+    passes = itertools.chain.from_iterable((0.0, taken) for taken in itertools.cycle(seconds))
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: next(passes)))
+    asked = ("--mlp", "25%", "--importance", "range", "--refit", "none", "--calibration", text_file, *CALIBRATED)
+    run = run_cli("sweep", tiny_llama, *asked, "--json")
+    assert run.code == 0, run.stderr
+    result = json.loads(run.stdout)
+    found = [point["prefill_spread"] for point in (result["dense"], *result["points"])]
+    assert spread[0] <= min(found) <= max(found) <= spread[1]
+    shown = run_cli("sweep", tiny_llama, *asked).stdout
+    assert f"Tokens/s: of prefill, half of all windows within ±{max(found):.0%}." in shown
 
 
 @pytest.mark.parametrize(

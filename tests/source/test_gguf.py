@@ -43,6 +43,16 @@ def test_a_gguf_file_prunes_as_the_checkpoint_it_was_made_from(tmp_path: Path, f
     assert described["prunable"] == stored["prunable"]
 
 
+def test_that_weights_come_out_in_bfloat16_is_said(tmp_path: Path) -> None:
+    _, path = gguf_pair(tmp_path, "llama")
+    asked = ("prune", path, *BY_MAGNITUDE, "--intermediate-size", "24", "--output")
+    run = run_cli(*asked, tmp_path / "out")
+    assert run.code == 0 and "is dequantized: from here on its weights are bfloat16 (--dtype names" in run.stderr
+    assert {tensor.dtype for tensor in written_tensors(tmp_path / "out").values()} == {torch.bfloat16}
+    assert "bfloat16" not in run_cli(*asked, tmp_path / "other", "--dtype", "float16").stderr
+    assert {tensor.dtype for tensor in written_tensors(tmp_path / "other").values()} == {torch.float16}
+
+
 LOADED_WHOLE = ("gpt2",)  # whose tensors transformers turns as it loads them
 
 

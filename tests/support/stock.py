@@ -69,5 +69,6 @@ def written_files(folder: Path) -> dict[str, bytes]:
     files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
     manifest = json.loads(files["llmprune.json"])
     for side in ("before", "after"):
-        del manifest["calibration"][f"prefill_tokens_per_second_{side}"]
+        for figure in ("tokens_per_second", "spread"):
+            del manifest["calibration"][f"prefill_{figure}_{side}"]
     return {**files, "llmprune.json": json.dumps(manifest).encode()}

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from llmprune_cli.errors import CheckpointError, MissingPackageError, UsageError
+from llmprune_cli.options import Text
+from llmprune_cli.run.calibration import JUDGED_TOKENS, prepare_calibration
 from llmprune_cli.text import files
 from llmprune_cli.text.columns import find_columns, texts_in
 from llmprune_cli.text.files import check_file, read_rows, read_text
@@ -69,6 +71,7 @@ KINDS: dict[str, Callable[[Path], object]] = {
     "a.jsonl": lambda path: path.write_text("".join(f"{json.dumps({'text': row})}\n" for row in ROWS)),
     "a.json": lambda path: path.write_text(json.dumps([{"text": row} for row in ROWS], indent=1)),
     "a.jsonl.gz": lambda path: write_gz(path, "".join(f"{json.dumps({'text': row})}\n" for row in ROWS)),
+    "a.json.gz": lambda path: write_gz(path, json.dumps([{"text": row} for row in ROWS])),
     "a.txt.gz": lambda path: write_gz(path, "\n\n".join(ROWS)),
     "a.csv": lambda path: path.write_text(
         "id,text\n" + "".join(f'{n},"{row.replace(chr(34), chr(34) * 2)}"\n' for n, row in enumerate(ROWS))
@@ -88,6 +91,23 @@ def test_every_kind_of_file_holds_the_same_text(tmp_path: Path, name: str) -> No
     columns = find_columns(name, list(rows[0]), ["body"], None)
     texts, is_chat = texts_in(name, rows, columns, lambda turns: "")
     assert [text.replace("'", '"') for text in texts] == ROWS and not is_chat
+
+
+def write_zst(path: Path, text: str) -> None:
+    pytest.importorskip("zstandard", reason="pip install zstandard")
+    import zstandard
+
+    path.write_bytes(zstandard.ZstdCompressor().compress(text.encode()))
+
+
+KINDS["a.jsonl.zst"] = lambda path: write_zst(path, "".join(f"{json.dumps({'text': row})}\n" for row in ROWS))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.json.gz", "a.jsonl.zst"])
+def test_a_command_reads_packed_files_and_tables(tiny_llama: Path, tmp_path: Path, name: str) -> None:
+    KINDS[name](tmp_path / name)
+    (tmp_path / "plain.txt").write_text("\n\n".join(ROWS))
+    assert nll(tiny_llama, tmp_path / name) == nll(tiny_llama, tmp_path / "plain.txt")
 
 
 def test_a_column_may_be_named(tiny_llama: Path, tmp_path: Path) -> None:
@@ -129,6 +149,12 @@ def test_another_encoding_is_named_with_the_command_that_converts_it(tmp_path: P
     check_file(path)
 
 
+def test_a_command_says_how_to_convert_another_encoding(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("Once upon a time. ".encode("utf-16") * 9)
+    run = run_cli("eval", tiny_llama, "--dataset", tmp_path / "a.txt", *WINDOWS)
+    assert_refused(run, CHECKPOINT, "iconv -f UTF-16 -t UTF-8", "a-utf8.txt")
+
+
 def test_zstd_without_its_package_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
     monkeypatch.setattr(files, "find_spec", lambda name: None)
@@ -156,6 +182,21 @@ def test_several_texts_are_calibrated_on_in_their_shares(tiny_llama: Path, tmp_p
     assert card["tokens"] == 640 and "a.txt" in card["origin"] and "b.txt" in card["origin"]
 
 
+@pytest.mark.parametrize(("shares", "windows"), [("0.75", (12, 4)), ("0.25", (4, 12))])
+def test_each_text_has_its_share_of_the_windows(
+    tiny_llama: Path, tmp_path: Path, shares: str, windows: tuple[int, int]
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    for name, word in (("a.txt", "alpha "), ("b.txt", "beta ")):
+        (tmp_path / name).write_text(word * 400)
+    mixture = f"{tmp_path}/a.txt:{shares},{tmp_path}/b.txt:{1 - float(shares)}"
+    text = Text(mixture, calibration_tokens=640, calibration_seq_len=40)
+    drawn = tokenizer.batch_decode(prepare_calibration(text, tokenizer, 96, 64, 0, print).fitted)
+    assert (sum("lph" in own for own in drawn), sum("bet" in own for own in drawn)) == windows
+
+
 def test_fewer_tokens_than_a_window_are_said_to_be_one_window(
     tiny_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -164,14 +205,12 @@ def test_fewer_tokens_than_a_window_are_said_to_be_one_window(
         "prune", tiny_llama, *way, "--calibration", text_file, "--calibration-seq-len", "40", "-o", tmp_path / "o"
     )
     assert run.code == 0 and "--calibration-tokens 10 is less than one window of 40" in run.stderr
+    assert "Fitted on 40 tokens" in run.stdout
 
 
 def test_the_result_is_judged_on_the_same_text_apart_whatever_is_fitted_on(tiny_llama: Path, tmp_path: Path) -> None:
     """The card says on how many tokens, and what they are depends on nothing but the text and the seed."""
     from transformers import AutoTokenizer
-
-    from llmprune_cli.options import Text
-    from llmprune_cli.run.calibration import JUDGED_TOKENS, prepare_calibration
 
     text = tmp_path / "long.txt"
     text.write_text(" ".join(f"{number} is followed by {number + 1}." for number in range(2000)))
@@ -185,7 +224,7 @@ def test_the_result_is_judged_on_the_same_text_apart_whatever_is_fitted_on(tiny_
     assert found[0].judged.tolist() == found[1].judged.tolist()
     for own in found:
         seen, judged = ({*map(tuple, part.tolist())} for part in (torch.cat([own.fitted, own.held_out]), own.judged))
-        assert not seen & judged and own.judged.numel() >= JUDGED_TOKENS
+        assert not seen & judged and own.judged[:, 1:].numel() >= JUDGED_TOKENS == 16_384
     way = ("--intermediate-size", "24", "--importance", "range", "--refit", "none", "--calibration-tokens", "600")
     run = run_cli("prune", tiny_llama, *way, "--calibration", text, "--calibration-seq-len", "60", "-o", tmp_path / "o")
     (said,) = re.findall(r"judged on ([0-9,]+) others", run.stdout)

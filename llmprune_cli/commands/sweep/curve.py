@@ -220,6 +220,7 @@ def _side(name: str, size: ModelSummary, layers: tuple[int, ...], card: Calibrat
         bits_per_byte=getattr(card, f"bits_per_byte_{side}"),
         kl=0.0,
         prefill_tokens_per_second=getattr(card, f"prefill_tokens_per_second_{side}"),
+        prefill_spread=getattr(card, f"prefill_spread_{side}"),
         deviations=(),
         seconds=0.0,
         plan=None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import json
 import math
 import re
@@ -9,6 +11,7 @@ import shutil
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -119,6 +122,51 @@ def test_a_mix_runs_in_llama_cpp_and_takes_the_bytes_of_its_blocks(mix: str, wid
     given = found["blk.2.ffn_up.weight"]
     error = numpy.square(dequantize(given.data, given.tensor_type).reshape(stored.shape) - stored).mean()
     assert 0 < error < {"q3_k_m": 0.03}.get(mix, 0.01) * numpy.square(stored).mean()
+
+
+def decoded(blocks: Any, kind: str) -> Any:
+    """What llama.cpp's own code makes of the blocks of a matrix, [R, C] in float32."""
+    import numpy
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    from llmprune_cli.formats.gguf.blocks import encoding
+
+    name = kind.lower() if kind.startswith("IQ") else f"q{kind[1:]}"
+    decode = getattr(encoding._ggml(), f"dequantize_row_{name}")
+    decode.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    elements, size_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    blocks = numpy.ascontiguousarray(blocks).view(numpy.uint8)
+    found = numpy.empty((len(blocks), blocks.shape[1] // size_bytes * elements), numpy.float32)
+    decode(blocks.ctypes.data, found.ctypes.data, found.size)
+    return found
+
+
+@pytest.mark.parametrize("mix", examples(MIXES, ["q4_k_m", "q3_k_m", "iq4_xs"]))
+def test_what_is_read_back_is_bit_for_bit_what_llama_cpp_reads(mix: str, wide_llama: Path, tmp_path: Path) -> None:
+    """The usual kind of a mix, and the one of rows that blocks of 256 do not divide."""
+    from gguf import GGUFReader
+
+    run = run_cli(
+        "export", wide_llama, "--format", "gguf", "--dtype", mix, "--output", tmp_path / "gguf", "--no-verify"
+    )
+    assert run.code == 0, run.stderr
+    path = tmp_path / "gguf" / f"model-{mix}.gguf"
+    run = run_cli("export", path, "--format", "safetensors", "--dtype", "float32", "--output", tmp_path / "read")
+    assert run.code == 0, run.stderr
+    stored, read = {own.name: own for own in GGUFReader(path).tensors}, written_tensors(tmp_path / "read")
+    names = {
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+        "attn_v": "self_attn.v_proj",
+    }
+    kinds = set()
+    for (own, other), layer in itertools.product(names.items(), range(4)):
+        tensor = stored[f"blk.{layer}.{own}.weight"]
+        kinds.add(tensor.tensor_type.name)
+        expected = decoded(tensor.data, tensor.tensor_type.name)
+        assert (read[f"model.layers.{layer}.{other}.weight"].numpy() == expected).all(), (own, layer)
+    assert len(kinds) >= 2, kinds
 
 
 def test_threads_and_pieces_change_no_bit(wide_llama: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +12,7 @@ from llmprune_cli.commands.prune.decision import Decided
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.folder.tensors import split_name
 from llmprune_cli.repair.dense_goals import places_of
-from llmprune_cli.run.calibration import HELD_OUT_SHARE, JUDGED_TOKENS
+from llmprune_cli.run.calibration import HELD_OUT_SHARE, windows_to_judge_by
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.states import are_worth_keeping, states_bytes
 from llmprune_cli.run.workbench import Workbench
@@ -88,7 +87,7 @@ class Job:
         longest = getattr(self.model.checkpoint.config, "max_position_embeddings", None)
         length = min(asked.calibration_seq_len, longest or asked.calibration_seq_len)
         fitted = max(1, asked.calibration_tokens // length)
-        return Windows(length, fitted, max(1, fitted // HELD_OUT_SHARE), math.ceil(JUDGED_TOKENS / length))
+        return Windows(length, fitted, max(1, fitted // HELD_OUT_SHARE), windows_to_judge_by(length))
 
     @property
     def share(self) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import psutil
 
 from llmprune_cli.choose.gradients import GRADIENT_TOKENS
-from llmprune_cli.choose.importances import reads_text
+from llmprune_cli.choose.importances import has_gradients
 from llmprune_cli.choose.magnitude import SLAB_BYTES
 from llmprune_cli.commands.prune.estimate.job import Job
 from llmprune_cli.folder.shards import header_bytes
@@ -76,7 +76,7 @@ def _phases(job: Job) -> list[tuple[int, int]]:
     phases.append((2 * judged, 2 * layer + head + 6 * logits))
     if job.measures:
         phases.append((2 * stream, layer + batch))
-    if job.measures and reads_text(job.request.choice):
+    if job.measures and has_gradients(job.request.choice):
         learned = 3 * 4 * made * min(GRADIENT_TOKENS, job.share)
         narrow = each * vocabulary * channels  # the output projection, in the dtype of the computation
         phases.append((2 * stream, max(layer + 12 * job.layer_parameters + learned, narrow + 4 * logits)))
