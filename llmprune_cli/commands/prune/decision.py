@@ -34,7 +34,7 @@ from llmprune_cli.repair.residual_stream import ResidualStream, find_residual_st
 from llmprune_cli.repair.rotation import principal_components, rotate, untie
 from llmprune_cli.report.json_results import ModelSummary
 from llmprune_cli.report.summary import summarize
-from llmprune_cli.run.calibration import CalibrationText, prepare_calibration
+from llmprune_cli.run.calibration import CalibrationText, prepare_calibration, window_tokens
 from llmprune_cli.run.layer import BATCH_TOKENS, native_dtype, windows_together
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.workbench import Workbench
@@ -208,6 +208,9 @@ def settle(
     """
     settled = replace(request.choice.settled, compute_dtype=_compute_dtype(request, subject))
     if not (request.needs_text and request.needs_weights):
+        if request.needs_text and processes.is_first:
+            longest = getattr(subject.checkpoint.config, "max_position_embeddings", None)
+            window_tokens(request.text, longest, listener.warn)
         return settled, None
     choice, text = settled, None
     if processes.is_first:
