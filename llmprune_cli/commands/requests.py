@@ -191,7 +191,7 @@ def check_prune(request: PruneRequest) -> None:
     from llmprune_cli.report.chart import check_chart_target
     from llmprune_cli.startup.config_checks import check_layers
     from llmprune_cli.startup.model_argument import check_model, check_target, check_tokenizer
-    from llmprune_cli.text.names import check_text, parts_of
+    from llmprune_cli.text.names import check_split, check_texts
 
     delivery = request.delivery
     check_model(request.model, request.needs_weights)
@@ -205,12 +205,13 @@ def check_prune(request: PruneRequest) -> None:
         check_tokenizer(request.model.name)
     if delivery.plan is not None and not (is_there(delivery.plan) and delivery.plan.stat().st_size > MOST_JSON_BYTES):
         read_json(delivery.plan)  # how large a plan may be depends on the model
-    if request.text.calibration is not None and request.needs_text:
-        for part in parts_of(request.text.calibration):
-            check_text(part.name, request.text.text_column)
+    if request.needs_text:
+        text = request.text
+        check_texts(text.calibration, text.text_column)
+        check_split(text.calibration, text.calibration_split, Text.calibration_split, "--calibration-split")
     check_vocabulary(request.vocabulary, request.model.name)
     if request.evaluation is not None:
-        check_text(request.evaluation.dataset, request.evaluation.text_column)
+        _check_evaluated(request.evaluation)
     for path, option in ((delivery.save_plan, "--save-plan"), (delivery.save_config, "--save-config")):
         if is_first() and path is not None:
             check_replaceable(path, option)
@@ -228,13 +229,19 @@ def check_eval(models: Iterable[ModelReference], evaluation: Evaluation, tasks: 
     """The same for `eval`."""
     from llmprune_cli.run.questions.request import check_tasks
     from llmprune_cli.startup.model_argument import check_model, check_tokenizer
-    from llmprune_cli.text.names import check_text
 
     for model in models:
         check_model(model, needs_weights=True)
         check_tokenizer(model.name)
-    check_text(evaluation.dataset, evaluation.text_column)
+    _check_evaluated(evaluation)
     check_tasks(tasks)
+
+
+def _check_evaluated(evaluation: Evaluation) -> None:
+    from llmprune_cli.text.names import check_split, check_text
+
+    check_text(evaluation.dataset, evaluation.text_column)
+    check_split(evaluation.dataset, evaluation.split, Evaluation.split, "--split")
 
 
 def check_export(model: ModelReference, output: Path, overwrite: bool, conversion: Conversion) -> None:

@@ -14,7 +14,7 @@ from llmprune_cli.folder.tensors import SHORT_DTYPES
 from llmprune_cli.formats.registry import FORMATS, MIXES
 from llmprune_cli.options import EVALUATION, METHOD, OUTPUT, Option
 from llmprune_cli.sizes import parse_dtype, parse_size
-from llmprune_cli.text.names import check_text, parts_of
+from llmprune_cli.text.names import check_texts
 
 FILES = (".gguf", ".onnx", ".pt2", ".safetensors")
 
@@ -78,8 +78,7 @@ def check_conversion(conversion: Conversion, output: Path) -> None:
         raise UsageError("--no-kv-cache is about onnx; give --format onnx with it.")
     if name == "gguf":
         _check_packages(conversion)
-    for part in parts_of(conversion.imatrix) if conversion.imatrix is not None else ():
-        check_text(part.name)
+    check_texts(conversion.imatrix)
 
 
 def check_counted(dtype: str) -> None:

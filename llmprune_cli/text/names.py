@@ -69,3 +69,31 @@ def check_text(name: str, column: str | None = None) -> None:
     if kind_of(path) not in (*PLAIN, *COLUMNS):
         (row,) = first_rows(path)
         find_columns(name, list(row), [key for key, value in row.items() if isinstance(value, str)], column)
+
+
+def check_texts(text: str | None, column: str | None = None) -> None:
+    """The same of every part of a mixture; None is a text that nobody has named."""
+    for part in parts_of(text) if text is not None else ():
+        check_text(part.name, column)
+
+
+def check_split(text: str | None, split: str, usual: str, option: str) -> None:
+    """Refuse a split of a text that has none.
+
+    Args:
+        text: see `check_texts`.
+        usual: the split that nobody has asked for.
+        option: that names the split.
+
+    Raises:
+        UsageError: see above.
+    """
+    if split == usual or text is None or any(_has_splits(part.name) for part in parts_of(text)):
+        return
+    raise UsageError(f"{option} {split} is about data sets with splits, and {text} has none. Leave it out.")
+
+
+def _has_splits(name: str) -> bool:
+    path = Path(name)
+    is_file = path.is_file() if is_there(path) else looks_like_a_file(name)
+    return name not in (PYTHON_DOCS, SELF) and not is_file

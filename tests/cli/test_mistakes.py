@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from support.cli import BY_CHANCE, BY_MAGNITUDE, CALIBRATED, run_cli
+from support.cli import run_cli
 from support.refusals import CHECKPOINT, OUTPUT, PLAN, UNSUPPORTED, USAGE, assert_refused
-from support.tiny import BYTE_LEVEL_VOCABULARY, save_byte_level
 
 MOST_SECONDS = 1.5  # CPU time of a process, which is all that it waits for
 
@@ -178,6 +177,17 @@ MISTAKES = {
     "a text for a sweep that is not there": Mistake(
         sweep("--mlp", "10%,20%", "--calibration", "nope.txt"), CHECKPOINT, ("nope.txt does not",)
     ),
+    "a split of a file": Mistake(
+        prune(*HALF, "--calibration", "good.jsonl", "--text-column", "title", "--calibration-split", "train"),
+        USAGE,
+        ("--calibration-split train", "good.jsonl has none", "Leave it out"),
+    ),
+    "a split of a file to judge by": Mistake(
+        ("eval", "model", "--dataset", "python-docs", "--split", "foo"), USAGE, ("--split foo", "python-docs has none")
+    ),
+    "a split of lessons": Mistake(
+        recover("--text", "story.txt", "--text-split", "foo"), USAGE, ("--text-split foo", "story.txt has none")
+    ),
     "a packed text that is none": Mistake(
         prune(*HALF, "--calibration", "plain.txt.gz"), CHECKPOINT, ("plain.txt.gz cannot be read: Not a gzipped file",)
     ),
@@ -213,6 +223,7 @@ def place(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     Path("model").symlink_to(tiny_llama)
     Path("good.jsonl").write_text(json.dumps({"article": "Once", "title": "A tale"}) + "\n")
     Path("bad.jsonl").write_text('{"text": "Once\n{"text": "upon a time"}\n')
+    Path("story.txt").write_text("Once upon a time. " * 100)
     Path("latin.txt").write_bytes("Es war einmal ein Käse.".encode("latin-1"))
     Path("thesis.docx").write_bytes(b"PK\x03\x04")
     for folder in ("adapter", "bert", "ggufs", "taken", "bare"):
@@ -314,43 +325,6 @@ def test_a_ratio_that_a_family_cannot_give_alone_makes_no_copy(
     )
     assert_refused(run, PLAN, why)
     assert not (tmp_path / "out").exists()
-
-
-STAYS = "All of it is to stay."
-
-
-@pytest.mark.parametrize(
-    ("asked", "why"),
-    [
-        (("--layers", "2"), STAYS),
-        (("--mlp", "0"), STAYS),
-        (("--intermediate-size", "48"), STAYS),
-        (("--hidden", "1%"), "hidden_size is 64 instead of 63"),
-    ],
-)
-def test_a_request_that_removes_nothing_makes_no_copy(
-    tiny_llama: Path, tmp_path: Path, asked: tuple[str, ...], why: str
-) -> None:
-    for command in (("prune", *BY_MAGNITUDE, "--output", tmp_path / "out"), ("inspect",)):
-        said = (why, "intermediate_size (1 to 48)", "num_hidden_layers (1 to 2)", "llmprune export")
-        assert_refused(run_cli(command[0], tiny_llama, *asked, *command[1:]), PLAN, *said)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("asked", [("--layers", "2", "--intermediate-size", "24"), ("--hidden-size", "64", "--rotate")])
-def test_a_width_that_stays_whole_beside_another_change_is_no_mistake(
-    tiny_llama: Path, text_file: Path, asked: tuple[str, ...]
-) -> None:
-    run = run_cli("prune", tiny_llama, *asked, "--calibration", text_file, *CALIBRATED, "--dry-run")
-    assert run.code == 0, run.stderr
-
-
-def test_widths_that_stay_whole_beside_fewer_tokens_are_no_mistake(make_tiny: Callable[..., Path]) -> None:
-    model = make_tiny(vocab_size=BYTE_LEVEL_VOCABULARY)
-    save_byte_level(model)
-    for command in (("prune", *BY_CHANCE, "--dry-run"), ("inspect",)):
-        run = run_cli(command[0], model, "--layers", "2", "--vocab-size", "320", *command[1:], "--json")
-        assert run.code == 0 and json.loads(run.stdout)["vocabulary"]["after"] == 320, run.stderr
 
 
 def test_a_percentage_is_taken_wherever_a_ratio_is(tiny_llama: Path, tmp_path: Path) -> None:
