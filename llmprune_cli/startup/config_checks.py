@@ -15,8 +15,9 @@ MERGE = "Merge it first (merge_and_unload of peft, then save_pretrained)"
 # How the names of classes end that do something else than to go on with a text.
 OTHER_PURPOSES = (
     *("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice"),
-    *("ForMaskedLM", "ForNextSentencePrediction", "ForPreTraining", "ForImageClassification"),
+    "ForImageClassification",
 )
+OF_ENCODERS = ("ForMaskedLM", "ForNextSentencePrediction", "ForPreTraining")
 # Encoders, of which transformers makes language models only where their configuration says `is_decoder`.
 ENCODERS = (
     *(
@@ -87,19 +88,20 @@ def check_purpose(path: Path, settings: dict[str, Any]) -> None:
     """
     named = settings.get("architectures")
     names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    kind = settings.get("model_type")
+    what = names[0] if names else f"{kind} model"
+    is_encoder = kind in ENCODERS and not settings.get("is_decoder")
+    if is_encoder or any(name.endswith(OF_ENCODERS) for name in names):
+        raise UnsupportedError(
+            f"{path} describes a {what}, an encoder and no causal language model. llmprune prunes models that go on "
+            "with a text, such as Llama, Qwen or Mistral."
+        )
     for name in names:
         if name.endswith(OTHER_PURPOSES):
             raise UnsupportedError(
                 f"{path} describes a {name}, which is no causal language model. Give the language model that it was "
                 "made from."
             )
-    kind = settings.get("model_type")
-    what = names[0] if names else f"{kind} model"
-    if kind in ENCODERS and not settings.get("is_decoder"):
-        raise UnsupportedError(
-            f"{path} describes a {what}, an encoder and no causal language model. llmprune prunes models that go on "
-            "with a text, such as Llama, Qwen or Mistral."
-        )
     is_decoder = any(name.endswith("ForCausalLM") for name in names)
     if settings.get("is_encoder_decoder") is True and "text_config" not in settings and not is_decoder:
         raise UnsupportedError(

@@ -104,6 +104,9 @@ MISTAKES = {
     ),
     "an adapter": Mistake(("inspect", "adapter"), CHECKPOINT, ("LORA adapter of org/base", "Merge")),
     "an encoder": Mistake(("prune", "bert", *HALF, "--output", "out"), UNSUPPORTED, ("BertModel", "an encoder")),
+    "an encoder with its head": Mistake(
+        ("prune", "masked", *HALF, "--output", "out"), UNSUPPORTED, ("BertForMaskedLM", "an encoder", "such as Llama")
+    ),
     "a folder of GGUF files": Mistake(("inspect", "ggufs"), CHECKPOINT, ("Give one of them", "ggufs/a.gguf")),
     "a device of others": Mistake(
         ("eval", "model", "--device", "mps"), CHECKPOINT, ("no device 'mps'", "--device cpu")
@@ -226,10 +229,11 @@ def place(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     Path("story.txt").write_text("Once upon a time. " * 100)
     Path("latin.txt").write_bytes("Es war einmal ein Käse.".encode("latin-1"))
     Path("thesis.docx").write_bytes(b"PK\x03\x04")
-    for folder in ("adapter", "bert", "ggufs", "taken", "bare"):
+    for folder in ("adapter", "bert", "masked", "ggufs", "taken", "bare"):
         Path(folder).mkdir()
     Path("adapter", "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/base"}')
     Path("bert", "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+    Path("masked", "config.json").write_text('{"model_type": "bert", "architectures": ["BertForMaskedLM"]}')
     Path("bare", "config.json").write_text((tiny_llama / "config.json").read_text())
     Path("ggufs", "a.gguf").write_bytes(b"GGUF")
     Path("taken", "thesis.tex").write_text("years of work")
