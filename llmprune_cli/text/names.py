@@ -54,15 +54,22 @@ def _weighted(name: str) -> tuple[str, float | None]:
 
 
 def check_text(name: str, column: str | None = None) -> None:
-    """What can be told of a text before anything is loaded: that its file is there and begins as it should.
+    """What can be told of a text before anything is loaded: that its file is there and is text.
 
     Raises:
         CheckpointError: it does not.
+        UsageError: the name is none.
     """
+    if not name.strip():
+        raise UsageError(f"{name!r} names no text. Give a file, a folder, or a dataset of the hub (ORG/NAME).")
     local = os.environ.get("LLMPRUNE_WIKITEXT2")
     if name == WIKITEXT2 and local and not is_there(Path(local)):
         raise CheckpointError(f"LLMPRUNE_WIKITEXT2 names {local}, which does not exist. Correct it, or unset it.")
     path = Path(name)
+    if is_there(path) and (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{path} is a model and no text. Give a file, a folder of texts, or a dataset of the hub (ORG/NAME)."
+        )
     if name in KNOWN or not (is_there(path) or looks_like_a_file(name)) or (is_there(path) and path.is_dir()):
         return
     check_file(path)

@@ -180,6 +180,8 @@ MISTAKES = {
     "a text for a sweep that is not there": Mistake(
         sweep("--mlp", "10%,20%", "--calibration", "nope.txt"), CHECKPOINT, ("nope.txt does not",)
     ),
+    "a text without a name": Mistake(prune(*HALF, "--calibration", ""), USAGE, ("'' names no text", "Give a file")),
+    "a model for a text": Mistake(prune(*HALF, "--calibration", "model"), CHECKPOINT, ("a model and no text", "Give")),
     "a split of a file": Mistake(
         prune(*HALF, "--calibration", "good.jsonl", "--text-column", "title", "--calibration-split", "train"),
         USAGE,
