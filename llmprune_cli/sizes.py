@@ -201,7 +201,29 @@ def check_ratio(value: float) -> None:
         UsageError: it is none.
     """
     if not 0 <= value < 1:
-        raise UsageError("a pruning ratio is a fraction from 0 up to, but not including, 1.")
+        raise UsageError(
+            f"{100 * value:g}% is no pruning ratio: give a fraction from 0 up to, but not including, 1, such as 0.25 "
+            "or 25%."
+        )
+
+
+def parse_number(text: str, kind: type[int] | type[float], least: int | None) -> int | float:
+    """A number that an option takes.
+
+    Args:
+        least: that it has to be; None: any will do.
+
+    Raises:
+        UsageError: it is none, or less.
+    """
+    try:
+        number: int | float | None = kind(text)
+    except ValueError:
+        number = None
+    if number is None or (least is not None and number < least):
+        what = f"a {'whole ' if kind is int else ''}number{f' from {least} on' if least is not None else ''}"
+        raise UsageError(f"give {what}, not {text!r}.")
+    return number
 
 
 def check_seed(value: int) -> None:

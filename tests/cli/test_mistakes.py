@@ -160,6 +160,15 @@ MISTAKES = {
     "a push of what others made": Mistake(("push", "model", "me/pruned"), CHECKPOINT, ("llmprune.json", "hf upload")),
     "a push of nothing": Mistake(("push", "nowhere", "me/pruned"), CHECKPOINT, ("nowhere is no folder",)),
     "healing without an output": Mistake(("recover", "model"), USAGE, ("--output DIR",)),
+    "more than all": Mistake(prune("--mlp", "150%"), USAGE, ("150% is no pruning ratio", "such as 0.25")),
+    "less than nothing": Mistake(prune("--mlp=-25%"), USAGE, ("-25% is no pruning ratio", "such as 0.25")),
+    "one ratio of all": Mistake(sweep("--mlp", "10%,100%"), USAGE, ("--mlp", "100% is no pruning ratio")),
+    "no layers at all": Mistake(prune("--layers", "0"), USAGE, ("--layers", "whole number from 1 on, not '0'")),
+    "no windows at all": Mistake(("eval", "model", "--limit", "0"), USAGE, ("--limit", "from 1 on, not '0'")),
+    "a number in words": Mistake(
+        prune(*HALF, "--calibration-tokens", "many"), USAGE, ("--calibration-tokens", "from 2 on, not 'many'")
+    ),
+    "a temperature in words": Mistake(recover("--temperature", "hot"), USAGE, ("--temperature", "not 'hot'")),
     "a sweep of nothing": Mistake(sweep(), USAGE, ("say what to try", "--targets 90%,80%,70%")),
     "a sweep of two things": Mistake(
         sweep("--targets", "90%,80%", "--mlp", "10%"), USAGE, ("--targets and --mlp one at a time",)
