@@ -14,6 +14,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from llmprune_cli.commands.named_options import NamedOption, make, options_of, refuse_unknown
+from llmprune_cli.commands.requests import CALLED
 from llmprune_cli.errors import UsageError
 from llmprune_cli.options import OUTPUT, PANELS, ModelReference
 from llmprune_cli.sizes import parse_number
@@ -163,7 +164,8 @@ def _callback(own: NamedOption) -> Callable[[Any], Any] | None:
         try:
             parsed = parse(value) if parse is not None and isinstance(value, str) else value
             if own.choices and parsed not in own.choices:
-                near = get_close_matches(str(parsed), own.choices, 1)
+                called = CALLED.get(str(parsed).lower())
+                near = [called] if called in own.choices else get_close_matches(str(parsed), own.choices, 1)
                 meant = f" Did you mean {near[0]}?" if near else ""
                 raise UsageError(f"{parsed!r} is none of {', '.join(own.choices)}.{meant}")
             if check is not None:

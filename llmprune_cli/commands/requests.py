@@ -41,6 +41,7 @@ CHOICES: dict[tuple[type, str], tuple[str, ...]] = {
     (ModelReference, "dtype"): DTYPES,
     (Conversion, "format"): tuple(FORMATS),
 }
+CALLED = {"wanda": "activation", "llm-pruner": "taylor"}  # by the names of the papers that they are from
 
 
 PRUNE_PARTS = (Choice, Text, Delivery, Scratch, Evaluation, VocabularyRequest)  # of what `prune` takes
@@ -186,8 +187,9 @@ def check_prune(request: PruneRequest) -> None:
     Raises:
         LlmpruneError: see there.
     """
-    from llmprune_cli.folder.documents import MOST_JSON_BYTES, check_replaceable, is_there, read_json
+    from llmprune_cli.folder.documents import MOST_JSON_BYTES, check_replaceable, is_there
     from llmprune_cli.folder.staging import check_target as check_output
+    from llmprune_cli.plan.stored import read_stored
     from llmprune_cli.report.chart import check_chart_target
     from llmprune_cli.startup.config_checks import check_layers
     from llmprune_cli.startup.model_argument import check_model, check_target, check_tokenizer
@@ -204,7 +206,7 @@ def check_prune(request: PruneRequest) -> None:
     if heals_or_judges or (request.needs_text and request.needs_weights):
         check_tokenizer(request.model.name)
     if delivery.plan is not None and not (is_there(delivery.plan) and delivery.plan.stat().st_size > MOST_JSON_BYTES):
-        read_json(delivery.plan)  # how large a plan may be depends on the model
+        read_stored(delivery.plan, MOST_JSON_BYTES)  # how large a plan may be depends on the model
     if request.needs_text:
         text = request.text
         check_texts(text.calibration, text.text_column)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -106,6 +107,8 @@ def _other(dtype: str, form: str) -> str:
     shown = {long: short for short, long in SHORT_DTYPES.items()} if form == "gguf" else {}
     names = [shown.get(known, known) for known in FORMATS[form].dtypes]
     near = [known for known in names if known.startswith(dtype)] or get_close_matches(dtype, names, 1)
+    if not near and (bits := re.search("[0-9]+", dtype)) is not None:
+        near = [known for known in names if bits[0] in known]
     return (f" Did you mean {near[0]}?" if near else "") + f" It has {', '.join(names)}."
 
 

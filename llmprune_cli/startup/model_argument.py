@@ -42,9 +42,15 @@ def check_model(reference: ModelReference, needs_weights: bool) -> None:
     if path.suffix == ".gguf":
         _check_gguf(path)
     elif not path.is_dir():
-        raise CheckpointError(f"{path} is neither a model folder nor a .gguf file.")
+        raise CheckpointError(f"{path} is neither a model folder nor a .gguf file. {_instead_of(path)}")
     else:
         _check_folder(path, needs_weights)
+
+
+def _instead_of(file: Path) -> str:
+    """What to give for a file that is no model."""
+    has_model = (file.parent / "config.json").is_file()
+    return f"Give the folder: {file.parent}." if has_model else "Give one of these, or an id of the hub (ORG/NAME)."
 
 
 def has_weights(model: str) -> bool:

@@ -169,6 +169,27 @@ MISTAKES = {
         prune(*HALF, "--calibration-tokens", "many"), USAGE, ("--calibration-tokens", "from 2 on, not 'many'")
     ),
     "a temperature in words": Mistake(recover("--temperature", "hot"), USAGE, ("--temperature", "not 'hot'")),
+    "healing while it is pruned": Mistake(prune("--lora", "4"), USAGE, ("--lora", "options: llmprune recover --lora)")),
+    "an importance by its paper": Mistake(prune(*HALF, "--importance", "wanda"), USAGE, ("Did you mean activation?",)),
+    "a type by its bits": Mistake(
+        ("export", "model", "--format", "gguf", "--dtype", "int4", "-o", "out"), USAGE, ("Did you mean q4_k_m?",)
+    ),
+    "a type of other formats": Mistake(
+        ("export", "model", "--format", "genai", "--dtype", "q4_k_m", "-o", "out"), USAGE, ("Did you mean int4?",)
+    ),
+    "a target without a unit": Mistake(prune("--target", "4"), USAGE, ("--target", "4B, 4GiB or 4%?")),
+    "a broken plan": Mistake(prune("--plan", "bad.jsonl"), CHECKPOINT, ("bad.jsonl is not", "with --save-plan")),
+    "a plan of nothing": Mistake(prune("--plan", "nothing.json"), CHECKPOINT, ("nothing.json is not", "--save-plan")),
+    "a recipe that is not there": Mistake(prune("--config", "nope.yaml"), CHECKPOINT, ("nope.yaml", "Check the path")),
+    "a text for a model": Mistake(
+        ("prune", "story.txt", *HALF, "-o", "out"), CHECKPOINT, ("story.txt is neither", "Give one of these")
+    ),
+    "weights for a model": Mistake(
+        ("prune", "torn/model.safetensors", *HALF, "-o", "out"), CHECKPOINT, ("is neither", "Give the folder: torn.")
+    ),
+    "checksums of what others made": Mistake(
+        ("inspect", "model", "--verify"), CHECKPOINT, ("model has no llmprune.json", "that llmprune wrote")
+    ),
     "a sweep of nothing": Mistake(sweep(), USAGE, ("say what to try", "--targets 90%,80%,70%")),
     "a sweep of two things": Mistake(
         sweep("--targets", "90%,80%", "--mlp", "10%"), USAGE, ("--targets and --mlp one at a time",)
@@ -237,6 +258,7 @@ def place(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     Path("model").symlink_to(tiny_llama)
     Path("good.jsonl").write_text(json.dumps({"article": "Once", "title": "A tale"}) + "\n")
     Path("bad.jsonl").write_text('{"text": "Once\n{"text": "upon a time"}\n')
+    Path("nothing.json").write_text("{}")
     Path("story.txt").write_text("Once upon a time. " * 100)
     Path("latin.txt").write_bytes("Es war einmal ein Käse.".encode("latin-1"))
     Path("thesis.docx").write_bytes(b"PK\x03\x04")
