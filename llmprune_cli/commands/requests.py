@@ -187,11 +187,11 @@ def check_prune(request: PruneRequest) -> None:
     Raises:
         LlmpruneError: see there.
     """
-    from llmprune_cli.folder.documents import MOST_JSON_BYTES, check_replaceable, is_there
+    from llmprune_cli.folder.documents import MOST_JSON_BYTES, check_no_file, check_replaceable, is_there
     from llmprune_cli.folder.staging import check_target as check_output
     from llmprune_cli.plan.stored import read_stored
     from llmprune_cli.report.chart import check_chart_target
-    from llmprune_cli.startup.config_checks import check_layers
+    from llmprune_cli.startup.config_checks import check_widths
     from llmprune_cli.startup.model_argument import check_model, check_target, check_tokenizer
     from llmprune_cli.text.names import check_split, check_texts
 
@@ -201,7 +201,7 @@ def check_prune(request: PruneRequest) -> None:
     check_target(budget, request.model.name, request.vocabulary.may_go)
     if budget is not None and budget.dtype is not None:
         check_counted(budget.dtype)
-    check_layers(request.model.name, request.choice.widths)
+    check_widths(request.model.name, request.choice.widths)
     heals_or_judges = request.evaluation is not None or request.recover is not None
     if heals_or_judges or (request.needs_text and request.needs_weights):
         check_tokenizer(request.model.name)
@@ -214,6 +214,12 @@ def check_prune(request: PruneRequest) -> None:
     check_vocabulary(request.vocabulary, request.model.name)
     if request.evaluation is not None:
         _check_evaluated(request.evaluation)
+    for folder, option in (
+        (request.scratch.statistics, "--statistics"),
+        (request.scratch.offload_dir, "--offload-dir"),
+    ):
+        if folder is not None:
+            check_no_file(folder, option)
     for path, option in ((delivery.save_plan, "--save-plan"), (delivery.save_config, "--save-config")):
         if is_first() and path is not None:
             check_replaceable(path, option)

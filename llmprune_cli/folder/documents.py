@@ -125,6 +125,19 @@ def check_replaceable(path: Path, option: str) -> None:
         raise OutputError(f"{path} cannot be written: {error.strerror}. Choose another {option}.") from error
 
 
+def check_no_file(folder: Path, option: str) -> None:
+    """Make sure that what is to be a folder, or to become one, is no file.
+
+    Args:
+        option: that names it.
+
+    Raises:
+        OutputError: it is one.
+    """
+    if is_there(folder) and not folder.is_dir():
+        raise OutputError(f"{folder} is not a writable folder, but a file. Choose another {option}.")
+
+
 def check_regular(path: Path) -> None:
     """Make sure that a file has an end: a pipe waits for whoever writes into it, and a device may give bytes for ever.
 

@@ -17,6 +17,7 @@ from llmprune_cli.options import EVALUATION, METHOD, OUTPUT, Option
 from llmprune_cli.sizes import parse_dtype, parse_size
 from llmprune_cli.text.names import check_texts
 
+NEEDED = {"onnx": ("onnx", "onnxscript"), "genai": ("onnxruntime_genai",)}  # to write a format, by module
 FILES = (".gguf", ".onnx", ".pt2", ".safetensors")
 
 
@@ -77,6 +78,9 @@ def check_conversion(conversion: Conversion, output: Path) -> None:
         raise UsageError(f"--imatrix is about gguf in {', '.join(MIXES)}; give one of them as --dtype.")
     if not conversion.kv_cache and name != "onnx":
         raise UsageError("--no-kv-cache is about onnx; give --format onnx with it.")
+    for package in NEEDED.get(name, ()):
+        if find_spec(package) is None:
+            raise MissingPackageError(f"--format {name} needs the {package} package: pip install 'llmprune[{name}]'.")
     if name == "gguf":
         _check_packages(conversion)
     check_texts(conversion.imatrix)

@@ -214,8 +214,6 @@ def _layers(
     whole = architecture.widths.num_hidden_layers
     if request.drop_layers is not None:
         dropped = {layer + whole if layer < 0 else layer for layer in request.drop_layers}
-        if len(dropped) == whole:
-            raise PlanError(f"--drop-layers names all {whole} layers, and one must stay. Name fewer.")
         if both := sorted(dropped & set(protected)):
             raise PlanError(
                 f"Layers {', '.join(map(str, both))} are to be kept and to be dropped. Take them out of --keep-layers "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llmprune_cli.errors import CheckpointError, UnsupportedError
+from llmprune_cli.errors import CheckpointError, PlanError, UnsupportedError
 from llmprune_cli.folder.documents import is_there, read_json
 from llmprune_cli.options import WidthRequest
 
@@ -34,6 +34,12 @@ ENCODERS = (
     *("roformer", "ernie", "xmod", "data2vec-text", "roc_bert", "roberta-prelayernorm"),
 )
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")  # what configurations call their number
+# How they call the numbers of units that can be asked for, where all mean the same by that.
+COUNTED = {
+    **{width: (width,) for width in ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")},
+    "num_experts": ("num_local_experts", "num_experts", "n_routed_experts"),
+    "num_hidden_layers": LAYERS,
+}
 MOST = {"layer": 2048, "expert": 8192}  # by how the names of settings end
 
 
@@ -124,8 +130,8 @@ def check_counts(path: Path, settings: dict[str, Any]) -> None:
                 raise CheckpointError(f"{path}: {name} is {value:,}, and models have at most {most:,}.")
 
 
-def check_layers(model: str, widths: WidthRequest) -> None:
-    """Refuse numbers of layers that a folder's configuration says there are none of.
+def check_widths(model: str, widths: WidthRequest) -> None:
+    """Refuse layers that a folder's configuration says there are none of, and more units than it says there are.
 
     Raises:
         PlanError: see above.
@@ -135,6 +141,15 @@ def check_layers(model: str, widths: WidthRequest) -> None:
     whole = next((settings[name] for name in LAYERS if isinstance(settings.get(name), int)), None)
     if whole is not None and whole > 0:
         widths.check_layer_numbers(whole)
+    if any(
+        name.startswith(("decoder", "encoder", "num_decoder", "num_encoder")) for name in settings
+    ):  # in which other names may count
+        return
+    for width, names in COUNTED.items():
+        asked = getattr(widths, width)
+        most = next((settings[name] for name in names if isinstance(settings.get(name), int)), None)
+        if asked is not None and most is not None and asked > most:
+            raise PlanError(f"{width} = {asked} is not possible: the model has {most}. Legal values: 1 to {most}.")
 
 
 def vocabulary_of(model: str) -> int | None:

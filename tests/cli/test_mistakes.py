@@ -190,6 +190,28 @@ MISTAKES = {
     "checksums of what others made": Mistake(
         ("inspect", "model", "--verify"), CHECKPOINT, ("model has no llmprune.json", "that llmprune wrote")
     ),
+    "all layers": Mistake(prune("--drop-layers", "0-1"), PLAN, ("all 2 layers", "Name fewer")),
+    "more layers than there are": Mistake(prune("--layers", "3"), PLAN, ("num_hidden_layers = 3", "1 to 2")),
+    "more channels than there are": Mistake(prune("--hidden-size", "65"), PLAN, ("hidden_size = 65", "1 to 64")),
+    "more heads than there are": Mistake(prune("--num-attention-heads", "10"), PLAN, ("1 to 8",)),
+    "more neurons than there are": Mistake(prune("--intermediate-size", "1000"), PLAN, ("has 48", "1 to 48")),
+    "more neurons to look at": Mistake(("inspect", "model", "--intermediate-size", "1000"), PLAN, ("1 to 48",)),
+    "more experts than there are": Mistake(
+        ("prune", "routed", "--experts", "9", "--dry-run"), PLAN, ("num_experts = 9", "1 to 8")
+    ),
+    "a model that is nowhere": Mistake(
+        ("inspect", "nosuch"), CHECKPOINT, ("nosuch is neither", "hub cache", "HF_HUB_OFFLINE")
+    ),
+    "a model that is called as none is": Mistake(
+        ("inspect", "what is this?"), CHECKPOINT, ("'what is this?'", "nor a hub id", "Check the path")
+    ),
+    "a broken line behind others": Mistake(
+        prune(*HALF, "--calibration", "late.jsonl"), CHECKPOINT, ("late.jsonl, line 101",)
+    ),
+    "statistics in a file": Mistake(
+        prune(*HALF, "--statistics", "story.txt"), OUTPUT, ("story.txt is not a writable folder", "--statistics")
+    ),
+    "hidden states in a file": Mistake(prune(*HALF, "--offload-dir", "story.txt"), OUTPUT, ("--offload-dir",)),
     "a sweep of nothing": Mistake(sweep(), USAGE, ("say what to try", "--targets 90%,80%,70%")),
     "a sweep of two things": Mistake(
         sweep("--targets", "90%,80%", "--mlp", "10%"), USAGE, ("--targets and --mlp one at a time",)
@@ -258,6 +280,9 @@ def place(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     Path("model").symlink_to(tiny_llama)
     Path("good.jsonl").write_text(json.dumps({"article": "Once", "title": "A tale"}) + "\n")
     Path("bad.jsonl").write_text('{"text": "Once\n{"text": "upon a time"}\n')
+    Path("routed").mkdir()
+    Path("routed", "config.json").write_text('{"model_type": "mixtral", "num_local_experts": 8}')
+    Path("late.jsonl").write_text(100 * '{"text": "Once"}\n' + "upon a time\n")
     Path("nothing.json").write_text("{}")
     Path("story.txt").write_text("Once upon a time. " * 100)
     Path("latin.txt").write_bytes("Es war einmal ein Käse.".encode("latin-1"))
@@ -383,3 +408,19 @@ def test_a_disk_without_room_is_told_before_anything_is_written(
     run = run_cli("prune", tiny_llama, *options, "--output", tmp_path / "out")
     assert_refused(run, OUTPUT, "bytes", "has room for 1,000", "another --output")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "said"),
+    [
+        ("heal.options", recover("--lora", "4"), "--lora needs the peft package: pip install 'llmprune[lora]'"),
+        ("formats.request", ("export", "model", "--format", "onnx", "-o", "out"), "pip install 'llmprune[onnx]'"),
+        ("formats.request", ("export", "model", "--format", "genai", "-o", "out"), "pip install 'llmprune[genai]'"),
+    ],
+)
+def test_a_package_that_is_missing_is_told_before_anything_is_read(
+    place: Path, monkeypatch: pytest.MonkeyPatch, module: str, words: tuple[str, ...], said: str
+) -> None:
+    Path("model").unlink()  # so that reading it would be told first
+    monkeypatch.setattr(f"llmprune_cli.{module}.find_spec", lambda name: None)
+    assert_refused(run_cli(*words), UNSUPPORTED, said)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmprune_cli.errors import CheckpointError, UsageError
-from llmprune_cli.heal.options import Healed, Healing, Teaching
+from llmprune_cli.heal.options import Healed, Healing, Teaching, check_packages
 from llmprune_cli.options import ModelReference
 from llmprune_cli.processes import is_first
 
@@ -95,6 +95,7 @@ def check_recover(request: RecoverRequest) -> None:
     from llmprune_cli.startup.model_argument import check_model, check_tokenizer
     from llmprune_cli.text.names import check_split, check_texts
 
+    check_packages(request.healing)
     check_model(request.model, needs_weights=True)
     check_tokenizer(request.model.name)
     check_texts(request.healing.text)
