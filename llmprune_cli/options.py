@@ -128,7 +128,7 @@ class WidthRequest:
         """Make sure that the layers of a model of so many exist that are named by number.
 
         Raises:
-            PlanError: some do not; these are named.
+            PlanError: some do not; these are named. Or all are to go.
         """
         for name, verb, numbers in (
             ("--keep-layers", "kept", self.keep_layers),
@@ -139,6 +139,8 @@ class WidthRequest:
                     f"Layer{'s' if len(outside) > 1 else ''} {', '.join(map(str, outside))} cannot be {verb}: the "
                     f"model has layers 0 to {whole - 1}, from the end -1 to {-whole}. Choose {name} among these."
                 )
+        if len({layer % whole for layer in self.drop_layers or ()}) == whole:
+            raise PlanError(f"--drop-layers names all {whole} layers, and one must stay. Name fewer.")
 
     @property
     def asks_for_a_fraction(self) -> bool:

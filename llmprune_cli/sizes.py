@@ -114,7 +114,7 @@ def parse_budget(text: str) -> Budget:
     """
     if re.fullmatch(r"\s*[0-9.]+\s*[KMG]i?B\s*", text, re.IGNORECASE) or COUNTED_IN.fullmatch(text):
         return parse_bytes(text)
-    return parse_parameters(text)
+    return parse_parameters(text, may_be_bytes=True)
 
 
 def parse_bytes(text: str) -> Budget:
@@ -152,8 +152,11 @@ def check_speedup(value: float) -> None:
         raise UsageError(f"{value:g} times as fast is not faster. Ask for more than 1, such as 1.5.")
 
 
-def parse_parameters(text: str) -> Budget:
+def parse_parameters(text: str, may_be_bytes: bool = False) -> Budget:
     """`6B`, `350M`, `1500000` or `80%`.
+
+    Args:
+        may_be_bytes: whether a size in bytes may have been meant by a number without a unit.
 
     Raises:
         UsageError: none of these, or not positive.
@@ -163,15 +166,22 @@ def parse_parameters(text: str) -> Budget:
         raise UsageError(f"{text!r} is not a number of parameters such as 6B, 350M or 80%, or a size such as 4GiB.")
     amount, unit = float(found[1]), found[2].upper()
     if not unit and amount < LEAST_PLAIN:
-        meant = (
-            f"{100 * amount:g}%" if amount <= 1 else f"{amount:g}B or {amount:g}%" if amount <= 100 else f"{amount:g}M"
-        )
+        meant = _in_units(amount, may_be_bytes)
         raise UsageError(f"{text!r} would be a model without parameters. Did you mean {meant}?")
     if unit != "%":
         return Budget(amount * PARAMETER_UNITS.get(unit, 1), "parameters")
     if amount > 100:
         raise UsageError(f"{text!r} is more than the whole model.")
     return Budget(amount / 100, "share")
+
+
+def _in_units(amount: float, may_be_bytes: bool) -> str:
+    """What a number without a unit may have been meant as."""
+    if amount <= 1:
+        return f"{100 * amount:g}%"
+    if amount > 100:
+        return f"{amount:g}M"
+    return ", ".join((f"{amount:g}B", *([f"{amount:g}GiB"] if may_be_bytes else []))) + f" or {amount:g}%"
 
 
 # What each option for a target makes of its value.
@@ -201,7 +211,29 @@ def check_ratio(value: float) -> None:
         UsageError: it is none.
     """
     if not 0 <= value < 1:
-        raise UsageError("a pruning ratio is a fraction from 0 up to, but not including, 1.")
+        raise UsageError(
+            f"{100 * value:g}% is no pruning ratio: give a fraction from 0 up to, but not including, 1, such as 0.25 "
+            "or 25%."
+        )
+
+
+def parse_number(text: str, kind: type[int] | type[float], least: int | None) -> int | float:
+    """A number that an option takes.
+
+    Args:
+        least: that it has to be; None: any will do.
+
+    Raises:
+        UsageError: it is none, or less.
+    """
+    try:
+        number: int | float | None = kind(text)
+    except ValueError:
+        number = None
+    if number is None or (least is not None and number < least):
+        what = f"a {'whole ' if kind is int else ''}number{f' from {least} on' if least is not None else ''}"
+        raise UsageError(f"give {what}, not {text!r}.")
+    return number
 
 
 def check_seed(value: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Annotated, Any
@@ -155,11 +156,20 @@ def run(arguments: list[str] | None) -> None:
     try:
         code = app(arguments, prog_name="llmprune", standalone_mode=False)
     except WrongUsage as error:
-        if (meant := MEANT.get(getattr(error, "option_name", ""))) is not None:
+        option = getattr(error, "option_name", "")
+        if (meant := MEANT.get(option) or _elsewhere(option, arguments)) is not None:
             error.possibilities = [meant]
         error.show()
         raise SystemExit(error.exit_code) from None
     raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _elsewhere(option: str, arguments: list[str] | None) -> str | None:
+    """The one other command that has an option, with it; None where none has, or several have."""
+    given = sys.argv[1:] if arguments is None else arguments
+    others = [name for name in COMMANDS if option.startswith("--") and name not in given[:1]]
+    owners = [name for name in others if any(option in own.opts for own in COMMANDS[name].load(name).params)]
+    return f"llmprune {owners[0]} {option}" if len(owners) == 1 else None
 
 
 def _listed() -> None:

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, is_dataclass
 from difflib import get_close_matches
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, get_args, get_type_hints
@@ -14,12 +14,15 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from llmprune_cli.commands.named_options import NamedOption, make, options_of, refuse_unknown
+from llmprune_cli.commands.requests import CALLED
 from llmprune_cli.errors import UsageError
 from llmprune_cli.options import OUTPUT, PANELS, ModelReference
+from llmprune_cli.sizes import parse_number
 
 COMMON = "Options that most people need"
 METAVARS: dict[Any, str] = {int: "N", float: "R", str: "TEXT", Path: "PATH"}  # what is parsed from text is TEXT, too
 MODEL = typer.Argument(help="Model folder, hub id, or .gguf file.", metavar="MODEL")
+NUMBERS = (int, float)
 SWITCHES = {"verify", "kv_cache"}  # options that can be switched off as well
 
 Quiet = Annotated[
@@ -104,13 +107,14 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 
 def _of(own: NamedOption) -> inspect.Parameter:
-    option, kind = own.option, own.kind
+    option = own.option
     flag = own.name.replace("_", "-")
     names = [f"--{flag}/--no-{flag}" if own.name in SWITCHES else f"--{flag}"]
     names = [option.short, *names] if option.short else names  # first, since help cuts long lists of names
-    is_optional = isinstance(kind, UnionType)
-    plain = next(part for part in get_args(kind) if part is not type(None)) if is_optional else kind
-    default, metavar = None if own.default is MISSING else own.default, METAVARS.get(plain, "TEXT")
+    plain, default = _plain(own), None if own.default is MISSING else own.default
+    metavar = METAVARS.get(plain, "TEXT") + (f" [x>={option.least}]" if option.least is not None else "")
+    if plain in NUMBERS and option.parse is None:  # so that what is wrong with it is said in our words
+        default, plain = None if default is None else str(default), str
     if option.parse is not None and default is not None and not isinstance(default, str):
         default = None
     if option.parse is not None:
@@ -120,12 +124,24 @@ def _of(own: NamedOption) -> inspect.Parameter:
         help=f"{option.help.rstrip('.')}: {', '.join(own.choices)}." if own.choices else option.help,
         metavar="NAME" if own.choices else None if plain is bool else metavar,
         rich_help_panel=COMMON if option.is_common else option.panel,
-        min=option.least,
         callback=_callback(own),
         autocompletion=_completion(own.choices),
         show_default=option.left_out or default not in (None, False),
     )
     return _parameter(own.name, Annotated[plain | None if default is None else plain, declared], default)
+
+
+def _plain(own: NamedOption) -> Any:
+    """The type of an option that is given."""
+    if not isinstance(own.kind, UnionType):
+        return own.kind
+    return next(part for part in get_args(own.kind) if part is not type(None))
+
+
+def _number(own: NamedOption) -> Callable[[str], Any] | None:
+    """What reads an option that is a number."""
+    kind = _plain(own)
+    return partial(parse_number, kind=kind, least=own.option.least) if kind in NUMBERS else None
 
 
 def _completion(choices: tuple[str, ...]) -> Callable[[str], list[str]] | None:
@@ -138,7 +154,7 @@ def _completion(choices: tuple[str, ...]) -> Callable[[str], list[str]] | None:
 
 
 def _callback(own: NamedOption) -> Callable[[Any], Any] | None:
-    check, parse = own.option.check, own.option.parse
+    check, parse = own.option.check, own.option.parse or _number(own)
     if check is None and parse is None and not own.choices:
         return None
 
@@ -148,7 +164,8 @@ def _callback(own: NamedOption) -> Callable[[Any], Any] | None:
         try:
             parsed = parse(value) if parse is not None and isinstance(value, str) else value
             if own.choices and parsed not in own.choices:
-                near = get_close_matches(str(parsed), own.choices, 1)
+                called = CALLED.get(str(parsed).lower())
+                near = [called] if called in own.choices else get_close_matches(str(parsed), own.choices, 1)
                 meant = f" Did you mean {near[0]}?" if near else ""
                 raise UsageError(f"{parsed!r} is none of {', '.join(own.choices)}.{meant}")
             if check is not None:

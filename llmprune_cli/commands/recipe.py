@@ -22,6 +22,7 @@ from llmprune_cli.vocabulary.request import VocabularyRequest
 if TYPE_CHECKING:
     from llmprune_cli.run.calibration import CalibrationText
 
+CHECK = "Check the path that --config names, and the file."
 MOST_BYTES = 2**20
 RECIPE_KINDS = (ModelReference, Choice, Text, Delivery, VocabularyRequest)
 COMMAND, MODEL = "command", "model"
@@ -118,12 +119,12 @@ def _of_manifest(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     if path.suffix.lower() == ".json":
-        return read_json(path)
+        return read_json(path, advice=CHECK)
     try:
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}. {CHECK}") from error
     if len(content) > MOST_BYTES:
         raise CheckpointError(f"{path} has more than the {MOST_BYTES:,} bytes that recipes have at most.")
     try:

@@ -41,6 +41,7 @@ CHOICES: dict[tuple[type, str], tuple[str, ...]] = {
     (ModelReference, "dtype"): DTYPES,
     (Conversion, "format"): tuple(FORMATS),
 }
+CALLED = {"wanda": "activation", "llm-pruner": "taylor"}  # by the names of the papers that they are from
 
 
 PRUNE_PARTS = (Choice, Text, Delivery, Scratch, Evaluation, VocabularyRequest)  # of what `prune` takes
@@ -186,12 +187,13 @@ def check_prune(request: PruneRequest) -> None:
     Raises:
         LlmpruneError: see there.
     """
-    from llmprune_cli.folder.documents import MOST_JSON_BYTES, check_replaceable, is_there, read_json
+    from llmprune_cli.folder.documents import MOST_JSON_BYTES, check_no_file, check_replaceable, is_there
     from llmprune_cli.folder.staging import check_target as check_output
+    from llmprune_cli.plan.stored import read_stored
     from llmprune_cli.report.chart import check_chart_target
-    from llmprune_cli.startup.config_checks import check_layers
+    from llmprune_cli.startup.config_checks import check_widths
     from llmprune_cli.startup.model_argument import check_model, check_target, check_tokenizer
-    from llmprune_cli.text.names import check_text, parts_of
+    from llmprune_cli.text.names import check_split, check_texts
 
     delivery = request.delivery
     check_model(request.model, request.needs_weights)
@@ -199,18 +201,25 @@ def check_prune(request: PruneRequest) -> None:
     check_target(budget, request.model.name, request.vocabulary.may_go)
     if budget is not None and budget.dtype is not None:
         check_counted(budget.dtype)
-    check_layers(request.model.name, request.choice.widths)
+    check_widths(request.model.name, request.choice.widths)
     heals_or_judges = request.evaluation is not None or request.recover is not None
     if heals_or_judges or (request.needs_text and request.needs_weights):
         check_tokenizer(request.model.name)
     if delivery.plan is not None and not (is_there(delivery.plan) and delivery.plan.stat().st_size > MOST_JSON_BYTES):
-        read_json(delivery.plan)  # how large a plan may be depends on the model
-    if request.text.calibration is not None and request.needs_text:
-        for part in parts_of(request.text.calibration):
-            check_text(part.name, request.text.text_column)
+        read_stored(delivery.plan, MOST_JSON_BYTES)  # how large a plan may be depends on the model
+    if request.needs_text:
+        text = request.text
+        check_texts(text.calibration, text.text_column)
+        check_split(text.calibration, text.calibration_split, Text.calibration_split, "--calibration-split")
     check_vocabulary(request.vocabulary, request.model.name)
     if request.evaluation is not None:
-        check_text(request.evaluation.dataset, request.evaluation.text_column)
+        _check_evaluated(request.evaluation)
+    for folder, option in (
+        (request.scratch.statistics, "--statistics"),
+        (request.scratch.offload_dir, "--offload-dir"),
+    ):
+        if folder is not None:
+            check_no_file(folder, option)
     for path, option in ((delivery.save_plan, "--save-plan"), (delivery.save_config, "--save-config")):
         if is_first() and path is not None:
             check_replaceable(path, option)
@@ -228,13 +237,19 @@ def check_eval(models: Iterable[ModelReference], evaluation: Evaluation, tasks: 
     """The same for `eval`."""
     from llmprune_cli.run.questions.request import check_tasks
     from llmprune_cli.startup.model_argument import check_model, check_tokenizer
-    from llmprune_cli.text.names import check_text
 
     for model in models:
         check_model(model, needs_weights=True)
         check_tokenizer(model.name)
-    check_text(evaluation.dataset, evaluation.text_column)
+    _check_evaluated(evaluation)
     check_tasks(tasks)
+
+
+def _check_evaluated(evaluation: Evaluation) -> None:
+    from llmprune_cli.text.names import check_split, check_text
+
+    check_text(evaluation.dataset, evaluation.text_column)
+    check_split(evaluation.dataset, evaluation.split, Evaluation.split, "--split")
 
 
 def check_export(model: ModelReference, output: Path, overwrite: bool, conversion: Conversion) -> None:

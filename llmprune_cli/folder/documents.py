@@ -19,16 +19,18 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 MOST_JSON_BYTES = 32 * 2**20  # the index of 150,000 tensors has half of that
+ANEW = "Mend it, or get it anew from where it came."
 MOST_CONTAINERS = 10**6  # lists and objects of a document, which take much more memory than their brackets
 UNFINISHED = ".{}.llmprune-new-{}"  # a file that is being written: its name to be, and what tells it from others
 DEAD_S = 86_400  # after which nobody is writing an unfinished file any more
 
 
-def read_json(path: Path, most_bytes: int | None = MOST_JSON_BYTES) -> dict[str, Any]:
+def read_json(path: Path, most_bytes: int | None = MOST_JSON_BYTES, advice: str = ANEW) -> dict[str, Any]:
     """The JSON object in a file.
 
     Args:
         most_bytes: of a file of this kind; None for one that this program wrote for itself.
+        advice: what to do where it cannot be read.
 
     Raises:
         CheckpointError: the file is missing, too large, not JSON, or not an object.
@@ -43,11 +45,11 @@ def read_json(path: Path, most_bytes: int | None = MOST_JSON_BYTES) -> dict[str,
             raise CheckpointError(f"{path} holds more than {MOST_CONTAINERS:,} lists and objects.")
         value = json.loads(text)
     except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist.") from None
+        raise CheckpointError(f"{path} does not exist. {advice}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}).") from error
+        raise CheckpointError(f"{path} is not readable JSON ({error}). {advice}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object.")
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object. {advice}")
     return value
 
 
@@ -121,6 +123,19 @@ def check_replaceable(path: Path, option: str) -> None:
             raise OutputError(f"{path} cannot be written: {folder} is no folder to write in. Choose another {option}.")
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror}. Choose another {option}.") from error
+
+
+def check_no_file(folder: Path, option: str) -> None:
+    """Make sure that what is to be a folder, or to become one, is no file.
+
+    Args:
+        option: that names it.
+
+    Raises:
+        OutputError: it is one.
+    """
+    if is_there(folder) and not folder.is_dir():
+        raise OutputError(f"{folder} is not a writable folder, but a file. Choose another {option}.")
 
 
 def check_regular(path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llmprune_cli.errors import CheckpointError, VerificationError
 from llmprune_cli.folder.documents import fsync
-from llmprune_cli.folder.manifest import MANIFEST_NAME, FileRecord, read_manifest
+from llmprune_cli.folder.manifest import MANIFEST_NAME, FileRecord, read_manifest, require_manifest
 from llmprune_cli.folder.shards import read_index
 from llmprune_cli.folder.staging import is_listed
 
@@ -56,12 +56,13 @@ def check_files(folder: Path) -> Integrity:
         CheckpointError: there is none, or none with checksums.
         VerificationError: a file is missing, has changed, or has come since; or the headers say something else.
     """
-    if not (folder / MANIFEST_NAME).is_file():
-        raise CheckpointError(f"{folder} has no {MANIFEST_NAME}, so there is nothing to verify it against.")
+    require_manifest(folder)
     manifest = read_manifest(folder)
     listed = manifest.files
     if listed is None:
-        raise CheckpointError(f"{folder / MANIFEST_NAME} holds no checksums, so there is nothing to verify against.")
+        raise CheckpointError(
+            f"{folder / MANIFEST_NAME} holds no checksums, and nothing can be verified. Name one that llmprune wrote."
+        )
     wrong = [problem for name, entry in listed.items() if (problem := _problem(folder, name, entry))]
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     wrong += [f"{name} was not written with it" for name in sorted(present - {*listed}) if name.endswith(WEIGHTS)]

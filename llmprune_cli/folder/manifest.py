@@ -74,6 +74,18 @@ _ADAPTER = TypeAdapter(Manifest)
 _NAMES = {own.name for own in fields(Manifest)} - {"other"}
 
 
+def require_manifest(folder: Path) -> None:
+    """Make sure that there is a manifest to verify a folder against.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if not (folder / MANIFEST_NAME).is_file():
+        raise CheckpointError(
+            f"{folder} has no {MANIFEST_NAME}, so there is nothing to verify it against. Name one that llmprune wrote."
+        )
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest in a folder.
 

@@ -81,7 +81,7 @@ class Verification:
     tokens: int  # that were chosen and compared
     kl: float  # mean KL(transformers ‖ runtime) of the next token, nats
     kl_limit: float  # larger for a model that transformers itself computes otherwise in bfloat16
-    largest_difference: float  # of a log-probability of a token that transformers gives more than 1e-4
+    largest_difference: float  # of a log-probability, where transformers gives 1e-4 or more or nothing likelier
     same_tokens: float  # share of the tokens that transformers would have chosen too
 
 

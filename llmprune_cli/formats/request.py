@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -14,8 +15,9 @@ from llmprune_cli.folder.tensors import SHORT_DTYPES
 from llmprune_cli.formats.registry import FORMATS, MIXES
 from llmprune_cli.options import EVALUATION, METHOD, OUTPUT, Option
 from llmprune_cli.sizes import parse_dtype, parse_size
-from llmprune_cli.text.names import check_text, parts_of
+from llmprune_cli.text.names import check_texts
 
+NEEDED = {"onnx": ("onnx", "onnxscript"), "genai": ("onnxruntime_genai",)}  # to write a format, by module
 FILES = (".gguf", ".onnx", ".pt2", ".safetensors")
 
 
@@ -76,10 +78,12 @@ def check_conversion(conversion: Conversion, output: Path) -> None:
         raise UsageError(f"--imatrix is about gguf in {', '.join(MIXES)}; give one of them as --dtype.")
     if not conversion.kv_cache and name != "onnx":
         raise UsageError("--no-kv-cache is about onnx; give --format onnx with it.")
+    for package in NEEDED.get(name, ()):
+        if find_spec(package) is None:
+            raise MissingPackageError(f"--format {name} needs the {package} package: pip install 'llmprune[{name}]'.")
     if name == "gguf":
         _check_packages(conversion)
-    for part in parts_of(conversion.imatrix) if conversion.imatrix is not None else ():
-        check_text(part.name)
+    check_texts(conversion.imatrix)
 
 
 def check_counted(dtype: str) -> None:
@@ -107,6 +111,8 @@ def _other(dtype: str, form: str) -> str:
     shown = {long: short for short, long in SHORT_DTYPES.items()} if form == "gguf" else {}
     names = [shown.get(known, known) for known in FORMATS[form].dtypes]
     near = [known for known in names if known.startswith(dtype)] or get_close_matches(dtype, names, 1)
+    if not near and (bits := re.search("[0-9]+", dtype)) is not None:
+        near = [known for known in names if bits[0] in known]
     return (f" Did you mean {near[0]}?" if near else "") + f" It has {', '.join(names)}."
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
@@ -27,6 +28,7 @@ PROMPTS = (
 )
 PROMPT_TOKENS = 24  # at most, of each prompt
 NEW_TOKENS = 64
+LIKELY = 1e-4  # probability from which a token counts in the largest difference; the likeliest always do
 TIE = 1e-3  # nats: where the two likeliest tokens are this close, either is right
 USUAL_COST = 1e-3  # nats that bfloat16 costs a model in transformers, without raising what an export may cost
 ROUNDINGS = 2  # times that cost are fine: two ways to round differ from each other as much as from float32
@@ -80,8 +82,9 @@ def verify(
             expected, found, chosen = _both(model, runtime, prompt, tokens)
             texts.append(torch.cat([prompt, chosen]))
             divergences.append(_kl(expected, found))
-            differences.append((expected - found).abs()[expected.exp() > 1e-4].max())
             best = expected.max(-1).values
+            likely = expected >= best.clamp(max=math.log(LIKELY))[:, None]
+            differences.append((expected - found).abs()[likely].max())
             agreements.append(expected.gather(-1, chosen[:, None])[:, 0] > best - TIE)
             advance(1)
     kl, agreed = torch.cat(divergences), torch.cat(agreements)

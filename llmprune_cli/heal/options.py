@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
-from llmprune_cli.errors import UsageError
+from llmprune_cli.errors import MissingPackageError, UsageError
 from llmprune_cli.options import MACHINE, METHOD, OUTPUT, Option
 from llmprune_cli.sizes import check_chart, check_seed, parse_count, parse_size
 
@@ -180,3 +181,13 @@ class Healed:
         Path | None, Option("Draw the learning curve into a .png or .svg file.", OUTPUT, check=check_chart)
     ] = None
     resume: Annotated[bool, Option("Go on with a run that was cut short.", OUTPUT)] = False
+
+
+def check_packages(healing: Healing) -> None:
+    """Make sure that what was asked for is installed.
+
+    Raises:
+        MissingPackageError: it is not.
+    """
+    if healing.lora is not None and find_spec("peft") is None:
+        raise MissingPackageError("--lora needs the peft package: pip install 'llmprune[lora]'. Or leave it out.")

@@ -13,7 +13,7 @@ from llmprune_cli.heal.options import Healing
 from llmprune_cli.options import Text
 from llmprune_cli.run.calibration import SeenText, Writer, load_calibration, together
 from llmprune_cli.text.corpus import Corpus
-from llmprune_cli.text.windows import mixed, predicted_bytes, read_tokens, windows_in
+from llmprune_cli.text.windows import fitting_length, mixed, predicted_bytes, read_tokens, windows_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,7 +84,7 @@ def prepare_training(
     options = Text(calibration=healing.text, calibration_split=healing.text_split)
     parts = load_calibration(options, tokenizer, warn, write, min(healing.token_count, MOST_WRITTEN))
     corpus = together(healing.text, [own for own, _ in parts])
-    length = min(healing.seq_len, longest or healing.seq_len)
+    length = fitting_length(healing.seq_len, longest, Healing.seq_len, warn)
     windows, is_known = _cut(parts, tokenizer, vocabulary, length, healing.text_split, before)
     wanted = max(1, healing.token_count // length)
     held_out = max(1, min(len(windows), wanted, MOST_HELD_OUT // length * HELD_OUT_SHARE) // HELD_OUT_SHARE)

@@ -15,9 +15,8 @@ from llmprune_cli.coupling.trace import Instance, Keep, Numbers
 from llmprune_cli.errors import CheckpointError
 from llmprune_cli.family.widths import FIELDS, Width, Widths
 from llmprune_cli.folder.checkpoint import Checkpoint
-from llmprune_cli.folder.documents import first_fault, place_of, read_json, replace_file
-
-PLAN_VERSION = 3
+from llmprune_cli.folder.documents import first_fault, place_of, replace_file
+from llmprune_cli.plan.stored import MAKE_ONE, PLAN_VERSION, read_stored
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -109,13 +108,11 @@ def read_plan(path: Path, most_bytes: int | None = None) -> Plan:
     Raises:
         CheckpointError: not a plan, or one whose counts contradict its indices.
     """
-    document = read_json(path, most_bytes)
-    if document.pop("plan_version", None) != PLAN_VERSION:
-        raise CheckpointError(f"{path} is not a plan of version {PLAN_VERSION}. Make one with --save-plan.")
+    document = read_stored(path, most_bytes)
     try:
         plan = _ADAPTER.validate_json(json.dumps(document), strict=True)
     except ValidationError as error:
-        raise CheckpointError(f"{path} is not a plan ({first_fault(error)}). Make one with --save-plan.") from error
+        raise CheckpointError(f"{path} is not a plan ({first_fault(error)}). {MAKE_ONE}") from error
     for contradiction in _contradictions(plan):
         raise CheckpointError(f"{path} contradicts itself: {contradiction}. Make a plan anew with --save-plan.")
     return plan

@@ -6,11 +6,12 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from llmprune_cli.coupling.trace import Trace
 from llmprune_cli.errors import PlanError
 from llmprune_cli.family.architecture import Architecture, has_layers, with_widths
 from llmprune_cli.family.widths import NEURONS, Widths, read_widths
 from llmprune_cli.options import WidthRequest
-from llmprune_cli.plan.legal import legal_experts, listed, near, stepped, within
+from llmprune_cli.plan.legal import legal_experts, legal_values, listed, near, stepped, within
 from llmprune_cli.plan.rounding import count_groups, count_heads, count_units, usual_step
 
 
@@ -62,12 +63,6 @@ def resolve(architecture: Architecture, refused: dict[str, str], request: WidthR
         num_hidden_layers=len(layers),
         **neurons,
     )
-    if widths == before and request.asks_for_a_fraction:
-        reasons = " ".join(deviations) or "The fraction is too small to remove a unit."
-        raise PlanError(
-            f"Nothing would go, and the result would be a copy. {reasons} `llmprune inspect MODEL` shows the widths "
-            f"that {architecture.config.model_type} can reduce."
-        )
     shrinking = [width for width in widths.changed_from(before) if width != "num_hidden_layers"]
     if protected and shrinking:
         raise PlanError(
@@ -81,6 +76,26 @@ def resolve(architecture: Architecture, refused: dict[str, str], request: WidthR
     except ValueError as error:
         raise PlanError(f"{architecture.config.model_type} refuses these widths: {error}") from error
     return Target(widths, layers, tuple(deviations), protected)
+
+
+def refuse_copy(architecture: Architecture, trace: Trace, request: WidthRequest, target: Target) -> None:
+    """Make sure that something goes: nobody wants to wait for a copy.
+
+    Args:
+        target: what the request comes to.
+
+    Raises:
+        PlanError: nothing goes; why, and what could, is said.
+    """
+    if target.widths != architecture.widths:
+        return
+    why = "The fraction is too small to remove a unit." if request.asks_for_a_fraction else "All of it is to stay."
+    family, values = architecture.config.model_type, legal_values(architecture, trace)
+    can = [f"{width} ({text})" for width, text in values.items() if text and width not in trace.refused]
+    raise PlanError(
+        f"Nothing would go, and the result would be a copy. {' '.join(target.deviations) or why} {family} can have "
+        f"other values of {'; '.join(can)}. Ask for less, or let `llmprune export` write the model as it is."
+    )
 
 
 def _spare_refused(
@@ -199,8 +214,6 @@ def _layers(
     whole = architecture.widths.num_hidden_layers
     if request.drop_layers is not None:
         dropped = {layer + whole if layer < 0 else layer for layer in request.drop_layers}
-        if len(dropped) == whole:
-            raise PlanError(f"--drop-layers names all {whole} layers, and one must stay. Name fewer.")
         if both := sorted(dropped & set(protected)):
             raise PlanError(
                 f"Layers {', '.join(map(str, both))} are to be kept and to be dropped. Take them out of --keep-layers "

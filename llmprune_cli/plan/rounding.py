@@ -10,21 +10,25 @@ from llmprune_cli.family.widths import Widths
 from llmprune_cli.options import WidthRequest
 from llmprune_cli.plan.legal import within
 
+WORTH_SAYING = 0.005  # of a width, that more goes than was asked for
+
 
 def count_groups(before: Widths, request: WidthRequest, deviations: list[str]) -> int:
     """KV groups that stay: K − ceil(r·K); where each query head has its own, heads and groups go alike."""
     whole = before.num_key_value_heads
     if request.num_key_value_heads is not None:
         return within("num_key_value_heads", request.num_key_value_heads, whole)
-    ratio = request.kv_group_pruning_ratio
+    ratio = own = request.kv_group_pruning_ratio
     if before.heads_per_group == 1:  # every query head has a KV head of its own: they go together
         if request.num_attention_heads is not None:
             return within("num_attention_heads", request.num_attention_heads, whole)
-        ratios = (ratio, request.head_pruning_ratio, request.pruning_ratio)
-        ratio = next((r for r in ratios if r is not None), None)
+        own = request.head_pruning_ratio if ratio is None else ratio
+        ratio = request.pruning_ratio if own is None else own
     if ratio is None:
         return whole
-    return _at_least_one("KV groups", whole - math.ceil(ratio * whole), deviations)
+    kept = _at_least_one("KV groups", whole - math.ceil(ratio * whole), deviations)
+    _tell_more(f"{whole - kept} of {whole} KV groups", 1 - kept / whole, own, "only whole ones do", deviations)
+    return kept
 
 
 def count_heads(architecture: Architecture, groups: int, request: WidthRequest, deviations: list[str]) -> int:
@@ -51,6 +55,9 @@ def count_heads(architecture: Architecture, groups: int, request: WidthRequest, 
     heads = most_heads(architecture, groups, kept)
     if heads != kept:
         deviations.append(f"{heads} query heads stay instead of {kept}, which KV heads of every layer share evenly.")
+    elif groups == before.num_key_value_heads:
+        gone, own = f"{whole - heads} of {whole} query heads", request.head_pruning_ratio
+        _tell_more(gone, 1 - heads / whole, own, "every KV group loses as many", deviations)
     return heads
 
 
@@ -92,3 +99,15 @@ def _at_least_one(what: str, count: int, deviations: list[str]) -> int:
     if count < 1:
         deviations.append(f"One of the {what} stays, although the ratio asks for none.")
     return max(1, count)
+
+
+def _tell_more(gone: str, share: float, asked: float | None, why: str, deviations: list[str]) -> None:
+    """Say that a ratio came to clearly more than it asks for.
+
+    Args:
+        gone: what goes, and of how many.
+        share: that this is of the whole.
+        asked: None where no ratio asks for this width by name.
+    """
+    if asked is not None and share - asked >= WORTH_SAYING:
+        deviations.append(f"{gone} go, {100 * share:.0f}% instead of {100 * asked:g}%: {why}.")

@@ -7,7 +7,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from llmprune_cli.folder.manifest import Manifest
-from llmprune_cli.plan.document import PLAN_VERSION, Plan
+from llmprune_cli.plan.document import Plan
+from llmprune_cli.plan.stored import PLAN_VERSION
 from llmprune_cli.report.json_results import (
     EvalReport,
     ExportResult,

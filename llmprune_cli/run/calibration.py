@@ -16,7 +16,7 @@ from llmprune_cli.folder.documents import is_there
 from llmprune_cli.options import Text
 from llmprune_cli.text.corpus import Corpus, load_corpus
 from llmprune_cli.text.names import PYTHON_DOCS, SELF, WIKITEXT2, parts_of
-from llmprune_cli.text.windows import cut_windows, mixed
+from llmprune_cli.text.windows import cut_windows, fitting_length, mixed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -106,12 +106,7 @@ def prepare_calibration(
         CheckpointError: no such text, less than two windows of it, or a tokenizer of another model.
     """
     parts = load_calibration(options, tokenizer, warn, write, tokens_to_write(options))
-    length = min(options.calibration_seq_len, longest or options.calibration_seq_len)
-    if options.calibration_tokens < length:
-        warn(
-            f"--calibration-tokens {options.calibration_tokens} is less than one window of {length}, so one window is "
-            "fitted on. --calibration-seq-len makes windows shorter."
-        )
+    length = window_tokens(options, longest, warn)
     wanted = max(1, options.calibration_tokens // length)
     drawn = []
     for corpus, share in parts:
@@ -119,6 +114,21 @@ def prepare_calibration(
         drawn.append(_drawn(corpus, windows, max(1, round(wanted * share)), share, seed, warn))
     corpus = together(options.calibration, [corpus for corpus, _ in parts])
     return CalibrationText(corpus, *(mixed([*own]) for own in zip(*drawn, strict=True)))
+
+
+def window_tokens(options: Text, longest: int | None, warn: Callable[[str], None]) -> int:
+    """How many tokens there are in a window; where that is not what was asked for, it is said.
+
+    Args:
+        longest: tokens that the model can attend to, if it says so.
+    """
+    length = fitting_length(options.calibration_seq_len, longest, Text.calibration_seq_len, warn)
+    if options.calibration_tokens < length:
+        warn(
+            f"--calibration-tokens {options.calibration_tokens} is less than one window of {length}, so one window is "
+            "fitted on. --calibration-seq-len makes windows shorter."
+        )
+    return length
 
 
 def _drawn(

@@ -75,7 +75,7 @@ def _opened(reference: ModelReference, need_weights: bool, need_tokens: bool, te
     else:
         folder, revision = fetch(reference.name, reference.revision, need_weights)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is neither a model folder nor a .gguf file.")
+        raise CheckpointError(f"{folder} is neither a model folder nor a .gguf file. Check the path of the model.")
     check_places(folder)
     config = read_config(folder, reference.trust_remote_code)
     small_files_only = revision is not None and not need_weights

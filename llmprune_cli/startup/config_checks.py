@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llmprune_cli.errors import CheckpointError, UnsupportedError
+from llmprune_cli.errors import CheckpointError, PlanError, UnsupportedError
 from llmprune_cli.folder.documents import is_there, read_json
 from llmprune_cli.options import WidthRequest
 
@@ -15,8 +15,9 @@ MERGE = "Merge it first (merge_and_unload of peft, then save_pretrained)"
 # How the names of classes end that do something else than to go on with a text.
 OTHER_PURPOSES = (
     *("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice"),
-    *("ForMaskedLM", "ForNextSentencePrediction", "ForPreTraining", "ForImageClassification"),
+    "ForImageClassification",
 )
+OF_ENCODERS = ("ForMaskedLM", "ForNextSentencePrediction", "ForPreTraining")
 # Encoders, of which transformers makes language models only where their configuration says `is_decoder`.
 ENCODERS = (
     *(
@@ -33,6 +34,12 @@ ENCODERS = (
     *("roformer", "ernie", "xmod", "data2vec-text", "roc_bert", "roberta-prelayernorm"),
 )
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")  # what configurations call their number
+# How they call the numbers of units that can be asked for, where all mean the same by that.
+COUNTED = {
+    **{width: (width,) for width in ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")},
+    "num_experts": ("num_local_experts", "num_experts", "n_routed_experts"),
+    "num_hidden_layers": LAYERS,
+}
 MOST = {"layer": 2048, "expert": 8192}  # by how the names of settings end
 
 
@@ -87,19 +94,20 @@ def check_purpose(path: Path, settings: dict[str, Any]) -> None:
     """
     named = settings.get("architectures")
     names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    kind = settings.get("model_type")
+    what = names[0] if names else f"{kind} model"
+    is_encoder = kind in ENCODERS and not settings.get("is_decoder")
+    if is_encoder or any(name.endswith(OF_ENCODERS) for name in names):
+        raise UnsupportedError(
+            f"{path} describes a {what}, an encoder and no causal language model. llmprune prunes models that go on "
+            "with a text, such as Llama, Qwen or Mistral."
+        )
     for name in names:
         if name.endswith(OTHER_PURPOSES):
             raise UnsupportedError(
                 f"{path} describes a {name}, which is no causal language model. Give the language model that it was "
                 "made from."
             )
-    kind = settings.get("model_type")
-    what = names[0] if names else f"{kind} model"
-    if kind in ENCODERS and not settings.get("is_decoder"):
-        raise UnsupportedError(
-            f"{path} describes a {what}, an encoder and no causal language model. llmprune prunes models that go on "
-            "with a text, such as Llama, Qwen or Mistral."
-        )
     is_decoder = any(name.endswith("ForCausalLM") for name in names)
     if settings.get("is_encoder_decoder") is True and "text_config" not in settings and not is_decoder:
         raise UnsupportedError(
@@ -122,8 +130,8 @@ def check_counts(path: Path, settings: dict[str, Any]) -> None:
                 raise CheckpointError(f"{path}: {name} is {value:,}, and models have at most {most:,}.")
 
 
-def check_layers(model: str, widths: WidthRequest) -> None:
-    """Refuse numbers of layers that a folder's configuration says there are none of.
+def check_widths(model: str, widths: WidthRequest) -> None:
+    """Refuse layers that a folder's configuration says there are none of, and more units than it says there are.
 
     Raises:
         PlanError: see above.
@@ -133,6 +141,15 @@ def check_layers(model: str, widths: WidthRequest) -> None:
     whole = next((settings[name] for name in LAYERS if isinstance(settings.get(name), int)), None)
     if whole is not None and whole > 0:
         widths.check_layer_numbers(whole)
+    if any(
+        name.startswith(("decoder", "encoder", "num_decoder", "num_encoder")) for name in settings
+    ):  # in which other names may count
+        return
+    for width, names in COUNTED.items():
+        asked = getattr(widths, width)
+        most = next((settings[name] for name in names if isinstance(settings.get(name), int)), None)
+        if asked is not None and most is not None and asked > most:
+            raise PlanError(f"{width} = {asked} is not possible: the model has {most}. Legal values: 1 to {most}.")
 
 
 def vocabulary_of(model: str) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 import sys
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from llmprune_cli.sizes import Budget
 from llmprune_cli.startup.config_checks import MERGE, MOST_BYTES, describe_adapter, read_settings
 
 MOST_HEADER_BYTES = 100 * 10**6
+HUB_ID = r"[\w.-]+(/[\w.-]+)?"
 LONGEST_ID = 96  # characters of a hub id, at most
 MAGIC = b"GGUF"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -38,13 +40,39 @@ def check_model(reference: ModelReference, needs_weights: bool) -> None:
         is_path = path.suffix == ".gguf" or reference.name.startswith((".", "/", "~")) or reference.name.count("/") > 1
         if is_path or len(reference.name) > LONGEST_ID:
             raise CheckpointError(f"{path} does not exist. Check the path of the model.")
+        _check_cached(reference)
         return
     if path.suffix == ".gguf":
         _check_gguf(path)
     elif not path.is_dir():
-        raise CheckpointError(f"{path} is neither a model folder nor a .gguf file.")
+        raise CheckpointError(f"{path} is neither a model folder nor a .gguf file. {_instead_of(path)}")
     else:
         _check_folder(path, needs_weights)
+
+
+def _check_cached(reference: ModelReference) -> None:
+    """Refuse what no repository is called, and what is not in the hub's cache where the hub is not to be asked.
+
+    Raises:
+        CheckpointError: see above.
+    """
+    from huggingface_hub import constants
+
+    name = reference.name
+    if not re.fullmatch(HUB_ID, name):
+        raise CheckpointError(f"{name!r} is neither an existing path nor a hub id. Check the path of the model.")
+    cached = Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}")
+    if constants.HF_HUB_OFFLINE and not is_there(cached):
+        raise CheckpointError(
+            f"{name} is neither a local path nor in the hub cache, and HF_HUB_OFFLINE keeps the hub from being asked. "
+            "Check the name, or unset HF_HUB_OFFLINE."
+        )
+
+
+def _instead_of(file: Path) -> str:
+    """What to give for a file that is no model."""
+    has_model = (file.parent / "config.json").is_file()
+    return f"Give the folder: {file.parent}." if has_model else "Give one of these, or an id of the hub (ORG/NAME)."
 
 
 def has_weights(model: str) -> bool:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WIKITEXT2_ON_HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+NO_DATASET = "Give a file, a folder, or a hub dataset; LLMPRUNE_WIKITEXT2 names a local folder for wikitext2."
+NO_SPLIT = "Name one of these with --calibration-split (of recover --text-split, of eval --split)."
 BETWEEN = "\n\n"  # documents; conversations end as their template says
 
 
@@ -86,11 +88,11 @@ def _load(name: str, configuration: str | None, split: str, **options: Any) -> A
     try:
         return load_dataset(name, configuration, split=split, **options)
     except Exception as error:  # builders raise every kind
-        reason = first_line(error)
         shown = options.get("data_files", {}).get(split, name)
+        reasons = [first_line(each).rstrip(".") for each in (error, error.__cause__) if each is not None]
+        advice = NO_SPLIT if "Unknown split" in reasons[0] else NO_DATASET
         raise CheckpointError(
-            f"No dataset {shown!r} with a split {split!r} could be read: {reason} "
-            "Give a file, a folder, or a hub dataset; LLMPRUNE_WIKITEXT2 names a local folder for wikitext2."
+            f"No dataset {shown!r} with a split {split!r} could be read: {': '.join(reasons)}. {advice}"
         ) from error
 
 

@@ -24,7 +24,7 @@ IN_WORDS = (
     "a text (.txt, .md), JSON Lines (.jsonl), CSV (.csv) or Parquet (.parquet) file; all but the last may be packed "
     "(.gz, .zst)"
 )
-SAMPLE_BYTES = 2**16  # that are looked at before a run begins
+SAMPLE_BYTES = 2**23  # that are looked at before a run begins
 MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}  # how text of other encodings begins
 OFTEN = "WINDOWS-1252"  # what other text mostly is
 
@@ -44,7 +44,7 @@ def looks_like_a_file(name: str) -> bool:
 
 
 def check_file(path: Path) -> None:
-    """Look at the kind and the beginning of a file.
+    """Look at the kind of a file, and at all of it or at its beginning.
 
     Raises:
         CheckpointError: it is missing, of another kind, or broken at its beginning.
@@ -59,8 +59,14 @@ def check_file(path: Path) -> None:
     if kind in PLAIN:
         with _opened(path) as file:
             _decoded(path, file.read(SAMPLE_BYTES), is_cut=True)
-    elif kind not in COLUMNS and not first_rows(path):
+    elif kind not in COLUMNS and not _rows_at_hand(path):
         raise CheckpointError(f"{path} holds no rows.")
+
+
+def _rows_at_hand(path: Path) -> int:
+    """How many rows a file has; of one that takes long to read, whether it has any."""
+    is_long = path.suffix.lower() in PACKED or path.stat().st_size > SAMPLE_BYTES
+    return len(first_rows(path)) if is_long else sum(1 for _ in read_rows(path))
 
 
 def first_rows(path: Path) -> list[Row]:

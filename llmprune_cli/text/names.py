@@ -54,18 +54,53 @@ def _weighted(name: str) -> tuple[str, float | None]:
 
 
 def check_text(name: str, column: str | None = None) -> None:
-    """What can be told of a text before anything is loaded: that its file is there and begins as it should.
+    """What can be told of a text before anything is loaded: that its file is there and is text.
 
     Raises:
         CheckpointError: it does not.
+        UsageError: the name is none.
     """
+    if not name.strip():
+        raise UsageError(f"{name!r} names no text. Give a file, a folder, or a dataset of the hub (ORG/NAME).")
     local = os.environ.get("LLMPRUNE_WIKITEXT2")
     if name == WIKITEXT2 and local and not is_there(Path(local)):
         raise CheckpointError(f"LLMPRUNE_WIKITEXT2 names {local}, which does not exist. Correct it, or unset it.")
     path = Path(name)
+    if is_there(path) and (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{path} is a model and no text. Give a file, a folder of texts, or a dataset of the hub (ORG/NAME)."
+        )
     if name in KNOWN or not (is_there(path) or looks_like_a_file(name)) or (is_there(path) and path.is_dir()):
         return
     check_file(path)
     if kind_of(path) not in (*PLAIN, *COLUMNS):
         (row,) = first_rows(path)
         find_columns(name, list(row), [key for key, value in row.items() if isinstance(value, str)], column)
+
+
+def check_texts(text: str | None, column: str | None = None) -> None:
+    """The same of every part of a mixture; None is a text that nobody has named."""
+    for part in parts_of(text) if text is not None else ():
+        check_text(part.name, column)
+
+
+def check_split(text: str | None, split: str, usual: str, option: str) -> None:
+    """Refuse a split of a text that has none.
+
+    Args:
+        text: see `check_texts`.
+        usual: the split that nobody has asked for.
+        option: that names the split.
+
+    Raises:
+        UsageError: see above.
+    """
+    if split == usual or text is None or any(_has_splits(part.name) for part in parts_of(text)):
+        return
+    raise UsageError(f"{option} {split} is about data sets with splits, and {text} has none. Leave it out.")
+
+
+def _has_splits(name: str) -> bool:
+    path = Path(name)
+    is_file = path.is_file() if is_there(path) else looks_like_a_file(name)
+    return name not in (PYTHON_DOCS, SELF) and not is_file

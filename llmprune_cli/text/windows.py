@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +29,20 @@ def cut_windows(
         CheckpointError: the text is shorter than one window, or the tokenizer is that of another model.
     """
     return windows_in(read_tokens(corpus, tokenizer, vocabulary), window_tokens, limit, corpus.origin)
+
+
+def fitting_length(asked: int, longest: int | None, default: int, warn: Callable[[str], None]) -> int:
+    """Tokens in a window: as many as asked for, or as the model can attend to.
+
+    Args:
+        longest: tokens that the model can attend to, if it says so.
+        default: what nobody has asked for, and what is cut without a word.
+    """
+    if not longest or asked <= longest:
+        return asked
+    if asked != default:
+        warn(f"Windows have {longest:,} tokens instead of {asked:,}: the model knows no more positions.")
+    return longest
 
 
 def windows_in(tokens: torch.Tensor, window_tokens: int, limit: int | None, origin: str) -> torch.Tensor:

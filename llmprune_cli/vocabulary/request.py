@@ -108,12 +108,11 @@ def check_vocabulary(asked: VocabularyRequest, model: str) -> None:
         LlmpruneError: a file or a text is not there, or no token would go.
     """
     from llmprune_cli.startup.config_checks import vocabulary_of
-    from llmprune_cli.text.names import check_text, parts_of
+    from llmprune_cli.text.names import check_texts
 
     if asked.keep_tokens is not None:
         read_keep_file(asked.keep_tokens)
-    for part in parts_of(asked.vocab_text) if asked.vocab_text is not None else ():
-        check_text(part.name)
+    check_texts(asked.vocab_text)
     rows = vocabulary_of(model)
     if asked.number is not None and rows is not None:
         resolve_size(asked.number, rows)

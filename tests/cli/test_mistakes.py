@@ -104,6 +104,9 @@ MISTAKES = {
     ),
     "an adapter": Mistake(("inspect", "adapter"), CHECKPOINT, ("LORA adapter of org/base", "Merge")),
     "an encoder": Mistake(("prune", "bert", *HALF, "--output", "out"), UNSUPPORTED, ("BertModel", "an encoder")),
+    "an encoder with its head": Mistake(
+        ("prune", "masked", *HALF, "--output", "out"), UNSUPPORTED, ("BertForMaskedLM", "an encoder", "such as Llama")
+    ),
     "a folder of GGUF files": Mistake(("inspect", "ggufs"), CHECKPOINT, ("Give one of them", "ggufs/a.gguf")),
     "a device of others": Mistake(
         ("eval", "model", "--device", "mps"), CHECKPOINT, ("no device 'mps'", "--device cpu")
@@ -157,6 +160,58 @@ MISTAKES = {
     "a push of what others made": Mistake(("push", "model", "me/pruned"), CHECKPOINT, ("llmprune.json", "hf upload")),
     "a push of nothing": Mistake(("push", "nowhere", "me/pruned"), CHECKPOINT, ("nowhere is no folder",)),
     "healing without an output": Mistake(("recover", "model"), USAGE, ("--output DIR",)),
+    "more than all": Mistake(prune("--mlp", "150%"), USAGE, ("150% is no pruning ratio", "such as 0.25")),
+    "less than nothing": Mistake(prune("--mlp=-25%"), USAGE, ("-25% is no pruning ratio", "such as 0.25")),
+    "one ratio of all": Mistake(sweep("--mlp", "10%,100%"), USAGE, ("--mlp", "100% is no pruning ratio")),
+    "no layers at all": Mistake(prune("--layers", "0"), USAGE, ("--layers", "whole number from 1 on, not '0'")),
+    "no windows at all": Mistake(("eval", "model", "--limit", "0"), USAGE, ("--limit", "from 1 on, not '0'")),
+    "a number in words": Mistake(
+        prune(*HALF, "--calibration-tokens", "many"), USAGE, ("--calibration-tokens", "from 2 on, not 'many'")
+    ),
+    "a temperature in words": Mistake(recover("--temperature", "hot"), USAGE, ("--temperature", "not 'hot'")),
+    "healing while it is pruned": Mistake(prune("--lora", "4"), USAGE, ("--lora", "options: llmprune recover --lora)")),
+    "an importance by its paper": Mistake(prune(*HALF, "--importance", "wanda"), USAGE, ("Did you mean activation?",)),
+    "a type by its bits": Mistake(
+        ("export", "model", "--format", "gguf", "--dtype", "int4", "-o", "out"), USAGE, ("Did you mean q4_k_m?",)
+    ),
+    "a type of other formats": Mistake(
+        ("export", "model", "--format", "genai", "--dtype", "q4_k_m", "-o", "out"), USAGE, ("Did you mean int4?",)
+    ),
+    "a target without a unit": Mistake(prune("--target", "4"), USAGE, ("--target", "4B, 4GiB or 4%?")),
+    "a broken plan": Mistake(prune("--plan", "bad.jsonl"), CHECKPOINT, ("bad.jsonl is not", "with --save-plan")),
+    "a plan of nothing": Mistake(prune("--plan", "nothing.json"), CHECKPOINT, ("nothing.json is not", "--save-plan")),
+    "a recipe that is not there": Mistake(prune("--config", "nope.yaml"), CHECKPOINT, ("nope.yaml", "Check the path")),
+    "a text for a model": Mistake(
+        ("prune", "story.txt", *HALF, "-o", "out"), CHECKPOINT, ("story.txt is neither", "Give one of these")
+    ),
+    "weights for a model": Mistake(
+        ("prune", "torn/model.safetensors", *HALF, "-o", "out"), CHECKPOINT, ("is neither", "Give the folder: torn.")
+    ),
+    "checksums of what others made": Mistake(
+        ("inspect", "model", "--verify"), CHECKPOINT, ("model has no llmprune.json", "that llmprune wrote")
+    ),
+    "all layers": Mistake(prune("--drop-layers", "0-1"), PLAN, ("all 2 layers", "Name fewer")),
+    "more layers than there are": Mistake(prune("--layers", "3"), PLAN, ("num_hidden_layers = 3", "1 to 2")),
+    "more channels than there are": Mistake(prune("--hidden-size", "65"), PLAN, ("hidden_size = 65", "1 to 64")),
+    "more heads than there are": Mistake(prune("--num-attention-heads", "10"), PLAN, ("1 to 8",)),
+    "more neurons than there are": Mistake(prune("--intermediate-size", "1000"), PLAN, ("has 48", "1 to 48")),
+    "more neurons to look at": Mistake(("inspect", "model", "--intermediate-size", "1000"), PLAN, ("1 to 48",)),
+    "more experts than there are": Mistake(
+        ("prune", "routed", "--experts", "9", "--dry-run"), PLAN, ("num_experts = 9", "1 to 8")
+    ),
+    "a model that is nowhere": Mistake(
+        ("inspect", "nosuch"), CHECKPOINT, ("nosuch is neither", "hub cache", "HF_HUB_OFFLINE")
+    ),
+    "a model that is called as none is": Mistake(
+        ("inspect", "what is this?"), CHECKPOINT, ("'what is this?'", "nor a hub id", "Check the path")
+    ),
+    "a broken line behind others": Mistake(
+        prune(*HALF, "--calibration", "late.jsonl"), CHECKPOINT, ("late.jsonl, line 101",)
+    ),
+    "statistics in a file": Mistake(
+        prune(*HALF, "--statistics", "story.txt"), OUTPUT, ("story.txt is not a writable folder", "--statistics")
+    ),
+    "hidden states in a file": Mistake(prune(*HALF, "--offload-dir", "story.txt"), OUTPUT, ("--offload-dir",)),
     "a sweep of nothing": Mistake(sweep(), USAGE, ("say what to try", "--targets 90%,80%,70%")),
     "a sweep of two things": Mistake(
         sweep("--targets", "90%,80%", "--mlp", "10%"), USAGE, ("--targets and --mlp one at a time",)
@@ -176,6 +231,19 @@ MISTAKES = {
     "going on with what was not kept": Mistake(sweep("--mlp", "10%", "--resume"), USAGE, ("give --output DIR",)),
     "a text for a sweep that is not there": Mistake(
         sweep("--mlp", "10%,20%", "--calibration", "nope.txt"), CHECKPOINT, ("nope.txt does not",)
+    ),
+    "a text without a name": Mistake(prune(*HALF, "--calibration", ""), USAGE, ("'' names no text", "Give a file")),
+    "a model for a text": Mistake(prune(*HALF, "--calibration", "model"), CHECKPOINT, ("a model and no text", "Give")),
+    "a split of a file": Mistake(
+        prune(*HALF, "--calibration", "good.jsonl", "--text-column", "title", "--calibration-split", "train"),
+        USAGE,
+        ("--calibration-split train", "good.jsonl has none", "Leave it out"),
+    ),
+    "a split of a file to judge by": Mistake(
+        ("eval", "model", "--dataset", "python-docs", "--split", "foo"), USAGE, ("--split foo", "python-docs has none")
+    ),
+    "a split of lessons": Mistake(
+        recover("--text", "story.txt", "--text-split", "foo"), USAGE, ("--text-split foo", "story.txt has none")
     ),
     "a packed text that is none": Mistake(
         prune(*HALF, "--calibration", "plain.txt.gz"), CHECKPOINT, ("plain.txt.gz cannot be read: Not a gzipped file",)
@@ -212,12 +280,18 @@ def place(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     Path("model").symlink_to(tiny_llama)
     Path("good.jsonl").write_text(json.dumps({"article": "Once", "title": "A tale"}) + "\n")
     Path("bad.jsonl").write_text('{"text": "Once\n{"text": "upon a time"}\n')
+    Path("routed").mkdir()
+    Path("routed", "config.json").write_text('{"model_type": "mixtral", "num_local_experts": 8}')
+    Path("late.jsonl").write_text(100 * '{"text": "Once"}\n' + "upon a time\n")
+    Path("nothing.json").write_text("{}")
+    Path("story.txt").write_text("Once upon a time. " * 100)
     Path("latin.txt").write_bytes("Es war einmal ein Käse.".encode("latin-1"))
     Path("thesis.docx").write_bytes(b"PK\x03\x04")
-    for folder in ("adapter", "bert", "ggufs", "taken", "bare"):
+    for folder in ("adapter", "bert", "masked", "ggufs", "taken", "bare"):
         Path(folder).mkdir()
     Path("adapter", "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/base"}')
     Path("bert", "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+    Path("masked", "config.json").write_text('{"model_type": "bert", "architectures": ["BertForMaskedLM"]}')
     Path("bare", "config.json").write_text((tiny_llama / "config.json").read_text())
     Path("ggufs", "a.gguf").write_bytes(b"GGUF")
     Path("taken", "thesis.tex").write_text("years of work")
@@ -334,3 +408,19 @@ def test_a_disk_without_room_is_told_before_anything_is_written(
     run = run_cli("prune", tiny_llama, *options, "--output", tmp_path / "out")
     assert_refused(run, OUTPUT, "bytes", "has room for 1,000", "another --output")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "said"),
+    [
+        ("heal.options", recover("--lora", "4"), "--lora needs the peft package: pip install 'llmprune[lora]'"),
+        ("formats.request", ("export", "model", "--format", "onnx", "-o", "out"), "pip install 'llmprune[onnx]'"),
+        ("formats.request", ("export", "model", "--format", "genai", "-o", "out"), "pip install 'llmprune[genai]'"),
+    ],
+)
+def test_a_package_that_is_missing_is_told_before_anything_is_read(
+    place: Path, monkeypatch: pytest.MonkeyPatch, module: str, words: tuple[str, ...], said: str
+) -> None:
+    Path("model").unlink()  # so that reading it would be told first
+    monkeypatch.setattr(f"llmprune_cli.{module}.find_spec", lambda name: None)
+    assert_refused(run_cli(*words), UNSUPPORTED, said)

@@ -87,7 +87,7 @@ def test_evaluate_and_export(tiny_llama: Path, tmp_path: Path, text_file: Path) 
         ({"intermediate_pruning_ration": 0.5}, "did you mean intermediate_pruning_ratio?"),
         ({"layers": "ten"}, "layers: Input should be a valid integer"),
         ({"layers": 0}, "layers: 0 is less than 1"),
-        ({"pruning_ratio": 1.5}, "pruning_ratio: a pruning ratio is a fraction"),
+        ({"pruning_ratio": 1.5}, "is no pruning ratio: give a fraction"),
         ({"pruning_ratio": 0.5, "importance": "magic"}, "'magic' is none of consensus, range"),
         ({"target_params": "6B", "target_size": "4GiB"}, "say the same thing"),
         ({"layers": 1, "drop_layers": (0,)}, "give one of them"),

@@ -21,6 +21,14 @@ def test_half_precision_is_within_its_limit(form: str, tmp_path: Path) -> None:
     assert verified(export(folder, tmp_path / "graph", form, "--dtype", "f16"))["dtype"] == "float16"
 
 
+@pytest.mark.parametrize("form", ["torch-export", pytest.param("onnx", marks=[needs_onnx, in_full])])
+def test_a_model_to_which_no_token_is_likely_is_verified(form: str, tmp_path: Path) -> None:
+    folder = save_tiny(
+        tmp_path / "model", num_hidden_layers=1, hidden_size=8, vocab_size=20_000, initializer_range=1e-6
+    )
+    verified(export(folder, tmp_path / "graph", form))
+
+
 def test_rounding_may_cost_as_much_again_as_it_costs_in_transformers() -> None:
     assert kl_limit(1e-3, 0.0) == kl_limit(1e-3, 5e-4) == 1e-3
     assert kl_limit(1e-3, 1.5e-3) == 3e-3

@@ -103,6 +103,11 @@ def test_where_no_other_text_is_left_it_is_said_that_what_is_held_out_flatters(
     assert other.code == 0 and "flatters" not in other.stderr
 
 
+def test_windows_that_are_longer_than_the_model_reads_are_told(pruned: Path, text_file: Path, tmp_path: Path) -> None:
+    run = run_recover(pruned, text_file, tmp_path / "out", "--seq-len", "100000", "--tokens", "256")
+    assert run.code == 0 and "Windows have 64 tokens instead of 100,000" in run.stderr, run.stderr
+
+
 def test_what_a_prune_saw_is_known_by_file_and_split(texts: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(texts["plain"].parent)
     seen = SeenText("plain.txt:0.7,org/set:0.3", "validation", 1200, 24, 0)

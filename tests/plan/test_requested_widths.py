@@ -16,7 +16,9 @@ from llmprune_cli.family.widths import NEURONS, read_widths
 from llmprune_cli.options import WidthRequest
 from llmprune_cli.plan.requested_widths import resolve
 from support.architectures import REFUSED, RULES, architecture_of
-from support.cli import BY_MAGNITUDE, run_cli
+from support.cli import BY_CHANCE, BY_MAGNITUDE, CALIBRATED, run_cli
+from support.refusals import PLAN, assert_refused
+from support.tiny import BYTE_LEVEL_VOCABULARY, save_byte_level
 
 EVERY = (0, 1, 2, 3)
 HALF = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 24}
@@ -236,3 +238,57 @@ def test_a_second_name_of_the_neurons_of_experts_is_no_width_of_its_own() -> Non
 
     widths = read_widths(AutoConfig.for_model("deepseek_v4", moe_intermediate_size=256))
     assert widths.moe_intermediate_size == 256 and widths.intermediate_size == 0
+
+
+STAYS = "All of it is to stay."
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        (("--layers", "2"), STAYS),
+        (("--mlp", "0"), STAYS),
+        (("--intermediate-size", "48"), STAYS),
+        (("--hidden", "1%"), "hidden_size is 64 instead of 63"),
+    ],
+)
+def test_a_request_that_removes_nothing_makes_no_copy(
+    tiny_llama: Path, tmp_path: Path, asked: tuple[str, ...], why: str
+) -> None:
+    for command in (("prune", *BY_MAGNITUDE, "--output", tmp_path / "out"), ("inspect",)):
+        said = (why, "intermediate_size (1 to 48)", "num_hidden_layers (1 to 2)", "llmprune export")
+        assert_refused(run_cli(command[0], tiny_llama, *asked, *command[1:]), PLAN, *said)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("asked", [("--layers", "2", "--intermediate-size", "24"), ("--hidden-size", "64", "--rotate")])
+def test_a_width_that_stays_whole_beside_another_change_is_no_mistake(
+    tiny_llama: Path, text_file: Path, asked: tuple[str, ...]
+) -> None:
+    run = run_cli("prune", tiny_llama, *asked, "--calibration", text_file, *CALIBRATED, "--dry-run")
+    assert run.code == 0, run.stderr
+
+
+def test_widths_that_stay_whole_beside_fewer_tokens_are_no_mistake(make_tiny: Callable[..., Path]) -> None:
+    model = make_tiny(vocab_size=BYTE_LEVEL_VOCABULARY)
+    save_byte_level(model)
+    for command in (("prune", *BY_CHANCE, "--dry-run"), ("inspect",)):
+        run = run_cli(command[0], model, "--layers", "2", "--vocab-size", "320", *command[1:], "--json")
+        assert run.code == 0 and json.loads(run.stdout)["vocabulary"]["after"] == 320, run.stderr
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("--kv-groups", "20%"), "1 of 2 KV groups go, 50% instead of 20%"),
+        (("--heads", "10%"), "2 of 8 query heads go, 25% instead of 10%"),
+        (("--heads", "25%"), ""),
+        (("--kv-groups", "50%"), ""),
+    ],
+)
+def test_a_ratio_that_comes_to_more_is_told(tiny_llama: Path, asked: tuple[str, ...], said: str) -> None:
+    run = run_cli("prune", tiny_llama, *asked, *BY_CHANCE, "--dry-run", "--json")
+    assert run.code == 0, run.stderr
+    told = [text for text in json.loads(run.stdout)["deviations"] if " go, " in text]
+    assert len(told) == bool(said) and all(text.startswith(said) for text in told), told
+    assert said in run.stderr

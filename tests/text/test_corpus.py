@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from support.cli import WINDOW, evaluated
+from support.cli import CALIBRATED, WINDOW, evaluated, run_cli
+from support.refusals import CHECKPOINT, assert_refused
 
 
 @pytest.mark.parametrize("form", ["parquet", "jsonl", "folder"])
@@ -29,3 +30,22 @@ def test_every_form_of_text_gives_the_same_windows(tiny_llama: Path, tmp_path: P
     expected = evaluated(tiny_llama, "--dataset", tmp_path / "corpus.txt", *options)["results"][0]
     assert found["windows"] == 5 and found["tokens"] == 5 * WINDOW
     assert found["perplexity"] == expected["perplexity"]
+
+
+def test_a_folder_without_a_split_says_which_it_has_and_how_to_name_it(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("Once upon a time there was a text. " * 40)
+    asked = ("prune", tiny_llama, "--mlp", "50%", *CALIBRATED, "--calibration", folder, "--output", tmp_path / "out")
+    assert_refused(run_cli(*asked), CHECKPOINT, "of ['train']. Name one of these with --calibration-split")
+    run = run_cli(*asked, "--calibration-split", "train")
+    assert run.code == 0, run.stderr
+
+
+def test_a_dataset_that_cannot_be_read_says_why_and_what_to_give(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "test.jsonl").write_text('{"text": "Once"}\n{"text": 1, "number": [}\n')
+    run = run_cli("eval", tiny_llama, "--dataset", folder)
+    assert_refused(run, CHECKPOINT, "at position", ". Give a file")
+    assert_refused(run_cli("eval", tiny_llama, "--dataset", "nope"), CHECKPOINT, "'nope'", ". Give a file")

@@ -208,6 +208,16 @@ def test_fewer_tokens_than_a_window_are_said_to_be_one_window(
     assert "Fitted on 40 tokens" in run.stdout
 
 
+def test_a_dry_run_says_of_windows_what_the_run_says(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    asked = ("--calibration-tokens", "20", "--calibration-seq-len", "1000")
+    way = ("--intermediate-size", "24", "--importance", "range", "--refit", "none", "--calibration", text_file)
+    for delivery in (("--dry-run",), ("-o", tmp_path / "out")):
+        run = run_cli("prune", tiny_llama, *way, *asked, *delivery)
+        assert run.code == 0 and "Windows have 64 tokens instead of 1,000" in run.stderr, run.stderr
+        assert "--calibration-tokens 20 is less than one window of 64" in run.stderr
+    assert "instead of" not in run_cli("prune", tiny_llama, *way, "--dry-run").stderr  # nobody asked for 512
+
+
 def test_the_result_is_judged_on_the_same_text_apart_whatever_is_fitted_on(tiny_llama: Path, tmp_path: Path) -> None:
     """The card says on how many tokens, and what they are depends on nothing but the text and the seed."""
     from transformers import AutoTokenizer

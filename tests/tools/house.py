@@ -73,7 +73,7 @@ HOMES = {
     "xllamacpp": {"formats"},
     "matplotlib": {"report"},
     "filelock": {"folder"},
-    "huggingface_hub": {"source", "report", "commands"},
+    "huggingface_hub": {"source", "report", "commands", "startup"},
     "onnxruntime": {"formats"},
 }
 

@@ -69,7 +69,7 @@ def _find_out(reference: ModelReference, request: WidthRequest, tokens: Vocabula
     from llmprune_cli.family.architecture import with_widths
     from llmprune_cli.plan.legal import legal_values
     from llmprune_cli.plan.predict import predict
-    from llmprune_cli.plan.requested_widths import resolve
+    from llmprune_cli.plan.requested_widths import refuse_copy, resolve
     from llmprune_cli.report.runtimes import runtime_fits
     from llmprune_cli.source.opening import open_checkpoint, part_to_write
 
@@ -79,6 +79,8 @@ def _find_out(reference: ModelReference, request: WidthRequest, tokens: Vocabula
         target = None if request.is_empty else resolve(subject.architecture, subject.trace.refused, request)
         after, config, widths, tensors = None, checkpoint.config, subject.widths, checkpoint.entries
         if target is not None:
+            if tokens.number is None:
+                refuse_copy(subject.architecture, subject.trace, request, target)
             subject.require(target.widths)
             widths, tensors = target.widths, predict(subject, target)
             config = with_widths(subject.architecture, widths, target.layers)

@@ -10,8 +10,10 @@ from typing import Annotated
 from llmprune_cli.commands.named_options import options_of
 from llmprune_cli.commands.requests import PruneRequest, check_prune
 from llmprune_cli.errors import UsageError
+from llmprune_cli.folder.manifest import require_manifest
 from llmprune_cli.options import OUTPUT, Choice, Delivery, ModelReference, Option, Scratch, Text, WidthRequest
 from llmprune_cli.sizes import check_chart
+from llmprune_cli.startup.config_checks import check_widths
 from llmprune_cli.startup.model_argument import check_model
 from llmprune_cli.vocabulary.request import VocabularyRequest, check_vocabulary
 
@@ -72,12 +74,15 @@ def check_inspect(model: ModelReference, asked: Measured, verify: bool, sensitiv
     asked.check_use(verify, sensitivity)
     if sensitivity:
         _check_sensitivity(model, asked)
-    elif not verify:
+    elif verify:
+        require_manifest(Path(model.name))
+    else:
         _check_plain(model, asked)
 
 
 def _check_plain(model: ModelReference, asked: Measured) -> None:
     check_model(model, needs_weights=False)
+    check_widths(model.name, asked.widths)
     if asked.tokens.vocab_size is not None:
         asked.tokens.check(has_target=False)
     check_vocabulary(asked.tokens, model.name)

@@ -27,14 +27,14 @@ from llmprune_cli.formats.registry import load_format
 from llmprune_cli.options import Choice
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.plan.predict import predict, predicted_tensors
-from llmprune_cli.plan.requested_widths import Target
+from llmprune_cli.plan.requested_widths import Target, refuse_copy
 from llmprune_cli.processes import Processes
 from llmprune_cli.progress import Listener
 from llmprune_cli.repair.residual_stream import ResidualStream, find_residual_stream
 from llmprune_cli.repair.rotation import principal_components, rotate, untie
 from llmprune_cli.report.json_results import ModelSummary
 from llmprune_cli.report.summary import summarize
-from llmprune_cli.run.calibration import CalibrationText, prepare_calibration
+from llmprune_cli.run.calibration import CalibrationText, prepare_calibration, window_tokens
 from llmprune_cli.run.layer import BATCH_TOKENS, native_dtype, windows_together
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.workbench import Workbench
@@ -157,7 +157,7 @@ def _proven(
     request: PruneRequest, subject: Subject, plan: Plan | None, limit: Limit | None
 ) -> tuple[Subject, Target, tuple[TensorEntry, ...]]:
     """The widths that are asked for, proven by the first process; of all together, without those that do not hold."""
-    target = target_of(plan) if plan is not None else first_target(subject, request.choice, limit)
+    target = target_of(plan) if plan is not None else _asked_for(request, subject, limit)
     subject.require(target.widths)
     tensors = predict(subject, target)
     of_all = request.choice.budget is not None or request.choice.widths.pruning_ratio is not None
@@ -178,11 +178,25 @@ def _proven(
     if not faults:
         return subject, target, tensors
     left = refusing(subject, faults)
-    target = first_target(left, request.choice, limit)
+    target = _asked_for(request, left, limit)
     left.require(target.widths)
     if left.processes.is_first:
         check_proof(left, target)
     return left, target, predict(left, target)
+
+
+def _asked_for(request: PruneRequest, subject: Subject, limit: Limit | None) -> Target:
+    """See `first_target`.
+
+    Raises:
+        PlanError: no legal widths come of the request, or nothing would change.
+    """
+    choice, delivery = request.choice, request.delivery
+    target = first_target(subject, choice, limit)
+    changes_more = choice.rotate or delivery.text_only or request.vocabulary.number is not None
+    if limit is None and not changes_more:
+        refuse_copy(subject.architecture, subject.trace, choice.widths, target)
+    return target
 
 
 def settle(
@@ -194,6 +208,9 @@ def settle(
     """
     settled = replace(request.choice.settled, compute_dtype=_compute_dtype(request, subject))
     if not (request.needs_text and request.needs_weights):
+        if request.needs_text and processes.is_first:
+            longest = getattr(subject.checkpoint.config, "max_position_embeddings", None)
+            window_tokens(request.text, longest, listener.warn)
         return settled, None
     choice, text = settled, None
     if processes.is_first:

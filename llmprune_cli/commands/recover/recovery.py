@@ -13,7 +13,6 @@ from llmprune_cli.commands.recover.task import open_teacher, prepare
 from llmprune_cli.errors import UsageError
 from llmprune_cli.folder.manifest import MANIFEST_NAME, read_manifest
 from llmprune_cli.folder.staging import check_target, claimed
-from llmprune_cli.heal.student import check_packages
 from llmprune_cli.heal.teacher.identity import check_teacher
 from llmprune_cli.processes import join
 from llmprune_cli.progress import Listener
@@ -35,7 +34,6 @@ def recover(request: RecoverRequest, listener: Listener, name: str | None = None
         LlmpruneError: see there.
     """
     started, processes, delivery = time.perf_counter(), join(request.model.device), request.delivery
-    check_packages(request.healing)
     if request.healing.mode == "blocks" and processes.count > 1:
         raise UsageError("--mode blocks trains in one process; start one.")
     if processes.is_first:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmprune_cli.errors import CheckpointError, UsageError
-from llmprune_cli.heal.options import Healed, Healing, Teaching
+from llmprune_cli.heal.options import Healed, Healing, Teaching, check_packages
 from llmprune_cli.options import ModelReference
 from llmprune_cli.processes import is_first
 
@@ -93,12 +93,13 @@ def check_recover(request: RecoverRequest) -> None:
     from llmprune_cli.folder.documents import is_there
     from llmprune_cli.folder.staging import check_target as check_output
     from llmprune_cli.startup.model_argument import check_model, check_tokenizer
-    from llmprune_cli.text.names import check_text, parts_of
+    from llmprune_cli.text.names import check_split, check_texts
 
+    check_packages(request.healing)
     check_model(request.model, needs_weights=True)
     check_tokenizer(request.model.name)
-    for part in parts_of(request.healing.text) if request.healing.text is not None else ():
-        check_text(part.name)
+    check_texts(request.healing.text)
+    check_split(request.healing.text, request.healing.text_split, Healing.text_split, "--text-split")
     if is_first():
         source = Path(request.model.name)
         check_output(request.output, request.delivery.overwrite, source if is_there(source) else None)

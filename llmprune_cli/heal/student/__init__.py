@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from llmprune_cli.errors import MissingPackageError, UnsupportedError
+from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.family.skeleton import build_skeleton, on_disk
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.tensors import split_name
@@ -22,16 +21,6 @@ if TYPE_CHECKING:
 
 # In names of classes: what lets tokens see each other.
 MIXERS = ("attention", "mixer", "mamba", "conv", "deltanet", "recurrentblock", "lstmlayer")
-
-
-def check_packages(healing: Healing) -> None:
-    """Make sure that what was asked for is installed.
-
-    Raises:
-        MissingPackageError: it is not.
-    """
-    if healing.lora is not None and find_spec("peft") is None:
-        raise MissingPackageError("--lora needs the peft package: pip install 'llmprune[lora]'. Or leave it out.")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 
 from support.cli import BY_CHANCE, BY_MAGNITUDE, run_cli
 from support.families import EVERY, TRIED, model_type
+from support.refusals import edit_json
 from support.stock import assert_generates, load_stock, written_tensors
 
 CUTS: dict[str, list[str]] = {
@@ -198,7 +199,11 @@ def silence_experts(model: Any, family: str, keep: dict[str, list[int]], width: 
 @pytest.mark.parametrize("family", TRIED)
 def test_the_identity_plan_writes_the_same_bytes(tiny_of: Callable[[str], Path], tmp_path: Path, family: str) -> None:
     folder = tiny_of(family)
-    run = run_cli("prune", folder, *BY_MAGNITUDE, "--pruning-ratio", "0", "--output", tmp_path / "out")
+    plan = tmp_path / "plan.json"
+    run = run_cli("prune", folder, *BY_MAGNITUDE, "--pruning-ratio", "0.5", "--dry-run", "--save-plan", plan)
+    assert run.code == 0, run.stderr
+    edit_json(plan, lambda settings: settings.update(after=settings["before"], keep={}, deviations=[]))
+    run = run_cli("prune", folder, "--plan", plan, "--refit", "none", "--output", tmp_path / "out")
     assert run.code == 0, run.stderr
     before, after = written_tensors(folder), written_tensors(tmp_path / "out")
     assert before.keys() == after.keys()
