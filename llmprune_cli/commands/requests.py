@@ -11,7 +11,7 @@ from llmprune_cli.errors import UsageError
 from llmprune_cli.formats.registry import FORMATS
 from llmprune_cli.formats.request import Conversion, check_conversion, check_counted
 from llmprune_cli.heal import LOSSES, MODES, TEACHER_MODES, TRAINED
-from llmprune_cli.heal.options import Healing, Teaching
+from llmprune_cli.heal.options import Healed, Healing, Teaching
 from llmprune_cli.options import (
     ROTATES,
     Choice,
@@ -186,6 +186,7 @@ def check_prune(request: PruneRequest) -> None:
     Raises:
         LlmpruneError: see there.
     """
+    from llmprune_cli.commands.recover.request import healing_of
     from llmprune_cli.folder.documents import MOST_JSON_BYTES, check_replaceable, is_there, read_json
     from llmprune_cli.folder.staging import check_target as check_output
     from llmprune_cli.report.chart import check_chart_target
@@ -194,6 +195,8 @@ def check_prune(request: PruneRequest) -> None:
     from llmprune_cli.text.names import check_text, parts_of
 
     delivery = request.delivery
+    if request.recover is not None and delivery.output is not None:
+        healing_of(request, delivery.output, Healed(delivery.output))
     check_model(request.model, request.needs_weights)
     budget = request.choice.budget
     check_target(budget, request.model.name, request.vocabulary.may_go)

@@ -252,6 +252,8 @@ class SweepPoint:
     kl: float  # mean KL(dense ‖ this) of the next token, nats
     prefill_tokens_per_second: float  # see `CalibrationResult`
     deviations: tuple[str, ...]
+    healed_tokens: int  # that it was trained on after it was pruned; 0 where nothing was
+    before_healing: HeldOut | None  # what the same text said of it before that
     seconds: float  # that it took
     plan: str | None  # file in the output, for `prune --plan`
     folder: str | None  # of the model in the output; None where it was not kept

@@ -174,6 +174,13 @@ MISTAKES = {
     ),
     "models to keep, and no place": Mistake(sweep("--mlp", "10%", "--keep-models"), USAGE, ("give --output DIR",)),
     "going on with what was not kept": Mistake(sweep("--mlp", "10%", "--resume"), USAGE, ("give --output DIR",)),
+    "a sweep that heals on no number": Mistake(sweep("--mlp", "10%", "--recover", "lots"), USAGE, ("'lots'", "1M")),
+    "a sweep that heals where nothing trains": Mistake(
+        sweep("--mlp", "10%", "--recover", "1k", "--device", "cuda:1"), USAGE, ("CUDA_VISIBLE_DEVICES",)
+    ),
+    "healing where nothing trains": Mistake(
+        prune("--mlp", "10%", "--recover", "1k", "--device", "cuda:1"), USAGE, ("CUDA_VISIBLE_DEVICES",)
+    ),
     "a text for a sweep that is not there": Mistake(
         sweep("--mlp", "10%,20%", "--calibration", "nope.txt"), CHECKPOINT, ("nope.txt does not",)
     ),

@@ -63,7 +63,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     Path("corpus.txt").write_text(sentence * SENTENCES["test"])
     Path("wikitext").mkdir()
     for split, count in SENTENCES.items():
-        Path("wikitext", f"{split}.jsonl").write_text(json.dumps({"text": f"{split}: {sentence * count}"}) + "\n")
+        text = "".join(f"{number} {sentence}" for number in range(count))  # of which no window is there twice
+        Path("wikitext", f"{split}.jsonl").write_text(json.dumps({"text": f"{split}: {text}"}) + "\n")
     monkeypatch.setenv("LLMPRUNE_WIKITEXT2", str(tmp_path / "wikitext"))
     with hub_that_takes() as hub:
         log_in(monkeypatch, hub, tmp_path)

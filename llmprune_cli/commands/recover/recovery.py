@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from llmprune_cli.commands.recover.blocks import heal_by_blocks
 from llmprune_cli.commands.recover.end_to_end import heal
@@ -22,14 +23,20 @@ from llmprune_cli.report.json_results import RecoverResult
 from llmprune_cli.report.model_card import tell_pruning
 from llmprune_cli.source.opening import open_checkpoint, source_folder
 
+if TYPE_CHECKING:
+    import torch
 
-def recover(request: RecoverRequest, listener: Listener, name: str | None = None) -> RecoverResult | None:
+
+def recover(
+    request: RecoverRequest, listener: Listener, name: str | None = None, apart: torch.Tensor | None = None
+) -> RecoverResult | None:
     """Train a pruned model on what its teacher predicts, and write it; of several processes the first one reports.
 
     Whatever can be refused is refused before anything is trained.
 
     Args:
         name: what the pruned model is called, where that is not its folder.
+        apart: see `prepare_training`.
 
     Raises:
         LlmpruneError: see there.
@@ -57,7 +64,7 @@ def recover(request: RecoverRequest, listener: Listener, name: str | None = None
             check_target(request.output, delivery.overwrite, source_folder(reference, teacher))
             forbidden = source_folder(request.model, pruned)
             claim = stack.enter_context(claimed(request.output, delivery.overwrite, forbidden))
-        task = prepare(request, pruned, manifest, teacher, processes, listener)
+        task = prepare(request, pruned, manifest, teacher, processes, listener, apart)
         if request.healing.mode == "blocks":
             assert claim is not None
             result: RecoverResult | None = heal_by_blocks(task, claim, started, stack)

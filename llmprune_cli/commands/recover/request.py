@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from llmprune_cli.options import ModelReference
 from llmprune_cli.processes import is_first
 
 if TYPE_CHECKING:
+    from llmprune_cli.commands.requests import PruneRequest
     from llmprune_cli.folder.manifest import Manifest
 
 
@@ -48,6 +49,19 @@ class RecoverRequest:
         """The folder to write."""
         assert self.delivery.output is not None
         return self.delivery.output
+
+
+def healing_of(pruning: PruneRequest, pruned: Path, delivery: Healed) -> RecoverRequest:
+    """What heals the model of a `prune --recover`.
+
+    Args:
+        pruned: folder that it was pruned into.
+
+    Raises:
+        UsageError: nothing can be trained where it is pruned.
+    """
+    reference = replace(pruning.model, name=str(pruned), revision=None, dtype=None)
+    return RecoverRequest(reference, pruning.healing, delivery=delivery)
 
 
 def teacher_reference(given: str | None, pruned: ModelReference, manifest: Manifest | None) -> ModelReference:
