@@ -287,6 +287,8 @@ class Delivery:
 
     output: Annotated[Path | None, Option("Folder to write.", OUTPUT, is_common=True, short="-o")] = None
     overwrite: Annotated[bool, Option("Replace the model folder that --output names.", OUTPUT)] = False
+    push_to: Annotated[str | None, Option("Upload it to the hub then, as ORG/NAME, in private.", OUTPUT)] = None
+    public: Annotated[bool, Option("Let everybody see what --push-to uploads.", OUTPUT)] = False
     dry_run: Annotated[bool, Option("Show what would be done, and write no model.", OUTPUT)] = False
     text_only: Annotated[bool, Option("Of a multimodal model, write the language model alone.", OUTPUT)] = False
     max_shard_size: Annotated[str, Option("Largest shard, such as 500MB or 5GB.", OUTPUT, check=parse_size)] = "5GB"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmprune_cli.choose.importances import IMPORTANCES, LAYER_IMPORTANCES, needs_text, ranks_layers, reads_text
+from llmprune_cli.commands.push import check_push_to
 from llmprune_cli.errors import UsageError
 from llmprune_cli.formats.registry import FORMATS
 from llmprune_cli.formats.request import Conversion, check_conversion, check_counted
@@ -78,6 +79,8 @@ class PruneRequest:
         self._check_recover()
         if delivery.gguf is not None and (delivery.output is None or delivery.dry_run):
             raise UsageError("--gguf exports a model that is written; give its --output, and no --dry-run.")
+        if delivery.push_to is not None and (delivery.output is None or delivery.dry_run):
+            raise UsageError("--push-to uploads a model that is written; give its --output, and no --dry-run.")
         folders = (("--statistics", scratch.statistics), ("--offload-dir", scratch.offload_dir))
         for name, value in (*folders, ("--resume", scratch.resume)):
             if value and not self.needs_text:
@@ -222,6 +225,8 @@ def check_prune(request: PruneRequest) -> None:
     if is_first() and delivery.output is not None:
         model = Path(request.model.name)
         check_output(delivery.output, delivery.overwrite, model if is_there(model) else None)
+    if is_first():
+        check_push_to(delivery.push_to, delivery.public)
     if request.export is not None:
         conversion, folder = request.export
         check_export(request.model, folder, delivery.overwrite, conversion)

@@ -204,6 +204,7 @@ class RecoverResult:
     layers: tuple[HealedLayer, ...]  # those that were trained one after the other
     seconds: float
     peak_memory_bytes: int
+    push: PushResult | None  # where it was uploaded to
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,7 @@ class PruneResult:
     evaluation: EvalReport | None
     export: ExportResult | None
     finalists: tuple[FinalistResult, ...]  # best first; the first one was gone on with
+    push: PushResult | None  # where it was uploaded to
 
 
 @dataclass(frozen=True)

@@ -156,6 +156,8 @@ MISTAKES = {
     "a push to no repository": Mistake(("push", "model", "pruned"), USAGE, ("'pruned'", "ORG/NAME")),
     "a push of what others made": Mistake(("push", "model", "me/pruned"), CHECKPOINT, ("llmprune.json", "hf upload")),
     "a push of nothing": Mistake(("push", "nowhere", "me/pruned"), CHECKPOINT, ("nowhere is no folder",)),
+    "a name on the hub that is none": Mistake(prune(*HALF, "--push-to", "pruned"), USAGE, ("Write ORG/NAME",)),
+    "a push without the hub": Mistake(recover("--push-to", "me/healed"), OUTPUT, ("HF_HUB_OFFLINE is set",)),
     "healing without an output": Mistake(("recover", "model"), USAGE, ("--output DIR",)),
     "a sweep of nothing": Mistake(sweep(), USAGE, ("say what to try", "--targets 90%,80%,70%")),
     "a sweep of two things": Mistake(

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from llmprune_cli.commands.push import ask_hub, upload
 from llmprune_cli.commands.recover.blocks import heal_by_blocks
 from llmprune_cli.commands.recover.end_to_end import heal
 from llmprune_cli.commands.recover.request import RecoverRequest, teacher_reference
@@ -49,6 +50,7 @@ def recover(
         check_target(request.output, delivery.overwrite)
         if delivery.report is not None:
             check_chart_target(delivery.report, request.output)
+        ask_hub(delivery.push_to, delivery.public, listener)
     with ExitStack() as stack:
         pruned = stack.enter_context(open_checkpoint(request.model, need_weights=True))
         pruned = replace(pruned, source=name or pruned.source)
@@ -72,4 +74,6 @@ def recover(
             result = heal(task, claim, started, stack)
     if result is not None and delivery.report is not None:
         draw_curve(result, delivery.report)
+    if result is not None and delivery.push_to is not None:
+        result = replace(result, push=upload(request.output, delivery.push_to, delivery.public, listener))
     return result

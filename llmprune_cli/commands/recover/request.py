@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmprune_cli.commands.push import check_push_to
 from llmprune_cli.errors import CheckpointError, UsageError
 from llmprune_cli.heal.options import Healed, Healing, Teaching
 from llmprune_cli.options import ModelReference
@@ -116,6 +117,7 @@ def check_recover(request: RecoverRequest) -> None:
     if is_first():
         source = Path(request.model.name)
         check_output(request.output, request.delivery.overwrite, source if is_there(source) else None)
+        check_push_to(request.delivery.push_to, request.delivery.public)
     teacher = _known_teacher(request)
     if teacher is not None:
         with teacher_explained(request, teacher):
