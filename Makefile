@@ -13,7 +13,7 @@ RUNTIMES ?= vllm ctranslate2 mlx openvino
 BASE ?= HEAD~1
 TYPES ?=
 
-.PHONY: demo families matrix schemas golden test test-all check lint fix fuzz faults bench bench-8b bench-calibrated bench-estimate bench-exports bench-memory bench-processes bench-quality bench-quantized bench-recover bench-start bench-sweep bench-vocab check-consumers check-gpu check-ranges check-runtimes clean
+.PHONY: demo recording families matrix schemas golden test test-all check lint fix fuzz faults bench bench-8b bench-calibrated bench-estimate bench-exports bench-memory bench-processes bench-quality bench-quantized bench-recover bench-start bench-sweep bench-vocab check-consumers check-gpu check-ranges check-runtimes clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,9 @@ $(FUZZ): $(INSTALLED)
 
 demo: $(INSTALLED)  ## inspect, prune, evaluate and reload a real model
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/tools/demo/demo.py
+
+recording: $(INSTALLED)  ## run inspect, prune and eval on a real model, and draw what they print
+	$(BIN)/python tests/tools/demo/recording.py
 
 matrix: $(INSTALLED)  ## write the tables of families, formats and methods into the docs
 	$(BIN)/python tests/tools/support_matrix.py

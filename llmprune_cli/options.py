@@ -51,9 +51,7 @@ class Option:
 
 
 def _ratio(what: str, short: str = "", is_common: bool = False) -> Option:
-    about = (
-        f"Fraction to remove of the {what}, such as 0.25 or 25%." if is_common else f"Fraction to remove of the {what}."
-    )
+    about = f"Fraction to remove of the {what}" + (", such as 0.25 or 25%." if is_common else ".")
     return Option(about, GOES, check=check_ratio, is_common=is_common, parse=parse_ratio, short=short)
 
 
@@ -130,16 +128,14 @@ class WidthRequest:
         Raises:
             PlanError: some do not; these are named. Or all are to go.
         """
-        for name, verb, numbers in (
-            ("--keep-layers", "kept", self.keep_layers),
-            ("--drop-layers", "dropped", self.drop_layers or ()),
-        ):
+        dropped = self.drop_layers or ()
+        for name, verb, numbers in (("--keep-layers", "kept", self.keep_layers), ("--drop-layers", "dropped", dropped)):
             if outside := [layer for layer in numbers if not -whole <= layer < whole]:
                 raise PlanError(
                     f"Layer{'s' if len(outside) > 1 else ''} {', '.join(map(str, outside))} cannot be {verb}: the "
                     f"model has layers 0 to {whole - 1}, from the end -1 to {-whole}. Choose {name} among these."
                 )
-        if len({layer % whole for layer in self.drop_layers or ()}) == whole:
+        if len({layer % whole for layer in dropped}) == whole:
             raise PlanError(f"--drop-layers names all {whole} layers, and one must stay. Name fewer.")
 
     @property
@@ -289,6 +285,8 @@ class Delivery:
 
     output: Annotated[Path | None, Option("Folder to write.", OUTPUT, is_common=True, short="-o")] = None
     overwrite: Annotated[bool, Option("Replace the model folder that --output names.", OUTPUT)] = False
+    push_to: Annotated[str | None, Option("Upload it to the hub then, as ORG/NAME, in private.", OUTPUT)] = None
+    public: Annotated[bool, Option("Let everybody see what --push-to uploads.", OUTPUT)] = False
     dry_run: Annotated[bool, Option("Show what would be done, and write no model.", OUTPUT)] = False
     text_only: Annotated[bool, Option("Of a multimodal model, write the language model alone.", OUTPUT)] = False
     max_shard_size: Annotated[str, Option("Largest shard, such as 500MB or 5GB.", OUTPUT, check=parse_size)] = "5GB"

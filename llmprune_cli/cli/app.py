@@ -64,7 +64,7 @@ COMMANDS = {
         (
             "sweep meta-llama/Llama-3.1-8B --targets 90%,80%,70%,60% -o sizes",
             "sweep meta-llama/Llama-3.1-8B --mlp 10%,20%,30% --report sizes.svg",
-            "sweep meta-llama/Llama-3.1-8B --targets 6B,4GiB -o sizes --keep-models",
+            "sweep meta-llama/Llama-3.1-8B --targets 6B,4GiB -o sizes --keep-models --recover 1M",
         ),
     ),
     "recover": Command(

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llmprune_cli.cli.evaluate import print_eval
-from llmprune_cli.cli.export import print_export
+from llmprune_cli.cli.export import print_export, print_push
 from llmprune_cli.cli.inspect import modules_table
 from llmprune_cli.cli.parameters import COMMON, AsJson, Detail, takes
 from llmprune_cli.cli.recover import print_recovery
@@ -146,6 +146,8 @@ def print_prune(result: PruneResult, request: PruneRequest, is_verbose: bool = F
         print_recovery(result.recovery)
     if result.export:
         print_export(result.export)
+    if result.push:
+        print_push(result.push)
     if result.output:
         wrote = f"Wrote [bold]{result.output}[/bold] in {in_words(result.seconds)}. Next:"
         console.print(wrote, highlight=False, soft_wrap=True)
@@ -253,7 +255,8 @@ def _next(result: PruneResult, request: PruneRequest) -> Iterator[str]:
     kind = suggested_gguf() if result.export is None else None
     if kind is not None and _fits_llamacpp(result):
         yield f"llmprune export {output} --format gguf --dtype {kind} --output {shlex.quote(result.output + '-gguf')}"
-    yield f"llmprune push {output} YOUR_NAME/{shlex.quote(Path(result.output).name)}"
+    if result.push is None:
+        yield f"llmprune push {output} YOUR_NAME/{shlex.quote(Path(result.output).name)}"
 
 
 def _fits_llamacpp(result: PruneResult) -> bool:

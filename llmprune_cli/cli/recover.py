@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from llmprune_cli.cli.export import print_push
 from llmprune_cli.cli.parameters import AsJson, Quiet, takes
 from llmprune_cli.cli.screen.table_parts import new_console, number_text, print_json, size_text
 from llmprune_cli.commands.recover.request import RecoverRequest, check_recover
@@ -44,6 +45,8 @@ def print_recover(result: RecoverResult) -> None:
     """What `recover` shows."""
     print_recovery(result)
     new_console().print(f"Wrote [bold]{result.output}[/bold] in {result.seconds:.1f} s.", highlight=False)
+    if result.push:
+        print_push(result.push)
 
 
 def print_recovery(result: RecoverResult) -> None:

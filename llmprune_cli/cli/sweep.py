@@ -36,6 +36,7 @@ SHAPES = {
     "num_hidden_layers": "layers",
 }
 MOST_SHAPES = 4  # columns of widths beside which the others fit into 80; more of them are listed below the table
+HEALED_SHAPES = 3  # beside one more figure
 SHORT, TENS = 1e4, 10  # a perplexity from which on, and a size below which, digits behind the first few are left out
 
 
@@ -58,12 +59,16 @@ def print_sweep(result: SweepResult) -> None:
     console = new_console()
     points = (result.dense, *result.points)
     shapes = {name: head for name, head in SHAPES.items() if len({getattr(p.widths, name) for p in points}) > 1}
-    fits = len(shapes) <= MOST_SHAPES
+    is_healed = any(point.before_healing for point in points)
+    fits = len(shapes) <= (HEALED_SHAPES if is_healed else MOST_SHAPES)
     console.print(_table(points, shapes if fits else {}))
     for point in () if fits else points:
         sizes = (f"{getattr(point.widths, name):,} {head}".replace("\n", " ") for name, head in shapes.items())
         console.print(f"{point.name}: {', '.join(sizes)}", highlight=False)
     name, held_out = Path(result.dataset).name, result.held_out_tokens
+    if is_healed:
+        tokens = max(point.healed_tokens for point in points)
+        console.print(f"Healed on {tokens:,} tokens each, without those that are judged.", highlight=False)
     console.print(f"Fitted on {result.tokens:,} tokens of {name}, judged on {held_out:,} others.", highlight=False)
     spread = max(point.prefill_spread for point in points)
     console.print("KL: nats a token from the unpruned model.", highlight=False)
@@ -79,9 +84,12 @@ def print_sweep(result: SweepResult) -> None:
 def _table(points: tuple[SweepPoint, ...], shapes: dict[str, str]) -> Table:
     """A row for each size, with columns for some widths."""
     table = Table("", **{**NARROW, "box": None})
-    for head in ("para-\nmeters", "size", *shapes.values(), "per-\nplexity", "bits/\nbyte", "KL", "tokens\n/s"):
+    is_healed = any(point.before_healing for point in points)
+    kl = ("KL,\npruned", "KL,\nhealed") if is_healed else ("KL",)
+    for head in ("para-\nmeters", "size", *shapes.values(), "per-\nplexity", "bits/\nbyte", *kl, "tokens\n/s"):
         table.add_column(head, justify="right", no_wrap=True)
     for point in points:
+        before = (point.before_healing or point,) if is_healed else ()
         table.add_row(
             point.name,
             count_text(point.parameters),
@@ -89,7 +97,7 @@ def _table(points: tuple[SweepPoint, ...], shapes: dict[str, str]) -> Table:
             *(f"{getattr(point.widths, name):,}" for name in shapes),
             number_text(point.perplexity) if point.perplexity < SHORT else f"{point.perplexity:.3g}",
             f"{point.bits_per_byte:.3f}",
-            f"{point.kl:.3f}",
+            *(f"{own.kl:.3f}" for own in (*before, point)),
             f"{point.prefill_tokens_per_second:,.0f}",
         )
     return table
@@ -105,7 +113,8 @@ def _next(result: SweepResult) -> Iterator[str]:
     """Commands that go on from here."""
     point, folder = result.points[0], Path(result.output or "")
     model = shlex.quote(result.model)
+    heal = f" --recover {point.healed_tokens}" if point.healed_tokens else ""
     if point.folder is not None:
         yield f"llmprune eval {model} {shlex.quote(str(folder / point.folder))}"
     elif point.plan is not None:
-        yield f"llmprune prune {model} --plan {shlex.quote(str(folder / point.plan))} -o pruned"
+        yield f"llmprune prune {model} --plan {shlex.quote(str(folder / point.plan))}{heal} -o pruned"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,12 +47,9 @@ def check_push(folder: Path, repository: str) -> None:
         CheckpointError: no folder that llmprune wrote.
         OutputError: nobody is logged in, or the hub is not to be used.
     """
-    from huggingface_hub import constants, get_token
-
     from llmprune_cli.folder.manifest import MANIFEST_NAME
 
-    if not HUB_ID.fullmatch(repository):
-        raise UsageError(f"{repository!r} is no name on the hub. Write ORG/NAME; your own name may be the ORG.")
+    _check_name(repository)
     if not (is_there(folder) and folder.is_dir()):
         raise CheckpointError(f"{folder} is no folder. Give one that llmprune wrote.")
     if not (folder / MANIFEST_NAME).is_file():
@@ -60,6 +57,52 @@ def check_push(folder: Path, repository: str) -> None:
             f"{folder} has no {MANIFEST_NAME}, so nothing says whether it is whole. `hf upload {repository} {folder}` "
             "uploads any folder."
         )
+    _check_login()
+
+
+def check_push_to(repository: str | None, is_public: bool) -> None:
+    """The same for what a run is yet to write.
+
+    Raises:
+        UsageError, OutputError: see `check_push`.
+    """
+    if repository is None and is_public:
+        raise UsageError("--public is for what is uploaded; give --push-to ORG/NAME.")
+    if repository is not None:
+        _check_name(repository)
+        _check_login()
+
+
+def ask_hub(repository: str | None, is_public: bool, listener: Listener) -> None:
+    """Ask the hub, before the work of a run, whether its result will find a place there; nothing is made yet.
+
+    Args:
+        repository: see `push`; where it is None, nothing is asked.
+
+    Raises:
+        OutputError: it will not.
+    """
+    if repository is None:
+        return
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    api = HfApi()
+    listener.stage("Asking the hub", 1)
+    with _explained(repository, "Nothing was done yet."):
+        _check_role(api)
+        with suppress(RepositoryNotFoundError):
+            _check_seen(api.model_info(repository), repository, is_public)
+
+
+def _check_name(repository: str) -> None:
+    if not HUB_ID.fullmatch(repository):
+        raise UsageError(f"{repository!r} is no name on the hub. Write ORG/NAME; your own name may be the ORG.")
+
+
+def _check_login() -> None:
+    from huggingface_hub import constants, get_token
+
     if constants.HF_HUB_OFFLINE:
         raise OutputError("HF_HUB_OFFLINE is set, and a push needs the hub. Unset it.")
     if get_token() is None:
@@ -84,8 +127,10 @@ def upload(folder: Path, repository: str, is_public: bool, listener: Listener) -
 
     disable_progress_bars()
     api = HfApi()
+    rest = f"{folder} is as it was; `llmprune push {folder} {repository}{' --public' if is_public else ''}` goes on"
+    rest = f"{rest}, and uploads nothing twice."
     listener.stage("Asking the hub", 1)
-    with _explained(folder, repository):
+    with _explained(repository, rest):
         there = _open_repository(api, repository, is_public)
     listener.stage("Verifying", 1)
     check_files(folder)
@@ -95,7 +140,7 @@ def upload(folder: Path, repository: str, is_public: bool, listener: Listener) -
     present = [file.rfilename for file in there.siblings or ()]
     outdated = tuple(name for name in present if name.endswith(WEIGHTS) and name not in sizes)
     listener.stage("Uploading", sum(sizes.values()))
-    with _explained(folder, repository):
+    with _explained(repository, rest):
         for name, addition in additions.items():
             if name.endswith(WEIGHTS):
                 api.preupload_lfs_files(repository, [addition], free_memory=False)
@@ -123,16 +168,24 @@ def _open_repository(api: HfApi, repository: str, is_public: bool) -> ModelInfo:
     Raises:
         OutputError: it cannot be written with this token, or everybody may see it and that was not asked for.
     """
+    _check_role(api)
+    api.create_repo(repository, private=not is_public, exist_ok=True)
+    there = api.model_info(repository)
+    _check_seen(there, repository, is_public)
+    return there
+
+
+def _check_role(api: HfApi) -> None:
     token: dict[str, Any] = api.whoami().get("auth", {}).get("accessToken") or {}
     if token.get("role") == "read":
         raise OutputError(f"Your token for the hub may only read. {LOG_IN}.")
-    api.create_repo(repository, private=not is_public, exist_ok=True)
-    there = api.model_info(repository)
+
+
+def _check_seen(there: ModelInfo, repository: str, is_public: bool) -> None:
     if not there.private and not is_public:
         raise OutputError(
             f"{repository} is there already, and everybody may see it. Give --public to push to it, or another name."
         )
-    return there
 
 
 def _names(folder: Path) -> list[str]:
@@ -145,8 +198,11 @@ def _names(folder: Path) -> list[str]:
 
 
 @contextmanager
-def _explained(folder: Path, repository: str) -> Iterator[None]:
+def _explained(repository: str, rest: str) -> Iterator[None]:
     """What the hub and the way to it are up to, in words.
+
+    Args:
+        rest: what is said then.
 
     Raises:
         OutputError: see above.
@@ -160,12 +216,9 @@ def _explained(folder: Path, repository: str) -> Iterator[None]:
         said = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         status = said.response.status_code if isinstance(said, HfHubHTTPError) else None
         if status == 401:
-            raise OutputError(f"The hub does not know your token. {LOG_IN}.") from error
+            raise OutputError(f"The hub does not know your token. {LOG_IN}. {rest}") from error
         if status == 403:
             raise OutputError(
-                f"Your token may not write to {repository} ({first_line(said)}). {LOG_IN} there."
+                f"Your token may not write to {repository} ({first_line(said)}). {LOG_IN} there. {rest}"
             ) from error
-        raise OutputError(
-            f"{folder} could not be pushed to {repository}: {first_line(said)}. It lies where it was; `llmprune push "
-            f"{folder} {repository}` goes on, and uploads nothing twice."
-        ) from error
+        raise OutputError(f"Nothing can be pushed to {repository}: {first_line(said)}. {rest}") from error

@@ -28,6 +28,7 @@ RECIPE_KINDS = (ModelReference, Choice, Text, Delivery, VocabularyRequest)
 COMMAND, MODEL = "command", "model"
 # What a recipe does not hold: where results go, how far a run is, and whom the user trusts.
 ELSEWHERE = {"output", "overwrite", "dry_run", "save_plan", "save_config", "report", "trust_remote_code"}
+ELSEWHERE |= {"push_to", "public"}
 
 
 def recipe_of(request: PruneRequest, choice: Choice, text: CalibrationText | None) -> dict[str, Any]:

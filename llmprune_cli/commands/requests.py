@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmprune_cli.choose.importances import IMPORTANCES, LAYER_IMPORTANCES, needs_text, ranks_layers, reads_text
+from llmprune_cli.commands.push import check_push_to
 from llmprune_cli.errors import UsageError
 from llmprune_cli.formats.registry import FORMATS
 from llmprune_cli.formats.request import Conversion, check_conversion, check_counted
 from llmprune_cli.heal import LOSSES, MODES, TEACHER_MODES, TRAINED
-from llmprune_cli.heal.options import Healing, Teaching
+from llmprune_cli.heal.options import Healed, Healing, Teaching
 from llmprune_cli.options import (
     ROTATES,
     Choice,
@@ -79,6 +80,8 @@ class PruneRequest:
         self._check_recover()
         if delivery.gguf is not None and (delivery.output is None or delivery.dry_run):
             raise UsageError("--gguf exports a model that is written; give its --output, and no --dry-run.")
+        if delivery.push_to is not None and (delivery.output is None or delivery.dry_run):
+            raise UsageError("--push-to uploads a model that is written; give its --output, and no --dry-run.")
         folders = (("--statistics", scratch.statistics), ("--offload-dir", scratch.offload_dir))
         for name, value in (*folders, ("--resume", scratch.resume)):
             if value and not self.needs_text:
@@ -187,6 +190,7 @@ def check_prune(request: PruneRequest) -> None:
     Raises:
         LlmpruneError: see there.
     """
+    from llmprune_cli.commands.recover.request import healing_of
     from llmprune_cli.folder.documents import MOST_JSON_BYTES, check_no_file, check_replaceable, is_there
     from llmprune_cli.folder.staging import check_target as check_output
     from llmprune_cli.plan.stored import read_stored
@@ -196,6 +200,8 @@ def check_prune(request: PruneRequest) -> None:
     from llmprune_cli.text.names import check_split, check_texts
 
     delivery = request.delivery
+    if request.recover is not None and delivery.output is not None:
+        healing_of(request, delivery.output, Healed(delivery.output))
     check_model(request.model, request.needs_weights)
     budget = request.choice.budget
     check_target(budget, request.model.name, request.vocabulary.may_go)
@@ -228,6 +234,8 @@ def check_prune(request: PruneRequest) -> None:
     if is_first() and delivery.output is not None:
         model = Path(request.model.name)
         check_output(delivery.output, delivery.overwrite, model if is_there(model) else None)
+    if is_first():
+        check_push_to(delivery.push_to, delivery.public)
     if request.export is not None:
         conversion, folder = request.export
         check_export(request.model, folder, delivery.overwrite, conversion)

@@ -13,7 +13,7 @@ from llmprune_cli.heal.options import Healing
 from llmprune_cli.options import Text
 from llmprune_cli.run.calibration import SeenText, Writer, load_calibration, together
 from llmprune_cli.text.corpus import Corpus
-from llmprune_cli.text.windows import fitting_length, mixed, predicted_bytes, read_tokens, windows_in
+from llmprune_cli.text.windows import are_apart, fitting_length, mixed, predicted_bytes, read_tokens, windows_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,6 +65,7 @@ def prepare_training(
     warn: Callable[[str], None],
     write: Writer | None = None,
     before: tuple[SeenText, PreTrainedTokenizerBase] | None = None,
+    apart: torch.Tensor | None = None,
 ) -> TrainingText:
     """Draw windows from a corpus, and repeat them where it has too few.
 
@@ -77,6 +78,7 @@ def prepare_training(
         processes, device: that share every batch, and where they train.
         write: what makes the teacher write text itself.
         before: what the pruned model was fitted on, and the tokenizer that read it, where that is known.
+        apart: windows [K, T] that others judge by: they are neither trained on nor held out, as far as there is more.
 
     Raises:
         CheckpointError: no such text, less than a batch of it, or a tokenizer of another model.
@@ -86,15 +88,13 @@ def prepare_training(
     corpus = together(healing.text, [own for own, _ in parts])
     length = fitting_length(healing.seq_len, longest, Healing.seq_len, warn)
     windows, is_known = _cut(parts, tokenizer, vocabulary, length, healing.text_split, before)
+    if apart is not None and apart.shape[1] == length:
+        own = _apart_from(windows, apart, corpus, warn)
+        windows, is_known = windows[own], is_known[own]
     wanted = max(1, healing.token_count // length)
     held_out = max(1, min(len(windows), wanted, MOST_HELD_OUT // length * HELD_OUT_SHARE) // HELD_OUT_SHARE)
     present = (len(windows) - held_out) * length
-    batch = healing.batch_tokens or max(length, min(_default_batch(healing), present))
-    if batch > present:
-        raise CheckpointError(
-            f"{corpus.origin} has {present:,} tokens to train on, less than a batch of {batch:,}. Give more text, or "
-            "smaller --batch-tokens or --seq-len."
-        )
+    batch = _batch(healing, length, present, corpus)
     schedule = _schedule(healing.token_count, batch, length, processes, device)
     count = schedule.steps * schedule.accumulated * schedule.together * processes
     generator = torch.Generator().manual_seed(healing.seed)
@@ -145,6 +145,16 @@ def _cut(
     return mixed(kept), mixed(known)
 
 
+def _apart_from(
+    windows: torch.Tensor, judged: torch.Tensor, corpus: Corpus, warn: Callable[[str], None]
+) -> torch.Tensor:
+    """Which windows [N, T] are none of those that others judge by, [N] of bool; all, where they repeat these."""
+    own = are_apart(windows, judged)
+    if bool(own.all()) and bool((judged == windows[0]).all(1).any()):
+        warn(f"{corpus.origin} repeats itself, so that what is judged on is trained on, too. Give more text.")
+    return own
+
+
 def _fitted_before(
     corpus: Corpus,
     split: str,
@@ -176,6 +186,24 @@ def _starts(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
     """The characters at which tokens begin, and the text's end, [L + 1]; special ones begin where the last one did."""
     offsets = tokenizer(text, verbose=False, return_offsets_mapping=True)["offset_mapping"]
     return torch.tensor([*(first for first, _ in offsets), len(text)]).cummax(0).values
+
+
+def _batch(healing: Healing, length: int, present: int, corpus: Corpus) -> int:
+    """Tokens in a step.
+
+    Args:
+        present: tokens that there are to train on.
+
+    Raises:
+        CheckpointError: these are less than a batch.
+    """
+    batch = healing.batch_tokens or max(length, min(_default_batch(healing), present))
+    if batch > present:
+        raise CheckpointError(
+            f"{corpus.origin} has {present:,} tokens to train on, less than a batch of {batch:,}. Give more text, or "
+            "smaller --batch-tokens or --seq-len."
+        )
+    return batch
 
 
 def _default_batch(healing: Healing) -> int:

@@ -28,10 +28,11 @@ INCHES = (8.0, 24.0)  # least and largest width
 INCHES_PER_LAYER = 0.22
 MODEL_CHARACTERS = 80  # of a model's name, from its end
 LOGARITHMIC = 20  # times the least figure, from which on a panel of sizes has another scale
+SPEED = "prefill_tokens_per_second"
 SIZE_PANELS = {  # figures of a `SweepPoint`, with words and colours
     "bits_per_byte": ("bits per byte\n(held-out text)", "removal"),
     "kl": ("KL divergence, nats", "refit"),
-    "prefill_tokens_per_second": ("tokens per second,\nprefill", "stream"),
+    SPEED: ("tokens per second,\nprefill", "stream"),
 }
 PARTS = {  # of layers, in words
     "num_attention_heads": "query heads",
@@ -127,14 +128,19 @@ def draw_sizes(result: SweepResult, path: Path) -> None:
     from matplotlib.figure import Figure
 
     points = (result.dense, *result.points)
-    sizes = [point.parameters / 1e6 for point in points]
+    sizes, is_healed = [point.parameters / 1e6 for point in points], any(point.before_healing for point in points)
     figure = Figure(figsize=(INCHES[0], 2.2 * len(SIZE_PANELS) + 1), layout="constrained")
     panels = figure.subplots(len(SIZE_PANELS), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (name, (label, colour)) in zip(panels, SIZE_PANELS.items(), strict=True):
         heights = [getattr(point, name) for point in points]
-        speeds = name == "prefill_tokens_per_second"
         spread = [height * point.prefill_spread for height, point in zip(heights, points, strict=True)]
-        axes.errorbar(sizes, heights, spread if speeds else None, fmt="o-", capsize=3, color=COLOURS[colour])
+        bars, made = (spread if name == SPEED else None), ("healed" if is_healed else None)
+        axes.errorbar(sizes, heights, bars, fmt="o-", capsize=3, color=COLOURS[colour], label=made)
+        if is_healed and name != SPEED:
+            before = [getattr(point.before_healing or point, name) for point in points]
+            axes.plot(sizes, before, "o--", color=COLOURS[colour], alpha=0.4, label="pruned")
+            axes.legend(frameon=False)
+            heights += before
         axes.set_ylabel(label)
         if max(heights) > LOGARITHMIC * min(heights) > 0:
             axes.set_yscale("log")

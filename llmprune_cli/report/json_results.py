@@ -206,6 +206,7 @@ class RecoverResult:
     layers: tuple[HealedLayer, ...]  # those that were trained one after the other
     seconds: float
     peak_memory_bytes: int
+    push: PushResult | None  # where it was uploaded to
 
 
 @dataclass(frozen=True)
@@ -237,6 +238,7 @@ class PruneResult:
     evaluation: EvalReport | None
     export: ExportResult | None
     finalists: tuple[FinalistResult, ...]  # best first; the first one was gone on with
+    push: PushResult | None  # where it was uploaded to
 
 
 @dataclass(frozen=True)
@@ -255,6 +257,8 @@ class SweepPoint:
     prefill_tokens_per_second: float  # see `CalibrationResult`
     prefill_spread: float  # see `CalibrationResult`
     deviations: tuple[str, ...]
+    healed_tokens: int  # that it was trained on after it was pruned; 0 where nothing was
+    before_healing: HeldOut | None  # what the same text said of it before that
     seconds: float  # that it took
     plan: str | None  # file in the output, for `prune --plan`
     folder: str | None  # of the model in the output; None where it was not kept

@@ -42,6 +42,7 @@ def report_card(
     split: str,
     seed: int,
     was_searched: bool,
+    is_healed: bool = False,
 ) -> CalibrationResult:
     """What a pruned checkpoint does on text that neither fitted it nor, where there is enough, chose it.
 
@@ -49,10 +50,11 @@ def report_card(
         seed: by which the windows were drawn.
         was_searched: whether candidates were held against each other on a part of the held-out windows.
         split: of the dataset that the text is from.
+        is_healed: whether what is around the layers was trained, too.
     """
     dense, text, listener = bench.model, bench.text, bench.listener
     assert text is not None
-    windows = max(text.judged, _not_chosen_by(text, was_searched), key=len)
+    windows = judged_by(text, was_searched)
     whole = load_tokenizer(dense.subject.checkpoint)
     with open_checkpoint(ModelReference(str(folder)), need_weights=True) as checkpoint, torch.inference_mode():
         architecture = dense.architecture
@@ -62,7 +64,7 @@ def report_card(
         cut = LayeredModel(subject, dense.device, dense.compute)
         own = load_tokenizer(checkpoint) if plan.vocabulary is not None else whole
         told = windows if own is whole else _told(windows, whole, own)
-        found = _run_side_by_side(bench, cut, plan, (windows, told))
+        found = _run_side_by_side(bench, cut, plan, (windows, told), is_healed)
     refitted = {row.layer: row for row in repairs if row.layer not in plan.protected}
     layers = []
     for number, stream_error in zip_longest(plan.layers, found.stream_errors):
@@ -91,6 +93,11 @@ def report_card(
         prefill_spread_after=after.spread,
         device=dense.device,
     )
+
+
+def judged_by(text: CalibrationText, was_searched: bool) -> torch.Tensor:
+    """The windows [N, T] that a result is judged on, see `report_card`."""
+    return max(text.judged, _not_chosen_by(text, was_searched), key=len)
 
 
 def _not_chosen_by(text: CalibrationText, was_searched: bool) -> torch.Tensor:
@@ -123,7 +130,11 @@ class _Comparison:
 
 
 def _run_side_by_side(
-    bench: Workbench, pruned: LayeredModel, plan: Plan, windows: tuple[torch.Tensor, torch.Tensor]
+    bench: Workbench,
+    pruned: LayeredModel,
+    plan: Plan,
+    windows: tuple[torch.Tensor, torch.Tensor],
+    is_healed: bool,
 ) -> _Comparison:
     """Run both models in turns, layer by layer, so that whatever else the machine does slows both alike.
 
@@ -142,7 +153,8 @@ def _run_side_by_side(
                 errors.append(relative_distance(after, before if channels is None else before[..., list(channels)]))
         bench.listener.advance(1)
     ends = dense.load_ends(exact=True)
-    other = ends if are_same and channels is None else pruned.load_ends(exact=True)  # else only layers differ
+    only_layers_differ = are_same and channels is None and not is_healed
+    other = ends if only_layers_differ else pruned.load_ends(exact=True)
     sides = Side(ends, *dense_end), Side(other, after, pruned_items)
     for clock, side in zip(clocks, sides, strict=True):
         clock.finish(side.ends, side.states[:1, : tokens_at_a_time(side.ends)], side.items)

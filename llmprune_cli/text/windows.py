@@ -112,7 +112,12 @@ def spread_windows(windows: torch.Tensor, tokens: int) -> torch.Tensor:
 
 def windows_apart(windows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """The windows [N, T] that are none of others, [M, T]; all of them where that would leave none."""
+    return windows[are_apart(windows, others)]
+
+
+def are_apart(windows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Which windows [N, T] are none of others, [M, T]: [N] of bool; all of them where that would leave none."""
     is_other = torch.zeros(len(windows), dtype=torch.bool)
     for other in others:
         is_other |= (windows == other).all(1)
-    return windows if bool(is_other.all()) else windows[~is_other]
+    return ~is_other | is_other.all()

@@ -159,6 +159,8 @@ MISTAKES = {
     "a push to no repository": Mistake(("push", "model", "pruned"), USAGE, ("'pruned'", "ORG/NAME")),
     "a push of what others made": Mistake(("push", "model", "me/pruned"), CHECKPOINT, ("llmprune.json", "hf upload")),
     "a push of nothing": Mistake(("push", "nowhere", "me/pruned"), CHECKPOINT, ("nowhere is no folder",)),
+    "a name on the hub that is none": Mistake(prune(*HALF, "--push-to", "pruned"), USAGE, ("Write ORG/NAME",)),
+    "a push without the hub": Mistake(recover("--push-to", "me/healed"), OUTPUT, ("HF_HUB_OFFLINE is set",)),
     "healing without an output": Mistake(("recover", "model"), USAGE, ("--output DIR",)),
     "more than all": Mistake(prune("--mlp", "150%"), USAGE, ("150% is no pruning ratio", "such as 0.25")),
     "less than nothing": Mistake(prune("--mlp=-25%"), USAGE, ("-25% is no pruning ratio", "such as 0.25")),
@@ -229,6 +231,13 @@ MISTAKES = {
     ),
     "models to keep, and no place": Mistake(sweep("--mlp", "10%", "--keep-models"), USAGE, ("give --output DIR",)),
     "going on with what was not kept": Mistake(sweep("--mlp", "10%", "--resume"), USAGE, ("give --output DIR",)),
+    "a sweep that heals on no number": Mistake(sweep("--mlp", "10%", "--recover", "lots"), USAGE, ("'lots'", "1M")),
+    "a sweep that heals where nothing trains": Mistake(
+        sweep("--mlp", "10%", "--recover", "1k", "--device", "cuda:1"), USAGE, ("CUDA_VISIBLE_DEVICES",)
+    ),
+    "healing where nothing trains": Mistake(
+        prune("--mlp", "10%", "--recover", "1k", "--device", "cuda:1"), USAGE, ("CUDA_VISIBLE_DEVICES",)
+    ),
     "a text for a sweep that is not there": Mistake(
         sweep("--mlp", "10%,20%", "--calibration", "nope.txt"), CHECKPOINT, ("nope.txt does not",)
     ),

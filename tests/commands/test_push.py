@@ -125,7 +125,7 @@ def test_a_hub_that_cannot_be_reached_is_said(pruned: Path, hub: Hub, monkeypatc
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert_refused(run_cli("push", pruned, REPOSITORY), OUTPUT, "could not be pushed", "llmprune push")
+    assert_refused(run_cli("push", pruned, REPOSITORY), OUTPUT, "Nothing can be pushed", "llmprune push")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert_refused(run_cli("push", pruned, REPOSITORY), OUTPUT, "HF_HUB_OFFLINE is set")
 
@@ -139,6 +139,61 @@ def test_python_pushes_what_the_command_line_pushes(pruned: Path, hub: Hub) -> N
     (pruned / "README.md").write_text("another")
     with pytest.raises(OutputError):
         push(pruned, REPOSITORY)
+
+
+HALVED = (*BY_MAGNITUDE, "--pruning-ratio", "0.5", "--push-to", REPOSITORY)
+
+
+def test_what_prune_writes_goes_to_the_hub_in_one_go(tiny_llama: Path, hub: Hub, tmp_path: Path) -> None:
+    run = run_cli("prune", tiny_llama, *HALVED, "--output", tmp_path / "pruned", "--json")
+    assert run.code == 0, run.stderr
+    result, files = json.loads(run.stdout), hub.files[REPOSITORY]
+    assert result["push"]["url"] == f"{hub.address}/{REPOSITORY}" and hub.private[REPOSITORY] and hub.commits == 1
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "pruned").iterdir()}
+    recipe = json.loads(files["llmprune.json"])["recipe"]
+    assert not {"push_to", "public"} & recipe.keys(), "where results go is no part of a recipe"
+    shown = run_cli("prune", tiny_llama, *HALVED, "--output", tmp_path / "pruned", "--overwrite").stdout
+    assert f"{hub.address}/{REPOSITORY}" in shown and "llmprune push" not in shown
+
+
+def test_what_recover_writes_goes_there_too(tiny_llama: Path, text_file: Path, hub: Hub, tmp_path: Path) -> None:
+    options = ("--text", text_file, "--tokens", "1k", "--seq-len", "32", "--push-to", "tests/healed", "--public")
+    assert run_cli("prune", tiny_llama, *HALVED[:-2], "--output", tmp_path / "pruned").code == 0
+    run = run_cli("recover", tmp_path / "pruned", *options, "--output", tmp_path / "healed")
+    assert run.code == 0 and f"{hub.address}/tests/healed" in run.stdout, run.stderr
+    assert hub.private == {"tests/healed": False}
+    healing = json.loads(hub.files["tests/healed"]["llmprune.json"])["healing"]
+    assert healing["tokens"] and "push" not in healing
+
+
+def test_an_upload_that_fails_leaves_what_was_written(tiny_llama: Path, hub: Hub, tmp_path: Path) -> None:
+    hub.refuses = {"/commit/": 403}
+    run = run_cli("prune", tiny_llama, *HALVED, "--output", tmp_path / "pruned")
+    later = f"llmprune push {tmp_path / 'pruned'} {REPOSITORY}"
+    assert_refused(run, OUTPUT, f"may not write to {REPOSITORY}", later)
+    assert run_cli("inspect", tmp_path / "pruned", "--verify").code == 0
+    hub.refuses = {}
+    assert run_cli(*later.split()[1:]).code == 0 and "config.json" in hub.files[REPOSITORY]
+
+
+def test_a_push_that_must_fail_is_refused_before_the_work(
+    tiny_llama: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("prune", tiny_llama, *HALVED, "--output", tmp_path / "pruned")
+    hub.files[REPOSITORY], hub.private[REPOSITORY] = {}, False
+    assert_refused(run_cli(*command), OUTPUT, "everybody may see it", "--public")
+    hub.refuses = {"whoami": 401}
+    assert_refused(run_cli(*command), OUTPUT, "does not know your token", "Nothing was done yet")
+    hub.refuses, hub.role = {}, "read"
+    assert_refused(run_cli(*command), OUTPUT, "may only read")
+    asked = len(hub.asked)
+    assert_refused(run_cli(*command[:-3], "pruned", *command[-2:]), USAGE, "Write ORG/NAME")
+    assert_refused(run_cli(*command[:-4], "--public", *command[-2:]), USAGE, "--push-to ORG/NAME")
+    assert_refused(run_cli(*command[:-2], "--dry-run"), USAGE, "give its --output")
+    log_in(monkeypatch, hub, tmp_path, token=None)
+    assert_refused(run_cli(*command), OUTPUT, "not logged in", "hf auth login")
+    assert len(hub.asked) == asked and not any(line.startswith("POST") for line in hub.asked)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_no_folder_of_ours_or_no_name_is_told_at_once(tiny_llama: Path, pruned: Path, hub: Hub) -> None:

@@ -22,6 +22,7 @@ from support.full import examples, in_full
 from support.hub import hub_that_takes, log_in
 from support.tiny import BYTE_LEVEL_VOCABULARY, save_byte_level, save_tiny
 from tools import schemas, support_matrix
+from tools.demo import recording
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 MODEL = Path("meta-llama", "Llama-3.1-8B")  # what the pages call it; here a folder of that name
@@ -63,7 +64,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     Path("corpus.txt").write_text(sentence * SENTENCES["test"])
     Path("wikitext").mkdir()
     for split, count in SENTENCES.items():
-        Path("wikitext", f"{split}.jsonl").write_text(json.dumps({"text": f"{split}: {sentence * count}"}) + "\n")
+        text = "".join(f"{number} {sentence}" for number in range(count))  # of which no window is there twice
+        Path("wikitext", f"{split}.jsonl").write_text(json.dumps({"text": f"{split}: {text}"}) + "\n")
     monkeypatch.setenv("LLMPRUNE_WIKITEXT2", str(tmp_path / "wikitext"))
     with hub_that_takes() as hub:
         log_in(monkeypatch, hub, tmp_path)
@@ -124,6 +126,24 @@ def test_every_row_of_what_people_want_runs(place: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
         run = run_cli(*words)
         assert run.code == 0, f"{row}\n{run.stderr}"
+
+
+def test_the_row_about_python_runs(place: Path) -> None:
+    (line,) = re.findall(
+        r"^\| [a-z].* \| `(from llmprune_cli .*)` \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    exec(line.replace("MODEL", str(MODEL)), {})
+    assert Path("pruned", "llmprune.json").is_file()
+
+
+def test_the_recorded_session_is_small_and_names_no_machine() -> None:
+    drawn = (ROOT / "docs" / "terminal.svg").read_text(encoding="utf-8")
+    assert "docs/terminal.svg" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(drawn.encode()) < recording.MOST_BYTES
+    said = re.sub(r"<[^>]*>", "", drawn).replace("&#160;", " ")
+    for command in recording.commands("wikitext2", "wikitext2"):
+        assert command in said
+    assert not re.search(r"/(tmp|home|root|work|Users)/", said)
 
 
 def test_every_make_target_that_is_promised_runs_something() -> None:

@@ -65,7 +65,8 @@ class _Handler(BaseHTTPRequestHandler):
         status, said = (refused, {"error": "so it is"}) if refused else _answer(self.hub, path, body)
         content = json.dumps(said).encode()
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(content))}.items():
+        missing = {"X-Error-Code": "RepoNotFound"} if status == 404 else {}
+        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(content)), **missing}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)

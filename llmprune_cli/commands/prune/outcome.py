@@ -144,6 +144,7 @@ def report(
         finalists=(),
         evaluation=evaluated,
         export=None,
+        push=None,
     )
 
 

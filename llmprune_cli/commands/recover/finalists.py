@@ -10,7 +10,7 @@ from typing import Any
 from llmprune_cli.commands.evaluate import evaluate
 from llmprune_cli.commands.prune import prune
 from llmprune_cli.commands.recover.recovery import recover
-from llmprune_cli.commands.recover.request import RecoverRequest
+from llmprune_cli.commands.recover.request import healing_of
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.errors import CheckpointError
 from llmprune_cli.heal.figures import FinalistResult
@@ -67,10 +67,10 @@ def _heal_for_a_while(
     request: PruneRequest, candidate: CandidateResult, pruned: Path, listener: Listener
 ) -> FinalistResult | None:
     """What comes of a candidate by a share of the tokens; None in processes that do not report."""
-    healing = replace(request.healing, tokens=str(max(1, request.healing.token_count // SHARE)))
-    reference = replace(request.model, name=str(pruned), revision=None, dtype=None)
+    tokens = str(max(1, request.healing.token_count // SHARE))
+    request = replace(request, delivery=replace(request.delivery, recover=tokens))
     output = pruned.with_name(f"{pruned.name}-healed")
-    healed = recover(RecoverRequest(reference, healing, delivery=Healed(output)), listener)
+    healed = recover(healing_of(request, pruned, Healed(output)), listener)
     if healed is None:
         return None
     shutil.rmtree(output)

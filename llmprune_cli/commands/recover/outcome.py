@@ -47,7 +47,8 @@ def deliver(task: Task, outcome: Outcome, started: float, folder: Path, checksum
             "--learning-rate, or more text."
         )
     manifest = task.manifest or Manifest(source=task.teacher.source, revision=task.teacher.revision)
-    said = json.loads(json.dumps({**asdict(result), "options": asdict(task.request.healing), "versions": versions()}))
+    figures = {name: value for name, value in asdict(result).items() if name != "push"}  # which comes after it
+    said = json.loads(json.dumps({**figures, "options": asdict(task.request.healing), "versions": versions()}))
     manifest = replace(manifest, healing=said, export=None)
     pruned = manifest if manifest.is_pruned else None
     write_card(folder, task.pruned, pruned, load_format("safetensors"), runtime_fits(task.pruned.config))
@@ -87,4 +88,5 @@ def _report(task: Task, outcome: Outcome, seconds: float) -> RecoverResult:
         layers=outcome.layers,
         seconds=seconds,
         peak_memory_bytes=outcome.peak_memory_bytes,
+        push=None,
     )

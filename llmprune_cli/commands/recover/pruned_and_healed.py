@@ -10,7 +10,7 @@ from llmprune_cli.commands.evaluate import evaluate
 from llmprune_cli.commands.prune import prune
 from llmprune_cli.commands.recover.finalists import prune_to_the_best
 from llmprune_cli.commands.recover.recovery import recover
-from llmprune_cli.commands.recover.request import RecoverRequest
+from llmprune_cli.commands.recover.request import healing_of
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.folder.scratch import scratch_folder
 from llmprune_cli.folder.staging import check_target
@@ -36,13 +36,13 @@ def prune_and_recover(request: PruneRequest, listener: Listener) -> PruneResult 
         pruned = make(replace(request, delivery=replace(request.delivery, output=place, overwrite=False)), listener)
         processes.broadcast(None)  # what the first one wrote, all of them read
         delivery = Healed(output, request.delivery.overwrite, request.delivery.max_shard_size)
-        reference = replace(request.model, name=str(place), revision=None, dtype=None)
         name = f"{request.model.name} (pruned)"
-        healed = recover(RecoverRequest(reference, request.healing, delivery=delivery), listener, name)
+        healed = recover(healing_of(request, place, delivery), listener, name)
         last = None
         if request.evaluation is not None:
             processes.broadcast(None)
-            last = evaluate(replace(reference, name=str(output)), (), request.evaluation, listener)
+            reference = replace(request.model, name=str(output), revision=None, dtype=None)
+            last = evaluate(reference, (), request.evaluation, listener)
     if pruned is None or healed is None:
         return None
     evaluation = pruned.evaluation

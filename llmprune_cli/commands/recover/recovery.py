@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
+from llmprune_cli.commands.push import ask_hub, upload
 from llmprune_cli.commands.recover.blocks import heal_by_blocks
 from llmprune_cli.commands.recover.end_to_end import heal
 from llmprune_cli.commands.recover.request import RecoverRequest, teacher_reference
@@ -21,14 +23,20 @@ from llmprune_cli.report.json_results import RecoverResult
 from llmprune_cli.report.model_card import tell_pruning
 from llmprune_cli.source.opening import open_checkpoint, source_folder
 
+if TYPE_CHECKING:
+    import torch
 
-def recover(request: RecoverRequest, listener: Listener, name: str | None = None) -> RecoverResult | None:
+
+def recover(
+    request: RecoverRequest, listener: Listener, name: str | None = None, apart: torch.Tensor | None = None
+) -> RecoverResult | None:
     """Train a pruned model on what its teacher predicts, and write it; of several processes the first one reports.
 
     Whatever can be refused is refused before anything is trained.
 
     Args:
         name: what the pruned model is called, where that is not its folder.
+        apart: see `prepare_training`.
 
     Raises:
         LlmpruneError: see there.
@@ -40,6 +48,7 @@ def recover(request: RecoverRequest, listener: Listener, name: str | None = None
         check_target(request.output, delivery.overwrite)
         if delivery.report is not None:
             check_chart_target(delivery.report, request.output)
+        ask_hub(delivery.push_to, delivery.public, listener)
     with ExitStack() as stack:
         pruned = stack.enter_context(open_checkpoint(request.model, need_weights=True))
         pruned = replace(pruned, source=name or pruned.source)
@@ -55,7 +64,7 @@ def recover(request: RecoverRequest, listener: Listener, name: str | None = None
             check_target(request.output, delivery.overwrite, source_folder(reference, teacher))
             forbidden = source_folder(request.model, pruned)
             claim = stack.enter_context(claimed(request.output, delivery.overwrite, forbidden))
-        task = prepare(request, pruned, manifest, teacher, processes, listener)
+        task = prepare(request, pruned, manifest, teacher, processes, listener, apart)
         if request.healing.mode == "blocks":
             assert claim is not None
             result: RecoverResult | None = heal_by_blocks(task, claim, started, stack)
@@ -63,4 +72,6 @@ def recover(request: RecoverRequest, listener: Listener, name: str | None = None
             result = heal(task, claim, started, stack)
     if result is not None and delivery.report is not None:
         draw_curve(result, delivery.report)
+    if result is not None and delivery.push_to is not None:
+        result = replace(result, push=upload(request.output, delivery.push_to, delivery.public, listener))
     return result

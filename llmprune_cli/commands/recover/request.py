@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmprune_cli.commands.push import check_push_to
 from llmprune_cli.errors import CheckpointError, UsageError
 from llmprune_cli.heal.options import Healed, Healing, Teaching, check_packages
 from llmprune_cli.options import ModelReference
 from llmprune_cli.processes import is_first
 
 if TYPE_CHECKING:
+    from llmprune_cli.commands.requests import PruneRequest
     from llmprune_cli.folder.manifest import Manifest
 
 
@@ -48,6 +50,19 @@ class RecoverRequest:
         """The folder to write."""
         assert self.delivery.output is not None
         return self.delivery.output
+
+
+def healing_of(pruning: PruneRequest, pruned: Path, delivery: Healed) -> RecoverRequest:
+    """What heals the model of a `prune --recover`.
+
+    Args:
+        pruned: folder that it was pruned into.
+
+    Raises:
+        UsageError: nothing can be trained where it is pruned.
+    """
+    reference = replace(pruning.model, name=str(pruned), revision=None, dtype=None)
+    return RecoverRequest(reference, pruning.healing, delivery=delivery)
 
 
 def teacher_reference(given: str | None, pruned: ModelReference, manifest: Manifest | None) -> ModelReference:
@@ -103,6 +118,7 @@ def check_recover(request: RecoverRequest) -> None:
     if is_first():
         source = Path(request.model.name)
         check_output(request.output, request.delivery.overwrite, source if is_there(source) else None)
+        check_push_to(request.delivery.push_to, request.delivery.public)
     teacher = _known_teacher(request)
     if teacher is not None:
         with teacher_explained(request, teacher):

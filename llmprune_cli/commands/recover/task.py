@@ -117,8 +117,13 @@ def prepare(
     teacher: Checkpoint,
     processes: Processes,
     listener: Listener,
+    apart: torch.Tensor | None = None,
 ) -> Task:
-    """The text, and where and how everything is computed."""
+    """The text, and where and how everything is computed.
+
+    Args:
+        apart: see `prepare_training`.
+    """
     layers = _layers_compared(request.healing, pruned, manifest, teacher)
     tokenizer, reader = load_tokenizer(pruned), load_tokenizer(teacher)
     if processes.is_first:
@@ -141,6 +146,7 @@ def prepare(
         warn,
         write,
         None if seen is None else (seen, tokenizer if tokens is None else reader),
+        apart,
     )
     compute = _compute(request, pruned, device)
     return Task(request, pruned, manifest, teacher, tokens, layers, text, device, compute, processes, listener)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmprune_cli.choose.selection import first_target
-from llmprune_cli.commands.prune import choose_and_write
-from llmprune_cli.commands.prune.decision import Decided, decide, layered, limit_of, settle
+from llmprune_cli.commands.prune.decision import decide, layered, limit_of, settle
 from llmprune_cli.commands.requests import PruneRequest
+from llmprune_cli.commands.sweep.point import KEPT, POINTS, Point, Row, make_point
 from llmprune_cli.commands.sweep.request import Sweep
 from llmprune_cli.coupling.subject import Subject, understand
 from llmprune_cli.errors import CheckpointError
@@ -29,28 +27,12 @@ from llmprune_cli.plan.requested_widths import Target
 from llmprune_cli.processes import join
 from llmprune_cli.progress import Listener
 from llmprune_cli.report.chart import check_chart_target, draw_sizes
-from llmprune_cli.report.json_results import SCHEMA_VERSION, SweepPoint, SweepResult, to_json
+from llmprune_cli.report.json_results import SCHEMA_VERSION, SweepResult, to_json
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.opening import open_checkpoint, part_to_write, source_folder
 
 if TYPE_CHECKING:
-    from llmprune_cli.commands.prune.outcome import Outcome
     from llmprune_cli.options import Choice
-    from llmprune_cli.report.json_results import CalibrationResult, ModelSummary
-
-KEPT, POINTS = "kept", "points"  # in the folder of a run: what goes into the output, and the work on each point
-UNPRUNED = "unpruned"
-
-Row = tuple[SweepPoint, SweepPoint, int]  # the dense model, the pruned one, and the held-out tokens
-
-
-@dataclass(frozen=True)
-class Point:
-    """A size that is tried."""
-
-    name: str
-    request: PruneRequest
-    decided: Decided
 
 
 def sweep(model: ModelReference, asked: Sweep, listener: Listener) -> SweepResult | None:
@@ -81,6 +63,10 @@ def sweep(model: ModelReference, asked: Sweep, listener: Listener) -> SweepResul
             shows_answers=delivery.keep_models,  # in whose cards alone there is room for them
         )
         common = replace(asked.choice.settled, compute_dtype=choice.compute_dtype)
+        if delivery.recover is not None:
+            from llmprune_cli.commands.sweep.healing import check_text
+
+            check_text(points[0].request, bench)
         journal = _journal(asked, common, claim, bench, stack)
         rows = _prune_all(asked, points, common, replace(bench, journal=journal))
         if not processes.is_first:
@@ -133,6 +119,8 @@ def _journal(asked: Sweep, common: Choice, claim: Claim | None, bench: Workbench
         folder = stack.enter_context(scratch_folder())
     else:
         key = run_key(bench.model.subject, common, None, (text.fitted, text.held_out), bench.model.device)
+        if asked.delivery.recover is not None:
+            key["tokens to heal on"] = asked.delivery.recover
         folder = stack.enter_context(kept_folder(claim, key, asked.scratch.resume, may_go_on=True))
     return Journal(processes, folder, asked.scratch.statistics or folder / STATISTICS)
 
@@ -149,8 +137,9 @@ def _prune_all(asked: Sweep, points: list[Point], common: Choice, bench: Workben
         if journal.folder is not None and not _is_kept(journal.folder, point.name, asked.delivery.keep_models):
             (journal.folder / f"{record}.json").unlink(missing_ok=True)
         choice = point.request.choice
-        settled = replace(common, target=choice.target, widths=choice.widths)
-        make = partial(_prune, asked, point, settled, replace(bench, listener=listener), bound)
+        request = replace(point.request, choice=replace(common, target=choice.target, widths=choice.widths))
+        point = replace(point, request=request)
+        make = partial(make_point, asked, point, replace(bench, listener=listener), bound)
         row = journal.recall(record, Json(Row), make)
         assert row is not None
         rows.append(row)
@@ -162,70 +151,6 @@ def _prune_all(asked: Sweep, points: list[Point], common: Choice, bench: Workben
 def _is_kept(folder: Path, name: str, with_model: bool) -> bool:
     """Whether what a finished point leaves is still there."""
     return (folder / KEPT / f"{name}.json").exists() and (not with_model or (folder / KEPT / name).is_dir())
-
-
-def _prune(asked: Sweep, point: Point, choice: Choice, bench: Workbench, bound: Target | None) -> Row | None:
-    """One point; None in processes that do not report."""
-    started, journal, keeps = time.perf_counter(), bench.journal, asked.delivery.keep_models
-    if journal.folder is None:
-        choose_and_write(point.request, choice, None, point.decided, bench, bound=bound)
-        return None
-    own, kept = journal.folder / POINTS / point.name, journal.folder / KEPT
-    own.mkdir(exist_ok=True)
-    bench = replace(bench, journal=replace(journal, folder=own))
-    written = own / "model"
-    outcome = choose_and_write(point.request, choice, partial(_emptied, written), point.decided, bench, bound=bound)
-    assert outcome is not None and outcome.plan is not None and outcome.card is not None
-    outcome.plan.save(kept / f"{point.name}.json")
-    if keeps:
-        shutil.rmtree(kept / point.name, ignore_errors=True)
-        written.rename(kept / point.name)
-    shutil.rmtree(own, ignore_errors=True)
-    return _row(point, outcome, time.perf_counter() - started, asked)
-
-
-@contextmanager
-def _emptied(folder: Path) -> Iterator[Path]:
-    """A folder without what a run left that died."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    yield folder
-
-
-def _row(point: Point, outcome: Outcome, seconds: float, asked: Sweep) -> Row:
-    card, plan = outcome.card, outcome.plan
-    assert card is not None and card.kl is not None and plan is not None
-    dense = _side(UNPRUNED, outcome.before, tuple(range(plan.before.num_hidden_layers)), card, "before")
-    pruned = replace(
-        _side(point.name, outcome.after, plan.layers, card, "after"),
-        kl=card.kl,
-        deviations=plan.deviations,
-        seconds=seconds,
-        plan=f"{point.name}.json" if asked.delivery.output else None,
-        folder=point.name if asked.delivery.keep_models else None,
-    )
-    return dense, pruned, card.held_out_tokens
-
-
-def _side(name: str, size: ModelSummary, layers: tuple[int, ...], card: CalibrationResult, side: str) -> SweepPoint:
-    """What a card says of the model `before` or `after`."""
-    return SweepPoint(
-        name=name,
-        widths=size.widths,
-        layers=layers,
-        parameters=size.parameters,
-        size_bytes=size.size_bytes,
-        kv_cache_bytes_per_token=size.kv_cache_bytes_per_token,
-        perplexity=getattr(card, f"perplexity_{side}"),
-        bits_per_byte=getattr(card, f"bits_per_byte_{side}"),
-        kl=0.0,
-        prefill_tokens_per_second=getattr(card, f"prefill_tokens_per_second_{side}"),
-        prefill_spread=getattr(card, f"prefill_spread_{side}"),
-        deviations=(),
-        seconds=0.0,
-        plan=None,
-        folder=None,
-    )
 
 
 def _report(asked: Sweep, bench: Workbench, common: Choice, rows: list[Row], seconds: float) -> SweepResult:

@@ -13,8 +13,10 @@ from llmprune_cli.choose.importances import needs_text
 from llmprune_cli.commands.named_options import options_of
 from llmprune_cli.commands.requests import PruneRequest, check_prune
 from llmprune_cli.errors import UsageError
+from llmprune_cli.heal.options import count_tokens
 from llmprune_cli.options import (
     GOES,
+    METHOD,
     OUTPUT,
     SIZE,
     Choice,
@@ -157,7 +159,11 @@ class Kept:
         Path | None, Option("Folder to write: a plan for each point, and the figures.", OUTPUT, short="-o")
     ] = None
     overwrite: Annotated[bool, Option("Replace the sweep that --output names.", OUTPUT)] = False
-    keep_models: Annotated[bool, Option("Keep the pruned models there, too.", OUTPUT)] = False
+    keep_models: Annotated[bool, Option("Keep the models there, too.", OUTPUT)] = False
+    recover: Annotated[
+        str | None,
+        Option("Tokens to heal each size on, such as 1M, before it is judged.", METHOD, check=count_tokens),
+    ] = None
     report: Annotated[
         Path | None, Option("Draw size against quality and speed into a .png or .svg file.", OUTPUT, check=check_chart)
     ] = None
@@ -188,8 +194,11 @@ class Sweep:
         Args:
             place: folder for what is written.
         """
+        scratch = replace(self.scratch, resume=False)  # the sweep as a whole goes on
         return {
-            name: PruneRequest(model, choice, self.text, Delivery(output=place / name), self.scratch)
+            name: PruneRequest(
+                model, choice, self.text, Delivery(output=place / name, recover=self.delivery.recover), scratch
+            )
             for name, choice in self.points.choices(self.choice).items()
         }
 
