@@ -17,6 +17,7 @@ FULL_WIDTH_IN_MLX = (
     *("apertus", "cohere", "gpt_neox", "granite", "granitemoe", "granitemoehybrid", "internlm3", "jamba", "lfm2"),
     *("lfm2_moe", "minicpm", "mixtral", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "stablelm", "starcoder2"),
 )
+FOUR_TIMES_IN_MLX = ("gpt2", "gpt_neox")  # families whose MLPs it builds as four times the hidden size
 WITHOUT_WINDOWS_IN_MLX = ("mistral", "mixtral", "phi3", "gemma2")  # families whose windows it does not have
 FULL_WIDTH_IN_VLLM = ("qwen2", "qwen2_moe", "granitemoe", "lfm2", "internlm2", "minicpm", "jamba")
 CAPPED_IN_OPENVINO = (  # families that optimum-intel exports with transformers before 5.5 alone
@@ -75,6 +76,8 @@ def _fit_vllm(config: PretrainedConfig) -> Fit:
         return Fit(False, f"fails: {_narrow(config)}; {MODELS_OF_TRANSFORMERS}")
     if config.model_type == "falcon" and settings.get("ffn_hidden_size") not in (None, 4 * hidden):
         return Fit(False, f"fails: {settings['ffn_hidden_size']} neurons are not 4 × {hidden}")
+    if config.model_type == "gpt_neox":
+        return Fit(False, "gives other numbers for this family, pruned or not")
     if experts and hidden % EXPERT_STEP:
         return Fit(False, f"has no kernel for experts with a hidden size of {hidden}, no multiple of {EXPERT_STEP}")
     if config.model_type == "gpt_oss" and neurons % EXPERT_STEP:
@@ -107,8 +110,8 @@ def _fit_ctranslate2(config: PretrainedConfig) -> Fit:
         return Fit(False, "gives other tokens for this family, pruned or not")
     if config.model_type == "gemma3_text":
         return Fit(False, "fails for this family when a text is longer than its window, pruned or not")
-    if config.model_type == "phi3":
-        return Fit(False, "its converter fails on the configuration as transformers 5 writes it, pruned or not")
+    if config.model_type in ("gpt_neox", "phi", "phi3"):
+        return Fit(False, "its converter fails on the configuration as transformers 5 has it, pruned or not")
     rope = getattr(config, "rope_parameters", None) or {}
     if config.model_type == "llama" and rope.get("rope_type") == "llama3":
         return Fit(False, "converts it and gives other numbers without a word: Llama 3.1's RoPE scaling, pruned or not")
@@ -124,6 +127,8 @@ def _fit_openvino(config: PretrainedConfig) -> Fit:
     """What OpenVINO 2026.4 does not get, as seen of Gemma 2 and read in its exporter's source."""
     if config.model_type in CAPPED_IN_OPENVINO:
         return Fit(False, "optimum-intel 2.2 takes this family with older versions of transformers alone")
+    if config.model_type == "phi":
+        return Fit(False, "optimum-intel 2.2 cannot trace this family, pruned or not")
     return Fit(loads=True)
 
 
@@ -146,8 +151,13 @@ def _fit_mlx(config: PretrainedConfig) -> Fit:
     """What mlx-lm 0.32 refuses or gets wrong, as seen or, for half of the families, as read in its source."""
     from llmprune_cli.family.written import NTH_ALONE, nth_layers
 
+    neurons = read_widths(config).intermediate_size
+    if config.model_type in FOUR_TIMES_IN_MLX and neurons != 4 * config.hidden_size:
+        return Fit(False, f"refuses the weights: {neurons} neurons are not 4 × {config.hidden_size}")
     if config.model_type in FULL_WIDTH_IN_MLX and _narrow(config):
         return Fit(False, f"refuses the weights: {_narrow(config)}")
+    if config.model_type == "gpt_oss":
+        return Fit(False, "refuses this family's weights as transformers 5 stores them, pruned or not")
     field, settings = NTH_ALONE.get(config.model_type, ""), config.to_dict()
     window = settings.get("sliding_window")
     if config.model_type in WITHOUT_WINDOWS_IN_MLX and window and window < config.max_position_embeddings:

@@ -41,7 +41,10 @@ RUNTIMES = {
     "executorch": "ExecuTorch",
 }
 UNKNOWN = "has no such family"
-NO_SUCH_FAMILY = ("No conversion is registered", "Unrecognized configuration class")
+NO_SUCH_FAMILY = (
+    *("No conversion is registered", "Unrecognized configuration class"),
+    *("to be supported natively", "not supported."),
+)
 TOLERANCE = 2e-3  # of a log-probability
 SECONDS = 600
 WIDE = {
@@ -62,12 +65,15 @@ LATENT = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
     "n_shared_experts": 2,
+    "topk_method": "noaux_tc",  # as published, where it says that the router has a bias
     "q_lora_rank": 32,
     "kv_lora_rank": 32,
     "qk_rope_head_dim": 32,
     "qk_nope_head_dim": 32,
     "v_head_dim": 32,
 }
+ALL_ROWS = {"vocab_size": 96}  # as many as the tokenizer has tokens, which CTranslate2 wants of some families
+NEW_FALCON = {"hidden_size": 256, "num_attention_heads": 8, "new_decoder_architecture": True, "num_kv_heads": 2}
 SIZES = {"num_hidden_layers": 3, "vocab_size": 128}  # more rows than the tokenizer has tokens
 WHOLE: tuple[str, ...] = ()  # as `export` writes it
 HEADS, NEURONS, FEWER = ("--num-attention-heads", "4"), ("--intermediate-size", "101"), ("--experts", "6")
@@ -105,10 +111,14 @@ MODELS: list[tuple[str, dict[str, Any], Shapes]] = [
     ("cohere", {**WIDE, "pad_token_id": 0}, {"101 neurons": NEURONS}),
     ("stablelm", WIDE, {"101 neurons": NEURONS}),
     ("phi", WIDE, {"101 neurons": NEURONS}),
-    ("gpt2", {**WIDE, "n_inner": 192}, {"101 neurons": NEURONS, "hidden 128, 4 of 8 heads": HEADS}),
+    ("gpt2", {**WIDE, **ALL_ROWS, "n_inner": 192}, {"101 neurons": NEURONS, "hidden 128, 4 of 8 heads": HEADS}),
     ("gpt_neox", WIDE, {"101 neurons": NEURONS}),
-    ("opt", {**WIDE, "ffn_dim": 192, "word_embed_proj_dim": 256}, {"101 neurons": NEURONS}),
-    ("falcon", {**WIDE, "new_decoder_architecture": True, "num_kv_heads": 2}, {"101 neurons": NEURONS}),
+    ("opt", {**WIDE, **ALL_ROWS, "ffn_dim": 192, "word_embed_proj_dim": 256}, {"101 neurons": NEURONS}),
+    (
+        "falcon",
+        {"hidden_size": 256, "num_attention_heads": 8, "new_decoder_architecture": True, "num_kv_heads": 2},
+        {"101 neurons": NEURONS},
+    ),
     ("lfm2", {**WIDE, "layer_types": ["conv", "full_attention", "conv"]}, {"101 neurons": NEURONS}),
 ]
 
