@@ -67,8 +67,8 @@ LATENT = {
     "n_shared_experts": 2,
     "topk_method": "noaux_tc",  # as published, where it says that the router has a bias
     "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "qk_rope_head_dim": 32,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,  # with it the 576 numbers that attention in vLLM wants
     "qk_nope_head_dim": 32,
     "v_head_dim": 32,
 }
