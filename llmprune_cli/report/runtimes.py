@@ -78,6 +78,8 @@ def _fit_vllm(config: PretrainedConfig) -> Fit:
         return Fit(False, f"fails: {settings['ffn_hidden_size']} neurons are not 4 × {hidden}")
     if config.model_type == "gpt_neox":
         return Fit(False, "gives other numbers for this family, pruned or not")
+    if config.model_type == "deepseek_v3" and _rope_type(config) == "default":
+        return Fit(False, "run eagerly on a CPU, it gives other numbers without YaRN, pruned or not")
     if experts and hidden % EXPERT_STEP:
         return Fit(False, f"has no kernel for experts with a hidden size of {hidden}, no multiple of {EXPERT_STEP}")
     if config.model_type == "gpt_oss" and neurons % EXPERT_STEP:
@@ -85,6 +87,10 @@ def _fit_vllm(config: PretrainedConfig) -> Fit:
     if settings.get("head_dim") in NO_HEADS_IN_VLLM:
         return Fit(False, f"has no attention for a head dim of {settings['head_dim']} on a CPU")
     return _routed(config.model_type, experts)
+
+
+def _rope_type(config: PretrainedConfig) -> str:
+    return str((getattr(config, "rope_parameters", None) or {}).get("rope_type", "default"))
 
 
 def _routed(family: str, experts: int) -> Fit:
@@ -112,8 +118,7 @@ def _fit_ctranslate2(config: PretrainedConfig) -> Fit:
         return Fit(False, "fails for this family when a text is longer than its window, pruned or not")
     if config.model_type in ("gpt_neox", "phi", "phi3"):
         return Fit(False, "its converter fails on the configuration as transformers 5 has it, pruned or not")
-    rope = getattr(config, "rope_parameters", None) or {}
-    if config.model_type == "llama" and rope.get("rope_type") == "llama3":
+    if config.model_type == "llama" and _rope_type(config) == "llama3":
         return Fit(False, "converts it and gives other numbers without a word: Llama 3.1's RoPE scaling, pruned or not")
     narrow = _narrow(config)
     if not narrow or config.model_type not in FULL_WIDTH_IN_CTRANSLATE2:

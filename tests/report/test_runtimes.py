@@ -78,6 +78,7 @@ STUMBLES = [
     ("phi", {}, "CTranslate2", "converter fails"),
     ("gpt_neox", {}, "CTranslate2", "converter fails"),
     ("gpt_neox", {}, "vLLM", "other numbers"),
+    ("deepseek_v3", {}, "vLLM", "without YaRN"),
     ("gpt_neox", {"intermediate_size": 101}, "mlx-lm", "101 neurons are not 4"),
     ("gpt2", {"intermediate_size": 101}, "mlx-lm", "101 neurons are not 4"),
     ("gpt_oss", {}, "mlx-lm", "stores them"),

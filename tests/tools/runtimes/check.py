@@ -69,11 +69,18 @@ LATENT = {
     "q_lora_rank": 32,
     "kv_lora_rank": 512,
     "qk_rope_head_dim": 64,  # with it the 576 numbers that attention in vLLM wants
+    "head_dim": 64,
     "qk_nope_head_dim": 32,
     "v_head_dim": 32,
 }
 ALL_ROWS = {"vocab_size": 96}  # as many as the tokenizer has tokens, which CTranslate2 wants of some families
-NEW_FALCON = {"hidden_size": 256, "num_attention_heads": 8, "new_decoder_architecture": True, "num_kv_heads": 2}
+NEW_FALCON = {
+    "ffn_hidden_size": 192,
+    "hidden_size": 256,
+    "num_attention_heads": 8,
+    "new_decoder_architecture": True,
+    "num_kv_heads": 2,
+}
 SIZES = {"num_hidden_layers": 3, "vocab_size": 128}  # more rows than the tokenizer has tokens
 WHOLE: tuple[str, ...] = ()  # as `export` writes it
 HEADS, NEURONS, FEWER = ("--num-attention-heads", "4"), ("--intermediate-size", "101"), ("--experts", "6")
