@@ -105,7 +105,11 @@ MODELS: list[tuple[str, dict[str, Any], Shapes]] = [
     ("mixtral", {**WIDE, "num_local_experts": 8, "num_experts_per_tok": 2}, {"6 of 8 experts": FEWER}),
     ("mixtral", {**WIDE, "num_local_experts": 8}, {"hidden 144": ("--hidden-size", "144")}),
     ("qwen3_moe", {**WIDE, **EXPERTS, "num_experts": 8}, {"6 of 8 experts": FEWER, "4 of 8 heads": HEADS}),
-    ("qwen2_moe", {**WIDE, **EXPERTS, "num_experts": 8, "shared_expert_intermediate_size": 192}, {"6 of 8": FEWER}),
+    (
+        "qwen2_moe",
+        {**WIDE, **EXPERTS, "num_experts": 8, "shared_expert_intermediate_size": 192},
+        {"6 of 8 experts": FEWER},
+    ),
     ("olmoe", {**WIDE, "num_experts": 8, "num_experts_per_tok": 2}, {"6 of 8 experts": FEWER}),
     ("granitemoe", {**WIDE, "num_local_experts": 8, "num_experts_per_tok": 2}, {"6 of 8 experts": FEWER}),
     ("gpt_oss", {**WIDE, **WINDOWED, "num_local_experts": 8, "num_experts_per_tok": 2}, {"6 of 8 experts": FEWER}),
