@@ -76,6 +76,7 @@ LATENT = {
 ALL_ROWS = {"vocab_size": 96}  # as many as the tokenizer has tokens, which CTranslate2 wants of some families
 NEW_FALCON = {
     "ffn_hidden_size": 192,
+    "intermediate_size": 192,
     "hidden_size": 256,
     "num_attention_heads": 8,
     "new_decoder_architecture": True,
@@ -125,11 +126,7 @@ MODELS: list[tuple[str, dict[str, Any], Shapes]] = [
     ("gpt2", {**WIDE, **ALL_ROWS, "n_inner": 192}, {"101 neurons": NEURONS, "hidden 128, 4 of 8 heads": HEADS}),
     ("gpt_neox", WIDE, {"101 neurons": NEURONS}),
     ("opt", {**WIDE, **ALL_ROWS, "ffn_dim": 192, "word_embed_proj_dim": 256}, {"101 neurons": NEURONS}),
-    (
-        "falcon",
-        {"hidden_size": 256, "num_attention_heads": 8, "new_decoder_architecture": True, "num_kv_heads": 2},
-        {"101 neurons": NEURONS},
-    ),
+    ("falcon", NEW_FALCON, {"101 neurons": NEURONS}),
     ("lfm2", {**WIDE, "layer_types": ["conv", "full_attention", "conv"]}, {"101 neurons": NEURONS}),
 ]
 
