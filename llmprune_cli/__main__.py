@@ -6,7 +6,7 @@ import gc
 import sys
 
 from llmprune_cli.errors import LlmpruneError, memory_explained
-from llmprune_cli.interruption import end_tidily, exit_interrupted
+from llmprune_cli.interruption import end_tidily, exit_interrupted, was_interrupted
 
 COLLECT_AFTER = 20_000  # new objects: importing makes very many that stay, and looking through them took a fifth of it
 
@@ -26,11 +26,15 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             with ended_together(), memory_explained():
                 run(arguments)
-        except LlmpruneError as error:
-            print(f"Error: {error}", file=sys.stderr)
-            sys.exit(error.exit_code)
         except KeyboardInterrupt:
             exit_interrupted()
+        except Exception as error:
+            if was_interrupted():
+                exit_interrupted()
+            if not isinstance(error, LlmpruneError):
+                raise
+            print(f"Error: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

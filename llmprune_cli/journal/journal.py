@@ -58,12 +58,7 @@ class Journal:
             CheckpointError: the record is damaged.
             OutputError: it cannot be written.
         """
-        try:
-            return self._recall(self.folder, name, form, make)
-        except ValueError as error:
-            raise CheckpointError(
-                f"The record {name} in {self.folder} is damaged ({error}). Leave out --resume to start over."
-            ) from error
+        return self._recall(self.folder, name, form, make)
 
     @property
     def remembers_measurements(self) -> bool:
@@ -92,7 +87,9 @@ class Journal:
                 known = form.read(path)
             except ValueError as error:
                 if is_needed:
-                    raise
+                    raise CheckpointError(
+                        f"The record {name} in {folder} is damaged ({error}). Leave out --resume to start over."
+                    ) from error
                 LOGGER.warning(f"{path} is damaged ({error}); measuring anew.")
         known = self.processes.broadcast(known)
         if known is None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from llmprune_cli.cli import app
+from llmprune_cli.interruption import INTERRUPTED
 from support.cli import run_cli
 from support.refusals import CHECKPOINT, OUTPUT, PLAN, UNSUPPORTED, USAGE, assert_refused
 
@@ -433,3 +437,18 @@ def test_a_package_that_is_missing_is_told_before_anything_is_read(
     Path("model").unlink()  # so that reading it would be told first
     monkeypatch.setattr(f"llmprune_cli.{module}.find_spec", lambda name: None)
     assert_refused(run_cli(*words), UNSUPPORTED, said)
+
+
+def test_an_interruption_that_becomes_an_error_is_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where torch asks a storage for its length, and takes what that raises for an answer."""
+
+    def lose_it(_: object) -> None:
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise ValueError("could not determine the shape")
+
+    monkeypatch.setattr(app, "run", lose_it)
+    run = run_cli("inspect", "anything")
+    assert run.code == INTERRUPTED and "shape" not in run.stderr
+    monkeypatch.undo()
+    assert run_cli("inspect", "./nowhere").code == CHECKPOINT  # the next run was not interrupted

@@ -55,3 +55,11 @@ def test_a_damaged_measurement_is_made_anew(tmp_path: Path, caplog: pytest.LogCa
     assert journal.recall_measured(key, Json(int), lambda: 6) == 6 and "is damaged" in caplog.text
     assert journal.recall_measured({**key, "text": "abd"}, Json(int), lambda: 7) == 7
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_fails_while_it_is_made_is_no_damaged_record(tmp_path: Path) -> None:
+    def fail() -> int:
+        raise ValueError("not of the record")
+
+    with pytest.raises(ValueError, match="not of the record"):
+        Journal(folder=tmp_path).recall("rows", Json(int), fail)
