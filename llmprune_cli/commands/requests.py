@@ -124,6 +124,7 @@ class PruneRequest:
             tokens=self.recover or "0",
             text=text.calibration,
             text_split=text.calibration_split,
+            text_column=text.text_column,
             seq_len=text.calibration_seq_len,
             seed=self.choice.seed,
         )

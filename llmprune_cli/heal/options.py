@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
 from llmprune_cli.errors import MissingPackageError, UsageError
-from llmprune_cli.options import MACHINE, METHOD, OUTPUT, Option
+from llmprune_cli.options import MACHINE, METHOD, OUTPUT, TEXT_COLUMN, Option
 from llmprune_cli.sizes import check_chart, check_seed, parse_count, parse_size
 
 ABOUT_ALL_LAYERS = ("loss", "temperature", "hidden_weight", "lora", "gradient_checkpointing")  # not for single ones
@@ -95,6 +95,7 @@ class Healing:
         ),
     ] = None
     text_split: Annotated[str, Option("Split of that dataset.", METHOD)] = "validation"
+    text_column: Annotated[str | None, replace(TEXT_COLUMN, panel=METHOD)] = None
     seq_len: Annotated[int, Option("Tokens in a window.", METHOD, least=2)] = 512
     mode: Annotated[
         str, Option("The whole model at a time, or one layer after the other, in the memory of one layer.", METHOD)

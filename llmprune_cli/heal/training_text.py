@@ -83,7 +83,7 @@ def prepare_training(
     Raises:
         CheckpointError: no such text, less than a batch of it, or a tokenizer of another model.
     """
-    options = Text(calibration=healing.text, calibration_split=healing.text_split)
+    options = Text(healing.text, healing.text_split, healing.text_column)
     parts = load_calibration(options, tokenizer, warn, write, min(healing.token_count, MOST_WRITTEN))
     corpus = together(healing.text, [own for own, _ in parts])
     length = fitting_length(healing.seq_len, longest, Healing.seq_len, warn)

@@ -77,7 +77,7 @@ def _fit_vllm(config: PretrainedConfig) -> Fit:
     if config.model_type == "falcon" and settings.get("ffn_hidden_size") not in (None, 4 * hidden):
         return Fit(False, f"fails: {settings['ffn_hidden_size']} neurons are not 4 × {hidden}")
     if config.model_type == "gpt_neox":
-        return Fit(False, "gives other numbers for this family, pruned or not")
+        return Fit(False, "gives other numbers for this family on a CPU, pruned or not")
     if config.model_type == "deepseek_v3" and _rope_type(config) == "default":
         return Fit(False, "run eagerly on a CPU, it gives other numbers without YaRN, pruned or not")
     if experts and hidden % EXPERT_STEP:

@@ -40,6 +40,7 @@ COUNTED = {
     "num_experts": ("num_local_experts", "num_experts", "n_routed_experts"),
     "num_hidden_layers": LAYERS,
 }
+BESIDE_ANOTHER = ("decoder", "encoder", "num_decoder", "num_encoder")  # how settings begin where other names may count
 MOST = {"layer": 2048, "expert": 8192}  # by how the names of settings end
 
 
@@ -141,9 +142,7 @@ def check_widths(model: str, widths: WidthRequest) -> None:
     whole = next((settings[name] for name in LAYERS if isinstance(settings.get(name), int)), None)
     if whole is not None and whole > 0:
         widths.check_layer_numbers(whole)
-    if any(
-        name.startswith(("decoder", "encoder", "num_decoder", "num_encoder")) for name in settings
-    ):  # in which other names may count
+    if any(name.startswith(BESIDE_ANOTHER) for name in settings):
         return
     for width, names in COUNTED.items():
         asked = getattr(widths, width)

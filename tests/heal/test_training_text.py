@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from llmprune_cli.source.opening import open_checkpoint
 from llmprune_cli.source.tokenizer import load_tokenizer
 from support.cli import run_cli
 from support.heal_runs import run_recover
+from support.refusals import CHECKPOINT
 from support.tiny import BYTE_LEVEL_VOCABULARY, save_byte_level, save_tiny
 
 WORDS = {"plain": "w{:04d} ", "mixed": "v{:04d} "}
@@ -130,3 +132,20 @@ def test_a_batch_has_the_tokens_that_were_asked_for_few_of_them_together(
     assert abs(made - asked) <= processes - 1 + 0.02 * asked
     most = TOGETHER_ON_CPU if device == "cpu" else TOGETHER
     assert schedule.together * length <= max(most, length)
+
+
+def test_the_column_that_is_named_is_learned_from(model: Path, texts: dict[str, Path], tmp_path: Path) -> None:
+    """Of rows that have another text, too, in the pruning and in the healing of one command."""
+    words = {name: path.read_text().split() for name, path in texts.items()}
+    parts = ({name: " ".join(own[at : at + 30]) for name, own in words.items()} for at in range(0, 900, 30))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(map(json.dumps, parts)))
+    asked = Healing(tokens="200", text=str(rows), text_column="mixed", seq_len=24, batch_tokens=48)
+    with open_checkpoint(ModelReference(str(model)), need_weights=True) as checkpoint:
+        text = prepare_training(asked, load_tokenizer(checkpoint), BYTE_LEVEL_VOCABULARY, 64, 1, "cpu", pytest.fail)
+    assert {word[0] for word in words_of(model, text.windows)} == {"v"}
+    pruning = ("--calibration", rows, "--text-column", "mixed", "--recover", "200", "--output", tmp_path / "out")
+    run = run_cli("prune", model, *PRUNED_BY, *pruning, "--json")
+    assert run.code == 0, run.stderr
+    refused = run_cli("recover", tmp_path / "out", "--text", rows, "--text-column", "none", "--output", tmp_path / "a")
+    assert refused.code == CHECKPOINT and "'none'" in refused.stderr

@@ -113,7 +113,7 @@ def check_recover(request: RecoverRequest) -> None:
     check_packages(request.healing)
     check_model(request.model, needs_weights=True)
     check_tokenizer(request.model.name)
-    check_texts(request.healing.text)
+    check_texts(request.healing.text, request.healing.text_column)
     check_split(request.healing.text, request.healing.text_split, Healing.text_split, "--text-split")
     if is_first():
         source = Path(request.model.name)
