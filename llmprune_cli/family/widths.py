@@ -33,7 +33,7 @@ class Width(StrEnum):
 # The names that configurations give to each width, most usual first but for those of a decoder, beside which stand an
 # encoder's; one that keeps several changes them together.
 FIELDS: dict[str, tuple[str, ...]] = {
-    Width.HIDDEN: ("hidden_size", "word_embed_proj_dim"),
+    Width.HIDDEN: ("hidden_size", "word_embed_proj_dim", "block_dim", "conv_dim", "conv_dim_out"),  # LFM2's last three
     Width.HEADS: ("decoder_attention_heads", "num_decoder_attention_heads", "num_attention_heads"),
     Width.GROUPS: ("num_key_value_heads", "num_kv_heads"),
     Width.HEAD_DIM: ("head_dim",),

@@ -19,7 +19,7 @@ FULL_WIDTH_IN_MLX = (
 )
 FOUR_TIMES_IN_MLX = ("gpt2", "gpt_neox")  # families whose MLPs it builds as four times the hidden size
 WITHOUT_WINDOWS_IN_MLX = ("mistral", "mixtral", "phi3", "gemma2")  # families whose windows it does not have
-FULL_WIDTH_IN_VLLM = ("qwen2", "qwen2_moe", "granitemoe", "lfm2", "internlm2", "minicpm", "jamba")
+FULL_WIDTH_IN_VLLM = ("qwen2", "qwen2_moe", "granitemoe", "internlm2", "minicpm", "jamba")
 CAPPED_IN_OPENVINO = (  # families that optimum-intel exports with transformers before 5.5 alone
     *("bitnet", "dbrx", "deepseek_v2", "deepseek_v3", "exaone4", "falcon_mamba", "gemma", "gemma2", "gemma3_text"),
     *("glm", "lfm2", "lfm2_moe", "llama4_text", "mamba", "minicpm3", "qwen3_5_moe_text", "qwen3_5_text"),
@@ -76,7 +76,7 @@ def _fit_vllm(config: PretrainedConfig) -> Fit:
         return Fit(False, f"fails: {_narrow(config)}; {MODELS_OF_TRANSFORMERS}")
     if config.model_type == "falcon" and settings.get("ffn_hidden_size") not in (None, 4 * hidden):
         return Fit(False, f"fails: {settings['ffn_hidden_size']} neurons are not 4 × {hidden}")
-    if config.model_type == "gpt_neox":
+    if config.model_type in ("gpt_neox", "lfm2"):
         return Fit(False, "gives other numbers for this family on a CPU, pruned or not")
     if config.model_type == "deepseek_v3" and _rope_type(config) == "default":
         return Fit(False, "run eagerly on a CPU, it gives other numbers without YaRN, pruned or not")
@@ -118,6 +118,8 @@ def _fit_ctranslate2(config: PretrainedConfig) -> Fit:
         return Fit(False, "fails for this family when a text is longer than its window, pruned or not")
     if config.model_type in ("gpt_neox", "phi", "phi3"):
         return Fit(False, "its converter fails on the configuration as transformers 5 has it, pruned or not")
+    if config.model_type == "falcon" and config.new_decoder_architecture:
+        return Fit(False, "its converter fails on this family's newer layers, pruned or not")
     if config.model_type == "llama" and _rope_type(config) == "llama3":
         return Fit(False, "converts it and gives other numbers without a word: Llama 3.1's RoPE scaling, pruned or not")
     narrow = _narrow(config)

@@ -188,3 +188,13 @@ def test_layers_behind_the_last_that_nothing_explains_are_refused(
     save_file({**weights, "model.layers.7.norm.weight": torch.ones(8)}, source / "model.safetensors", {"format": "pt"})
     run = run_cli("inspect", source)
     assert run.code == 3 and "model.layers.7.norm.weight, unknown" in run.stderr
+
+
+def test_other_names_of_the_hidden_size_follow_it(tmp_path: Path) -> None:
+    """LFM2's, which mlx-lm and vLLM read and transformers does not."""
+    names = ("block_dim", "conv_dim", "conv_dim_out")
+    model = save_tiny(tmp_path / "model", "lfm2", layer_types=["conv", "full_attention"], **dict.fromkeys(names, 64))
+    run = run_cli("prune", model, *BY_MAGNITUDE, "--hidden-size", "48", "--output", tmp_path / "out")
+    assert run.code == 0, run.stderr
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {settings[name] for name in ("hidden_size", *names)} == {48}

@@ -75,6 +75,8 @@ STUMBLES = [
     ("phi3", {}, "CTranslate2", "converter fails"),
     ("gemma2", {}, "CTranslate2", "other tokens"),
     ("llama", {"rope_parameters": LLAMA3_ROPE}, "CTranslate2", "RoPE scaling"),
+    ("falcon", {"new_decoder_architecture": True}, "CTranslate2", "newer layers"),
+    ("lfm2", {}, "vLLM", "other numbers"),
     ("phi", {}, "CTranslate2", "converter fails"),
     ("gpt_neox", {}, "CTranslate2", "converter fails"),
     ("gpt_neox", {}, "vLLM", "other numbers"),

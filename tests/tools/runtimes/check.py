@@ -82,6 +82,18 @@ NEW_FALCON = {
     "new_decoder_architecture": True,
     "num_kv_heads": 2,
 }
+LFM2 = {
+    **WIDE,
+    "layer_types": ["conv", "full_attention", "conv"],
+    **dict.fromkeys(("block_dim", "conv_dim", "conv_dim_out"), 256),  # as published, for others to read
+    "block_ff_dim": 192,
+    "block_auto_adjust_ff_dim": False,
+    "block_ffn_dim_multiplier": 1.0,
+    "block_multiple_of": 256,
+    "block_norm_eps": 1e-5,
+    "conv_L_cache": 3,
+    "num_heads": 8,
+}
 SIZES = {"num_hidden_layers": 3, "vocab_size": 128}  # more rows than the tokenizer has tokens
 WHOLE: tuple[str, ...] = ()  # as `export` writes it
 HEADS, NEURONS, FEWER = ("--num-attention-heads", "4"), ("--intermediate-size", "101"), ("--experts", "6")
@@ -127,7 +139,7 @@ MODELS: list[tuple[str, dict[str, Any], Shapes]] = [
     ("gpt_neox", WIDE, {"101 neurons": NEURONS}),
     ("opt", {**WIDE, **ALL_ROWS, "ffn_dim": 192, "word_embed_proj_dim": 256}, {"101 neurons": NEURONS}),
     ("falcon", NEW_FALCON, {"101 neurons": NEURONS}),
-    ("lfm2", {**WIDE, "layer_types": ["conv", "full_attention", "conv"]}, {"101 neurons": NEURONS}),
+    ("lfm2", LFM2, {"101 neurons": NEURONS, "hidden 224": ("--hidden-size", "224")}),
 ]
 
 
