@@ -97,7 +97,7 @@ class WidthRequest:
         int | None, Option("Number of layers to keep.", GOES, "layers", least=1, is_common=True)
     ] = None
     drop_layers: Annotated[
-        tuple[int, ...] | None, Option("Layers to drop, such as 3,7,-2.", GOES, parse=parse_layers)
+        tuple[int, ...] | None, Option("Layers to drop, such as 3,7,-2 or 20-25.", GOES, parse=parse_layers)
     ] = None
     round_to: Annotated[
         int | None, Option("Round what a ratio keeps down to a multiple.", GOES, least=1, left_out="64 for neurons")
@@ -267,7 +267,7 @@ class Text:
     calibration: Annotated[
         str | None,
         Option(
-            "Text to calibrate on, as --dataset, or self; several are written a.jsonl:0.7,b.txt:0.3.",
+            "Text to calibrate on: a file, a folder, a hub dataset or self; several: a.jsonl:0.7,b.txt:0.3.",
             TEXT,
             left_out="wikitext2, or python-docs",
             is_common=True,

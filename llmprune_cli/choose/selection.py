@@ -14,7 +14,14 @@ from llmprune_cli.choose.importances import IMPORTANCES, LAYER_IMPORTANCES, need
 from llmprune_cli.choose.magnitude import check_scores, instances
 from llmprune_cli.choose.measuring import Activity, Measuring
 from llmprune_cli.choose.targets.limits import Limit
-from llmprune_cli.choose.targets.search import Candidate, in_words, least_target, most_candidates, search_widths
+from llmprune_cli.choose.targets.search import (
+    Candidate,
+    conditions_of,
+    in_words,
+    least_target,
+    most_candidates,
+    search_widths,
+)
 from llmprune_cli.choose.targets.speed import Remembered, SpeedLimit
 from llmprune_cli.choose.targets.vocabulary import SizedVocabulary, TryOut, settle_vocabulary
 from llmprune_cli.coupling.subject import Subject
@@ -74,7 +81,7 @@ def first_target(subject: Subject, choice: Choice, limit: Limit | None) -> Targe
         PlanError: no legal widths come of the request.
     """
     if limit is not None:
-        least = least_target(subject, choice.widths)
+        least = least_target(subject, conditions_of(subject, choice.widths, choice.budget))
         limit.check(least, "protect fewer layers" if choice.widths.keep_layers else "give the widths yourself")
         return least
     return resolve(subject.architecture, subject.trace.refused, choice.widths)
@@ -199,7 +206,8 @@ def search_plan(
         limit = Remembered(limit, bench.journal)
     measuring = Measuring(bench, text.fitted)
     activity = measure_units(measuring, choice)
-    least = least_target(subject, choice.widths)
+    conditions = conditions_of(subject, choice.widths, choice.budget)
+    least = least_target(subject, conditions)
     every = replace(least, layers=tuple(range(subject.widths.num_hidden_layers)))
     scores = _score_units(subject, every, choice, activity, bench.listener)
     layer_scores = score_layers(measuring, choice, activity)
@@ -222,10 +230,10 @@ def search_plan(
     tried: tuple[TriedVocabulary, ...] = ()
     if sized:
         fitted, method = text.fitted[: _windows_of(SEARCH_TOKENS, text)], choice.settled.refit or ""
-        try_out = TryOut(bench, fitted, method, limit, choice.widths, layer_scores, follow)
+        try_out = TryOut(bench, fitted, method, limit, conditions, layer_scores, follow)
         chosen, tried = settle_vocabulary(try_out, sized)
         limit = limit.sparing(chosen.spared)
-    candidates = search_widths(subject, limit, layer_scores, judge, choice.widths, bound)
+    candidates = search_widths(subject, limit, layer_scores, judge, conditions, bound)
     best = follow(candidates[0].target)
     return Selection(replace(best, vocabulary=chosen.cut) if chosen is not None else best, candidates, tried)
 

@@ -18,6 +18,8 @@ from llmprune_cli.startup.loading import loading
 if TYPE_CHECKING:
     from llmprune_cli.report.json_results import ExportResult, PushResult
 
+WIDE = 1  # a limit of a KL, in nats, that only models have which any rounding turns around
+
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", rich_help_panel=COMMON)]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the model folder that --output names.", rich_help_panel=OUTPUT)
@@ -65,9 +67,16 @@ def print_export(result: ExportResult) -> None:
     new_console().print(
         f"Verified with {found.runtime}: {found.tokens} greedy tokens after {found.prompts} prompts, "
         f"{found.same_tokens:.1%} of them as transformers chooses, KL {found.kl:.2g} nats per token (limit "
-        f"{found.kl_limit:g}), largest difference of a log-probability {found.largest_difference:.2g}.",
+        f"{found.kl_limit:.3g}), largest difference of a log-probability {found.largest_difference:.2g}.",
         highlight=False,
     )
+    if found.kl_limit > WIDE:
+        new_console().print(
+            "Note: that says little of this model: in transformers, too, it predicts something else once its weights "
+            "are rounded to bfloat16.",
+            highlight=False,
+            style="yellow",
+        )
 
 
 def push_command(

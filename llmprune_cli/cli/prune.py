@@ -245,13 +245,15 @@ def _next(result: PruneResult, request: PruneRequest) -> Iterator[str]:
     from llmprune_cli.source.tokenizer import has_tokenizer
 
     if result.output is None:
-        yield f"llmprune prune {_going_on(result, request)} --output pruned"
+        place = shlex.quote(str(request.delivery.output or "pruned"))
+        yield f"llmprune prune {_going_on(result, request)} --output {place}"
         return
     output, model = shlex.quote(result.output), shlex.quote(result.model)
     if has_tokenizer(Path(result.output)):
         yield f"llmprune eval {output} --compare {model}"
         if result.recovery is None:
-            yield f"llmprune recover {output} --tokens 1M --output {shlex.quote(result.output + '-healed')}"
+            text = "" if request.text.calibration is None else f" --text {shlex.quote(request.text.calibration)}"
+            yield f"llmprune recover {output}{text} --tokens 1M --output {shlex.quote(result.output + '-healed')}"
     kind = suggested_gguf() if result.export is None else None
     if kind is not None and _fits_llamacpp(result):
         yield f"llmprune export {output} --format gguf --dtype {kind} --output {shlex.quote(result.output + '-gguf')}"

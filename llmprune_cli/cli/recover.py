@@ -8,7 +8,7 @@ from rich.table import Table
 
 from llmprune_cli.cli.export import print_push
 from llmprune_cli.cli.parameters import AsJson, Quiet, takes
-from llmprune_cli.cli.screen.table_parts import new_console, number_text, print_json, size_text
+from llmprune_cli.cli.screen.table_parts import NARROW, new_console, number_text, print_json, size_text
 from llmprune_cli.commands.recover.request import RecoverRequest, check_recover
 from llmprune_cli.heal.options import Healed, Healing, Teaching
 from llmprune_cli.options import ModelReference
@@ -53,7 +53,7 @@ def print_recovery(result: RecoverResult) -> None:
     """How healing went."""
     console = new_console()
     console.print(f"Held-out text of {result.dataset} ({result.split})", highlight=False, markup=False)
-    table = Table()
+    table = Table(**NARROW)
     for label in ("tokens", "KL divergence, nats", "perplexity", "bits per byte"):
         table.add_column(label, justify="right")
     table.add_row("0", *_figures(result.before))
@@ -64,7 +64,8 @@ def print_recovery(result: RecoverResult) -> None:
     console.print(table)
     console.print(
         f"Trained {result.trained_parameters:,} parameters on {result.tokens:,} tokens of {result.origin} in "
-        f"{result.steps:,} steps ({_learned(result)}, learning rate {result.learning_rate:g}), with {result.teacher} "
+        f"{result.steps:,} step{'s' if result.steps != 1 else ''} ({_learned(result)}, learning rate "
+        f"{result.learning_rate:.3g}), with {result.teacher} "
         f"as its {result.teacher_mode} teacher; {size_text(result.peak_memory_bytes)} at most.",
         highlight=False,
     )

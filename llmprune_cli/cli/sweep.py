@@ -19,7 +19,7 @@ from llmprune_cli.cli.screen.table_parts import (
     size_text,
 )
 from llmprune_cli.commands.sweep.request import LEFT_OUT, Sweep, check_sweep
-from llmprune_cli.options import ModelReference
+from llmprune_cli.options import ModelReference, Text
 from llmprune_cli.startup.loading import loading
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ SHAPES = {
     "num_experts": "experts",
     "num_hidden_layers": "layers",
 }
-MOST_SHAPES = 4  # columns of widths beside which the others fit into 80; more of them are listed below the table
-HEALED_SHAPES = 3  # beside one more figure
+MOST_SHAPES = 3  # columns of widths beside which the others fit into 80; more of them are listed below the table
+HEALED_SHAPES = 2  # beside one more figure
 SHORT, TENS = 1e4, 10  # a perplexity from which on, and a size below which, digits behind the first few are left out
 
 
@@ -51,11 +51,18 @@ def sweep_command(model: ModelReference, asked: Sweep, as_json: AsJson = False, 
     with progress_on_stderr(quiet) as listener:
         result = sweep(model, asked, listener)
     if result is not None:
-        (print_json if as_json else print_sweep)(result)
+        if as_json:
+            print_json(result)
+        else:
+            print_sweep(result, asked.text)
 
 
-def print_sweep(result: SweepResult) -> None:
-    """What `sweep` shows."""
+def print_sweep(result: SweepResult, text: Text) -> None:
+    """What `sweep` shows.
+
+    Args:
+        text: that was asked for, which commands that go on from here need, too.
+    """
     console = new_console()
     points = (result.dense, *result.points)
     shapes = {name: head for name, head in SHAPES.items() if len({getattr(p.widths, name) for p in points}) > 1}
@@ -77,7 +84,7 @@ def print_sweep(result: SweepResult) -> None:
         console.print("Nothing was kept: --output DIR keeps the plans, --keep-models the models, too.")
         return
     console.print(f"Wrote [bold]{result.output}[/bold]. Next, with the size that you choose:", soft_wrap=True)
-    for line in _next(result):
+    for line in _next(result, text):
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -86,7 +93,7 @@ def _table(points: tuple[SweepPoint, ...], shapes: dict[str, str]) -> Table:
     table = Table("", **{**NARROW, "box": None})
     is_healed = any(point.before_healing for point in points)
     kl = ("KL,\npruned", "KL,\nhealed") if is_healed else ("KL",)
-    for head in ("para-\nmeters", "size", *shapes.values(), "per-\nplexity", "bits/\nbyte", *kl, "tokens\n/s"):
+    for head in ("parameters", "size", *shapes.values(), "perplexity", "bits/\nbyte", *kl, "tokens\n/s"):
         table.add_column(head, justify="right", no_wrap=True)
     for point in points:
         before = (point.before_healing or point,) if is_healed else ()
@@ -109,7 +116,7 @@ def _bytes(count: int) -> str:
     return f"{float(number):.0f} {unit}" if float(number) >= TENS else f"{float(number):.2g} {unit}"
 
 
-def _next(result: SweepResult) -> Iterator[str]:
+def _next(result: SweepResult, text: Text) -> Iterator[str]:
     """Commands that go on from here."""
     point, folder = result.points[0], Path(result.output or "")
     model = shlex.quote(result.model)
@@ -117,4 +124,7 @@ def _next(result: SweepResult) -> Iterator[str]:
     if point.folder is not None:
         yield f"llmprune eval {model} {shlex.quote(str(folder / point.folder))}"
     elif point.plan is not None:
-        yield f"llmprune prune {model} --plan {shlex.quote(str(folder / point.plan))}{heal} -o pruned"
+        from llmprune_cli.commands.recipe import as_words, given
+
+        planned = as_words({"model": result.model, "plan": str(folder / point.plan), **given(text)})
+        yield f"llmprune prune {planned}{heal} -o pruned"

@@ -44,13 +44,13 @@ def recipe_of(request: PruneRequest, choice: Choice, text: CalibrationText | Non
     parts = (request.model, choice, calibration, request.delivery, request.vocabulary)
     found: dict[str, Any] = {COMMAND: "prune", MODEL: request.model.name}
     for part in parts:
-        for name, value in _given(part).items():
+        for name, value in given(part).items():
             if name not in ELSEWHERE:
                 found[name] = value
     return found
 
 
-def _given(part: ModelReference | Choice | Text | Delivery | VocabularyRequest) -> dict[str, Any]:
+def given(part: ModelReference | Choice | Text | Delivery | VocabularyRequest) -> dict[str, Any]:
     """The options of a value that are not at their defaults, ready for JSON."""
     found = {}
     for own in options_of(type(part)):

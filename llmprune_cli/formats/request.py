@@ -48,7 +48,10 @@ class Conversion:
     converter: Annotated[Path | None, Option("llama.cpp's convert_hf_to_gguf.py, to write gguf with.", METHOD)] = None
     imatrix: Annotated[
         str | None,
-        Option("Text, as --dataset, on which a gguf mix measures where to round with more care.", METHOD),
+        Option(
+            "Text (a file, a folder or a hub dataset) on which a gguf mix measures where to round with more care.",
+            METHOD,
+        ),
     ] = None
     compat: Annotated[
         bool, Option("Changes nothing: config.json is always written for readers of older ones too.", METHOD)

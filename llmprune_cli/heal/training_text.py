@@ -24,6 +24,7 @@ MOST_HELD_OUT = 4096  # tokens that are
 BATCHES = 256  # optimizer steps by default, as long as a batch has neither too few tokens nor too many
 LEAST_BATCH, MOST_BATCH = 1024, 65536  # tokens
 TOGETHER, TOGETHER_ON_CPU = 4096, 1024  # tokens that run together: their activations lie in memory
+TOGETHER_IN_LITTLE = 512  # on a CPU whose memory the teacher is to leave free: a step takes longer
 STEPS_BETWEEN = 16  # judgements, at least
 MOST_JUDGEMENTS = 8
 
@@ -61,7 +62,7 @@ def prepare_training(
     vocabulary: int,
     longest: int | None,
     processes: int,
-    device: str,
+    most_together: int,
     warn: Callable[[str], None],
     write: Writer | None = None,
     before: tuple[SeenText, PreTrainedTokenizerBase] | None = None,
@@ -75,7 +76,7 @@ def prepare_training(
     Args:
         vocabulary: token ids that the models know.
         longest: tokens that they can attend to, if they say so.
-        processes, device: that share every batch, and where they train.
+        processes, most_together: that share every batch, and how many tokens each runs at a time.
         write: what makes the teacher write text itself.
         before: what the pruned model was fitted on, and the tokenizer that read it, where that is known.
         apart: windows [K, T] that others judge by: they are neither trained on nor held out, as far as there is more.
@@ -84,7 +85,7 @@ def prepare_training(
         CheckpointError: no such text, less than a batch of it, or a tokenizer of another model.
     """
     options = Text(healing.text, healing.text_split, healing.text_column)
-    parts = load_calibration(options, tokenizer, warn, write, min(healing.token_count, MOST_WRITTEN))
+    parts = load_calibration(options, tokenizer, warn, write, min(healing.token_count, MOST_WRITTEN), "--text")
     corpus = together(healing.text, [own for own, _ in parts])
     length = fitting_length(healing.seq_len, longest, Healing.seq_len, warn)
     windows, is_known = _cut(parts, tokenizer, vocabulary, length, healing.text_split, before)
@@ -95,7 +96,7 @@ def prepare_training(
     held_out = max(1, min(len(windows), wanted, MOST_HELD_OUT // length * HELD_OUT_SHARE) // HELD_OUT_SHARE)
     present = (len(windows) - held_out) * length
     batch = _batch(healing, length, present, corpus)
-    schedule = _schedule(healing.token_count, batch, length, processes, device)
+    schedule = _schedule(healing.token_count, batch, length, processes, most_together)
     count = schedule.steps * schedule.accumulated * schedule.together * processes
     generator = torch.Generator().manual_seed(healing.seed)
     drawn = torch.randperm(len(windows), generator=generator)
@@ -211,10 +212,17 @@ def _default_batch(healing: Healing) -> int:
     return min(max(healing.token_count // BATCHES, least), MOST_BATCH)
 
 
-def _schedule(tokens: int, batch_tokens: int, length: int, processes: int, device: str) -> Schedule:
+def tokens_together(device: str, teacher_mode: str) -> int:
+    """Tokens that a process runs at a time at most; fewer where a streamed teacher says that memory is what lacks."""
+    if device != "cpu":
+        return TOGETHER
+    return TOGETHER_IN_LITTLE if teacher_mode == "streamed" else TOGETHER_ON_CPU
+
+
+def _schedule(tokens: int, batch_tokens: int, length: int, processes: int, most_together: int) -> Schedule:
     """Steps of about so many tokens, of which some are judged."""
     own = -(-max(1, batch_tokens // length) // processes)
-    most = max(1, (TOGETHER_ON_CPU if device == "cpu" else TOGETHER) // length)
+    most = max(1, most_together // length)
     least = -(-own // most)
     accumulated = min(range(least, 2 * least + 1), key=lambda count: abs(count * round(own / count) - own))
     together = max(1, round(own / accumulated))

@@ -203,12 +203,14 @@ def load_calibration(
     warn: Callable[[str], None],
     write: Writer | None = None,
     tokens: int = 0,
+    option: str = "--calibration",
 ) -> list[tuple[Corpus, float]]:
     """The texts asked for, each with its share of the tokens; by default WikiText-2, or else Python's documentation.
 
     Args:
         write: what makes the model write text itself.
         tokens: that it is to write, if that is all that is asked for.
+        option: that names the text.
 
     Raises:
         CheckpointError: see `load_corpus`.
@@ -229,5 +231,5 @@ def load_calibration(
     except CheckpointError:
         if split != Text.calibration_split or "LLMPRUNE_WIKITEXT2" in os.environ:
             raise
-        warn("WikiText-2 is out of reach; calibrating on Python's own documentation. --calibration names better text.")
+        warn(f"WikiText-2 is out of reach, so Python's own documentation is read. {option} names better text.")
         return [(load_corpus(PYTHON_DOCS, split), 1.0)]

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WIKITEXT2_ON_HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1")
-NO_DATASET = "Give a file, a folder, or a hub dataset; LLMPRUNE_WIKITEXT2 names a local folder for wikitext2."
+NO_DATASET = (
+    "Give a file, a folder, a hub dataset, or python-docs, which is always there; LLMPRUNE_WIKITEXT2 names a local "
+    "folder for wikitext2."
+)
 NO_SPLIT = "Name one of these with --calibration-split (of recover --text-split, of eval --split)."
 BETWEEN = "\n\n"  # documents; conversations end as their template says
 

@@ -44,7 +44,10 @@ class VocabularyRequest:
         ),
     ] = None
     vocab_text: Annotated[
-        str | None, Option("Text by whose use tokens stay, as --dataset.", TEXT, left_out="the calibration text")
+        str | None,
+        Option(
+            "Text by whose use tokens stay: a file, a folder or a hub dataset.", TEXT, left_out="the calibration text"
+        ),
     ] = None
     keep_tokens: Annotated[Path | None, Option("File with tokens, or their numbers, that stay; one a line.", GOES)] = (
         None

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from llmprune_cli.choose.selection import first_target, judged_windows
-from llmprune_cli.choose.targets.limits import measure_size, size_limit
-from llmprune_cli.choose.targets.search import Candidate, least_target, search_widths
+from llmprune_cli.choose.targets.limits import measure_size, size_limit, whole_target
+from llmprune_cli.choose.targets.search import Candidate, conditions_of, least_target, search_widths
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.errors import PlanError
 from llmprune_cli.formats.gguf.writing import weights_bytes
@@ -158,6 +158,27 @@ def test_neurons_come_in_the_multiples_that_are_asked_for() -> None:
     subject = llama_on_paper(**WIDE)
     for candidate in search(subject, Budget(0.6, "share"), LESS_IS_WORSE, missing_layers, round_to=48):
         assert candidate.target.widths.intermediate_size % 48 == 0 and candidate.target.widths.hidden_size == 64
+
+
+@pytest.mark.parametrize(("neurons", "step"), [(14336, 256), (4096, 64), (1536, 32), (48, 1)])
+@pytest.mark.parametrize("kind", ["q4_k_m", "q8_0"])
+def test_where_quantized_weights_are_counted_blocks_divide_the_neurons(kind: str, neurons: int, step: int) -> None:
+    subject = llama_on_paper(intermediate_size=neurons)
+    choice = Choice(target=f"1MB as {kind}")
+    found = [target.widths.intermediate_size for target in _tried(subject, choice)]
+    assert found and all(own % step == 0 for own in found)
+    asked = replace(choice, widths=WidthRequest(round_to=3))
+    assert conditions_of(subject, asked.widths, asked.budget) == asked.widths
+    assert conditions_of(subject, WidthRequest(), Choice(target="1MB").budget).is_empty
+
+
+def _tried(subject: Subject, choice: Choice) -> list[Target]:
+    """What a search for two thirds of the weights tries."""
+    whole = whole_target(subject)
+    limit = size_limit(subject, Budget(2 / 3 * measure_size(subject, whole)[1], "bytes"))
+    scores = (0.0,) * subject.widths.num_hidden_layers
+    found = search_widths(subject, limit, scores, missing_neurons, conditions_of(subject, choice.widths, choice.budget))
+    return [own.target for own in found]
 
 
 def test_bytes_count_the_cache_of_keys_and_values() -> None:

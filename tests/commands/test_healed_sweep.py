@@ -132,11 +132,11 @@ def test_the_table_says_what_was_healed_and_fits_into_80_columns(
     wide = {"num_attention_heads": 128, "num_key_value_heads": 16, "intermediate_size": 53_248}
     dense = replace(result.dense, parameters=405 * 10**9, size_bytes=811 * 10**9, perplexity=1e12)
     for changed in (result, replace(result, dense=replace(dense, widths=replace(dense.widths, **wide)))):
-        print_sweep(replace(changed, output=None))
+        print_sweep(replace(changed, output=None), Text())
         shown = capsys.readouterr().out
         assert max(map(len, shown.splitlines())) <= COLUMNS and "…" not in shown, shown
         assert "Healed on 4,000 tokens each" in shown and "healed" in shown, shown
-    print_sweep(replace(result, points=tuple(replace(own, folder=None) for own in result.points)))
+    print_sweep(replace(result, points=tuple(replace(own, folder=None) for own in result.points)), Text())
     assert "--plan" in (said := capsys.readouterr().out) and "--recover 4000 -o pruned" in said
 
 

@@ -13,10 +13,12 @@ from llmprune_cli.folder.manifest import read_manifest
 from llmprune_cli.heal.options import Healing
 from llmprune_cli.heal.training_text import (
     TOGETHER,
+    TOGETHER_IN_LITTLE,
     TOGETHER_ON_CPU,
     TrainingText,
     _schedule,
     prepare_training,
+    tokens_together,
 )
 from llmprune_cli.options import ModelReference, Text
 from llmprune_cli.run.calibration import SeenText, prepare_calibration
@@ -64,7 +66,7 @@ def training_text(pruned: Path, model: Path, healing: Healing, warnings: list[st
     ):
         tokenizer, size = load_tokenizer(own), own.config.vocab_size
         reader = tokenizer if size == dense.config.vocab_size else load_tokenizer(dense)
-    return prepare_training(healing, tokenizer, size, None, 1, "cpu", warnings.append, None, (seen, reader))
+    return prepare_training(healing, tokenizer, size, None, 1, TOGETHER, warnings.append, None, (seen, reader))
 
 
 @pytest.mark.parametrize("is_mixture_and_cut", [False, True])
@@ -122,15 +124,22 @@ def test_what_a_prune_saw_is_known_by_file_and_split(texts: dict[str, Path], mon
 
 
 @pytest.mark.parametrize("processes", [1, 3])
-@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+@pytest.mark.parametrize(
+    ("most", "where"),
+    [
+        (TOGETHER, ("cuda:0", "streamed")),
+        (TOGETHER_ON_CPU, ("cpu", "auto")),
+        (TOGETHER_ON_CPU, ("cpu", "resident")),
+        (TOGETHER_IN_LITTLE, ("cpu", "streamed")),
+    ],
+)
 @pytest.mark.parametrize(("batch", "length"), [(1024, 40), (1024, 256), (65536, 512), (200, 512), (5000, 37)])
 def test_a_batch_has_the_tokens_that_were_asked_for_few_of_them_together(
-    batch: int, length: int, device: str, processes: int
+    batch: int, length: int, most: int, where: tuple[str, str], processes: int
 ) -> None:
-    schedule = _schedule(10 * batch, batch, length, processes, device)
+    schedule = _schedule(10 * batch, batch, length, processes, tokens_together(*where))
     asked, made = max(1, batch // length), schedule.together * schedule.accumulated * processes
     assert abs(made - asked) <= processes - 1 + 0.02 * asked
-    most = TOGETHER_ON_CPU if device == "cpu" else TOGETHER
     assert schedule.together * length <= max(most, length)
 
 
@@ -142,7 +151,7 @@ def test_the_column_that_is_named_is_learned_from(model: Path, texts: dict[str, 
     rows.write_text("\n".join(map(json.dumps, parts)))
     asked = Healing(tokens="200", text=str(rows), text_column="mixed", seq_len=24, batch_tokens=48)
     with open_checkpoint(ModelReference(str(model)), need_weights=True) as checkpoint:
-        text = prepare_training(asked, load_tokenizer(checkpoint), BYTE_LEVEL_VOCABULARY, 64, 1, "cpu", pytest.fail)
+        text = prepare_training(asked, load_tokenizer(checkpoint), BYTE_LEVEL_VOCABULARY, 64, 1, TOGETHER, pytest.fail)
     assert {word[0] for word in words_of(model, text.windows)} == {"v"}
     pruning = ("--calibration", rows, "--text-column", "mixed", "--recover", "200", "--output", tmp_path / "out")
     run = run_cli("prune", model, *PRUNED_BY, *pruning, "--json")

@@ -36,7 +36,10 @@ def test_runtimes_outside_are_named_where_they_stumble(make_tiny: Callable[..., 
         document = json.loads(run_cli("inspect", model, *options, "--json").stdout)
         notes[bool(options)] = {fit["runtime"]: (fit["loads"], fit["note"]) for fit in document["runtimes"]}
     assert "CTranslate2" not in notes[False] and not notes[True]["CTranslate2"][0]
-    assert notes[True]["llama.cpp"] == (True, "")
+    loads, note = notes[True]["llama.cpp"]
+    assert loads and "48 neurons" in note and "--round-to 32" in note and "hidden" not in note
+    packed = json.loads(run_cli("inspect", make_tiny("llama", intermediate_size=96), "--json").stdout)["runtimes"]
+    assert {fit["runtime"]: fit["note"] for fit in packed}["llama.cpp"] == ""
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "cohere2", "qwen3_next"])

@@ -16,8 +16,11 @@ from llmprune_cli.family.widths import NEURONS
 from llmprune_cli.options import WidthRequest
 from llmprune_cli.plan.legal import legal_experts
 from llmprune_cli.plan.requested_widths import Target, protected_layers, resolve
+from llmprune_cli.sizes import Budget
 
 ROUND_TO = 64  # neurons that stay, at most: what kernels like
+SHORT_BLOCK, LONG_BLOCK = 32, 256  # weights that GGUF quantizes together, in its older types and in mixes
+LEAST_BLOCKS = 16  # in a row of an MLP that is cut by whole blocks
 DEPTHS = (0.0, 0.07, 0.14, 0.21, 0.3, 0.4, 0.5)  # shares of the layers whose removal is considered
 EXPERT_SHARES = (0.875, 0.75, 0.5)  # of the experts that are considered to stay
 LEAST_NEURONS = Fraction(3, 20)  # a smaller share of an MLP is not considered
@@ -35,6 +38,19 @@ class Candidate:
 
 Judge = Callable[[Target], float]  # gives the divergence from the dense model, see `Candidate`
 Steps = Callable[[Subject, WidthRequest, tuple[float, ...]], Iterator[WidthRequest]]
+
+
+def conditions_of(subject: Subject, own: WidthRequest, budget: Budget | None) -> WidthRequest:
+    """The layers that stay as they are, and what numbers of neurons are a multiple of.
+
+    Where a size counts quantized weights, blocks of them divide the rows: fewer neurons, which they do not, are larger.
+    """
+    largest = max(getattr(subject.widths, width) for width in NEURONS)
+    counts_blocks = budget is not None and budget.dtype is not None
+    if own.round_to is not None or not counts_blocks or largest < LEAST_BLOCKS * SHORT_BLOCK:
+        return own
+    is_wide = largest >= 2 * LEAST_BLOCKS * LONG_BLOCK
+    return replace(own, round_to=LONG_BLOCK if is_wide else max(SHORT_BLOCK, _step(largest, None)))
 
 
 def search_widths(

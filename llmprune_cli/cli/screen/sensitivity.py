@@ -42,6 +42,7 @@ def print_sensitivity(result: SensitivityResult, asked: str) -> None:
     for line in (
         "KL divergence of the next token from the whole model's, in nats, where that part",
         "of one layer alone goes and nothing is refitted. Several lose more than the sum.",
+        f"{SHADES.strip()}: from the least of a column to the most.",
         f"Units by {result.importance} on {result.tokens:,} tokens of {name}; measured on {result.held_out_tokens:,} "
         f"others, in {took}.",
     ):
@@ -62,7 +63,7 @@ def _table(result: SensitivityResult) -> Table:
         share = "\n" if row.units == 1 else f"{count_text(row.removed)} of\n{count_text(row.units)}"
         table.add_column(f"{HEADS[row.width]}\n{share}\n−{count_text(row.parameters)}", justify="right", no_wrap=True)
     if result.influence is not None:
-        table.add_column("influ-\nence", justify="right", no_wrap=True)
+        table.add_column("influence", justify="right", no_wrap=True)
     shades = [_shades(row.kl) for row in result.widths]
     for number in range(len(result.widths[0].kl)):
         cells = [f"{_kl(row.kl[number])}{own[number]}" for row, own in zip(result.widths, shades, strict=True)]

@@ -30,7 +30,7 @@ from llmprune_cli.heal.teacher.streamed import stream_teacher
 from llmprune_cli.heal.teacher.token_map import TokenMap, map_tokens
 from llmprune_cli.heal.training.checkpoints import bytes_of
 from llmprune_cli.heal.training.learning_rate import best_rate
-from llmprune_cli.heal.training_text import TrainingText, prepare_training
+from llmprune_cli.heal.training_text import TrainingText, prepare_training, tokens_together
 from llmprune_cli.journal.keys import model_identity, text_identity, versions
 from llmprune_cli.options import ModelReference
 from llmprune_cli.processes import Processes
@@ -142,7 +142,7 @@ def prepare(
         settings.vocab_size,
         longest,
         processes.count,
-        device,
+        tokens_together(device, request.teaching.teacher_mode),
         warn,
         write,
         None if seen is None else (seen, tokenizer if tokens is None else reader),

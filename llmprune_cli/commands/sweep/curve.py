@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.commands.sweep.point import KEPT, POINTS, Point, Row, make_point
 from llmprune_cli.commands.sweep.request import Sweep
 from llmprune_cli.coupling.subject import Subject, understand
-from llmprune_cli.errors import CheckpointError
+from llmprune_cli.errors import CheckpointError, OutputError
 from llmprune_cli.folder.documents import replace_file
 from llmprune_cli.folder.scratch import check_folder, scratch_folder
 from llmprune_cli.folder.staging import SWEEP, Claim, claimed
@@ -68,7 +69,8 @@ def sweep(model: ModelReference, asked: Sweep, listener: Listener) -> SweepResul
 
             check_text(points[0].request, bench)
         journal = _journal(asked, common, claim, bench, stack)
-        rows = _prune_all(asked, points, common, replace(bench, journal=journal))
+        with _writing(claim):
+            rows = _prune_all(asked, points, common, replace(bench, journal=journal))
         if not processes.is_first:
             return None
         result = _report(asked, bench, common, rows, time.perf_counter() - started)
@@ -146,6 +148,20 @@ def _prune_all(asked: Sweep, points: list[Point], common: Choice, bench: Workben
         if choice.budget is not None:
             bound = Target(row[1].widths, row[1].layers, ())
     return rows
+
+
+@contextmanager
+def _writing(claim: Claim | None) -> Iterator[None]:
+    """While the points are made, of which each writes a model beside the output, or on the temporary disk.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        place = f"beside {claim.target}" if claim is not None else "on the temporary disk"
+        raise OutputError(f"Writing a model {place} failed: {error.strerror or error}.") from error
 
 
 def _is_kept(folder: Path, name: str, with_model: bool) -> bool:
