@@ -14,7 +14,7 @@ from llmprune_cli.folder.manifest import MANIFEST_NAME, Manifest, read_manifest,
 from llmprune_cli.folder.shards import warn_of_large_shards
 from llmprune_cli.folder.staging import claimed
 from llmprune_cli.folder.tensors import SHORT_DTYPES
-from llmprune_cli.formats.registry import ExportOptions, Fit, Format, load_format
+from llmprune_cli.formats.registry import LEGACY, MIXES, ExportOptions, Fit, Format, load_format
 from llmprune_cli.formats.request import Conversion
 from llmprune_cli.formats.verification import PROMPTS, missing_memory, missing_runtime, verify
 from llmprune_cli.journal.keys import versions
@@ -84,10 +84,20 @@ def export(
             parameters=checkpoint.parameter_count,
             size_bytes=sum(path.stat().st_size for path in files),
             files=tuple(str(path.relative_to(output)) for path in files),
-            note=fit.note,
+            note="; ".join(filter(None, (fit.note, _left_unpacked(checkpoint, conversion)))),
             verification=verification,
             unverified=reason or "",
         )
+
+
+def _left_unpacked(checkpoint: Checkpoint, conversion: Conversion) -> str:
+    """What a quantized file has in 16 bits; empty where it has all of it quantized, or is none."""
+    if conversion.converter is not None or conversion.dtype not in (*MIXES, *LEGACY):
+        return ""
+    from llmprune_cli.formats.gguf.blocks.mixes import unpacked
+
+    note = unpacked(checkpoint.config)
+    return f"types of 8 bits and less: {note}" if note else ""
 
 
 def _importance(checkpoint: Checkpoint, text: str, device: str, listener: Listener) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmprune_cli.family.widths import read_widths
+from llmprune_cli.formats.gguf.blocks.mixes import unpacked
 from llmprune_cli.formats.registry import FORMATS, Fit, load_format
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def runtime_fits(config: PretrainedConfig) -> tuple[RuntimeFit, ...]:
         "CTranslate2": _fit_ctranslate2(config),
         "OpenVINO": _fit_openvino(config),
         "mlx-lm": _fit_mlx(config),
+        "GGUF types of 8 bits and less": Fit(loads=True, note=unpacked(config) if found["llama.cpp"].loads else ""),
         "bitsandbytes NF4 on AVX-512": _fit_nf4(config),
         "bitsandbytes, torchao, quanto": _fit_quantizers(config),
     }

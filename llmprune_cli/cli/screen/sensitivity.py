@@ -25,6 +25,7 @@ HEADS = {
     "num_experts": "experts\n",
     "num_hidden_layers": "whole\nlayer",
 }
+MOST_WIDE = 5  # columns of widths beside which the others need no break in their heads
 SHADES = " ░▒▓█"  # from the least to the greatest of a column, by orders of magnitude
 LEAST_SHOWN = 1e-4  # nats, below which all is alike
 NAMED = 3  # layers that are named as those whose absence costs least
@@ -63,7 +64,9 @@ def _table(result: SensitivityResult) -> Table:
         share = "\n" if row.units == 1 else f"{count_text(row.removed)} of\n{count_text(row.units)}"
         table.add_column(f"{HEADS[row.width]}\n{share}\n−{count_text(row.parameters)}", justify="right", no_wrap=True)
     if result.influence is not None:
-        table.add_column("influence", justify="right", no_wrap=True)
+        table.add_column(
+            "influence" if len(result.widths) < MOST_WIDE else "influ-\nence", justify="right", no_wrap=True
+        )
     shades = [_shades(row.kl) for row in result.widths]
     for number in range(len(result.widths[0].kl)):
         cells = [f"{_kl(row.kl[number])}{own[number]}" for row, own in zip(result.widths, shades, strict=True)]

@@ -14,7 +14,6 @@ from typing import IO, TYPE_CHECKING
 import torch
 
 from llmprune_cli.errors import CheckpointError, UnsupportedError
-from llmprune_cli.family.widths import read_widths
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.scratch import scratch_folder
 from llmprune_cli.folder.shards import check_finite
@@ -35,29 +34,15 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 FLOAT_KINDS = {dtype: short for short, dtype in SHORT_DTYPES.items()}
-LEAST_BLOCK = 32  # elements of a row that are quantized together at least
 CHUNK = 2**22  # elements converted at a time
 
 
 def fit_llamacpp(config: PretrainedConfig) -> Fit:
     """Whether llama.cpp loads a model, and in which form it is written."""
     try:
-        notes = (written_family(config)[1], _unpacked(config))
+        return Fit(loads=True, note=written_family(config)[1])
     except ValueError as error:
         return Fit(loads=False, note=str(error))
-    return Fit(loads=True, note="; ".join(note for note in notes if note))
-
-
-def _unpacked(config: PretrainedConfig) -> str:
-    """Which matrices no quantized type packs, as no blocks divide their rows; empty where all are packed."""
-    widths = read_widths(config)
-    neurons, hidden = widths.intermediate_size or widths.moe_intermediate_size, widths.hidden_size
-    odd = [
-        f"{size:,} {name}" for size, name in ((neurons, "neurons"), (hidden, "hidden channels")) if size % LEAST_BLOCK
-    ]
-    if not odd:
-        return ""
-    return f"quantized types leave what reads {' and '.join(odd)} in 16 bits: --round-to {LEAST_BLOCK} packs it"
 
 
 def write_gguf(

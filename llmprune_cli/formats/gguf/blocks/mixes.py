@@ -8,6 +8,12 @@ and the way down from the MLP, these in some layers only. The rules are those of
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmprune_cli.family.widths import read_widths
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 USUAL = {
     "q6_k": "Q6_K",
@@ -22,6 +28,7 @@ USUAL = {
 # What rows get that blocks of 256 do not divide.
 SHORTER = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "Q4_0", "IQ4_XS": "IQ4_NL"}
 NON_LINEAR = ("iq4_nl", "iq4_xs")
+LEAST_BLOCK = 32  # elements of a row that are quantized together at least
 EIGHT = 8  # experts of Mixtral, with which llama.cpp spares attention
 
 
@@ -72,6 +79,18 @@ def fitting(columns: int, wanted: str) -> str:
         return wanted
     shorter = SHORTER.get(wanted)
     return shorter if shorter and columns % elements_of(shorter) == 0 else "F16"
+
+
+def unpacked(config: PretrainedConfig) -> str:
+    """Which matrices no quantized type packs, as no blocks divide their rows; empty where all are packed."""
+    widths = read_widths(config)
+    neurons, hidden = widths.intermediate_size or widths.moe_intermediate_size, widths.hidden_size
+    odd = [
+        f"{size:,} {name}" for size, name in ((neurons, "neurons"), (hidden, "hidden channels")) if size % LEAST_BLOCK
+    ]
+    if not odd:
+        return ""
+    return f"they leave what reads {' and '.join(odd)} in 16 bits: --round-to {LEAST_BLOCK} packs it"
 
 
 def elements_of(kind: str) -> int:
