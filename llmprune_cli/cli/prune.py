@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -36,7 +37,9 @@ from llmprune_cli.cli.screen.table_parts import (
 from llmprune_cli.commands.requests import PruneRequest, check_prune
 from llmprune_cli.formats.request import suggested_gguf
 from llmprune_cli.options import Choice, Delivery, Evaluation, ModelReference, Scratch, Text
+from llmprune_cli.startup.environment import is_offline
 from llmprune_cli.startup.loading import loading
+from llmprune_cli.text.names import PYTHON_DOCS
 from llmprune_cli.vocabulary.request import VocabularyRequest
 
 if TYPE_CHECKING:
@@ -250,7 +253,7 @@ def _next(result: PruneResult, request: PruneRequest) -> Iterator[str]:
         return
     output, model = shlex.quote(result.output), shlex.quote(result.model)
     if has_tokenizer(Path(result.output)):
-        yield f"llmprune eval {output} --compare {model}"
+        yield f"llmprune eval {output} --compare {model}{_within_reach(result)}"
         if result.recovery is None:
             text = "" if request.text.calibration is None else f" --text {shlex.quote(request.text.calibration)}"
             yield f"llmprune recover {output}{text} --tokens 1M --output {shlex.quote(result.output + '-healed')}"
@@ -259,6 +262,12 @@ def _next(result: PruneResult, request: PruneRequest) -> Iterator[str]:
         yield f"llmprune export {output} --format gguf --dtype {kind} --output {shlex.quote(result.output + '-gguf')}"
     if result.push is None:
         yield f"llmprune push {output} YOUR_NAME/{shlex.quote(Path(result.output).name)}"
+
+
+def _within_reach(result: PruneResult) -> str:
+    """The option that names a text which is always there, where the usual one seems to be out of reach."""
+    fell_back = result.calibration is not None and result.calibration.dataset == PYTHON_DOCS
+    return f" --dataset {PYTHON_DOCS}" if fell_back or (is_offline() and "LLMPRUNE_WIKITEXT2" not in os.environ) else ""
 
 
 def _fits_llamacpp(result: PruneResult) -> bool:
