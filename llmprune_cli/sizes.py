@@ -33,6 +33,15 @@ def parse_size(text: str) -> int:
     return size
 
 
+def size_text(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    return f"{count:.2f} TiB"
+
+
 def _meant(text: str, unit: str) -> str:
     """A question after the unit that a bare number lacks, or nothing."""
     try:

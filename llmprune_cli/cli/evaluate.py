@@ -19,11 +19,11 @@ from llmprune_cli.cli.screen.table_parts import (
     new_console,
     number_text,
     print_json,
-    size_text,
 )
 from llmprune_cli.commands.requests import check_eval
 from llmprune_cli.options import Evaluation, ModelReference
 from llmprune_cli.run.questions.request import TaskRequest
+from llmprune_cli.sizes import size_text
 from llmprune_cli.startup.loading import loading
 
 if TYPE_CHECKING:

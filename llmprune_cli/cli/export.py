@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmprune_cli.cli.parameters import COMMON, AsJson, Quiet, takes
-from llmprune_cli.cli.screen.table_parts import new_console, print_json, size_text
+from llmprune_cli.cli.screen.table_parts import new_console, print_json
 from llmprune_cli.commands.push import check_push
 from llmprune_cli.commands.requests import check_export
 from llmprune_cli.formats.request import Conversion
 from llmprune_cli.options import OUTPUT, ModelReference
+from llmprune_cli.sizes import size_text
 from llmprune_cli.startup.loading import loading
 
 if TYPE_CHECKING:

@@ -21,11 +21,11 @@ from llmprune_cli.cli.screen.table_parts import (
     print_deviations,
     print_json,
     print_runtimes,
-    size_text,
     totals_table,
 )
 from llmprune_cli.commands.inspect.request import LEFT_OUT, Measured, check_inspect
 from llmprune_cli.options import ModelReference
+from llmprune_cli.sizes import size_text
 from llmprune_cli.startup.config_checks import ENCODERS
 from llmprune_cli.startup.loading import loading
 from llmprune_cli.vocabulary.request import STEP

@@ -31,12 +31,12 @@ from llmprune_cli.cli.screen.table_parts import (
     print_json,
     print_runtimes,
     ranges_text,
-    size_text,
     speed_text,
 )
 from llmprune_cli.commands.requests import PruneRequest, check_prune
 from llmprune_cli.formats.request import suggested_gguf
 from llmprune_cli.options import Choice, Delivery, Evaluation, ModelReference, Scratch, Text
+from llmprune_cli.sizes import size_text
 from llmprune_cli.startup.environment import is_offline
 from llmprune_cli.startup.loading import loading
 from llmprune_cli.text.names import PYTHON_DOCS

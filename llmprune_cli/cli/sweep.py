@@ -16,10 +16,10 @@ from llmprune_cli.cli.screen.table_parts import (
     new_console,
     number_text,
     print_json,
-    size_text,
 )
 from llmprune_cli.commands.sweep.request import LEFT_OUT, Sweep, check_sweep
 from llmprune_cli.options import ModelReference, Text
+from llmprune_cli.sizes import size_text
 from llmprune_cli.startup.loading import loading
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from llmprune_cli.errors import CheckpointError, MissingPackageError, PlanError
 from llmprune_cli.folder.documents import check_regular, is_there, read_json
 from llmprune_cli.options import ModelReference
-from llmprune_cli.sizes import Budget
+from llmprune_cli.sizes import Budget, size_text
 from llmprune_cli.startup.config_checks import MERGE, MOST_BYTES, describe_adapter, read_settings
 
 MOST_HEADER_BYTES = 100 * 10**6
@@ -179,16 +179,20 @@ def check_target(budget: Budget | None, model: str, tokens_may_go: bool = False)
         return
     whole, embedding, size_bytes, embedding_bytes = counted
     most, least = (size_bytes, embedding_bytes) if budget.kind == "bytes" else (whole, embedding)
-    limit, unit = budget.limit(whole, size_bytes), "bytes" if budget.kind == "bytes" else "parameters"
+    limit = budget.limit(whole, size_bytes)
+
+    def amount(number: float) -> str:
+        return f"{number:,.0f} bytes ({size_text(number)})" if budget.kind == "bytes" else f"{number:,.0f} parameters"
+
     if limit >= most:
         raise PlanError(
-            f"The model has {most:,} {unit}, so a target of {limit:,.0f} removes nothing. Ask for less, such as 85% "
-            f"({0.85 * most:,.0f} {unit})."
+            f"The model has {amount(most)}, so a target of {amount(limit)} removes nothing. Ask for less, such as 85%: "
+            f"{amount(0.85 * most)}."
         )
     if limit <= least and not tokens_may_go:
         raise PlanError(
-            f"A target of {limit:,.0f} {unit} is out of reach: the least is more than {least:,}, which the largest "
-            f"tensor outside the layers has alone. Ask for clearly more, such as half of the {most:,} of the model."
+            f"A target of {amount(limit)} is out of reach: the least is more than {amount(least)}, which the largest "
+            f"tensor outside the layers has alone. Ask for clearly more, such as half of the model's {amount(most)}."
         )
 
 

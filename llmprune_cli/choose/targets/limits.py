@@ -12,7 +12,7 @@ from llmprune_cli.errors import PlanError
 from llmprune_cli.folder.tensors import DTYPES, split_name
 from llmprune_cli.plan.predict import predicted_tensors
 from llmprune_cli.plan.requested_widths import Target
-from llmprune_cli.sizes import Budget
+from llmprune_cli.sizes import Budget, size_text
 
 HALF_BYTES = 2  # of a number in llama.cpp's KV cache
 
@@ -108,10 +108,8 @@ class SizeLimit:
     def check(self, least: Target, remedy: str) -> None:
         """See `Limit`."""
         reached, whole = self.left_of(least), self.of(self.whole)
-        percent = (
-            f" ({math.ceil(1000 * reached / whole) / 10:g}% of the parameters)" if self.unit == "parameters" else ""
-        )
-        reachable = f"Ask for {reached:,.0f}{percent} up to less than {whole:,.0f}"
+        percent = f" ({math.ceil(1000 * reached / whole) / 10:g}%)" if self.unit == "parameters" else ""
+        reachable = f"Ask for {self._amount(reached)}{percent} up to less than {self._amount(whole)}"
         if self.most >= whole:
             raise PlanError(
                 f"The model has {self._amount(whole)}, so a target of {self._amount(self.most)} removes nothing. "
@@ -127,7 +125,7 @@ class SizeLimit:
         return weight[0 if self.unit == "parameters" else 1]
 
     def _amount(self, amount: float) -> str:
-        return f"{amount:,.0f} {self.unit}"
+        return f"{amount:,.0f} {self.unit.replace('bytes', f'bytes ({size_text(amount)})')}"
 
 
 def size_limit(subject: Subject, budget: Budget, weigh: Weigh | None = None) -> SizeLimit:

@@ -11,9 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from llmprune_cli.cli.screen.table_parts import size_text
 from llmprune_cli.progress import LOGGER, Estimate, Listener
 from llmprune_cli.progress import Progress as Reached
+from llmprune_cli.sizes import size_text
 
 STEPS, STEP_S = 10, 60.0  # a line is due at so many places of a stage, or after so many seconds
 LEAST_S = 2.0  # between two lines of a stage, however quick it is
