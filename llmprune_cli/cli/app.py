@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
+from typer import rich_utils
 from typer.core import TyperGroup
 
 from llmprune_cli import __version__
@@ -28,11 +30,22 @@ class Command:
 
     def load(self, name: str) -> Any:
         """The command, with its options."""
+        rich_utils.highlighter = _WholeNames()
         alone = typer.Typer(add_completion=False, context_settings=CONTEXT, rich_markup_mode="rich")
         examples = "Examples:\n\n" + "\n\n".join(f"[bold]llmprune {line}[/bold]" for line in self.examples)
         function = getattr(import_module(self.module), self.function)
         alone.command(name, help=self.help, epilog=examples)(function)
         return typer.main.get_command(alone)
+
+
+class _WholeNames(rich_utils.OptionHighlighter):
+    """The names of an option in several lines where one has no room for them; typer would cut the last one."""
+
+    def __call__(self, text: str | Text) -> Text:
+        """Names that are joined by commas, apart."""
+        shown = super().__call__(text.replace(",", ", ") if isinstance(text, str) and text.startswith("-") else text)
+        shown.overflow = "fold"
+        return shown
 
 
 CONTEXT = {"help_option_names": ["-h", "--help"]}

@@ -94,6 +94,15 @@ def test_help_has_a_short_name_and_examples() -> None:
         assert shown.code == 0 and shown.stdout.count(f"llmprune {command} ") >= 3 + 1, shown.stdout
 
 
+@pytest.mark.parametrize("command", ["inspect", "prune", "sweep", "recover", "eval", "export", "push"])
+def test_help_cuts_no_name_of_an_option(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = run_cli(command, "--help").stdout
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
+    if command in ("inspect", "prune"):
+        assert "--intermediate-pruning-ratio" in shown and "--kv-group-pruning-ratio" in shown
+
+
 def test_help_groups_the_options() -> None:
     shown = run_cli("prune", "--help").stdout
     panels = re.findall(r"^╭─ (.+?) ─+╮$", shown, re.MULTILINE)
