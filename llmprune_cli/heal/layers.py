@@ -65,14 +65,15 @@ def following(model: nn.Module, layers: Sequence[int] | None) -> Iterator[list[t
     def keep(_: nn.Module, __: Any, output: Any) -> None:
         streams.append(unpacked(output)[0])
 
-    modules = _decoder_layers(model)
+    modules = decoder_layers(model)
     with ExitStack() as stack:
         for number in range(len(modules)) if layers is None else layers:
             stack.callback(modules[number].register_forward_hook(keep).remove)
         yield streams
 
 
-def _decoder_layers(model: nn.Module) -> nn.ModuleList:
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """Those of a model, in order."""
     numbered = (split_name(name) for name, _ in model.named_parameters())
     place = next(template for template, numbers in numbered if numbers).split(".{}")[0]
     layers = model.get_submodule(place)

@@ -179,11 +179,8 @@ class Student(nn.Module):
             return head_logits(self.model, hidden[None])[0].float()
 
     def train(self, mode: bool = True) -> Student:
-        """Let layers whose activations are computed twice know that they are trained, and nothing else."""
-        super().train(False)
-        for module in self.model.modules():
-            module.training = mode and bool(getattr(module, "gradient_checkpointing", False))
-        return self
+        """Stay as it is used, whatever is asked for."""
+        return super().train(False)
 
     def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:  # type: ignore[override]
         """The weights that are trained, by name."""

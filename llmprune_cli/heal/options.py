@@ -129,7 +129,11 @@ class Healing:
     ] = None
     seed: Annotated[int, Option("Seed of the order of the text.", METHOD, check=check_seed)] = 0
     gradient_checkpointing: Annotated[
-        bool, Option("Compute activations twice instead of keeping them: slower, in less memory.", MACHINE)
+        bool,
+        Option(
+            "Compute activations twice instead of keeping them, as is done beside a streamed teacher: in less memory.",
+            MACHINE,
+        ),
     ] = False
     compute_dtype: Annotated[
         str, Option("Dtype of products; weights are float32; auto: bfloat16 where that is native.", MACHINE)

@@ -24,7 +24,6 @@ MOST_HELD_OUT = 4096  # tokens that are
 BATCHES = 256  # optimizer steps by default, as long as a batch has neither too few tokens nor too many
 LEAST_BATCH, MOST_BATCH = 1024, 65536  # tokens
 TOGETHER, TOGETHER_ON_CPU = 4096, 1024  # tokens that run together: their activations lie in memory
-TOGETHER_IN_LITTLE = 512  # on a CPU whose memory the teacher is to leave free: a step takes longer
 STEPS_BETWEEN = 16  # judgements, at least
 MOST_JUDGEMENTS = 8
 
@@ -212,11 +211,9 @@ def _default_batch(healing: Healing) -> int:
     return min(max(healing.token_count // BATCHES, least), MOST_BATCH)
 
 
-def tokens_together(device: str, teacher_mode: str) -> int:
-    """Tokens that a process runs at a time at most; fewer where a streamed teacher says that memory is what lacks."""
-    if device != "cpu":
-        return TOGETHER
-    return TOGETHER_IN_LITTLE if teacher_mode == "streamed" else TOGETHER_ON_CPU
+def tokens_together(device: str) -> int:
+    """Tokens that a process runs at a time at most."""
+    return TOGETHER_ON_CPU if device == "cpu" else TOGETHER
 
 
 def _schedule(tokens: int, batch_tokens: int, length: int, processes: int, most_together: int) -> Schedule:

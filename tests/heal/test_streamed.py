@@ -7,7 +7,10 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedModel
 
+from llmprune_cli.commands.recover import end_to_end
+from llmprune_cli.heal.student import compute_twice
 from support.heal_runs import recover, run_recover
 from support.refusals import CHECKPOINT, OUTPUT, PLAN, assert_refused, state_of
 from support.tiny import save_tiny
@@ -22,6 +25,28 @@ def test_a_streamed_teacher_teaches_what_a_resident_one_does(pruned: Path, text_
     for one, other in zip(resident["curve"], streamed["curve"], strict=True):
         assert other["held_out"]["kl"] == pytest.approx(one["held_out"]["kl"], rel=0.01)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["resident", "streamed"]
+
+
+@pytest.mark.parametrize(
+    ("options", "are"),
+    [
+        (STREAMED, True),
+        (("--teacher-mode", "resident"), False),
+        (("--gradient-checkpointing",), True),
+    ],
+)
+def test_activations_are_computed_twice_beside_a_streamed_teacher_or_where_that_is_asked_for(
+    pruned: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], are: bool
+) -> None:
+    models = []
+
+    def note(model: PreTrainedModel) -> None:
+        models.append(model)
+        compute_twice(model)
+
+    monkeypatch.setattr(end_to_end, "compute_twice", note)
+    assert recover(pruned, text_file, tmp_path / "healed", *options)["is_better"]
+    assert bool(models) == are
 
 
 def test_what_a_teacher_predicts_is_kept_for_other_students_of_it_alone(

@@ -17,7 +17,7 @@ from llmprune_cli.heal.figures import HeldOut, RateTrial
 from llmprune_cli.heal.healed_folder import write_healed
 from llmprune_cli.heal.judging import judge
 from llmprune_cli.heal.loss import Student
-from llmprune_cli.heal.student import TrainedModel, load_trained, stored_tensors
+from llmprune_cli.heal.student import TrainedModel, compute_twice, load_trained, stored_tensors
 from llmprune_cli.heal.teacher import Teacher
 from llmprune_cli.heal.training.learning_rate import search_learning_rates
 from llmprune_cli.heal.training.trainer import Lesson, train
@@ -44,6 +44,8 @@ def heal(task: Task, claim: Claim | None, started: float, stack: ExitStack) -> R
     _say_bare(task, trained)
     check_room(task, trained, folder)
     mode, teacher = choose_teacher(task, trained, folder)
+    if healing.gradient_checkpointing or mode == "streamed":
+        compute_twice(trained.model)
     student = Student(trained.model, healing.loss, healing.temperature, task.compute, healing.hidden_weight)
     lesson = Lesson(healing, teacher, task.text, task.learning_rate(()), task.processes, task.listener)
     trials = _try_rates(task, student, lesson, folder) if healing.learning_rate == "auto" else ()

@@ -142,7 +142,7 @@ def prepare(
         settings.vocab_size,
         longest,
         processes.count,
-        tokens_together(device, request.teaching.teacher_mode),
+        tokens_together(device),
         warn,
         write,
         None if seen is None else (seen, tokenizer if tokens is None else reader),

@@ -16,7 +16,7 @@ from llmprune_cli.commands.sweep.point import HEALED, PRUNED, Point, Row, plan_f
 from llmprune_cli.errors import CheckpointError
 from llmprune_cli.folder.staging import hidden_folder
 from llmprune_cli.heal.figures import HeldOut
-from llmprune_cli.heal.options import Healed, Teaching
+from llmprune_cli.heal.options import Healed
 from llmprune_cli.heal.training_text import prepare_training, tokens_together
 from llmprune_cli.journal.forms import Json
 from llmprune_cli.plan.document import Plan
@@ -46,7 +46,7 @@ def check_text(request: PruneRequest, bench: Workbench) -> None:
             settings.vocab_size,
             getattr(settings, "max_position_embeddings", None),
             processes.count,
-            tokens_together(layer_device(request.model.device), Teaching.teacher_mode),
+            tokens_together(layer_device(request.model.device)),
             lambda _: None,
             apart=_apart(request, bench),
         )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.family.skeleton import build_skeleton, on_disk
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.tensors import split_name
+from llmprune_cli.heal.layers import decoder_layers
 from llmprune_cli.heal.options import Healing
 from llmprune_cli.heal.student.adapters import Adapters, adapt
 from llmprune_cli.source.full_model import load_model
@@ -47,20 +50,18 @@ class TrainedModel:
         return self.model
 
 
-def load_trained(checkpoint: Checkpoint, device: str, healing: Healing) -> TrainedModel:
+def load_trained(pruned: Checkpoint, device: str, healing: Healing) -> TrainedModel:
     """Load a pruned model in float32, and say which of its weights are trained.
 
     Raises:
         CheckpointError: it cannot be loaded.
         UnsupportedError: it has no such weights.
     """
-    model = load_model(checkpoint, device, "float32")
+    model = load_model(pruned, device, "float32")
     model.config.use_cache = False
-    if healing.gradient_checkpointing:
-        _compute_twice(model)
     names = trained_names(model, healing.train)
     if not names:
-        raise UnsupportedError(f"{checkpoint.config.model_type} has no weights that --train {healing.train} names.")
+        raise UnsupportedError(f"{pruned.config.model_type} has no weights that --train {healing.train} names.")
     if healing.lora is not None:
         return TrainedModel(model, adapt(model, names, healing.lora))
     for name, parameter in model.named_parameters():
@@ -68,19 +69,13 @@ def load_trained(checkpoint: Checkpoint, device: str, healing: Healing) -> Train
     return TrainedModel(model)
 
 
-def _compute_twice(model: PreTrainedModel) -> None:
-    """Have activations computed again where gradients need them.
+def compute_twice(model: PreTrainedModel) -> None:
+    """Have activations within decoder layers computed again where gradients need them, instead of keeping them.
 
-    Raises:
-        UnsupportedError: the family cannot.
+    A family's own switch for that would turn on its dropout as well.
     """
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # newer name first
-    try:
-        enable({"use_reentrant": False})
-    except ValueError as error:
-        raise UnsupportedError(
-            f"{model.config.model_type} cannot compute activations twice. Leave out --gradient-checkpointing."
-        ) from error
+    for layer in decoder_layers(model):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def trained_names(model: nn.Module, train: str) -> set[str]:
