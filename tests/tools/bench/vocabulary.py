@@ -116,7 +116,7 @@ def main() -> int:
         if asked.recover:
             healed = OUTPUT / f"{size}-healed-{asked.recover}"
             if not healed.exists():
-                llmprune("recover", folder, "--teacher", whole, "--tokens", asked.recover, "--output", healed)
+                llmprune("recover", folder, "--text", text, "--tokens", asked.recover, "--output", healed)
             rows[f"{size:,}, healed"] = kept(
                 f"{healed.name}-row", lambda healed=healed: measure(healed, whole, texts, asked.windows)
             )
