@@ -327,8 +327,9 @@ class Evaluation:
     """What to evaluate on."""
 
     dataset: Annotated[
-        str, Option("wikitext2, python-docs, a file (text, CSV, JSON Lines, Parquet) or a hub dataset.", EVALUATION)
-    ] = "wikitext2"
+        str | None,
+        Option("A file, a folder, a hub dataset or python-docs.", EVALUATION, left_out="wikitext2, or python-docs"),
+    ] = None
     text_column: Annotated[str | None, TEXT_COLUMN] = None
     split: Annotated[str, Option("Split of the dataset.", EVALUATION)] = "test"
     max_seq_len: Annotated[

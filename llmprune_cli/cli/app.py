@@ -159,6 +159,9 @@ MEANT = {
     **dict.fromkeys(("--force", "-f", "-y"), "--overwrite"),
 }
 
+# How each command calls a text, whatever others call it.
+TEXTS = {**dict.fromkeys(("prune", "sweep", "inspect"), "--calibration"), "recover": "--text", "eval": "--dataset"}
+
 
 def run(arguments: list[str] | None) -> None:
     """Run the command line and exit; wrong usage is told in plain lines, which scripts can read, not in a box.
@@ -170,16 +173,17 @@ def run(arguments: list[str] | None) -> None:
         code = app(arguments, prog_name="llmprune", standalone_mode=False)
     except WrongUsage as error:
         option = getattr(error, "option_name", "")
-        if (meant := MEANT.get(option) or _elsewhere(option, arguments)) is not None:
+        given = sys.argv[1:] if arguments is None else arguments
+        meant = TEXTS.get(given[0]) if given and option in TEXTS.values() else None
+        if (meant := meant or MEANT.get(option) or _elsewhere(option, given)) is not None:
             error.possibilities = [meant]
         error.show()
         raise SystemExit(error.exit_code) from None
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
-def _elsewhere(option: str, arguments: list[str] | None) -> str | None:
+def _elsewhere(option: str, given: list[str]) -> str | None:
     """The one other command that has an option, with it; None where none has, or several have."""
-    given = sys.argv[1:] if arguments is None else arguments
     others = [name for name in COMMANDS if option.startswith("--") and name not in given[:1]]
     owners = [name for name in others if any(option in own.opts for own in COMMANDS[name].load(name).params)]
     return f"llmprune {owners[0]} {option}" if len(owners) == 1 else None

@@ -25,6 +25,7 @@ from llmprune_cli.options import Evaluation, ModelReference
 from llmprune_cli.run.questions.request import TaskRequest
 from llmprune_cli.sizes import size_text
 from llmprune_cli.startup.loading import loading
+from llmprune_cli.text.names import with_split
 
 if TYPE_CHECKING:
     from llmprune_cli.report.json_results import EvalReport, EvalResult
@@ -73,7 +74,7 @@ def print_eval(report: EvalReport, is_verbose: bool = False) -> None:
     """Table of `eval`, a row for each model, of what fits beside their names; verbose: what it took, as well."""
     console, first = new_console(), report.results[0]
     windows = f"{first.windows:,} × {first.max_seq_len:,} = {first.tokens:,} tokens"
-    console.print(f"Perplexity on {report.dataset} ({report.split}), {windows}", highlight=False)
+    console.print(f"Perplexity on {with_split(report.dataset, report.split)}, {windows}", highlight=False)
     rows = [_figures(result, first) for result in report.results]
     shown = [head for head in HEADS if any(row[head] for row in rows)]
     wide = {head: max(len(head), *(len(row[head]) for row in rows)) + 2 for head in shown}

@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from llmprune_cli.commands.named_options import NamedOption, make, options_of, refuse_unknown
+from llmprune_cli.commands.named_options import NamedOption, by_own_names, make, options_of, refuse_unknown
 from llmprune_cli.commands.requests import CALLED
 from llmprune_cli.errors import UsageError
 from llmprune_cli.options import OUTPUT, PANELS, ModelReference
@@ -197,7 +197,8 @@ def _read_config(context: typer.Context, value: Path | None) -> Path | None:
     known = {parameter.name: parameter for parameter in context.command.params}
     try:
         recipe = read_recipe(value, context.info_name or "")
-        recipe = {NAMES.get(name, name): given for name, given in recipe.items()}
+        flags = {flag.lstrip("-").replace("-", "_"): str(own.name) for own in known.values() for flag in own.opts}
+        recipe = by_own_names(recipe, {name: own for name, own in flags.items() if name not in known})
         refuse_unknown(recipe, [str(name) for name in known if name != "config"], str(value))
     except UsageError as error:
         raise typer.BadParameter(str(error)) from error
@@ -206,9 +207,6 @@ def _read_config(context: typer.Context, value: Path | None) -> Path | None:
     }
     context.default_map = {**(context.default_map or {}), **told}
     return value
-
-
-NAMES = {"eval": "evaluate", "json": "as_json"}  # options whose parameter is called otherwise
 
 
 def _takes_several(parameter: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -37,14 +36,12 @@ from llmprune_cli.commands.requests import PruneRequest, check_prune
 from llmprune_cli.formats.request import suggested_gguf
 from llmprune_cli.options import Choice, Delivery, Evaluation, ModelReference, Scratch, Text
 from llmprune_cli.sizes import size_text
-from llmprune_cli.startup.environment import is_offline
 from llmprune_cli.startup.loading import loading
-from llmprune_cli.text.names import PYTHON_DOCS
 from llmprune_cli.vocabulary.request import VocabularyRequest
 
 if TYPE_CHECKING:
     from llmprune_cli.heal.figures import FinalistResult
-    from llmprune_cli.report.json_results import CandidateResult, PruneResult
+    from llmprune_cli.report.json_results import CandidateResult, CountedSize, PruneResult
     from llmprune_cli.vocabulary.figures import TriedVocabulary
 
 TARGETS = (  # that a dry run has made widths of
@@ -122,6 +119,8 @@ def _going_on(result: PruneResult, request: PruneRequest) -> str:
 
 def print_prune(result: PruneResult, request: PruneRequest, is_verbose: bool = False) -> None:
     """What came of `prune` in a few lines; verbose: all tables as well."""
+    from llmprune_cli.report.runtimes import QUANTIZED_GGUF
+
     console = new_console()
     if is_verbose:
         console.print(modules_table(result.before, result.after, console.width))
@@ -141,7 +140,7 @@ def print_prune(result: PruneResult, request: PruneRequest, is_verbose: bool = F
     if is_verbose or not result.output:
         print_deviations(console, result.deviations)  # with an output they were warnings already
     console.print(_summary(result))
-    for line in _what_went(result):
+    for line in _what_went(result, request.choice.target_speedup or 0):
         console.print(line, highlight=False)
     if result.finalists:
         _print_finalists(console, result.finalists)
@@ -152,13 +151,16 @@ def print_prune(result: PruneResult, request: PruneRequest, is_verbose: bool = F
     if result.push:
         print_push(result.push)
     if result.output:
+        if (kind := _gguf_of(result)) is not None and any(own.runtime == QUANTIZED_GGUF for own in result.runtimes):
+            console.print(f"As {kind} parts would stay in 16 bits: prune with --round-to 32 to pack all.")
         wrote = f"Wrote [bold]{result.output}[/bold] in {in_words(result.seconds)}. Next:"
         console.print(wrote, highlight=False, soft_wrap=True)
     elif result.evaluation:
         console.print("Nothing was kept: give --output to save the pruned model.")
     else:
         if result.estimate:
-            console.print(estimate_text(result.estimate), highlight=False, soft_wrap=True)
+            expected = estimate_text(result.estimate)
+            console.print(f"Left to do: {expected[0].lower()}{expected[1:]}", highlight=False, soft_wrap=True)
         console.print("Dry run: nothing was written. To go on from it:")
     for line in _next(result, request):
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
@@ -181,6 +183,9 @@ def _summary(result: PruneResult) -> Table:
     table.add_row("parameters", *shown, _change(before.parameters, after.parameters))
     sizes = size_text(before.size_bytes), size_text(after.size_bytes)
     table.add_row("size", *sizes, _change(before.size_bytes, after.size_bytes))
+    if result.counted is not None:
+        old, new = result.counted.before_bytes, result.counted.after_bytes
+        table.add_row(_how_counted(result.counted), size_text(old), size_text(new), _change(old, new))
     if result.speed is not None:
         for label, name in (("prefill", "prefill_tokens_per_second"), ("decode", "decode_tokens_per_second")):
             old, new = (getattr(pace, name) for pace in (result.speed.before, result.speed.after))
@@ -203,6 +208,10 @@ def _summary(result: PruneResult) -> Table:
     return table
 
 
+def _how_counted(own: CountedSize) -> str:
+    return f"size{f' as {own.dtype}' if own.dtype else ''}{f', {own.context:,} tokens cached' if own.context else ''}"
+
+
 def _short(name: str) -> str:
     return Path(name).name if len(name) > MOST_NAME else name
 
@@ -215,8 +224,12 @@ def _times(old: float, new: float) -> str:
     return f"×{new / old:.3g}" if old and math.isfinite(new / old) else ""
 
 
-def _what_went(result: PruneResult) -> Iterator[str]:
-    """Which layers went, and what the figures were measured on."""
+def _what_went(result: PruneResult, speedup: float) -> Iterator[str]:
+    """Which layers went, and what the figures were measured on.
+
+    Args:
+        speedup: how many times as fast the model was to be; 0 where that was not asked for.
+    """
     gone = ranges_text(result.dropped_layers)
     before, after = result.before.widths.num_hidden_layers, result.after.widths.num_hidden_layers
     if gone:
@@ -233,6 +246,11 @@ def _what_went(result: PruneResult) -> Iterator[str]:
         yield f"{said}, and cost more than other widths." if result.vocabularies else f"{said}: --vocab auto."
     if result.speed is not None:
         yield speed_text(result.speed)
+        if result.speed.speedup < speedup:
+            yield (
+                f"That is less than the {speedup:g} times of the search: times differ from one measurement to the "
+                "next. Ask for more to be safe, while nothing else runs."
+            )
     if result.calibration is not None:
         card = result.calibration
         yield (
@@ -253,30 +271,24 @@ def _next(result: PruneResult, request: PruneRequest) -> Iterator[str]:
         return
     output, model = shlex.quote(result.output), shlex.quote(result.model)
     if has_tokenizer(Path(result.output)):
-        yield f"llmprune eval {output} --compare {model}{_within_reach(result)}"
+        yield f"llmprune eval {output} --compare {model}"
         if result.recovery is None:
             text = "" if request.text.calibration is None else f" --text {shlex.quote(request.text.calibration)}"
             yield f"llmprune recover {output}{text} --tokens 1M --output {shlex.quote(result.output + '-healed')}"
-    kind = suggested_gguf() if result.export is None else None
-    if kind is not None and _fits_llamacpp(result):
+    if (kind := _gguf_of(result)) is not None:
         yield f"llmprune export {output} --format gguf --dtype {kind} --output {shlex.quote(result.output + '-gguf')}"
     if result.push is None:
         yield f"llmprune push {output} YOUR_NAME/{shlex.quote(Path(result.output).name)}"
 
 
-def _within_reach(result: PruneResult) -> str:
-    """The option that names a text which is always there, where the usual one seems to be out of reach."""
-    fell_back = result.calibration is not None and result.calibration.dataset == PYTHON_DOCS
-    return f" --dataset {PYTHON_DOCS}" if fell_back or (is_offline() and "LLMPRUNE_WIKITEXT2" not in os.environ) else ""
-
-
-def _fits_llamacpp(result: PruneResult) -> bool:
-    """Whether what was written can be exported for llama.cpp, with its tokenizer."""
+def _gguf_of(result: PruneResult) -> str | None:
+    """The type to suggest for llama.cpp; None where what was written cannot be exported for it, or was already."""
     from llmprune_cli.formats.gguf.vocabulary import knows_tokenizer
 
-    assert result.output is not None
     fits = any(own.runtime == "llama.cpp" and own.loads for own in result.runtimes)
-    return fits and knows_tokenizer(Path(result.output))
+    if result.output is None or result.export is not None or not fits or not knows_tokenizer(Path(result.output)):
+        return None
+    return suggested_gguf()
 
 
 def _print_candidates(console: Console, candidates: tuple[CandidateResult, ...]) -> None:

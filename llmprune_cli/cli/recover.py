@@ -14,6 +14,7 @@ from llmprune_cli.heal.options import Healed, Healing, Teaching
 from llmprune_cli.options import ModelReference
 from llmprune_cli.sizes import size_text
 from llmprune_cli.startup.loading import loading
+from llmprune_cli.text.names import with_split
 
 if TYPE_CHECKING:
     from llmprune_cli.heal.figures import HeldOut
@@ -53,7 +54,7 @@ def print_recover(result: RecoverResult) -> None:
 def print_recovery(result: RecoverResult) -> None:
     """How healing went."""
     console = new_console()
-    console.print(f"Held-out text of {result.dataset} ({result.split})", highlight=False, markup=False)
+    console.print(f"Held-out text of {with_split(result.dataset, result.split)}", highlight=False, markup=False)
     table = Table(**NARROW)
     for label in ("tokens", "KL divergence, nats", "perplexity", "bits per byte"):
         table.add_column(label, justify="right")

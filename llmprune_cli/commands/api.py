@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from llmprune_cli.commands import inspect as inspecting
 from llmprune_cli.commands.inspect.request import LEFT_OUT as NOT_MEASURED
 from llmprune_cli.commands.inspect.request import Measured, check_inspect
-from llmprune_cli.commands.named_options import NamedOption, make, options_of, refuse_unknown
+from llmprune_cli.commands.named_options import NamedOption, by_own_names, make, options_of, refuse_unknown, short_names
 from llmprune_cli.commands.recipe import read_recipe
 from llmprune_cli.commands.recover.request import RecoverRequest, check_recover
 from llmprune_cli.commands.requests import PRUNE_PARTS, PruneRequest, check_eval, check_export, check_prune
@@ -297,13 +297,13 @@ def _gather(
         UsageError: one is unknown, or not of its type.
     """
     known, recipe = _known(*kinds, without=without), {} if config is None else read_recipe(Path(config), command)
-    recipe = {"evaluate" if name == "eval" else name: value for name, value in recipe.items()}
+    names = {"eval": "evaluate", **short_names(known.values())}
+    recipe, options = by_own_names(recipe, names), by_own_names(options, names)
     refuse_unknown(recipe, [*known, *plain, "model"], str(config))
     refuse_unknown(options, [*known, *plain, "model"], command)
     given = {**recipe, **{name: value for name, value in options.items() if value is not None}}
-    name = model if model is not None else given.pop("model", None)
-    given.pop("model", None)
-    if name is None:
+    said = given.pop("model", None)
+    if (name := said if model is None else model) is None:
         raise UsageError("say which model.")
     return str(name), {key: _checked(known[key], value) if key in known else value for key, value in given.items()}
 

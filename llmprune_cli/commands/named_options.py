@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -55,6 +55,30 @@ def make(kind: Any, named: Mapping[str, Any]) -> Any:
 
 def _direct(kind: Any) -> list[NamedOption]:
     return [own for own in options_of(kind) if own.attribute in {f.name for f in fields(kind)}]
+
+
+def short_names(options: Collection[NamedOption]) -> dict[str, str]:
+    """What people at a keyboard may call options, such as `mlp`, and their names."""
+    short = {own.option.short[2:].replace("-", "_"): own.name for own in options if own.option.short.startswith("--")}
+    return {name: own for name, own in short.items() if name not in {other.name for other in options}}
+
+
+def by_own_names(named: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Options under their own names.
+
+    Args:
+        names: other ones, each with an option's own.
+
+    Raises:
+        UsageError: one option is named twice.
+    """
+    found: dict[str, Any] = {}
+    for name, value in named.items():
+        own = names.get(name, name)
+        if own in found:
+            raise UsageError(f"{name} is another name of {own}; give one of them.")
+        found[own] = value
+    return found
 
 
 def refuse_unknown(names: Iterable[str], known: Iterable[str], where: str) -> None:

@@ -255,9 +255,9 @@ def check_eval(models: Iterable[ModelReference], evaluation: Evaluation, tasks: 
 
 
 def _check_evaluated(evaluation: Evaluation) -> None:
-    from llmprune_cli.text.names import check_split, check_text
+    from llmprune_cli.text.names import WIKITEXT2, check_split, check_text
 
-    check_text(evaluation.dataset, evaluation.text_column)
+    check_text(evaluation.dataset or WIKITEXT2, evaluation.text_column)
     check_split(evaluation.dataset, evaluation.split, Evaluation.split, "--split")
 
 

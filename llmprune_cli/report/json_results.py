@@ -210,6 +210,16 @@ class RecoverResult:
 
 
 @dataclass(frozen=True)
+class CountedSize:
+    """The size of a model as a target counts it."""
+
+    dtype: str | None  # for GGUF, that weights are counted in; None: as stored
+    context: int | None  # tokens whose keys and values count, too; None: none do
+    before_bytes: int
+    after_bytes: int
+
+
+@dataclass(frozen=True)
 class PruneResult:
     """What `prune` reports."""
 
@@ -218,6 +228,7 @@ class PruneResult:
     revision: str | None
     output: str | None  # None for a dry run, or where the result was temporary
     target: str | None  # the size asked for, in words; None where widths were
+    counted: CountedSize | None  # where that counts bytes otherwise than as stored
     protected_layers: tuple[int, ...]  # that no one may change
     dropped_layers: tuple[int, ...]  # by their numbers before pruning; empty where text decides and was not read
     importance: str

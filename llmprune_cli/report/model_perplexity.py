@@ -28,7 +28,7 @@ from llmprune_cli.run.questions.figures import TaskResult
 from llmprune_cli.run.questions.tasks import Tasks, ask
 from llmprune_cli.source.full_model import load_model, own_device, pick_device
 from llmprune_cli.source.tokenizer import load_tokenizer, warn_of_other_reading
-from llmprune_cli.text.corpus import Corpus, load_corpus
+from llmprune_cli.text.corpus import Corpus, load_corpus, load_usual_corpus
 from llmprune_cli.text.names import KNOWN
 from llmprune_cli.text.windows import cut_windows, predicted_bytes, read_tokens, spelled
 
@@ -64,12 +64,15 @@ def prepare_text(
         CheckpointError: no such device, text or tokenizer.
     """
     if first is not None:
-        options = replace(options, max_seq_len=first.windows.shape[1])
+        options = replace(options, dataset=first.corpus.name, max_seq_len=first.windows.shape[1])
     pick_device(device)
     tokenizer = load_tokenizer(checkpoint)
     warn_of_other_reading(checkpoint, tokenizer, listener.warn)
-    column = None if options.dataset in KNOWN else options.text_column
-    corpus = load_corpus(options.dataset, options.split, column, tokenizer)
+    if options.dataset is None:
+        corpus = load_usual_corpus(options.split, Evaluation.split, listener.warn, "--dataset")
+    else:
+        column = None if options.dataset in KNOWN else options.text_column
+        corpus = load_corpus(options.dataset, options.split, column, tokenizer)
     window = _window_tokens(checkpoint, options, listener)
     vocabulary = checkpoint.config.get_text_config().vocab_size
     windows = cut_windows(corpus, tokenizer, vocabulary, window, options.limit)
@@ -116,8 +119,8 @@ def report_perplexity(
             against = first if alike else None
             result = _evaluate(side, reference, options, listener, processes, against, number == 0, tasks)
             results.append(replace(result, same_tokens=alike))
-    origin = sides[0][1].corpus.origin
-    return EvalReport(SCHEMA_VERSION, options.dataset, origin, options.split, tuple(results))
+    corpus = sides[0][1].corpus
+    return EvalReport(SCHEMA_VERSION, corpus.name, corpus.origin, options.split, tuple(results))
 
 
 def _fast_dtype(checkpoints: list[Checkpoint], device: str, processes: Processes) -> str | None:

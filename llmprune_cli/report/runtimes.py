@@ -43,6 +43,9 @@ class RuntimeFit:
     note: str  # why not, or in which form
 
 
+QUANTIZED_GGUF = "GGUF types of 8 bits and less"
+
+
 def runtime_fits(config: PretrainedConfig) -> tuple[RuntimeFit, ...]:
     """The runtimes of all export formats, and others where they are known to stumble over this model."""
     forms = [load_format(name) for name in FORMATS]
@@ -52,7 +55,7 @@ def runtime_fits(config: PretrainedConfig) -> tuple[RuntimeFit, ...]:
         "CTranslate2": _fit_ctranslate2(config),
         "OpenVINO": _fit_openvino(config),
         "mlx-lm": _fit_mlx(config),
-        "GGUF types of 8 bits and less": Fit(loads=True, note=unpacked(config) if found["llama.cpp"].loads else ""),
+        QUANTIZED_GGUF: Fit(loads=True, note=unpacked(config) if found["llama.cpp"].loads else ""),
         "bitsandbytes NF4 on AVX-512": _fit_nf4(config),
         "bitsandbytes, torchao, quanto": _fit_quantizers(config),
     }

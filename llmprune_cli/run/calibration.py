@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -14,8 +13,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from llmprune_cli.errors import CheckpointError, UsageError
 from llmprune_cli.folder.documents import is_there
 from llmprune_cli.options import Text
-from llmprune_cli.text.corpus import Corpus, load_corpus
-from llmprune_cli.text.names import PYTHON_DOCS, SELF, WIKITEXT2, parts_of
+from llmprune_cli.text.corpus import Corpus, load_corpus, load_usual_corpus
+from llmprune_cli.text.names import PYTHON_DOCS, SELF, parts_of
 from llmprune_cli.text.windows import cut_windows, fitting_length, mixed
 
 if TYPE_CHECKING:
@@ -226,10 +225,4 @@ def load_calibration(
                 corpus = load_corpus(part.name, split, options.text_column, tokenizer)
             found.append((corpus, part.share))
         return found
-    try:
-        return [(load_corpus(WIKITEXT2, split), 1.0)]
-    except CheckpointError:
-        if split != Text.calibration_split or "LLMPRUNE_WIKITEXT2" in os.environ:
-            raise
-        warn(f"WikiText-2 is out of reach, so Python's own documentation is read. {option} names better text.")
-        return [(load_corpus(PYTHON_DOCS, split), 1.0)]
+    return [(load_usual_corpus(split, Text.calibration_split, warn, option), 1.0)]

@@ -7,6 +7,7 @@ import math
 import re
 import struct
 import sys
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -65,8 +66,17 @@ def _check_cached(reference: ModelReference) -> None:
     if constants.HF_HUB_OFFLINE and not is_there(cached):
         raise CheckpointError(
             f"{name} is neither a local path nor in the hub cache, and HF_HUB_OFFLINE keeps the hub from being asked. "
-            "Check the name, or unset HF_HUB_OFFLINE."
+            f"{_near(name)}Check the name, or unset HF_HUB_OFFLINE."
         )
+
+
+def _near(name: str) -> str:
+    """A question about the path beside which a name is hardly another one; nothing where there is none."""
+    path = Path(name)
+    if not path.parent.is_dir():
+        return ""
+    found = get_close_matches(path.name, [own.name for own in path.parent.iterdir()], 1)
+    return f"Did you mean {path.parent / found[0]}? " if found else ""
 
 
 def _instead_of(file: Path) -> str:

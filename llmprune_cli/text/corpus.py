@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -77,6 +77,26 @@ def load_corpus(
     name, _, configuration = dataset.partition(":")
     rows = _load(name, configuration or None, split)
     return Corpus(dataset, _joined(dataset, rows, column, tokenizer), dataset)
+
+
+def load_usual_corpus(split: str, usual_split: str, warn: Callable[[str], None], option: str) -> Corpus:
+    """The text where nobody has named one: WikiText-2, or else Python's documentation.
+
+    Args:
+        split: of WikiText-2.
+        usual_split: the one that nobody has asked for.
+        option: that names a text.
+
+    Raises:
+        CheckpointError: WikiText-2 was asked for by its split or by its folder, and cannot be read.
+    """
+    try:
+        return load_corpus(WIKITEXT2, split)
+    except CheckpointError:
+        if split != usual_split or "LLMPRUNE_WIKITEXT2" in os.environ:
+            raise
+        warn(f"WikiText-2 is out of reach, so Python's own documentation is read. {option} names better text.")
+        return load_corpus(PYTHON_DOCS, split)
 
 
 def own_corpus(documents: list[str], source: str) -> Corpus:

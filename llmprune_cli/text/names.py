@@ -95,12 +95,21 @@ def check_split(text: str | None, split: str, usual: str, option: str) -> None:
     Raises:
         UsageError: see above.
     """
-    if split == usual or text is None or any(_has_splits(part.name) for part in parts_of(text)):
+    if split == usual or text is None or _has_splits(text):
         return
     raise UsageError(f"{option} {split} is about data sets with splits, and {text} has none. Leave it out.")
 
 
-def _has_splits(name: str) -> bool:
+def with_split(text: str, split: str) -> str:
+    """A text with the split that is read of it, if it has any."""
+    return f"{text} ({split})" if _has_splits(text) else text
+
+
+def _has_splits(text: str) -> bool:
+    return any(_is_dataset(part.name) for part in parts_of(text))
+
+
+def _is_dataset(name: str) -> bool:
     path = Path(name)
     is_file = path.is_file() if is_there(path) else looks_like_a_file(name)
     return name not in (PYTHON_DOCS, SELF) and not is_file

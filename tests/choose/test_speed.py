@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from llmprune_cli import prune
 from llmprune_cli.choose.targets.limits import whole_target
 from llmprune_cli.choose.targets.speed import Race, SpeedLimit, work_of
+from llmprune_cli.cli.prune import print_prune
+from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.coupling.subject import understand
 from llmprune_cli.errors import PlanError
-from llmprune_cli.options import ModelReference, WidthRequest
+from llmprune_cli.options import Choice, Delivery, ModelReference, WidthRequest
 from llmprune_cli.plan.requested_widths import resolve
 from llmprune_cli.progress import QUIET
 from llmprune_cli.run.speed import clock
+from llmprune_cli.run.speed.figures import Pace, SpeedResult
 from llmprune_cli.run.speed.timed_model import PassTime, RunTime, Work
 from llmprune_cli.source.opening import open_checkpoint
 from support import families
@@ -84,6 +89,19 @@ def test_neurons_of_a_target_in_time_are_multiples_that_kernels_like(text_file: 
     assert run.code == 0, run.stderr
     neurons = {candidate["widths"]["intermediate_size"] for candidate in json.loads(run.stdout)["candidates"]}
     assert min(neurons) < 4096 and not any(number % 64 for number in neurons), neurons
+
+
+def test_a_time_that_was_missed_in_the_end_is_told(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pace = Pace(100.0, 10.0)
+    figures = SpeedResult(1.23, 7, 1, 512, 128, "cpu", "bfloat16", 2, pace, pace)
+    result = replace(prune(model, mlp="50%", importance="magnitude", refit="none", dry_run=True), speed=figures)
+    for asked, is_missed in ((1.2, False), (1.3, True)):
+        request = PruneRequest(
+            ModelReference(str(model)), Choice(target_speedup=asked), delivery=Delivery(dry_run=True)
+        )
+        print_prune(result, request)
+        shown = capsys.readouterr().out
+        assert "1.23 times as fast" in shown and ("less than the 1.3 times" in shown) == is_missed, shown
 
 
 def test_fewer_tokens_take_less_time(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from llmprune_cli.formats.gguf.writing import weights_bytes
 from llmprune_cli.options import Choice, ModelReference, WidthRequest
 from llmprune_cli.plan.requested_widths import Target, resolve
 from llmprune_cli.run.calibration import CalibrationText
-from llmprune_cli.sizes import Budget
+from llmprune_cli.sizes import Budget, size_text
 from llmprune_cli.source.full_model import load_model
 from llmprune_cli.source.opening import open_checkpoint
 from llmprune_cli.text.corpus import Corpus
@@ -63,7 +63,7 @@ def test_a_dry_run_shows_the_candidates(tiny_llama: Path, text_file: Path) -> No
     most = re.search(r"Expect about \d+ (?:s|min|h).* and at most (\d+) candidates, ", run.stderr)
     tried = re.findall(r"^Trying (\d+) of at most (\d+): ", run.stderr, re.MULTILINE)
     assert most and [*tried] == [(str(number), most[1]) for number in range(1, len(tried) + 1)] and tried
-    assert "Expect about" in run.stdout and "candidates" not in run.stdout  # what is left to do
+    assert "Left to do: expect about" in run.stdout and "candidates" not in run.stdout  # what is left to do
     assert json.loads(run_cli("prune", tiny_llama, *options, "--json").stdout)["after"]["size_bytes"] <= 100_000
 
 
@@ -85,6 +85,10 @@ def test_a_size_in_a_type_is_that_of_the_tensors_in_the_file(tmp_path: Path, tex
         counted = weights_bytes(checkpoint.entries, checkpoint.config, "q8_0")
     assert counted == sum(int(tensor.n_bytes) for tensor in GGUFReader(file).tensors)
     assert 0.8 * 110_000 < counted + cached <= 110_000
+    assert result["counted"]["after_bytes"] == counted + cached < result["counted"]["before_bytes"]
+    shown = run_cli("prune", model, *words, *text, "--dry-run").stdout
+    after = size_text(counted + cached)
+    assert re.search(rf"^ *size as q8_0, 64 tokens cached +\S+ KiB +{after} ", shown, re.MULTILINE), shown
 
 
 def test_a_size_in_a_type_that_a_family_is_not_written_in_is_refused(make_tiny: Callable[..., Path]) -> None:

@@ -208,6 +208,7 @@ MISTAKES = {
     "a model that is nowhere": Mistake(
         ("inspect", "nosuch"), CHECKPOINT, ("nosuch is neither", "hub cache", "HF_HUB_OFFLINE")
     ),
+    "a model that is nearly called so": Mistake(("inspect", "modle"), CHECKPOINT, ("Did you mean model?",)),
     "a model that is called as none is": Mistake(
         ("inspect", "what is this?"), CHECKPOINT, ("'what is this?'", "nor a hub id", "Check the path")
     ),

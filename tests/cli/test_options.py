@@ -82,6 +82,9 @@ def test_dtypes_have_short_names(tiny_llama: Path, tmp_path: Path, name: str, dt
         (("eval", "x", "--dtype", "int8"), "float32, float16, bfloat16"),
         (("export", "x", "--format", "ggfu", "-o", "o"), "Did you mean gguf?"),
         (("prnue", "x"), "prune"),
+        (("recover", "x", "--calibration", "a.txt"), "--text)"),
+        (("eval", "x", "--calibration", "a.txt"), "--dataset)"),
+        (("prune", "x", "--text", "a.txt"), "--calibration)"),
     ],
 )
 def test_a_wrong_name_is_answered_with_the_right_one(words: tuple[str, ...], meant: str) -> None:

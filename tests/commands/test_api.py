@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,7 @@ def test_evaluate_and_export(tiny_llama: Path, tmp_path: Path, text_file: Path) 
         ({"target_params": "6B", "target_size": "4GiB"}, "say the same thing"),
         ({"layers": 1, "drop_layers": (0,)}, "give one of them"),
         ({"target_size": "4QB"}, "--target-size: '4QB' is not a size"),
+        ({"mlp": "25%", "intermediate_pruning_ratio": 0.5}, "is another name of"),
         ({}, "say what to prune"),
     ],
 )
@@ -114,6 +116,27 @@ def test_other_errors_keep_their_code_and_warnings_go_to_the_log(
         path.unlink()
     prune(bare, output=tmp_path / "out", intermediate_size=24)
     assert "So units go by magnitude" in caplog.text and capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("short", "name"),
+    [
+        ("mlp", "intermediate_pruning_ratio"),
+        ("heads", "head_pruning_ratio"),
+        ("kv_groups", "kv_group_pruning_ratio"),
+        ("hidden", "hidden_pruning_ratio"),
+    ],
+)
+def test_options_have_their_short_names_here_and_in_recipes(
+    tiny_llama: Path, tmp_path: Path, short: str, name: str
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"{short}: 50%\n")
+    asked = inspect(tiny_llama, **{name: 0.5})
+    assert asked.after is not None and asked.after.widths != asked.before.widths
+    assert inspect(tiny_llama, **{short: "50%"}) == inspect(tiny_llama, config=recipe) == asked
+    run = run_cli("inspect", tiny_llama, "--config", recipe, "--json")
+    assert run.code == 0 and json.loads(run.stdout)["after"]["widths"] == asdict(asked.after.widths)
 
 
 def test_functions_show_what_they_take() -> None:

@@ -69,7 +69,7 @@ def expected(*words: str | Path) -> dict[str, Any]:
 def test_a_dry_run_says_time_memory_and_disk_in_80_columns(deep: Path, request_: str) -> None:
     run = run_cli("prune", deep, *REQUESTS[request_], "--dry-run")
     assert run.code == 0 and not run.stderr, run.stderr
-    said = re.search(r"Expect about \d+ (?:s|min|h)[^,]*, [\d.]+ \wiB of memory,\n[\d.]+ \wiB of disk", run.stdout)
+    said = re.search(r"expect about \d+ (?:s|min|h)[^,]*, [\d.]+ \wiB of memory,\n[\d.]+ \wiB of disk", run.stdout)
     assert said, run.stdout
     assert max(map(len, run.stdout.split("To go on")[0].splitlines())) <= 80
     assert ("of temporary files." in run.stdout) == (request_ == "default")

@@ -128,6 +128,8 @@ def test_a_task_that_cannot_be_read_is_told_before_any_model_is(tiny_llama: Path
 
 def test_what_cannot_be_asked_is_told_at_once(tiny_llama: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_refused(run_cli("eval", tiny_llama, "--tasks", "nope.yaml"), CHECKPOINT, "nope.yaml does not exist")
+    run = run_cli("eval", tiny_llama, "--tasks", "animals.jsonl")
+    assert_refused(run, CHECKPOINT, "animals.jsonl is no task", "data_files: {test: animals.jsonl}")
     assert_refused(run_cli("eval", tiny_llama, "--tasks", "arc_easy,,hellaswag"), USAGE, "arc_easy,hellaswag")
     assert_refused(run_cli("eval", tiny_llama, "--tasks", "arc_easy,arc_easy"), USAGE, "each of them once")
     monkeypatch.setitem(sys.modules, "lm_eval", None)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from llmprune_cli.errors import CheckpointError
+from llmprune_cli.text import corpus
 from support.cli import CALIBRATED, WINDOW, evaluated, run_cli
 from support.refusals import CHECKPOINT, assert_refused
 
@@ -30,6 +33,24 @@ def test_every_form_of_text_gives_the_same_windows(tiny_llama: Path, tmp_path: P
     expected = evaluated(tiny_llama, "--dataset", tmp_path / "corpus.txt", *options)["results"][0]
     assert found["windows"] == 5 and found["tokens"] == 5 * WINDOW
     assert found["perplexity"] == expected["perplexity"]
+
+
+def test_models_are_evaluated_on_what_is_there_where_nobody_names_a_text(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise CheckpointError("No way to the hub.")
+
+    monkeypatch.delenv("LLMPRUNE_WIKITEXT2", raising=False)
+    monkeypatch.setattr(corpus, "_load", unreachable)
+    asked = ("eval", tiny_llama, tiny_llama, "--max-seq-len", str(WINDOW), "--limit", "2")
+    run = run_cli(*asked, "--json")
+    assert run.code == 0 and "WikiText-2 is out of reach" in run.stderr and "--dataset names better text" in run.stderr
+    report = json.loads(run.stdout)
+    assert report["dataset"] == "python-docs" and report["results"][1]["kl"] == pytest.approx(0, abs=1e-6)
+    assert "Perplexity on python-docs, " in run_cli(*asked).stdout
+    assert_refused(run_cli(*asked, "--split", "validation"), CHECKPOINT, "No way to the hub")
+    assert_refused(run_cli(*asked, "--dataset", "wikitext2"), CHECKPOINT, "No way to the hub")
 
 
 def test_a_folder_without_a_split_says_which_it_has_and_how_to_name_it(tiny_llama: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from llmprune_cli.cli.screen.table_parts import NARROW, number_text
+from llmprune_cli.text.names import with_split
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,7 +29,7 @@ def print_card(console: Console, card: CalibrationResult, protected: tuple[int, 
     """
     if card.layers:
         console.print(_layer_table(card.layers, protected))
-    table = Table(title=f"Held-out text of {card.dataset} ({card.split})", title_justify="left", **NARROW)
+    table = Table(title=f"Held-out text of {with_split(card.dataset, card.split)}", title_justify="left", **NARROW)
     table.add_column("")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")

@@ -19,6 +19,7 @@ from llmprune_cli.choose.targets.speed import SpeedLimit
 from llmprune_cli.commands.prune.decision import (
     Decided,
     check_export_fits,
+    counted_size,
     decide,
     layered,
     rotate_model,
@@ -43,6 +44,7 @@ from llmprune_cli.folder.manifest import Numbers, write_manifest
 from llmprune_cli.folder.scratch import check_folder, scratch_folder
 from llmprune_cli.folder.shards import warn_of_large_shards
 from llmprune_cli.folder.staging import Claim, check_target, claimed
+from llmprune_cli.folder.tensors import TensorEntry
 from llmprune_cli.formats.registry import load_format
 from llmprune_cli.journal.journal import Journal, kept_folder
 from llmprune_cli.journal.keys import run_key
@@ -225,12 +227,7 @@ def choose_and_write(
         repaired, repairs = repair(bench, selection.plan, choice.refit or "")
     if not is_first:
         return None
-    is_known = (target.widths, target.layers) == (decided.target.widths, decided.target.layers)
-    tensors = decided.tensors
-    if not is_known or decided.stream is not None or decided.vocabulary is not None:
-        tensors = predict(subject, target)
-    if decided.vocabulary is not None and (selection is None or vocabulary is not None):
-        tensors = decided.vocabulary.cut(tensors, vocabulary)
+    tensors = _left_by(subject, decided, target, selection)
     after = summarize((*tensors, *subject.surroundings), target.widths)
     outcome = Outcome(
         subject=subject,
@@ -245,11 +242,24 @@ def choose_and_write(
         vocabulary=None if bench.serves_several else told_of_tokens(request, subject, decided.vocabulary, plan),
         vocabularies=selection.vocabularies if selection else (),
         speed=speed,
+        counted=counted_size(request, decided, target, vocabulary),
     )
     if staged is None or selection is None:
         return outcome
     with staged() as staging:
         return replace(outcome, card=_fill(staging, request, outcome, selection.plan, repaired, repairs, bench))
+
+
+def _left_by(
+    subject: Subject, decided: Decided, target: Target, selection: Selection | None
+) -> tuple[TensorEntry, ...]:
+    """The tensors that a target leaves, with the rows of the tokens that stay."""
+    tensors, known, own = decided.tensors, decided.target, decided.vocabulary
+    is_known = (target.widths, target.layers) == (known.widths, known.layers)
+    if not is_known or decided.stream is not None or own is not None:
+        tensors = predict(subject, target)
+    kept = selection.plan.vocabulary if selection is not None else None
+    return own.cut(tensors, kept) if own is not None and (selection is None or kept is not None) else tensors
 
 
 def _choose(

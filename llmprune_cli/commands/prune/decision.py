@@ -13,7 +13,7 @@ from llmprune_cli.apply.proven_widths import check_proof, refusing, unproven
 from llmprune_cli.apply.vocabulary.proof import prove_rows
 from llmprune_cli.choose.importances import needs_text
 from llmprune_cli.choose.selection import first_target, stored_plan, target_of
-from llmprune_cli.choose.targets.limits import Limit, size_limit
+from llmprune_cli.choose.targets.limits import Limit, SizeLimit, size_limit
 from llmprune_cli.choose.targets.speed import Race, SpeedLimit, work_of
 from llmprune_cli.commands.prune.vocabulary import DecidedVocabulary, decide_vocabulary
 from llmprune_cli.commands.requests import PruneRequest
@@ -25,14 +25,14 @@ from llmprune_cli.folder.staging import check_room
 from llmprune_cli.folder.tensors import BY_NAME, TensorEntry
 from llmprune_cli.formats.registry import load_format
 from llmprune_cli.options import Choice
-from llmprune_cli.plan.document import Plan
+from llmprune_cli.plan.document import Plan, Vocabulary
 from llmprune_cli.plan.predict import predict, predicted_tensors
 from llmprune_cli.plan.requested_widths import Target, refuse_copy
 from llmprune_cli.processes import Processes
 from llmprune_cli.progress import Listener
 from llmprune_cli.repair.residual_stream import ResidualStream, find_residual_stream
 from llmprune_cli.repair.rotation import principal_components, rotate, untie
-from llmprune_cli.report.json_results import ModelSummary
+from llmprune_cli.report.json_results import CountedSize, ModelSummary
 from llmprune_cli.report.summary import summarize
 from llmprune_cli.run.calibration import CalibrationText, prepare_calibration, window_tokens
 from llmprune_cli.run.layer import BATCH_TOKENS, native_dtype, windows_together
@@ -102,6 +102,23 @@ def limit_of(request: PruneRequest, subject: Subject, listener: Listener) -> Lim
         tokens = resolve_size(asked, int(subject.architecture.config.vocab_size)) if asked is not None else None
         return SpeedLimit(budget.amount, Race(subject, work, layer_device(request.model.device), listener, tokens))
     return size_limit(subject, budget, partial(_weigh, subject, budget.dtype) if budget.dtype is not None else None)
+
+
+def counted_size(
+    request: PruneRequest, decided: Decided, target: Target, vocabulary: Vocabulary | None
+) -> CountedSize | None:
+    """Sizes as the target counts them; None where it counts them as they are stored.
+
+    Args:
+        vocabulary: tokens that stay; None: all.
+    """
+    budget, limit = request.choice.budget, decided.limit
+    if budget is None or not budget.counted or not isinstance(limit, SizeLimit):
+        return None
+    if decided.vocabulary is not None and vocabulary is not None:
+        limit = limit.sparing(decided.vocabulary.spared(len(vocabulary.kept)))
+    before, after = limit.of(limit.whole), limit.left_of(target)
+    return CountedSize(budget.dtype, budget.context, int(before), int(after))
 
 
 def _weigh(subject: Subject, dtype: str, target: Target) -> int:

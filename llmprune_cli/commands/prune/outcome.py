@@ -21,6 +21,7 @@ from llmprune_cli.report.json_results import (
     SCHEMA_VERSION,
     CalibrationResult,
     CandidateResult,
+    CountedSize,
     EvalReport,
     ModelSummary,
     PruneResult,
@@ -51,6 +52,7 @@ class Outcome:
     vocabulary: VocabularySummary | None  # see `told_of_tokens`
     vocabularies: tuple[TriedVocabulary, ...] = ()  # see `Selection`
     speed: SpeedResult | None = None  # where a time was asked for
+    counted: CountedSize | None = None  # see `PruneResult`
     estimate: Estimate | None = None  # of what it takes
 
 
@@ -122,6 +124,7 @@ def report(
         revision=checkpoint.revision,
         output=None if delivery.dry_run or delivery.output is None else str(delivery.output),
         target=str(choice.budget) if choice.budget else None,
+        counted=outcome.counted,
         protected_layers=target.protected,
         dropped_layers=_dropped(outcome),
         importance=plan.importance if plan else choice.importance or "",

@@ -47,12 +47,17 @@ def check_tasks(names: Sequence[str]) -> None:
     """Refuse what cannot be asked, before anything is loaded.
 
     Raises:
-        CheckpointError: a file of a task that does not exist.
+        CheckpointError: a file of a task that does not exist, or one of questions alone.
         MissingPackageError: lm-evaluation-harness is not installed.
     """
     for name in names:
         if is_file(name) and not is_there(Path(name)):
             raise CheckpointError(f"{name} does not exist. Give the .yaml file of a task, or the name of one.")
+        if not is_file(name) and Path(name).is_file():
+            raise CheckpointError(
+                f"{name} is no task. Give a .yaml file that describes one and names it: dataset_path: json, and "
+                f"dataset_kwargs: {{data_files: {{test: {name}}}}}. The guide shows a whole one under Accuracies."
+            )
     if names and find_spec(HARNESS) is None:
         raise MissingPackageError("--tasks needs lm-evaluation-harness: pip install 'llmprune[tasks]'")
 

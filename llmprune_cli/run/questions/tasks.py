@@ -63,8 +63,8 @@ def load_tasks(names: Sequence[str]) -> Tasks:
             loaded: dict[str, Any] = dict(manager.load([*names]))
         except Exception as error:  # tasks come with code of every kind
             raise CheckpointError(
-                f"The tasks {', '.join(names)} cannot be read: {first_line(error)} Their questions come from the hub, "
-                "unless a .yaml file names local ones; check HF_HUB_OFFLINE."
+                f"The tasks {', '.join(names)} cannot be read: {first_line(error).rstrip('.')}. Their questions come "
+                "from the hub, unless a .yaml file names local ones; check HF_HUB_OFFLINE."
             ) from error
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):

@@ -275,7 +275,7 @@ def test_a_prune_exports_in_one_go(byte_level_llama: Path, tmp_path: Path) -> No
     assert run.code == 0, run.stderr
     said = " ".join(run.stdout.split())
     assert "out-gguf: gguf, q4_k_m" in said and "Verified with xllamacpp" in said and "llmprune export" not in said
-    assert "24 neurons in 16 bits: --round-to 32 packs it" in said
+    assert "24 neurons in 16 bits; prune with --round-to 32 to pack it" in said
     header = GGUFReader(tmp_path / "out-gguf" / "model-q4_k_m.gguf").fields
     assert header["llama.feed_forward_length"].contents() == 24
     manifest = json.loads((tmp_path / "out-gguf" / "llmprune.json").read_text())

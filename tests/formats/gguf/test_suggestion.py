@@ -46,3 +46,12 @@ def test_gguf_is_suggested_where_it_can_be_exported(tmp_path: Path, kind: str) -
 def test_gguf_is_suggested_for_no_other_family(tmp_path: Path) -> None:
     model = tiny(tmp_path / "model", "mamba")
     assert set(suggested(model, tmp_path / "pruned")) == {"eval", "recover", "push"}
+
+
+@needs_llamacpp
+@pytest.mark.parametrize(("neurons", "is_said"), [("64", False), ("40", True)])
+def test_a_suggested_type_that_leaves_parts_in_16_bits_says_so(tmp_path: Path, neurons: str, is_said: bool) -> None:
+    model = tiny(tmp_path / "model", "llama")
+    run = run_cli("prune", model, *BY_MAGNITUDE, "--intermediate-size", neurons, "--output", tmp_path / "pruned")
+    assert run.code == 0 and "--dtype q4_k_m" in run.stdout, run.stderr
+    assert ("As q4_k_m parts would stay in 16 bits: prune with --round-to 32" in run.stdout) == is_said

@@ -90,7 +90,7 @@ def unpacked(config: PretrainedConfig) -> str:
     ]
     if not odd:
         return ""
-    return f"they leave what reads {' and '.join(odd)} in 16 bits: --round-to {LEAST_BLOCK} packs it"
+    return f"they leave what reads {' and '.join(odd)} in 16 bits; prune with --round-to {LEAST_BLOCK} to pack it"
 
 
 def elements_of(kind: str) -> int:
