@@ -79,7 +79,7 @@ def print_sweep(result: SweepResult, text: Text) -> None:
     console.print(f"Fitted on {result.tokens:,} tokens of {name}, judged on {held_out:,} others.", highlight=False)
     spread = max(point.prefill_spread for point in points)
     console.print("KL: nats a token from the unpruned model.", highlight=False)
-    pace = f"Tokens/s: of text that is read, by windows; half of these are within ±{spread:.0%} of it."
+    pace = f"Tokens/s: of text that is read; half of its windows are within ±{spread:.0%} of it."
     console.print(pace, highlight=False)
     if result.output is None:
         console.print("Nothing was kept: --output DIR keeps the plans, --keep-models the models, too.")

@@ -68,7 +68,7 @@ def test_speeds_have_a_spread(
     found = [point["prefill_spread"] for point in (result["dense"], *result["points"])]
     assert spread[0] <= min(found) <= max(found) <= spread[1]
     shown = run_cli("sweep", tiny_llama, *asked).stdout
-    assert f"by windows; half of these are within ±{max(found):.0%} of it." in shown
+    assert f"half of its windows are within ±{max(found):.0%} of it." in shown
 
 
 @pytest.mark.parametrize(

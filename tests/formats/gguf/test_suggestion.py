@@ -49,7 +49,7 @@ def test_gguf_is_suggested_for_no_other_family(tmp_path: Path) -> None:
 
 
 @needs_llamacpp
-@pytest.mark.parametrize(("neurons", "is_said"), [("64", False), ("40", True)])
+@pytest.mark.parametrize(("neurons", "is_said"), [("32", False), ("40", True)])
 def test_a_suggested_type_that_leaves_parts_in_16_bits_says_so(tmp_path: Path, neurons: str, is_said: bool) -> None:
     model = tiny(tmp_path / "model", "llama")
     run = run_cli("prune", model, *BY_MAGNITUDE, "--intermediate-size", neurons, "--output", tmp_path / "pruned")
