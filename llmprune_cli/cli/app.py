@@ -174,12 +174,18 @@ def run(arguments: list[str] | None) -> None:
     except WrongUsage as error:
         option = getattr(error, "option_name", "")
         given = sys.argv[1:] if arguments is None else arguments
-        meant = TEXTS.get(given[0]) if given and option in TEXTS.values() else None
-        if (meant := meant or MEANT.get(option) or _elsewhere(option, given)) is not None:
+        if (meant := _meant(option, given) or _elsewhere(option, given)) is not None:
             error.possibilities = [meant]
         error.show()
         raise SystemExit(error.exit_code) from None
     raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _meant(option: str, given: list[str]) -> str | None:
+    """What the command calls an option of other programs, or a text under the name that another command has for it."""
+    meant = MEANT.get(option, option)
+    meant = TEXTS.get(given[0], meant) if given and meant in TEXTS.values() else meant
+    return meant if meant != option else None
 
 
 def _elsewhere(option: str, given: list[str]) -> str | None:

@@ -197,9 +197,9 @@ def _read_config(context: typer.Context, value: Path | None) -> Path | None:
     known = {parameter.name: parameter for parameter in context.command.params}
     try:
         recipe = read_recipe(value, context.info_name or "")
-        flags = {flag.lstrip("-").replace("-", "_"): str(own.name) for own in known.values() for flag in own.opts}
-        recipe = by_own_names(recipe, {name: own for name, own in flags.items() if name not in known})
-        refuse_unknown(recipe, [str(name) for name in known if name != "config"], str(value))
+        names = {flag.lstrip("-").replace("-", "_"): str(own.name) for own in known.values() for flag in own.opts}
+        refuse_unknown(recipe, [name for name in names if len(name) > 1 and name != "config"], str(value))
+        recipe = by_own_names(recipe, names)
     except UsageError as error:
         raise typer.BadParameter(str(error)) from error
     told = {

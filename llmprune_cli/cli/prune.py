@@ -119,9 +119,7 @@ def _going_on(result: PruneResult, request: PruneRequest) -> str:
 
 def print_prune(result: PruneResult, request: PruneRequest, is_verbose: bool = False) -> None:
     """What came of `prune` in a few lines; verbose: all tables as well."""
-    from llmprune_cli.report.runtimes import QUANTIZED_GGUF
-
-    console = new_console()
+    console, kind = new_console(), _gguf_of(result)
     if is_verbose:
         console.print(modules_table(result.before, result.after, console.width))
         print_runtimes(console, result.runtimes)
@@ -151,8 +149,8 @@ def print_prune(result: PruneResult, request: PruneRequest, is_verbose: bool = F
     if result.push:
         print_push(result.push)
     if result.output:
-        if (kind := _gguf_of(result)) is not None and any(own.runtime == QUANTIZED_GGUF for own in result.runtimes):
-            console.print(f"As {kind} parts would stay in 16 bits: prune with --round-to 32 to pack all.")
+        if kind is not None:
+            _warn_of_unpacked(console, kind, result)
         wrote = f"Wrote [bold]{result.output}[/bold] in {in_words(result.seconds)}. Next:"
         console.print(wrote, highlight=False, soft_wrap=True)
     elif result.evaluation:
@@ -162,7 +160,7 @@ def print_prune(result: PruneResult, request: PruneRequest, is_verbose: bool = F
             expected = estimate_text(result.estimate)
             console.print(f"Left to do: {expected[0].lower()}{expected[1:]}", highlight=False, soft_wrap=True)
         console.print("Dry run: nothing was written. To go on from it:")
-    for line in _next(result, request):
+    for line in _next(result, request, kind):
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -259,8 +257,21 @@ def _what_went(result: PruneResult, speedup: float) -> Iterator[str]:
         )
 
 
-def _next(result: PruneResult, request: PruneRequest) -> Iterator[str]:
-    """Commands that go on from here."""
+def _warn_of_unpacked(console: Console, kind: str, result: PruneResult) -> None:
+    from llmprune_cli.formats.gguf.blocks.mixes import LEAST_BLOCK
+    from llmprune_cli.report.runtimes import QUANTIZED_GGUF
+
+    if any(own.runtime == QUANTIZED_GGUF for own in result.runtimes):
+        said = f"As {kind} parts would stay in 16 bits: prune with --round-to {LEAST_BLOCK} to pack all."
+        console.print(said, highlight=False)
+
+
+def _next(result: PruneResult, request: PruneRequest, kind: str | None) -> Iterator[str]:
+    """Commands that go on from here.
+
+    Args:
+        kind: see `_gguf_of`.
+    """
     if result.output is None and result.evaluation is not None:
         return
     from llmprune_cli.source.tokenizer import has_tokenizer
@@ -271,11 +282,11 @@ def _next(result: PruneResult, request: PruneRequest) -> Iterator[str]:
         return
     output, model = shlex.quote(result.output), shlex.quote(result.model)
     if has_tokenizer(Path(result.output)):
-        yield f"llmprune eval {output} --compare {model}"
+        yield f"llmprune eval {model} {output}"
         if result.recovery is None:
             text = "" if request.text.calibration is None else f" --text {shlex.quote(request.text.calibration)}"
             yield f"llmprune recover {output}{text} --tokens 1M --output {shlex.quote(result.output + '-healed')}"
-    if (kind := _gguf_of(result)) is not None:
+    if kind is not None:
         yield f"llmprune export {output} --format gguf --dtype {kind} --output {shlex.quote(result.output + '-gguf')}"
     if result.push is None:
         yield f"llmprune push {output} YOUR_NAME/{shlex.quote(Path(result.output).name)}"
@@ -283,12 +294,12 @@ def _next(result: PruneResult, request: PruneRequest) -> Iterator[str]:
 
 def _gguf_of(result: PruneResult) -> str | None:
     """The type to suggest for llama.cpp; None where what was written cannot be exported for it, or was already."""
+    fits = any(own.runtime == "llama.cpp" and own.loads for own in result.runtimes)
+    if result.output is None or result.export is not None or not fits:
+        return None
     from llmprune_cli.formats.gguf.vocabulary import knows_tokenizer
 
-    fits = any(own.runtime == "llama.cpp" and own.loads for own in result.runtimes)
-    if result.output is None or result.export is not None or not fits or not knows_tokenizer(Path(result.output)):
-        return None
-    return suggested_gguf()
+    return suggested_gguf() if knows_tokenizer(Path(result.output)) else None
 
 
 def _print_candidates(console: Console, candidates: tuple[CandidateResult, ...]) -> None:

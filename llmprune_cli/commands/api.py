@@ -299,8 +299,8 @@ def _gather(
     known, recipe = _known(*kinds, without=without), {} if config is None else read_recipe(Path(config), command)
     names = {"eval": "evaluate", **short_names(known.values())}
     recipe, options = by_own_names(recipe, names), by_own_names(options, names)
-    refuse_unknown(recipe, [*known, *plain, "model"], str(config))
-    refuse_unknown(options, [*known, *plain, "model"], command)
+    for own, where in ((recipe, str(config)), (options, command)):
+        refuse_unknown(own, [*known, *short_names(known.values()), *plain, "model"], where)
     given = {**recipe, **{name: value for name, value in options.items() if value is not None}}
     said = given.pop("model", None)
     if (name := said if model is None else model) is None:

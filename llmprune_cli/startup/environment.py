@@ -1,4 +1,4 @@
-"""What a machine is like: versions, memory and devices, for bug reports, and whether it is online."""
+"""What a bug report has to say of a machine: versions, memory and devices."""
 
 from __future__ import annotations
 
@@ -33,13 +33,6 @@ def describe_environment() -> dict[str, str]:
     else:
         found["GPU"] = "mps" if torch.backends.mps.is_available() else "none that torch can use"
     return found
-
-
-def is_offline() -> bool:
-    """Whether the hub is not to be asked."""
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
 
 
 def _version(package: str) -> str:

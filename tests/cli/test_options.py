@@ -83,6 +83,7 @@ def test_dtypes_have_short_names(tiny_llama: Path, tmp_path: Path, name: str, dt
         (("export", "x", "--format", "ggfu", "-o", "o"), "Did you mean gguf?"),
         (("prnue", "x"), "prune"),
         (("recover", "x", "--calibration", "a.txt"), "--text)"),
+        (("recover", "x", "--calibration-data", "a.txt"), "--text)"),
         (("eval", "x", "--calibration", "a.txt"), "--dataset)"),
         (("prune", "x", "--text", "a.txt"), "--calibration)"),
     ],

@@ -70,6 +70,8 @@ def test_every_command_takes_a_recipe(tiny_llama: Path, tmp_path: Path, text_fil
     ("name", "content", "code", "said"),
     [
         ("r.yaml", "intermediate_pruning_ration: 0.5", 2, "did you mean intermediate_pruning_ratio?"),
+        ("r.yaml", "mlps: 25%", 2, "did you mean mlp?"),
+        ("r.yaml", "jsn: true", 2, "did you mean json?"),
         ("r.yaml", "command: export\nmodel: x", 2, "a recipe of `export`, not of `prune`"),
         ("r.yaml", "- a list", 2, "has to name options"),
         ("r.yaml", "layers: [", 3, "not a readable recipe"),
@@ -98,3 +100,5 @@ def test_python_refuses_a_bad_recipe_too(tiny_llama: Path, tmp_path: Path) -> No
     (tmp_path / "r.yaml").write_text("layerz: 3")
     with pytest.raises(UsageError, match="did you mean layers"):
         prune(tiny_llama, config=tmp_path / "r.yaml", dry_run=True)
+    with pytest.raises(UsageError, match="did you mean mlp"):
+        prune(tiny_llama, mlps="25%", dry_run=True)
