@@ -67,6 +67,19 @@ def test_a_dry_run_shows_the_candidates(tiny_llama: Path, text_file: Path) -> No
     assert json.loads(run_cli("prune", tiny_llama, *options, "--json").stdout)["after"]["size_bytes"] <= 100_000
 
 
+def test_a_size_with_a_cache_is_shown_as_the_target_counts_it(tiny_llama: Path, text_file: Path) -> None:
+    options = ("--target-size", "110KB", "--context", "64", "--calibration", text_file, *CALIBRATED, "--dry-run")
+    result = json.loads(run_cli("prune", tiny_llama, *options, "--json").stdout)
+    for side in ("before", "after"):
+        widths = result[side]["widths"]
+        cached = 2 * widths["num_hidden_layers"] * widths["num_key_value_heads"] * widths["head_dim"] * 64 * 4
+        assert result["counted"][f"{side}_bytes"] == result[side]["size_bytes"] + cached
+    assert result["counted"]["after_bytes"] <= 110_000
+    assert re.search(
+        r"^ *size, 64 tokens cached +\S+ KiB +\S+ KiB ", run_cli("prune", tiny_llama, *options).stdout, re.M
+    )
+
+
 @in_full
 def test_a_size_in_a_type_is_that_of_the_tensors_in_the_file(tmp_path: Path, text_file: Path) -> None:
     from gguf import GGUFReader
