@@ -128,7 +128,7 @@ class Student(nn.Module):
         """Wrap a model.
 
         Args:
-            kind: one of `LOSSES`.
+            kind: one of `LOSSES` but `auto`.
             compute: dtype of products.
             hidden_weight: of the relative error of the residual stream, mean over layers, beside that.
         """

@@ -100,9 +100,13 @@ class Healing:
     mode: Annotated[
         str, Option("The whole model at a time, or one layer after the other, in the memory of one layer.", METHOD)
     ] = "end-to-end"
-    loss: Annotated[str, Option("What is learned: the teacher's predictions (kl), the text (ce), or both.", METHOD)] = (
-        "kl"
-    )
+    loss: Annotated[
+        str,
+        Option(
+            "What is learned: the teacher's predictions (kl), the text (ce) or both; auto: kl, both where tokens went.",
+            METHOD,
+        ),
+    ] = "auto"
     temperature: Annotated[
         float, Option("What logits are divided by before the kl of both sides.", METHOD, check=check_positive)
     ] = 1.0
@@ -144,13 +148,22 @@ class Healing:
         if self.lora is not None and self.train == "norms":
             raise UsageError("--lora is about matrices, and norms have none; leave out --train norms.")
         if self.mode == "blocks":
-            usual = {own.name: own.default for own in fields(self)}
-            given = [name for name in ABOUT_ALL_LAYERS if getattr(self, name) != usual[name]]
+            usual = {own.name: (own.default,) for own in fields(self)} | {"loss": ("auto", "kl")}
+            given = [name for name in ABOUT_ALL_LAYERS if getattr(self, name) not in usual[name]]
             if given:
                 raise UsageError(
                     f"--{given[0].replace('_', '-')} is about the whole model, and --mode blocks trains one layer "
                     "after the other on its hidden states; give one of them."
                 )
+
+    def decided(self, tokens_went: bool) -> Healing:
+        """The same with a loss in place of `auto`.
+
+        Args:
+            tokens_went: the student has fewer than its teacher, which so never saw text as the student spells it.
+        """
+        both = tokens_went and self.mode != "blocks"
+        return self if self.loss != "auto" else replace(self, loss="kl+ce" if both else "kl")
 
     @property
     def token_count(self) -> int:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from llmprune_cli.heal.teacher.token_map import map_tokens
 from llmprune_cli.options import ModelReference
 from llmprune_cli.source.opening import open_checkpoint
 from llmprune_cli.source.tokenizer import load_tokenizer
 from support.cli import BY_MAGNITUDE, run_cli
-from support.heal_runs import recover
+from support.heal_runs import recover, run_recover
 from support.tiny import BYTE_LEVEL_VOCABULARY, save_byte_level, save_tiny
 
 
@@ -66,13 +67,25 @@ def test_what_the_teacher_expects_becomes_what_the_student_can_say(whole: Path, 
 def test_a_model_with_fewer_tokens_is_healed(whole: Path, cut: Path, text: Path, tmp_path: Path) -> None:
     resident = recover(cut, text, tmp_path / "resident", "--teacher-mode", "resident")
     streamed = recover(cut, text, tmp_path / "streamed", "--teacher-mode", "streamed")
+    assert (resident["loss"], streamed["loss"]) == ("kl+ce", "kl+ce")
     assert resident["is_better"] and resident["after"]["kl"] < 0.9 * resident["before"]["kl"]
     assert streamed["before"]["kl"] == pytest.approx(resident["before"]["kl"], rel=0.01)
     assert streamed["after"]["kl"] == pytest.approx(resident["after"]["kl"], rel=0.02)
     blocks = recover(cut, text, tmp_path / "blocks", "--mode", "blocks", "--learning-rate", "0.01")
     assert blocks["before"]["kl"] == pytest.approx(resident["before"]["kl"], rel=0.01)
-    assert blocks["is_better"] and blocks["after"]["kl"] < blocks["before"]["kl"]
+    assert blocks["loss"] == "kl" and blocks["is_better"] and blocks["after"]["kl"] < blocks["before"]["kl"]
     words = ("prune", whole, *CUT, "--mlp", "50%", "--calibration", text, "--output", tmp_path / "both")
     run = run_cli(*words, "--recover", "1024", "--json")
     assert run.code == 0, run.stderr
     assert json.loads(run.stdout)["recovery"]["tokens"] >= 1000
+
+
+def test_text_without_tokens_that_went_is_told(cut: Path, text: Path, tmp_path: Path) -> None:
+    assert "were tokens that went" not in run_recover(cut, text, tmp_path / "with").stderr
+    tokenizer = AutoTokenizer.from_pretrained(cut)
+    known = [token for token in tokenizer.get_vocab() if token.isascii() and token.isalpha() and len(token) == 1]
+    alike = tmp_path / "alike.txt"
+    alike.write_text("\n".join(sorted(known) * 100), encoding="utf-8")
+    run = run_recover(cut, alike, tmp_path / "without", "--loss", "kl")
+    assert run.code == 0 and json.loads(run.stdout)["loss"] == "kl"
+    assert "0.00% were tokens that went" in run.stderr and "self" in run.stderr

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ from llmprune_cli.text.corpus import Corpus, own_corpus
 
 BYTES_PER_WEIGHT = 16  # that is trained: itself, its gradient, and two moments of that, in float32
 FROM_PRUNING = 100_000  # added to the seed of a text that the teacher writes, for `prune` calibrates on what it writes
+WINDOWS_READ = 64  # of the text, by which it is told how many of its tokens the student lacks,
+LITTLE_WENT = 0.005  # and how many are few
 MOST_OF_MEMORY = 0.8  # that a resident teacher may take together with the training
 
 
@@ -129,6 +132,7 @@ def prepare(
     if processes.is_first:
         warn_of_other_reading(pruned, tokenizer, listener.warn)
     tokens = map_tokens((pruned, tokenizer), (teacher, reader))
+    request = replace(request, healing=request.healing.decided(tokens is not None))
     settings = pruned.config.get_text_config()
     longest = getattr(settings, "max_position_embeddings", None)
     warn = listener.warn if processes.is_first else lambda _: None
@@ -148,8 +152,20 @@ def prepare(
         None if seen is None else (seen, tokenizer if tokens is None else reader),
         apart,
     )
+    if tokens is not None:
+        _say_what_text_lacks(tokens, text, warn)
     compute = _compute(request, pruned, device)
     return Task(request, pruned, manifest, teacher, tokens, layers, text, device, compute, processes, listener)
+
+
+def _say_what_text_lacks(tokens: TokenMap, text: TrainingText, warn: Callable[[str], None]) -> None:
+    """Warn of text that was spelled alike before."""
+    share = tokens.share_that_went(text.windows[:: -(-len(text.windows) // WINDOWS_READ)])
+    if share < LITTLE_WENT:
+        warn(
+            f"Of {text.corpus.origin}, {share:.2%} were tokens that went, so it teaches little of how to spell these. "
+            "Heal on text that no token was ranked by, too, or on self: what the teacher writes."
+        )
 
 
 def _layers_compared(

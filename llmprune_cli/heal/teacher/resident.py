@@ -11,6 +11,7 @@ from torch.nn import functional
 from llmprune_cli.heal.layers import following
 from llmprune_cli.heal.loss import Goal, Predicted, hidden_states
 from llmprune_cli.heal.teacher.token_map import TokenMap
+from llmprune_cli.heal.teacher.unfinished import Unfinished
 from llmprune_cli.run.layer import multiplying_in
 from llmprune_cli.run.perplexity import head_logits
 
@@ -31,19 +32,21 @@ class ResidentTeacher:
 
     def goal(self, windows: torch.Tensor, numbers: torch.Tensor) -> _ResidentGoal:
         """What it predicts on windows [B, T], whatever their numbers."""
-        if self.tokens is not None:
-            windows = self.tokens.read(windows)
+        read = windows if self.tokens is None else self.tokens.read(windows)
         with torch.no_grad(), multiplying_in(self.compute, windows.device):
             with following(self.model, self.layers) as streams:
-                hidden = hidden_states(self.model, windows)
-            return _ResidentGoal(self, hidden, streams)
+                hidden = hidden_states(self.model, read)
+            return _ResidentGoal(self, hidden, streams, self._unfinished(windows))
 
     def judged_goal(self, windows: torch.Tensor, numbers: torch.Tensor) -> Goal:
         """The same of windows that are asked for more than once: the model runs the first time."""
         asked = tuple(numbers.tolist())
         if asked not in self._judged:
             self._judged[asked] = self.goal(windows, numbers).hidden
-        return _ResidentGoal(self, self._judged[asked], [])
+        return _ResidentGoal(self, self._judged[asked], [], self._unfinished(windows))
+
+    def _unfinished(self, windows: torch.Tensor) -> Unfinished | None:
+        return None if self.tokens is None else Unfinished(self.tokens, windows)
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,11 @@ class _ResidentGoal:
     teacher: ResidentTeacher
     hidden: torch.Tensor  # [n, D]
     streams: list[torch.Tensor]
+    unfinished: Unfinished | None
 
     def at(self, places: slice) -> Predicted:
         teacher = self.teacher
         with torch.no_grad(), multiplying_in(teacher.compute, self.hidden.device):
             logits = head_logits(teacher.model, self.hidden[None, places])[0].float()
             logs = functional.log_softmax(logits / teacher.temperature, -1)
-            return Predicted(logs if teacher.tokens is None else teacher.tokens.regroup(logs))
+            return Predicted(logs if self.unfinished is None else self.unfinished.follow(places, logs))

@@ -17,6 +17,7 @@ from llmprune_cli.errors import CheckpointError, OutputError, PlanError
 from llmprune_cli.folder.documents import read_json, replace_file
 from llmprune_cli.heal.loss import Goal, Predicted
 from llmprune_cli.heal.teacher.token_map import TokenMap
+from llmprune_cli.heal.teacher.unfinished import Unfinished
 from llmprune_cli.journal.keys import differences, model_identity, text_identity, versions
 from llmprune_cli.progress import Listener
 from llmprune_cli.run.divergence import predicted
@@ -99,7 +100,7 @@ def cache_key(
         "temperature": temperature,
         "tokens kept": [LIKELIEST, DRAWN],
         "compute dtype": str(model.compute),
-        "vocabulary": text_identity(tokens.numbers, tokens.owners) if tokens else None,
+        "vocabulary": None if tokens is None else tokens.identity(),
         "layers with hidden states": list(layers) or None,
         "versions": versions(),
     }
@@ -181,10 +182,9 @@ def _fill(
     tokens: TokenMap | None,
     layers: tuple[int, ...],
 ) -> None:
-    if tokens is not None:
-        windows = tokens.read(windows)
+    read = windows if tokens is None else tokens.read(windows)
     listener.stage("Running the teacher", model.layers)
-    for number, (states, items) in enumerate(model.walk(windows, folder=folder)):  # noqa: B007 - the last are wanted
+    for number, (states, items) in enumerate(model.walk(read, folder=folder)):  # noqa: B007 - the last are wanted
         if teacher.states is not None and number in layers:
             teacher.states[layers.index(number)].copy_(states)
         listener.advance(1)
@@ -193,9 +193,10 @@ def _fill(
     listener.stage("Keeping what it predicts", len(windows))
     for number, places, _ in predicted(ends, windows):
         logs = functional.log_softmax(ends.logits(states[number : number + 1, places], items)[0] / temperature, -1)
-        teacher.keep(number, places, logs if tokens is None else tokens.regroup(logs), generator)
         if places.start == 0:
+            unfinished = None if tokens is None else Unfinished(tokens, windows[number : number + 1])
             listener.advance(1)
+        teacher.keep(number, places, logs if unfinished is None else unfinished.follow(places, logs), generator)
 
 
 @dataclass(frozen=True)

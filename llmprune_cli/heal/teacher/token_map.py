@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,6 +11,7 @@ import torch
 
 from llmprune_cli.errors import CheckpointError
 from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.journal.keys import text_identity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,10 +26,38 @@ class TokenMap:
     numbers: torch.Tensor  # that the student's tokens have in the teacher's vocabulary, int64 [K]
     owners: torch.Tensor  # of each token of the teacher: the student's token that it is spelled with first, int64 [V];
     # K where there is none
+    ways: Mapping[tuple[int, ...], Sequence[tuple[int, int | None]]]  # how each beginning of a token's spelling in the
+    # student's tokens goes on: the teacher's token and the piece that follows, or none where it is complete
+
+    def identity(self) -> str:
+        """SHA-256 of all of it."""
+        ways = [(token, -1 if piece is None else piece) for ways in self.ways.values() for token, piece in ways]
+        return text_identity(self.numbers, self.owners, torch.tensor(ways))
 
     def read(self, windows: torch.Tensor) -> torch.Tensor:
         """The teacher's numbers of token ids, of any shape."""
         return self.numbers.to(windows.device)[windows]
+
+    def share_that_went(self, windows: torch.Tensor) -> float:
+        """The share of tokens of windows [N, T] that the student lacks, as far as their spelling tells."""
+        tokens, went = 0, 0
+        for window in windows.tolist():
+            place = 0
+            while place < len(window):
+                size = self._longest(window, place)
+                tokens, went, place = tokens + 1, went + (size > 1), place + size
+        return went / max(1, tokens)
+
+    def _longest(self, window: list[int], place: int) -> int:
+        """Pieces of the longest of the teacher's tokens that may begin at a place."""
+        size, longest = 1, 1
+        while ways := self.ways.get(tuple(window[place : place + size])):
+            if any(piece is None for _, piece in ways):
+                longest = size
+            size += 1
+            if place + size > len(window):
+                break
+        return longest
 
     def regroup(self, logs: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of the teacher's tokens, [n, V], as those of the student's, [n, K].
@@ -63,11 +94,15 @@ def map_tokens(
     for token, number in known.items():
         numbers[number] = all_known[token]
     owners = torch.full((1 + max(all_known.values()),), size)
+    ways: dict[tuple[int, ...], list[tuple[int, int | None]]] = defaultdict(list)
     for token, number in all_known.items():
-        owners[number] = known[token] if token in known else _first_piece(own, token, size)
-    return TokenMap(numbers, owners)
+        spelling = (known[token],) if token in known else _spelling(own, token)
+        if spelling:
+            owners[number] = spelling[0]
+            for end, piece in enumerate((*spelling[1:], None), start=1):
+                ways[spelling[:end]].append((number, piece))
+    return TokenMap(numbers, owners, dict(ways))
 
 
-def _first_piece(tokenizer: PreTrainedTokenizerBase, token: str, otherwise: int) -> int:
-    pieces = tokenizer.backend_tokenizer.model.tokenize(token)
-    return int(pieces[0].id) if pieces else otherwise
+def _spelling(tokenizer: PreTrainedTokenizerBase, token: str) -> tuple[int, ...]:
+    return tuple(int(piece.id) for piece in tokenizer.backend_tokenizer.model.tokenize(token))
