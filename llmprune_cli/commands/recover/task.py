@@ -44,6 +44,7 @@ from llmprune_cli.source.opening import open_checkpoint
 from llmprune_cli.source.own_text import Place, write_text
 from llmprune_cli.source.tokenizer import load_tokenizer, warn_of_other_reading
 from llmprune_cli.text.corpus import Corpus, own_corpus
+from llmprune_cli.text.names import SELF
 
 BYTES_PER_WEIGHT = 16  # that is trained: itself, its gradient, and two moments of that, in float32
 FROM_PRUNING = 100_000  # added to the seed of a text that the teacher writes, for `prune` calibrates on what it writes
@@ -93,6 +94,7 @@ class Task:
         identities = {f"{side} {name}": v for side, own in sides for name, v in model_identity(own).items()}
         return {
             **identities,
+            "token map": None if self.tokens is None else self.tokens.identity(),
             "text": text_identity(self.text.windows, self.text.order, self.text.held_out),
             "schedule": asdict(self.text.schedule),
             "device": self.device,
@@ -161,10 +163,10 @@ def prepare(
 def _say_what_text_lacks(tokens: TokenMap, text: TrainingText, warn: Callable[[str], None]) -> None:
     """Warn of text that was spelled alike before."""
     share = tokens.share_that_went(text.windows[:: -(-len(text.windows) // WINDOWS_READ)])
-    if share < LITTLE_WENT:
+    if share < LITTLE_WENT and text.corpus.name != SELF:
         warn(
-            f"Of {text.corpus.origin}, {share:.2%} were tokens that went, so it teaches little of how to spell these. "
-            "Heal on text that no token was ranked by, too, or on self: what the teacher writes."
+            f"{share:.2%} of the tokens of {text.corpus.origin} went, so it teaches little of how to spell these. Heal "
+            f"on text that no token was ranked by, too, or on {SELF}: what the teacher writes."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,25 +37,28 @@ class ResidentTeacher:
         with torch.no_grad(), multiplying_in(self.compute, windows.device):
             with following(self.model, self.layers) as streams:
                 hidden = hidden_states(self.model, read)
-            return _ResidentGoal(self, hidden, streams, self._unfinished(windows))
+            return _ResidentGoal(self, windows, hidden, streams)
 
     def judged_goal(self, windows: torch.Tensor, numbers: torch.Tensor) -> Goal:
         """The same of windows that are asked for more than once: the model runs the first time."""
         asked = tuple(numbers.tolist())
         if asked not in self._judged:
             self._judged[asked] = self.goal(windows, numbers).hidden
-        return _ResidentGoal(self, self._judged[asked], [], self._unfinished(windows))
-
-    def _unfinished(self, windows: torch.Tensor) -> Unfinished | None:
-        return None if self.tokens is None else Unfinished(self.tokens, windows)
+        return _ResidentGoal(self, windows, self._judged[asked], [])
 
 
 @dataclass(frozen=True)
 class _ResidentGoal:
     teacher: ResidentTeacher
+    windows: torch.Tensor  # of the student's tokens
     hidden: torch.Tensor  # [n, D]
     streams: list[torch.Tensor]
-    unfinished: Unfinished | None
+
+    @cached_property
+    def unfinished(self) -> Unfinished | None:
+        """Where the student has fewer tokens."""
+        tokens = self.teacher.tokens
+        return None if tokens is None else Unfinished(tokens, self.windows)
 
     def at(self, places: slice) -> Predicted:
         teacher = self.teacher

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SAMPLE = "The quick brown fox, né 1999, jumps over 13 lazy dogs: «Grüße», 你好!\n\n\tdef f(x): return x**2  # ok"
+WHOLE = -1  # in the place of the piece that follows, where a token is spelled whole
 
 
 @dataclass(frozen=True)
@@ -26,13 +29,13 @@ class TokenMap:
     numbers: torch.Tensor  # that the student's tokens have in the teacher's vocabulary, int64 [K]
     owners: torch.Tensor  # of each token of the teacher: the student's token that it is spelled with first, int64 [V];
     # K where there is none
-    ways: Mapping[tuple[int, ...], Sequence[tuple[int, int | None]]]  # how each beginning of a token's spelling in the
-    # student's tokens goes on: the teacher's token and the piece that follows, or none where it is complete
+    ways: Mapping[tuple[int, ...], slice]  # of `continued`, for each beginning of a token's spelling in the student's
+    continued: torch.Tensor  # the teacher's tokens, and the pieces that follow there, or `WHOLE`; int64 [2, L]
 
     def identity(self) -> str:
         """SHA-256 of all of it."""
-        ways = [(token, -1 if piece is None else piece) for ways in self.ways.values() for token, piece in ways]
-        return text_identity(self.numbers, self.owners, torch.tensor(ways))
+        beginnings = torch.tensor([number for spelling in self.ways for number in (*spelling, WHOLE)])
+        return text_identity(self.numbers, self.owners, beginnings, self.continued)
 
     def read(self, windows: torch.Tensor) -> torch.Tensor:
         """The teacher's numbers of token ids, of any shape."""
@@ -52,7 +55,7 @@ class TokenMap:
         """Pieces of the longest of the teacher's tokens that may begin at a place."""
         size, longest = 1, 1
         while ways := self.ways.get(tuple(window[place : place + size])):
-            if any(piece is None for _, piece in ways):
+            if bool((self.continued[1, ways] == WHOLE).any()):
                 longest = size
             size += 1
             if place + size > len(window):
@@ -77,6 +80,8 @@ def map_tokens(
 ) -> TokenMap | None:
     """How the student's tokens are the teacher's; None where both number the same tokens alike.
 
+    A token is taken to be spelled in every text as it is alone. A few are not, most of them with Unigram.
+
     Raises:
         CheckpointError: they are tokens of another tokenizer.
     """
@@ -94,14 +99,24 @@ def map_tokens(
     for token, number in known.items():
         numbers[number] = all_known[token]
     owners = torch.full((1 + max(all_known.values()),), size)
-    ways: dict[tuple[int, ...], list[tuple[int, int | None]]] = defaultdict(list)
-    for token, number in all_known.items():
+    ways: dict[tuple[int, ...], list[tuple[int, int]]] = defaultdict(list)
+    for token, number in sorted(all_known.items(), key=itemgetter(1)):  # a dict of another order in each process
         spelling = (known[token],) if token in known else _spelling(own, token)
         if spelling:
             owners[number] = spelling[0]
-            for end, piece in enumerate((*spelling[1:], None), start=1):
+            for end, piece in enumerate((*spelling[1:], WHOLE), start=1):
                 ways[spelling[:end]].append((number, piece))
-    return TokenMap(numbers, owners, dict(ways))
+    return TokenMap(numbers, owners, *flat(ways))
+
+
+def flat(
+    ways: Mapping[tuple[int, ...], Sequence[tuple[int, int]]],
+) -> tuple[dict[tuple[int, ...], slice], torch.Tensor]:
+    """The `ways` and `continued` of a `TokenMap`, from its tokens and pieces by beginning."""
+    ends = [*accumulate(len(own) for own in ways.values())]
+    places = [slice(last - len(own), last) for last, own in zip(ends, ways.values(), strict=True)]
+    continued = torch.tensor([*chain(*ways.values())], dtype=torch.long).view(-1, 2).T.contiguous()
+    return dict(zip(ways, places, strict=True)), continued
 
 
 def _spelling(tokenizer: PreTrainedTokenizerBase, token: str) -> tuple[int, ...]:

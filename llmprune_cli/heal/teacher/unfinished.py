@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 
-from llmprune_cli.heal.teacher.token_map import TokenMap
+from llmprune_cli.heal.teacher.token_map import WHOLE, TokenMap
+
+LEAST = -1e4  # a log-probability; of logits that a model masks, it is infinite
 
 
 class Unfinished:
@@ -21,28 +22,22 @@ class Unfinished:
 
         J(n) Σ p(v | n), over tokens v that begin with k,  +  Σ J(r) p(v | r), over r < n and v that r + 1 … n, k begin.
 
-    Before each place the teacher has read the pieces, not the tokens that they spell.
+    Before each place the teacher has read the pieces, not the tokens that they spell; before a window, nothing.
     """
 
     def __init__(self, tokens: TokenMap, windows: torch.Tensor) -> None:
         """Find what may have begun in windows [B, T] of the student's tokens."""
         self._tokens = tokens
         self._predicted = windows.shape[1] - 1  # places of a window
-        begun, spelled = [], []
-        for token, piece, start, place in _begun(tokens, windows.tolist()):
-            if piece is None:
-                spelled.append((start, token, place))
-            else:
-                begun.append((start, token, place, piece))
-        device = windows.device
-        self._begun = torch.tensor(begun, dtype=torch.long, device=device).view(-1, 4).T
-        self._begun_logs = torch.zeros(len(begun), dtype=torch.float64, device=device)  # log p of each
-        self._spelled = torch.tensor(spelled, dtype=torch.long, device=device).view(-1, 3).T
-        self._spelled_logs = [0.0] * len(spelled)
-        self._ends: list[list[int]] = [[] for _ in range(windows.shape[0] * self._predicted)]
-        for number, (_, _, place) in enumerate(spelled):
-            self._ends[place].append(number)
-        self._starts = [start for start, _, _ in spelled]
+        starts, ends, token, piece = _begun(tokens, windows.tolist())
+        whole = piece == WHOLE
+        self._begun = torch.stack((starts, ends, token, piece))[:, ~whole]
+        self._spelled = torch.stack((starts, ends, token))[:, whole]
+        self._begun_logs = torch.zeros(self._begun.shape[1], dtype=torch.float64)  # log p of each
+        self._ways: list[list[tuple[int, int]]] = [[] for _ in range(len(windows) * self._predicted)]
+        for number, (start, end) in enumerate(zip(*self._spelled[:2].tolist(), strict=True)):
+            self._ways[end].append((start, number))
+        self._spelled_logs = [0.0] * self._spelled.shape[1]
         self._joint: list[float] = []  # log J of each place, up to what is the same for a window
 
     def follow(self, places: slice, logs: torch.Tensor) -> torch.Tensor:
@@ -57,50 +52,49 @@ class Unfinished:
         """
         assert places.start == len(self._joint)
         self._read(places, logs)
-        self._joint.extend(self._summed(places))
-        known, here = self._tokens.regroup(logs), _within(self._begun[2], places)
+        for place in range(places.start, places.stop):
+            self._joint.append(self._summed(place))
+        known, here = self._tokens.regroup(logs), _within(self._begun[1], places)
         if not len(here):
             return known
-        starts, _, ends, pieces = self._begun[:, here]
-        joint = torch.tensor(self._joint, dtype=torch.float64, device=logs.device)
-        shares = (joint[starts] + self._begun_logs[here] - joint[ends]).exp()  # beside 1 for what is spelled whole
-        rows = ends - places.start
-        sums = shares.new_ones(len(logs)).index_add_(0, rows, shares)
-        chances = known.exp() / sums[:, None].to(logs.dtype)
-        chances.index_put_((rows, pieces), (shares / sums[rows]).to(logs.dtype), accumulate=True)
+        starts, ends, _, pieces = self._begun[:, here]
+        joint, rows = torch.tensor(self._joint, dtype=torch.float64), ends - places.start
+        shares = joint[starts] + self._begun_logs[here] - joint[ends]  # logs, beside 0 for what is spelled whole
+        most = shares.new_zeros(len(logs)).scatter_reduce_(0, rows, shares, "amax")
+        shares, whole = (shares - most[rows]).exp(), (-most).exp()
+        sums = whole.index_add(0, rows, shares)
+        places_in = rows.to(logs.device), pieces.to(logs.device)
+        chances = known.exp() * (whole / sums).to(logs.dtype).to(logs.device)[:, None]
+        chances.index_put_(places_in, (shares / sums[rows]).to(logs.dtype).to(logs.device), accumulate=True)
         return chances.clamp_min_(torch.finfo(logs.dtype).tiny).log_()
 
     def _read(self, places: slice, logs: torch.Tensor) -> None:
         """Keep log p of the tokens that begin behind some places."""
         here = _within(self._begun[0], places)
-        self._begun_logs[here] = logs[self._begun[0, here] - places.start, self._begun[1, here]].double()
+        self._begun_logs[here] = _gathered(logs, self._begun[0, here] - places.start, self._begun[2, here])
         here = _within(self._spelled[0], places)
-        found = logs[self._spelled[0, here] - places.start, self._spelled[1, here]].tolist()
-        for number, log in zip(here.tolist(), found, strict=True):
+        found = _gathered(logs, self._spelled[0, here] - places.start, self._spelled[2, here])
+        for number, log in zip(here.tolist(), found.tolist(), strict=True):
             self._spelled_logs[number] = log
 
-    def _summed(self, places: slice) -> Iterator[float]:
-        """Log J of some places."""
-        joint = list(self._joint)
-        for place in range(places.start, places.stop):
-            logs = [joint[self._starts[number]] + self._spelled_logs[number] for number in self._ends[place]]
-            if place % self._predicted == 0:
-                joint.append(0.0)  # where nothing of the window was predicted yet
-            elif logs:
-                most = max(logs)
-                joint.append(most + math.log(sum(math.exp(log - most) for log in logs)))
-            else:
-                joint.append(joint[-1])  # what no token spells tells nothing
-            yield joint[-1]
+    def _summed(self, place: int) -> float:
+        """Log J of a place."""
+        if place % self._predicted == 0:
+            return 0.0  # nothing of the window was predicted yet
+        logs = [self._joint[start] + self._spelled_logs[number] for start, number in self._ways[place]]
+        if not logs:
+            return self._joint[-1]  # a row without a token, which no text has
+        most = max(logs)
+        return most + math.log(sum(math.exp(log - most) for log in logs))
 
 
-def _begun(tokens: TokenMap, windows: list[list[int]]) -> Iterator[tuple[int, int | None, int, int]]:
-    """Tokens of a teacher that the pieces of a text may begin.
+def _begun(tokens: TokenMap, windows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens of a teacher that the pieces of windows may begin: all of the same length, on the CPU.
 
-    Yields:
-        The token, the piece that follows in its spelling (none where it is whole), the place behind which it began, and
-        that of the last piece read.
+    Returns:
+        The places behind which they began, those of the last pieces read, the tokens, and the pieces that follow.
     """
+    found: list[tuple[int, int, int, int]] = []
     for number, window in enumerate(windows):
         first, predicted = number * (len(window) - 1), len(window) - 1
         for start in range(1, predicted):
@@ -108,8 +102,17 @@ def _begun(tokens: TokenMap, windows: list[list[int]]) -> Iterator[tuple[int, in
                 ways = tokens.ways.get(tuple(window[start : place + 1]))
                 if ways is None:
                     break
-                for token, piece in ways:
-                    yield token, piece, first + start - 1, first + place
+                found.append((first + start - 1, first + place, ways.start, ways.stop - ways.start))
+    starts, ends, firsts, counts = torch.tensor(found, dtype=torch.long).view(-1, 4).T
+    each = torch.repeat_interleave(torch.arange(len(found)), counts)
+    before = counts.cumsum(0) - counts
+    numbers = firsts[each] + torch.arange(len(each)) - before[each]
+    return starts[each], ends[each], *tokens.continued[:, numbers]
+
+
+def _gathered(logs: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Some of the logs, in float64, which not every device has."""
+    return logs[rows.to(logs.device), tokens.to(logs.device)].cpu().double().clamp_min(LEAST)
 
 
 def _within(numbers: torch.Tensor, places: slice) -> torch.Tensor:
