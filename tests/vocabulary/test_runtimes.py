@@ -88,6 +88,21 @@ def test_transformers_reads_text_and_chats_as_before(kind: str, tmp_path: Path) 
         assert counts == [2, 2]
 
 
+def test_a_model_of_fewer_tokens_assists_the_whole_one(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    whole = save_whole(tmp_path / "model", "byte-level")
+    folders = whole, cut(whole, tmp_path / "cut")
+    (model, assistant), (own, its) = (
+        [loader.from_pretrained(folder) for folder in folders] for loader in (AutoModelForCausalLM, AutoTokenizer)
+    )
+    prompt = own("def cut(model: Path)", return_tensors="pt", return_token_type_ids=False)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    alone = model.generate(**prompt, **options)
+    together = model.generate(**prompt, **options, assistant_model=assistant, tokenizer=own, assistant_tokenizer=its)
+    assert alone[0].tolist() == together[0, : alone.shape[1]].tolist() and alone.shape[1] > prompt["input_ids"].shape[1]
+
+
 @needs_llamacpp
 @pytest.mark.parametrize("kind", examples(IN_LLAMACPP, ("byte fallback",)))
 def test_llama_cpp_reads_text_as_transformers_does(kind: str, tmp_path: Path) -> None:
