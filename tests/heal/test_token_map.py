@@ -1,0 +1,33 @@
+"""How a teacher's tokens are spelled in its student's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmprune_cli.heal.teacher.token_map import map_tokens
+from llmprune_cli.options import ModelReference
+from llmprune_cli.source.opening import open_checkpoint
+from llmprune_cli.source.tokenizer import load_tokenizer
+from support.cut_vocabularies import cut, save_whole
+from support.full import examples
+from support.tokenizers_of_kinds import strings
+
+KINDS = ("byte-level", "whole words", "byte fallback", "unigram")
+
+
+@pytest.mark.parametrize("kind", examples(KINDS, ("byte fallback", "unigram")))
+def test_texts_are_spelled_as_their_tokens_are(kind: str, tmp_path: Path) -> None:
+    model = save_whole(tmp_path / "model", kind)
+    references = (ModelReference(str(folder)) for folder in (cut(model, tmp_path / "cut"), model))
+    with open_checkpoint(next(references), True) as pruned, open_checkpoint(next(references), True) as teacher:
+        own, its = load_tokenizer(pruned), load_tokenizer(teacher)
+        tokens = map_tokens((pruned, own), (teacher, its))
+    assert tokens is not None
+    known, tolerance = own.get_vocab(), 0.06 if kind == "unigram" else 1e-9
+    for text in strings()[:50]:  # of scripts that the tokenizers have learned
+        pieces, words = own(text)["input_ids"], its.convert_ids_to_tokens(its(text)["input_ids"])
+        went = sum(word not in known for word in words) / len(words)
+        assert tokens.share_that_went(torch.tensor([pieces])) == pytest.approx(went, abs=tolerance), text
