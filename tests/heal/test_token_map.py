@@ -26,8 +26,13 @@ def test_texts_are_spelled_as_their_tokens_are(kind: str, tmp_path: Path) -> Non
         own, its = load_tokenizer(pruned), load_tokenizer(teacher)
         tokens = map_tokens((pruned, own), (teacher, its))
     assert tokens is not None
-    known, tolerance = own.get_vocab(), 0.06 if kind == "unigram" else 1e-9
+    known, shares = own.get_vocab(), []
     for text in strings()[:50]:  # of scripts that the tokenizers have learned
         pieces, words = own(text)["input_ids"], its.convert_ids_to_tokens(its(text)["input_ids"])
         went = sum(word not in known for word in words) / len(words)
-        assert tokens.share_that_went(torch.tensor([pieces])) == pytest.approx(went, abs=tolerance), text
+        shares.append((tokens.share_that_went(torch.tensor([pieces])), went))
+    found, real = zip(*shares, strict=True)
+    if kind == "unigram":  # spells a few otherwise, see `map_tokens`
+        assert sum(found) == pytest.approx(sum(real), abs=0.05 * len(shares))
+    else:
+        assert found == pytest.approx(real, abs=1e-9) and any(found)
