@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 
-from llmprune_cli.heal.teacher.token_map import WHOLE, TokenMap, flat
+from llmprune_cli.heal.teacher.token_map import TokenMap
 from llmprune_cli.heal.teacher.unfinished import Unfinished
 
 Spellings = list[tuple[int, ...]]
@@ -17,11 +17,7 @@ LONG: Spellings = [(0,), (1,), (2,), (*([0] * 12), 1)]
 
 
 def tokens_of(spellings: Spellings) -> TokenMap:
-    ways: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-    for number, spelling in enumerate(spellings):
-        for end, piece in enumerate((*spelling[1:], WHOLE), start=1):
-            ways.setdefault(spelling[:end], []).append((number, piece))
-    return TokenMap(torch.arange(3), torch.tensor([own[0] for own in spellings]), *flat(ways))
+    return TokenMap.of(torch.arange(3), spellings)
 
 
 def expected(window: list[int], logs: torch.Tensor, place: int, spellings: Spellings) -> torch.Tensor:

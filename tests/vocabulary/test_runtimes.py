@@ -58,13 +58,12 @@ def test_transformers_reads_text_and_chats_as_before(kind: str, tmp_path: Path) 
 
 
 def test_a_model_of_fewer_tokens_assists_the_whole_one(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     whole = save_whole(tmp_path / "model", "byte-level")
     folders = whole, cut(whole, tmp_path / "cut")
-    (model, assistant), (own, its) = (
-        [loader.from_pretrained(folder) for folder in folders] for loader in (AutoModelForCausalLM, AutoTokenizer)
-    )
+    model, assistant = (AutoModelForCausalLM.from_pretrained(folder) for folder in folders)
+    own, its = (loaded(folder) for folder in folders)
     prompt = own("def cut(model: Path)", return_tensors="pt", return_token_type_ids=False)
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     alone = model.generate(**prompt, **options)

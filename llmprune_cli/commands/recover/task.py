@@ -154,7 +154,7 @@ def prepare(
         None if seen is None else (seen, tokenizer if tokens is None else reader),
         apart,
     )
-    if tokens is not None:
+    if tokens is not None and processes.is_first and text.corpus.name != SELF:
         _say_what_text_lacks(tokens, text, warn)
     compute = _compute(request, pruned, device)
     return Task(request, pruned, manifest, teacher, tokens, layers, text, device, compute, processes, listener)
@@ -163,7 +163,7 @@ def prepare(
 def _say_what_text_lacks(tokens: TokenMap, text: TrainingText, warn: Callable[[str], None]) -> None:
     """Warn of text that was spelled alike before."""
     share = tokens.share_that_went(text.windows[:: -(-len(text.windows) // WINDOWS_READ)])
-    if share < LITTLE_WENT and text.corpus.name != SELF:
+    if share < LITTLE_WENT:
         warn(
             f"{share:.2%} of the tokens of {text.corpus.origin} went, so it teaches little of how to spell these. Heal "
             f"on text that no token was ranked by, too, or on {SELF}: what the teacher writes."

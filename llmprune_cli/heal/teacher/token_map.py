@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
-from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +30,19 @@ class TokenMap:
     # K where there is none
     ways: Mapping[tuple[int, ...], slice]  # of `continued`, for each beginning of a token's spelling in the student's
     continued: torch.Tensor  # the teacher's tokens, and the pieces that follow there, or `WHOLE`; int64 [2, L]
+
+    @classmethod
+    def of(cls, numbers: torch.Tensor, spellings: Sequence[tuple[int, ...]]) -> TokenMap:
+        """From the numbers, and from how each of the teacher's tokens is spelled in the student's: (), if it is not."""
+        ways: dict[tuple[int, ...], list[tuple[int, int]]] = defaultdict(list)
+        for number, spelling in enumerate(spellings):
+            for end, piece in enumerate((*spelling, WHOLE)[1:], start=1):
+                ways[spelling[:end]].append((number, piece))
+        ends = [*accumulate(len(own) for own in ways.values())]
+        places = [slice(last - len(own), last) for last, own in zip(ends, ways.values(), strict=True)]
+        owners = torch.tensor([spelling[0] if spelling else len(numbers) for spelling in spellings])
+        continued = torch.tensor([*chain(*ways.values())], dtype=torch.long).view(-1, 2).T.contiguous()
+        return cls(numbers, owners, dict(zip(ways, places, strict=True)), continued)
 
     def identity(self) -> str:
         """SHA-256 of all of it."""
@@ -63,7 +75,7 @@ class TokenMap:
         return longest
 
     def regroup(self, logs: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities of the teacher's tokens, [n, V], as those of the student's, [n, K].
+        """Log-probabilities of the teacher's tokens, [n, V], as probabilities of the student's, [n, K].
 
         A token that the student lacks lends its probability to the piece that its text begins with there, since that is
         the next token of the same text: q(k) = Σ p(v) over all v that k begins.
@@ -72,7 +84,7 @@ class TokenMap:
         owners = torch.full(logs.shape[-1:], size, device=logs.device)  # more rows than the tokenizer has tokens
         owners[: len(self.owners)] = self.owners.to(logs.device)
         sums = logs.new_zeros(len(logs), size + 1).index_add_(1, owners, logs.exp())[:, :size]
-        return (sums / sums.sum(-1, keepdim=True)).clamp_min(torch.finfo(sums.dtype).tiny).log()
+        return sums / sums.sum(-1, keepdim=True)
 
 
 def map_tokens(
@@ -98,25 +110,10 @@ def map_tokens(
     numbers = torch.zeros(size, dtype=torch.long)  # rows without a token are in no text
     for token, number in known.items():
         numbers[number] = all_known[token]
-    owners = torch.full((1 + max(all_known.values()),), size)
-    ways: dict[tuple[int, ...], list[tuple[int, int]]] = defaultdict(list)
-    for token, number in sorted(all_known.items(), key=itemgetter(1)):  # a dict of another order in each process
-        spelling = (known[token],) if token in known else _spelling(own, token)
-        if spelling:
-            owners[number] = spelling[0]
-            for end, piece in enumerate((*spelling[1:], WHOLE), start=1):
-                ways[spelling[:end]].append((number, piece))
-    return TokenMap(numbers, owners, *flat(ways))
-
-
-def flat(
-    ways: Mapping[tuple[int, ...], Sequence[tuple[int, int]]],
-) -> tuple[dict[tuple[int, ...], slice], torch.Tensor]:
-    """The `ways` and `continued` of a `TokenMap`, from its tokens and pieces by beginning."""
-    ends = [*accumulate(len(own) for own in ways.values())]
-    places = [slice(last - len(own), last) for last, own in zip(ends, ways.values(), strict=True)]
-    continued = torch.tensor([*chain(*ways.values())], dtype=torch.long).view(-1, 2).T.contiguous()
-    return dict(zip(ways, places, strict=True)), continued
+    spellings: list[tuple[int, ...]] = [()] * (1 + max(all_known.values()))
+    for token, number in all_known.items():
+        spellings[number] = (known[token],) if token in known else _spelling(own, token)
+    return TokenMap.of(numbers, spellings)
 
 
 def _spelling(tokenizer: PreTrainedTokenizerBase, token: str) -> tuple[int, ...]:

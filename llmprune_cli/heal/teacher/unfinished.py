@@ -54,19 +54,22 @@ class Unfinished:
         self._read(places, logs)
         for place in range(places.start, places.stop):
             self._joint.append(self._summed(place))
-        known, here = self._tokens.regroup(logs), _within(self._begun[1], places)
-        if not len(here):
-            return known
+        chances, here = self._tokens.regroup(logs), _within(self._begun[1], places)
+        if len(here):
+            self._spread(chances, here, places.start)
+        return chances.clamp_min_(torch.finfo(logs.dtype).tiny).log_()
+
+    def _spread(self, chances: torch.Tensor, here: torch.Tensor, first: int) -> None:
+        """Give the pieces that go on with what was begun their part, at places from the first one on."""
         starts, ends, _, pieces = self._begun[:, here]
-        joint, rows = torch.tensor(self._joint, dtype=torch.float64), ends - places.start
+        joint, rows = torch.tensor(self._joint, dtype=torch.float64), ends - first
         shares = joint[starts] + self._begun_logs[here] - joint[ends]  # logs, beside 0 for what is spelled whole
-        most = shares.new_zeros(len(logs)).scatter_reduce_(0, rows, shares, "amax")
+        most = shares.new_zeros(len(chances)).scatter_reduce_(0, rows, shares, "amax")
         shares, whole = (shares - most[rows]).exp(), (-most).exp()
         sums = whole.index_add(0, rows, shares)
-        places_in = rows.to(logs.device), pieces.to(logs.device)
-        chances = known.exp() * (whole / sums).to(logs.dtype).to(logs.device)[:, None]
-        chances.index_put_(places_in, (shares / sums[rows]).to(logs.dtype).to(logs.device), accumulate=True)
-        return chances.clamp_min_(torch.finfo(logs.dtype).tiny).log_()
+        chances *= (whole / sums).to(chances.dtype).to(chances.device)[:, None]
+        places_in = rows.to(chances.device), pieces.to(chances.device)
+        chances.index_put_(places_in, (shares / sums[rows]).to(chances.dtype).to(chances.device), accumulate=True)
 
     def _read(self, places: slice, logs: torch.Tensor) -> None:
         """Keep log p of the tokens that begin behind some places."""
