@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
 from llmprune_cli.folder.documents import replace_file
 
@@ -52,4 +55,21 @@ class Json(Generic[Value]):
         try:
             return self._adapter.validate_json(path.read_bytes(), strict=True)
         except (OSError, ValidationError) as error:
+            raise ValueError(str(error)) from error
+
+
+class Numbers:
+    """One tensor as safetensors."""
+
+    suffix = ".safetensors"
+
+    def write(self, path: Path, value: torch.Tensor) -> None:
+        """See `Form`."""
+        replace_file(path, [save({"numbers": value.contiguous()})])
+
+    def read(self, path: Path) -> torch.Tensor:
+        """See `Form`."""
+        try:
+            return load_file(path)["numbers"]
+        except (SafetensorError, OSError, KeyError) as error:
             raise ValueError(str(error)) from error

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 from support.cli import Run, run_cli
 
 QUICK = ("--tokens", "2048", "--batch-tokens", "128", "--seq-len", "32", "--learning-rate", "0.003")
+
+LAUNCH = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
+LAUNCH += ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "llmprune_cli")
 
 
 def run_recover(pruned: Path, text: Path, output: Path, *options: str | Path) -> Run:
@@ -18,5 +23,14 @@ def run_recover(pruned: Path, text: Path, output: Path, *options: str | Path) ->
 def recover(pruned: Path, text: Path, output: Path, *options: str | Path) -> dict[str, Any]:
     run = run_recover(pruned, text, output, *options)
     assert run.code == 0, run.stderr
+    result: dict[str, Any] = json.loads(run.stdout)
+    return result
+
+
+def recover_in_two(pruned: Path, text: Path, output: Path, *options: str | Path) -> dict[str, Any]:
+    """In two processes of one machine."""
+    command = (sys.executable, "-m", *LAUNCH, "recover", pruned, "--text", text, *QUICK, *options, "--output", output)
+    run = subprocess.run([*map(str, command), "--json"], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
     result: dict[str, Any] = json.loads(run.stdout)
     return result

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from llmprune_cli.commands.recover.outcome import Outcome, deliver
-from llmprune_cli.commands.recover.task import Task
+from llmprune_cli.commands.recover.task import Task, say_what_text_lacks
 from llmprune_cli.coupling.subject import understand
 from llmprune_cli.errors import OutputError
 from llmprune_cli.folder.scratch import check_folder
@@ -39,6 +39,8 @@ def heal_by_blocks(task: Task, claim: Claim, started: float, stack: ExitStack) -
     place = task.device.partition(":")[0]
     student, teacher = (LayeredModel(understand(own), place, task.compute) for own in (task.pruned, task.teacher))
     _check_room(task, folder)
+    if task.lacks_what_went:
+        say_what_text_lacks(task)
     predictions = folder / "teacher"
     check_folder(predictions, "--output")
     predicted = stream_teacher(teacher, text.held_out, 1.0, predictions, listener, task.tokens)

@@ -10,7 +10,10 @@ from pathlib import Path
 import torch
 
 from llmprune_cli.commands.recover.outcome import Outcome, deliver
-from llmprune_cli.commands.recover.task import Task, check_room, choose_teacher
+from llmprune_cli.commands.recover.task import Task, check_room, choose_teacher, say_what_text_lacks
+from llmprune_cli.coupling.subject import understand
+from llmprune_cli.errors import UnsupportedError
+from llmprune_cli.folder.scratch import check_folder
 from llmprune_cli.folder.shards import warn_of_large_shards
 from llmprune_cli.folder.staging import Claim, hidden_folder
 from llmprune_cli.heal.figures import HeldOut, RateTrial
@@ -19,17 +22,23 @@ from llmprune_cli.heal.judging import judge
 from llmprune_cli.heal.loss import Student
 from llmprune_cli.heal.student import TrainedModel, compute_twice, load_trained, stored_tensors
 from llmprune_cli.heal.teacher import Teacher
+from llmprune_cli.heal.teacher.rewording import reword, token_kinds
+from llmprune_cli.heal.teacher.token_map import TokenMap
 from llmprune_cli.heal.training.learning_rate import search_learning_rates
 from llmprune_cli.heal.training.trainer import Lesson, train
-from llmprune_cli.journal.forms import Json
+from llmprune_cli.journal.forms import Json, Numbers
 from llmprune_cli.journal.journal import Journal, kept_folder
+from llmprune_cli.journal.keys import statistics_key
 from llmprune_cli.options import ModelReference
 from llmprune_cli.processes import ALONE
 from llmprune_cli.report.json_results import RecoverResult
+from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.perplexity import peak_memory_bytes
 from llmprune_cli.sizes import parse_size
 from llmprune_cli.source.full_model import load_model
 from llmprune_cli.source.opening import open_checkpoint
+from llmprune_cli.source.tokenizer import load_tokenizer
+from llmprune_cli.text.windows import predicted_bytes
 
 LITTLE = 0.01  # of the weights of the layers
 
@@ -43,6 +52,8 @@ def heal(task: Task, claim: Claim | None, started: float, stack: ExitStack) -> R
     trained = load_trained(task.pruned, task.device, healing)
     _say_bare(task, trained)
     check_room(task, trained, folder)
+    if task.lacks_what_went:
+        task = _with_what_went(task, folder)
     mode, teacher = choose_teacher(task, trained, folder)
     if healing.gradient_checkpointing or mode == "streamed":
         compute_twice(trained.model)
@@ -65,6 +76,54 @@ def heal(task: Task, claim: Claim | None, started: float, stack: ExitStack) -> R
         after = _judge_written(task, teacher, staging)
         outcome = Outcome(training, after, mode, count, lesson.learning_rate, peak, trials)
         return deliver(task, outcome, started, staging, checksums)
+
+
+def _with_what_went(task: Task, folder: Path) -> Task:
+    """With text in which words that went stand for others, if what the teacher says of it is what is learned."""
+    text, tokens = task.text, task.tokens
+    assert tokens is not None
+    if "kl" not in task.request.healing.loss:
+        say_what_text_lacks(task)
+        return task
+    own, held = _reworded(task, tokens, folder).tensor_split([len(text.windows)])
+    count = predicted_bytes(load_tokenizer(task.pruned), held)
+    corpus = replace(text.corpus, origin=f"{text.corpus.origin}, with words put in that went")
+    reworded = replace(task, text=replace(text, corpus=corpus, windows=own, held_out=held, held_out_bytes=count))
+    if reworded.lacks_what_went:
+        say_what_text_lacks(task)
+        return task
+    if task.processes.is_first:
+        task.listener.warn(
+            f"{task.share_that_went:.2%} of the tokens of {text.corpus.origin} went, which teaches little of how to "
+            f"spell these. So some of its words give way to words that went and that {task.teacher.source} expects "
+            f"there: now {reworded.share_that_went:.1%}."
+        )
+    return reworded
+
+
+def _reworded(task: Task, tokens: TokenMap, folder: Path) -> torch.Tensor:
+    """See `reword`: windows to learn from and held-out ones, drawn by the first process and kept with its work.
+
+    A teacher whose layers do not run alone leaves them as they are.
+    """
+    windows, seed, cache = torch.cat([task.text.windows, task.text.held_out]), task.request.healing.seed, None
+    if task.processes.is_first:
+        cache = task.request.teaching.teacher_cache
+        if cache is not None:  # what it holds is about this text
+            check_folder(cache, "--teacher-cache")
+    key = statistics_key(task.teacher, "text", windows, task.device, task.compute)
+    journal = Journal(task.processes, folder if task.processes.is_first else None, cache)
+
+    def draw() -> torch.Tensor:
+        if not task.processes.is_first:
+            return windows
+        try:
+            teacher = LayeredModel(understand(task.teacher), task.device.partition(":")[0], task.compute)
+            return reword(teacher, tokens, token_kinds(load_tokenizer(task.teacher)), windows, seed, task.listener)
+        except UnsupportedError:
+            return windows
+
+    return journal.recall_measured({**key, "tokens": tokens.identity(), "seed": seed}, Numbers(), draw)
 
 
 def _say_bare(task: Task, trained: TrainedModel) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +75,19 @@ class Task:
             return self.pruned.parameter_count
         within = sum(entry.numel for entry in self.pruned.entries if split_name(entry.name)[1])
         return within // int(self.pruned.config.get_text_config().num_hidden_layers)
+
+    @cached_property
+    def share_that_went(self) -> float:
+        """Of the tokens of the text, as the teacher would read it: those that the student lacks."""
+        windows = self.text.windows[:: -(-len(self.text.windows) // WINDOWS_READ)]
+        return 0.0 if self.tokens is None else self.tokens.share_that_went(windows)
+
+    @property
+    def lacks_what_went(self) -> bool:
+        """Whether the student has fewer tokens than the teacher, and the text, which the teacher did not write, shows
+        next to nothing of that.
+        """
+        return self.tokens is not None and self.text.corpus.name != SELF and self.share_that_went < LITTLE_WENT
 
     def learning_rate(self, trials: tuple[RateTrial, ...]) -> float:
         """The largest one.
@@ -154,19 +166,16 @@ def prepare(
         None if seen is None else (seen, tokenizer if tokens is None else reader),
         apart,
     )
-    if tokens is not None and processes.is_first and text.corpus.name != SELF:
-        _say_what_text_lacks(tokens, text, warn)
     compute = _compute(request, pruned, device)
     return Task(request, pruned, manifest, teacher, tokens, layers, text, device, compute, processes, listener)
 
 
-def _say_what_text_lacks(tokens: TokenMap, text: TrainingText, warn: Callable[[str], None]) -> None:
+def say_what_text_lacks(task: Task) -> None:
     """Warn of text that was spelled alike before."""
-    share = tokens.share_that_went(text.windows[:: -(-len(text.windows) // WINDOWS_READ)])
-    if share < LITTLE_WENT:
-        warn(
-            f"{share:.2%} of the tokens of {text.corpus.origin} went, so it teaches little of how to spell these. Heal "
-            f"on text that no token was ranked by, too, or on {SELF}: what the teacher writes."
+    if task.processes.is_first:
+        task.listener.warn(
+            f"{task.share_that_went:.2%} of the tokens of {task.text.corpus.origin} went, so it teaches little of how "
+            f"to spell these. Heal on text that no token was ranked by, too, or on {SELF}: what the teacher writes."
         )
 
 
@@ -249,5 +258,6 @@ def choose_teacher(task: Task, trained: TrainedModel, folder: Path) -> tuple[str
 def _free_memory(device: str, processes: Processes) -> int:
     """Bytes that each process may take."""
     if device.startswith("cuda"):
+        torch.cuda.empty_cache()  # what torch keeps for later is free, too
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available) // processes.count

@@ -30,6 +30,7 @@ class TokenMap:
     # K where there is none
     ways: Mapping[tuple[int, ...], slice]  # of `continued`, for each beginning of a token's spelling in the student's
     continued: torch.Tensor  # the teacher's tokens, and the pieces that follow there, or `WHOLE`; int64 [2, L]
+    spellings: Sequence[tuple[int, ...]]  # of each token of the teacher in the student's; () where there is none
 
     @classmethod
     def of(cls, numbers: torch.Tensor, spellings: Sequence[tuple[int, ...]]) -> TokenMap:
@@ -42,10 +43,10 @@ class TokenMap:
         places = [slice(last - len(own), last) for last, own in zip(ends, ways.values(), strict=True)]
         owners = torch.tensor([spelling[0] if spelling else len(numbers) for spelling in spellings])
         continued = torch.tensor([*chain(*ways.values())], dtype=torch.long).view(-1, 2).T.contiguous()
-        return cls(numbers, owners, dict(zip(ways, places, strict=True)), continued)
+        return cls(numbers, owners, dict(zip(ways, places, strict=True)), continued, spellings)
 
     def identity(self) -> str:
-        """SHA-256 of all of it."""
+        """SHA-256 of all of it but `spellings`, which the rest follows from."""
         beginnings = torch.tensor([number for spelling in self.ways for number in (*spelling, WHOLE)])
         return text_identity(self.numbers, self.owners, beginnings, self.continued)
 
