@@ -68,6 +68,24 @@ def test_fewer_layers_of_any_kind_take_less_time(family: str, tmp_path: Path) ->
     assert figures.after.decode_tokens_per_second > figures.before.decode_tokens_per_second > 0
 
 
+def test_the_figures_of_a_race_are_of_one_round(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the machine slows down on the way, the paces still say what the speed-up says."""
+
+    def timed(seconds: float) -> RunTime:
+        return RunTime(PassTime(0.0, {0: seconds / 4}), PassTime(0.0, {0: seconds / 4}))
+
+    turns = ((1, 3), (1, 2), (1, 1.5), (9, 1), (9, 1), (9, 1), (9, 2))  # seconds, and how many times as fast
+    slowing = [(timed(seconds), timed(seconds / faster)) for seconds, faster in turns]
+    monkeypatch.setattr(Race, "_time", lambda self, widths, rounds: slowing)
+    with open_checkpoint(ModelReference(str(model)), need_weights=False) as checkpoint:
+        subject = understand(checkpoint)
+    race = Race(subject, work_of(subject, 1, 8), "cpu", QUIET)
+    figures = race.finish(resolve(subject.architecture, {}, WidthRequest()))
+    assert figures.speedup == pytest.approx(1.5)
+    assert figures.after.decode_tokens_per_second == pytest.approx(1.5 * figures.before.decode_tokens_per_second)
+    assert figures.after.prefill_tokens_per_second == pytest.approx(1.5 * figures.before.prefill_tokens_per_second)
+
+
 def test_a_model_that_is_so_much_faster_is_found_and_timed(model: Path, text_file: Path) -> None:
     text = ("--calibration", text_file, "--calibration-tokens", "80", "--calibration-seq-len", "40")
     words = ("--importance", "range", "--refit", "none", "--context", "16", "--target-batch", "3", "--round-to", "48")

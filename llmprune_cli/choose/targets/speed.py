@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
@@ -79,13 +78,16 @@ class Race:
         return self._ratio(target, self._known[alike])
 
     def finish(self, target: Target) -> SpeedResult:
-        """Time what was chosen once more, for longer; what the race needed goes."""
-        rounds = self._time(target.widths, LAST_ROUNDS)
+        """Time what was chosen once more, for longer; what the race needed goes.
+
+        All figures are of the round with the median ratio, so that they agree.
+        """
+        rounds = sorted(self._time(target.widths, LAST_ROUNDS), key=lambda own: self._ratio(target, [own]))
         self._dense = None
         self._known.clear()
-        before, after = self._kinds(whole_target(self._subject)), self._kinds(target)
+        dense, other = middle = rounds[len(rounds) // 2]
         return SpeedResult(
-            speedup=1 / self._ratio(target, rounds),
+            speedup=1 / self._ratio(target, [middle]),
             rounds=len(rounds),
             batch=self.work.batch,
             prompt_tokens=self.work.prompt,
@@ -93,8 +95,8 @@ class Race:
             device=self._device,
             dtype=str(self._dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),
-            before=self._pace([dense for dense, _ in rounds], before),
-            after=self._pace([other for _, other in rounds], after),
+            before=self._pace(dense, whole_target(self._subject)),
+            after=self._pace(other, target),
         )
 
     def __str__(self) -> str:
@@ -105,11 +107,9 @@ class Race:
         before, after = self._kinds(whole_target(self._subject)), self._kinds(target)
         return statistics.median(other.of(after, self.work) / dense.of(before, self.work) for dense, other in rounds)
 
-    def _pace(self, times: Sequence[RunTime], kinds: Sequence[int]) -> Pace:
-        work = self.work
-        prefill = statistics.median(time.prefill.of(kinds) for time in times)
-        decode = statistics.median(time.decode.of(kinds) for time in times)
-        return Pace(work.batch * work.prompt / prefill, work.batch / decode)
+    def _pace(self, time: RunTime, target: Target) -> Pace:
+        work, kinds = self.work, self._kinds(target)
+        return Pace(work.batch * work.prompt / time.prefill.of(kinds), work.batch / time.decode.of(kinds))
 
     def _kinds(self, target: Target) -> list[int]:
         return [self._subject.architecture.layer_kinds[layer] for layer in target.layers]
