@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from support.cli import BY_MAGNITUDE, run_cli
-from support.tiny import save_tiny
+from support.tiny import BYTE_LEVEL_VOCABULARY, save_byte_level, save_tiny
 
 
 @pytest.fixture(scope="session")
@@ -23,4 +23,13 @@ def pruned(dense: Path) -> Path:
     options = ("--intermediate-pruning-ratio", "0.5", "--output", folder)
     run = run_cli("prune", dense, *BY_MAGNITUDE, *options)
     assert run.code == 0, run.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose tokens are made of bytes."""
+    folder = tmp_path_factory.mktemp("vocabulary") / "whole"
+    save_tiny(folder, initializer_range=0.2, vocab_size=BYTE_LEVEL_VOCABULARY)
+    save_byte_level(folder)
     return folder

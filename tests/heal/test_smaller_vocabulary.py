@@ -15,15 +15,7 @@ from llmprune_cli.source.opening import open_checkpoint
 from llmprune_cli.source.tokenizer import load_tokenizer
 from support.cli import BY_MAGNITUDE, run_cli
 from support.heal_runs import recover, run_recover
-from support.tiny import BYTE_LEVEL_VOCABULARY, save_byte_level, save_tiny
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("vocabulary") / "whole"
-    save_tiny(folder, initializer_range=0.2, vocab_size=BYTE_LEVEL_VOCABULARY)
-    save_byte_level(folder)
-    return folder
+from support.tiny import BYTE_LEVEL_VOCABULARY
 
 
 @pytest.fixture(scope="module")
