@@ -40,11 +40,12 @@ def cut(whole: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def alike(whole: Path, cut: Path) -> Path:
-    """Text of words that both tokenizers spell alike, with one token each."""
+    """Text of words that both tokenizers spell alike, with one token each, and some numbers right behind them."""
     own = AutoTokenizer.from_pretrained(cut).get_vocab()
     words = [token[1:] for token in sorted(own) if token[0] == "Ġ" and token[1:].isascii() and token[1:].isalpha()]
     path = whole.with_name("alike.txt")
-    path.write_text(" ".join(words * 300), encoding="utf-8")
+    text = " ".join(word + "7" * (number % 4 == 0) for number, word in enumerate(words * 300))
+    path.write_text(text, encoding="utf-8")
     return path
 
 
