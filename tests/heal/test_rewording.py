@@ -10,13 +10,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llmprune_cli.commands.recover import end_to_end
 from llmprune_cli.coupling.subject import understand
+from llmprune_cli.errors import CheckpointError, OutputError, UnsupportedError
 from llmprune_cli.heal.teacher import rewording
 from llmprune_cli.heal.teacher.rewording import BREAK, SHARE, WORD, reword, token_kinds
 from llmprune_cli.heal.teacher.token_map import TokenMap, map_tokens
 from llmprune_cli.options import ModelReference
 from llmprune_cli.progress import QUIET
 from llmprune_cli.run import divergence
+from llmprune_cli.run.layer import Ends
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.source.opening import open_checkpoint
 from llmprune_cli.source.tokenizer import load_tokenizer
@@ -185,6 +188,46 @@ def test_a_reworded_text_is_drawn_once_for_a_cache(cut: Path, alike: Path, tmp_p
     cached = ("--teacher-mode", "streamed", "--teacher-cache", tmp_path / "cache")
     results = [recover(cut, alike, tmp_path / name, *cached) for name in ("first", "second")]
     assert results[0]["after"] == results[1]["after"] and len([*(tmp_path / "cache").glob("text-*.safetensors")]) == 1
+
+
+def test_a_teacher_whose_layers_do_not_run_alone_leaves_the_text(
+    cut: Path, alike: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise UnsupportedError("its layers share something")
+
+    monkeypatch.setattr(end_to_end, "reword", refuse)
+    run = run_recover(cut, alike, tmp_path / "healed")
+    assert run.code == 0 and "how to spell these" in run.stderr and "put in" not in run.stdout, run.stderr
+
+
+def test_a_reworded_text_outlives_an_error(
+    cut: Path, alike: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What goes on draws nothing anew."""
+
+    def fail(*_: object) -> None:
+        raise OutputError("no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(end_to_end, "choose_teacher", fail)
+        run = run_recover(cut, alike, tmp_path / "healed")
+        assert run.code != 0 and "--resume" in run.stderr
+    monkeypatch.setattr(end_to_end, "reword", fail)
+    assert "put in" in recover(cut, alike, tmp_path / "healed", "--resume")["origin"]
+
+
+def test_a_teacher_that_predicts_nothing_is_refused(
+    teacher: Teacher, windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layered, tokens, kinds = teacher
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(CheckpointError, match="damaged"):
+        patched.setattr(
+            Ends,
+            "logits",
+            lambda self, states, items: torch.full((*states.shape[:2], BYTE_LEVEL_VOCABULARY), torch.nan),
+        )
+        reword(layered, tokens, kinds, windows, 0, QUIET)
 
 
 @in_full

@@ -26,24 +26,16 @@ from llmprune_cli.source.tokenizer import load_tokenizer
 from support.cli import run_cli
 from support.heal_runs import run_recover
 from support.refusals import CHECKPOINT
-from support.tiny import BYTE_LEVEL_VOCABULARY, save_byte_level, save_tiny
+from support.tiny import BYTE_LEVEL_VOCABULARY
 
 WORDS = {"plain": "w{:04d} ", "mixed": "v{:04d} "}
 PRUNED_BY = ("--mlp", "50%", "--calibration-seq-len", "24", "--calibration-tokens", "1200")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("training-text") / "model"
-    save_tiny(folder, initializer_range=0.2, vocab_size=BYTE_LEVEL_VOCABULARY)
-    save_byte_level(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def texts(model: Path) -> dict[str, Path]:
+def texts(whole: Path) -> dict[str, Path]:
     """Of words that each occur once."""
-    paths = {name: model.with_name(f"{name}.txt") for name in WORDS}
+    paths = {name: whole.with_name(f"{name}.txt") for name in WORDS}
     for name, path in paths.items():
         path.write_text("".join(WORDS[name].format(number) for number in range(900)))
     return paths
@@ -56,12 +48,12 @@ def words_of(folder: Path, windows: torch.Tensor) -> set[str]:
     return {word for window in windows for word in re.findall(r"[vw]\d{4}", tokenizer.decode(window))}
 
 
-def training_text(pruned: Path, model: Path, healing: Healing, warnings: list[str]) -> TrainingText:
+def training_text(pruned: Path, whole: Path, healing: Healing, warnings: list[str]) -> TrainingText:
     seen = SeenText.of(read_manifest(pruned).calibration)
     assert seen is not None
     with (
         open_checkpoint(ModelReference(str(pruned)), need_weights=True) as own,
-        open_checkpoint(ModelReference(str(model)), need_weights=True) as dense,
+        open_checkpoint(ModelReference(str(whole)), need_weights=True) as dense,
     ):
         tokenizer, size = load_tokenizer(own), own.config.vocab_size
         reader = tokenizer if size == dense.config.vocab_size else load_tokenizer(dense)
@@ -70,33 +62,33 @@ def training_text(pruned: Path, model: Path, healing: Healing, warnings: list[st
 
 @pytest.mark.parametrize("is_mixture_and_cut", [False, True])
 def test_text_that_the_prune_was_fitted_on_is_not_held_out(
-    is_mixture_and_cut: bool, model: Path, texts: dict[str, Path], tmp_path: Path
+    is_mixture_and_cut: bool, whole: Path, texts: dict[str, Path], tmp_path: Path
 ) -> None:
     name = f"{texts['plain']}:0.7,{texts['mixed']}:0.3" if is_mixture_and_cut else str(texts["plain"])
     options = ("--vocab-size", "300") if is_mixture_and_cut else ()
     pruned = tmp_path / "pruned"
-    run = run_cli("prune", model, *PRUNED_BY, *options, "--calibration", name, "--output", pruned)
+    run = run_cli("prune", whole, *PRUNED_BY, *options, "--calibration", name, "--output", pruned)
     assert run.code == 0, run.stderr
     asked = Text(calibration=name, calibration_tokens=1200, calibration_seq_len=24)
-    with open_checkpoint(ModelReference(str(model)), need_weights=True) as checkpoint:
+    with open_checkpoint(ModelReference(str(whole)), need_weights=True) as checkpoint:
         used = prepare_calibration(asked, load_tokenizer(checkpoint), BYTE_LEVEL_VOCABULARY, None, 0, print)
-    seen, warnings = words_of(model, used.fitted), list[str]()
+    seen, warnings = words_of(whole, used.fitted), list[str]()
     for length in (24, 40):
         few = Healing(tokens="1280", text=name, seq_len=length, batch_tokens=length)
-        text = training_text(pruned, model, few, warnings)
+        text = training_text(pruned, whole, few, warnings)
         judged, trained = (words_of(pruned, windows) for windows in (text.held_out, text.windows))
         assert judged and trained and not seen & judged and not seen & trained and not judged & trained
         assert not warnings
     everything = Healing(tokens="100k", text=name, seq_len=40, batch_tokens=40)
-    text = training_text(pruned, model, everything, warnings)
+    text = training_text(pruned, whole, everything, warnings)
     judged, trained = (words_of(pruned, windows) for windows in (text.held_out, text.windows))
     assert judged and not seen & judged and seen & trained  # what is left is learned from, all of it
 
 
 def test_where_no_other_text_is_left_it_is_said_that_what_is_held_out_flatters(
-    model: Path, texts: dict[str, Path], tmp_path: Path
+    whole: Path, texts: dict[str, Path], tmp_path: Path
 ) -> None:
-    words = ("prune", model, *PRUNED_BY, "--calibration-tokens", "3000")
+    words = ("prune", whole, *PRUNED_BY, "--calibration-tokens", "3000")
     run = run_cli(*words, "--calibration", texts["plain"], "--output", tmp_path / "pruned")
     assert run.code == 0, run.stderr
     long = ("--seq-len", "64", "--batch-tokens", "64")  # so that some of every window was fitted on
@@ -140,18 +132,18 @@ def test_a_batch_has_the_tokens_that_were_asked_for_few_of_them_together(
     assert schedule.together * length <= max(most, length)
 
 
-def test_the_column_that_is_named_is_learned_from(model: Path, texts: dict[str, Path], tmp_path: Path) -> None:
+def test_the_column_that_is_named_is_learned_from(whole: Path, texts: dict[str, Path], tmp_path: Path) -> None:
     """Of rows that have another text, too, in the pruning and in the healing of one command."""
     words = {name: path.read_text().split() for name, path in texts.items()}
     parts = ({name: " ".join(own[at : at + 30]) for name, own in words.items()} for at in range(0, 900, 30))
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(map(json.dumps, parts)))
     asked = Healing(tokens="200", text=str(rows), text_column="mixed", seq_len=24, batch_tokens=48)
-    with open_checkpoint(ModelReference(str(model)), need_weights=True) as checkpoint:
+    with open_checkpoint(ModelReference(str(whole)), need_weights=True) as checkpoint:
         text = prepare_training(asked, load_tokenizer(checkpoint), BYTE_LEVEL_VOCABULARY, 64, 1, TOGETHER, pytest.fail)
-    assert {word[0] for word in words_of(model, text.windows)} == {"v"}
+    assert {word[0] for word in words_of(whole, text.windows)} == {"v"}
     pruning = ("--calibration", rows, "--text-column", "mixed", "--recover", "200", "--output", tmp_path / "out")
-    run = run_cli("prune", model, *PRUNED_BY, *pruning, "--json")
+    run = run_cli("prune", whole, *PRUNED_BY, *pruning, "--json")
     assert run.code == 0, run.stderr
     refused = run_cli("recover", tmp_path / "out", "--text", rows, "--text-column", "none", "--output", tmp_path / "a")
     assert refused.code == CHECKPOINT and "'none'" in refused.stderr
