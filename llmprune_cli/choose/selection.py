@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from itertools import count
-from pathlib import Path
 
 import torch
 
@@ -31,7 +30,7 @@ from llmprune_cli.family.widths import Width, Widths
 from llmprune_cli.folder.tensors import split_name
 from llmprune_cli.journal.forms import Json
 from llmprune_cli.options import Choice
-from llmprune_cli.plan.document import Plan, fingerprint, most_plan_bytes, read_plan
+from llmprune_cli.plan.document import Plan, fingerprint
 from llmprune_cli.plan.requested_widths import Target, resolve
 from llmprune_cli.plan.units import Scores, choose
 from llmprune_cli.progress import Listener
@@ -53,20 +52,6 @@ class Selection:
     plan: Plan
     candidates: tuple[Candidate, ...] = ()  # best first; empty where the widths were given
     vocabularies: tuple[TriedVocabulary, ...] = ()  # best first; empty where their size was not searched
-
-
-def stored_plan(subject: Subject, path: Path) -> Plan:
-    """A saved plan.
-
-    Raises:
-        PlanError: it was made for another model, or is not a plan.
-    """
-    plan = read_plan(path, most_plan_bytes(subject.widths, int(subject.architecture.config.vocab_size)))
-    if plan.fingerprint != fingerprint(subject.checkpoint) or plan.before != subject.widths:
-        raise PlanError(
-            f"{path} was made for another model. Make a plan for {subject.checkpoint.source} with --save-plan."
-        )
-    return plan
 
 
 def target_of(plan: Plan) -> Target:

@@ -148,10 +148,12 @@ class PruneRequest:
             self.check_tokens_may_go()
         if self.choice.budget is not None and plan is not None:
             raise UsageError("a target chooses the widths; leave out the width options and --plan.")
-        if plan is not None and (asked or widths.keep_layers):
+        if plan is not None and (asked or widths.keep_layers or widths.round_to is not None):
             raise UsageError("a plan already says which widths; give --plan or width options, not both.")
         if plan is None and not asked:
             raise UsageError("say what to prune: --target, --pruning-ratio, a width of its own, or --plan.")
+        if widths.round_to is not None and self.choice.budget is None and not widths.asks_for_a_fraction:
+            raise UsageError("--round-to rounds what a ratio or a target keeps; leave it out, or give one of these.")
 
     @property
     def needs_text(self) -> bool:

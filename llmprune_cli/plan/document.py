@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -131,6 +132,10 @@ def _contradictions(plan: Plan) -> Iterator[str]:
             yield f"{place} lists {len(kept)} of {whole}, but after.{width} is {part}"
         if kept != tuple(sorted(set(kept))) or (kept and not 0 <= kept[0] <= kept[-1] < whole):
             yield f"{place} must be different numbers from 0 to {whole - 1} in their order"
+    whole, part = asdict(plan.before), asdict(plan.after)
+    for width in (width for width, count in part.items() if count < 1 <= whole[width]):
+        yield f"after.{width} is {part[width]}, and one must stay"
+    yield from _lone_heads(plan)
     if plan.vocabulary is not None:
         kept, rows = plan.vocabulary.kept, plan.vocabulary.before
         if not kept or kept != tuple(sorted(set(kept))) or not 0 <= kept[0] <= kept[-1] < rows:
@@ -139,6 +144,16 @@ def _contradictions(plan: Plan) -> Iterator[str]:
         yield f"protected has layer {gone[0]}, which is not in layers"
     if plan.protected and (shrinking := set(plan.changed) - {Width.LAYERS}):
         yield f"layers are protected, but {', '.join(sorted(shrinking))} shrink in all of them"
+
+
+def _lone_heads(plan: Plan) -> Iterator[str]:
+    """Where the query heads that stay are not those of the KV groups that stay, as many of each, in words."""
+    per_group, after = plan.before.heads_per_group, plan.after.heads_per_group
+    for instance, groups in plan.keep.get(Width.GROUPS, {}).items():
+        heads = plan.keep.get(Width.HEADS, {}).get(instance, ())
+        if Counter(head // per_group for head in heads) != Counter(dict.fromkeys(groups, after)):
+            place = place_of("keep", Width.HEADS, str(instance))
+            yield f"{place} must name {after} query heads of each KV group that stays, and no other"
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

@@ -26,7 +26,7 @@ def count_groups(before: Widths, request: WidthRequest, deviations: list[str]) -
         ratio = request.pruning_ratio if own is None else own
     if ratio is None:
         return whole
-    kept = _at_least_one("KV groups", whole - math.ceil(ratio * whole), deviations)
+    kept = _at_least_one("KV groups", whole - math.ceil(_exact(ratio * whole)), deviations)
     _tell_more(f"{whole - kept} of {whole} KV groups", 1 - kept / whole, own, "only whole ones do", deviations)
     return kept
 
@@ -50,7 +50,7 @@ def count_heads(architecture: Architecture, groups: int, request: WidthRequest, 
     ratio = request.pruning_ratio if request.head_pruning_ratio is None else request.head_pruning_ratio
     if ratio is None or per_group == 1:
         return legal[-1]
-    removed = math.ceil(math.ceil(ratio * whole) / before.num_key_value_heads)
+    removed = math.ceil(math.ceil(_exact(ratio * whole)) / before.num_key_value_heads)
     kept = groups * _at_least_one("query heads in a KV group", per_group - removed, deviations)
     heads = most_heads(architecture, groups, kept)
     if heads != kept:
@@ -77,7 +77,7 @@ def count_units(
     ratio = request.pruning_ratio if ratio is None else ratio
     if not ratio:
         return whole
-    kept = int(whole * (1 - ratio))
+    kept = int(_exact(whole * (1 - ratio)))
     step = request.round_to or (usual_step if kept >= usual_step else 1)
     rounded = kept - kept % step
     if rounded < 1:
@@ -93,6 +93,11 @@ def usual_step(whole: int) -> int:
     It is what products of matrices, and the blocks of weights in 4 bits, come in.
     """
     return int(min(64, 2 ** max(0, (whole // 24).bit_length() - 1)))
+
+
+def _exact(units: float) -> float:
+    """Of 25 heads 28% are 7, though floating point makes 7.000000000000001 of it, and a whole step more would go."""
+    return round(units, 6)
 
 
 def _at_least_one(what: str, count: int, deviations: list[str]) -> int:

@@ -47,6 +47,14 @@ def neurons(units: dict[str, Any]) -> Change:
     return lambda plan: plan["keep"]["intermediate_size"].update(units)
 
 
+def heads(kept: list[int], groups: list[int]) -> Change:
+    def change(plan: dict[str, Any]) -> None:
+        plan["after"].update(num_attention_heads=len(kept), num_key_value_heads=len(groups))
+        plan["keep"].update(num_attention_heads={"0": kept}, num_key_value_heads={"0": groups})
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -86,6 +94,12 @@ def neurons(units: dict[str, Any]) -> Change:
             lambda plan: plan.update(protected=[7]),
             "protected has layer 7, which is not in layers.",
         ),
+        (
+            lambda plan: (plan["after"].update(hidden_size=0), plan["keep"]["hidden_size"].update({"": []})),
+            "after.hidden_size is 0, and one must stay.",
+        ),
+        (heads([0, 2], [0]), 'keep.num_attention_heads["0"] must name 2 query heads of each KV group that stays'),
+        (heads([2, 3], [0]), 'keep.num_attention_heads["0"] must name 2 query heads of each KV group that stays'),
         (lambda plan: plan.update(protected=[0]), "are protected, but hidden_size, intermediate_size shrink in all"),
     ],
 )

@@ -184,7 +184,7 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("gpt2", {"hidden_size": 32, "num_attention_heads": 5}, ("contradicts 5 query heads: it must be 40",)),
     ("qwen3_moe", {"num_experts": 1}, ("picks 2 of 6", "Legal values: 2, 3, 4, 5, 6")),
     ("qwen3_moe", {"moe_intermediate_size": 20}, ("multiple of 8", "16, 24")),
-    ("qwen3_moe", {"intermediate_pruning_ratio": 0.9}, ("moe_intermediate_size = 3 is not legal", "near it: 8")),
+    ("qwen3_moe", {"intermediate_pruning_ratio": 0.9}, ("moe_intermediate_size = 4 is not legal", "near it: 8")),
     ("deepseek_v3", {"num_experts": 5}, ("Legal values: 4, 6, 8",)),
     ("mamba", {"num_attention_heads": 2}, ("mamba has no attention heads",)),
     ("mamba", {"kv_group_pruning_ratio": 0.5}, ("mamba has no attention heads",)),
@@ -231,6 +231,23 @@ def test_neurons_that_a_ratio_of_their_own_keeps_are_a_multiple_of_64(asked: dic
     assert any("1105" in text and "--round-to 1" in text for text in target.deviations) == (not asked)
     together = resolve(architecture, {}, WidthRequest(pruning_ratio=0.28)).widths
     assert together.intermediate_size == 1105
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept"),
+    [
+        ({"intermediate_pruning_ratio": 0.8}, ("intermediate_size", 1024)),  # 5120 × (1 − 0.8) is 1023.9999999999998
+        ({"intermediate_pruning_ratio": 0.9}, ("intermediate_size", 512)),
+        ({"head_pruning_ratio": 0.28}, ("num_attention_heads", 18)),  # 0.28 × 25 is 7.000000000000001
+        ({"kv_group_pruning_ratio": 0.28}, ("num_key_value_heads", 18)),
+    ],
+)
+def test_floating_point_takes_no_step_more(asked: dict[str, float], kept: tuple[str, int]) -> None:
+    architecture = architecture_of(
+        "llama", hidden_size=100, intermediate_size=5120, num_attention_heads=25, num_key_value_heads=25, head_dim=4
+    )
+    target = resolve(architecture, {}, WidthRequest(**asked))
+    assert getattr(target.widths, kept[0]) == kept[1]
 
 
 def test_a_second_name_of_the_neurons_of_experts_is_no_width_of_its_own() -> None:

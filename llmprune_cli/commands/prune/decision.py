@@ -12,7 +12,8 @@ import torch
 from llmprune_cli.apply.proven_widths import check_proof, refusing, unproven
 from llmprune_cli.apply.vocabulary.proof import prove_rows
 from llmprune_cli.choose.importances import needs_text
-from llmprune_cli.choose.selection import first_target, stored_plan, target_of
+from llmprune_cli.choose.saved_plan import stored_plan
+from llmprune_cli.choose.selection import first_target, target_of
 from llmprune_cli.choose.targets.limits import Limit, SizeLimit, size_limit
 from llmprune_cli.choose.targets.speed import Race, SpeedLimit, work_of
 from llmprune_cli.commands.prune.vocabulary import DecidedVocabulary, decide_vocabulary

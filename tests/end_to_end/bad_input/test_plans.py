@@ -48,6 +48,27 @@ def test_a_plan_that_contradicts_itself(
     assert "Error: " in run.stderr and state_of(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("family", "option", "width", "kept"),
+    [
+        ("llama", "--num-key-value-heads", "num_attention_heads", [0, 1, 4, 5]),  # half of them of a group that goes
+        ("deepseek_v3", "--experts", "num_experts", [0, 1, 2, 4]),  # three of one group of the router
+    ],
+)
+def test_a_plan_whose_units_lie_in_other_groups(
+    tiny_of: Callable[[str], Path], tmp_path: Path, family: str, option: str, width: str, kept: list[int]
+) -> None:
+    """By numbers alone nothing is wrong, and it would be another model."""
+    path, count = tmp_path / "plan.json", "1" if family == "llama" else "4"
+    planned = run_cli("prune", tiny_of(family), *BY_MAGNITUDE, option, count, "--save-plan", path, "--dry-run")
+    assert planned.code == 0, planned.stderr
+    edit_json(path, lambda plan: plan["keep"][width].update(dict.fromkeys(plan["keep"][width], kept)))
+    before = state_of(tmp_path)
+    run = run_cli("prune", tiny_of(family), *BY_MAGNITUDE, "--plan", path, "--output", tmp_path / "out")
+    assert run.code in (CHECKPOINT, PLAN) and "contradicts itself: keep." in run.stderr
+    assert state_of(tmp_path) == before
+
+
 def test_a_plan_that_cannot_be_saved(model: Path, tmp_path: Path) -> None:
     path = str(model / "config.json" / "plan.json")
     assert_prune_refused(
