@@ -194,7 +194,7 @@ def check_prune(request: PruneRequest) -> None:
         LlmpruneError: see there.
     """
     from llmprune_cli.commands.recover.request import healing_of
-    from llmprune_cli.folder.documents import MOST_JSON_BYTES, check_no_file, check_replaceable, is_there
+    from llmprune_cli.folder.documents import MOST_JSON_BYTES, check_own_folder, check_replaceable, is_there
     from llmprune_cli.folder.staging import check_target as check_output
     from llmprune_cli.plan.stored import read_stored
     from llmprune_cli.report.chart import check_chart_target
@@ -228,7 +228,7 @@ def check_prune(request: PruneRequest) -> None:
         (request.scratch.offload_dir, "--offload-dir"),
     ):
         if folder is not None:
-            check_no_file(folder, option)
+            check_own_folder(folder, option, (Path(request.model.name), delivery.output))
     for path, option in ((delivery.save_plan, "--save-plan"), (delivery.save_config, "--save-config")):
         if is_first() and path is not None:
             check_replaceable(path, option)

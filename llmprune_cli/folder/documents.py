@@ -125,17 +125,21 @@ def check_replaceable(path: Path, option: str) -> None:
         raise OutputError(f"{path} cannot be written: {error.strerror}. Choose another {option}.") from error
 
 
-def check_no_file(folder: Path, option: str) -> None:
-    """Make sure that what is to be a folder, or to become one, is no file.
+def check_own_folder(folder: Path, option: str, models: Iterable[Path | None]) -> None:
+    """Make sure that the folder of a run's own work, or what is to become one, is no file and in no model's folder.
 
     Args:
         option: that names it.
+        models: folders that are read, which stay as they are, and one that is replaced.
 
     Raises:
-        OutputError: it is one.
+        OutputError: it is, or lies there.
     """
     if is_there(folder) and not folder.is_dir():
         raise OutputError(f"{folder} is not a writable folder, but a file. Choose another {option}.")
+    for model in models:
+        if model is not None and model.resolve() in (folder.resolve(), *folder.resolve().parents):
+            raise OutputError(f"{folder} lies in the model's folder {model}. Choose another {option}, beside it.")
 
 
 def check_regular(path: Path) -> None:

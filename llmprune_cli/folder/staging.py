@@ -89,6 +89,7 @@ class Claim:
     """A target that is this process's to write."""
 
     target: Path  # absolute
+    overwrite: bool  # what is there
 
     @property
     def folder(self) -> Path:
@@ -102,7 +103,7 @@ class Claim:
         With that, everything else in the hidden folder has had its use and goes.
 
         Raises:
-            OutputError: it cannot be written.
+            OutputError: it cannot be written, or there is something by now that was not to be replaced.
         """
         new = self.folder / NEW
         try:
@@ -121,6 +122,8 @@ class Claim:
             empty(self.folder)
 
     def _put_in_place(self) -> None:
+        _check_place(self.target, None)
+        _check_free(self.target, self.overwrite)  # others may have put something there meanwhile
         (self.folder / DONE).touch()
         fsync(self.folder)
         try:
@@ -164,7 +167,7 @@ def claimed(output: Path, overwrite: bool, forbidden: Path | None = None) -> Ite
     from filelock import Timeout
 
     _check_place(output, forbidden)
-    claim = Claim(Path(os.path.abspath(output)))
+    claim = Claim(Path(os.path.abspath(output)), overwrite)
     with ExitStack() as stack:
         try:
             stack.enter_context(locked_folder(claim.folder))

@@ -147,6 +147,8 @@ class Healing:
         """Refuse what contradicts itself."""
         if self.lora is not None and self.train == "norms":
             raise UsageError("--lora is about matrices, and norms have none; leave out --train norms.")
+        if self.loss == "ce" and self.temperature != 1.0:
+            raise UsageError("--temperature is of the teacher's predictions, and --loss ce learns the text; give one.")
         if self.mode == "blocks":
             usual = {own.name: (own.default,) for own in fields(self)} | {"loss": ("auto", "kl")}
             given = [name for name in ABOUT_ALL_LAYERS if getattr(self, name) not in usual[name]]

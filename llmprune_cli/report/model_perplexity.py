@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
+from llmprune_cli.errors import CheckpointError
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.scratch import scratch_folder
 from llmprune_cli.options import Evaluation, ModelReference
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 LONG_WINDOW = 8192  # tokens; longer windows by default deserve a warning
 MOST_OF_MEMORY = 0.5  # that is free, for weights in a wider dtype than the stored one
+POSITIONS_AHEAD = 2  # rows that some tables of learned positions have more, such as OPT's
 FALLBACK_WINDOW = 2048  # tokens, for models that state no maximum
 
 
@@ -193,8 +195,19 @@ def _window_tokens(checkpoint: Checkpoint, options: Evaluation, listener: Listen
             listener.warn(f"Windows have the model's maximum of {window} tokens. --max-seq-len makes them shorter.")
         return int(window)
     if longest and options.max_seq_len > longest:
+        if _learns_positions(checkpoint, longest):
+            raise CheckpointError(
+                f"{checkpoint.source} has {longest} learned positions, too few for windows of {options.max_seq_len} "
+                f"tokens. Give --max-seq-len {longest}."
+            )
         listener.warn(f"--max-seq-len {options.max_seq_len} is more than the model's maximum of {longest} positions.")
     return options.max_seq_len
+
+
+def _learns_positions(checkpoint: Checkpoint, longest: int) -> bool:
+    """Whether a position beyond the last is not computed, but looked up in a table that has no row for it."""
+    tables = (own.shape[0] for own in checkpoint.entries if "wpe." in own.name or "position" in own.name)
+    return any(0 <= rows - longest <= POSITIONS_AHEAD for rows in tables)
 
 
 def _eval_result(

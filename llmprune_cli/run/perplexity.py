@@ -181,9 +181,12 @@ def evaluate_perplexity(
 
 
 def _mean_kl(sums: list[float | None], tokens: int) -> float | None:
-    """The mean over tokens; None where a part of the text was not compared, or nothing was."""
+    """The mean over tokens, infinite for NaN; None where a part of the text was not compared, or nothing was."""
     known = [own for own in sums if own is not None]
-    return max(0.0, sum(known) / tokens) if known and len(known) == len(sums) else None
+    if not known or len(known) < len(sums):
+        return None
+    kl = sum(known) / tokens
+    return math.inf if math.isnan(kl) else max(0.0, kl)  # rounding may leave less than nothing
 
 
 def window_nll(model: PreTrainedModel, batch: torch.Tensor, hidden: torch.Tensor | None = None) -> torch.Tensor:

@@ -101,6 +101,20 @@ def test_a_run_that_died_while_replacing_is_finished_or_undone(moment: str, tiny
     assert run_cli("inspect", target, "--verify").code == 0 and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_what_others_put_at_the_target_meanwhile_stays(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with (
+        pytest.raises(OutputError, match="not empty"),
+        claimed(target, overwrite=False) as claim,
+        claim.staged() as new,
+    ):
+        (new / "config.json").touch()
+        target.mkdir()
+        (target / "precious").write_text("mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in target.iterdir()] == ["precious"]
+
+
 def test_what_a_dead_run_left_beside_its_target_goes_with_the_next_refusal(tmp_path: Path) -> None:
     """Also where it died with nothing left to do but to remove its lock."""
     target, hidden = tmp_path / "out", hidden_folder(tmp_path / "out")

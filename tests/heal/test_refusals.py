@@ -40,6 +40,7 @@ def assert_recover_refused(
         (("--temperature", "nan"), ("--temperature",)),
         (("--loss", "hope"), ("--loss",)),
         (("--lora", "4", "--train", "norms"), ("--train norms",)),
+        (("--loss", "ce", "--temperature", "2"), ("--temperature", "--loss ce")),
         (("--device", "cuda:1"), ("CUDA_VISIBLE_DEVICES",)),
         (("--teacher-mode", "resident", "--teacher-cache", "cache"), ("--teacher-cache",)),
     ],
@@ -110,6 +111,18 @@ def test_an_output_that_is_one_of_the_models(pruned: Path, dense: Path, text_fil
         run = run_recover(pruned, text_file, model, "--overwrite")
         assert_refused(run, OUTPUT, "overlap")
         assert state_of(model) == before
+
+
+@pytest.mark.parametrize("place", ["out", "out/cache", "pruned", "dense/deep/cache"])
+def test_a_teachers_cache_in_the_folder_of_a_model(
+    pruned: Path, dense: Path, text_file: Path, tmp_path: Path, place: str
+) -> None:
+    folders = {"pruned": pruned, "dense": dense, "out": tmp_path / "out"}
+    first, _, rest = place.partition("/")
+    before = state_of(pruned), state_of(dense)
+    options = ("--teacher-cache", folders[first] / rest)
+    assert_recover_refused(pruned, text_file, tmp_path, OUTPUT, "--teacher-cache", "lies in", options=options)
+    assert (state_of(pruned), state_of(dense)) == before
 
 
 def test_a_learning_rate_that_is_too_large(pruned: Path, text_file: Path, tmp_path: Path) -> None:

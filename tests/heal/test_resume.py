@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import signal
 import time
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from llmprune_cli.commands.recover import task
 from llmprune_cli.heal.training import trainer
+from llmprune_cli.heal.training.trainer import Lesson
 from support.checkpoints import flip
 from support.full import in_full
 from support.heal_runs import QUICK, recover, run_recover
@@ -47,6 +51,12 @@ def interrupt_at(patched: pytest.MonkeyPatch, step: int, marked: bool) -> None:
     patched.setattr(trainer, "mark_whole", interrupted)
 
 
+def judge_ever_worse(patched: pytest.MonkeyPatch) -> None:
+    """Let each judgement find a model to be worse than the one before, so that the first is the best."""
+    judge, numbers = Lesson.judge, count(1.0)
+    patched.setattr(Lesson, "judge", lambda *given: replace(judge(*given), kl=next(numbers)))
+
+
 @pytest.mark.parametrize(("step", "marked"), [pytest.param(16, True, marks=in_full), (32, False)])
 def test_a_resumed_run_comes_to_the_same(
     pruned: Path, text_file: Path, tmp_path: Path, step: int, marked: bool
@@ -61,6 +71,32 @@ def test_a_resumed_run_comes_to_the_same(
     assert resumed["curve"] == whole["curve"] and resumed["after"] == whole["after"]
     assert_alike(tmp_path / "whole", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_a_run_whose_folder_moved_still_writes_its_best_state(pruned: Path, text_file: Path, tmp_path: Path) -> None:
+    """Checkpoints name the best one by its path."""
+    (tmp_path / "old").mkdir()
+    with pytest.MonkeyPatch.context() as patched:
+        judge_ever_worse(patched)
+        recover(pruned, text_file, tmp_path / "whole", *LONG)
+        judge_ever_worse(patched)
+        interrupt_at(patched, 32, marked=True)
+        assert run_recover(pruned, text_file, tmp_path / "old" / "out", *LONG).code == INTERRUPTED
+    (tmp_path / "old").rename(tmp_path / "new")
+    recover(pruned, text_file, tmp_path / "new" / "out", *LONG, "--resume")
+    assert_alike(tmp_path / "whole", tmp_path / "new" / "out")
+
+
+def test_a_resumed_run_has_its_teacher_where_it_had_it(
+    pruned: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much memory is free by then."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(task, "_free_memory", lambda *_: 2**40)
+        interrupt_at(patched, 16, marked=True)
+        assert run_recover(pruned, text_file, tmp_path / "out", *LONG).code == INTERRUPTED
+    monkeypatch.setattr(task, "_free_memory", lambda *_: 0)
+    assert recover(pruned, text_file, tmp_path / "out", *LONG, "--resume")["teacher_mode"] == "resident"
 
 
 def test_a_damaged_checkpoint_and_another_run_are_refused(pruned: Path, text_file: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from llmprune_cli.commands.recover import end_to_end
+from llmprune_cli.folder.staging import locked_folder
 from llmprune_cli.heal.student import compute_twice
 from support.heal_runs import recover, run_recover
 from support.refusals import CHECKPOINT, OUTPUT, PLAN, assert_refused, state_of
@@ -73,6 +74,15 @@ def test_what_a_teacher_predicts_is_kept_for_other_students_of_it_alone(
     run = run_recover(pruned, text_file, tmp_path / "out", "--teacher-cache", cache)
     assert_refused(run, CHECKPOINT, "tokens.bin is damaged")
     assert state_of(tmp_path) == before
+
+
+def test_a_folder_that_another_run_fills_is_left_to_it(pruned: Path, text_file: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    with locked_folder(cache):
+        run = run_recover(pruned, text_file, tmp_path / "out", "--teacher-cache", cache)
+        assert_refused(run, OUTPUT, "Another run keeps", "--teacher-cache")
+        assert not list(cache.iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_teacher_without_room_is_refused_before_it_runs(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from llmprune_cli.report import model_perplexity
 from llmprune_cli.source.full_model import load_model
 from support.cli import BY_MAGNITUDE, WINDOW, evaluated, run_cli
+from support.refusals import CHECKPOINT, assert_refused
 
 
 def test_two_models_side_by_side(tiny_llama: Path, tmp_path: Path, text_file: Path) -> None:
@@ -116,3 +119,30 @@ def test_half_precision_is_emulated_only_for_lack_of_memory(
     size, whole = sum(path.stat().st_size for path in folder.glob("*.safetensors")), psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: whole._replace(available=3 * size))
     assert found() == asked[0]
+
+
+def test_windows_longer_than_a_table_of_positions_are_refused_before_anything_is_evaluated(
+    tiny_llama: Path, make_tiny: Callable[..., Path], text_file: Path
+) -> None:
+    """Rotary embeddings go on, and a table ends."""
+    learned, ahead = make_tiny("gpt2", max_position_embeddings=WINDOW), make_tiny("opt", max_position_embeddings=WINDOW)
+    computed = make_tiny("llama", max_position_embeddings=WINDOW)
+    options = ("--dataset", text_file, "--limit", "1", "--max-seq-len", str(WINDOW + 1), "--json")
+    for folder in (learned, ahead):
+        run = run_cli("eval", tiny_llama, folder, *options)
+        assert_refused(run, CHECKPOINT, str(folder), "learned positions", f"--max-seq-len {WINDOW}")
+        assert "Evaluating" not in run.stderr
+    run = run_cli("eval", tiny_llama, computed, *options)
+    assert run.code == 0 and f"more than the model's maximum of {WINDOW}" in run.stderr
+
+
+def test_a_model_that_predicts_no_numbers_is_infinitely_far_from_another(
+    tiny_llama: Path, tmp_path: Path, text_file: Path
+) -> None:
+    broken = Path(shutil.copytree(tiny_llama, tmp_path / "broken"))
+    (shard,) = (own for own in broken.glob("*.safetensors") if "model.norm.weight" in load_file(own))
+    tensors = load_file(shard)
+    tensors["model.norm.weight"].fill_(float("nan"))
+    save_file(tensors, shard, {"format": "pt"})
+    report = evaluated(tiny_llama, broken, "--dataset", text_file, "--max-seq-len", str(WINDOW), "--limit", "1")
+    assert report["results"][1]["kl"] in (None, "Infinity", float("inf")), report

@@ -105,7 +105,7 @@ def check_recover(request: RecoverRequest) -> None:
     Raises:
         LlmpruneError: see there.
     """
-    from llmprune_cli.folder.documents import is_there
+    from llmprune_cli.folder.documents import check_own_folder, is_there
     from llmprune_cli.folder.staging import check_target as check_output
     from llmprune_cli.startup.model_argument import check_model, check_tokenizer
     from llmprune_cli.text.names import check_split, check_texts
@@ -120,6 +120,9 @@ def check_recover(request: RecoverRequest) -> None:
         check_output(request.output, request.delivery.overwrite, source if is_there(source) else None)
         check_push_to(request.delivery.push_to, request.delivery.public)
     teacher = _known_teacher(request)
+    if request.teaching.teacher_cache is not None:
+        models = (request.output, *(Path(own.name) for own in (request.model, teacher) if own is not None))
+        check_own_folder(request.teaching.teacher_cache, "--teacher-cache", models)
     if teacher is not None:
         with teacher_explained(request, teacher):
             check_model(teacher, needs_weights=True)

@@ -31,6 +31,8 @@ from llmprune_cli.heal.teacher.token_map import TokenMap, map_tokens
 from llmprune_cli.heal.training.checkpoints import bytes_of
 from llmprune_cli.heal.training.learning_rate import best_rate
 from llmprune_cli.heal.training_text import TrainingText, prepare_training, tokens_together
+from llmprune_cli.journal.forms import Json
+from llmprune_cli.journal.journal import Journal
 from llmprune_cli.journal.keys import model_identity, text_identity, versions
 from llmprune_cli.options import ModelReference
 from llmprune_cli.processes import Processes
@@ -236,8 +238,9 @@ def choose_teacher(task: Task, trained: TrainedModel, folder: Path) -> tuple[str
         training_bytes = BYTES_PER_WEIGHT * trained.trained + trained.summed_bytes
         size_bytes = dtype.itemsize * task.teacher.parameter_count + training_bytes
         is_small = size_bytes < MOST_OF_MEMORY * _free_memory(task.device, task.processes)
-        is_small = teaching.teacher_cache is None and is_small
-        mode = task.processes.broadcast("resident" if is_small else "streamed")  # the same for all
+        found = "resident" if teaching.teacher_cache is None and is_small else "streamed"
+        journal = Journal(task.processes, folder if task.processes.is_first else None)
+        mode = journal.recall("teacher-mode", Json(str), lambda: found)  # as it began, whatever memory is free by now
     if mode == "resident":
         task.listener.stage("Loading the teacher", 1)
         model = load_model(task.teacher, task.device, str(dtype).removeprefix("torch."))

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import Timeout
 from torch.nn import functional
 
 from llmprune_cli.errors import CheckpointError, OutputError, PlanError
 from llmprune_cli.folder.documents import read_json, replace_file
+from llmprune_cli.folder.staging import locked_folder
 from llmprune_cli.heal.loss import Goal, Predicted
 from llmprune_cli.heal.teacher.token_map import TokenMap
 from llmprune_cli.heal.teacher.unfinished import Unfinished
@@ -124,6 +127,28 @@ def _check_room(model: LayeredModel, windows: torch.Tensor, files: tuple[_File, 
         )
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """While a folder is filled, which no other run does meanwhile.
+
+    Raises:
+        OutputError: another one does, or it cannot be written.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked_folder(folder))
+        except Timeout:
+            raise OutputError(
+                f"Another run keeps in {folder} what its teacher predicts. Wait for it, or choose another "
+                "--teacher-cache."
+            ) from None
+        except OSError as error:
+            raise OutputError(
+                f"{folder} cannot be written: {error.strerror}. Choose another --teacher-cache."
+            ) from error
+        yield
+
+
 def stream_teacher(
     model: LayeredModel,
     windows: torch.Tensor,
@@ -135,6 +160,8 @@ def stream_teacher(
 ) -> StreamedTeacher:
     """Run a teacher over windows [N, T], unless a folder holds what it predicts there already.
 
+    What is filled is this run's alone until it is whole.
+
     Args:
         tokens: where the student, whose the windows are, has fewer.
         layers: behind which its residual stream is kept, too.
@@ -142,8 +169,21 @@ def stream_teacher(
     Raises:
         PlanError: the folder holds what another one predicts, or on other text.
         CheckpointError: what it holds is damaged.
-        OutputError: there is no room.
+        OutputError: there is no room, or another run is filling the folder.
     """
+    with nullcontext() if (folder / RECORD).exists() else _alone(folder):
+        return _kept_or_made(model, windows, temperature, folder, listener, tokens, layers)
+
+
+def _kept_or_made(
+    model: LayeredModel,
+    windows: torch.Tensor,
+    temperature: float,
+    folder: Path,
+    listener: Listener,
+    tokens: TokenMap | None,
+    layers: tuple[int, ...],
+) -> StreamedTeacher:
     vocabulary = int(model.architecture.config.get_text_config().vocab_size) if tokens is None else len(tokens.numbers)
     files = _files(model, windows, vocabulary, layers, folder)
     key, record = json.loads(json.dumps(cache_key(model, windows, temperature, tokens, layers))), folder / RECORD

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from llmprune_cli.errors import CheckpointError
 from llmprune_cli.folder.documents import read_json, replace_file
@@ -20,8 +21,7 @@ KEPT_TOGETHER = 3  # checkpoints: the best, the last, and the one that is being 
 def mark_whole(folder: Path, step: int) -> None:
     """Say that the checkpoint of a step is on disk, and what is in it."""
     own = folder / CHECKPOINTS.replace("*", str(step))
-    files = {name: asdict(record) for name, record in list_files(own, {}).items()}
-    replace_file(own / MARK, [json.dumps(files).encode()])
+    replace_file(own / MARK, [json.dumps(_records(own)).encode()])
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -34,21 +34,27 @@ def last_checkpoint(folder: Path) -> Path | None:
     whole = [path for path in found if (path / MARK).exists()]
     last = whole[-1] if whole else None
     needed = {path for path in (last, _best(last)) if path is not None}
-    for path in found:
-        if path in needed:
-            _check(path)
-        else:
-            shutil.rmtree(path)
+    for path in needed:
+        _check(path)
+    for path in set(found) - needed:
+        shutil.rmtree(path)
     return last
 
 
 def _best(last: Path | None) -> Path | None:
-    """The checkpoint that was the best so far, by the last one."""
+    """The checkpoint that was the best so far, by the last one, which names it by a path that is right after this."""
     if last is None:
         return None
     _check(last)
-    best = read_json(last / STATE, None).get("best_model_checkpoint")
-    return Path(best) if best else None
+    state = read_json(last / STATE, None)
+    named = state.get("best_model_checkpoint")
+    if not named:
+        return None
+    best = last.parent / Path(named).name  # wherever the folder was when this was written
+    if str(best) != named:
+        replace_file(last / STATE, [json.dumps(state | {"best_model_checkpoint": str(best)}).encode()])
+        mark_whole(last.parent, int(last.name.rpartition("-")[2]))
+    return best
 
 
 def _check(checkpoint: Path) -> None:
@@ -59,11 +65,16 @@ def _check(checkpoint: Path) -> None:
     """
     try:
         marked = read_json(checkpoint / MARK, None)
-        present = {name: asdict(record) for name, record in list_files(checkpoint, {}).items() if name != MARK}
+        present = _records(checkpoint)
     except (CheckpointError, OSError):
         marked, present = {}, None
     if marked != present:
         raise CheckpointError(f"{checkpoint} is damaged. Leave out --resume to start over.")
+
+
+def _records(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """Size and checksum of every file but the mark."""
+    return {name: asdict(record) for name, record in list_files(checkpoint, {}).items() if name != MARK}
 
 
 def bytes_of(trained: int) -> int:
