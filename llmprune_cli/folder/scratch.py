@@ -80,3 +80,22 @@ def check_folder(folder: Path, option: str) -> None:
         raise OutputError(f"{folder} is not a writable folder ({error.strerror}). Choose another {option}.") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"{folder} is not a writable folder. Choose another {option}.")
+
+
+@contextmanager
+def filled_alone(folder: Path, option: str) -> Iterator[None]:
+    """While a folder of the user's is filled, which no other run does meanwhile.
+
+    Raises:
+        OutputError: another one does, or it cannot be written.
+    """
+    from filelock import Timeout
+
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked_folder(folder))
+        except Timeout:
+            raise OutputError(f"Another run is filling {folder}. Wait for it, or choose another {option}.") from None
+        except OSError as error:
+            raise OutputError(f"{folder} cannot be written: {error.strerror}. Choose another {option}.") from error
+        yield

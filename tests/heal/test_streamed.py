@@ -80,7 +80,7 @@ def test_a_folder_that_another_run_fills_is_left_to_it(pruned: Path, text_file: 
     cache = tmp_path / "cache"
     with locked_folder(cache):
         run = run_recover(pruned, text_file, tmp_path / "out", "--teacher-cache", cache)
-        assert_refused(run, OUTPUT, "Another run keeps", "--teacher-cache")
+        assert_refused(run, OUTPUT, "Another run is filling", "--teacher-cache")
         assert not list(cache.iterdir())
     assert not (tmp_path / "out").exists()
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import Timeout
 from torch.nn import functional
 
 from llmprune_cli.errors import CheckpointError, OutputError, PlanError
 from llmprune_cli.folder.documents import read_json, replace_file
-from llmprune_cli.folder.staging import locked_folder
+from llmprune_cli.folder.scratch import filled_alone
 from llmprune_cli.heal.loss import Goal, Predicted
 from llmprune_cli.heal.teacher.token_map import TokenMap
 from llmprune_cli.heal.teacher.unfinished import Unfinished
@@ -127,28 +126,6 @@ def _check_room(model: LayeredModel, windows: torch.Tensor, files: tuple[_File, 
         )
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """While a folder is filled, which no other run does meanwhile.
-
-    Raises:
-        OutputError: another one does, or it cannot be written.
-    """
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locked_folder(folder))
-        except Timeout:
-            raise OutputError(
-                f"Another run keeps in {folder} what its teacher predicts. Wait for it, or choose another "
-                "--teacher-cache."
-            ) from None
-        except OSError as error:
-            raise OutputError(
-                f"{folder} cannot be written: {error.strerror}. Choose another --teacher-cache."
-            ) from error
-        yield
-
-
 def stream_teacher(
     model: LayeredModel,
     windows: torch.Tensor,
@@ -171,7 +148,7 @@ def stream_teacher(
         CheckpointError: what it holds is damaged.
         OutputError: there is no room, or another run is filling the folder.
     """
-    with nullcontext() if (folder / RECORD).exists() else _alone(folder):
+    with nullcontext() if (folder / RECORD).exists() else filled_alone(folder, "--teacher-cache"):
         return _kept_or_made(model, windows, temperature, folder, listener, tokens, layers)
 
 
