@@ -10,9 +10,10 @@ from transformers import PretrainedConfig
 
 from llmprune_cli.coupling.discovery import trace
 from llmprune_cli.coupling.trace import Trace
-from llmprune_cli.coupling.twin import one_thread, settle_head_dim
+from llmprune_cli.coupling.twin import cached_by, one_thread, settle_head_dim
 from llmprune_cli.errors import PlanError
 from llmprune_cli.family.architecture import Architecture, discover
+from llmprune_cli.family.cache import Cached
 from llmprune_cli.family.skeleton import is_remote
 from llmprune_cli.family.widths import HEAD_COUNTS, Width, Widths
 from llmprune_cli.folder.checkpoint import Checkpoint
@@ -90,6 +91,7 @@ class Coupling:
 
     explicit_head_dim: bool  # see `Architecture`
     hidden_follows_heads: bool
+    cached: tuple[Cached, ...] | None
     trace: Trace
 
 
@@ -104,12 +106,14 @@ def find_coupling(architecture: Architecture) -> tuple[Architecture, Trace]:
     if known is None:
         with one_thread():
             settled = settle_head_dim(architecture)
-            known = Coupling(settled.explicit_head_dim, settled.hidden_follows_heads, trace(settled))
+            rules = settled.explicit_head_dim, settled.hidden_follows_heads
+            known = Coupling(*rules, cached_by(settled), trace(settled))
         remember(place, known)
     settled = replace(
         architecture,
         explicit_head_dim=known.explicit_head_dim,
         hidden_follows_heads=known.hidden_follows_heads,
+        cached=known.cached,
     )
     return settled, known.trace
 

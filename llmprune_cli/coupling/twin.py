@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from llmprune_cli.errors import UnsupportedError, first_line
 from llmprune_cli.family.architecture import Architecture, have_own_heads, reconfigure, rotary_changes, rotary_fraction
-from llmprune_cli.family.layers import layer_changes, sample_layers
-from llmprune_cli.family.widths import EXPERT_GROUPS, HEAD_COUNTS, NEURONS, PICKED, field_changes
+from llmprune_cli.family.cache import Cached
+from llmprune_cli.family.layers import KV_SHARED, layer_changes, sample_layers
+from llmprune_cli.family.widths import EXPERT_GROUPS, HEAD_COUNTS, NEURONS, PICKED, Widths, field_changes
 
 TOKENS = 24  # length of the twin's input
 WINDOW = 6  # of sliding attention, so that it matters within the input
@@ -25,6 +26,7 @@ TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2}
 OTHER_TOKEN = 0  # for padding and whatever else a configuration names; none of these is in a twin's input
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)  # of models that do not run
 EMPTY_EXPERTS = "zero_expert_num"  # LongCat's experts that pass on their input, and are picked beside the others
+GROWING = ("keys", "values", "indexer_keys")  # what a layer's cache calls what it keeps of every token
 SEED = 20241  # of the twin's weights; any seed must give the same trace
 # Ranks of latent attention in the twin, and how many heads it has there; the sizes of a head are the model's own.
 LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8}
@@ -277,3 +279,66 @@ def run_twin(twin: Twin) -> None:
             f"A small {family} model of this config.json gives no finite logits, so that nothing can be proven of it. "
             "Download config.json again."
         )
+
+
+def cached_by(architecture: Architecture) -> tuple[Cached, ...] | None:
+    """What every layer of a model keeps of a token, by what a twin has in its cache; None where that does not say it.
+
+    Raises:
+        UnsupportedError: no twin can be built.
+    """
+    config, kinds = architecture.config, architecture.layer_kinds
+    if not architecture.widths.num_attention_heads:
+        return (Cached(),) * len(kinds)
+    twin = build_twin(architecture, trace_sizes(config))
+    try:
+        with torch.no_grad():
+            cache = twin.model(input_ids=twin.tokens, use_cache=True).past_key_values
+    except FAILURES:
+        return None
+    places = [_cached_in(place, twin, architecture) for place in getattr(cache, "layers", ())]
+    known, sampled = [place for place in places if place is not None], sample_layers(config, kinds, 1)
+    times, rest = divmod(len(known), len(sampled))
+    if known != places or not times or rest or (times > 1 and len(set(known)) > 1):  # whose they are, is not said
+        return None
+    shared = range(len(kinds) - (getattr(config, KV_SHARED, 0) or 0), len(kinds))  # which keep none of their own
+    found = [known[sampled.index(kind)].times(times) for kind in kinds]
+    return tuple(Cached() if layer in shared else own for layer, own in enumerate(found))
+
+
+def _cached_in(place: Any, twin: Twin, architecture: Architecture) -> Cached | None:
+    """What one place of a twin's cache would keep of a token in the model itself; None where that is not known."""
+    found, is_latent = Cached(), False
+    small, config = twin.architecture.config, architecture.config
+    for tensor in (getattr(place, name, None) for name in GROWING):
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        heads, numbers = tensor.shape[1] if tensor.ndim == 4 else None, tensor.shape[-1]
+        is_shared = heads == 1 < twin.architecture.widths.num_key_value_heads
+        if heads is None or (is_shared and getattr(config, "kv_lora_rank", None)):
+            own: Cached | None = Cached(fixed=numbers)
+            is_latent = is_latent or heads is not None
+        else:
+            own = _cached_of_heads(heads, numbers, twin.architecture.widths, architecture)
+        if own is None:
+            return None
+        found += own
+    return found + Cached(fixed=config.kv_lora_rank - small.kv_lora_rank) if is_latent else found
+
+
+def _cached_of_heads(heads: int, numbers: int, small: Widths, architecture: Architecture) -> Cached | None:
+    """What so many heads of so many numbers in a twin are in the model itself; None where that is not known.
+
+    Args:
+        small: the twin's widths.
+    """
+    config, real = architecture.config, architecture.widths
+    if have_own_heads(config) or architecture.kv_heads:  # which a twin has, too
+        return Cached(fixed=heads * numbers)
+    if getattr(config, "kv_lora_rank", None) is None:  # otherwise heads have sizes of their own, which a twin has, too
+        if numbers not in (small.head_dim, real.head_dim):
+            return None
+        numbers = real.head_dim
+    if heads == small.num_key_value_heads:
+        return Cached(of_group=numbers)
+    return Cached(of_head=numbers) if heads == small.num_attention_heads else None

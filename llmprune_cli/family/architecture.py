@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from llmprune_cli.errors import LlmpruneError, UnsupportedError
+from llmprune_cli.family.cache import Cached
 from llmprune_cli.family.exceptions import FAMILIES, Family
 from llmprune_cli.family.layers import find_layer_kinds, layer_changes, sample_layers
 from llmprune_cli.family.skeleton import expected_index, shapes_of
@@ -42,6 +43,7 @@ class Architecture:
     hidden_multiple_of_heads: bool  # the configuration refuses other hidden sizes
     layer_kinds: tuple[int, ...]  # for every layer, the first layer with the same tensors and per-layer settings
     kv_heads: tuple[int, ...] = ()  # KV heads of every layer, where layers have several numbers of them
+    cached: tuple[Cached, ...] | None = None  # what every layer keeps of a token; None where that is not known
 
     @property
     def own_heads(self) -> bool:
@@ -67,6 +69,16 @@ class Architecture:
     def kv_heads_in(self, layer: int | None) -> int:
         """KV heads of a layer."""
         return self.kv_heads[layer] if self.kv_heads and layer is not None else self.widths.num_key_value_heads
+
+    def cached_numbers(self, widths: Widths, layers: Sequence[int], once: bool = False) -> int | None:
+        """How many numbers a model of these widths and layers keeps of a token; None where that is not known.
+
+        Args:
+            once: see `Cached.numbers`.
+        """
+        if self.cached is None:
+            return None
+        return sum(self.cached[layer].numbers(widths, once) for layer in layers)
 
     def step_of(self, width: str) -> int:
         """What sizes of a width must be a multiple of, by the kernels that stock software runs experts with."""

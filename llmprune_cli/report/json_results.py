@@ -40,7 +40,7 @@ class ModelSummary:
     widths: Widths
     parameters: int
     size_bytes: int
-    kv_cache_bytes_per_token: int  # at the checkpoint's dtype, all layers, keys and values
+    kv_cache_bytes_per_token: int | None  # keys and values of all layers that keep any, as stored; None: not known
     tensors: tuple[TensorRow, ...]
 
 
@@ -261,7 +261,7 @@ class SweepPoint:
     layers: tuple[int, ...]  # numbers before pruning of those that it has
     parameters: int
     size_bytes: int
-    kv_cache_bytes_per_token: int
+    kv_cache_bytes_per_token: int | None
     perplexity: float
     bits_per_byte: float  # of text in the tokens that are predicted
     kl: float  # mean KL(dense ‖ this) of the next token, nats

@@ -9,8 +9,12 @@ from llmprune_cli.folder.tensors import Shape, TensorEntry, split_name
 from llmprune_cli.report.json_results import ModelSummary, TensorRow
 
 
-def summarize(entries: Sequence[TensorEntry], widths: Widths) -> ModelSummary:
-    """Fold tensors over layers and add them up."""
+def summarize(entries: Sequence[TensorEntry], widths: Widths, cached: int | None) -> ModelSummary:
+    """Fold tensors over layers and add them up.
+
+    Args:
+        cached: numbers that the model keeps of a token, see `Architecture.cached_numbers`.
+    """
     folded: dict[tuple[str, Shape, str], list[TensorEntry]] = {}
     for entry in entries:
         folded.setdefault((split_name(entry.name)[0], entry.shape, entry.dtype), []).append(entry)
@@ -19,12 +23,11 @@ def summarize(entries: Sequence[TensorEntry], widths: Widths) -> ModelSummary:
         for (template, shape, dtype), members in folded.items()
     )
     widest = max(entries, key=lambda entry: entry.numel)
-    kv_elements = 2 * widths.num_hidden_layers * widths.num_key_value_heads * widths.head_dim
     return ModelSummary(
         widths=widths,
         parameters=sum(entry.numel for entry in entries),
         size_bytes=sum(entry.size_bytes for entry in entries),
-        kv_cache_bytes_per_token=kv_elements * widest.size_bytes // widest.numel,
+        kv_cache_bytes_per_token=None if cached is None else cached * widest.size_bytes // widest.numel,
         tensors=rows,
     )
 

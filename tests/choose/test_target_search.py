@@ -15,7 +15,8 @@ from llmprune_cli.choose.selection import first_target, judged_windows
 from llmprune_cli.choose.targets.limits import measure_size, size_limit, whole_target
 from llmprune_cli.choose.targets.search import Candidate, conditions_of, least_target, search_widths
 from llmprune_cli.coupling.subject import Subject
-from llmprune_cli.errors import PlanError
+from llmprune_cli.errors import PlanError, UnsupportedError
+from llmprune_cli.family.cache import Cached
 from llmprune_cli.formats.gguf.writing import weights_bytes
 from llmprune_cli.options import Choice, ModelReference, WidthRequest
 from llmprune_cli.plan.requested_widths import Target, resolve
@@ -207,6 +208,24 @@ def test_bytes_count_the_cache_of_keys_and_values() -> None:
     fewer = replace(subject.widths, num_key_value_heads=1, num_attention_heads=4, num_hidden_layers=4)
     target = Target(fewer, (0, 1, 2, 3), ())
     assert limit.of(target) == measure_size(subject, target)[1] + cached // 4
+
+
+def test_a_cache_that_is_not_known_is_not_counted() -> None:
+    subject = llama_on_paper(**WIDE)
+    unknown = replace(subject, architecture=replace(subject.architecture, cached=None))
+    with pytest.raises(UnsupportedError, match=r"What llama keeps of a token .* Leave --context out"):
+        size_limit(unknown, Budget(10**6, "bytes", context=100))
+    whole = whole_target(unknown)
+    assert size_limit(unknown, Budget(10**6, "bytes")).of(whole) == measure_size(unknown, whole)[1]
+
+
+def test_keys_that_transformers_repeats_are_counted_once_in_a_type_of_gguf() -> None:
+    subject = llama_on_paper(**WIDE)
+    repeated = replace(subject, architecture=replace(subject.architecture, cached=(Cached(of_head=16),) * 8))
+    whole = whole_target(repeated)
+    for dtype, heads in ((None, 8), ("q8_0", 2)):
+        limit = size_limit(repeated, Budget(10**6, "bytes", dtype, context=100), lambda _: 0)
+        assert limit.of(whole) == 16 * heads * 8 * 100 * 2
 
 
 def test_layers_go_by_their_scores() -> None:

@@ -9,14 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from llmprune_cli.coupling import subject
 from llmprune_cli.coupling.subject import find_coupling
 from llmprune_cli.coupling.trace import Trace
-from llmprune_cli.family.architecture import Architecture
+from llmprune_cli.coupling.twin import cached_by, one_thread, settle_head_dim
+from llmprune_cli.family.architecture import Architecture, discover, with_widths
+from llmprune_cli.family.skeleton import expected_index
+from llmprune_cli.options import WidthRequest
+from llmprune_cli.plan.requested_widths import resolve
 from llmprune_cli.startup import remembered
 from support import families
 from support.opened import Opened
+from support.tiny import tiny_config
 
 every_family = pytest.mark.parametrize("opened", families.TRIED_SLOWLY, indirect=True)
 
@@ -93,3 +100,42 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     for _ in range(2):
         assert find_coupling(opened.subject.architecture)[1] == opened.subject.trace
     assert len(traced) == 2
+
+
+# --- what a model keeps of a token -----------------------------------------------------------------------------------
+
+KINDS_OF_CACHES = ("gemma", "lfm2", "falcon", "falcon_h1", "qwen3_next")
+
+
+def kept_of_a_token(config: object) -> float:
+    """Numbers by which transformers' own cache of a model grows with a token."""
+    model = AutoModelForCausalLM.from_config(config).eval()
+    held = []
+    for length in (5, 7):  # shorter than the sliding windows
+        with torch.no_grad():
+            cache = getattr(model(torch.full((1, length), 5), use_cache=True), "past_key_values", None)
+        tensors = [own for layer in getattr(cache, "layers", ()) for own in vars(layer).values()]
+        held.append(sum(own.numel() for own in tensors if isinstance(own, torch.Tensor) and own.is_floating_point()))
+    return (held[1] - held[0]) / 2
+
+
+@pytest.mark.parametrize("family", dict.fromkeys((*families.TRIED, *KINDS_OF_CACHES)))
+def test_what_is_kept_of_a_token_is_what_transformers_keeps(family: str) -> None:
+    config = tiny_config(families.model_type(family), **{**families.SIZES, **families.FAMILIES[family]})
+    architecture = discover(config, expected_index(config))  # type: ignore[arg-type]
+    with one_thread():
+        architecture = settle_head_dim(architecture)
+        architecture = replace(architecture, cached=cached_by(architecture))
+    layers = tuple(range(architecture.widths.num_hidden_layers))
+    assert architecture.cached_numbers(architecture.widths, layers) == kept_of_a_token(config)
+    fewer_heads = {"head_pruning_ratio": 0.5} if architecture.widths.num_attention_heads else {}
+    target = resolve(architecture, {}, WidthRequest(num_hidden_layers=2, **fewer_heads))
+    kept = kept_of_a_token(with_widths(architecture, target.widths, target.layers))
+    assert architecture.cached_numbers(target.widths, target.layers) == kept
+
+
+def test_a_family_without_a_cache_has_no_figure(tmp_path: Path) -> None:
+    """The first GPT keeps nothing: what would be a token's share of its memory is not known, rather than none."""
+    config = tiny_config("openai-gpt", n_layer=2, n_embd=64, n_head=8, n_positions=64)
+    architecture = settle_head_dim(discover(config, expected_index(config)))  # type: ignore[arg-type]
+    assert cached_by(architecture) is None and architecture.cached_numbers(architecture.widths, (0, 1)) is None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.coupling.trace import Binding, Trace
 from llmprune_cli.family.architecture import Architecture
+from llmprune_cli.family.cache import Cached
 from llmprune_cli.family.widths import Widths, read_widths
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.tensors import TensorEntry
@@ -65,6 +67,8 @@ def llama_on_paper(refused: tuple[str, ...] = (), **changes: Any) -> Subject:
     """A Llama in bfloat16 of which only names and shapes exist."""
     architecture = architecture_of("llama", attention_bias=False, mlp_bias=False, **changes)
     widths = architecture.widths
+    keys_and_values = (Cached(of_group=2 * widths.head_dim),) * widths.num_hidden_layers
+    architecture = replace(architecture, cached=keys_and_values)
     bindings, entries = [], []
     for template, along in LAYOUT.items():
         sizes = []

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
 from llmprune_cli.coupling.subject import Subject
-from llmprune_cli.errors import PlanError
+from llmprune_cli.errors import PlanError, UnsupportedError
 from llmprune_cli.folder.tensors import DTYPES, split_name
 from llmprune_cli.plan.predict import predicted_tensors
 from llmprune_cli.plan.requested_widths import Target
@@ -133,17 +133,27 @@ def size_limit(subject: Subject, budget: Budget, weigh: Weigh | None = None) -> 
 
     Args:
         weigh: bytes in the type that the budget counts in; None counts them as stored.
+
+    Raises:
+        UnsupportedError: it counts a cache, and what that holds is not known.
     """
     whole = whole_target(subject)
     limit = budget.limit(*measure_size(subject, whole))
     if budget.kind != "bytes":
         return SizeLimit(limit, lambda target: measure_size(subject, target)[0], "parameters", whole)
+    if budget.context is not None and subject.architecture.cached is None:
+        raise UnsupportedError(
+            f"What {subject.architecture.config.model_type} keeps of a token in its KV cache is not known here, so a "
+            "target cannot count it. Leave --context out, and ask for that much less."
+        )
     widest = max(subject.checkpoint.entries, key=lambda entry: entry.numel)
     number = HALF_BYTES if budget.dtype is not None else widest.size_bytes // widest.numel
 
     def size_bytes(target: Target) -> float:
-        own = target.widths
-        cached = 2 * len(target.layers) * own.num_key_value_heads * own.head_dim * number * (budget.context or 0)
-        return cached + (weigh(target) if weigh is not None else measure_size(subject, target)[1])
+        once = budget.dtype is not None  # as llama.cpp keeps a KV head
+        of_token = subject.architecture.cached_numbers(target.widths, target.layers, once) or 0
+        return of_token * number * (budget.context or 0) + (
+            weigh(target) if weigh is not None else measure_size(subject, target)[1]
+        )
 
     return SizeLimit(limit, size_bytes, f"bytes{budget.counted}", whole)

@@ -59,6 +59,9 @@ def totals_table(before: ModelSummary, after: ModelSummary | None) -> Table:
     }
     for label, (name, show) in rows.items():
         old, new = getattr(before, name), getattr(after, name, 0)
+        if old is None:
+            table.add_row(label, "unknown", *(["unknown", ""] if after else []))
+            continue
         table.add_row(label, show(old), *([show(new), f"{100 * (1 - new / old) if old else 0:.1f}%"] if after else []))
     return table
 

@@ -78,17 +78,19 @@ def _find_out(reference: ModelReference, request: WidthRequest, tokens: Vocabula
         subject = leave_unproven(understand(checkpoint))
         target = None if request.is_empty else resolve(subject.architecture, subject.trace.refused, request)
         after, config, widths, tensors = None, checkpoint.config, subject.widths, checkpoint.entries
+        cached_by, layers = subject.architecture.cached_numbers, tuple(range(widths.num_hidden_layers))
+        before = summarize((*tensors, *subject.surroundings), widths, cached_by(widths, layers))
         if target is not None:
             if tokens.number is None:
                 refuse_copy(subject.architecture, subject.trace, request, target)
             subject.require(target.widths)
-            widths, tensors = target.widths, predict(subject, target)
+            widths, layers, tensors = target.widths, target.layers, predict(subject, target)
             config = with_widths(subject.architecture, widths, target.layers)
         vocabulary, size = summarize_vocabulary(subject, tokens.keep_tokens), None
         if tokens.number is not None:
             tensors, size = cut_to(subject, tokens, tensors)
         if target is not None or size is not None:
-            after = summarize((*tensors, *subject.surroundings), widths)
+            after = summarize((*tensors, *subject.surroundings), widths, cached_by(widths, layers))
         return InspectResult(
             schema_version=SCHEMA_VERSION,
             model=checkpoint.source,
@@ -99,7 +101,7 @@ def _find_out(reference: ModelReference, request: WidthRequest, tokens: Vocabula
             prunable=legal_values(subject.architecture, subject.trace),
             dropped=checkpoint.dropped,
             renamed=checkpoint.renamed,
-            before=summarize((*checkpoint.entries, *subject.surroundings), subject.widths),
+            before=before,
             after=after,
             vocabulary=replace(vocabulary, after=size),
             deviations=target.deviations if target else (),

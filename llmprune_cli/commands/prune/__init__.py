@@ -228,7 +228,8 @@ def choose_and_write(
     if not is_first:
         return None
     tensors = _left_by(subject, decided, target, selection)
-    after = summarize((*tensors, *subject.surroundings), target.widths)
+    cached = subject.architecture.cached_numbers(target.widths, target.layers)
+    after = summarize((*tensors, *subject.surroundings), target.widths, cached)
     outcome = Outcome(
         subject=subject,
         choice=choice,

@@ -14,7 +14,7 @@ from llmprune_cli.apply.vocabulary.proof import prove_rows
 from llmprune_cli.choose.importances import needs_text
 from llmprune_cli.choose.saved_plan import stored_plan
 from llmprune_cli.choose.selection import first_target, target_of
-from llmprune_cli.choose.targets.limits import Limit, SizeLimit, size_limit
+from llmprune_cli.choose.targets.limits import Limit, SizeLimit, size_limit, whole_target
 from llmprune_cli.choose.targets.speed import Race, SpeedLimit, work_of
 from llmprune_cli.commands.prune.vocabulary import DecidedVocabulary, decide_vocabulary
 from llmprune_cli.commands.requests import PruneRequest
@@ -67,7 +67,9 @@ def decide(request: PruneRequest, subject: Subject, listener: Listener) -> Decid
     Raises:
         PlanError, UnsupportedError: it cannot.
     """
-    before, stream, untied = summarize((*subject.checkpoint.entries, *subject.surroundings), subject.widths), None, 0
+    cached = subject.architecture.cached_numbers(subject.widths, whole_target(subject).layers)
+    before = summarize((*subject.checkpoint.entries, *subject.surroundings), subject.widths, cached)
+    stream, untied = None, 0
     if request.choice.rotate:
         subject, untied = untie(subject)
         stream = find_residual_stream(subject.architecture, subject.trace)
