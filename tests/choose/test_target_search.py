@@ -13,9 +13,10 @@ import torch
 
 from llmprune_cli.choose.selection import first_target, judged_windows
 from llmprune_cli.choose.targets.limits import measure_size, size_limit, whole_target
-from llmprune_cli.choose.targets.search import Candidate, conditions_of, least_target, search_widths
-from llmprune_cli.coupling.subject import Subject
+from llmprune_cli.choose.targets.search import Candidate, conditions_of, least_target, most_candidates, search_widths
+from llmprune_cli.coupling.subject import Subject, understand
 from llmprune_cli.errors import PlanError, UnsupportedError
+from llmprune_cli.family.architecture import has_layers
 from llmprune_cli.family.cache import Cached
 from llmprune_cli.formats.gguf.writing import weights_bytes
 from llmprune_cli.options import Choice, ModelReference, WidthRequest
@@ -269,6 +270,36 @@ def test_no_more_goes_than_where_a_smaller_budget_is_spent_best(judge: Callable[
         assert len(candidate.target.layers) >= len(bound.target.layers)
         assert own.num_key_value_heads >= most.num_key_value_heads and own.heads_per_group >= most.heads_per_group
     assert len(bounded) <= len(free) and bounded[0] == free[0]
+
+
+@pytest.fixture(scope="module")
+def rhythmic(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    """A model of which few layers can go one by one: attention and experts come by rhythms."""
+    rhythms = {"attn_layer_period": 8, "attn_layer_offset": 4, "expert_layer_period": 2, "expert_layer_offset": 1}
+    sizes = {"num_hidden_layers": 16, "hidden_size": 32, "num_attention_heads": 4, "num_experts": 4}
+    own = {**families.FAMILIES["jamba"], **sizes, **rhythms}
+    folder = save_tiny(tmp_path_factory.mktemp("rhythmic") / "model", "jamba", **own)
+    with open_checkpoint(ModelReference(str(folder)), need_weights=True) as checkpoint:
+        return understand(checkpoint)
+
+
+@pytest.mark.parametrize("share", [0.4, 0.45])
+def test_where_the_layers_of_the_least_scores_cannot_go_others_do(rhythmic: Subject, share: float) -> None:
+    scores = tuple(float(7 * layer % 16) for layer in range(16))
+    found = search(rhythmic, Budget(share, "share"), scores, lambda target: -len(target.layers))
+    whole = measure_size(rhythmic, whole_target(rhythmic))[0]
+    assert len(found) > 1 and all(candidate.parameters <= share * whole for candidate in found)
+    assert all(has_layers(rhythmic.architecture.config, candidate.target.layers) for candidate in found)
+    assert 8 < len(found[0].target.layers) < 16
+
+
+def test_where_layers_leave_much_room_other_ways_start_from_all_of_them(rhythmic: Subject) -> None:
+    scores = (0.0,) * 16
+    found = search(rhythmic, Budget(0.6, "share"), scores, missing_neurons)
+    assert len(found[0].target.layers) == 8 and found[0].target.widths.intermediate_size == 48
+    fewer_experts = [own.target for own in found if own.target.widths.num_experts == 3]
+    assert fewer_experts and all(len(target.layers) == 16 for target in fewer_experts)
+    assert len(found) <= most_candidates(rhythmic)
 
 
 def test_refused_widths_are_left_whole() -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from llmprune_cli.choose.targets.limits import Limit, measure_size
+from llmprune_cli.choose.targets.limits import Limit, measure_size, whole_target
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.errors import PlanError
 from llmprune_cli.family.architecture import legal_heads
@@ -23,6 +23,7 @@ SHORT_BLOCK, LONG_BLOCK = 32, 256  # weights that GGUF quantizes together, in it
 LEAST_BLOCKS = 16  # in a row of an MLP that is cut by whole blocks
 DEPTHS = (0.0, 0.07, 0.14, 0.21, 0.3, 0.4, 0.5)  # shares of the layers whose removal is considered
 EXPERT_SHARES = (0.875, 0.75, 0.5)  # of the experts that are considered to stay
+FULL = 0.9  # of the limit: what is below it has room left
 LEAST_NEURONS = Fraction(3, 20)  # a smaller share of an MLP is not considered
 NO_CONDITIONS = WidthRequest()
 
@@ -64,11 +65,12 @@ def search_widths(
     """The candidates that were judged, best first: each has the widest MLP that fits beside the rest.
 
     One way to shrink after the other: ever fewer layers, KV groups, query heads, experts, each from the best that was
-    found before it, until it gets worse. The hidden size stays. Where layers are protected, all
-    widths stay, and as few of the other layers go as the budget allows.
+    found before it, until it gets worse. The others start from all layers where those that go leave room that no
+    neurons are left for. The hidden size stays. Where layers are protected, all widths stay, and as few of the other
+    layers go as the budget allows.
 
     Args:
-        layer_scores: of each layer; those with the least go first.
+        layer_scores: of each layer; those with the least go first, if the family can do without them.
         conditions: the layers that stay as they are, and what numbers of neurons are a multiple of.
         bound: what a smaller budget is best spent on: no more layers, groups, heads or experts go than there.
 
@@ -77,10 +79,14 @@ def search_widths(
     """
     judged: dict[tuple[object, ...], Candidate] = {}
     keep_layers = conditions.keep_layers
-    base, best = WidthRequest(keep_layers=keep_layers), float("inf")
+    whole = base = WidthRequest(keep_layers=keep_layers)
+    best = float("inf")
     for steps, patience in ((_ever_fewer_layers, 1),) if keep_layers else WAYS:
         origin, worse = base, 0
-        for request in steps(subject, origin, layer_scores):
+        for asked in steps(subject, origin, layer_scores):
+            request = _legal(subject, asked)
+            if request is None:
+                continue
             target = _widest(subject, request, limit, conditions.round_to)
             if target is None:
                 base = request if best == float("inf") else base  # not enough on its own: other ways go on from here
@@ -101,6 +107,8 @@ def search_widths(
                 worse += 1
             if worse == patience:
                 break
+        if steps is _fewer_layers and _overshoots(subject, limit, judged.values()):
+            base = whole
     if not judged:
         raise PlanError(
             f"No uniform widths that the search tries leave {limit}. Ask for {limit.less}, or give the widths yourself."
@@ -118,6 +126,27 @@ def most_candidates(subject: Subject, keep_layers: tuple[int, ...] = ()) -> int:
         return 1
     scores = (0.0,) * subject.widths.num_hidden_layers
     return sum(len(list(steps(subject, WidthRequest(), scores))) for steps, _ in WAYS)
+
+
+def _legal(subject: Subject, request: WidthRequest) -> WidthRequest | None:
+    """A request, or one for as many layers where these cannot go; None where the family can have neither."""
+    found = [request]
+    if request.drop_layers:
+        count = subject.widths.num_hidden_layers - len(request.drop_layers)
+        found += [replace(request, drop_layers=None, num_hidden_layers=count)] if count else []
+    for own in found:
+        with suppress(PlanError):
+            resolve(subject.architecture, subject.trace.refused, own)
+            return own
+    return None
+
+
+def _overshoots(subject: Subject, limit: Limit, judged: Collection[Candidate]) -> bool:
+    """Whether the best candidate has all neurons and is well below the limit: nothing else that goes can help it."""
+    best = min(judged, key=lambda candidate: candidate.kl, default=None)
+    if best is None or any(getattr(best.target.widths, width) != getattr(subject.widths, width) for width in NEURONS):
+        return False
+    return best.parameters < FULL * limit.share * measure_size(subject, whole_target(subject))[0]
 
 
 def _goes_beyond(target: Target, bound: Target) -> bool:
@@ -257,8 +286,9 @@ def least_target(subject: Subject, conditions: WidthRequest = NO_CONDITIONS) -> 
     if keep_layers:
         deepest_last = tuple(float(-layer) for layer in range(before.num_hidden_layers))
         for fewest in reversed(list(_ever_fewer_layers(subject, WidthRequest(keep_layers=keep_layers), deepest_last))):
-            with suppress(PlanError):  # layers that cannot go together, or all of them
-                return resolve(subject.architecture, subject.trace.refused, fewest)
+            legal = _legal(subject, fewest)
+            if legal is not None:  # not layers that cannot go together, or all of them
+                return resolve(subject.architecture, subject.trace.refused, legal)
     groups = ([before.num_key_value_heads, *_group_counts(subject)])[-1]
     per_group = [before.heads_per_group if groups else 0, *_head_counts(subject)][-1]
     experts = [None, *_expert_counts(subject)][-1]
