@@ -113,6 +113,14 @@ def test_a_size_in_a_type_that_a_family_is_not_written_in_is_refused(make_tiny: 
     assert_refused(run, PLAN, "4,294,967,296 bytes (4.00 GiB) as q8_0 with the KV cache of 64 tokens removes nothing")
 
 
+def test_a_cache_that_is_not_known_is_said_and_cannot_be_asked_for(make_tiny: Callable[..., Path]) -> None:
+    model = make_tiny("openai-gpt", n_layer=2, n_embd=64, n_head=8, n_positions=64)
+    assert re.search(r"^KV cache per token +unknown$", run_cli("inspect", model).stdout, re.MULTILINE)
+    assert json.loads(run_cli("inspect", model, "--json").stdout)["before"]["kv_cache_bytes_per_token"] is None
+    run = run_cli("prune", model, "--target-size", "300KB", "--context", "64", "--dry-run")
+    assert_refused(run, UNSUPPORTED, "What openai-gpt keeps of a token", "Leave --context out")
+
+
 # --- on paper ------------------------------------------------------------------------------------------------------
 
 WIDE = {"intermediate_size": 192, "num_hidden_layers": 8, "max_position_embeddings": 64}
