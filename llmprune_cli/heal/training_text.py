@@ -11,9 +11,10 @@ import torch
 from llmprune_cli.errors import CheckpointError
 from llmprune_cli.heal.options import Healing
 from llmprune_cli.options import Text
-from llmprune_cli.run.calibration import SeenText, Writer, load_calibration, together
+from llmprune_cli.run.calibration import SeenText, Writer, begins_in, load_calibration, together
 from llmprune_cli.text.corpus import Corpus
-from llmprune_cli.text.windows import are_apart, fitting_length, mixed, predicted_bytes, read_tokens, windows_in
+from llmprune_cli.text.reading import predicted_bytes
+from llmprune_cli.text.windows import are_apart, fitting_length, mixed, read_corpus, windows_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,10 +88,10 @@ def prepare_training(
     parts = load_calibration(options, tokenizer, warn, write, min(healing.token_count, MOST_WRITTEN), "--text")
     corpus = together(healing.text, [own for own, _ in parts])
     length = fitting_length(healing.seq_len, longest, Healing.seq_len, warn)
-    windows, is_known = _cut(parts, tokenizer, vocabulary, length, healing.text_split, before)
+    windows, is_known, places = _cut(parts, tokenizer, vocabulary, length, healing.text_split, before)
     if apart is not None and apart.shape[1] == length:
         own = _apart_from(windows, apart, corpus, warn)
-        windows, is_known = windows[own], is_known[own]
+        windows, is_known, places = windows[own], is_known[own], places[own]
     wanted = max(1, healing.token_count // length)
     held_out = max(1, min(len(windows), wanted, MOST_HELD_OUT // length * HELD_OUT_SHARE) // HELD_OUT_SHARE)
     present = (len(windows) - held_out) * length
@@ -112,9 +113,8 @@ def prepare_training(
         )
     rounds = [torch.randperm(len(trained), generator=generator) for _ in range(-(-count // len(trained)))]
     held = windows[judged]
-    return TrainingText(
-        corpus, windows[trained], torch.cat(rounds)[:count], held, predicted_bytes(tokenizer, held), schedule
-    )
+    held_bytes = predicted_bytes(corpus.text, tokenizer, held, places[judged].tolist())
+    return TrainingText(corpus, windows[trained], torch.cat(rounds)[:count], held, held_bytes, schedule)
 
 
 def _cut(
@@ -124,14 +124,15 @@ def _cut(
     length: int,
     split: str,
     before: tuple[SeenText, PreTrainedTokenizerBase] | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Windows of several texts, of each as large a share as is asked for, and as many as that allows.
 
     Returns:
-        Token ids, [N, T], and which of these windows the pruned model was fitted on, [N] of bool.
+        Token ids, [N, T], which of these windows the pruned model was fitted on, [N] of bool, and their parts of the
+        texts together, [N, 3], see `Reading`.
     """
-    read = [read_tokens(corpus, tokenizer, vocabulary) for corpus, _ in parts]
-    cut = [windows_in(own, length, None, corpus.origin) for own, (corpus, _) in zip(read, parts, strict=True)]
+    read = [read_corpus(corpus, tokenizer, vocabulary) for corpus, _ in parts]
+    cut = [windows_in(own.tokens, length, None, corpus.origin) for own, (corpus, _) in zip(read, parts, strict=True)]
     shares = [share for _, share in parts]
     total = min(len(own) / share for own, share in zip(cut, shares, strict=True))
     kept = [own[: max(1, int(total * share))] for own, share in zip(cut, shares, strict=True)]
@@ -139,10 +140,13 @@ def _cut(
     if before is not None:
         texts = zip(parts, read, known, strict=True)
         known = [
-            _fitted_before(corpus, split, torch.arange(len(own) + 1) * length, len(tokens), tokenizer, before)
-            for (corpus, _), tokens, own in texts
+            _fitted_before(corpus, split, torch.arange(len(own) + 1) * length, len(its.tokens), tokenizer, before)
+            for (corpus, _), its, own in texts
         ]
-    return mixed(kept), mixed(known)
+    begins = begins_in([corpus for corpus, _ in parts])
+    each = zip(read, kept, begins, strict=True)
+    places = [its.parts(length, torch.arange(len(own)), begin) for its, own, begin in each]
+    return mixed(kept), mixed(known), mixed(places)
 
 
 def _apart_from(

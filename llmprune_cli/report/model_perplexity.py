@@ -31,7 +31,8 @@ from llmprune_cli.source.full_model import load_model, own_device, pick_device
 from llmprune_cli.source.tokenizer import load_tokenizer, warn_of_other_reading
 from llmprune_cli.text.corpus import Corpus, load_corpus, load_usual_corpus
 from llmprune_cli.text.names import KNOWN
-from llmprune_cli.text.windows import cut_windows, predicted_bytes, read_tokens, spelled
+from llmprune_cli.text.reading import Reading
+from llmprune_cli.text.windows import read_corpus, windows_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,7 +64,7 @@ def prepare_text(
             the same part of the text in windows of the same length.
 
     Raises:
-        CheckpointError: no such device, text or tokenizer.
+        CheckpointError: no such device, text or tokenizer, or too little text.
     """
     if first is not None:
         options = replace(options, dataset=first.corpus.name, max_seq_len=first.windows.shape[1])
@@ -77,14 +78,35 @@ def prepare_text(
         corpus = load_corpus(options.dataset, options.split, column, tokenizer)
     window = _window_tokens(checkpoint, options, listener)
     vocabulary = checkpoint.config.get_text_config().vocab_size
-    windows = cut_windows(corpus, tokenizer, vocabulary, window, options.limit)
-    tail = windows.new_empty(0)
-    if first is not None and not torch.equal(windows, first.windows):
-        tokens = read_tokens(replace(corpus, text=corpus.text[: first.characters]), tokenizer, vocabulary)
-        whole = len(tokens) // window * window
-        windows, tail = (tokens[:whole].view(-1, window), tokens[whole:]) if whole else (tokens[None], tail)
-    read = spelled(tokenizer, windows.flatten()).removeprefix(tokenizer.bos_token or "")
-    return EvalText(corpus, windows, tail, len(read), predicted_bytes(tokenizer, (*windows, tail)))
+    reading = read_corpus(corpus, tokenizer, vocabulary)
+    if first is not None:
+        return _same_text(first, corpus, reading, vocabulary)
+    windows = windows_in(reading.tokens, window, options.limit, corpus.origin)
+    return _eval_text(corpus, reading, windows, windows.new_empty(0))
+
+
+def _same_text(first: EvalText, corpus: Corpus, reading: Reading, vocabulary: int) -> EvalText:
+    """The text of the first model's windows in the tokens of another, which may fill one shorter window only.
+
+    Args:
+        reading: of the whole corpus.
+    """
+    window = first.windows.shape[1]
+    if torch.equal(reading.tokens[: first.windows.numel()], first.windows.flatten()):
+        return _eval_text(corpus, reading, first.windows, first.tail)
+    reading = read_corpus(replace(corpus, text=corpus.text[: first.characters]), reading.tokenizer, vocabulary)
+    tokens, whole = reading.tokens, len(reading.tokens) // window * window
+    if len(tokens) < 2:
+        raise CheckpointError(f"{corpus.origin} has too little text to compare by. Give more, or larger --max-seq-len.")
+    if not whole:
+        return _eval_text(corpus, reading, tokens[None], tokens[:0])
+    return _eval_text(corpus, reading, tokens[:whole].view(-1, window), tokens[whole:])
+
+
+def _eval_text(corpus: Corpus, reading: Reading, windows: torch.Tensor, tail: torch.Tensor) -> EvalText:
+    count = windows.numel()
+    ends = [*range(windows.shape[1], count + 1, windows.shape[1]), *([count + len(tail)] if len(tail) else [])]
+    return EvalText(corpus, windows, tail, reading.characters(count), reading.predicted_bytes(ends))
 
 
 def report_perplexity(

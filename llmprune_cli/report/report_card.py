@@ -28,7 +28,7 @@ from llmprune_cli.run.states import new_states
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.opening import open_checkpoint
 from llmprune_cli.source.tokenizer import load_tokenizer
-from llmprune_cli.text.windows import predicted_bytes, spelled
+from llmprune_cli.text.reading import predicted_bytes, read, window_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,7 +54,6 @@ def report_card(
     """
     dense, text, listener = bench.model, bench.text, bench.listener
     assert text is not None
-    windows = judged_by(text, was_searched)
     whole = load_tokenizer(dense.subject.checkpoint)
     with open_checkpoint(ModelReference(str(folder)), need_weights=True) as checkpoint, torch.inference_mode():
         architecture = dense.architecture
@@ -63,8 +62,8 @@ def report_card(
         listener.stage("Judging on held-out text", dense.layers)
         cut = LayeredModel(subject, dense.device, dense.compute)
         own = load_tokenizer(checkpoint) if plan.vocabulary is not None else whole
-        told = windows if own is whole else _told(windows, whole, own)
-        found = _run_side_by_side(bench, cut, plan, (windows, told), is_healed)
+        judged = _text_of_both(text, was_searched, whole, own)
+        found = _run_side_by_side(bench, cut, plan, judged.windows, is_healed)
     refitted = {row.layer: row for row in repairs if row.layer not in plan.protected}
     layers = []
     for number, stream_error in zip_longest(plan.layers, found.stream_errors):
@@ -80,11 +79,11 @@ def report_card(
         tokens=text.fitted.numel(),
         seq_len=text.fitted.shape[1],
         seed=seed,
-        held_out_tokens=windows[:, 1:].numel(),
+        held_out_tokens=judged.windows[0][:, 1:].numel(),
         perplexity_before=found.perplexity(0),
         perplexity_after=found.perplexity(1),
-        bits_per_byte_before=bits_per_byte(found.nats[0], predicted_bytes(whole, windows)),
-        bits_per_byte_after=bits_per_byte(found.nats[1], predicted_bytes(own, told)),
+        bits_per_byte_before=bits_per_byte(found.nats[0], judged.bytes[0]),
+        bits_per_byte_after=bits_per_byte(found.nats[1], judged.bytes[1]),
         kl=found.kl,
         layers=tuple(layers),
         prefill_tokens_per_second_before=before.tokens_per_second,
@@ -95,23 +94,37 @@ def report_card(
     )
 
 
-def judged_by(text: CalibrationText, was_searched: bool) -> torch.Tensor:
-    """The windows [N, T] that a result is judged on, see `report_card`."""
-    return max(text.judged, _not_chosen_by(text, was_searched), key=len)
-
-
-def _not_chosen_by(text: CalibrationText, was_searched: bool) -> torch.Tensor:
-    """Held-out windows [N, T] of a short text, where there are enough those by which no candidate was chosen."""
+def judged_by(text: CalibrationText, was_searched: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The windows [N, T] that a result is judged on, see `report_card`, and their parts [N, 3], see `Reading`."""
     chosen_by = judged_windows(text) if was_searched else 0
-    return text.held_out[chosen_by:] if len(text.held_out) > chosen_by else text.held_out
+    left = slice(chosen_by if len(text.held_out) > chosen_by else 0, None)  # of a short text, those that chose none
+    if len(text.judged) >= len(text.held_out[left]):
+        return text.judged, text.judged_parts
+    return text.held_out[left], text.held_out_parts[left]
 
 
-def _told(windows: torch.Tensor, whole: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase) -> torch.Tensor:
-    """The text of windows [N, T] in the tokens of a smaller vocabulary, [N, T']; what is more than T is left out."""
-    texts = [spelled(whole, window) for window in windows]
-    read = [own(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
-    length = min(windows.shape[1], *map(len, read))
-    return torch.tensor([ids[:length] for ids in read])
+@dataclass(frozen=True)
+class _Judged:
+    """The same text for the dense model and the pruned one."""
+
+    windows: tuple[torch.Tensor, torch.Tensor]  # token ids, [N, T]; the same tensor where both read the same tokens
+    bytes: tuple[int, int]  # in UTF-8, of text in the tokens that are predicted
+
+
+def _text_of_both(
+    text: CalibrationText, was_searched: bool, whole: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase
+) -> _Judged:
+    """What `judged_by` gives, and its text in the tokens of a smaller vocabulary; what is more than T is left out."""
+    windows, parts = judged_by(text, was_searched)
+    places, source = parts.tolist(), text.corpus.text
+    count = predicted_bytes(source, whole, windows, places)
+    if own is whole:
+        return _Judged((windows, windows), (count, count))
+    texts = [window_text(source, whole, window, part) for window, part in zip(windows, places, strict=True)]
+    readings = [read(each, own, add_special_tokens=False) for each in texts]
+    length = min(windows.shape[1], *(len(reading.tokens) for reading in readings))
+    told = torch.stack([reading.tokens[:length] for reading in readings])
+    return _Judged((windows, told), (count, sum(reading.predicted_bytes([length]) for reading in readings)))
 
 
 @dataclass(frozen=True)

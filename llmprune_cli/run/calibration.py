@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
@@ -13,9 +14,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 from llmprune_cli.errors import CheckpointError, UsageError
 from llmprune_cli.folder.documents import is_there
 from llmprune_cli.options import Text
-from llmprune_cli.text.corpus import Corpus, load_corpus, load_usual_corpus
+from llmprune_cli.text.corpus import BETWEEN, Corpus, load_corpus, load_usual_corpus
 from llmprune_cli.text.names import PYTHON_DOCS, SELF, parts_of
-from llmprune_cli.text.windows import cut_windows, fitting_length, mixed
+from llmprune_cli.text.windows import fitting_length, mixed, read_corpus, windows_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,6 +38,8 @@ class CalibrationText:
     fitted: torch.Tensor  # token ids, [N, T]
     held_out: torch.Tensor  # token ids, [M, T]; no statistic sees them, but candidates are chosen by them
     judged: torch.Tensor  # token ids, [K, T]; nothing sees them before the result; empty where no text is left
+    held_out_parts: torch.Tensor = field(default_factory=lambda: torch.empty(0, 3, dtype=torch.long))  # see `Reading`
+    judged_parts: torch.Tensor = field(default_factory=lambda: torch.empty(0, 3, dtype=torch.long))
 
     @property
     def without_corpus(self) -> CalibrationText:
@@ -107,12 +110,15 @@ def prepare_calibration(
     parts = load_calibration(options, tokenizer, warn, write, tokens_to_write(options))
     length = window_tokens(options, longest, warn)
     wanted = max(1, options.calibration_tokens // length)
-    drawn = []
-    for corpus, share in parts:
-        windows = cut_windows(corpus, tokenizer, vocabulary, length, None)
-        drawn.append(_drawn(corpus, windows, max(1, round(wanted * share)), share, seed, warn))
-    corpus = together(options.calibration, [corpus for corpus, _ in parts])
-    return CalibrationText(corpus, *(mixed([*own]) for own in zip(*drawn, strict=True)))
+    corpus = together(options.calibration, [own for own, _ in parts])
+    found = []
+    for (own, share), begin in zip(parts, begins_in([own for own, _ in parts]), strict=True):
+        reading = read_corpus(own, tokenizer, vocabulary)
+        windows = windows_in(reading.tokens, length, None, own.origin)
+        places = _drawn(own, windows, max(1, round(wanted * share)), share, seed, warn)
+        told = (reading.parts(length, place, begin) for place in places[1:])
+        found.append((*(windows[place] for place in places), *told))
+    return CalibrationText(corpus, *(mixed([*each]) for each in zip(*found, strict=True)))
 
 
 def window_tokens(options: Text, longest: int | None, warn: Callable[[str], None]) -> int:
@@ -133,7 +139,7 @@ def window_tokens(options: Text, longest: int | None, warn: Callable[[str], None
 def _drawn(
     corpus: Corpus, windows: torch.Tensor, wanted: int, share: float, seed: int, warn: Callable[[str], None]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Windows to fit on, to choose by and to judge by; the last are the same, however many the others are.
+    """Numbers of windows to fit on, to choose by and to judge by; the last are the same, however many the others are.
 
     Args:
         windows: token ids, [N, T].
@@ -154,7 +160,7 @@ def _drawn(
     left = len(windows) - fitted - held_out
     judged = min(left, windows_to_judge_by(length, share))
     places = (order[:fitted], order[fitted : fitted + held_out], order[len(windows) - judged :])
-    drawn, chosen_by, judged_by = (windows[place.sort().values] for place in places)
+    drawn, chosen_by, judged_by = (place.sort().values for place in places)
     return drawn, chosen_by, judged_by
 
 
@@ -176,8 +182,13 @@ def together(name: str | None, corpora: list[Corpus]) -> Corpus:
     """Several texts as one."""
     if len(corpora) == 1:
         return corpora[0]
-    texts, origins = ("\n\n".join(c.text for c in corpora), ", ".join(c.origin for c in corpora))
+    texts, origins = (BETWEEN.join(c.text for c in corpora), ", ".join(c.origin for c in corpora))
     return Corpus(name or "", texts, origins)
+
+
+def begins_in(corpora: list[Corpus]) -> list[int]:
+    """The characters at which texts begin in that of `together`."""
+    return [0, *accumulate(len(own.text) + len(BETWEEN) for own in corpora[:-1])]
 
 
 def warn_of_shared_text(calibration: Corpus, evaluated: Corpus, warn: Callable[[str], None]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
 from llmprune_cli.errors import CheckpointError
 from llmprune_cli.text.corpus import Corpus
+from llmprune_cli.text.reading import Reading, read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,7 +29,7 @@ def cut_windows(
     Raises:
         CheckpointError: the text is shorter than one window, or the tokenizer is that of another model.
     """
-    return windows_in(read_tokens(corpus, tokenizer, vocabulary), window_tokens, limit, corpus.origin)
+    return windows_in(read_corpus(corpus, tokenizer, vocabulary).tokens, window_tokens, limit, corpus.origin)
 
 
 def fitting_length(asked: int, longest: int | None, default: int, warn: Callable[[str], None]) -> int:
@@ -64,8 +65,8 @@ def windows_in(tokens: torch.Tensor, window_tokens: int, limit: int | None, orig
     return tokens[: kept * window_tokens].view(kept, window_tokens)
 
 
-def read_tokens(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> torch.Tensor:
-    """Token ids [L] of a text, with the tokenizer's default special tokens.
+def read_corpus(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Reading:
+    """A corpus in the tokens of a model, with the tokenizer's default special tokens.
 
     Args:
         vocabulary: token ids that the model knows.
@@ -73,27 +74,13 @@ def read_tokens(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, vocabulary: 
     Raises:
         CheckpointError: the tokenizer is that of another model.
     """
-    tokens = torch.tensor(tokenizer(corpus.text, verbose=False)["input_ids"], dtype=torch.long)
-    if len(tokens) and int(tokens.max()) >= vocabulary:
+    found = read(corpus.text, tokenizer)
+    if len(found.tokens) and int(found.tokens.max()) >= vocabulary:
         raise CheckpointError(
-            f"The tokenizer gives token {int(tokens.max())}, but the model knows {vocabulary} tokens, so it is the "
-            "tokenizer of another model. Put the right one beside the weights."
+            f"The tokenizer gives token {int(found.tokens.max())}, but the model knows {vocabulary} tokens, so it is "
+            "the tokenizer of another model. Put the right one beside the weights."
         )
-    return tokens
-
-
-def predicted_bytes(tokenizer: PreTrainedTokenizerBase, windows: Iterable[torch.Tensor]) -> int:
-    """UTF-8 bytes of text in the tokens of windows, [T] each, that are predicted: in all but the first."""
-    total = 0
-    for window in windows:
-        whole, first = (spelled(tokenizer, ids).encode(errors="replace") for ids in (window, window[:1]))
-        total += len(whole) - len(first)
-    return total
-
-
-def spelled(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> str:
-    """The text of token ids, [T], special ones included."""
-    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    return found
 
 
 def mixed(windows: list[torch.Tensor]) -> torch.Tensor:

@@ -23,6 +23,7 @@ from llmprune_cli.options import ModelReference, Text
 from llmprune_cli.run.calibration import SeenText, prepare_calibration
 from llmprune_cli.source.opening import open_checkpoint
 from llmprune_cli.source.tokenizer import load_tokenizer
+from llmprune_cli.text.reading import predicted_bytes
 from support.cli import run_cli
 from support.heal_runs import run_recover
 from support.refusals import CHECKPOINT
@@ -147,3 +148,24 @@ def test_the_column_that_is_named_is_learned_from(whole: Path, texts: dict[str, 
     assert run.code == 0, run.stderr
     refused = run_cli("recover", tmp_path / "out", "--text", rows, "--text-column", "none", "--output", tmp_path / "a")
     assert refused.code == CHECKPOINT and "'none'" in refused.stderr
+
+
+def test_held_out_bytes_are_those_of_the_texts_and_not_of_what_stands_for_unknown_letters(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Two texts, of letters of one byte and of two, the latter of which the model does not know."""
+    for name, letter in (("a.txt", "a"), ("b.txt", "é")):
+        (tmp_path / name).write_text(letter * 1000, encoding="utf-8")
+    mixture = f"{tmp_path}/a.txt:0.3,{tmp_path}/b.txt:0.7"
+    asked = Healing(tokens="1000", text=mixture, seq_len=20, batch_tokens=40)
+    with open_checkpoint(ModelReference(str(tiny_llama)), need_weights=True) as checkpoint:
+        tokenizer = load_tokenizer(checkpoint)
+    held = prepare_training(asked, tokenizer, 96, 64, 1, TOGETHER, lambda _: None)
+    unknown = int((held.held_out[:, 1:] == tokenizer.unk_token_id).sum())
+    assert 0 < unknown < held.held_out[:, 1:].numel()
+    assert held.held_out_bytes == held.held_out[:, 1:].numel() + unknown
+    judged = prepare_calibration(Text(mixture, calibration_seq_len=20), tokenizer, 96, 64, 0, lambda _: None)
+    for windows, parts in ((judged.held_out, judged.held_out_parts), (judged.judged, judged.judged_parts)):
+        unknown = int((windows[:, 1:] == tokenizer.unk_token_id).sum())
+        count = predicted_bytes(judged.corpus.text, tokenizer, windows, parts.tolist())
+        assert count == windows[:, 1:].numel() + unknown

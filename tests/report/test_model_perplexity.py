@@ -15,6 +15,7 @@ from llmprune_cli.report import model_perplexity
 from llmprune_cli.source.full_model import load_model
 from support.cli import BY_MAGNITUDE, WINDOW, evaluated, run_cli
 from support.refusals import CHECKPOINT, assert_refused
+from support.tiny import BYTE_LEVEL_VOCABULARY, save_byte_level
 
 
 def test_two_models_side_by_side(tiny_llama: Path, tmp_path: Path, text_file: Path) -> None:
@@ -145,4 +146,44 @@ def test_a_model_that_predicts_no_numbers_is_infinitely_far_from_another(
     tensors["model.norm.weight"].fill_(float("nan"))
     save_file(tensors, shard, {"format": "pt"})
     report = evaluated(tiny_llama, broken, "--dataset", text_file, "--max-seq-len", str(WINDOW), "--limit", "1")
-    assert report["results"][1]["kl"] in (None, "Infinity", float("inf")), report
+    assert (report["results"][0]["kl"], report["results"][1]["kl"]) == (None, "inf"), report
+
+
+@pytest.fixture
+def two_readers(tiny_llama: Path, make_tiny: Callable[..., Path]) -> tuple[Path, Path]:
+    """A model of ASCII letters, to which all others are `<unk>`, and one of the pieces of any text."""
+    pieces = make_tiny("gpt2", vocab_size=BYTE_LEVEL_VOCABULARY)
+    save_byte_level(pieces)
+    return tiny_llama, pieces
+
+
+def test_models_are_compared_by_the_same_text_where_one_does_not_know_its_letters(
+    two_readers: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The bytes are those of the text, not those of the letters `<unk>`, whichever model comes first."""
+    from transformers import AutoTokenizer
+
+    letters, pieces = two_readers
+    text = "Тhe quick größe, naïve façade; œuvre: 敏捷的 fox jumps. " * 9
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    options = ("--dataset", tmp_path / "a.txt", "--max-seq-len", "32", "--limit", "5")
+    first, second = evaluated(letters, pieces, *options)["results"]
+    windows = [text[start : start + 32] for start in range(0, 160, 32)]
+    assert first["bytes"] == sum(len(window[1:].encode()) for window in windows)
+    tokenizer = AutoTokenizer.from_pretrained(pieces)
+    assert second["tokens"] == len(tokenizer(text[:160])["input_ids"])
+    assert len(text[:160].encode()) - 3 * 8 <= second["bytes"] <= len(text[:160].encode())
+    first, second = evaluated(pieces, letters, *options)["results"]
+    whole = tokenizer.decode(tokenizer(text)["input_ids"][:160]).rstrip("\N{REPLACEMENT CHARACTER}")
+    assert text.startswith(whole) and second["tokens"] == len(whole)
+    assert second["bytes"] == sum(len(whole[start + 1 : start + 32].encode()) for start in range(0, len(whole), 32))
+
+
+def test_a_second_model_that_fills_no_window_gets_a_shorter_one(two_readers: tuple[Path, Path], tmp_path: Path) -> None:
+    text = "def the tokenizer of the model: "
+    (tmp_path / "a.txt").write_text(text)
+    report = evaluated(*two_readers, "--dataset", tmp_path / "a.txt", "--max-seq-len", "32")
+    first, second = report["results"]
+    assert (first["windows"], first["max_seq_len"], first["bytes"]) == (1, 32, 31)
+    assert second["windows"] == 1 and second["tokens"] == second["max_seq_len"] < 32
+    assert 32 - 8 <= second["bytes"] < 32 and second["bits_per_byte"] > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,3 +133,21 @@ def test_text_that_is_calibrated_on_and_evaluated_is_pointed_out(
     run = run_cli("prune", deep, "--layers", "5", *calibrated, *evaluated)
     assert run.code == 0, run.stderr
     assert "flatters" in run.stderr
+
+
+@pytest.mark.parametrize("count", ["500", "5000"])
+def test_bits_per_byte_are_of_the_letters_of_the_text_even_where_the_model_knows_none(
+    tiny_llama: Path, tmp_path: Path, count: str
+) -> None:
+    """Of two bytes each: with text left to judge by, and with a short one that is judged by what is held out."""
+    name = tmp_path / "a.txt"
+    name.write_text("é" * 640, encoding="utf-8")
+    run = run_cli(
+        *("prune", tiny_llama, "--mlp", "50%", "--importance", "activation", "--refit", "none", "--calibration", name),
+        *("--calibration-tokens", count, "--calibration-seq-len", "32", "--output", tmp_path / "out", "--json"),
+    )
+    assert run.code == 0, run.stderr
+    card = json.loads(run.stdout)["calibration"]
+    for side in ("before", "after"):
+        bits = math.log2(card[f"perplexity_{side}"]) / 2
+        assert card[f"bits_per_byte_{side}"] == pytest.approx(bits, rel=1e-6)

@@ -38,7 +38,7 @@ from llmprune_cli.sizes import parse_size
 from llmprune_cli.source.full_model import load_model
 from llmprune_cli.source.opening import open_checkpoint
 from llmprune_cli.source.tokenizer import load_tokenizer
-from llmprune_cli.text.windows import predicted_bytes
+from llmprune_cli.text.reading import spelled_bytes
 
 LITTLE = 0.01  # of the weights of the layers
 
@@ -86,7 +86,8 @@ def _with_what_went(task: Task, folder: Path) -> Task:
         say_what_text_lacks(task)
         return task
     own, held = _reworded(task, tokens, folder).tensor_split([len(text.windows)])
-    count = predicted_bytes(load_tokenizer(task.pruned), held)
+    tokenizer = load_tokenizer(task.pruned)
+    count = sum(spelled_bytes(tokenizer, window) for window in held)
     corpus = replace(text.corpus, origin=f"{text.corpus.origin}, with words put in that went")
     reworded = replace(task, text=replace(text, corpus=corpus, windows=own, held_out=held, held_out_bytes=count))
     if reworded.lacks_what_went:

@@ -96,4 +96,4 @@ def _heal(asked: RecoverRequest, name: str, point: Point, bench: Workbench) -> i
 def _apart(request: PruneRequest, bench: Workbench) -> torch.Tensor:
     """Windows [K, T] that sizes are judged on."""
     assert bench.text is not None
-    return judged_by(bench.text, request.choice.budget is not None)
+    return judged_by(bench.text, request.choice.budget is not None)[0]
