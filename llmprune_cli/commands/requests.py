@@ -200,7 +200,7 @@ def check_prune(request: PruneRequest) -> None:
     from llmprune_cli.report.chart import check_chart_target
     from llmprune_cli.startup.config_checks import check_widths
     from llmprune_cli.startup.model_argument import check_model, check_target, check_tokenizer
-    from llmprune_cli.text.names import check_split, check_texts
+    from llmprune_cli.text.names import check_column, check_split, check_texts
 
     delivery = request.delivery
     if request.recover is not None and delivery.output is not None:
@@ -216,8 +216,9 @@ def check_prune(request: PruneRequest) -> None:
         check_tokenizer(request.model.name)
     if delivery.plan is not None and not (is_there(delivery.plan) and delivery.plan.stat().st_size > MOST_JSON_BYTES):
         read_stored(delivery.plan, MOST_JSON_BYTES)  # how large a plan may be depends on the model
+    text, evaluation = request.text, request.evaluation
+    check_column(text.text_column, text.calibration, *([evaluation.dataset] if evaluation is not None else []))
     if request.needs_text:
-        text = request.text
         check_texts(text.calibration, text.text_column)
         check_split(text.calibration, text.calibration_split, Text.calibration_split, "--calibration-split")
     check_vocabulary(request.vocabulary, request.model.name)
@@ -248,7 +249,9 @@ def check_eval(models: Iterable[ModelReference], evaluation: Evaluation, tasks: 
     """The same for `eval`."""
     from llmprune_cli.run.questions.request import check_tasks
     from llmprune_cli.startup.model_argument import check_model, check_tokenizer
+    from llmprune_cli.text.names import check_column
 
+    check_column(evaluation.text_column, evaluation.dataset)
     for model in models:
         check_model(model, needs_weights=True)
         check_tokenizer(model.name)
@@ -257,8 +260,10 @@ def check_eval(models: Iterable[ModelReference], evaluation: Evaluation, tasks: 
 
 
 def _check_evaluated(evaluation: Evaluation) -> None:
-    from llmprune_cli.text.names import WIKITEXT2, check_split, check_text
+    from llmprune_cli.text.names import WIKITEXT2, check_single, check_split, check_text
 
+    if evaluation.dataset is not None:
+        check_single(evaluation.dataset, "--dataset")
     check_text(evaluation.dataset or WIKITEXT2, evaluation.text_column)
     check_split(evaluation.dataset, evaluation.split, Evaluation.split, "--split")
 

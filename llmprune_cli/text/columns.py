@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 from llmprune_cli.errors import CheckpointError
@@ -13,8 +14,20 @@ ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "as
 # Columns that together are a conversation, the most telling first.
 CHATS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"))
 
+MOST_LOOKED_AT = 1000  # rows, for one that has a value in every column
+
 Message = dict[str, str]
 Spell = Callable[[list[Message]], str]  # a conversation as text
+
+
+def columns_in(rows: Iterable[Row]) -> Row:
+    """The columns of a table, each with the first value that is not null, as the first rows tell."""
+    found: Row = {}
+    for row in islice(rows, MOST_LOOKED_AT):
+        found |= {name: value for name, value in row.items() if found.get(name) is None}
+        if None not in found.values() and any(isinstance(value, str | list) for value in found.values()):
+            break
+    return found
 
 
 def find_columns(where: str, columns: Sequence[str], strings: Sequence[str], wanted: str | None) -> tuple[str, ...]:
@@ -46,10 +59,10 @@ def find_columns(where: str, columns: Sequence[str], strings: Sequence[str], wan
 
 
 def texts_in(where: str, rows: Iterable[Row], columns: tuple[str, ...], spell: Spell) -> tuple[list[str], bool]:
-    """The text of each row, and whether these are conversations.
+    """The text of each row, and whether these are conversations, of which empty ones have none.
 
     Raises:
-        CheckpointError: a row holds neither text nor a conversation.
+        CheckpointError: a row holds neither text nor a conversation, or one that cannot be spelled; the row is named.
     """
     texts, is_chat = [], len(columns) > 1
     for number, row in enumerate(rows, 1):
@@ -59,7 +72,10 @@ def texts_in(where: str, rows: Iterable[Row], columns: tuple[str, ...], spell: S
             continue
         is_chat = True
         try:
-            texts.append(spell(_conversation(row, columns)))
+            turns = _conversation(row, columns)
+            texts.append(spell(turns) if turns else "")
+        except CheckpointError as error:
+            raise CheckpointError(f"{where}, row {number}: {error}") from error
         except (TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(
                 f"{where}, row {number}: {' and '.join(columns)} hold no conversation (turns with role and content, "
@@ -72,15 +88,18 @@ def _conversation(row: Row, columns: tuple[str, ...]) -> list[Message]:
     if len(columns) == 1:
         return [_message(turn) for turn in row[columns[0]]]
     asked, answered = row[columns[0]], row[columns[1]]
-    if columns[0] == "instruction" and row.get("input"):
+    if columns[0] == "instruction" and asked is not None and row.get("input"):
         asked = f"{asked}\n\n{row['input']}"
     system = (
         [{"role": "system", "content": row["system"]}] if isinstance(row.get("system"), str) and row["system"] else []
     )
-    return [*system, *_turns("user", asked), *_turns("assistant", answered)]
+    turns = [*_turns("user", asked), *_turns("assistant", answered)]
+    return [*system, *turns] if turns else []
 
 
 def _turns(role: str, said: Any) -> list[Message]:
+    if said is None:
+        return []
     if isinstance(said, str):
         return [{"role": role, "content": said}]
     return [_message(turn) for turn in said]
@@ -88,6 +107,8 @@ def _turns(role: str, said: Any) -> list[Message]:
 
 def _message(turn: Any) -> Message:
     role, content = (turn["role"], turn["content"]) if "role" in turn else (turn["from"], turn["value"])
+    if content is None:  # of a turn that calls a tool
+        content = ""
     if not isinstance(content, str):  # parts of several kinds
         content = "".join(part["text"] for part in content if part.get("type", "text") == "text")
     return {"role": ROLES.get(role, role), "content": content}

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import tee
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.errors import CheckpointError, first_line
 from llmprune_cli.folder.documents import is_there
 from llmprune_cli.progress import LOGGER
-from llmprune_cli.text.columns import Message, find_columns, texts_in
+from llmprune_cli.text.columns import Message, columns_in, find_columns, texts_in
 from llmprune_cli.text.files import COLUMNS, PLAIN, Row, check_file, kind_of, looks_like_a_file, read_rows, read_text
 from llmprune_cli.text.names import PYTHON_DOCS, SELF, WIKITEXT2
 
@@ -130,12 +130,12 @@ def _joined(where: str, rows: Any, column: str | None, tokenizer: PreTrainedToke
 
 
 def _joined_rows(where: str, rows: Iterable[Row], column: str | None, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """The text of the rows of a file; the first one says which columns there are."""
-    rows = iter(rows)
-    first = list(islice(rows, 1))
-    named = list(first[0]) if first else []
-    strings = [name for name in named if isinstance(first[0][name], str)]
-    return _spelled(where, chain(first, rows), find_columns(where, named, strings, column), tokenizer)
+    """The text of the rows of a file; the first ones say which columns there are."""
+    rows, ahead = tee(rows)
+    shown = columns_in(ahead)
+    del ahead  # which would keep all rows
+    strings = [name for name, value in shown.items() if isinstance(value, str)]
+    return _spelled(where, rows, find_columns(where, list(shown), strings, column), tokenizer)
 
 
 def _spelled(
@@ -149,8 +149,9 @@ def _spelled(
         try:
             return str(tokenizer.apply_chat_template(conversation, tokenize=False))
         except Exception as error:  # templates raise every kind
+            reason = first_line(error).rstrip(".")
             raise CheckpointError(
-                f"{where}: the model's chat template refuses a conversation: {first_line(error)}"
+                f"the model's chat template refuses this conversation: {reason}. Mend or remove that row."
             ) from error
 
     texts, is_chat = texts_in(where, rows, columns, spell)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from llmprune_cli.errors import CheckpointError, UsageError
 from llmprune_cli.folder.documents import is_there
-from llmprune_cli.text.columns import find_columns
-from llmprune_cli.text.files import COLUMNS, PLAIN, check_file, first_rows, kind_of, looks_like_a_file
+from llmprune_cli.text.columns import columns_in, find_columns
+from llmprune_cli.text.files import COLUMNS, PLAIN, check_file, kind_of, looks_like_a_file, read_rows
 
 PYTHON_DOCS = "python-docs"  # English that every CPython carries
 WIKITEXT2 = "wikitext2"
@@ -29,13 +29,15 @@ class Part:
 def parts_of(text: str) -> tuple[Part, ...]:
     """The texts in a name such as `a.jsonl:0.7,b.txt:0.3`; without numbers they have equal shares.
 
+    A share of one text is all of it; of a dataset of the hub it is a configuration instead.
+
     Raises:
         UsageError: some have shares and others have none, or one is no positive number, or their sum is none.
     """
     names = [part.strip() for part in text.split(",")]
-    if len(names) == 1 or is_there(Path(text)):
-        return (Part(text, 1.0),)
     found = [_weighted(name) for name in names]
+    if is_there(Path(text)) or (len(names) == 1 and not _is_here(found[0][0])):
+        return (Part(text, 1.0),)
     if not all(name for name, _ in found):
         raise UsageError(f"{text!r} names no text between two commas.")
     weights = [weight for _, weight in found if weight is not None]
@@ -43,6 +45,11 @@ def parts_of(text: str) -> tuple[Part, ...]:
         raise UsageError(f"give every text of {text!r} a share above 0, as in a.jsonl:0.7,b.txt:0.3, or none of them.")
     total = sum(weights) or len(found)
     return tuple(Part(name, (weight or 1.0) / total) for name, weight in found)
+
+
+def _is_here(name: str) -> bool:
+    """Whether a text is one of a file or a folder, or of those that llmprune knows, and not of the hub."""
+    return name in KNOWN or is_there(Path(name)) or looks_like_a_file(name)
 
 
 def _weighted(name: str) -> tuple[str, float | None]:
@@ -74,7 +81,7 @@ def check_text(name: str, column: str | None = None) -> None:
         return
     check_file(path)
     if kind_of(path) not in (*PLAIN, *COLUMNS):
-        (row,) = first_rows(path)
+        row = columns_in(read_rows(path))
         find_columns(name, list(row), [key for key, value in row.items() if isinstance(value, str)], column)
 
 
@@ -82,6 +89,41 @@ def check_texts(text: str | None, column: str | None = None) -> None:
     """The same of every part of a mixture; None is a text that nobody has named."""
     for part in parts_of(text) if text is not None else ():
         check_text(part.name, column)
+
+
+def check_single(text: str, option: str) -> None:
+    """Refuse a mixture where one text is read.
+
+    Args:
+        option: that names the text.
+
+    Raises:
+        UsageError: it is one, or has a share.
+    """
+    is_mixture = "," in text or parts_of(text)[0].name != text
+    if is_mixture and not is_there(Path(text)):
+        raise UsageError(
+            f"{option} takes one text, without a share, and {text} is a mixture. Run the command for each of its texts."
+        )
+
+
+def check_column(column: str | None, *texts: str | None) -> None:
+    """Refuse a column of texts that have none.
+
+    Args:
+        column: that the user asked for.
+        texts: all that it is about, see `check_texts`.
+
+    Raises:
+        UsageError: see above.
+    """
+    if column is None or None in texts:
+        return
+    names = [part.name for text in texts if text is not None for part in parts_of(text)]
+    if names and all(kind_of(Path(name)) in PLAIN and not Path(name).is_dir() for name in names):
+        raise UsageError(
+            f"--text-column {column} is about tables and data sets, and {', '.join(names)} is plain text. Leave it out."
+        )
 
 
 def check_split(text: str | None, split: str, usual: str, option: str) -> None:

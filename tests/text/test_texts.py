@@ -21,7 +21,7 @@ from llmprune_cli.text.columns import find_columns, texts_in
 from llmprune_cli.text.files import check_file, read_rows, read_text
 from llmprune_cli.text.names import Part, parts_of
 from support.cli import evaluated, run_cli
-from support.refusals import CHECKPOINT, assert_refused
+from support.refusals import CHECKPOINT, USAGE, assert_refused
 
 ASKED, ANSWERED = "Why is the sky blue? ", "Since air scatters short waves most. "
 TURNS = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": ANSWERED}]
@@ -60,6 +60,46 @@ def test_a_conversation_is_spelled_by_the_models_template(marked: Path, tmp_path
     (tmp_path / "plain.txt").write_text(SPELLED * 3)
     (tmp_path / "chat.jsonl").write_text(f"{json.dumps(CHATS[name])}\n" * 3)
     assert nll(marked, tmp_path / "chat.jsonl") == nll(marked, tmp_path / "plain.txt")
+
+
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "sky", "arguments": "{}"}}]}
+
+
+def test_turns_without_words_are_empty_and_conversations_without_turns_are_left_out(
+    marked: Path, tmp_path: Path
+) -> None:
+    rows = [{"messages": []}, {"messages": [TURNS[0], CALL, TURNS[1]]}, {"messages": None}]
+    (tmp_path / "chat.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows * 3))
+    (tmp_path / "plain.txt").write_text(f"[user] {ASKED}\n[assistant] \n[assistant] {ANSWERED}\n" * 3)
+    assert nll(marked, tmp_path / "chat.jsonl") == nll(marked, tmp_path / "plain.txt")
+    rows = [{"prompt": ASKED, "completion": None}, {"prompt": None, "completion": None}]
+    (tmp_path / "asked.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows * 6))
+    (tmp_path / "plain.txt").write_text(f"[user] {ASKED}\n" * 6)
+    assert nll(marked, tmp_path / "asked.jsonl") == nll(marked, tmp_path / "plain.txt")
+
+
+def test_a_conversation_that_the_template_refuses_is_named_by_its_row(marked: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(marked, tmp_path / "model"))
+    template = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('Users begin.') }}{% endif %}Yes"
+    (model / "chat_template.jinja").write_text(template)
+    rows = [{"messages": TURNS}, {"messages": []}, {"messages": TURNS[1:]}]
+    (tmp_path / "chat.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    run = run_cli("eval", model, "--dataset", tmp_path / "chat.jsonl", *WINDOWS)
+    assert_refused(run, CHECKPOINT, "chat.jsonl, row 3: the model's chat template refuses", "Users begin. Mend")
+
+
+@pytest.mark.parametrize("first", [{"id": 1, "body": None}, {"id": 1}])
+def test_columns_are_those_of_the_first_rows_together(
+    tiny_llama: Path, tmp_path: Path, first: dict[str, object]
+) -> None:
+    rows = [first, *({"id": number, "body": "Once upon a time. " * 4} for number in range(5))]
+    (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (tmp_path / "plain.txt").write_text("\n\n" + "\n\n".join(["Once upon a time. " * 4] * 5))
+    assert nll(tiny_llama, tmp_path / "a.jsonl") == nll(tiny_llama, tmp_path / "plain.txt")
+    rows = [{"id": 1, "title": "A", "body": None}, {"id": 2, "title": "B", "body": "Once"}]
+    (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    run = run_cli("eval", tiny_llama, "--dataset", tmp_path / "a.jsonl", *WINDOWS)
+    assert_refused(run, CHECKPOINT, "no column 'text' (it has id, title, body)")
 
 
 def write_gz(path: Path, text: str) -> None:
@@ -166,9 +206,35 @@ def test_a_mixture_has_shares() -> None:
     assert parts_of("a.txt") == (Part("a.txt", 1.0),) and parts_of("org/name:plain") == (Part("org/name:plain", 1.0),)
     assert parts_of("a.jsonl:3,b:1") == (Part("a.jsonl", 0.75), Part("b", 0.25))
     assert parts_of("a.txt, b.txt") == (Part("a.txt", 0.5), Part("b.txt", 0.5))
-    for wrong in ("a:0.5,b", "a:0,b:1", "a,,b"):
+    assert parts_of("a.txt:0.7") == (Part("a.txt", 1.0),) and parts_of("self:2") == (Part("self", 1.0),)
+    assert parts_of("org/name:0.7") == (Part("org/name:0.7", 1.0),)  # a configuration
+    for wrong in ("a:0.5,b", "a:0,b:1", "a,,b", "a.txt:0", "a.txt:nan"):
         with pytest.raises(UsageError):
             parts_of(wrong)
+
+
+def test_what_a_text_has_not_is_refused(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    """A mixture where one text is read, and a column of plain text."""
+    for name in (f"{text_file}:0.5,{text_file}:0.5", f"{text_file}:0.5"):
+        refused = run_cli("eval", tiny_llama, "--dataset", name, *WINDOWS)
+        assert_refused(refused, USAGE, "--dataset takes one text", "Run the command for each")
+    column = ("--text-column", "body")
+    out = ("--output", tmp_path / "out")
+    for asked in (
+        ("eval", tiny_llama, "--dataset", text_file, *WINDOWS),
+        ("prune", tiny_llama, "--mlp", "50%", "--calibration", f"{text_file}:0.5,{text_file}:0.5", *out),
+        ("recover", tiny_llama, "--text", text_file, *out),
+    ):
+        assert_refused(run_cli(*asked, *column), USAGE, "--text-column body is about tables", "Leave it out")
+
+
+def test_a_share_of_one_text_is_all_of_it(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    way = ("--mlp", "50%", "--importance", "activation", "--refit", "none", "--calibration-seq-len", "40")
+    run = run_cli(
+        "prune", tiny_llama, *way, "--calibration", f"{text_file}:0.7", "--output", tmp_path / "out", "--json"
+    )
+    assert run.code == 0, run.stderr
+    assert json.loads(run.stdout)["calibration"]["dataset"] == str(text_file)
 
 
 def test_several_texts_are_calibrated_on_in_their_shares(tiny_llama: Path, tmp_path: Path) -> None:

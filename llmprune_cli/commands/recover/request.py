@@ -108,12 +108,13 @@ def check_recover(request: RecoverRequest) -> None:
     from llmprune_cli.folder.documents import check_own_folder, is_there
     from llmprune_cli.folder.staging import check_target as check_output
     from llmprune_cli.startup.model_argument import check_model, check_tokenizer
-    from llmprune_cli.text.names import check_split, check_texts
+    from llmprune_cli.text.names import check_column, check_split, check_texts
 
     check_packages(request.healing)
     check_model(request.model, needs_weights=True)
     check_tokenizer(request.model.name)
     check_texts(request.healing.text, request.healing.text_column)
+    check_column(request.healing.text_column, request.healing.text)
     check_split(request.healing.text, request.healing.text_split, Healing.text_split, "--text-split")
     if is_first():
         source = Path(request.model.name)
