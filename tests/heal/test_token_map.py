@@ -11,8 +11,10 @@ from llmprune_cli.heal.teacher.token_map import map_tokens
 from llmprune_cli.options import ModelReference
 from llmprune_cli.source.opening import open_checkpoint
 from llmprune_cli.source.tokenizer import load_tokenizer
+from support.cli import run_cli
 from support.cut_vocabularies import cut, save_whole
 from support.full import examples
+from support.gguf_exports import tiny
 from support.tokenizers_of_kinds import strings
 
 KINDS = ("byte-level", "whole words", "byte fallback", "unigram")
@@ -36,3 +38,18 @@ def test_texts_are_spelled_as_their_tokens_are(kind: str, tmp_path: Path) -> Non
         assert sum(found) == pytest.approx(sum(real), abs=0.05 * len(shares))
     else:
         assert found == pytest.approx(real, abs=1e-9) and any(found)
+
+
+def test_rows_without_a_token_that_a_gguf_file_names_are_no_tokens(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    model = tiny(tmp_path / "model", "llama")
+    run = run_cli("export", model, "--format", "gguf", "--output", tmp_path / "out", "--no-verify")
+    assert run.code == 0, run.stderr
+    (file,) = (tmp_path / "out").glob("*.gguf")
+    with (
+        open_checkpoint(ModelReference(str(file)), True) as pruned,
+        open_checkpoint(ModelReference(str(model)), True) as own,
+    ):
+        sides = (pruned, load_tokenizer(pruned)), (own, load_tokenizer(own))
+        assert len(sides[0][1].get_vocab()) > len(sides[1][1].get_vocab())
+        assert map_tokens(*sides) is None

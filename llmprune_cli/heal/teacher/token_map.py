@@ -100,7 +100,7 @@ def map_tokens(
     """
     (model, own), (other, its) = pruned, teacher
     size, whole = (checkpoint.config.get_text_config().vocab_size for checkpoint in (model, other))
-    known, all_known = own.get_vocab(), its.get_vocab()
+    known, all_known = _tokens_of(own), _tokens_of(its)
     if known == all_known and size == whole and own(SAMPLE)["input_ids"] == its(SAMPLE)["input_ids"]:
         return None
     if not (size < whole and known.keys() < all_known.keys() and hasattr(own, "backend_tokenizer")):
@@ -115,6 +115,11 @@ def map_tokens(
     for token, number in all_known.items():
         spellings[number] = (known[token],) if token in known else _spelling(own, token)
     return TokenMap.of(numbers, spellings)
+
+
+def _tokens_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Its tokens with their numbers, but for the names that a GGUF file gives to rows which no token has."""
+    return {token: number for token, number in tokenizer.get_vocab().items() if token != f"[PAD{number}]"}
 
 
 def _spelling(tokenizer: PreTrainedTokenizerBase, token: str) -> tuple[int, ...]:
