@@ -21,6 +21,7 @@ from llmprune_cli.report.schemas import DOCUMENTS, adapter_of
 from llmprune_cli.run.layered_model import LayeredModel
 from support.cli import Run, run_cli
 from support.full import examples, in_full
+from support.refusals import PLAN, assert_refused
 from support.stock import written_tensors
 from support.tiny import save_tiny
 from tools.schemas import schema_of
@@ -191,6 +192,12 @@ def test_a_sweep_is_replaced_when_asked_and_depths_are_tried_too(model: Path, te
     done(*command)
     assert "neurons" not in done(*command, "--overwrite").stdout
     assert len(Plan.load(tmp_path / "out" / "2-layers.json").layers) == 2
+
+
+def test_a_size_that_removes_nothing_is_named(model: Path, text: Words, tmp_path: Path) -> None:
+    run = run_cli("sweep", model, "--depths", "2,3", *text, "--output", tmp_path / "out")
+    assert_refused(run, PLAN, "3-layers: Nothing would go")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("method", ["magnitude", "random"])

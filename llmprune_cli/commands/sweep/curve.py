@@ -16,7 +16,7 @@ from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.commands.sweep.point import KEPT, POINTS, Point, Row, make_point
 from llmprune_cli.commands.sweep.request import Sweep
 from llmprune_cli.coupling.subject import Subject, understand
-from llmprune_cli.errors import CheckpointError, OutputError
+from llmprune_cli.errors import CheckpointError, OutputError, PlanError
 from llmprune_cli.folder.documents import replace_file
 from llmprune_cli.folder.scratch import check_folder, scratch_folder
 from llmprune_cli.folder.staging import SWEEP, Claim, claimed
@@ -103,12 +103,20 @@ def _decide(requests: dict[str, PruneRequest], subject: Subject, listener: Liste
     for name, request in requests.items():
         limit = limit_of(request, subject, listener)
         if limit is None:
-            return [Point(name, request, decide(request, subject, listener)) for name, request in requests.items()]
+            return [_decided(name, request, subject, listener) for name, request in requests.items()]
         first_target(subject, request.choice, limit)
         limits[name] = limit
     order = sorted(limits, key=lambda name: limits[name].share)
     decided = decide(requests[order[0]], subject, listener)
     return [Point(name, requests[name], replace(decided, limit=limits[name])) for name in order]
+
+
+def _decided(name: str, request: PruneRequest, subject: Subject, listener: Listener) -> Point:
+    """A point whose widths are given; what refuses them names it."""
+    try:
+        return Point(name, request, decide(request, subject, listener))
+    except PlanError as error:
+        raise PlanError(f"{name}: {error}") from error
 
 
 def _journal(asked: Sweep, common: Choice, claim: Claim | None, bench: Workbench, stack: ExitStack) -> Journal:
