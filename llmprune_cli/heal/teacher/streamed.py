@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,45 +147,42 @@ def stream_teacher(
         CheckpointError: what it holds is damaged.
         OutputError: there is no room, or another run is filling the folder.
     """
-    with nullcontext() if (folder / RECORD).exists() else filled_alone(folder, "--teacher-cache"):
-        return _kept_or_made(model, windows, temperature, folder, listener, tokens, layers)
-
-
-def _kept_or_made(
-    model: LayeredModel,
-    windows: torch.Tensor,
-    temperature: float,
-    folder: Path,
-    listener: Listener,
-    tokens: TokenMap | None,
-    layers: tuple[int, ...],
-) -> StreamedTeacher:
     vocabulary = int(model.architecture.config.get_text_config().vocab_size) if tokens is None else len(tokens.numbers)
     files = _files(model, windows, vocabulary, layers, folder)
-    key, record = json.loads(json.dumps(cache_key(model, windows, temperature, tokens, layers))), folder / RECORD
-    if record.exists():
-        different = differences(read_json(record, None), key)
-        if different:
-            raise PlanError(
-                f"{folder} holds what another teacher predicts, or on other text: {'; '.join(different)}. Choose "
-                "another --teacher-cache."
-            )
-        for file in files:
-            if not file.path.is_file() or file.path.stat().st_size != file.size_bytes:
-                raise CheckpointError(f"{file.path} is damaged. Remove {folder}, and the teacher runs again.")
-        return _mapped(files, is_new=False)
-    _check_room(model, windows, files, folder)
-    try:
-        for file in files:
-            with file.path.open("wb") as opened:
-                allocate(opened.fileno(), file.size_bytes)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be written: {error.strerror}. Choose another --teacher-cache.") from error
-    teacher = _mapped(files, is_new=True)
-    with torch.inference_mode():
-        _fill(teacher, model, windows, temperature, folder, listener, tokens, layers)
-    replace_file(record, [json.dumps(key).encode()])
+    key = json.loads(json.dumps(cache_key(model, windows, temperature, tokens, layers)))
+    if (folder / RECORD).exists():
+        return _kept(folder, key, files)
+    with filled_alone(folder, "--teacher-cache"):
+        if (folder / RECORD).exists():  # since a moment ago
+            return _kept(folder, key, files)
+        _check_room(model, windows, files, folder)
+        try:
+            for file in files:
+                with file.path.open("wb") as opened:
+                    allocate(opened.fileno(), file.size_bytes)
+        except OSError as error:
+            raise OutputError(
+                f"{folder} cannot be written: {error.strerror}. Choose another --teacher-cache."
+            ) from error
+        teacher = _mapped(files, is_new=True)
+        with torch.inference_mode():
+            _fill(teacher, model, windows, temperature, folder, listener, tokens, layers)
+        replace_file(folder / RECORD, [json.dumps(key).encode()])
     return teacher
+
+
+def _kept(folder: Path, key: dict[str, Any], files: tuple[_File, ...]) -> StreamedTeacher:
+    """What a folder holds, held against what it should be."""
+    different = differences(read_json(folder / RECORD, None), key)
+    if different:
+        raise PlanError(
+            f"{folder} holds what another teacher predicts, or on other text: {'; '.join(different)}. Choose "
+            "another --teacher-cache."
+        )
+    for file in files:
+        if not file.path.is_file() or file.path.stat().st_size != file.size_bytes:
+            raise CheckpointError(f"{file.path} is damaged. Remove {folder}, and the teacher runs again.")
+    return _mapped(files, is_new=False)
 
 
 def _fill(
