@@ -106,8 +106,9 @@ def _turns(role: str, said: Any) -> list[Message]:
 
 
 def _message(turn: Any) -> Message:
-    role, content = (turn["role"], turn["content"]) if "role" in turn else (turn["from"], turn["value"])
-    if content is None:  # of a turn that calls a tool
+    role, said = ("role", "content") if "role" in turn else ("from", "value")
+    role, content = turn[role], turn.get(said) if turn.get("tool_calls") else turn[said]
+    if content is None:
         content = ""
     if not isinstance(content, str):  # parts of several kinds
         content = "".join(part["text"] for part in content if part.get("type", "text") == "text")

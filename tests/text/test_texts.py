@@ -62,13 +62,14 @@ def test_a_conversation_is_spelled_by_the_models_template(marked: Path, tmp_path
     assert nll(marked, tmp_path / "chat.jsonl") == nll(marked, tmp_path / "plain.txt")
 
 
-CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "sky", "arguments": "{}"}}]}
+CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "sky", "arguments": "{}"}}]}
 
 
+@pytest.mark.parametrize("call", [CALL, {**CALL, "content": None}, {"role": "assistant", "content": None}])
 def test_turns_without_words_are_empty_and_conversations_without_turns_are_left_out(
-    marked: Path, tmp_path: Path
+    marked: Path, tmp_path: Path, call: dict[str, object]
 ) -> None:
-    rows = [{"messages": []}, {"messages": [TURNS[0], CALL, TURNS[1]]}, {"messages": None}]
+    rows = [{"messages": []}, {"messages": [TURNS[0], call, TURNS[1]]}, {"messages": None}]
     (tmp_path / "chat.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows * 3))
     (tmp_path / "plain.txt").write_text(f"[user] {ASKED}\n[assistant] \n[assistant] {ANSWERED}\n" * 3)
     assert nll(marked, tmp_path / "chat.jsonl") == nll(marked, tmp_path / "plain.txt")
