@@ -152,8 +152,6 @@ class PruneRequest:
             raise UsageError("a plan already says which widths; give --plan or width options, not both.")
         if plan is None and not asked:
             raise UsageError("say what to prune: --target, --pruning-ratio, a width of its own, or --plan.")
-        if widths.round_to is not None and self.choice.budget is None and not widths.asks_for_a_fraction:
-            raise UsageError("--round-to rounds what a ratio or a target keeps; leave it out, or give one of these.")
 
     @property
     def needs_text(self) -> bool:
@@ -233,6 +231,7 @@ def check_prune(request: PruneRequest) -> None:
     for path, option in ((delivery.save_plan, "--save-plan"), (delivery.save_config, "--save-config")):
         if is_first() and path is not None:
             check_replaceable(path, option)
+            check_own_folder(path.parent, option, (delivery.output,))
     if is_first() and delivery.report is not None:
         check_chart_target(delivery.report, delivery.output)
     if is_first() and delivery.output is not None:

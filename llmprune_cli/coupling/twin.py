@@ -294,9 +294,9 @@ def cached_by(architecture: Architecture) -> tuple[Cached, ...] | None:
     try:
         with torch.no_grad():
             cache = twin.model(input_ids=twin.tokens, use_cache=True).past_key_values
-    except FAILURES:
+        places = [_cached_in(place, twin, architecture) for place in getattr(cache, "layers", ())]
+    except Exception:  # caches raise every kind, and a figure is worth no command
         return None
-    places = [_cached_in(place, twin, architecture) for place in getattr(cache, "layers", ())]
     known, sampled = [place for place in places if place is not None], sample_layers(config, kinds, 1)
     times, rest = divmod(len(known), len(sampled))
     if known != places or not times or rest or (times > 1 and len(set(known)) > 1):  # whose they are, is not said

@@ -11,9 +11,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from llmprune_cli.errors import OutputError
-from llmprune_cli.folder.staging import empty, lock_file, locked_folder
+from llmprune_cli.folder.staging import acquired, empty, lock_file, locked_folder
 
 SCRATCH = "llmprune-"
+LOCK = "filling.lock"
 PATIENCE_S = 10.0  # for others, who may be clearing away the lock of a folder that is just being made
 
 
@@ -91,11 +92,16 @@ def filled_alone(folder: Path, option: str) -> Iterator[None]:
     """
     from filelock import Timeout
 
+    lock = folder.resolve() / LOCK  # in it: what lies beside may not be the user's to write
     with ExitStack() as stack:
         try:
-            stack.enter_context(locked_folder(folder))
+            stack.enter_context(acquired(lock, 0.0))
         except Timeout:
             raise OutputError(f"Another run is filling {folder}. Wait for it, or choose another {option}.") from None
         except OSError as error:
             raise OutputError(f"{folder} cannot be written: {error.strerror}. Choose another {option}.") from error
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                lock.unlink()  # while it is held

@@ -44,7 +44,7 @@ def locked_folder(folder: Path, wait_s: float = 0.0) -> Iterator[None]:
     missing, lock = missing_parents(folder), lock_file(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _acquired(lock, wait_s):
+        with acquired(lock, wait_s):
             try:
                 folder.mkdir(exist_ok=True)
                 yield
@@ -57,7 +57,7 @@ def locked_folder(folder: Path, wait_s: float = 0.0) -> Iterator[None]:
 
 
 @contextmanager
-def _acquired(lock: Path, wait_s: float) -> Iterator[None]:
+def acquired(lock: Path, wait_s: float) -> Iterator[None]:
     """A lock that no other process has; where none can be made, filelock says the same as where one is taken."""
     from filelock import FileLock, Timeout
 

@@ -28,7 +28,7 @@ from llmprune_cli.run.states import new_states
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.opening import open_checkpoint
 from llmprune_cli.source.tokenizer import load_tokenizer
-from llmprune_cli.text.reading import predicted_bytes, read, window_text
+from llmprune_cli.text.reading import predicted_bytes, read, spelled, window_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,6 +94,15 @@ def report_card(
     )
 
 
+def _unprefixed(text: str, told: str) -> str:
+    """The text of a window without a space at its begin, where a tokenizer puts one before every text.
+
+    Args:
+        told: what the tokenizer makes of the window's tokens.
+    """
+    return text[1:] if text.startswith(" ") and not told.startswith(" ") else text
+
+
 def judged_by(text: CalibrationText, was_searched: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The windows [N, T] that a result is judged on, see `report_card`, and their parts [N, 3], see `Reading`."""
     chosen_by = judged_windows(text) if was_searched else 0
@@ -120,7 +129,10 @@ def _text_of_both(
     count = predicted_bytes(source, whole, windows, places)
     if own is whole:
         return _Judged((windows, windows), (count, count))
-    texts = [window_text(source, whole, window, part) for window, part in zip(windows, places, strict=True)]
+    texts = [
+        _unprefixed(window_text(source, whole, window, part), spelled(whole, window))
+        for window, part in zip(windows, places, strict=True)
+    ]
     readings = [read(each, own, add_special_tokens=False) for each in texts]
     length = min(windows.shape[1], *(len(reading.tokens) for reading in readings))
     told = torch.stack([reading.tokens[:length] for reading in readings])

@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from llmprune_cli.commands.recover import end_to_end
-from llmprune_cli.folder.staging import locked_folder
+from llmprune_cli.folder.scratch import filled_alone
 from llmprune_cli.heal.student import compute_twice
 from support.heal_runs import recover, run_recover
 from support.refusals import CHECKPOINT, OUTPUT, PLAN, assert_refused, state_of
@@ -78,11 +78,20 @@ def test_what_a_teacher_predicts_is_kept_for_other_students_of_it_alone(
 
 def test_a_folder_that_another_run_fills_is_left_to_it(pruned: Path, text_file: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    with locked_folder(cache):
+    cache.mkdir()
+    with filled_alone(cache, "--teacher-cache"):
         run = run_recover(pruned, text_file, tmp_path / "out", "--teacher-cache", cache)
         assert_refused(run, OUTPUT, "Another run is filling", "--teacher-cache")
-        assert not list(cache.iterdir())
+        assert [path.name for path in cache.iterdir()] == ["filling.lock"]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_cache_may_be_a_link(pruned: Path, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "cache").symlink_to(tmp_path / "disk")
+    recover(pruned, text_file, tmp_path / "out", "--teacher-cache", tmp_path / "cache")
+    assert "teacher.json" in {path.name for path in (tmp_path / "disk").iterdir()}
+    assert not list(tmp_path.rglob("*.lock"))
 
 
 def test_a_teacher_without_room_is_refused_before_it_runs(

@@ -233,12 +233,12 @@ def choose_teacher(task: Task, trained: TrainedModel, folder: Path) -> tuple[str
     teaching, temperature = task.request.teaching, task.request.healing.temperature
     stored = task.teacher.stored_dtype
     dtype = stored if native_dtype(stored, torch.device(task.device)) == stored else torch.float32
-    mode = teaching.teacher_mode
+    mode = "streamed" if teaching.teacher_cache is not None else teaching.teacher_mode
     if mode == "auto":
         training_bytes = BYTES_PER_WEIGHT * trained.trained + trained.summed_bytes
         size_bytes = dtype.itemsize * task.teacher.parameter_count + training_bytes
         is_small = size_bytes < MOST_OF_MEMORY * _free_memory(task.device, task.processes)
-        found = "resident" if teaching.teacher_cache is None and is_small else "streamed"
+        found = "resident" if is_small else "streamed"
         journal = Journal(task.processes, folder if task.processes.is_first else None)
         mode = journal.recall("teacher-mode", Json(str), lambda: found)  # as it began, whatever memory is free by now
     if mode == "resident":

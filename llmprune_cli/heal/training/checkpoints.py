@@ -24,8 +24,8 @@ def mark_whole(folder: Path, step: int) -> None:
     replace_file(own / MARK, [json.dumps(_records(own)).encode()])
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The last whole checkpoint in a folder; None where there is none. What was left half written goes.
+def last_checkpoints(folder: Path) -> tuple[Path | None, Path | None]:
+    """The last whole checkpoint in a folder and the best one; None where there is none. What was half written goes.
 
     Raises:
         CheckpointError: it is damaged.
@@ -33,28 +33,22 @@ def last_checkpoint(folder: Path) -> Path | None:
     found = sorted(folder.glob(CHECKPOINTS), key=lambda path: int(path.name.rpartition("-")[2]))
     whole = [path for path in found if (path / MARK).exists()]
     last = whole[-1] if whole else None
-    needed = {path for path in (last, _best(last)) if path is not None}
+    best = _best(last)
+    needed = {path for path in (last, best) if path is not None}
     for path in needed:
         _check(path)
     for path in set(found) - needed:
         shutil.rmtree(path)
-    return last
+    return last, best
 
 
 def _best(last: Path | None) -> Path | None:
-    """The checkpoint that was the best so far, by the last one, which names it by a path that is right after this."""
+    """The checkpoint that was the best so far, by the last one, which names it by where the folder was then."""
     if last is None:
         return None
     _check(last)
-    state = read_json(last / STATE, None)
-    named = state.get("best_model_checkpoint")
-    if not named:
-        return None
-    best = last.parent / Path(named).name  # wherever the folder was when this was written
-    if str(best) != named:
-        replace_file(last / STATE, [json.dumps(state | {"best_model_checkpoint": str(best)}).encode()])
-        mark_whole(last.parent, int(last.name.rpartition("-")[2]))
-    return best
+    named = read_json(last / STATE, None).get("best_model_checkpoint")
+    return last.parent / Path(named).name if named else None
 
 
 def _check(checkpoint: Path) -> None:

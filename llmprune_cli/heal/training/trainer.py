@@ -19,7 +19,7 @@ from llmprune_cli.heal.judging import check_judged, judge
 from llmprune_cli.heal.loss import Student
 from llmprune_cli.heal.options import Healing
 from llmprune_cli.heal.teacher import Teacher
-from llmprune_cli.heal.training.checkpoints import last_checkpoint, mark_whole
+from llmprune_cli.heal.training.checkpoints import last_checkpoints, mark_whole
 from llmprune_cli.heal.training_text import TrainingText
 from llmprune_cli.processes import Processes
 from llmprune_cli.progress import Listener
@@ -68,12 +68,15 @@ class _Windows(Dataset[dict[str, torch.Tensor]]):
 class _Distiller(Trainer):
     """A Trainer whose loss is what the student loses against a teacher, and which judges as we do."""
 
-    def __init__(self, student: Student, lesson: Lesson, folder: Path, is_trial: bool = False) -> None:
+    def __init__(
+        self, student: Student, lesson: Lesson, folder: Path, is_trial: bool = False, best_before: Path | None = None
+    ) -> None:
         """Of a student.
 
         Args:
             folder: for checkpoints.
             is_trial: whether nothing is kept, and the model is the last one and not the best.
+            best_before: the best checkpoint of a run that this one goes on with.
         """
         self._lesson, on_cpu = lesson, next(student.parameters()).device.type == "cpu"
         schedule = lesson.text.schedule
@@ -108,7 +111,7 @@ class _Distiller(Trainer):
         )
         logging.getLogger("accelerate").setLevel(logging.ERROR)
         arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for several processes
-        callbacks: list[Any] = [] if is_trial else [_StopsInTheEnd(PATIENCE), _Reports(lesson)]
+        callbacks: list[Any] = [] if is_trial else [_StopsInTheEnd(PATIENCE), _Reports(lesson, best_before)]
         windows = _Windows(lesson.text)
         super().__init__(student, arguments, train_dataset=windows, eval_dataset=windows, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
@@ -174,10 +177,12 @@ class _StopsInTheEnd(EarlyStoppingCallback):
 class _Reports(TrainerCallback):
     """Says how far the training is, and marks checkpoints that are whole."""
 
-    def __init__(self, lesson: Lesson) -> None:
-        self._lesson, self._note = lesson, ""
+    def __init__(self, lesson: Lesson, best_before: Path | None) -> None:
+        self._lesson, self._note, self._best_before = lesson, "", best_before
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._best_before is not None:  # which the Trainer takes for gone where the folder has moved since
+            state.best_model_checkpoint = str(self._best_before)
         self._lesson.listener.stage("Healing", state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -218,9 +223,10 @@ def train(student: Student, lesson: Lesson, folder: Path) -> Training:
     lesson.listener.stage("Judging on held-out text", 1)
     before = check_judged(lesson.judge(student))
     lesson.listener.advance(1)
-    begun = last_checkpoint(folder)
+    nothing: tuple[Path | None, Path | None] = (None, None)
+    begun, best_before = lesson.processes.broadcast(last_checkpoints(folder) if lesson.processes.is_first else nothing)
     try:
-        trainer = _Distiller(student, lesson, folder)
+        trainer = _Distiller(student, lesson, folder, best_before=best_before)
         trainer.train(resume_from_checkpoint=str(begun) if begun else None)
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in UNWRITTEN):

@@ -69,6 +69,13 @@ def test_a_plan_whose_units_lie_in_other_groups(
     assert state_of(tmp_path) == before
 
 
+@pytest.mark.parametrize("option", ["--save-plan", "--save-config"])
+def test_a_plan_that_would_lie_in_the_output(model: Path, tmp_path: Path, option: str) -> None:
+    """Which has to be empty in the end, hours later."""
+    words = ("--pruning-ratio", "0.5", option, str(tmp_path / "out" / "own.json"))
+    assert_prune_refused(model, tmp_path, OUTPUT, option, "beside it", options=words)
+
+
 def test_a_plan_that_cannot_be_saved(model: Path, tmp_path: Path) -> None:
     path = str(model / "config.json" / "plan.json")
     assert_prune_refused(

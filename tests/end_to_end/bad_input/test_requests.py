@@ -49,7 +49,6 @@ def test_a_size_below_one(model: Path, tmp_path: Path, option: str) -> None:
         ["prune", "MODEL", "--pruning-ratio", "0.5", "--dry-run", "--eval"],
         ["prune", "MODEL", "--pruning-ratio", "0.5", "--plan", "plan.json", "--output", "out"],
         ["prune", "MODEL", "--plan", "plan.json", "--round-to", "8", "--output", "out"],
-        ["prune", "MODEL", "--intermediate-size", "17", "--round-to", "16", "--output", "out"],
         ["prune", "MODEL", "--pruning-ratio", "0.5", "--output", "out", "--importance", "vibes"],
         ["eval", "MODEL", "--device", "tpu"],
         ["eval", "MODEL", "--max-seq-len", "1"],
