@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from llmprune_cli.report.report_card import _unprefixed
 from llmprune_cli.run.speed import clock
 from support.cli import BY_MAGNITUDE, CALIBRATED, run_cli
 from support.stock import written_tensors
@@ -151,3 +152,9 @@ def test_bits_per_byte_are_of_the_letters_of_the_text_even_where_the_model_knows
     for side in ("before", "after"):
         bits = math.log2(card[f"perplexity_{side}"]) / 2
         assert card[f"bits_per_byte_{side}"] == pytest.approx(bits, rel=1e-6)
+
+
+@pytest.mark.parametrize(("told", "read"), [("the fox", "the fox"), (" the fox", " the fox")])
+def test_a_window_is_read_anew_as_it_was_read(told: str, read: str) -> None:
+    """A tokenizer that puts a space before every text would make two of the one that a window begins with."""
+    assert _unprefixed(" the fox", told) == read
