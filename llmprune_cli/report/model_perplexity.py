@@ -228,7 +228,9 @@ def _window_tokens(checkpoint: Checkpoint, options: Evaluation, listener: Listen
 
 def _learns_positions(checkpoint: Checkpoint, longest: int) -> bool:
     """Whether a position beyond the last is not computed, but looked up in a table that has no row for it."""
-    tables = (own.shape[0] for own in checkpoint.entries if "wpe." in own.name or "position" in own.name)
+    tables = (
+        own.shape[0] for own in checkpoint.entries if own.shape and ("wpe." in own.name or "position" in own.name)
+    )
     return any(0 <= rows - longest <= POSITIONS_AHEAD for rows in tables)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from llmprune_cli.coupling import subject
 from llmprune_cli.coupling.subject import find_coupling
@@ -139,3 +139,14 @@ def test_a_family_without_a_cache_has_no_figure(tmp_path: Path) -> None:
     config = tiny_config("openai-gpt", n_layer=2, n_embd=64, n_head=8, n_positions=64)
     architecture = settle_head_dim(discover(config, expected_index(config)))  # type: ignore[arg-type]
     assert cached_by(architecture) is None and architecture.cached_numbers(architecture.widths, (0, 1)) is None
+
+
+@pytest.mark.parametrize("opened", ["llama"], indirect=True)
+def test_a_cache_that_cannot_be_made_is_of_unknown_size(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code of a checkpoint's own raises what it likes, and a figure is worth no command."""
+
+    def refuse(*_: object, **given: object) -> None:
+        assert not given["use_cache"], "no cache here"
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", refuse)
+    assert cached_by(opened.subject.architecture) is None

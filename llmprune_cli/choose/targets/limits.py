@@ -152,8 +152,7 @@ def size_limit(subject: Subject, budget: Budget, weigh: Weigh | None = None) -> 
     def size_bytes(target: Target) -> float:
         once = budget.dtype is not None  # as llama.cpp keeps a KV head
         of_token = subject.architecture.cached_numbers(target.widths, target.layers, once) or 0
-        return of_token * number * (budget.context or 0) + (
-            weigh(target) if weigh is not None else measure_size(subject, target)[1]
-        )
+        weights = weigh(target) if weigh is not None else measure_size(subject, target)[1]
+        return weights + of_token * number * (budget.context or 0)
 
     return SizeLimit(limit, size_bytes, f"bytes{budget.counted}", whole)
