@@ -13,7 +13,7 @@ RUNTIMES ?= vllm ctranslate2 mlx openvino
 BASE ?= HEAD~1
 TYPES ?=
 
-.PHONY: demo recording families matrix schemas golden test test-all check lint fix fuzz faults bench bench-8b bench-calibrated bench-estimate bench-exports bench-memory bench-processes bench-quality bench-quantized bench-recover bench-start bench-sweep bench-vocab check-consumers check-gpu check-ranges check-runtimes clean
+.PHONY: demo recording families matrix schemas golden test test-all check lint fix fuzz faults bench bench-8b bench-calibrated bench-estimate bench-exports bench-memory bench-processes bench-quality bench-quantized bench-recover bench-start bench-sweep bench-texts bench-vocab check-consumers check-gpu check-ranges check-runtimes clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -115,6 +115,9 @@ bench-quality: $(OPTIPFAIR)  ## compare what pruned models are still worth, with
 bench-sweep: $(INSTALLED)  ## what a sweep over four sizes costs, in prunes to one of them
 	$(BIN)/python tests/tools/bench/sweep.py
 
+bench-texts: $(INSTALLED)  ## what a prune costs on other texts, by the text that it is calibrated on
+	$(BIN)/python tests/tools/bench/texts.py
+
 bench-recover: $(INSTALLED)  ## what healing makes of a pruned model, beside a plain loop and trl with the teacher in memory
 	-$(MAKE) --no-print-directory $(VENV)-trl/.installed
 	$(BIN)/python tests/tools/bench/recover.py --trl $(VENV)-trl/bin/python
@@ -177,4 +180,4 @@ check-ranges:  ## run the core suite on the lowest versions that pyproject.toml 
 	$(VENV)-lowest/bin/python -m pytest -n auto --dist worksteal -W default
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(OLDER) demo-output bench-quality-output bench-recover-output
+	rm -rf $(VENV) $(VENV)-lowest $(OLDER) demo-output bench-quality-output bench-recover-output bench-texts-output

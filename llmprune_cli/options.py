@@ -269,7 +269,7 @@ class Text:
         Option(
             "Text to calibrate on: a file, a folder, a hub dataset or self; several: a.jsonl:0.7,b.txt:0.3.",
             TEXT,
-            left_out="wikitext2, or python-docs",
+            left_out="wikitext2 and python-docs",
             is_common=True,
         ),
     ] = None

@@ -37,6 +37,7 @@ from llmprune_cli.formats.request import suggested_gguf
 from llmprune_cli.options import Choice, Delivery, Evaluation, ModelReference, Scratch, Text
 from llmprune_cli.sizes import size_text
 from llmprune_cli.startup.loading import loading
+from llmprune_cli.text.names import short_name
 from llmprune_cli.vocabulary.request import VocabularyRequest
 
 if TYPE_CHECKING:
@@ -54,7 +55,6 @@ PLANNED = (
     *("model", "revision", "dtype", "device", "refit", "seed", "compute_dtype", "calibration", "text_column"),
     *("calibration_split", "calibration_tokens", "calibration_seq_len"),
 )
-MOST_NAME = 24  # characters of a text's name in a table
 
 Evaluate = Annotated[bool, typer.Option("--eval", help="Perplexity before and after.", rich_help_panel=COMMON)]
 
@@ -192,13 +192,15 @@ def _summary(result: PruneResult) -> Table:
     if card is not None:
         old, new = card.perplexity_before, card.perplexity_after
         if card.kl is not None:
-            table.add_row(f"perplexity ({_short(card.dataset)})", number_text(old), number_text(new), _times(old, new))
+            table.add_row(
+                f"perplexity ({short_name(card.dataset)})", number_text(old), number_text(new), _times(old, new)
+            )
     if card is not None and len(rows) < 2:
         old, new = card.bits_per_byte_before, card.bits_per_byte_after
-        table.add_row(f"bits per byte ({_short(card.dataset)})", f"{old:.3f}", f"{new:.3f}", _times(old, new))
+        table.add_row(f"bits per byte ({short_name(card.dataset)})", f"{old:.3f}", f"{new:.3f}", _times(old, new))
     if len(rows) > 1 and result.evaluation is not None:
         old, new = rows[0].perplexity, rows[1].perplexity
-        label = f"({_short(result.evaluation.dataset)} {result.evaluation.split})"
+        label = f"({short_name(result.evaluation.dataset)} {result.evaluation.split})"
         if rows[1].same_tokens:
             table.add_row(f"perplexity {label}", number_text(old), number_text(new), _times(old, new))
         old, new = rows[0].bits_per_byte, rows[1].bits_per_byte
@@ -208,10 +210,6 @@ def _summary(result: PruneResult) -> Table:
 
 def _how_counted(own: CountedSize) -> str:
     return f"size{f' as {own.dtype}' if own.dtype else ''}{f', {own.context:,} tokens cached' if own.context else ''}"
-
-
-def _short(name: str) -> str:
-    return Path(name).name if len(name) > MOST_NAME else name
 
 
 def _change(old: float, new: float) -> str:
@@ -252,7 +250,7 @@ def _what_went(result: PruneResult, speedup: float) -> Iterator[str]:
     if result.calibration is not None:
         card = result.calibration
         yield (
-            f"Fitted on {card.tokens:,} tokens of {_short(card.dataset)}, judged on {card.held_out_tokens:,} others"
+            f"Fitted on {card.tokens:,} tokens of {short_name(card.dataset)}, judged on {card.held_out_tokens:,} others"
             f"{'.' if card.kl is None else f': KL {card.kl:.3f} nats.'}"
         )
 

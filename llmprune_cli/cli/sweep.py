@@ -21,6 +21,7 @@ from llmprune_cli.commands.sweep.request import LEFT_OUT, Sweep, check_sweep
 from llmprune_cli.options import ModelReference, Text
 from llmprune_cli.sizes import size_text
 from llmprune_cli.startup.loading import loading
+from llmprune_cli.text.names import short_name
 
 if TYPE_CHECKING:
     from llmprune_cli.report.json_results import SweepPoint, SweepResult
@@ -72,7 +73,7 @@ def print_sweep(result: SweepResult, text: Text) -> None:
     for point in () if fits else points:
         sizes = (f"{getattr(point.widths, name):,} {head}".replace("\n", " ") for name, head in shapes.items())
         console.print(f"{point.name}: {', '.join(sizes)}", highlight=False)
-    name, held_out = Path(result.dataset).name, result.held_out_tokens
+    name, held_out = short_name(result.dataset), result.held_out_tokens
     if is_healed:
         tokens = max(point.healed_tokens for point in points)
         console.print(f"Healed on {tokens:,} tokens each, without those that are judged.", highlight=False)

@@ -90,7 +90,7 @@ class Healing:
         Option(
             "Text to train on: self (what the teacher writes), a file, a folder or a hub dataset.",
             METHOD,
-            left_out="wikitext2, or python-docs",
+            left_out="wikitext2 and python-docs",
             is_common=True,
         ),
     ] = None

@@ -14,8 +14,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from llmprune_cli.errors import CheckpointError, UsageError
 from llmprune_cli.folder.documents import is_there
 from llmprune_cli.options import Text
-from llmprune_cli.text.corpus import BETWEEN, Corpus, load_corpus, load_usual_corpus
-from llmprune_cli.text.names import PYTHON_DOCS, SELF, parts_of
+from llmprune_cli.text.corpus import BETWEEN, Corpus, load_corpus, load_usual_corpora
+from llmprune_cli.text.names import SELF, USUAL_TEXT, has_splits, parts_of
 from llmprune_cli.text.windows import fitting_length, mixed, read_corpus, windows_in
 
 if TYPE_CHECKING:
@@ -70,8 +70,7 @@ class SeenText:
     def share_of(self, name: str, split: str) -> float:
         """Of these tokens that is of a text; 0 where none is."""
         path = Path(name)
-        has_splits = name != PYTHON_DOCS and not (is_there(path) and path.is_file())
-        if name == SELF or (has_splits and split != self.split):
+        if name == SELF or (has_splits(name) and split != self.split):
             return 0.0
         parts = (part for part in parts_of(self.dataset) if part.name)
         return sum(part.share for part in parts if part.name == name or _is_same_file(path, Path(part.name)))
@@ -179,11 +178,15 @@ def _is_same_file(path: Path, other: Path) -> bool:
 
 
 def together(name: str | None, corpora: list[Corpus]) -> Corpus:
-    """Several texts as one."""
+    """Several texts as one.
+
+    Args:
+        name: that the user gave them, if any.
+    """
     if len(corpora) == 1:
         return corpora[0]
     texts, origins = (BETWEEN.join(c.text for c in corpora), ", ".join(c.origin for c in corpora))
-    return Corpus(name or "", texts, origins)
+    return Corpus(name or USUAL_TEXT, texts, origins)
 
 
 def begins_in(corpora: list[Corpus]) -> list[int]:
@@ -215,7 +218,7 @@ def load_calibration(
     tokens: int = 0,
     option: str = "--calibration",
 ) -> list[tuple[Corpus, float]]:
-    """The texts asked for, each with its share of the tokens; by default WikiText-2, or else Python's documentation.
+    """The texts asked for, each with its share of the tokens; by default WikiText-2 and documentation.
 
     Args:
         write: what makes the model write text itself.
@@ -236,4 +239,4 @@ def load_calibration(
                 corpus = load_corpus(part.name, split, options.text_column, tokenizer)
             found.append((corpus, part.share))
         return found
-    return [(load_usual_corpus(split, Text.calibration_split, warn, option), 1.0)]
+    return load_usual_corpora(split, Text.calibration_split, warn, option)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import tee
+from itertools import accumulate, tee
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from llmprune_cli.folder.documents import is_there
 from llmprune_cli.progress import LOGGER
 from llmprune_cli.text.columns import Message, columns_in, find_columns, texts_in
 from llmprune_cli.text.files import COLUMNS, PLAIN, Row, check_file, kind_of, looks_like_a_file, read_rows, read_text
-from llmprune_cli.text.names import PYTHON_DOCS, SELF, WIKITEXT2
+from llmprune_cli.text.names import DOCUMENTATION_SPLITS, PYTHON_DOCS, SELF, USUAL_TEXT, WIKITEXT2, parts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,9 +43,9 @@ def load_corpus(
     """Read a corpus: the rows of a dataset joined by two newlines, conversations by nothing, or a text file as it is.
 
     Args:
-        dataset: `wikitext2` (the folder named by LLMPRUNE_WIKITEXT2, else the hub), `python-docs`, a file (see
-            `text.files`), a dataset folder, or a hub dataset with an optional configuration after a colon
-            (`org/name:config`).
+        dataset: `wikitext2` (the folder named by LLMPRUNE_WIKITEXT2, else the hub), `python-docs` (its splits are
+            halves, see `_documentation`), a file (see `text.files`), a dataset folder, or a hub dataset with an
+            optional configuration after a colon (`org/name:config`).
         column: that holds the text, where that is not plain.
         tokenizer: that spells conversations.
 
@@ -61,9 +61,7 @@ def load_corpus(
         rows = _load(local, None, split) if local else _load(*WIKITEXT2_ON_HUB, split)
         return Corpus(dataset, _joined(dataset, rows, None, None), origin)
     if dataset == PYTHON_DOCS:
-        from pydoc_data.topics import topics
-
-        return Corpus(dataset, BETWEEN.join(topics.values()), "the documentation in pydoc_data.topics")
+        return Corpus(dataset, _documentation(split), "the documentation in pydoc_data.topics")
     if is_there(path) and path.is_dir():
         return Corpus(dataset, _joined(dataset, _load(dataset, None, split), column, tokenizer), dataset)
     if is_there(path) or looks_like_a_file(dataset):
@@ -77,6 +75,24 @@ def load_corpus(
     name, _, configuration = dataset.partition(":")
     rows = _load(name, configuration or None, split)
     return Corpus(dataset, _joined(dataset, rows, column, tokenizer), dataset)
+
+
+def load_usual_corpora(
+    split: str, usual_split: str, warn: Callable[[str], None], option: str
+) -> list[tuple[Corpus, float]]:
+    """What is learned from where nobody has named a text, each with its share of the tokens.
+
+    A model that was fitted on WikiText-2 alone is worse on all other text, and most of that comes back with some
+    documentation (`make bench-quality`).
+
+    Raises:
+        CheckpointError: see `load_usual_corpus`.
+    """
+    corpus = load_usual_corpus(split, usual_split, warn, option)
+    if corpus.name == PYTHON_DOCS or split != usual_split:
+        return [(corpus, 1.0)]
+    _, (documentation, share) = ((part.name, part.share) for part in parts_of(USUAL_TEXT))
+    return [(corpus, 1 - share), (load_corpus(documentation, split), share)]
 
 
 def load_usual_corpus(split: str, usual_split: str, warn: Callable[[str], None], option: str) -> Corpus:
@@ -97,6 +113,28 @@ def load_usual_corpus(split: str, usual_split: str, warn: Callable[[str], None],
             raise
         warn(f"WikiText-2 is out of reach, so Python's own documentation is read. {option} names better text.")
         return load_corpus(PYTHON_DOCS, split)
+
+
+def _documentation(split: str) -> str:
+    """Half of Python's documentation: `test` is the first half, and `train` and `validation` are what else there is.
+
+    Topics repeat each other, so paragraphs of the first half are left out of the other one.
+
+    Raises:
+        CheckpointError: no such split.
+    """
+    from pydoc_data.topics import topics
+
+    if split not in DOCUMENTATION_SPLITS:
+        raise CheckpointError(f"{PYTHON_DOCS} has no split {split!r} but {', '.join(DOCUMENTATION_SPLITS)}. {NO_SPLIT}")
+    texts = [*topics.values()]
+    half = sum(map(len, texts)) / 2
+    first = next(count for count, end in enumerate(accumulate(map(len, texts)), 1) if end >= half)
+    judged = BETWEEN.join(texts[:first])
+    if split == "test":
+        return judged
+    repeated = set(judged.split(BETWEEN))
+    return BETWEEN.join(part for part in BETWEEN.join(texts[first:]).split(BETWEEN) if part not in repeated)
 
 
 def own_corpus(documents: list[str], source: str) -> Corpus:

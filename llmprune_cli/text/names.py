@@ -13,7 +13,9 @@ from llmprune_cli.text.columns import columns_in, find_columns
 from llmprune_cli.text.files import COLUMNS, PLAIN, check_file, kind_of, looks_like_a_file, read_rows
 
 PYTHON_DOCS = "python-docs"  # English that every CPython carries
+DOCUMENTATION_SPLITS = ("test", "validation", "train")  # the last two are the same
 WIKITEXT2 = "wikitext2"
+USUAL_TEXT = f"{WIKITEXT2}:0.7,{PYTHON_DOCS}:0.3"  # to learn from, where nobody names a text
 SELF = "self"  # what the model writes itself
 KNOWN = (WIKITEXT2, PYTHON_DOCS, SELF)
 
@@ -127,7 +129,7 @@ def check_column(column: str | None, *texts: str | None) -> None:
 
 
 def check_split(text: str | None, split: str, usual: str, option: str) -> None:
-    """Refuse a split of a text that has none.
+    """Refuse a split of a text that has none, or not this one.
 
     Args:
         text: see `check_texts`.
@@ -137,21 +139,32 @@ def check_split(text: str | None, split: str, usual: str, option: str) -> None:
     Raises:
         UsageError: see above.
     """
-    if split == usual or text is None or _has_splits(text):
+    if split == usual or text is None:
+        return
+    if split not in DOCUMENTATION_SPLITS and PYTHON_DOCS in [part.name for part in parts_of(text)]:
+        raise UsageError(f"{option} {split}: {PYTHON_DOCS} has the splits {', '.join(DOCUMENTATION_SPLITS)}. Name one.")
+    if _any_has_splits(text):
         return
     raise UsageError(f"{option} {split} is about data sets with splits, and {text} has none. Leave it out.")
 
 
 def with_split(text: str, split: str) -> str:
     """A text with the split that is read of it, if it has any."""
-    return f"{text} ({split})" if _has_splits(text) else text
+    return f"{text} ({split})" if _any_has_splits(text) else text
 
 
-def _has_splits(text: str) -> bool:
-    return any(_is_dataset(part.name) for part in parts_of(text))
+def _any_has_splits(text: str) -> bool:
+    return any(has_splits(part.name) for part in parts_of(text))
 
 
-def _is_dataset(name: str) -> bool:
+def has_splits(name: str) -> bool:
+    """Whether one text is read by its splits."""
     path = Path(name)
     is_file = path.is_file() if is_there(path) else looks_like_a_file(name)
-    return name not in (PYTHON_DOCS, SELF) and not is_file
+    return name != SELF and not is_file
+
+
+def short_name(text: str) -> str:
+    """A text as tables name it: a mixture without its shares, a file without its folders."""
+    names = [part.name for part in parts_of(text)]
+    return ", ".join(Path(name).name if is_there(Path(name)) or looks_like_a_file(name) else name for name in names)

@@ -112,6 +112,9 @@ def test_what_a_prune_saw_is_known_by_file_and_split(texts: dict[str, Path], mon
     assert seen.share_of("org/set", "validation") == pytest.approx(0.3) and not seen.share_of("org/set", "train")
     assert not seen.share_of(str(texts["mixed"]), "validation")
     assert not SeenText("self", "validation", 1200, 24, 0).share_of("self", "validation")  # written with another seed
+    documentation = SeenText("wikitext2:0.7,python-docs:0.3", "validation", 1200, 24, 0)
+    assert documentation.share_of("python-docs", "validation") == pytest.approx(0.3)
+    assert not documentation.share_of("python-docs", "test")
     assert SeenText.of(None) is None and SeenText.of({"dataset": "a.txt", "tokens": -1}) is None
 
 

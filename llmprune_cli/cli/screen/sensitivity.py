@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from llmprune_cli.cli.screen.progress import in_words
 from llmprune_cli.cli.screen.table_parts import NARROW, count_text, new_console, ranges_text
+from llmprune_cli.text.names import short_name
 
 if TYPE_CHECKING:
     from llmprune_cli.report.json_results import SensitivityResult
@@ -39,7 +39,7 @@ def print_sensitivity(result: SensitivityResult, asked: str) -> None:
     """
     console = new_console()
     console.print(_table(result))
-    name, took = Path(result.dataset).name, in_words(result.seconds)
+    name, took = short_name(result.dataset), in_words(result.seconds)
     for line in (
         "KL divergence of the next token from the whole model's, in nats, where that part",
         "of one layer alone goes and nothing is refitted. Several lose more than the sum.",

@@ -172,8 +172,7 @@ def _corpora(
 ) -> Sequence[tuple[Corpus, float]]:
     """The texts with their shares; the calibration text, where it is one, is there already."""
     own, calibration = request.vocabulary.vocab_text, request.text.calibration
-    is_one = calibration is None or len(parts_of(calibration)) == 1
-    if own is None and bench.text is not None and is_one:
+    if own is None and bench.text is not None and len(parts_of(bench.text.corpus.name)) == 1:
         return [(bench.text.corpus, 1.0)]
     text = replace(request.text, calibration=own or calibration)
     return load_calibration(text, tokenizer, bench.listener.warn, write, request.text.calibration_tokens)

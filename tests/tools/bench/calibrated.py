@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from tools.bench.judged_texts import write_documentation
 from tools.bench.prune_1b import Bound, Measurement, measure, print_bounds, print_table, say
 from tools.bench.quality import prepare
 from tools.bench.quality_runs import Bench
@@ -141,15 +142,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", default=BASE, help="revision of (c)")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768], help="calibration tokens")
-    parser.add_argument("--calibration", default="python-docs", help="calibration text")
+    parser.add_argument("--calibration", help="calibration text (default: Python's documentation, in a file)")
     parser.add_argument("--no-target", action="store_true", help="leave the search for a target size out")
     parser.add_argument("--work", type=Path, default=Path("bench-quality-output"), help="keeps the model")
     asked = parser.parse_args()
     bench, bounds = prepare(asked.work.resolve()), []
+    text = asked.calibration or str(write_documentation(bench.work / "documentation.txt"))
     with checked_out(asked.base) as base:
         for tokens in asked.tokens:
             with_target = tokens == asked.tokens[0] and not asked.no_target
-            bounds += compare(bench, base, tokens, asked.calibration, with_target)
+            bounds += compare(bench, base, tokens, text, with_target)
     print_bounds(bounds)
     return int(not all(bound.holds for bound in bounds))
 
