@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,7 @@ from llmprune_cli.options import Text
 from llmprune_cli.run.calibration import SeenText, Writer, begins_in, load_calibration, together
 from llmprune_cli.text.corpus import Corpus
 from llmprune_cli.text.reading import predicted_bytes
-from llmprune_cli.text.windows import are_apart, fitting_length, mixed, read_corpus, windows_in
+from llmprune_cli.text.windows import are_apart, fitting_length, read_corpus, windows_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,6 +38,15 @@ class Schedule:
     accumulated: int  # such batches of each process in a step
     steps: int  # of the optimizer; a multiple of `between`
     between: int  # steps from one judgement to the next
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Numbers of windows."""
+
+    judged: torch.Tensor  # [M]
+    trained: torch.Tensor  # each once, [K]
+    order: torch.Tensor  # places among these, as they are learned from, [S]
 
 
 @dataclass(frozen=True)
@@ -84,37 +94,89 @@ def prepare_training(
     Raises:
         CheckpointError: no such text, less than a batch of it, or a tokenizer of another model.
     """
-    options = Text(healing.text, healing.text_split, healing.text_column)
+    options = Text(healing.text, healing.text_split, healing.text_column, calibration_seq_len=healing.seq_len)
     parts = load_calibration(options, tokenizer, warn, write, min(healing.token_count, MOST_WRITTEN), "--text")
     corpus = together(healing.text, [own for own, _ in parts])
     length = fitting_length(healing.seq_len, longest, Healing.seq_len, warn)
-    windows, is_known, places = _cut(parts, tokenizer, vocabulary, length, healing.text_split, before)
+    windows, part, is_known, places = _cut(parts, tokenizer, vocabulary, length, healing.text_split, before)
     if apart is not None and apart.shape[1] == length:
         own = _apart_from(windows, apart, corpus, warn)
-        windows, is_known, places = windows[own], is_known[own], places[own]
+        windows, part, is_known, places = (each[own] for each in (windows, part, is_known, places))
     wanted = max(1, healing.token_count // length)
     held_out = max(1, min(len(windows), wanted, MOST_HELD_OUT // length * HELD_OUT_SHARE) // HELD_OUT_SHARE)
-    present = (len(windows) - held_out) * length
-    batch = _batch(healing, length, present, corpus)
+    present = torch.bincount(part, minlength=len(parts)).tolist()
+    held = _held_out(held_out, [share for _, share in parts], present)
+    batch = _batch(healing, length, (sum(present) - sum(held)) * length, corpus)
     schedule = _schedule(healing.token_count, batch, length, processes, most_together)
     count = schedule.steps * schedule.accumulated * schedule.together * processes
     generator = torch.Generator().manual_seed(healing.seed)
-    drawn = torch.randperm(len(windows), generator=generator)
-    drawn = torch.cat((drawn[~is_known[drawn]], drawn[is_known[drawn]]))
-    if bool(is_known[drawn[:held_out]].any()):
-        warn(
-            f"The pruned model was fitted on nearly all of {corpus.origin}, so that held-out text flatters it. "
-            "Give other --text."
-        )
-    judged, trained = drawn[:held_out].sort().values, drawn[held_out:][:count].sort().values
-    if count > len(trained):
-        warn(
-            f"{corpus.origin} has {present:,} tokens to train on, which are seen {count / len(trained):.1f} times each."
-        )
-    rounds = [torch.randperm(len(trained), generator=generator) for _ in range(-(-count // len(trained)))]
-    held = windows[judged]
-    held_bytes = predicted_bytes(corpus.text, tokenizer, held, places[judged].tolist())
-    return TrainingText(corpus, windows[trained], torch.cat(rounds)[:count], held, held_bytes, schedule)
+    counts = _shared(
+        count, [share if own > out else 0.0 for (_, share), own, out in zip(parts, present, held, strict=True)]
+    )
+    drawn = _draw([own for own, _ in parts], part, is_known, held, counts, length, generator, warn)
+    judged, trained = drawn.judged, drawn.trained
+    held_bytes = predicted_bytes(corpus.text, tokenizer, windows[judged], places[judged].tolist())
+    return TrainingText(corpus, windows[trained], drawn.order, windows[judged], held_bytes, schedule)
+
+
+def _draw(
+    corpora: Sequence[Corpus],
+    part: torch.Tensor,
+    is_known: torch.Tensor,
+    held: Sequence[int],
+    counts: Sequence[int],
+    length: int,
+    generator: torch.Generator,
+    warn: Callable[[str], None],
+) -> _Drawn:
+    """Draw the windows of each text by itself: of a text that has too few for its share, windows come again.
+
+    Args:
+        part: the number of the text that each window is of, [N].
+        is_known: which of them the pruned model was fitted on, [N].
+        held, counts: how many of each text are judged by, and learned from.
+        length: tokens in a window.
+    """
+    judged, trained, order = list[torch.Tensor](), list[torch.Tensor](), list[torch.Tensor]()
+    before = 0  # windows of the texts before this one
+    for number, (corpus, out, count) in enumerate(zip(corpora, held, counts, strict=True)):
+        drawn = (part == number).nonzero().flatten()
+        drawn = drawn[torch.randperm(len(drawn), generator=generator)]
+        drawn = torch.cat((drawn[~is_known[drawn]], drawn[is_known[drawn]]))
+        judged.append(drawn[:out])
+        if bool(is_known[judged[-1]].any()):
+            warn(
+                f"The pruned model was fitted on nearly all of {corpus.origin}, so that held-out text flatters it. "
+                "Give other --text."
+            )
+        own = drawn[out:][:count].sort().values
+        if count > len(own):
+            tokens = len(own) * length
+            warn(
+                f"{corpus.origin} has {tokens:,} tokens to train on, which are seen {count / len(own):.1f} times each."
+            )
+        rounds = [torch.randperm(len(own), generator=generator) for _ in range(-(-count // max(1, len(own))))]
+        order.append(torch.cat(rounds)[:count] + before if count else own)
+        trained.append(own)
+        before += len(own)
+    mixed = torch.cat(order)
+    if len(order) > 1:
+        mixed = mixed[torch.randperm(len(mixed), generator=generator)]
+    return _Drawn(torch.cat(judged).sort().values, torch.cat(trained), mixed)
+
+
+def _held_out(count: int, shares: Sequence[float], present: Sequence[int]) -> list[int]:
+    """How many windows of each text are held out: as its share is, half of them at most, and of some text one."""
+    held = [min(own, there // 2) for own, there in zip(_shared(count, shares), present, strict=True)]
+    if not any(held):
+        held[present.index(max(present))] = 1
+    return held
+
+
+def _shared(count: int, shares: Sequence[float]) -> list[int]:
+    """A number in parts that are as large as shares are."""
+    edges = [round(count * own / sum(shares)) for own in accumulate(shares)] if any(shares) else [0] * len(shares)
+    return [end - begin for begin, end in pairwise([0, *edges])]
 
 
 def _cut(
@@ -124,19 +186,17 @@ def _cut(
     length: int,
     split: str,
     before: tuple[SeenText, PreTrainedTokenizerBase] | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Windows of several texts, of each as large a share as is asked for, and as many as that allows.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Windows of several texts.
 
     Returns:
-        Token ids, [N, T], which of these windows the pruned model was fitted on, [N] of bool, and their parts of the
-        texts together, [N, 3], see `Reading`.
+        Token ids, [N, T], the number of the text that each window is of, [N], which of them the pruned model was
+        fitted on, [N] of bool, and their parts of the texts together, [N, 3], see `Reading`.
     """
     read = [read_corpus(corpus, tokenizer, vocabulary) for corpus, _ in parts]
     cut = [windows_in(own.tokens, length, None, corpus.origin) for own, (corpus, _) in zip(read, parts, strict=True)]
-    shares = [share for _, share in parts]
-    total = min(len(own) / share for own, share in zip(cut, shares, strict=True))
-    kept = [own[: max(1, int(total * share))] for own, share in zip(cut, shares, strict=True)]
-    known = [torch.zeros(len(own), dtype=torch.bool) for own in kept]
+    numbers = torch.cat([torch.full((len(own),), number) for number, own in enumerate(cut)])
+    known = [torch.zeros(len(own), dtype=torch.bool) for own in cut]
     if before is not None:
         texts = zip(parts, read, known, strict=True)
         known = [
@@ -144,9 +204,9 @@ def _cut(
             for (corpus, _), its, own in texts
         ]
     begins = begins_in([corpus for corpus, _ in parts])
-    each = zip(read, kept, begins, strict=True)
+    each = zip(read, cut, begins, strict=True)
     places = [its.parts(length, torch.arange(len(own)), begin) for its, own, begin in each]
-    return mixed(kept), mixed(known), mixed(places)
+    return torch.cat(cut), numbers, torch.cat(known), torch.cat(places)
 
 
 def _apart_from(

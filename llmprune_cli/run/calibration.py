@@ -15,7 +15,7 @@ from llmprune_cli.errors import CheckpointError, UsageError
 from llmprune_cli.folder.documents import is_there
 from llmprune_cli.options import Text
 from llmprune_cli.text.corpus import BETWEEN, Corpus, load_corpus, load_usual_corpora
-from llmprune_cli.text.names import SELF, USUAL_TEXT, has_splits, parts_of
+from llmprune_cli.text.names import SELF, USUAL_TEXT, has_splits, parts_of, split_of
 from llmprune_cli.text.windows import fitting_length, mixed, read_corpus, windows_in
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class SeenText:
     def share_of(self, name: str, split: str) -> float:
         """Of these tokens that is of a text; 0 where none is."""
         path = Path(name)
-        if name == SELF or (has_splits(name) and split != self.split):
+        if name == SELF or (has_splits(name) and split_of(name, split) != split_of(name, self.split)):
             return 0.0
         parts = (part for part in parts_of(self.dataset) if part.name)
         return sum(part.share for part in parts if part.name == name or _is_same_file(path, Path(part.name)))
@@ -129,8 +129,8 @@ def window_tokens(options: Text, longest: int | None, warn: Callable[[str], None
     length = fitting_length(options.calibration_seq_len, longest, Text.calibration_seq_len, warn)
     if options.calibration_tokens < length:
         warn(
-            f"--calibration-tokens {options.calibration_tokens} is less than one window of {length}, so one window is "
-            "fitted on. --calibration-seq-len makes windows shorter."
+            f"--calibration-tokens {options.calibration_tokens} is less than one window of {length}, so one window "
+            "of every text is fitted on. --calibration-seq-len makes windows shorter."
         )
     return length
 
@@ -239,4 +239,4 @@ def load_calibration(
                 corpus = load_corpus(part.name, split, options.text_column, tokenizer)
             found.append((corpus, part.share))
         return found
-    return load_usual_corpora(split, Text.calibration_split, warn, option)
+    return load_usual_corpora(split, Text.calibration_split, options.calibration_seq_len, warn, option)

@@ -14,7 +14,7 @@ from llmprune_cli.folder.documents import is_there
 from llmprune_cli.progress import LOGGER
 from llmprune_cli.text.columns import Message, columns_in, find_columns, texts_in
 from llmprune_cli.text.files import COLUMNS, PLAIN, Row, check_file, kind_of, looks_like_a_file, read_rows, read_text
-from llmprune_cli.text.names import DOCUMENTATION_SPLITS, PYTHON_DOCS, SELF, USUAL_TEXT, WIKITEXT2, parts_of
+from llmprune_cli.text.names import PYTHON_DOCS, SELF, USUAL_TEXT, WIKITEXT2, parts_of, split_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,6 +25,7 @@ NO_DATASET = (
     "folder for wikitext2."
 )
 NO_SPLIT = "Name one of these with --calibration-split (of recover --text-split, of eval --split)."
+LEAST_LETTERS = 10  # of a text for each token of a window, so that there are two windows
 BETWEEN = "\n\n"  # documents; conversations end as their template says
 
 
@@ -78,12 +79,15 @@ def load_corpus(
 
 
 def load_usual_corpora(
-    split: str, usual_split: str, warn: Callable[[str], None], option: str
+    split: str, usual_split: str, length: int, warn: Callable[[str], None], option: str
 ) -> list[tuple[Corpus, float]]:
     """What is learned from where nobody has named a text, each with its share of the tokens.
 
     A model that was fitted on WikiText-2 alone is worse on all other text, and most of that comes back with some
-    documentation (`make bench-quality`).
+    documentation (`make bench-texts`). Of documentation there is too little for very long windows.
+
+    Args:
+        length: tokens in a window.
 
     Raises:
         CheckpointError: see `load_usual_corpus`.
@@ -92,7 +96,8 @@ def load_usual_corpora(
     if corpus.name == PYTHON_DOCS or split != usual_split:
         return [(corpus, 1.0)]
     _, (documentation, share) = ((part.name, part.share) for part in parts_of(USUAL_TEXT))
-    return [(corpus, 1 - share), (load_corpus(documentation, split), share)]
+    other = load_corpus(documentation, split)
+    return [(corpus, 1 - share), (other, share)] if len(other.text) > LEAST_LETTERS * length else [(corpus, 1.0)]
 
 
 def load_usual_corpus(split: str, usual_split: str, warn: Callable[[str], None], option: str) -> Corpus:
@@ -116,22 +121,17 @@ def load_usual_corpus(split: str, usual_split: str, warn: Callable[[str], None],
 
 
 def _documentation(split: str) -> str:
-    """Half of Python's documentation: `test` is the first half, and `train` and `validation` are what else there is.
+    """Half of Python's documentation: `test` is the first half, and every other split is what else there is.
 
     Topics repeat each other, so paragraphs of the first half are left out of the other one.
-
-    Raises:
-        CheckpointError: no such split.
     """
     from pydoc_data.topics import topics
 
-    if split not in DOCUMENTATION_SPLITS:
-        raise CheckpointError(f"{PYTHON_DOCS} has no split {split!r} but {', '.join(DOCUMENTATION_SPLITS)}. {NO_SPLIT}")
     texts = [*topics.values()]
     half = sum(map(len, texts)) / 2
     first = next(count for count, end in enumerate(accumulate(map(len, texts)), 1) if end >= half)
     judged = BETWEEN.join(texts[:first])
-    if split == "test":
+    if split_of(PYTHON_DOCS, split) == "test":
         return judged
     repeated = set(judged.split(BETWEEN))
     return BETWEEN.join(part for part in BETWEEN.join(texts[first:]).split(BETWEEN) if part not in repeated)

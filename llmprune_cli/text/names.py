@@ -141,7 +141,7 @@ def check_split(text: str | None, split: str, usual: str, option: str) -> None:
     """
     if split == usual or text is None:
         return
-    if split not in DOCUMENTATION_SPLITS and PYTHON_DOCS in [part.name for part in parts_of(text)]:
+    if text == PYTHON_DOCS and split not in DOCUMENTATION_SPLITS:
         raise UsageError(f"{option} {split}: {PYTHON_DOCS} has the splits {', '.join(DOCUMENTATION_SPLITS)}. Name one.")
     if _any_has_splits(text):
         return
@@ -164,7 +164,16 @@ def has_splits(name: str) -> bool:
     return name != SELF and not is_file
 
 
+def split_of(name: str, split: str) -> str:
+    """The split of a text that is read when one is asked for; in a mixture, documentation has every split."""
+    return "validation" if name == PYTHON_DOCS and split != "test" else split
+
+
 def short_name(text: str) -> str:
     """A text as tables name it: a mixture without its shares, a file without its folders."""
-    names = [part.name for part in parts_of(text)]
-    return ", ".join(Path(name).name if is_there(Path(name)) or looks_like_a_file(name) else name for name in names)
+    try:
+        names = [part.name for part in parts_of(text)]
+    except UsageError:  # a file whose name looks like a mixture, and which is gone
+        names = [text]
+    files = (is_there(Path(name)) or looks_like_a_file(name) for name in names)
+    return ", ".join(Path(name).name or name if is_file else name for name, is_file in zip(names, files, strict=True))

@@ -258,11 +258,6 @@ MISTAKES = {
         USAGE,
         ("--split foo", "python-docs has the splits test, validation, train"),
     ),
-    "a split that a part of a mixture lacks": Mistake(
-        prune(*HALF, "--calibration", "story.txt,python-docs", "--calibration-split", "foo"),
-        USAGE,
-        ("--calibration-split foo", "python-docs has the splits test, validation, train"),
-    ),
     "a split of lessons": Mistake(
         recover("--text", "story.txt", "--text-split", "foo"), USAGE, ("--text-split foo", "story.txt has none")
     ),

@@ -86,6 +86,30 @@ def test_text_that_the_prune_was_fitted_on_is_not_held_out(
     assert judged and not seen & judged and seen & trained  # what is left is learned from, all of it
 
 
+def test_each_of_several_texts_has_its_share_and_a_short_one_comes_more_often(
+    whole: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("".join(f"u{number:04d} " for number in range(90)))
+    asked = Healing(tokens="30k", text=f"{texts['plain']}:0.8,{short}:0.2", seq_len=24, batch_tokens=240)
+    warnings = list[str]()
+    with open_checkpoint(ModelReference(str(whole)), need_weights=True) as checkpoint:
+        tokenizer = load_tokenizer(checkpoint)
+        text = prepare_training(asked, tokenizer, BYTE_LEVEL_VOCABULARY, None, 1, TOGETHER, warnings.append)
+    read = [len(tokenizer(path.read_text())["input_ids"]) // 24 for path in (texts["plain"], short)]
+    is_short, held = (
+        torch.tensor(["u00" in tokenizer.decode(window) for window in windows])
+        for windows in (text.windows, text.held_out)
+    )
+    assert 0 < int(held.sum()) < len(held) and len(text.windows) + len(held) == sum(read)  # nothing is left out
+    counts = torch.bincount(text.order, minlength=len(text.windows))
+    assert int(counts[is_short].sum()) == pytest.approx(0.2 * len(text.order), abs=1)
+    assert counts[~is_short].max() - counts[~is_short].min() <= 1 and counts[is_short].min() > counts[~is_short].max()
+    early = is_short[text.order[: len(text.order) // 4]].float().mean()
+    assert float(early) == pytest.approx(0.2, abs=0.1)  # they are mixed
+    assert [("short.txt has" in said, "times each" in said) for said in warnings] == [(False, True), (True, True)]
+
+
 def test_where_no_other_text_is_left_it_is_said_that_what_is_held_out_flatters(
     whole: Path, texts: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -114,6 +138,7 @@ def test_what_a_prune_saw_is_known_by_file_and_split(texts: dict[str, Path], mon
     assert not SeenText("self", "validation", 1200, 24, 0).share_of("self", "validation")  # written with another seed
     documentation = SeenText("wikitext2:0.7,python-docs:0.3", "validation", 1200, 24, 0)
     assert documentation.share_of("python-docs", "validation") == pytest.approx(0.3)
+    assert documentation.share_of("python-docs", "train") == pytest.approx(0.3)  # the same text
     assert not documentation.share_of("python-docs", "test")
     assert SeenText.of(None) is None and SeenText.of({"dataset": "a.txt", "tokens": -1}) is None
 

@@ -164,8 +164,8 @@ def make(kind: str, models: tuple[Path, Path], tokens: int, windows: int, trl: P
     """A healed model and what it cost, kept for the next time."""
     folder = OUTPUT / f"{kind.replace(' ', '-')}-{tokens}"
     record = folder.with_suffix(".json")
-    if record.exists():
-        return dict(json.loads(record.read_text()))
+    if record.exists() and "worth" in (kept := json.loads(record.read_text())):
+        return dict(kept)
     command = training_command(kind, models, folder, tokens, trl)
     started = time.perf_counter()
     process = subprocess.Popen(command)
