@@ -451,7 +451,11 @@ def test_an_interruption_that_becomes_an_error_is_an_interruption(monkeypatch: p
         raise ValueError("could not determine the shape")
 
     monkeypatch.setattr(app, "run", lose_it)
-    run = run_cli("inspect", "anything")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what it runs behind
+    try:
+        run = run_cli("inspect", "anything")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert run.code == INTERRUPTED and "shape" not in run.stderr
     monkeypatch.undo()
     assert run_cli("inspect", "./nowhere").code == CHECKPOINT  # the next run was not interrupted

