@@ -14,7 +14,7 @@ from llmprune_cli.folder.documents import is_there
 from llmprune_cli.progress import LOGGER
 from llmprune_cli.text.columns import Message, columns_in, find_columns, texts_in
 from llmprune_cli.text.files import COLUMNS, PLAIN, Row, check_file, kind_of, looks_like_a_file, read_rows, read_text
-from llmprune_cli.text.names import PYTHON_DOCS, SELF, USUAL_TEXT, WIKITEXT2, parts_of, split_of
+from llmprune_cli.text.names import PYTHON_DOCS, SELF, USUAL_TEXT, WIKITEXT2, parts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,9 +95,11 @@ def load_usual_corpora(
     corpus = load_usual_corpus(split, usual_split, warn, option)
     if corpus.name == PYTHON_DOCS or split != usual_split:
         return [(corpus, 1.0)]
-    _, (documentation, share) = ((part.name, part.share) for part in parts_of(USUAL_TEXT))
-    other = load_corpus(documentation, split)
-    return [(corpus, 1 - share), (other, share)] if len(other.text) > LEAST_LETTERS * length else [(corpus, 1.0)]
+    own, others = parts_of(USUAL_TEXT)
+    documentation = load_corpus(others.name, split)
+    if len(documentation.text) <= LEAST_LETTERS * length:
+        return [(corpus, 1.0)]
+    return [(corpus, own.share), (documentation, others.share)]
 
 
 def load_usual_corpus(split: str, usual_split: str, warn: Callable[[str], None], option: str) -> Corpus:
@@ -131,7 +133,7 @@ def _documentation(split: str) -> str:
     half = sum(map(len, texts)) / 2
     first = next(count for count, end in enumerate(accumulate(map(len, texts)), 1) if end >= half)
     judged = BETWEEN.join(texts[:first])
-    if split_of(PYTHON_DOCS, split) == "test":
+    if split == "test":
         return judged
     repeated = set(judged.split(BETWEEN))
     return BETWEEN.join(part for part in BETWEEN.join(texts[first:]).split(BETWEEN) if part not in repeated)

@@ -10,6 +10,7 @@ import pytest
 from llmprune_cli.errors import CheckpointError
 from llmprune_cli.text import corpus
 from support.cli import CALIBRATED, WINDOW, evaluated, run_cli
+from support.gguf_exports import tiny
 from support.refusals import CHECKPOINT, assert_refused
 
 
@@ -103,5 +104,13 @@ def test_where_nobody_names_a_text_wikitext2_and_documentation_are_learned_from(
     assert run_cli(*asked, "--calibration-split", "train", "--output", by_split.parent, "--json").code == 0
     manifest = json.loads((by_split.parent / "llmprune.json").read_text())
     assert (manifest["calibration"]["dataset"], manifest["calibration"]["split"]) == ("wikitext2", "train")
+    words = ("--vocab-size", "300", "--mlp", "50%", "--calibration-seq-len", "40", "--calibration-tokens", "2000")
+    spelled = tiny(tmp_path / "spelled", "llama")
+    plans = [tmp_path / f"{name}.json" for name in ("by-default", "by-name")]
+    for plan, named_or_not in zip(plans, ((), named), strict=True):
+        run = run_cli("prune", spelled, *words, *named_or_not, "--save-plan", plan, "--output", plan.with_suffix(""))
+        assert run.code == 0, run.stderr
+    by_default, by_name = (json.loads(plan.read_text()) for plan in plans)
+    assert by_default["vocabulary"] == by_name["vocabulary"]  # tokens, too, are ranked by both texts
     long = corpus.load_usual_corpora("validation", "validation", 50_000, pytest.fail, "--text")
     assert [(own.name, share) for own, share in long] == [("wikitext2", 1.0)]  # of documentation there is too little

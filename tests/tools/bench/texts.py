@@ -25,7 +25,7 @@ USUAL = "by default"
 CALIBRATED_ON = {"on WikiText-2": "wikitext2", USUAL: None}
 WINDOW, WINDOWS = 512, 12  # that perplexity is measured on
 MAX_WIKITEXT2 = 1.04  # of what calibrating on it alone gives
-MAX_OTHERS = 0.9  # of that, on the texts that no row reads
+MAX_OTHERS = 0.9  # of that, on all other texts
 
 
 def perplexities(models: list[Path], text: str, windows: int) -> list[float]:
