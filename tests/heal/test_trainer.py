@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from llmprune_cli.commands.recover import task
 from llmprune_cli.heal.training.trainer import PATIENCE, _allocate_moments, _StopsInTheEnd
+from support.heal_runs import recover
 
 
 @pytest.mark.parametrize("is_fused", [False, True])
@@ -40,3 +42,21 @@ def test_training_ends_where_nothing_gains_but_not_while_the_learning_rate_is_hi
         if control.should_training_stop:
             ended.append(step)
     assert ended[0] == 80 + 10 * PATIENCE
+
+
+def test_a_step_is_the_same_however_its_batch_is_cut(
+    pruned: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip, norms = torch.nn.utils.clip_grad_norm_, list[float]()
+
+    def noting(*given: object, **named: object) -> torch.Tensor:
+        norm: torch.Tensor = clip(*given, **named)  # type: ignore[arg-type]
+        norms.append(float(norm))
+        return norm
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", noting)
+    for most in (128, 32):  # tokens that run together: a window, or all four of a batch
+        monkeypatch.setattr(task, "tokens_together", lambda device, most=most: most)
+        recover(pruned, text_file, tmp_path / str(most), "--tokens", "256")
+    together, one_by_one = norms[:2], norms[2:]
+    assert together == pytest.approx(one_by_one, rel=1e-3) and together[0] > 0

@@ -1,10 +1,12 @@
 """What healing makes of a real model: a quarter of the MLP of SmolLM2 removed and refitted, then trained.
 
 `make bench-recover` runs it: perplexity on WikiText-2's test split and on Python's documentation of the dense model, of
-the pruned one, and of what `llmprune recover` makes of it with ever more tokens: as a whole, on the default text, with
-a streamed teacher, and by `--mode blocks`. Beside it stand a plain transformers loop and trl's GKDTrainer, both with
-the teacher in memory, on as many tokens of the same text in batches of the same size. trl is left out where it is not
-installed. Finished rows are kept in `bench-recover-output/`. Exit status 1 means that a bound was missed.
+the pruned one, and of what `llmprune recover` makes of it with ever more tokens: on WikiText-2, on the default text, on
+text that the dense model writes itself, with a streamed teacher, and by `--mode blocks`. Beside it stand a plain
+transformers loop and trl's GKDTrainer, both with the teacher in memory, on as many tokens of the same text in batches
+of the same size. trl is left out where it is not installed. Models that are pruned to a share of the parameters follow,
+calibrated and healed on the default text. Finished rows are kept in `bench-recover-output/`. Exit status 1 means that a
+bound was missed.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +30,24 @@ from tools.bench.prune_1b import Bound, print_bounds, print_table, say
 OUTPUT = Path("bench-recover-output")
 WINDOW, WINDOWS = 512, 12  # that perplexity is measured on
 BATCH, LENGTH = 1024, 256  # tokens of a step and of a window
-TOKENS = (65536, 262144, 1048576)
-KINDS = ("recovered", "on the default text", "streamed", "by blocks", "plain loop", "trl")
-RECOVERED, BY_DEFAULT, STREAMED, BY_BLOCKS, PLAIN, TRL = KINDS
+TOKENS = (65536, 262144, 1048576, 4194304)
+KINDS = ("recovered", "on the default text", "on its own text", "streamed", "by blocks", "plain loop", "trl")
+RECOVERED, BY_DEFAULT, BY_ITSELF, STREAMED, BY_BLOCKS, PLAIN, TRL = KINDS
+QUARTER = "3/4 of the MLP"
+SHARES = ("85%", "70%", "50%")  # of the parameters, that models are pruned to beside that
 ON_WIKITEXT2 = ("--text", "wikitext2")
 OPTIONS = {
     RECOVERED: (*ON_WIKITEXT2, "--teacher-mode", "resident", "--batch-tokens", str(BATCH)),
     BY_DEFAULT: ("--teacher-mode", "resident", "--batch-tokens", str(BATCH)),
+    BY_ITSELF: ("--text", "self", "--teacher-mode", "resident", "--batch-tokens", str(BATCH)),
     STREAMED: (*ON_WIKITEXT2, "--teacher-mode", "streamed", "--batch-tokens", str(BATCH)),
     BY_BLOCKS: (*ON_WIKITEXT2, "--mode", "blocks"),
 }
 Worth = dict[str, dict[str, float]]  # figures by text
-MOST_AT_A_MILLION = {"WikiText-2": 1.20, "documentation": 1.55}  # times the dense model, healed on so many tokens
+MOST_AT_A_MILLION = {  # times the dense model, healed on so many tokens of the default text
+    QUARTER: {"WikiText-2": 1.20, "documentation": 1.55},
+    "70%": {"WikiText-2": 1.6, "documentation": 2.5},
+}
 MAX_STREAMED_MEMORY = 0.6  # of what trl, or else the plain loop, takes
 
 
@@ -160,9 +169,12 @@ def training_command(kind: str, models: tuple[Path, Path], folder: Path, tokens:
     return [*map(str, (trl, script, dense, pruned, folder, text, dtype, rate, BATCH))]
 
 
-def make(kind: str, models: tuple[Path, Path], tokens: int, windows: int, trl: Path | None) -> dict[str, Any]:
+def make(
+    kind: str, models: tuple[Path, Path], tokens: int, windows: int, trl: Path | None, share: str = QUARTER
+) -> dict[str, Any]:
     """A healed model and what it cost, kept for the next time."""
-    folder = OUTPUT / f"{kind.replace(' ', '-')}-{tokens}"
+    name = kind if share == QUARTER else f"{share} {kind}"
+    folder = OUTPUT / f"{name.replace(' ', '-')}-{tokens}"
     record = folder.with_suffix(".json")
     if record.exists() and "worth" in (kept := json.loads(record.read_text())):
         return dict(kept)
@@ -179,46 +191,50 @@ def make(kind: str, models: tuple[Path, Path], tokens: int, windows: int, trl: P
     return row
 
 
-def bounds_of(tokens: int, made: dict[str, dict[str, Any]], whole: Worth, cut: Worth) -> list[Bound]:
-    """What must hold of the models that were healed on so many tokens.
+def bounds_of(
+    share: str, tokens: int, made: dict[str, dict[str, Any]], whole: Worth, cut: Worth
+) -> Iterator[tuple[str, float, float]]:
+    """What must hold of the models that were healed on so many tokens: of what, the figure, and its limit.
 
     Args:
+        share: what the pruned one has.
         whole, cut: of the dense model and of the pruned one.
     """
     values = {kind: {text: own["perplexity"] for text, own in row["worth"].items()} for kind, row in made.items()}
     others = [kind for kind in (PLAIN, TRL) if kind in made]
-    bounds = []
-    for text, ours in values[RECOVERED].items():
-        pruned, by_default = cut[text]["perplexity"], values[BY_DEFAULT][text]
-        ratios = [("against pruned", ours / pruned, 1.0), ("by default against pruned", by_default / pruned, 1.0)]
-        ratios += [(f"against {kind}", ours / values[kind][text], 1.01) for kind in others]
-        ratios += [("streamed against resident", values[STREAMED][text] / ours, 1.01)]
-        ratios += [("blocks against pruned", values[BY_BLOCKS][text] / pruned, 1.0)]
-        ratios += [("blocks against end to end", values[BY_BLOCKS][text] / ours, 1.05)]
-        if tokens >= 2**20 and text in MOST_AT_A_MILLION:
-            dense = whole[text]["perplexity"]
-            ratios += [("by default against dense", by_default / dense, MOST_AT_A_MILLION[text])]
-        bounds += [Bound(f"{tokens:,} tokens, {text}: {what}", ratio, most) for what, ratio, most in ratios]
+    for text in whole:
+        own = {kind: perplexities[text] for kind, perplexities in values.items()}
+        for kind in (kind for kind in own if kind not in others):
+            yield f"{text}: {kind}, against pruned", own[kind] / cut[text]["perplexity"], 1.0
+        if RECOVERED in own:
+            for kind in others:
+                yield f"{text}: recovered, against {kind}", own[RECOVERED] / own[kind], 1.01
+            for kind, most in ((STREAMED, 1.01), (BY_BLOCKS, 1.05)):
+                if kind in own:
+                    yield f"{text}: {kind}, against recovered", own[kind] / own[RECOVERED], most
+        most_of_dense = MOST_AT_A_MILLION.get(share, {}).get(text)
+        if tokens >= 2**20 and BY_DEFAULT in own and most_of_dense:
+            yield f"{text}: by default, against dense", own[BY_DEFAULT] / whole[text]["perplexity"], most_of_dense
     for kind in others:
-        times, memory = (
-            made[own][cost] / made[kind][cost] for own, cost in ((RECOVERED, "cpu_seconds"), (STREAMED, "peak_kib"))
-        )
-        bounds.append(Bound(f"{tokens:,} tokens: CPU seconds against {kind}", times, 1.0))
-        bounds.append(Bound(f"{tokens:,} tokens: memory, streamed, against {kind}", memory, MAX_STREAMED_MEMORY))
-    return bounds
+        if RECOVERED in made:
+            yield f"CPU seconds against {kind}", made[RECOVERED]["cpu_seconds"] / made[kind]["cpu_seconds"], 1.0
+        if STREAMED in made:
+            memory = made[STREAMED]["peak_kib"] / made[kind]["peak_kib"]
+            yield f"memory, streamed, against {kind}", memory, MAX_STREAMED_MEMORY
+
+
+def pruned_to(share: str, dense: Path) -> Path:
+    """The folder of a pruned model, made once: a quarter of the MLP by WikiText-2, or a share by the default text."""
+    folder = OUTPUT / ("pruned" if share == QUARTER else f"pruned-{share}")
+    quarter = ("--intermediate-pruning-ratio", "0.25", "--calibration", "wikitext2")
+    if not folder.exists():
+        llmprune("prune", dense, *(quarter if share == QUARTER else ("--target-params", share)), "--output", folder)
+    return folder
 
 
 def main() -> int:
     """Measure, print and judge."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no further row is begun")
-    parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS, help="that are trained on, of each row")
-    parser.add_argument("--windows", type=int, default=WINDOWS, help="of 512 tokens that perplexity is measured on")
-    parser.add_argument("--model", type=Path, help="the dense model (default: SmolLM2 from its wheel)")
-    parser.add_argument("--pruned", type=Path, help="the pruned one (default: a quarter of its MLP removed)")
-    parser.add_argument("--trl", type=Path, help="the python of an environment with trl in it")
-    parser.add_argument("--plain", nargs=4, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
+    asked = arguments().parse_args()
     if asked.plain:
         dense, pruned, output = map(Path, asked.plain[:3])
         tokens = int(asked.plain[3])
@@ -226,29 +242,48 @@ def main() -> int:
         return 0
     started = time.perf_counter()
     OUTPUT.mkdir(exist_ok=True)
-    dense, pruned = asked.model or OUTPUT / "dense", asked.pruned or OUTPUT / "pruned"
+    dense = asked.model or OUTPUT / "dense"
     if not dense.exists():
         make_whole(dense)
-    if not pruned.exists():
-        quarter = ("--intermediate-pruning-ratio", "0.25", "--calibration", "wikitext2")
-        llmprune("prune", dense, *quarter, "--output", pruned)
-    kinds = [kind for kind in KINDS if kind != TRL or has_trl(asked.trl)]
-    whole, cut = (worth(folder, dense, asked.windows) for folder in (dense, pruned))
-    rows = [["dense", "", *_cells(whole), "", "", ""], ["pruned", "0", *_cells(cut), "", "", ""]]
+    kinds = [kind for kind in asked.rows if kind != TRL or has_trl(asked.trl)]
+    folders = {QUARTER: asked.pruned or pruned_to(QUARTER, dense)}
+    folders |= {share: pruned_to(share, dense) for share in asked.shares}
+    whole = worth(dense, dense, asked.windows)
+    cut = {share: worth(folder, dense, asked.windows) for share, folder in folders.items()}
+    rows = [["dense", "", *_cells(whole), "", "", ""]]
+    rows += [[f"{share}: pruned", "0", *_cells(own), "", "", ""] for share, own in cut.items()]
     bounds: list[Bound] = []
     for tokens in asked.tokens:
-        if time.perf_counter() - started > 60 * asked.minutes:
-            say(f"Left out for lack of time: {tokens:,} tokens.")
-            continue
-        made = {kind: make(kind, (dense, pruned), tokens, asked.windows, asked.trl) for kind in kinds}
-        for kind, row in made.items():
-            cost = [f"{row['seconds']:.0f} s", f"{row['cpu_seconds']:.0f} s", f"{row['peak_kib'] / 2**20:.2f} GiB"]
-            rows.append([kind, f"{tokens:,}", *_cells(row["worth"]), *cost])
-        bounds += bounds_of(tokens, made, whole, cut)
+        for share, folder in folders.items():
+            if time.perf_counter() - started > 60 * asked.minutes:
+                say(f"Left out for lack of time: {tokens:,} tokens, {share}.")
+                continue
+            own = kinds if share == QUARTER else [kind for kind in kinds if kind == BY_DEFAULT]
+            made = {kind: make(kind, (dense, folder), tokens, asked.windows, asked.trl, share) for kind in own}
+            for kind, row in made.items():
+                cost = [f"{row['seconds']:.0f} s", f"{row['cpu_seconds']:.0f} s", f"{row['peak_kib'] / 2**20:.2f} GiB"]
+                rows.append([f"{share}: {kind}", f"{tokens:,}", *_cells(row["worth"]), *cost])
+            found = bounds_of(share, tokens, made, whole, cut[share])
+            bounds += [Bound(f"{share}, {tokens:,} tokens: {what}", figure, most) for what, figure, most in found]
     heads = ["model", "tokens", *whole, "wall", "CPU", "peak memory"]
     print_table("Perplexity, bits per byte, KL in nats", heads, rows)
     print_bounds(bounds)
     return int(not all(bound.holds for bound in bounds))
+
+
+def arguments() -> argparse.ArgumentParser:
+    """What the command can be asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no further row is begun")
+    parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS, help="that are trained on, of each row")
+    parser.add_argument("--rows", nargs="*", default=KINDS, choices=KINDS, help="of the model pruned first")
+    parser.add_argument("--shares", nargs="*", default=SHARES, help="of the parameters, that models are pruned to")
+    parser.add_argument("--windows", type=int, default=WINDOWS, help="of 512 tokens that perplexity is measured on")
+    parser.add_argument("--model", type=Path, help="the dense model (default: SmolLM2 from its wheel)")
+    parser.add_argument("--pruned", type=Path, help="the pruned one (default: a quarter of its MLP removed)")
+    parser.add_argument("--trl", type=Path, help="the python of an environment with trl in it")
+    parser.add_argument("--plain", nargs=4, help=argparse.SUPPRESS)
+    return parser
 
 
 def _cells(worth: Worth) -> list[str]:
