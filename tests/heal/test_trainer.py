@@ -55,7 +55,7 @@ def test_a_step_is_the_same_however_its_batch_is_cut(
         return norm
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", noting)
-    for most in (128, 32):  # tokens that run together: a window, or all four of a batch
+    for most in (128, 32):  # tokens that run together: all four windows of a batch, or one
         monkeypatch.setattr(task, "tokens_together", lambda device, most=most: most)
         recover(pruned, text_file, tmp_path / str(most), "--tokens", "256")
     together, one_by_one = norms[:2], norms[2:]
