@@ -17,8 +17,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from llmprune_cli.heal import head as heads
 from llmprune_cli.heal import loss as losses
 from llmprune_cli.heal.loss import Predicted, Student, divergence
+from llmprune_cli.heal.teacher.repeated import Repeated
 from llmprune_cli.heal.teacher.resident import ResidentTeacher
 from llmprune_cli.heal.teacher.streamed import DRAWN, LIKELIEST, StreamedTeacher
+from llmprune_cli.run import states
 
 KINDS = ("kl", "ce", "kl+ce")
 
@@ -96,21 +98,46 @@ def test_tokens_that_are_kept_of_a_teacher_stand_for_all() -> None:
     assert abs(float(divergence(teacher, goal.at(slice(None)), 1.0)) / float(exact)) < 0.002
 
 
-def test_a_teacher_in_memory_runs_once_on_windows_that_are_judged_again(dense: Path) -> None:
+def test_a_teacher_in_memory_runs_once_on_windows_that_come_again(dense: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(dense).eval()
-    teacher, windows, numbers = ResidentTeacher(model, 1.0, torch.float32, layers=(0,)), torch.arange(24)[None], (7,)
+    windows = torch.randint(0, 96, (8, 24), generator=torch.Generator().manual_seed(1))
+    repeated = Repeated(tmp_path, windows[2:], first=2)
+    teacher, alone = (ResidentTeacher(model, 1.0, torch.float32, repeated=own) for own in (repeated, None))
+    runs: list[int] = []
+    counted = model.model.layers[0].register_forward_hook(lambda _, given, __: runs.append(len(given[0])))
+    for numbers in ([0, 1], [2, 5], [5, 3], [3, 2], [7], [7], [0, 1]):
+        wanted = alone.goal(windows[numbers], torch.tensor(numbers)).at(slice(None)).logs
+        runs.pop()
+        found = teacher.goal(windows[numbers], torch.tensor(numbers)).at(slice(None)).logs
+        torch.testing.assert_close(found, wanted)
+    assert runs == [2, 1, 1, 1, 1, 2]  # the first and the last time all at once
+    assert not any(tmp_path.iterdir())
+    counted.remove()
     alive = weakref.ref(teacher)
-    runs: list[object] = []
-    model.model.layers[0].register_forward_hook(lambda *_: runs.append(None))
-    whole = teacher.goal(windows, torch.tensor(numbers)).at(slice(None)).logs
-    for _ in range(3):
-        again = teacher.judged_goal(windows, torch.tensor(numbers))
-        torch.testing.assert_close(again.at(slice(None)).logs, whole)
-        assert not list(again.streams)
-    assert len(runs) == 2
     gc.disable()
     try:
-        del teacher, again
+        del teacher
         assert alive() is None
     finally:
         gc.enable()
+
+
+def test_a_teacher_runs_again_where_there_is_no_room_for_what_it_made(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(states, "MOST_OF_FREE_SPACE", 0.0)
+    model = AutoModelForCausalLM.from_pretrained(dense).eval()
+    windows, numbers = torch.arange(48).view(2, 24), torch.arange(2)
+    teacher = ResidentTeacher(model, 1.0, torch.float32, repeated=Repeated(tmp_path, windows, first=0))
+    first, again = (teacher.judged_goal(windows, numbers).at(slice(None)).logs for _ in range(2))
+    assert torch.equal(first, again)
+
+
+def test_the_residual_stream_of_a_teacher_is_there_whatever_is_kept_of_it(dense: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(dense).eval()
+    windows, numbers = torch.arange(48).view(2, 24), torch.arange(2)
+    repeated = Repeated(tmp_path, windows, first=0)
+    teacher = ResidentTeacher(model, 1.0, torch.float32, layers=(0,), repeated=repeated)
+    for _ in range(2):
+        assert len(list(teacher.goal(windows, numbers).streams)) == 1
+        assert not list(teacher.judged_goal(windows, numbers).streams)

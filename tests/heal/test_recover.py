@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import llmprune_cli
+from llmprune_cli.heal.teacher.resident import ResidentTeacher
 from llmprune_cli.report.schemas import DOCUMENTS, adapter_of
 from support.cli import BY_MAGNITUDE, run_cli
 from support.full import in_full
@@ -84,6 +85,22 @@ def test_a_result_that_is_no_better_says_so(pruned: Path, text_file: Path, tmp_p
     )
     assert run.code == 0, run.stderr
     assert "no better than" in run.stderr and "gained nothing" in run.stdout
+
+
+def test_a_teacher_in_memory_runs_once_on_text_that_is_seen_again(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, seen = ResidentTeacher._hidden, list[bytes]()
+    text = tmp_path / "numbers.txt"
+    text.write_text(" ".join(str(number**3) for number in range(600)))
+
+    def counting(self: ResidentTeacher, windows: torch.Tensor) -> torch.Tensor:
+        seen.extend(window.numpy().tobytes() for window in windows)
+        return run(self, windows)
+
+    monkeypatch.setattr(ResidentTeacher, "_hidden", counting)
+    result = recover(pruned, text, tmp_path / "healed", "--tokens", "16384", "--teacher-mode", "resident")
+    assert result["is_better"] and len(seen) == len(set(seen)) < 16384 // 32 / 2
 
 
 def test_python_heals_as_the_command_does(pruned: Path, text_file: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from llmprune_cli.heal.layers import stands_for
 from llmprune_cli.heal.options import Healing, usual_learning_rate
 from llmprune_cli.heal.student import TrainedModel
 from llmprune_cli.heal.teacher import Teacher
+from llmprune_cli.heal.teacher.repeated import Repeated
 from llmprune_cli.heal.teacher.resident import ResidentTeacher
 from llmprune_cli.heal.teacher.streamed import stream_teacher
 from llmprune_cli.heal.teacher.token_map import TokenMap, map_tokens
@@ -220,12 +221,17 @@ def check_room(task: Task, trained: TrainedModel, folder: Path) -> None:
     """
     if not task.processes.is_first:
         return
-    needed, free = bytes_of(trained.trained) + task.pruned.size_bytes, shutil.disk_usage(folder).free
+    needed, free = _bytes_to_write(task, trained), shutil.disk_usage(folder).free
     if needed > free:
         raise OutputError(
             f"{folder.parent} has room for {free:,} bytes, and the checkpoints of the training and the result take "
             f"{needed:,}. Make room there, choose another --output, or train less: --train mlp, --lora 16."
         )
+
+
+def _bytes_to_write(task: Task, trained: TrainedModel) -> int:
+    """Of the checkpoints of the training and of the result."""
+    return bytes_of(trained.trained) + task.pruned.size_bytes
 
 
 def choose_teacher(task: Task, trained: TrainedModel, folder: Path) -> tuple[str, Teacher]:
@@ -245,7 +251,10 @@ def choose_teacher(task: Task, trained: TrainedModel, folder: Path) -> tuple[str
         task.listener.stage("Loading the teacher", 1)
         model = load_model(task.teacher, task.device, str(dtype).removeprefix("torch."))
         task.listener.advance(1)
-        return mode, ResidentTeacher(model.requires_grad_(False), temperature, task.compute, task.tokens, task.layers)
+        room = shutil.disk_usage(folder).free - _bytes_to_write(task, trained)
+        repeated = Repeated.of(task.text, task.teacher, folder, room // task.processes.count)
+        how = temperature, task.compute, task.tokens, task.layers, repeated
+        return mode, ResidentTeacher(model.requires_grad_(False), *how)
     place = teaching.teacher_cache or folder / "teacher"
     windows = torch.cat([task.text.windows, task.text.held_out])
     layered = LayeredModel(understand(task.teacher), task.device.partition(":")[0], task.compute)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from llmprune_cli.heal.layers import following
 from llmprune_cli.heal.loss import Goal, Predicted, hidden_states
+from llmprune_cli.heal.teacher.repeated import Repeated
 from llmprune_cli.heal.teacher.token_map import TokenMap
 from llmprune_cli.heal.teacher.unfinished import Unfinished
 from llmprune_cli.run.layer import multiplying_in
@@ -29,22 +30,27 @@ class ResidentTeacher:
     compute: torch.dtype  # of products
     tokens: TokenMap | None = None  # where the student has fewer
     layers: tuple[int, ...] = ()  # behind which its residual stream is a goal
-    _judged: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict, compare=False)  # hidden states
+    repeated: Repeated | None = None  # what it made of windows that come again
 
-    def goal(self, windows: torch.Tensor, numbers: torch.Tensor) -> _ResidentGoal:
-        """What it predicts on windows [B, T], whatever their numbers."""
-        read = windows if self.tokens is None else self.tokens.read(windows)
-        with torch.no_grad(), multiplying_in(self.compute, windows.device):
-            with following(self.model, self.layers) as streams:
-                hidden = hidden_states(self.model, read)
-            return _ResidentGoal(self, windows, hidden, streams)
+    def goal(self, windows: torch.Tensor, numbers: torch.Tensor) -> Goal:
+        """What it predicts on windows [B, T] with these numbers, [B]."""
+        if not self.layers:
+            return self.judged_goal(windows, numbers)
+        with following(self.model, self.layers) as streams:
+            hidden = self._hidden(windows)
+        return _ResidentGoal(self, windows, hidden, streams)
 
     def judged_goal(self, windows: torch.Tensor, numbers: torch.Tensor) -> Goal:
-        """The same of windows that are asked for more than once: the model runs the first time."""
-        asked = tuple(numbers.tolist())
-        if asked not in self._judged:
-            self._judged[asked] = self.goal(windows, numbers).hidden
-        return _ResidentGoal(self, windows, self._judged[asked], [])
+        """The same without its residual stream."""
+        if self.repeated is None:
+            return _ResidentGoal(self, windows, self._hidden(windows), [])
+        return _ResidentGoal(self, windows, self.repeated.hidden(windows, numbers.tolist(), self._hidden), [])
+
+    def _hidden(self, windows: torch.Tensor) -> torch.Tensor:
+        """What its head is given for all tokens of windows [B, T] but their last, [B·(T−1), D]."""
+        read = windows if self.tokens is None else self.tokens.read(windows)
+        with torch.no_grad(), multiplying_in(self.compute, windows.device):
+            return hidden_states(self.model, read)
 
 
 @dataclass(frozen=True)
