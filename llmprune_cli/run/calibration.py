@@ -110,14 +110,21 @@ def prepare_calibration(
     length = window_tokens(options, longest, warn)
     wanted = max(1, options.calibration_tokens // length)
     corpus = together(options.calibration, [own for own, _ in parts])
+    shares = _judged_shares(parts)
     found = []
-    for (own, share), begin in zip(parts, begins_in([own for own, _ in parts]), strict=True):
+    for (own, share), judged, begin in zip(parts, shares, begins_in([own for own, _ in parts]), strict=True):
         reading = read_corpus(own, tokenizer, vocabulary)
         windows = windows_in(reading.tokens, length, None, own.origin)
-        places = _drawn(own, windows, max(1, round(wanted * share)), share, seed, warn)
+        places = _drawn(own, windows, max(1, round(wanted * share)), judged, seed, warn)
         told = (reading.parts(length, place, begin) for place in places[1:])
         found.append((*(windows[place] for place in places), *told))
     return CalibrationText(corpus, *(mixed([*each]) for each in zip(*found, strict=True)))
+
+
+def _judged_shares(parts: list[tuple[Corpus, float]]) -> list[float]:
+    """Which share of the tokens to judge by is of each text: none of what the model wrote, where there are others."""
+    others = sum(share for own, share in parts if own.name != SELF)
+    return [share / others if own.name != SELF else 0.0 for own, share in parts] if others else [1.0]
 
 
 def window_tokens(options: Text, longest: int | None, warn: Callable[[str], None]) -> int:
@@ -157,7 +164,7 @@ def _drawn(
         warn(f"{corpus.origin} has {fitted * length:,} tokens to calibrate on instead of {wanted * length:,}.")
     order = _order(len(windows), seed)
     left = len(windows) - fitted - held_out
-    judged = min(left, windows_to_judge_by(length, share))
+    judged = min(left, windows_to_judge_by(length, share)) if share else 0
     places = (order[:fitted], order[fitted : fitted + held_out], order[len(windows) - judged :])
     drawn, chosen_by, judged_by = (place.sort().values for place in places)
     return drawn, chosen_by, judged_by
@@ -205,9 +212,13 @@ def warn_of_shared_text(calibration: Corpus, evaluated: Corpus, warn: Callable[[
 
 
 def tokens_to_write(options: Text) -> int:
-    """How many a model has to write itself to be calibrated on, to choose by, and to be judged by."""
-    windows = options.calibration_tokens * (HELD_OUT_SHARE + 1) // HELD_OUT_SHARE + 2 * options.calibration_seq_len
-    return windows + windows_to_judge_by(options.calibration_seq_len) * options.calibration_seq_len
+    """How long a text is of which a model writes its share: to be calibrated on, to choose by, and where there is no
+    other text also to be judged by.
+    """
+    length, parts = options.calibration_seq_len, parts_of(options.calibration or USUAL_TEXT)
+    share = sum(part.share for part in parts if part.name == SELF) or 1.0
+    fitted = options.calibration_tokens * (HELD_OUT_SHARE + 1) // HELD_OUT_SHARE
+    return fitted + math.ceil(2 * length / share) + (windows_to_judge_by(length) * length if share == 1 else 0)
 
 
 def load_calibration(

@@ -139,9 +139,9 @@ def _documentation(split: str) -> str:
     return BETWEEN.join(part for part in BETWEEN.join(texts[first:]).split(BETWEEN) if part not in repeated)
 
 
-def own_corpus(documents: list[str], source: str) -> Corpus:
-    """Documents that a model wrote itself."""
-    return Corpus(SELF, BETWEEN.join(documents), f"text that {source} wrote itself")
+def own_corpus(text: str, source: str) -> Corpus:
+    """What a model wrote itself."""
+    return Corpus(SELF, text, f"text that {source} wrote itself")
 
 
 def _load(name: str, configuration: str | None, split: str, **options: Any) -> Any:

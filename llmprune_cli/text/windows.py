@@ -108,3 +108,11 @@ def are_apart(windows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     for other in others:
         is_other |= (windows == other).all(1)
     return ~is_other | is_other.all()
+
+
+def left_padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [N, T] that end together, and which of them count."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[own[0]] * (longest - len(own)) + own for own in prompts])
+    mask = torch.tensor([[0] * (longest - len(own)) + [1] * len(own) for own in prompts])
+    return ids, mask

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from transformers import AutoTokenizer
 
+from llmprune_cli.options import ModelReference
+from llmprune_cli.progress import Listener
 from llmprune_cli.run import calibration
+from llmprune_cli.source import own_text
+from llmprune_cli.source.opening import open_checkpoint
 from support.cli import run_cli
 from support.heal_runs import recover
 from support.refusals import CHECKPOINT, assert_refused
 from support.stock import written_tensors
 from support.tiny import BYTE_LEVEL_VOCABULARY, save_byte_level, save_tiny
 
+CHAT = "{% for turn in messages %}[{{ turn['role'] }}]{{ turn['content'] }}[/{{ turn['role'] }}]{% endfor %}"
+CHAT += "{% if add_generation_prompt %}[assistant]{% endif %}"
 ASKED = ("--mlp", "50%", "--calibration-tokens", "256", "--calibration-seq-len", "32")
 
 
@@ -63,3 +72,53 @@ def test_a_model_without_room_writes_nothing(writer: Path, tmp_path: Path, monke
 
 def test_a_model_is_not_judged_by_what_it_writes_itself(writer: Path) -> None:
     assert_refused(run_cli("eval", writer, "--dataset", "self"), CHECKPOINT, "not judged", "Give a text")
+
+
+def written_by(writer: Path, template: str | None, seed: int = 0, tokens: int = 300) -> str:
+    """Text that a model writes itself whose tokenizer has a chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(writer)
+    tokenizer.chat_template = template
+    with open_checkpoint(ModelReference(str(writer)), need_weights=True) as checkpoint:
+        place = own_text.Place("cpu", torch.float32)
+        return own_text.write_text(checkpoint, tokenizer, place, tokens, seed, Listener())
+
+
+def test_a_model_with_a_chat_template_writes_conversations(writer: Path) -> None:
+    text = written_by(writer, CHAT)
+    assert re.fullmatch(r"(\[user\].+?\[/user\]\[assistant\].+?\[/assistant\])+", text, re.DOTALL)
+    assert text.count("[user]") > 3 and text == written_by(writer, CHAT) != written_by(writer, CHAT, seed=1)
+    assert len(AutoTokenizer.from_pretrained(writer)(text)["input_ids"]) >= 300
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        None,
+        "{% for turn in messages %}{{ turn['content'] }}{% endfor %}",  # which adds nothing
+        "{{ raise_exception('a system prompt first') }}",
+        CHAT.replace("turn['content']", "turn['content'] | upper"),
+        "x" * 3000 + CHAT,  # which leaves no room for a conversation
+    ],
+)
+def test_a_model_without_a_template_that_serves_writes_documents(writer: Path, template: str | None) -> None:
+    assert written_by(writer, template) == written_by(writer, None)
+
+
+def test_what_a_model_says_ends_where_its_turn_does(writer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the first special token, and where the template's own words begin, which some models write on."""
+    tokenizer = AutoTokenizer.from_pretrained(writer)
+    said = [tokenizer.encode(own, add_special_tokens=False) for own in ("Why?[/user][assistant]No", "So it is")]
+    monkeypatch.setattr(own_text._Writer, "_sampled", lambda *_: [[*said.pop(0), tokenizer.eos_token_id, 5, 6]])
+    text = written_by(writer, CHAT, tokens=1)
+    assert text == "[user]Why?[/user][assistant]So it is[/assistant]"
+
+
+def test_a_model_that_says_nothing_as_a_user_writes_documents(writer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = own_text._Writer._sampled
+    end = AutoTokenizer.from_pretrained(writer).eos_token_id
+
+    def mute(self: own_text._Writer, begun: list[list[int]], most: int) -> list[list[int]]:
+        return [[end]] * len(begun) if len(begun[0]) > 1 else sample(self, begun, most)
+
+    monkeypatch.setattr(own_text._Writer, "_sampled", mute)
+    assert written_by(writer, CHAT) == written_by(writer, None)

@@ -18,6 +18,7 @@ from llmprune_cli.options import Text
 from llmprune_cli.run.calibration import JUDGED_TOKENS, prepare_calibration
 from llmprune_cli.text import files
 from llmprune_cli.text.columns import find_columns, texts_in
+from llmprune_cli.text.corpus import Corpus, own_corpus
 from llmprune_cli.text.files import check_file, read_rows, read_text
 from llmprune_cli.text.names import Part, parts_of
 from support.cli import evaluated, run_cli
@@ -262,6 +263,31 @@ def test_each_text_has_its_share_of_the_windows(
     text = Text(mixture, calibration_tokens=640, calibration_seq_len=40)
     drawn = tokenizer.batch_decode(prepare_calibration(text, tokenizer, 96, 64, 0, print).fitted)
     assert (sum("lph" in own for own in drawn), sum("bet" in own for own in drawn)) == windows
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_a_model_is_judged_on_text_of_others_if_there_is_any(tiny_llama: Path, tmp_path: Path, others: bool) -> None:
+    """What it writes itself is that much, too: enough to fit on and to choose by, and to judge by if need be."""
+    from transformers import AutoTokenizer
+
+    text, asked = tmp_path / "long.txt", list[int]()
+    text.write_text("Others say this. " * 2000)
+
+    def write(tokens: int) -> Corpus:
+        asked.append(tokens)
+        return own_corpus("xyz" * (tokens // 3 + 1), "a model")
+
+    name = f"self:0.25,{text}:0.75" if others else "self"
+    options = Text(name, calibration_tokens=1200, calibration_seq_len=40)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    found = prepare_calibration(options, tokenizer, 96, 64, 0, pytest.fail, write)
+    own, held_out, judged = (
+        sum("xyz" in window for window in tokenizer.batch_decode(windows))
+        for windows in (found.fitted, found.held_out, found.judged)
+    )
+    assert (own, held_out) == ((8, 1) if others else (30, 3))
+    assert found.judged[:, 1:].numel() >= JUDGED_TOKENS and judged == (0 if others else len(found.judged))
+    assert asked[0] < (600 if others else 1.2 * JUDGED_TOKENS)
 
 
 def test_fewer_tokens_than_a_window_are_said_to_be_one_window(

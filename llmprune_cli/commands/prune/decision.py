@@ -290,8 +290,8 @@ def write_own_text(request: PruneRequest, subject: Subject, listener: Listener, 
     """Text that the whole model writes itself."""
     checkpoint, device = subject.checkpoint, request.model.device
     place = Place(device, native_dtype(checkpoint.stored_dtype, torch.device(layer_device(device))))
-    texts = write_text(checkpoint, load_tokenizer(checkpoint), place, tokens, request.choice.seed, listener)
-    return own_corpus(texts, checkpoint.source)
+    text = write_text(checkpoint, load_tokenizer(checkpoint), place, tokens, request.choice.seed, listener)
+    return own_corpus(text, checkpoint.source)
 
 
 def _warn_of_idle_processes(text: CalibrationText, processes: Processes, listener: Listener) -> None:

@@ -195,13 +195,13 @@ def _write_text(
     request: RecoverRequest, teacher: Checkpoint, processes: Processes, listener: Listener, tokens: int
 ) -> Corpus:
     """Text that the teacher writes itself, in the first process, for all."""
-    documents: list[str] = []
+    text = ""
     device = request.model.device
     if processes.is_first:
         place = Place(device, native_dtype(teacher.stored_dtype, torch.device(layer_device(device))))
         seed = request.healing.seed + FROM_PRUNING
-        documents = write_text(teacher, load_tokenizer(teacher), place, tokens, seed, listener)
-    return own_corpus(processes.broadcast(documents), teacher.source)
+        text = write_text(teacher, load_tokenizer(teacher), place, tokens, seed, listener)
+    return own_corpus(processes.broadcast(text), teacher.source)
 
 
 def _compute(request: RecoverRequest, pruned: Checkpoint, device: str) -> torch.dtype:

@@ -12,6 +12,7 @@ from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.progress import Listener
 from llmprune_cli.source.full_model import load_model
 from llmprune_cli.source.tokenizer import load_tokenizer
+from llmprune_cli.text.windows import left_padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,7 +41,7 @@ def answer_prompts(checkpoint: Checkpoint, device: str, dtype: torch.dtype, list
         return ()
     listener.stage("Answering prompts", 1)
     model = load_model(checkpoint, device, str(dtype).removeprefix("torch."))
-    ids, mask = _padded([tokenizer.encode(text, add_special_tokens=False) for text in spelled])
+    ids, mask = left_padded([tokenizer.encode(text, add_special_tokens=False) for text in spelled])
     with torch.inference_mode():
         written = model.generate(  # type: ignore[operator]
             ids.to(model.device),
@@ -64,14 +65,6 @@ def _spelled(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     talks = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     spelled = [str(tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True)) for t in talks]
     return [] if spelled == list(PROMPTS) else spelled
-
-
-def _padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [N, T] that end together, and which of them count."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[own[0]] * (longest - len(own)) + own for own in prompts])
-    mask = torch.tensor([[0] * (longest - len(own)) + [1] * len(own) for own in prompts])
-    return ids, mask
 
 
 def _padding(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -1,12 +1,12 @@
 """What healing makes of a real model: a quarter of the MLP of SmolLM2 removed and refitted, then trained.
 
-`make bench-recover` runs it: perplexity on WikiText-2's test split and on Python's documentation of the dense model, of
-the pruned one, and of what `llmprune recover` makes of it with ever more tokens: on WikiText-2, on the default text, on
-text that the dense model writes itself, with a streamed teacher, and by `--mode blocks`. Beside it stand a plain
-transformers loop and trl's GKDTrainer, both with the teacher in memory, on as many tokens of the same text in batches
-of the same size. trl is left out where it is not installed. Models that are pruned to a share of the parameters follow,
-calibrated and healed on the default text. Finished rows are kept in `bench-recover-output/`. Exit status 1 means that a
-bound was missed.
+`make bench-recover` runs it: perplexity on WikiText-2's test split, on Python's documentation and on texts that nothing
+is healed with, of the dense model, of the pruned one, and of what `llmprune recover` makes of it with ever more tokens:
+on WikiText-2, on the default text by the teacher's predictions and by the text as well, on text that the dense model
+writes itself, with a streamed teacher, and by `--mode blocks`. Beside it stand a plain transformers loop and trl's
+GKDTrainer, both with the teacher in memory, on as many tokens of the same text in batches of the same size. trl is left
+out where it is not installed. Models that are pruned to a share of the parameters follow, calibrated and healed on the
+default text. Finished rows are kept in `bench-recover-output/`. Exit status 1 means that a bound was missed.
 """
 
 from __future__ import annotations
@@ -24,21 +24,24 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tools.bench.exports import make_whole
-from tools.bench.judged_texts import write_judged_texts
+from tools.bench.judged_texts import ANSWERS, write_answers, write_judged_texts
 from tools.bench.prune_1b import Bound, print_bounds, print_table, say
 
 OUTPUT = Path("bench-recover-output")
 WINDOW, WINDOWS = 512, 12  # that perplexity is measured on
 BATCH, LENGTH = 1024, 256  # tokens of a step and of a window
 TOKENS = (65536, 262144, 1048576, 4194304)
-KINDS = ("recovered", "on the default text", "on its own text", "streamed", "by blocks", "plain loop", "trl")
-RECOVERED, BY_DEFAULT, BY_ITSELF, STREAMED, BY_BLOCKS, PLAIN, TRL = KINDS
+OURS = ("recovered", "on the default text", "the same, kl+ce", "on its own text", "streamed", "by blocks")
+OTHERS = ("plain loop", "trl")
+KINDS = (*OURS, *OTHERS)
+RECOVERED, BY_DEFAULT, BY_BOTH, BY_ITSELF, STREAMED, BY_BLOCKS, PLAIN, TRL = KINDS
 QUARTER = "3/4 of the MLP"
 SHARES = ("85%", "70%", "50%")  # of the parameters, that models are pruned to beside that
 ON_WIKITEXT2 = ("--text", "wikitext2")
 OPTIONS = {
     RECOVERED: (*ON_WIKITEXT2, "--teacher-mode", "resident", "--batch-tokens", str(BATCH)),
     BY_DEFAULT: ("--teacher-mode", "resident", "--batch-tokens", str(BATCH)),
+    BY_BOTH: ("--loss", "kl+ce", "--teacher-mode", "resident", "--batch-tokens", str(BATCH)),
     BY_ITSELF: ("--text", "self", "--teacher-mode", "resident", "--batch-tokens", str(BATCH)),
     STREAMED: (*ON_WIKITEXT2, "--teacher-mode", "streamed", "--batch-tokens", str(BATCH)),
     BY_BLOCKS: (*ON_WIKITEXT2, "--mode", "blocks"),
@@ -66,7 +69,7 @@ def worth(folder: Path, dense: Path, windows: int) -> Worth:
     dtype = str(fast_dtype()).removeprefix("torch.")
     options = ("--max-seq-len", str(WINDOW), "--limit", str(windows), "--dtype", dtype)
     found = {}
-    for name, text in write_judged_texts(OUTPUT).items():
+    for name, text in {**write_judged_texts(OUTPUT), ANSWERS: write_answers(dense, OUTPUT)}.items():
         row = llmprune("eval", dense, folder, "--dataset", text, *options)["results"][1]
         found[name] = {key: row[key] for key in ("perplexity", "bits_per_byte", "kl")}
     return found
@@ -174,7 +177,7 @@ def make(
 ) -> dict[str, Any]:
     """A healed model and what it cost, kept for the next time."""
     name = kind if share == QUARTER else f"{share} {kind}"
-    folder = OUTPUT / f"{name.replace(' ', '-')}-{tokens}"
+    folder = OUTPUT / f"{name.replace(',', '').replace(' ', '-')}-{tokens}"
     record = folder.with_suffix(".json")
     if record.exists() and "worth" in (kept := json.loads(record.read_text())):
         return dict(kept)
@@ -201,10 +204,10 @@ def bounds_of(
         whole, cut: of the dense model and of the pruned one.
     """
     values = {kind: {text: own["perplexity"] for text, own in row["worth"].items()} for kind, row in made.items()}
-    others = [kind for kind in (PLAIN, TRL) if kind in made]
+    others = [kind for kind in OTHERS if kind in made]
     for text in whole:
         own = {kind: perplexities[text] for kind, perplexities in values.items()}
-        for kind in (kind for kind in own if kind not in others):
+        for kind in (kind for kind in OURS if kind in own):
             yield f"{text}: {kind}, against pruned", own[kind] / cut[text]["perplexity"], 1.0
         if RECOVERED in own:
             for kind in others:
@@ -258,7 +261,7 @@ def main() -> int:
             if time.perf_counter() - started > 60 * asked.minutes:
                 say(f"Left out for lack of time: {tokens:,} tokens, {share}.")
                 continue
-            own = kinds if share == QUARTER else [kind for kind in kinds if kind == BY_DEFAULT]
+            own = kinds if share == QUARTER else [BY_DEFAULT]
             made = {kind: make(kind, (dense, folder), tokens, asked.windows, asked.trl, share) for kind in own}
             for kind, row in made.items():
                 cost = [f"{row['seconds']:.0f} s", f"{row['cpu_seconds']:.0f} s", f"{row['peak_kib'] / 2**20:.2f} GiB"]
@@ -276,7 +279,9 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no further row is begun")
     parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS, help="that are trained on, of each row")
-    parser.add_argument("--rows", nargs="*", default=KINDS, choices=KINDS, help="of the model pruned first")
+    parser.add_argument(
+        "--rows", nargs="*", default=KINDS, choices=KINDS, help="of the model that lacks a quarter of its MLP"
+    )
     parser.add_argument("--shares", nargs="*", default=SHARES, help="of the parameters, that models are pruned to")
     parser.add_argument("--windows", type=int, default=WINDOWS, help="of 512 tokens that perplexity is measured on")
     parser.add_argument("--model", type=Path, help="the dense model (default: SmolLM2 from its wheel)")
