@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 TOGETHER = 32  # documents that are written at a time
 LENGTH = 512  # tokens of a document, at most
 QUESTION_SHARE = 4  # one token in so many of a conversation, at most, is the user's
-PLACEHOLDER = "what a user says"
+ASKED, ANSWERED = "what a user says", "what a model answers"
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Frame:
-    """What a chat template puts around the first thing that a user says, up to where the answer begins."""
+    """What a chat template puts around the first thing that a user says, and around the answer."""
 
     before: str
-    after: str
+    between: str
+    end: str
 
 
 def write_text(
@@ -51,7 +52,8 @@ def write_text(
 
     Documents are x ~ p_θ(· | BOS), after Williams et al., "Self-calibration for Language Model Quantization and
     Pruning", arXiv 2410.17170. Of conversations, the user's part is what the model writes after the beginning of the
-    template, after Xu et al., "Magpie", arXiv 2406.08464, section 2.
+    template, after Xu et al., "Magpie", arXiv 2406.08464, section 2; they are as the model wrote them, since
+    templates leave out parts of what was answered, such as thoughts.
 
     Raises:
         CheckpointError: the model does not fit into memory, or writes nothing.
@@ -79,13 +81,17 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase) -> Frame | None:
     """What stands around a user's words; None where there is no template, or one that adds nothing, or refuses them."""
     if getattr(tokenizer, "chat_template", None) is None:
         return None
-    turn = [{"role": "user", "content": PLACEHOLDER}]
+    asked = [{"role": "user", "content": ASKED}]
+    answered = [*asked, {"role": "assistant", "content": ANSWERED}]
     try:
-        spelled = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        begun = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+        whole = str(tokenizer.apply_chat_template(answered, tokenize=False))
     except Exception:  # templates raise every kind
         return None
-    before, found, after = spelled.partition(PLACEHOLDER)
-    return Frame(before, after) if found and before.strip() and after.strip() else None
+    before, found, between = begun.partition(ASKED)
+    if not (found and before.strip() and between.strip()):
+        return None
+    return Frame(before, between, whole.partition(ANSWERED)[2])
 
 
 class _Writer:
@@ -97,6 +103,8 @@ class _Writer:
         self._start = _start_token(model, tokenizer)
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._length = min(LENGTH, longest or LENGTH) - 1
+        ends = model.generation_config.eos_token_id
+        self._ends = {*(ends if isinstance(ends, list) else [ends])}
 
     def fill(self, tokens: int, write: Callable[[int], list[str]], listener: Listener) -> list[str]:
         """Texts that hold so many tokens together, or fewer where the model writes no more.
@@ -120,29 +128,28 @@ class _Writer:
         return [text for text in self._tokenizer.batch_decode(rows, skip_special_tokens=True) if text]
 
     def conversations(self, frame: Frame, count: int) -> list[str]:
-        """What a user might ask the model, and its answers, as its template spells them."""
+        """What a user might ask the model, and what it answers, thoughts and all."""
         tokenizer = self._tokenizer
         before = tokenizer.encode(frame.before, add_special_tokens=False)
-        room = self._length - len(before) - len(tokenizer.encode(frame.after, add_special_tokens=False))
+        room = self._length - len(before) - len(tokenizer.encode(frame.between + frame.end, add_special_tokens=False))
         if room < 2 * QUESTION_SHARE:
             return []
-        written = map(self._said, self._sampled([before] * count, room // QUESTION_SHARE))
-        asked = [said for text in written if (said := text.partition(frame.after.strip())[0].strip())]
-        if not asked:
+        special = {*tokenizer.all_special_ids}
+        questions = (_until(special, row)[0] for row in self._sampled([before] * count, room // QUESTION_SHARE))
+        parts = (self._spelled(row).partition(frame.between.strip())[0].strip() for row in questions)
+        begun = [frame.before + asked + frame.between for asked in parts if asked]
+        if not begun:
             return []
-        begun = [tokenizer.encode(frame.before + said + frame.after, add_special_tokens=False) for said in asked]
-        answers = map(self._said, self._sampled(begun, self._length - max(map(len, begun))))
-        turns = [
-            [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
-            for said, answer in zip(asked, answers, strict=True)
-            if answer.strip()
+        ids = [tokenizer.encode(own, add_special_tokens=False) for own in begun]
+        answers = [_until(self._ends, row) for row in self._sampled(ids, self._length - max(map(len, ids)))]
+        return [
+            own + self._spelled(answer) + (frame.end if is_over else "")
+            for own, (answer, is_over) in zip(begun, answers, strict=True)
+            if answer
         ]
-        return [str(tokenizer.apply_chat_template(turn, tokenize=False)) for turn in turns]
 
-    def _said(self, row: list[int]) -> str:
-        """The text of tokens up to the first special one."""
-        special = {*self._tokenizer.all_special_ids}
-        return str(self._tokenizer.decode([*takewhile(lambda number: number not in special, row)]))
+    def _spelled(self, row: list[int]) -> str:
+        return str(self._tokenizer.decode(row))
 
     def _sampled(self, begun: list[list[int]], most: int) -> list[list[int]]:
         """The tokens that follow some others, so many at most."""
@@ -162,6 +169,12 @@ class _Writer:
         )
         found: list[list[int]] = rows[:, ids.shape[1] :].tolist()
         return found
+
+
+def _until(ends: Collection[int], row: list[int]) -> tuple[list[int], bool]:
+    """The tokens before the first of some others, and whether there is one of these."""
+    before = [*takewhile(lambda number: number not in ends, row)]
+    return before, len(before) < len(row)
 
 
 def _start_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -85,7 +85,7 @@ def written_by(writer: Path, template: str | None, seed: int = 0, tokens: int = 
 
 def test_a_model_with_a_chat_template_writes_conversations(writer: Path) -> None:
     text = written_by(writer, CHAT)
-    assert re.fullmatch(r"(\[user\].+?\[/user\]\[assistant\].+?\[/assistant\])+", text, re.DOTALL)
+    assert re.fullmatch(r"(\[user\].+?\[/user\]\[assistant\].+?(\[/assistant\])?(?=\[user\]|$))+", text, re.DOTALL)
     assert text.count("[user]") > 3 and text == written_by(writer, CHAT) != written_by(writer, CHAT, seed=1)
     assert len(AutoTokenizer.from_pretrained(writer)(text)["input_ids"]) >= 300
 
@@ -104,13 +104,31 @@ def test_a_model_without_a_template_that_serves_writes_documents(writer: Path, t
     assert written_by(writer, template) == written_by(writer, None)
 
 
-def test_what_a_model_says_ends_where_its_turn_does(writer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the first special token, and where the template's own words begin, which some models write on."""
+@pytest.mark.parametrize("is_over", [True, False])
+def test_a_turn_ends_where_the_model_ends_it(writer: Path, monkeypatch: pytest.MonkeyPatch, is_over: bool) -> None:
+    """A question where anything special comes, or the template's own words, which some models write on.
+
+    An answer has all that comes before its end; one that was cut short has no end.
+    """
     tokenizer = AutoTokenizer.from_pretrained(writer)
-    said = [tokenizer.encode(own, add_special_tokens=False) for own in ("Why?[/user][assistant]No", "So it is")]
-    monkeypatch.setattr(own_text._Writer, "_sampled", lambda *_: [[*said.pop(0), tokenizer.eos_token_id, 5, 6]])
+    asked, answered = (
+        tokenizer.encode(own, add_special_tokens=False) for own in ("Why?[/user][assistant]No", "<unk>So it is")
+    )
+    end = [tokenizer.eos_token_id, 5, 6]
+    said = [[*asked, *end], [*answered, *(end if is_over else ())]]
+    monkeypatch.setattr(own_text._Writer, "_sampled", lambda *_: [said.pop(0)])
     text = written_by(writer, CHAT, tokens=1)
-    assert text == "[user]Why?[/user][assistant]So it is[/assistant]"
+    assert text == "[user]Why?[/user][assistant]<unk>So it is" + "[/assistant]" * is_over
+
+
+def test_what_a_template_leaves_out_of_a_conversation_is_kept(writer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some leave out what a model thought before it answered."""
+    thinking = CHAT.replace("{{ turn['content'] }}", "{{ turn['content'].split('</think>')[-1] }}")
+    tokenizer = AutoTokenizer.from_pretrained(writer)
+    said = [tokenizer.encode(own, add_special_tokens=False) for own in ("Why?", "Well</think>So")]
+    monkeypatch.setattr(own_text._Writer, "_sampled", lambda *_: [[*said.pop(0), tokenizer.eos_token_id]])
+    text = written_by(writer, thinking, tokens=1)
+    assert text == "[user]Why?[/user][assistant]Well</think>So[/assistant]"
 
 
 def test_a_model_that_says_nothing_as_a_user_writes_documents(writer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
