@@ -27,6 +27,7 @@ Writer: TypeAlias = "Callable[[int], Corpus]"  # a text of so many tokens, that 
 Count: TypeAlias = Annotated[int, Field(gt=0, le=2**53)]
 Seed: TypeAlias = Annotated[int, Field(ge=-(2**63), lt=2**64)]  # that torch takes
 HELD_OUT_SHARE = 8  # one window in so many is held out, one at least
+ROUNDED = 2  # windows more than a share has, since shares are whole windows
 JUDGED_TOKENS = 16_384  # of further text, on which the result is judged, where there are as many
 
 
@@ -124,7 +125,9 @@ def prepare_calibration(
 def _judged_shares(parts: list[tuple[Corpus, float]]) -> list[float]:
     """Which share of the tokens to judge by is of each text: none of what the model wrote, where there are others."""
     others = sum(share for own, share in parts if own.name != SELF)
-    return [share / others if own.name != SELF else 0.0 for own, share in parts] if others else [1.0]
+    if not others:
+        return [share for _, share in parts]
+    return [share / others if own.name != SELF else 0.0 for own, share in parts]
 
 
 def window_tokens(options: Text, longest: int | None, warn: Callable[[str], None]) -> int:
@@ -216,9 +219,8 @@ def tokens_to_write(options: Text) -> int:
     other text also to be judged by.
     """
     length, parts = options.calibration_seq_len, parts_of(options.calibration or USUAL_TEXT)
-    share = sum(part.share for part in parts if part.name == SELF) or 1.0
-    fitted = options.calibration_tokens * (HELD_OUT_SHARE + 1) // HELD_OUT_SHARE
-    return fitted + math.ceil(2 * length / share) + (windows_to_judge_by(length) * length if share == 1 else 0)
+    judged = windows_to_judge_by(length) * length if all(part.name == SELF for part in parts) else 0
+    return options.calibration_tokens * (HELD_OUT_SHARE + 1) // HELD_OUT_SHARE + 2 * length + judged
 
 
 def load_calibration(
@@ -245,7 +247,7 @@ def load_calibration(
         found = []
         for part in parts:
             if part.name == SELF and write is not None:
-                corpus = write(math.ceil(tokens * part.share))
+                corpus = write(math.ceil(tokens * part.share) + ROUNDED * options.calibration_seq_len)
             else:
                 corpus = load_corpus(part.name, split, options.text_column, tokenizer)
             found.append((corpus, part.share))

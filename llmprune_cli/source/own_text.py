@@ -17,6 +17,7 @@ from llmprune_cli.progress import Listener
 from llmprune_cli.source.full_model import load_model, pick_device
 from llmprune_cli.text.corpus import BETWEEN
 from llmprune_cli.text.names import SELF
+from llmprune_cli.text.reading import spelled
 from llmprune_cli.text.windows import left_padded
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ TOGETHER = 32  # documents that are written at a time
 LENGTH = 512  # tokens of a document, at most
 QUESTION_SHARE = 4  # one token in so many of a conversation, at most, is the user's
 ASKED, ANSWERED = "what a user says", "what a model answers"
+MOST_BARREN = 3  # batches without text, after which a model is taken to write none
 
 
 @dataclass(frozen=True)
@@ -104,27 +106,28 @@ class _Writer:
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._length = min(LENGTH, longest or LENGTH) - 1
         ends = model.generation_config.eos_token_id
-        self._ends = {*(ends if isinstance(ends, list) else [ends])}
+        self._ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+        self._added = tokenizer.added_tokens_decoder
+        special = {number for number, token in self._added.items() if token.special}
+        self._special = special | {*tokenizer.all_special_ids} | self._ends
 
     def fill(self, tokens: int, write: Callable[[int], list[str]], listener: Listener) -> list[str]:
-        """Texts that hold so many tokens together, or fewer where the model writes no more.
+        """Texts that hold so many tokens together; none where the model does not get as far.
 
         Args:
             write: what makes at most so many of them at a time.
         """
-        found, written = list[str](), 0
-        while written < tokens:
+        found, written, barren = list[str](), 0, 0
+        while written < tokens and barren < MOST_BARREN:
             texts = write(min(TOGETHER, -(-tokens // self._length)))
-            if not texts:
-                break
-            found += texts
-            written += sum(map(len, self._tokenizer(texts, add_special_tokens=False)["input_ids"]))
+            more = sum(len(self._tokenizer.encode(text, add_special_tokens=False)) for text in texts)
+            found, written, barren = [*found, *texts], written + more, 0 if more else barren + 1
             listener.stand_at(min(written, tokens), "")
-        return found
+        return found if written >= tokens else []
 
     def documents(self, count: int) -> list[str]:
         """What the model writes after its start token."""
-        rows = self._sampled([[self._start]] * count, self._length)
+        rows = self._sampled([[self._start]] * count, self._length, self._ends)
         return [text for text in self._tokenizer.batch_decode(rows, skip_special_tokens=True) if text]
 
     def conversations(self, frame: Frame, count: int) -> list[str]:
@@ -134,25 +137,36 @@ class _Writer:
         room = self._length - len(before) - len(tokenizer.encode(frame.between + frame.end, add_special_tokens=False))
         if room < 2 * QUESTION_SHARE:
             return []
-        special = {*tokenizer.all_special_ids}
-        questions = (_until(special, row)[0] for row in self._sampled([before] * count, room // QUESTION_SHARE))
+        marks = self._special | self._added_in(frame.before + frame.between + frame.end)
+        questions = (_until(marks, row) for row in self._sampled([before] * count, room // QUESTION_SHARE, marks))
         parts = (self._spelled(row).partition(frame.between.strip())[0].strip() for row in questions)
         begun = [frame.before + asked + frame.between for asked in parts if asked]
         if not begun:
             return []
         ids = [tokenizer.encode(own, add_special_tokens=False) for own in begun]
-        answers = [_until(self._ends, row) for row in self._sampled(ids, self._length - max(map(len, ids)))]
+        ends = self._ends | self._added_in(frame.end)
+        rows = self._sampled(ids, self._length - max(map(len, ids)), ends)
+        answers = [self._spelled_after(own, _until(ends, row)) for own, row in zip(ids, rows, strict=True)]
         return [
-            own + self._spelled(answer) + (frame.end if is_over else "")
-            for own, (answer, is_over) in zip(begun, answers, strict=True)
-            if answer
+            own + answer + (frame.end if ends & {*row} else "")
+            for own, answer, row in zip(begun, answers, rows, strict=True)
+            if answer.strip()
         ]
 
-    def _spelled(self, row: list[int]) -> str:
-        return str(self._tokenizer.decode(row))
+    def _added_in(self, text: str) -> set[int]:
+        """The added tokens in a text, which a tokenizer need not call special to end turns by them."""
+        return {*self._tokenizer.encode(text, add_special_tokens=False)} & self._added.keys()
 
-    def _sampled(self, begun: list[list[int]], most: int) -> list[list[int]]:
-        """The tokens that follow some others, so many at most."""
+    def _spelled(self, row: list[int]) -> str:
+        return spelled(self._tokenizer, torch.tensor(row, dtype=torch.long))
+
+    def _spelled_after(self, before: list[int], row: list[int]) -> str:
+        """What tokens add to the text of others; alone, they may lose a space."""
+        whole, begun = self._spelled([*before, *row]), self._spelled(before)
+        return whole.removeprefix(begun) if whole.startswith(begun) else self._spelled(row)
+
+    def _sampled(self, begun: list[list[int]], most: int, ends: set[int]) -> list[list[int]]:
+        """The tokens that follow some others, so many at most, up to one that ends them."""
         ids, mask = left_padded(begun)
         padding = self._tokenizer.pad_token_id
         generate: Any = self._model.generate
@@ -165,16 +179,16 @@ class _Writer:
             top_p=1.0,
             min_new_tokens=1,
             max_new_tokens=max(1, most),
+            eos_token_id=sorted(ends) or None,
             pad_token_id=self._start if padding is None else padding,
         )
         found: list[list[int]] = rows[:, ids.shape[1] :].tolist()
         return found
 
 
-def _until(ends: Collection[int], row: list[int]) -> tuple[list[int], bool]:
-    """The tokens before the first of some others, and whether there is one of these."""
-    before = [*takewhile(lambda number: number not in ends, row)]
-    return before, len(before) < len(row)
+def _until(ends: Collection[int], row: list[int]) -> list[int]:
+    """The tokens before the first of some others."""
+    return [*takewhile(lambda number: number not in ends, row)]
 
 
 def _start_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

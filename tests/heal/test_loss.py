@@ -129,8 +129,10 @@ def test_a_teacher_runs_again_where_there_is_no_room_for_what_it_made(
     model = AutoModelForCausalLM.from_pretrained(dense).eval()
     windows, numbers = torch.arange(48).view(2, 24), torch.arange(2)
     teacher = ResidentTeacher(model, 1.0, torch.float32, repeated=Repeated(tmp_path, windows, first=0))
+    runs: list[None] = []
+    model.model.layers[0].register_forward_hook(lambda *_: runs.append(None))
     first, again = (teacher.judged_goal(windows, numbers).at(slice(None)).logs for _ in range(2))
-    assert torch.equal(first, again)
+    assert torch.equal(first, again) and len(runs) == 4
 
 
 def test_the_residual_stream_of_a_teacher_is_there_whatever_is_kept_of_it(dense: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import llmprune_cli
+from llmprune_cli.commands.recover import task
 from llmprune_cli.heal.teacher.resident import ResidentTeacher
 from llmprune_cli.report.schemas import DOCUMENTS, adapter_of
 from support.cli import BY_MAGNITUDE, run_cli
@@ -90,8 +91,7 @@ def test_a_result_that_is_no_better_says_so(pruned: Path, text_file: Path, tmp_p
 def test_a_teacher_in_memory_runs_once_on_text_that_is_seen_again(
     pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, seen = ResidentTeacher._hidden, list[bytes]()
-    text = tmp_path / "numbers.txt"
+    run, seen, text = ResidentTeacher._hidden, list[bytes](), tmp_path / "numbers.txt"
     text.write_text(" ".join(str(number**3) for number in range(600)))
 
     def counting(self: ResidentTeacher, windows: torch.Tensor) -> torch.Tensor:
@@ -99,8 +99,17 @@ def test_a_teacher_in_memory_runs_once_on_text_that_is_seen_again(
         return run(self, windows)
 
     monkeypatch.setattr(ResidentTeacher, "_hidden", counting)
-    result = recover(pruned, text, tmp_path / "healed", "--tokens", "16384", "--teacher-mode", "resident")
+    asked = ("--tokens", "16384", "--teacher-mode", "resident")
+    result = recover(pruned, text, tmp_path / "healed", *asked)
     assert result["is_better"] and len(seen) == len(set(seen)) < 16384 // 32 / 2
+    kept = written_tensors(tmp_path / "healed")
+    seen.clear()
+    monkeypatch.setattr(task, "are_worth_keeping", lambda *_: False)
+    recover(pruned, text, tmp_path / "without room", *asked)
+    judged = {own for own in seen if seen.count(own) == 1}  # which are kept anyhow
+    assert judged and len(seen) > 16384 // 32
+    for name, tensor in written_tensors(tmp_path / "without room").items():
+        torch.testing.assert_close(kept[name], tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_python_heals_as_the_command_does(pruned: Path, text_file: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from llmprune_cli.options import ModelReference
 from llmprune_cli.progress import Listener
 from llmprune_cli.run import calibration
 from llmprune_cli.source import own_text
+from llmprune_cli.source.full_model import load_model
 from llmprune_cli.source.opening import open_checkpoint
 from support.cli import run_cli
 from support.heal_runs import recover
@@ -121,6 +122,45 @@ def test_a_turn_ends_where_the_model_ends_it(writer: Path, monkeypatch: pytest.M
     assert text == "[user]Why?[/user][assistant]<unk>So it is" + "[/assistant]" * is_over
 
 
+def test_a_turn_ends_at_an_added_token_of_the_template(writer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not all tokenizers call such a token special, and not all models name it as an end."""
+    tokenizer = AutoTokenizer.from_pretrained(writer)
+    tokenizer.add_tokens(["<turn>", "<think>"])
+    tokenizer.chat_template = (
+        "{% for turn in messages %}{{ turn['role'] }}:{{ turn['content'] }}<turn>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    said = [
+        tokenizer.encode(own, add_special_tokens=False)
+        for own in ("Why?<turn>user: no", "<think>So it is<turn>user: more")
+    ]
+    monkeypatch.setattr(own_text._Writer, "_sampled", lambda *_: [said.pop(0)])
+    with open_checkpoint(ModelReference(str(writer)), need_weights=True) as checkpoint:
+        place = own_text.Place("cpu", torch.float32)
+        text = own_text.write_text(checkpoint, tokenizer, place, 1, 0, Listener())
+    assert text == "user:Why?<turn>assistant:<think>So it is<turn>"
+
+
+def test_an_answer_keeps_the_space_that_it_begins_with(writer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some tokenizers leave it out where tokens are spelled alone."""
+    whole = own_text.spelled
+    monkeypatch.setattr(own_text, "spelled", lambda tokenizer, ids: whole(tokenizer, ids).removeprefix(" "))
+    tokenizer = AutoTokenizer.from_pretrained(writer)
+    said = [tokenizer.encode(own, add_special_tokens=False) for own in ("Why?", " So it is")]
+    monkeypatch.setattr(own_text._Writer, "_sampled", lambda *_: [[*said.pop(0), tokenizer.eos_token_id]])
+    assert written_by(writer, CHAT, tokens=1) == "[user]Why?[/user][assistant] So it is[/assistant]"
+
+
+def test_a_model_that_falls_silent_now_and_then_is_asked_again(writer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = [["one"], [], [], ["two"], [], [], []]
+    with open_checkpoint(ModelReference(str(writer)), need_weights=True) as checkpoint:
+        model = load_model(checkpoint, "cpu", "float32")
+    own = own_text._Writer(model, AutoTokenizer.from_pretrained(writer))
+    count = len(own._tokenizer.encode("one", add_special_tokens=False))
+    assert own.fill(count + 1, lambda _: rounds.pop(0), Listener()) == ["one", "two"]
+    assert own.fill(1, lambda _: rounds.pop(0), Listener()) == [] and not rounds
+
+
 def test_what_a_template_leaves_out_of_a_conversation_is_kept(writer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some leave out what a model thought before it answered."""
     thinking = CHAT.replace("{{ turn['content'] }}", "{{ turn['content'].split('</think>')[-1] }}")
@@ -135,8 +175,8 @@ def test_a_model_that_says_nothing_as_a_user_writes_documents(writer: Path, monk
     sample = own_text._Writer._sampled
     end = AutoTokenizer.from_pretrained(writer).eos_token_id
 
-    def mute(self: own_text._Writer, begun: list[list[int]], most: int) -> list[list[int]]:
-        return [[end]] * len(begun) if len(begun[0]) > 1 else sample(self, begun, most)
+    def mute(self: own_text._Writer, begun: list[list[int]], most: int, ends: set[int]) -> list[list[int]]:
+        return [[end]] * len(begun) if len(begun[0]) > 1 else sample(self, begun, most, ends)
 
     monkeypatch.setattr(own_text._Writer, "_sampled", mute)
     assert written_by(writer, CHAT) == written_by(writer, None)

@@ -41,6 +41,7 @@ from llmprune_cli.progress import Listener
 from llmprune_cli.run.calibration import SeenText
 from llmprune_cli.run.layer import native_dtype
 from llmprune_cli.run.layered_model import LayeredModel
+from llmprune_cli.run.states import are_worth_keeping, states_bytes
 from llmprune_cli.source.full_model import load_model
 from llmprune_cli.source.opening import open_checkpoint
 from llmprune_cli.source.own_text import Place, write_text
@@ -251,9 +252,7 @@ def choose_teacher(task: Task, trained: TrainedModel, folder: Path) -> tuple[str
         task.listener.stage("Loading the teacher", 1)
         model = load_model(task.teacher, task.device, str(dtype).removeprefix("torch."))
         task.listener.advance(1)
-        room = shutil.disk_usage(folder).free - _bytes_to_write(task, trained)
-        repeated = Repeated.of(task.text, task.teacher, folder, room // task.processes.count)
-        how = temperature, task.compute, task.tokens, task.layers, repeated
+        how = temperature, task.compute, task.tokens, task.layers, _repeated(task, trained, folder)
         return mode, ResidentTeacher(model.requires_grad_(False), *how)
     place = teaching.teacher_cache or folder / "teacher"
     windows = torch.cat([task.text.windows, task.text.held_out])
@@ -265,6 +264,27 @@ def choose_teacher(task: Task, trained: TrainedModel, folder: Path) -> tuple[str
         streamed = stream()
     task.processes.broadcast(None)  # the others read what the first one wrote
     return mode, streamed or stream()
+
+
+def _repeated(task: Task, trained: TrainedModel, folder: Path) -> Repeated | None:
+    """What keeps what a teacher in memory makes of text that comes again: text that is trained on if there is room.
+
+    It is decided as it was when the run began, whatever room there is by now, since it decides which windows run alone.
+    None in a process that does not see the folder.
+    """
+
+    def has_room() -> bool:
+        text = task.text
+        if task.layers or len(text.order) == len(text.windows) or not folder.is_dir():
+            return False
+        tokens = text.windows.numel() + text.held_out.numel()
+        size_bytes = states_bytes(tokens, task.teacher.config.get_text_config().hidden_size, 1) * task.processes.count
+        left = shutil.disk_usage(folder).free - _bytes_to_write(task, trained)
+        return size_bytes <= left and are_worth_keeping(size_bytes, folder)
+
+    journal = Journal(task.processes, folder if task.processes.is_first else None)
+    with_trained = journal.recall("teacher-repeats", Json(bool), has_room)
+    return Repeated.of(task.text, folder, with_trained) if folder.is_dir() else None
 
 
 def _free_memory(device: str, processes: Processes) -> int:

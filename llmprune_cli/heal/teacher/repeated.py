@@ -8,9 +8,8 @@ from typing import Self
 
 import torch
 
-from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.heal.training_text import TrainingText
-from llmprune_cli.run.states import DenseStates, states_bytes
+from llmprune_cli.run.states import DenseStates
 
 PLACE = 0, ""  # the only one of whose states there are
 
@@ -25,19 +24,13 @@ class Repeated:
         """Of windows [N, T] whose numbers follow each other from `first` on; all others come once."""
         self._states, self._windows, self._first = DenseStates(folder), windows, first
         self._known: set[int] = set()
-        self._dtype = torch.float32
+        self._dtype: torch.dtype | None = None  # once the first ones are made
 
     @classmethod
-    def of(cls, text: TrainingText, teacher: Checkpoint, folder: Path, room: int) -> Self:
-        """Of a training: the windows that are judged, and the others if some of them are learned from again.
-
-        Args:
-            room: bytes that it may take; where it is too few for the others, these are left out.
-        """
-        every = torch.cat((text.windows, text.held_out))
-        needed = states_bytes(every.numel(), teacher.config.get_text_config().hidden_size, 1)
-        if len(text.order) > len(text.windows) and needed <= room:
-            return cls(folder, every, 0)
+    def of(cls, text: TrainingText, folder: Path, with_trained: bool) -> Self:
+        """Of a training: the windows that are judged, and with them the others."""
+        if with_trained:
+            return cls(folder, torch.cat((text.windows, text.held_out)), 0)
         return cls(folder, text.held_out, len(text.windows))
 
     def hidden(
@@ -60,9 +53,9 @@ class Repeated:
             self._states.read(PLACE, number - self._first, kept)
             return kept.to(window.device, self._dtype)
         made = run(window)
-        if not self._known:
-            self._states.begin(self._windows, made.shape[-1], 1)
+        if self._dtype is None:
             self._dtype = made.dtype
+            self._states.begin(self._windows, made.shape[-1], 1)
         if self._states.is_open:
             self._states.put(PLACE, number - self._first, made[None].float().cpu())
             self._known.add(number)

@@ -40,17 +40,23 @@ def write_documentation(path: Path) -> Path:
     return path
 
 
-def write_judged_texts(folder: Path) -> dict[str, str]:
-    """What `eval` reads, by the name that tables give it; two of these are written into a folder."""
+def write_judged_texts(folder: Path, dense: Path | None = None) -> dict[str, str]:
+    """What `eval` reads, by the name that tables give it; what llmprune does not know is written into a folder.
+
+    Args:
+        dense: a model whose answers are read, too, if it chats.
+    """
     import torch
 
     source = _write_parts(folder / "source.txt", Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     headers = _write_parts(folder / "headers.txt", Path(torch.__file__).parent.glob("include/ATen/*.h"))
     own = {"WikiText-2": "wikitext2", "documentation": "python-docs"}
-    return {**own, "Python's source": str(source), "C++ headers": str(headers)}
+    own |= {"Python's source": str(source), "C++ headers": str(headers)}
+    answers = write_answers(dense, folder) if dense is not None else None
+    return own if answers is None else {**own, ANSWERS: str(answers)}
 
 
-def write_answers(dense: Path, folder: Path) -> Path:
+def write_answers(dense: Path, folder: Path) -> Path | None:
     """What a model that chats answers to `QUESTIONS`, sampled from what it predicts, as a file of conversations."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -59,6 +65,8 @@ def write_answers(dense: Path, folder: Path) -> Path:
     if path.exists():
         return path
     tokenizer = AutoTokenizer.from_pretrained(dense)
+    if tokenizer.chat_template is None:
+        return None
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
     torch.manual_seed(0)
     rows = []

@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tools.bench.exports import make_whole
-from tools.bench.judged_texts import ANSWERS, write_answers, write_judged_texts
+from tools.bench.judged_texts import write_judged_texts
 from tools.bench.prune_1b import Bound, print_bounds, print_table, say
 
 OUTPUT = Path("bench-recover-output")
@@ -69,7 +69,7 @@ def worth(folder: Path, dense: Path, windows: int) -> Worth:
     dtype = str(fast_dtype()).removeprefix("torch.")
     options = ("--max-seq-len", str(WINDOW), "--limit", str(windows), "--dtype", dtype)
     found = {}
-    for name, text in {**write_judged_texts(OUTPUT), ANSWERS: write_answers(dense, OUTPUT)}.items():
+    for name, text in write_judged_texts(OUTPUT, dense).items():
         row = llmprune("eval", dense, folder, "--dataset", text, *options)["results"][1]
         found[name] = {key: row[key] for key in ("perplexity", "bits_per_byte", "kl")}
     return found
@@ -165,7 +165,7 @@ def training_command(kind: str, models: tuple[Path, Path], folder: Path, tokens:
         return [*own, "--output", str(folder), "--overwrite"]
     if kind == PLAIN:
         return [sys.executable, __file__, "--plain", str(dense), str(pruned), str(folder), str(tokens)]
-    text = folder.with_suffix(".safetensors")
+    text = folder.with_name(f"{folder.name}.safetensors")
     save_file({"windows": windows_in_order(dense, tokens)}, text)
     dtype, rate = str(fast_dtype()).removeprefix("torch."), usual_rate(pruned, tokens)
     script = Path(__file__).with_name("trl_loop.py")
@@ -178,8 +178,9 @@ def make(
     """A healed model and what it cost, kept for the next time."""
     name = kind if share == QUARTER else f"{share} {kind}"
     folder = OUTPUT / f"{name.replace(',', '').replace(' ', '-')}-{tokens}"
-    record = folder.with_suffix(".json")
-    if record.exists() and "worth" in (kept := json.loads(record.read_text())):
+    record = folder.with_name(f"{folder.name}.json")
+    kept = json.loads(record.read_text()) if record.exists() else {}
+    if write_judged_texts(OUTPUT, models[0]).keys() == kept.get("worth", {}).keys():
         return dict(kept)
     command = training_command(kind, models, folder, tokens, trl)
     started = time.perf_counter()

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tools.bench.exports import make_whole
-from tools.bench.judged_texts import ANSWERS, write_answers, write_judged_texts
+from tools.bench.judged_texts import ANSWERS, write_judged_texts
 from tools.bench.prune_1b import Bound, print_bounds, print_table, say
 from tools.bench.recover import fast_dtype, llmprune
 
@@ -55,7 +55,7 @@ def main() -> int:
             say(f"Calibrating {name} …")
             calibration = ("--calibration", text) if text else ()
             llmprune("prune", dense, *QUARTER, *calibration, "--output", folders[name])
-    texts = {**write_judged_texts(OUTPUT), ANSWERS: str(write_answers(dense, OUTPUT))}
+    texts = write_judged_texts(OUTPUT, dense)
     columns = [perplexities([*folders.values()], text, asked.windows) for text in texts.values()]
     rows = {name: [column[number] for column in columns] for number, name in enumerate(folders)}
     shown = [
