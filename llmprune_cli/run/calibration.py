@@ -220,7 +220,7 @@ def tokens_to_write(options: Text) -> int:
     """
     length, parts = options.calibration_seq_len, parts_of(options.calibration or USUAL_TEXT)
     judged = windows_to_judge_by(length) * length if all(part.name == SELF for part in parts) else 0
-    return options.calibration_tokens * (HELD_OUT_SHARE + 1) // HELD_OUT_SHARE + 2 * length + judged
+    return options.calibration_tokens * (HELD_OUT_SHARE + 1) // HELD_OUT_SHARE + judged
 
 
 def load_calibration(

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from llmprune_cli.folder.manifest import read_manifest
 from llmprune_cli.heal.layers import relative_error, stands_for
+from llmprune_cli.heal.teacher.repeated import Repeated
 from llmprune_cli.heal.teacher.streamed import DRAWN, LIKELIEST
+from llmprune_cli.heal.training_text import TrainingText
 from llmprune_cli.options import ModelReference
 from llmprune_cli.source.opening import open_checkpoint
 from support.cli import BY_MAGNITUDE, run_cli
@@ -116,3 +118,18 @@ def test_a_streamed_teacher_keeps_its_hidden_states_where_there_is_room(
     run = run_recover(shallow, text_file, tmp_path / "out", *weight, "--teacher-mode", "streamed")
     assert_refused(run, OUTPUT, "500,000 bytes", "its hidden states for --hidden-weight")
     assert state_of(tmp_path) == before
+
+
+def test_of_a_teacher_whose_layers_are_followed_no_text_is_kept_but_what_is_judged(
+    pruned: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, kept, many = Repeated.of, list[bool](), ("--tokens", "16384")
+
+    def noting(text: TrainingText, folder: Path, with_trained: bool) -> Repeated:
+        kept.append(with_trained)
+        return made(text, folder, with_trained)
+
+    monkeypatch.setattr(Repeated, "of", noting)
+    for weight in ("0", "1"):
+        recover(pruned, text_file, tmp_path / weight, "--hidden-weight", weight, "--teacher-mode", "resident", *many)
+    assert kept == [True, False]

@@ -290,6 +290,21 @@ def test_a_model_is_judged_on_text_of_others_if_there_is_any(tiny_llama: Path, t
     assert asked[0] < (600 if others else 1.2 * JUDGED_TOKENS)
 
 
+def test_of_a_small_share_a_model_writes_a_window_to_fit_on_and_one_to_choose_by(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    text = tmp_path / "long.txt"
+    text.write_text("Others say this. " * 2000)
+    options = Text(f"self:0.02,{text}:0.98", calibration_tokens=1200, calibration_seq_len=40)
+    found = prepare_calibration(
+        *(options, AutoTokenizer.from_pretrained(tiny_llama), 96, 64, 0, pytest.fail),
+        lambda tokens: own_corpus("x" * tokens, "a model"),
+    )
+    assert len(found.fitted) >= 30 and len(found.held_out) >= 2
+
+
 def test_fewer_tokens_than_a_window_are_said_to_be_one_window(
     tiny_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
