@@ -16,7 +16,7 @@ from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.progress import Listener
 from llmprune_cli.source.full_model import load_model, pick_device
 from llmprune_cli.text.corpus import BETWEEN
-from llmprune_cli.text.names import SELF
+from llmprune_cli.text.names import SELF, WITH_CONVERSATIONS
 from llmprune_cli.text.reading import spelled
 from llmprune_cli.text.windows import left_padded
 
@@ -94,6 +94,16 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase) -> Frame | None:
     if not (found and before.strip() and between.strip()):
         return None
     return Frame(before, between, whole.partition(ANSWERED)[2])
+
+
+def warn_of_no_conversations(text: str | None, tokenizer: PreTrainedTokenizerBase, warn: Callable[[str], None]) -> None:
+    """Say what keeps the answers of a model that chats, where nobody has named a text (`make bench-texts`)."""
+    if text is None and chat_frame(tokenizer) is not None:
+        warn(
+            "This model chats, and the text that is read by default has no conversations, so that its answers lose "
+            f"more than they need to. Where all of it fits into memory, the text {WITH_CONVERSATIONS} lets it write "
+            "some."
+        )
 
 
 class _Writer:

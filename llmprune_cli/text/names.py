@@ -17,6 +17,7 @@ DOCUMENTATION_SPLITS = ("test", "validation", "train")  # the last two are the s
 WIKITEXT2 = "wikitext2"
 USUAL_TEXT = f"{WIKITEXT2}:0.7,{PYTHON_DOCS}:0.3"  # to learn from, where nobody names a text
 SELF = "self"  # what the model writes itself
+WITH_CONVERSATIONS = f"{WIKITEXT2}:0.5,{PYTHON_DOCS}:0.2,{SELF}:0.3"  # the same for a model that chats
 KNOWN = (WIKITEXT2, PYTHON_DOCS, SELF)
 
 

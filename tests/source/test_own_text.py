@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import psutil
@@ -17,6 +18,7 @@ from llmprune_cli.run import calibration
 from llmprune_cli.source import own_text
 from llmprune_cli.source.full_model import load_model
 from llmprune_cli.source.opening import open_checkpoint
+from llmprune_cli.text.names import WITH_CONVERSATIONS
 from support.cli import run_cli
 from support.heal_runs import recover
 from support.refusals import CHECKPOINT, assert_refused
@@ -180,3 +182,27 @@ def test_a_model_that_says_nothing_as_a_user_writes_documents(writer: Path, monk
 
     monkeypatch.setattr(own_text._Writer, "_sampled", mute)
     assert written_by(writer, CHAT) == written_by(writer, None)
+
+
+def test_a_model_that_chats_is_told_once_which_text_keeps_its_answers(
+    writer: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no text was named: what heals the model in the same run reads the same, and has nothing to add."""
+    model, wikitext = tmp_path / "model", tmp_path / "wikitext" / "validation.jsonl"
+    shutil.copytree(writer, model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    told = list[str]()
+    own_text.warn_of_no_conversations(None, tokenizer, told.append)
+    tokenizer.chat_template = CHAT
+    own_text.warn_of_no_conversations(str(text_file), tokenizer, told.append)
+    assert not told
+    tokenizer.save_pretrained(model)
+    wikitext.parent.mkdir()
+    wikitext.write_text(json.dumps({"text": text_file.read_text()}))
+    monkeypatch.setenv("LLMPRUNE_WIKITEXT2", str(wikitext.parent))
+    one = ("prune", model, *ASKED, "--importance", "activation", "--recover", "1024", "--output", tmp_path / "out")
+    two = ("recover", tmp_path / "out", "--tokens", "1024", "--output", tmp_path / "healed")
+    for command in (one, two):
+        run = run_cli(*command)
+        assert run.code == 0 and run.stderr.count("has no conversations") == 1, run.stderr
+        assert WITH_CONVERSATIONS in run.stderr

@@ -21,15 +21,18 @@ MOST_COUNTED = 10**6  # a stage with more steps counts bytes, which say nothing 
 
 
 class _Warnings(logging.Handler):
-    """Shows warnings beside the progress."""
+    """Shows warnings beside the progress, each of them once."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(logging.WARNING)
         self._console = console
+        self._shown = set[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
-        wraps = self._console.is_terminal
-        self._console.print(f"Warning: {record.getMessage()}", style="yellow", highlight=False, soft_wrap=not wraps)
+        text, wraps = record.getMessage(), self._console.is_terminal
+        if text not in self._shown:
+            self._shown.add(text)
+            self._console.print(f"Warning: {text}", style="yellow", highlight=False, soft_wrap=not wraps)
 
 
 @contextmanager

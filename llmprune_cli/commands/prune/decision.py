@@ -40,7 +40,7 @@ from llmprune_cli.run.layer import BATCH_TOKENS, native_dtype, windows_together
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.full_model import pick_device
-from llmprune_cli.source.own_text import Place, write_text
+from llmprune_cli.source.own_text import Place, warn_of_no_conversations, write_text
 from llmprune_cli.source.tokenizer import load_tokenizer, warn_of_other_reading
 from llmprune_cli.text.corpus import Corpus, own_corpus
 from llmprune_cli.vocabulary.request import resolve_size
@@ -279,6 +279,7 @@ def _prepare_text(request: PruneRequest, subject: Subject, listener: Listener) -
     vocabulary = checkpoint.config.get_text_config().vocab_size
     tokenizer = load_tokenizer(checkpoint)
     warn_of_other_reading(checkpoint, tokenizer, listener.warn)
+    warn_of_no_conversations(request.text.calibration, tokenizer, listener.warn)
     write = partial(write_own_text, request, subject, listener)
     text = prepare_calibration(request.text, tokenizer, vocabulary, longest, choice.seed, listener.warn, write)
     if choice.importance is None or choice.refit is None:

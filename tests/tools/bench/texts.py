@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from llmprune_cli.text.names import WITH_CONVERSATIONS
 from tools.bench.exports import make_whole
 from tools.bench.judged_texts import ANSWERS, write_judged_texts
 from tools.bench.prune_1b import Bound, print_bounds, print_table, say
@@ -24,7 +25,7 @@ OUTPUT = Path("bench-texts-output")
 QUARTER = ("--intermediate-pruning-ratio", "0.25")
 USUAL = "by default"
 CHATS = "with conversations"
-CALIBRATED_ON = {"on WikiText-2": "wikitext2", USUAL: None, CHATS: "wikitext2:0.5,python-docs:0.2,self:0.3"}
+CALIBRATED_ON = {"on WikiText-2": "wikitext2", USUAL: None, CHATS: WITH_CONVERSATIONS}
 WINDOW, WINDOWS = 512, 12  # that perplexity is measured on
 MAX_WIKITEXT2 = 1.04  # of what calibrating on it alone gives
 MAX_OTHERS = 0.9  # of that, on all other plain texts
