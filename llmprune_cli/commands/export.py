@@ -25,7 +25,7 @@ from llmprune_cli.report.model_card import tell_pruning, write_card
 from llmprune_cli.report.runtimes import runtime_fits
 from llmprune_cli.sizes import parse_size
 from llmprune_cli.source.opening import open_checkpoint, source_folder, text_alone
-from llmprune_cli.source.tokenizer import load_tokenizer
+from llmprune_cli.source.tokenizer import model_reader
 
 SEED = 0  # of the windows that are drawn from text
 LOADED = SHORT_DTYPES.values()  # dtypes that a model can be loaded in; others are a format's own
@@ -112,10 +112,7 @@ def _importance(checkpoint: Checkpoint, text: str, device: str, listener: Listen
     from llmprune_cli.run.calibration import prepare_calibration
     from llmprune_cli.run.layered_model import LayeredModel
 
-    longest = getattr(checkpoint.config, "max_position_embeddings", None)
-    vocabulary, tokenizer = checkpoint.config.get_text_config().vocab_size, load_tokenizer(checkpoint)
-    asked = Text(calibration=text)
-    windows = prepare_calibration(asked, tokenizer, vocabulary, longest, SEED, listener.warn).fitted
+    windows = prepare_calibration(Text(calibration=text), model_reader(checkpoint), SEED, listener.warn).fitted
     model = LayeredModel(understand(checkpoint), layer_device(device))
     listener.stage(f"Measuring importance on {windows.numel():,} tokens", model.layers)
     return measure_importance(model, windows, listener.advance)

@@ -14,8 +14,8 @@ from llmprune_cli.heal.options import Healing
 from llmprune_cli.options import Text
 from llmprune_cli.run.calibration import SeenText, Writer, begins_in, load_calibration, together
 from llmprune_cli.text.corpus import Corpus
-from llmprune_cli.text.reading import predicted_bytes
-from llmprune_cli.text.windows import are_apart, fitting_length, read_corpus, windows_in
+from llmprune_cli.text.reading import Reading, predicted_bytes
+from llmprune_cli.text.windows import Reader, are_apart, fitting_length, read_corpus, windows_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,9 +68,7 @@ class TrainingText:
 
 def prepare_training(
     healing: Healing,
-    tokenizer: PreTrainedTokenizerBase,
-    vocabulary: int,
-    longest: int | None,
+    reader: Reader,
     processes: int,
     most_together: int,
     warn: Callable[[str], None],
@@ -95,10 +93,10 @@ def prepare_training(
         CheckpointError: no such text, less than a batch of it, or a tokenizer of another model.
     """
     options = Text(healing.text, healing.text_split, healing.text_column, calibration_seq_len=healing.seq_len)
-    parts = load_calibration(options, tokenizer, warn, write, min(healing.token_count, MOST_WRITTEN), "--text")
+    parts = load_calibration(options, reader.tokenizer, warn, write, min(healing.token_count, MOST_WRITTEN), "--text")
     corpus = together(healing.text, [own for own, _ in parts])
-    length = fitting_length(healing.seq_len, longest, Healing.seq_len, warn)
-    windows, part, is_known, places = _cut(parts, tokenizer, vocabulary, length, healing.text_split, before)
+    length = fitting_length(healing.seq_len, reader.longest, Healing.seq_len, warn)
+    windows, part, is_known, places = _cut(parts, reader, length, healing.text_split, before)
     if apart is not None and apart.shape[1] == length:
         own = _apart_from(windows, apart, corpus, warn)
         windows, part, is_known, places = (each[own] for each in (windows, part, is_known, places))
@@ -115,7 +113,7 @@ def prepare_training(
     )
     drawn = _draw([own for own, _ in parts], part, is_known, held, counts, length, generator, warn)
     judged, trained = drawn.judged, drawn.trained
-    held_bytes = predicted_bytes(corpus.text, tokenizer, windows[judged], places[judged].tolist())
+    held_bytes = predicted_bytes(corpus.text, reader.tokenizer, windows[judged], places[judged].tolist())
     return TrainingText(corpus, windows[trained], drawn.order, windows[judged], held_bytes, schedule)
 
 
@@ -181,8 +179,7 @@ def _shared(count: int, shares: Sequence[float]) -> list[int]:
 
 def _cut(
     parts: list[tuple[Corpus, float]],
-    tokenizer: PreTrainedTokenizerBase,
-    vocabulary: int,
+    reader: Reader,
     length: int,
     split: str,
     before: tuple[SeenText, PreTrainedTokenizerBase] | None,
@@ -193,14 +190,14 @@ def _cut(
         Token ids, [N, T], the number of the text that each window is of, [N], which of them the pruned model was
         fitted on, [N] of bool, and their parts of the texts together, [N, 3], see `Reading`.
     """
-    read = [read_corpus(corpus, tokenizer, vocabulary) for corpus, _ in parts]
+    read = [read_corpus(corpus, reader) for corpus, _ in parts]
     cut = [windows_in(own.tokens, length, None, corpus.origin) for own, (corpus, _) in zip(read, parts, strict=True)]
     numbers = torch.cat([torch.full((len(own),), number) for number, own in enumerate(cut)])
     known = [torch.zeros(len(own), dtype=torch.bool) for own in cut]
     if before is not None:
         texts = zip(parts, read, known, strict=True)
         known = [
-            _fitted_before(corpus, split, torch.arange(len(own) + 1) * length, len(its.tokens), tokenizer, before)
+            _fitted_before(corpus.name, split, torch.arange(len(own) + 1) * length, its, before)
             for (corpus, _), its, own in texts
         ]
     begins = begins_in([corpus for corpus, _ in parts])
@@ -220,29 +217,27 @@ def _apart_from(
 
 
 def _fitted_before(
-    corpus: Corpus,
+    name: str,
     split: str,
     edges: torch.Tensor,
-    read: int,
-    tokenizer: PreTrainedTokenizerBase,
+    read: Reading,
     before: tuple[SeenText, PreTrainedTokenizerBase],
 ) -> torch.Tensor:
     """Which of a text's N windows hold a token that the pruned model was fitted on, [N] of bool.
 
     Args:
         edges: the tokens at which windows begin, and the last one ends, [N + 1].
-        read: tokens of the text.
     """
-    (seen, reader), first, end = before, edges[:-1], edges[1:]
-    share = seen.share_of(corpus.name, split)
+    (seen, tokenizer), first, end, tokens = before, edges[:-1], edges[1:], len(read.tokens)
+    share = seen.share_of(name, split)
     if not share:
         return torch.zeros(len(first), dtype=torch.bool)
-    if reader is not tokenizer:
-        own, its = (_starts(by, corpus.text) for by in (tokenizer, reader))
-        read = len(its) - 1
+    if tokenizer is not read.tokenizer:
+        own, its = (_starts(by, read.text) for by in (read.tokenizer, tokenizer))
+        tokens = len(its) - 1
         first = torch.searchsorted(its, own[edges[:-1]], right=True) - 1
         end = torch.searchsorted(its, own[edges[1:]])
-    counted = torch.cat((torch.zeros(1, dtype=torch.long), seen.places(read, share).cumsum(0)))
+    counted = torch.cat((torch.zeros(1, dtype=torch.long), seen.places(tokens, share).cumsum(0)))
     return counted[end] > counted[first]
 
 

@@ -28,11 +28,11 @@ from llmprune_cli.run.perplexity import (
 from llmprune_cli.run.questions.figures import TaskResult
 from llmprune_cli.run.questions.tasks import Tasks, ask
 from llmprune_cli.source.full_model import load_model, own_device, pick_device
-from llmprune_cli.source.tokenizer import load_tokenizer, warn_of_other_reading
+from llmprune_cli.source.tokenizer import load_tokenizer, longest_text, model_reader, warn_of_other_reading
 from llmprune_cli.text.corpus import Corpus, load_corpus, load_usual_corpus
 from llmprune_cli.text.names import KNOWN
 from llmprune_cli.text.reading import Reading
-from llmprune_cli.text.windows import read_corpus, windows_in
+from llmprune_cli.text.windows import Reader, read_corpus, windows_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,23 +69,22 @@ def prepare_text(
     if first is not None:
         options = replace(options, dataset=first.corpus.name, max_seq_len=first.windows.shape[1])
     pick_device(device)
-    tokenizer = load_tokenizer(checkpoint)
-    warn_of_other_reading(checkpoint, tokenizer, listener.warn)
+    reader = model_reader(checkpoint)
+    warn_of_other_reading(checkpoint, reader.tokenizer, listener.warn)
     if options.dataset is None:
         corpus = load_usual_corpus(options.split, Evaluation.split, listener.warn, "--dataset")
     else:
         column = None if options.dataset in KNOWN else options.text_column
-        corpus = load_corpus(options.dataset, options.split, column, tokenizer)
+        corpus = load_corpus(options.dataset, options.split, column, reader.tokenizer)
     window = _window_tokens(checkpoint, options, listener)
-    vocabulary = checkpoint.config.get_text_config().vocab_size
-    reading = read_corpus(corpus, tokenizer, vocabulary)
+    reading = read_corpus(corpus, reader)
     if first is not None:
-        return _same_text(first, corpus, reading, vocabulary)
+        return _same_text(first, corpus, reading, reader)
     windows = windows_in(reading.tokens, window, options.limit, corpus.origin)
     return _eval_text(corpus, reading, windows, windows.new_empty(0))
 
 
-def _same_text(first: EvalText, corpus: Corpus, reading: Reading, vocabulary: int) -> EvalText:
+def _same_text(first: EvalText, corpus: Corpus, reading: Reading, reader: Reader) -> EvalText:
     """The text of the first model's windows in the tokens of another, which may fill one shorter window only.
 
     Args:
@@ -94,7 +93,7 @@ def _same_text(first: EvalText, corpus: Corpus, reading: Reading, vocabulary: in
     window = first.windows.shape[1]
     if torch.equal(reading.tokens[: first.windows.numel()], first.windows.flatten()):
         return _eval_text(corpus, reading, first.windows, first.tail)
-    reading = read_corpus(replace(corpus, text=corpus.text[: first.characters]), reading.tokenizer, vocabulary)
+    reading = read_corpus(replace(corpus, text=corpus.text[: first.characters]), reader)
     tokens, whole = reading.tokens, len(reading.tokens) // window * window
     if len(tokens) < 2:
         raise CheckpointError(f"{corpus.origin} has too little text to compare by. Give more, or larger --max-seq-len.")
@@ -210,7 +209,7 @@ def _tell(listener: Listener, state: RunningPerplexity) -> None:
 
 
 def _window_tokens(checkpoint: Checkpoint, options: Evaluation, listener: Listener) -> int:
-    longest = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
+    longest = longest_text(checkpoint)
     if options.max_seq_len is None:
         window = longest or FALLBACK_WINDOW
         if window > LONG_WINDOW:

@@ -16,7 +16,7 @@ from llmprune_cli.folder.documents import is_there
 from llmprune_cli.options import Text
 from llmprune_cli.text.corpus import BETWEEN, Corpus, load_corpus, load_usual_corpora
 from llmprune_cli.text.names import SELF, USUAL_TEXT, has_splits, parts_of, split_of
-from llmprune_cli.text.windows import fitting_length, mixed, read_corpus, windows_in
+from llmprune_cli.text.windows import Reader, fitting_length, mixed, read_corpus, windows_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,9 +90,7 @@ class SeenText:
 
 def prepare_calibration(
     options: Text,
-    tokenizer: PreTrainedTokenizerBase,
-    vocabulary: int,
-    longest: int | None,
+    reader: Reader,
     seed: int,
     warn: Callable[[str], None],
     write: Writer | None = None,
@@ -100,21 +98,19 @@ def prepare_calibration(
     """Draw windows from a corpus: as many as asked for, or as there are.
 
     Args:
-        vocabulary: token ids that the model knows.
-        longest: tokens that the model can attend to, if it says so.
         write: see `load_calibration`.
 
     Raises:
         CheckpointError: no such text, less than two windows of it, or a tokenizer of another model.
     """
-    parts = load_calibration(options, tokenizer, warn, write, tokens_to_write(options))
-    length = window_tokens(options, longest, warn)
+    parts = load_calibration(options, reader.tokenizer, warn, write, tokens_to_write(options))
+    length = window_tokens(options, reader.longest, warn)
     wanted = max(1, options.calibration_tokens // length)
     corpus = together(options.calibration, [own for own, _ in parts])
     shares = _judged_shares(parts)
     found = []
     for (own, share), judged, begin in zip(parts, shares, begins_in([own for own, _ in parts]), strict=True):
-        reading = read_corpus(own, tokenizer, vocabulary)
+        reading = read_corpus(own, reader)
         windows = windows_in(reading.tokens, length, None, own.origin)
         places = _drawn(own, windows, max(1, round(wanted * share)), judged, seed, warn)
         told = (reading.parts(length, place, begin) for place in places[1:])

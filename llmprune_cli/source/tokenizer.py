@@ -10,6 +10,7 @@ from llmprune_cli.family.skeleton import is_remote
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.documents import is_there, read_json
 from llmprune_cli.startup.model_argument import SENTENCEPIECE, missing_packages, refuse_without_packages
+from llmprune_cli.text.windows import Reader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,6 +69,21 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     return result
 
 
+def model_reader(checkpoint: Checkpoint) -> Reader:
+    """How a checkpoint reads text.
+
+    Raises:
+        CheckpointError, MissingPackageError: see `load_tokenizer`.
+    """
+    return Reader(load_tokenizer(checkpoint), checkpoint.config.get_text_config().vocab_size, longest_text(checkpoint))
+
+
+def longest_text(checkpoint: Checkpoint) -> int | None:
+    """Tokens that a checkpoint can attend to, if it says so."""
+    longest: int | None = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
+    return longest
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder has any file of a tokenizer."""
     return any((folder / name).is_file() for name in OF_TOKENIZERS)
@@ -91,7 +107,7 @@ def warn_of_other_reading(
     if not path.is_file() or not hasattr(tokenizer, "backend_tokenizer"):
         return
     length = (tokenizer.backend_tokenizer.truncation or {}).get("max_length")
-    longest = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
+    longest = longest_text(checkpoint)
     if length and (not longest or length < longest):
         warn(
             f"The tokenizer.json of {checkpoint.source} cuts texts to {length:,} tokens, as it was left by a call with "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,13 +16,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def cut_windows(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, vocabulary: int, window_tokens: int, limit: int | None
-) -> torch.Tensor:
-    """Tokenize once, with the tokenizer's default special tokens, and cut; the tail is dropped.
+@dataclass(frozen=True)
+class Reader:
+    """How a model reads text."""
 
-    Args:
-        vocabulary: token ids that the model knows.
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: int  # token ids that it knows
+    longest: int | None = None  # tokens that it can attend to, if it says so
+
+
+def cut_windows(corpus: Corpus, reader: Reader, window_tokens: int, limit: int | None) -> torch.Tensor:
+    """Tokenize once, with the tokenizer's default special tokens, and cut; the tail is dropped.
 
     Returns:
         Token ids, [windows, window_tokens].
@@ -29,7 +34,7 @@ def cut_windows(
     Raises:
         CheckpointError: the text is shorter than one window, or the tokenizer is that of another model.
     """
-    return windows_in(read_corpus(corpus, tokenizer, vocabulary).tokens, window_tokens, limit, corpus.origin)
+    return windows_in(read_corpus(corpus, reader).tokens, window_tokens, limit, corpus.origin)
 
 
 def fitting_length(asked: int, longest: int | None, default: int, warn: Callable[[str], None]) -> int:
@@ -65,20 +70,17 @@ def windows_in(tokens: torch.Tensor, window_tokens: int, limit: int | None, orig
     return tokens[: kept * window_tokens].view(kept, window_tokens)
 
 
-def read_corpus(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Reading:
+def read_corpus(corpus: Corpus, reader: Reader) -> Reading:
     """A corpus in the tokens of a model, with the tokenizer's default special tokens.
-
-    Args:
-        vocabulary: token ids that the model knows.
 
     Raises:
         CheckpointError: the tokenizer is that of another model.
     """
-    found = read(corpus.text, tokenizer)
-    if len(found.tokens) and int(found.tokens.max()) >= vocabulary:
+    found = read(corpus.text, reader.tokenizer)
+    if len(found.tokens) and int(found.tokens.max()) >= reader.vocabulary:
         raise CheckpointError(
-            f"The tokenizer gives token {int(found.tokens.max())}, but the model knows {vocabulary} tokens, so it is "
-            "the tokenizer of another model. Put the right one beside the weights."
+            f"The tokenizer gives token {int(found.tokens.max())}, but the model knows {reader.vocabulary} tokens, so "
+            "it is the tokenizer of another model. Put the right one beside the weights."
         )
     return found
 

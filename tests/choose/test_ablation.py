@@ -15,6 +15,7 @@ from llmprune_cli.run.calibration import prepare_calibration
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.source.opening import open_checkpoint
 from llmprune_cli.source.tokenizer import load_tokenizer
+from llmprune_cli.text.windows import Reader
 from support.checkpoints import rewrite
 from support.cli import CALIBRATED, run_cli
 from support.opened import Opened
@@ -47,7 +48,7 @@ def test_layers_go_by_their_influence_or_by_the_loss_without_them(tmp_path: Path
     source = rewrite(save_tiny(tmp_path / "saved", num_hidden_layers=4), tmp_path / "model", silence)
     with open_checkpoint(ModelReference(str(source)), need_weights=True) as checkpoint:
         options = Text(str(text_file), calibration_tokens=600, calibration_seq_len=40)
-        windows = prepare_calibration(options, load_tokenizer(checkpoint), 96, 64, 0, print).fitted
+        windows = prepare_calibration(options, Reader(load_tokenizer(checkpoint), 96, 64), 0, print).fitted
         layered = LayeredModel(understand(checkpoint), "cpu")
         with torch.inference_mode():
             scores = ablate_layers(layered, windows, tmp_path, lambda n: None)

@@ -16,6 +16,7 @@ from llmprune_cli.run.calibration import prepare_calibration
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.source.opening import open_checkpoint
 from llmprune_cli.source.tokenizer import load_tokenizer
+from llmprune_cli.text.windows import Reader
 from support.cli import CALIBRATED, run_cli
 from support.opened import Opened
 from support.tiny import save_tiny
@@ -49,9 +50,7 @@ def test_layers_go_by_block_influence(tiny_llama: Path, tmp_path: Path, text_fil
         subject = understand(checkpoint)
         text = prepare_calibration(
             Text(str(text_file), calibration_tokens=600, calibration_seq_len=40),
-            load_tokenizer(checkpoint),
-            96,
-            64,
+            Reader(load_tokenizer(checkpoint), 96, 64),
             0,
             print,
         )

@@ -24,6 +24,7 @@ from llmprune_cli.report.schemas import DOCUMENTS, adapter_of
 from llmprune_cli.run.calibration import prepare_calibration
 from llmprune_cli.source.opening import open_checkpoint
 from llmprune_cli.source.tokenizer import load_tokenizer
+from llmprune_cli.text.windows import Reader
 from support.cli import Run, run_cli
 from support.full import in_full
 from support.refusals import CHECKPOINT, INTERRUPTED, PLAN, assert_refused
@@ -68,7 +69,7 @@ def judged_windows(model: Path, corpus: Path) -> torch.Tensor:
     with open_checkpoint(ModelReference(str(model)), need_weights=True) as checkpoint:
         tokenizer = load_tokenizer(checkpoint)
     asked = Text(str(corpus), calibration_tokens=FEWER_TOKENS, calibration_seq_len=WINDOW)
-    return prepare_calibration(asked, tokenizer, 96, None, 0, lambda _: None).judged
+    return prepare_calibration(asked, Reader(tokenizer, 96), 0, lambda _: None).judged
 
 
 @pytest.fixture(scope="module")

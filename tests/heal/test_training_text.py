@@ -24,6 +24,7 @@ from llmprune_cli.run.calibration import SeenText, prepare_calibration
 from llmprune_cli.source.opening import open_checkpoint
 from llmprune_cli.source.tokenizer import load_tokenizer
 from llmprune_cli.text.reading import predicted_bytes
+from llmprune_cli.text.windows import Reader
 from support.cli import run_cli
 from support.heal_runs import run_recover
 from support.refusals import CHECKPOINT
@@ -58,7 +59,7 @@ def training_text(pruned: Path, whole: Path, healing: Healing, warnings: list[st
     ):
         tokenizer, size = load_tokenizer(own), own.config.vocab_size
         reader = tokenizer if size == dense.config.vocab_size else load_tokenizer(dense)
-    return prepare_training(healing, tokenizer, size, None, 1, TOGETHER, warnings.append, None, (seen, reader))
+    return prepare_training(healing, Reader(tokenizer, size), 1, TOGETHER, warnings.append, None, (seen, reader))
 
 
 @pytest.mark.parametrize("is_mixture_and_cut", [False, True])
@@ -72,7 +73,7 @@ def test_text_that_the_prune_was_fitted_on_is_not_held_out(
     assert run.code == 0, run.stderr
     asked = Text(calibration=name, calibration_tokens=1200, calibration_seq_len=24)
     with open_checkpoint(ModelReference(str(whole)), need_weights=True) as checkpoint:
-        used = prepare_calibration(asked, load_tokenizer(checkpoint), BYTE_LEVEL_VOCABULARY, None, 0, print)
+        used = prepare_calibration(asked, Reader(load_tokenizer(checkpoint), BYTE_LEVEL_VOCABULARY), 0, print)
     seen, warnings = words_of(whole, used.fitted), list[str]()
     for length in (24, 40):
         few = Healing(tokens="1280", text=name, seq_len=length, batch_tokens=length)
@@ -95,7 +96,7 @@ def test_each_of_several_texts_has_its_share_and_a_short_one_comes_more_often(
     warnings = list[str]()
     with open_checkpoint(ModelReference(str(whole)), need_weights=True) as checkpoint:
         tokenizer = load_tokenizer(checkpoint)
-        text = prepare_training(asked, tokenizer, BYTE_LEVEL_VOCABULARY, None, 1, TOGETHER, warnings.append)
+        text = prepare_training(asked, Reader(tokenizer, BYTE_LEVEL_VOCABULARY), 1, TOGETHER, warnings.append)
     read = [len(tokenizer(path.read_text())["input_ids"]) // 24 for path in (texts["plain"], short)]
     is_short, held = (
         torch.tensor(["u00" in tokenizer.decode(window) for window in windows])
@@ -169,7 +170,8 @@ def test_the_column_that_is_named_is_learned_from(whole: Path, texts: dict[str, 
     rows.write_text("\n".join(map(json.dumps, parts)))
     asked = Healing(tokens="200", text=str(rows), text_column="mixed", seq_len=24, batch_tokens=48)
     with open_checkpoint(ModelReference(str(whole)), need_weights=True) as checkpoint:
-        text = prepare_training(asked, load_tokenizer(checkpoint), BYTE_LEVEL_VOCABULARY, 64, 1, TOGETHER, pytest.fail)
+        reader = Reader(load_tokenizer(checkpoint), BYTE_LEVEL_VOCABULARY, 64)
+        text = prepare_training(asked, reader, 1, TOGETHER, pytest.fail)
     assert {word[0] for word in words_of(whole, text.windows)} == {"v"}
     pruning = ("--calibration", rows, "--text-column", "mixed", "--recover", "200", "--output", tmp_path / "out")
     run = run_cli("prune", whole, *PRUNED_BY, *pruning, "--json")
@@ -188,11 +190,11 @@ def test_held_out_bytes_are_those_of_the_texts_and_not_of_what_stands_for_unknow
     asked = Healing(tokens="1000", text=mixture, seq_len=20, batch_tokens=40)
     with open_checkpoint(ModelReference(str(tiny_llama)), need_weights=True) as checkpoint:
         tokenizer = load_tokenizer(checkpoint)
-    held = prepare_training(asked, tokenizer, 96, 64, 1, TOGETHER, lambda _: None)
+    held = prepare_training(asked, Reader(tokenizer, 96, 64), 1, TOGETHER, lambda _: None)
     unknown = int((held.held_out[:, 1:] == tokenizer.unk_token_id).sum())
     assert 0 < unknown < held.held_out[:, 1:].numel()
     assert held.held_out_bytes == held.held_out[:, 1:].numel() + unknown
-    judged = prepare_calibration(Text(mixture, calibration_seq_len=20), tokenizer, 96, 64, 0, lambda _: None)
+    judged = prepare_calibration(Text(mixture, calibration_seq_len=20), Reader(tokenizer, 96, 64), 0, lambda _: None)
     for windows, parts in ((judged.held_out, judged.held_out_parts), (judged.judged, judged.judged_parts)):
         unknown = int((windows[:, 1:] == tokenizer.unk_token_id).sum())
         count = predicted_bytes(judged.corpus.text, tokenizer, windows, parts.tolist())

@@ -21,6 +21,7 @@ from llmprune_cli.text.columns import find_columns, texts_in
 from llmprune_cli.text.corpus import Corpus, own_corpus
 from llmprune_cli.text.files import check_file, read_rows, read_text
 from llmprune_cli.text.names import Part, parts_of
+from llmprune_cli.text.windows import Reader
 from support.cli import evaluated, run_cli
 from support.refusals import CHECKPOINT, USAGE, assert_refused
 
@@ -261,7 +262,7 @@ def test_each_text_has_its_share_of_the_windows(
         (tmp_path / name).write_text(word * 400)
     mixture = f"{tmp_path}/a.txt:{shares},{tmp_path}/b.txt:{1 - float(shares)}"
     text = Text(mixture, calibration_tokens=640, calibration_seq_len=40)
-    drawn = tokenizer.batch_decode(prepare_calibration(text, tokenizer, 96, 64, 0, print).fitted)
+    drawn = tokenizer.batch_decode(prepare_calibration(text, Reader(tokenizer, 96, 64), 0, print).fitted)
     assert (sum("lph" in own for own in drawn), sum("bet" in own for own in drawn)) == windows
 
 
@@ -280,7 +281,7 @@ def test_a_model_is_judged_on_text_of_others_if_there_is_any(tiny_llama: Path, t
     name = f"self:0.25,{text}:0.75" if others else "self"
     options = Text(name, calibration_tokens=1200, calibration_seq_len=40)
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    found = prepare_calibration(options, tokenizer, 96, 64, 0, pytest.fail, write)
+    found = prepare_calibration(options, Reader(tokenizer, 96, 64), 0, pytest.fail, write)
     own, held_out, judged = (
         sum("xyz" in window for window in tokenizer.batch_decode(windows))
         for windows in (found.fitted, found.held_out, found.judged)
@@ -299,7 +300,7 @@ def test_of_a_small_share_a_model_writes_a_window_to_fit_on_and_one_to_choose_by
     text.write_text("Others say this. " * 2000)
     options = Text(f"self:0.02,{text}:0.98", calibration_tokens=1200, calibration_seq_len=40)
     found = prepare_calibration(
-        *(options, AutoTokenizer.from_pretrained(tiny_llama), 96, 64, 0, pytest.fail),
+        *(options, Reader(AutoTokenizer.from_pretrained(tiny_llama), 96, 64), 0, pytest.fail),
         lambda tokens: own_corpus("x" * tokens, "a model"),
     )
     assert len(found.fitted) >= 30 and len(found.held_out) >= 2
@@ -335,7 +336,7 @@ def test_the_result_is_judged_on_the_same_text_apart_whatever_is_fitted_on(tiny_
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     found = [
         prepare_calibration(
-            Text(str(text), calibration_tokens=count, calibration_seq_len=60), tokenizer, 96, 64, 0, print
+            Text(str(text), calibration_tokens=count, calibration_seq_len=60), Reader(tokenizer, 96, 64), 0, print
         )
         for count in (600, 6000)
     ]

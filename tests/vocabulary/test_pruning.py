@@ -16,6 +16,7 @@ import torch
 from llmprune_cli.options import ModelReference, Text
 from llmprune_cli.run.calibration import prepare_calibration
 from llmprune_cli.source.opening import open_checkpoint
+from llmprune_cli.text.windows import Reader
 from llmprune_cli.vocabulary.choice import must_stay
 from llmprune_cli.vocabulary.rewriting import open_tokens
 from support.cli import BY_MAGNITUDE, run_cli
@@ -138,7 +139,7 @@ def judged_bits(whole: Path, model: Path, text: tuple[str, ...]) -> float:
 
     readers = [AutoTokenizer.from_pretrained(folder) for folder in (whole, model)]
     options = Text(calibration=text[1], calibration_tokens=400, calibration_seq_len=40)
-    drawn = prepare_calibration(options, readers[0], BYTE_LEVEL_VOCABULARY, None, 0, print)
+    drawn = prepare_calibration(options, Reader(readers[0], BYTE_LEVEL_VOCABULARY), 0, print)
     told = [readers[1](readers[0].decode(w), add_special_tokens=False)["input_ids"] for w in drawn.judged]
     length = min(40, *map(len, told))
     windows = torch.tensor([ids[:length] for ids in told])

@@ -16,6 +16,7 @@ from llmprune_cli.options import ModelReference, Text
 from llmprune_cli.plan.document import Vocabulary
 from llmprune_cli.run.calibration import prepare_calibration
 from llmprune_cli.source.opening import open_checkpoint
+from llmprune_cli.text.windows import Reader
 from llmprune_cli.vocabulary.rewriting import cut_tokens
 from llmprune_cli.vocabulary.tokens import read_tokens
 from llmprune_cli.vocabulary.told import tell
@@ -127,7 +128,7 @@ def bits_of(model: Path, size: int, text: tuple[str, ...], folder: Path) -> floa
     assert run.code == 0, run.stderr
     readers = AutoTokenizer.from_pretrained(model), AutoTokenizer.from_pretrained(output)
     asked = Text(calibration=text[1], calibration_tokens=400, calibration_seq_len=40)
-    held_out = prepare_calibration(asked, readers[0], 384, None, 0, print).held_out
+    held_out = prepare_calibration(asked, Reader(readers[0], 384), 0, print).held_out
     tokens = read_tokens(json.loads((model / "tokenizer.json").read_text(encoding="utf-8")), "a model")
     told = tell(tokens, (tuple(range(384)), tuple(kept_by(model, text, folder))), held_out)[0 if size == 384 else 1]
     loaded, nats, count = AutoModelForCausalLM.from_pretrained(output), 0.0, 0

@@ -41,7 +41,7 @@ from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.full_model import pick_device
 from llmprune_cli.source.own_text import Place, warn_of_no_conversations, write_text
-from llmprune_cli.source.tokenizer import load_tokenizer, warn_of_other_reading
+from llmprune_cli.source.tokenizer import load_tokenizer, longest_text, model_reader, warn_of_other_reading
 from llmprune_cli.text.corpus import Corpus, own_corpus
 from llmprune_cli.vocabulary.request import resolve_size
 
@@ -229,8 +229,7 @@ def settle(
     settled = replace(request.choice.settled, compute_dtype=_compute_dtype(request, subject))
     if not (request.needs_text and request.needs_weights):
         if request.needs_text and processes.is_first:
-            longest = getattr(subject.checkpoint.config, "max_position_embeddings", None)
-            window_tokens(request.text, longest, listener.warn)
+            window_tokens(request.text, longest_text(subject.checkpoint), listener.warn)
         return settled, None
     choice, text = settled, None
     if processes.is_first:
@@ -275,13 +274,11 @@ def layered(subject: Subject, request: PruneRequest, choice: Choice) -> LayeredM
 def _prepare_text(request: PruneRequest, subject: Subject, listener: Listener) -> CalibrationText:
     checkpoint, choice = subject.checkpoint, request.choice
     device = layer_device(request.model.device)
-    longest = getattr(checkpoint.config, "max_position_embeddings", None)
-    vocabulary = checkpoint.config.get_text_config().vocab_size
-    tokenizer = load_tokenizer(checkpoint)
-    warn_of_other_reading(checkpoint, tokenizer, listener.warn)
-    warn_of_no_conversations(request.text.calibration, tokenizer, listener.warn)
+    reader = model_reader(checkpoint)
+    warn_of_other_reading(checkpoint, reader.tokenizer, listener.warn)
+    warn_of_no_conversations(request.text.calibration, reader.tokenizer, listener.warn)
     write = partial(write_own_text, request, subject, listener)
-    text = prepare_calibration(request.text, tokenizer, vocabulary, longest, choice.seed, listener.warn, write)
+    text = prepare_calibration(request.text, reader, choice.seed, listener.warn, write)
     if choice.importance is None or choice.refit is None:
         LayeredModel(subject, device).load_layer(0)  # where that fails, there is a way without
     return text

@@ -26,7 +26,7 @@ from llmprune_cli.processes import ALONE
 from llmprune_cli.progress import LOGGER
 from llmprune_cli.run.calibration import Writer, load_calibration
 from llmprune_cli.run.workbench import Workbench
-from llmprune_cli.source.tokenizer import load_tokenizer
+from llmprune_cli.source.tokenizer import model_reader
 from llmprune_cli.text.corpus import Corpus
 from llmprune_cli.text.names import parts_of
 from llmprune_cli.text.windows import cut_windows, windows_apart
@@ -156,11 +156,11 @@ def read_token_text(request: PruneRequest, rows: int, bench: Workbench, write: W
         write: see `load_calibration`.
     """
     checkpoint = bench.model.checkpoint
-    tokenizer, longest = load_tokenizer(checkpoint), getattr(checkpoint.config, "max_position_embeddings", None)
-    length = min(request.text.calibration_seq_len, longest or request.text.calibration_seq_len)
+    reader = replace(model_reader(checkpoint), vocabulary=rows)
+    length = min(request.text.calibration_seq_len, reader.longest or request.text.calibration_seq_len)
     parts = []
-    for corpus, share in _corpora(request, bench, tokenizer, write):
-        windows = cut_windows(corpus, tokenizer, rows, length, None)
+    for corpus, share in _corpora(request, bench, reader.tokenizer, write):
+        windows = cut_windows(corpus, reader, length, None)
         if bench.text is not None and length == bench.text.judged.shape[1]:
             windows = windows_apart(windows, torch.cat((bench.text.judged, bench.text.held_out)))
         parts.append((windows, share))

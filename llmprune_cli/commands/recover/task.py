@@ -45,7 +45,7 @@ from llmprune_cli.run.states import are_worth_keeping, states_bytes
 from llmprune_cli.source.full_model import load_model
 from llmprune_cli.source.opening import open_checkpoint
 from llmprune_cli.source.own_text import Place, warn_of_no_conversations, write_text
-from llmprune_cli.source.tokenizer import load_tokenizer, warn_of_other_reading
+from llmprune_cli.source.tokenizer import load_tokenizer, model_reader, warn_of_other_reading
 from llmprune_cli.text.corpus import Corpus, own_corpus
 from llmprune_cli.text.names import SELF
 
@@ -146,14 +146,12 @@ def prepare(
         apart: see `prepare_training`.
     """
     layers = _layers_compared(request.healing, pruned, manifest, teacher)
-    tokenizer, reader = load_tokenizer(pruned), load_tokenizer(teacher)
+    reader, of_teacher = model_reader(pruned), load_tokenizer(teacher)
     if processes.is_first:
-        warn_of_other_reading(pruned, tokenizer, listener.warn)
-        warn_of_no_conversations(request.healing.text, tokenizer, listener.warn)
-    tokens = map_tokens((pruned, tokenizer), (teacher, reader))
+        warn_of_other_reading(pruned, reader.tokenizer, listener.warn)
+        warn_of_no_conversations(request.healing.text, reader.tokenizer, listener.warn)
+    tokens = map_tokens((pruned, reader.tokenizer), (teacher, of_teacher))
     request = replace(request, healing=request.healing.decided(tokens is not None))
-    settings = pruned.config.get_text_config()
-    longest = getattr(settings, "max_position_embeddings", None)
     warn = listener.warn if processes.is_first else lambda _: None
     write = partial(_write_text, request, teacher, processes, listener)
     seen = SeenText.of(manifest.calibration) if manifest is not None else None
@@ -161,14 +159,12 @@ def prepare(
     device = f"cuda:{processes.local_rank}" if device == "cuda" else device
     text = prepare_training(
         request.healing,
-        tokenizer,
-        settings.vocab_size,
-        longest,
+        reader,
         processes.count,
         tokens_together(device),
         warn,
         write,
-        None if seen is None else (seen, tokenizer if tokens is None else reader),
+        None if seen is None else (seen, reader.tokenizer if tokens is None else of_teacher),
         apart,
     )
     compute = _compute(request, pruned, device)

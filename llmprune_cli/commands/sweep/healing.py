@@ -22,7 +22,7 @@ from llmprune_cli.journal.forms import Json
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.report.report_card import judged_by, report_card
 from llmprune_cli.run.workbench import Workbench
-from llmprune_cli.source.tokenizer import load_tokenizer
+from llmprune_cli.source.tokenizer import model_reader
 from llmprune_cli.text.names import SELF, parts_of
 
 
@@ -38,13 +38,10 @@ def check_text(request: PruneRequest, bench: Workbench) -> None:
     if not processes.is_first or (name is not None and any(part.name == SELF for part in parts_of(name))):
         return
     checkpoint = bench.model.checkpoint
-    settings = checkpoint.config.get_text_config()
     try:
         prepare_training(
             request.healing,
-            load_tokenizer(checkpoint),
-            settings.vocab_size,
-            getattr(settings, "max_position_embeddings", None),
+            model_reader(checkpoint),
             processes.count,
             tokens_together(layer_device(request.model.device)),
             lambda _: None,

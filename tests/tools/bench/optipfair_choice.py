@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmprune_cli.options import Text
 from llmprune_cli.run.calibration import prepare_calibration
+from llmprune_cli.text.windows import Reader
 
 
 def main(folder: str, output: str, neurons: int, corpus: str, tokens: int, seq_len: int) -> None:
@@ -17,9 +18,7 @@ def main(folder: str, output: str, neurons: int, corpus: str, tokens: int, seq_l
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = prepare_calibration(
         Text(corpus, calibration_tokens=tokens, calibration_seq_len=seq_len),
-        tokenizer,
-        len(tokenizer),
-        None,
+        Reader(tokenizer, len(tokenizer)),
         0,
         sys.exit,
     )

@@ -144,7 +144,7 @@ def prepare(work: Path) -> Bench:
 
     from llmprune_cli.errors import LlmpruneError
     from llmprune_cli.text.corpus import load_corpus
-    from llmprune_cli.text.windows import cut_windows
+    from llmprune_cli.text.windows import Reader, cut_windows
 
     model = work.resolve() / "model"
     if not model.is_dir():
@@ -162,9 +162,8 @@ def prepare(work: Path) -> Bench:
         corpora = {name: load_corpus(name, "test") for name in (WIKITEXT2, PYTHON_DOCS)}
     except LlmpruneError as error:
         sys.exit(f"There is no text to judge by. {error}")
-    texts = {
-        name: cut_windows(corpus, tokenizer, len(tokenizer), WINDOW_TOKENS, WINDOWS) for name, corpus in corpora.items()
-    }
+    reader = Reader(tokenizer, len(tokenizer))
+    texts = {name: cut_windows(corpus, reader, WINDOW_TOKENS, WINDOWS) for name, corpus in corpora.items()}
     return Bench.over(model, work, texts)
 
 

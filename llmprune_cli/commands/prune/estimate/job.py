@@ -16,6 +16,7 @@ from llmprune_cli.run.calibration import HELD_OUT_SHARE, windows_to_judge_by
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.states import are_worth_keeping, states_bytes
 from llmprune_cli.run.workbench import Workbench
+from llmprune_cli.source.tokenizer import longest_text
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Job:
         if text is not None:
             held_out, judged = len(text.held_out), max(len(text.judged), len(text.held_out))
             return Windows(text.fitted.shape[1], len(text.fitted), held_out, judged)
-        longest = getattr(self.model.checkpoint.config, "max_position_embeddings", None)
+        longest = longest_text(self.model.checkpoint)
         length = min(asked.calibration_seq_len, longest or asked.calibration_seq_len)
         fitted = max(1, asked.calibration_tokens // length)
         return Windows(length, fitted, max(1, fitted // HELD_OUT_SHARE), windows_to_judge_by(length))
