@@ -6,6 +6,7 @@ INSTALLED := $(VENV)/.installed
 OPTIPFAIR := $(VENV)/.optipfair
 CONSUMERS := $(VENV)/.consumers
 OLDER := $(VENV)-transformers-4
+JAVASCRIPT := $(VENV)-javascript
 FUZZ := $(VENV)/.fuzz
 MINUTES ?= 10
 RUNTIMES ?= vllm ctranslate2 mlx openvino
@@ -135,8 +136,14 @@ $(OLDER)/.installed:
 	$(OLDER)/bin/pip install --quiet --disable-pip-version-check transformers==4.57.6 torch safetensors
 	touch $@
 
-check-consumers: $(CONSUMERS) $(OLDER)/.installed  ## run pruned folders through lm-eval, peft, mlx-lm and transformers 4
-	LLMPRUNE_OLDER_PYTHON=$(CURDIR)/$(OLDER)/bin/python $(BIN)/python -m pytest tests/end_to_end/models/test_consumers.py tests/end_to_end/models/test_older_transformers.py tests/heal/test_adapters.py tests/heal/test_recover.py tests/report/test_tasks.py
+# onnxruntime-node's own install step fetches what it needs on a GPU alone.
+$(JAVASCRIPT)/.installed:
+	mkdir -p $(JAVASCRIPT)
+	if command -v npm; then npm install --prefix $(JAVASCRIPT) --silent --no-fund --no-audit --ignore-scripts @huggingface/transformers@4.3.2; fi
+	touch $@
+
+check-consumers: $(CONSUMERS) $(OLDER)/.installed $(JAVASCRIPT)/.installed  ## run pruned folders through lm-eval, peft, mlx-lm, transformers 4 and transformers.js
+	LLMPRUNE_OLDER_PYTHON=$(CURDIR)/$(OLDER)/bin/python LLMPRUNE_JAVASCRIPT=$(CURDIR)/$(JAVASCRIPT) $(BIN)/python -m pytest tests/end_to_end/models/test_consumers.py tests/end_to_end/models/test_older_transformers.py tests/end_to_end/models/test_transformers_js.py tests/heal/test_adapters.py tests/heal/test_recover.py tests/report/test_tasks.py
 
 check-gpu: $(INSTALLED)  ## the calibrated path on a CUDA device; skipped, with the reason, where there is none
 	$(BIN)/python -m pytest -n0 -rs tests/end_to_end/test_gpu.py
@@ -180,4 +187,4 @@ check-ranges:  ## run the core suite on the lowest versions that pyproject.toml 
 	$(VENV)-lowest/bin/python -m pytest -n auto --dist worksteal -W default
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(OLDER) demo-output bench-quality-output bench-recover-output bench-texts-output
+	rm -rf $(VENV) $(VENV)-lowest $(OLDER) $(JAVASCRIPT) demo-output bench-quality-output bench-recover-output bench-texts-output

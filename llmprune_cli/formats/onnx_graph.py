@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmprune_cli.errors import UnsupportedError, VerificationError, first_line
+from llmprune_cli.errors import LlmpruneError, UnsupportedError, VerificationError, first_line
 from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.folder.documents import read_json, write_json
 from llmprune_cli.formats.graphs import (
     EXAMPLE,
     example_past,
@@ -23,12 +25,15 @@ from llmprune_cli.formats.graphs import (
     write_beside,
 )
 from llmprune_cli.formats.registry import FLOAT_LIMITS, Continuation, ExportOptions, Fit, Format
+from llmprune_cli.source.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-FILE = "model.onnx"
+FILE, WEIGHTS = "model.onnx", "model.onnx_data"  # by which names browsers fetch them
 PAST, PRESENT = "past_key_values", "present"
+SPACED = "a , b . c ?"
+BATCH, NEW = "batch_size", "sequence_length"  # axes by the names that transformers.js knows them by
 
 
 def fit_onnx(config: PretrainedConfig) -> Fit:
@@ -53,6 +58,7 @@ def write_onnx(
     """
     try:
         import onnx  # noqa: F401
+        import onnx_ir
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UnsupportedError(f"Writing ONNX needs more packages: pip install 'llmprune[onnx]' ({error}).") from error
@@ -69,8 +75,9 @@ def write_onnx(
             external_data=True,
             verbose=False,
         )
-    program.save(str(folder / FILE), external_data=True)
+    onnx_ir.save(program.model, folder / FILE, external_data=WEIGHTS)
     write_beside(checkpoint, model, folder)
+    _spell_out(checkpoint, folder)
     progress(checkpoint.size_bytes)
     return {}
 
@@ -80,27 +87,48 @@ Graph = tuple["torch.nn.Module", tuple[Any, ...], list[str], dict[str, Any]]  # 
 
 def _plain(model: PreTrainedModel) -> Graph:
     sequences, _, tokens = EXAMPLE
-    free = torch.export.Dim.DYNAMIC
     example = (torch.zeros(sequences, tokens, dtype=torch.long),)
-    return without_cache(model), example, ["input_ids"], {"input_ids": {0: free, 1: free}}
+    return without_cache(model), example, ["input_ids"], {"input_ids": {0: BATCH, 1: NEW}}
 
 
 def _cached(model: PreTrainedModel) -> Graph:
     sequences, cached, tokens = EXAMPLE
-    free, past = torch.export.Dim.DYNAMIC, example_past(model)
+    past = example_past(model)
     ids = torch.zeros(sequences, tokens, dtype=torch.long)
     mask = torch.ones(sequences, cached + tokens, dtype=torch.long)
     positions = torch.arange(cached, cached + tokens).expand(sequences, tokens)
     names = [f"{PAST}.{layer}.{part}" for layer, part in product(range(len(past)), ("key", "value"))]
-    both = {0: free, 1: free}
     sizes = {
-        "input_ids": both,
-        "attention_mask": both,
-        "position_ids": both,
-        "past": [({0: free, 2: free},) * 2] * len(past),
+        "input_ids": {0: BATCH, 1: NEW},
+        "attention_mask": {0: BATCH, 1: "total_sequence_length"},
+        "position_ids": {0: BATCH, 1: NEW},
+        "past": [({0: BATCH, 2: "past_sequence_length"},) * 2] * len(past),
     }
     inputs = ["input_ids", "attention_mask", "position_ids", *names]
     return with_cache(model), (ids, mask, positions, past), inputs, sizes
+
+
+def _spell_out(checkpoint: Checkpoint, folder: Path) -> None:
+    """Put into `tokenizer_config.json` what transformers does without being told, or is told elsewhere.
+
+    transformers.js takes out spaces before punctuation unless it is told not to. Its pipeline puts no start token
+    before a text unless it is told to. And it looks for a chat template nowhere else.
+    """
+    try:
+        tokenizer = load_tokenizer(checkpoint)
+    except LlmpruneError:  # a graph needs none
+        return
+    path, read = folder / "tokenizer_config.json", tokenizer(SPACED)["input_ids"]
+    ids = tokenizer(SPACED, add_special_tokens=False)["input_ids"]
+    said = read_json(path) if path.is_file() else {}
+    cleans = tokenizer.decode(ids) != tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    said["clean_up_tokenization_spaces"] = cleans
+    if isinstance(tokenizer.chat_template, str):
+        said["chat_template"] = tokenizer.chat_template
+    begins = tokenizer.bos_token_id is not None and read[:1] == [tokenizer.bos_token_id]
+    write_json(path, {**said, "add_bos_token": True} if begins else said)
+    if load_tokenizer(replace(checkpoint, companions=folder))(SPACED)["input_ids"] != read:
+        write_json(path, said)  # some tokenizers give up what else they put around a text
 
 
 class OnnxModel:

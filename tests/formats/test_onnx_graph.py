@@ -24,7 +24,10 @@ def test_an_onnx_graph_reads_prompts_and_goes_on_with_its_cache(family: str, tmp
     folder = pruned(tmp_path, family)
     document = verified(export(folder, tmp_path / "graph", "onnx", "--dtype", "f32"))
     assert document["verification"]["same_tokens"] == 1
-    assert {"model.onnx", "model.onnx.data", "config.json", "tokenizer.json"} <= {*document["files"]}
+    assert {"model.onnx", "model.onnx_data", "config.json", "tokenizer.json"} <= {*document["files"]}
+    said = json.loads((tmp_path / "graph" / "tokenizer_config.json").read_text())  # for transformers.js
+    assert said["clean_up_tokenization_spaces"] is False and "content" in said["chat_template"]
+    assert "add_bos_token" not in said, "no text begins with a token of its own"
     model, tokens, done = load_stock(folder), torch.randint(3, 90, (3, 20)), 0
     with torch.no_grad(), open_onnx(tmp_path / "graph") as graph:
         expected, past = model(input_ids=tokens, use_cache=False).logits, graph.empty_past(3)
@@ -33,6 +36,9 @@ def test_an_onnx_graph_reads_prompts_and_goes_on_with_its_cache(family: str, tmp
             logits, past = graph.run(tokens[:, done : done + step], past)
             torch.testing.assert_close(logits, expected[:, done : done + step], rtol=1e-3, atol=1e-4)
             done += step
+        axes = {name: given.shape for name, given in graph.inputs.items()}
+    assert axes["input_ids"] == ["batch_size", "sequence_length"]  # by which transformers.js makes an empty cache
+    assert {shape[0] for shape in axes.values()} == {"batch_size"}
 
 
 @needs_onnx
