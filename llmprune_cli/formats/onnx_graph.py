@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 FILE, WEIGHTS = "model.onnx", "model.onnx_data"  # by which names browsers fetch them
+IN_JAVASCRIPT = {"dtype": "fp32", "use_external_data_format": True}  # which files those are, whatever is in them
 PAST, PRESENT = "past_key_values", "present"
 SPACED = "a , b . c ?"
 BATCH, NEW = "batch_size", "sequence_length"  # axes by the names that transformers.js knows them by
@@ -77,7 +78,10 @@ def write_onnx(
         )
     onnx_ir.save(program.model, folder / FILE, external_data=WEIGHTS)
     write_beside(checkpoint, model, folder)
-    _spell_out(checkpoint, folder)
+    if options.kv_cache:  # without one, transformers.js goes on from the newest token alone
+        config = folder / "config.json"
+        write_json(config, read_json(config) | {"transformers.js_config": IN_JAVASCRIPT})
+        _spell_out(checkpoint, folder)
     progress(checkpoint.size_bytes)
     return {}
 

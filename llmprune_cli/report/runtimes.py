@@ -31,6 +31,7 @@ EXPERT_STEP = 32  # what the hidden size of experts has to be a multiple of ther
 ROUTED_IN_VLLM = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 576)  # experts, by its CUDA routers
 ROUTED_SO_ALONE = ("deepseek_v4",)  # families whose router there has no second way (vllm-project/vllm#50982)
 NF4_INPUTS = 64  # what bitsandbytes packs inputs by on processors with AVX-512 (outputs by 32); others take any number
+GROUP = 128  # inputs of a matrix that share a scale where nobody asks for another number
 MODELS_OF_TRANSFORMERS = 'model_impl="transformers" loads it'
 
 
@@ -58,6 +59,7 @@ def runtime_fits(config: PretrainedConfig) -> tuple[RuntimeFit, ...]:
         QUANTIZED_GGUF: Fit(loads=True, note=unpacked(config) if found["llama.cpp"].loads else ""),
         "bitsandbytes NF4 on AVX-512": _fit_nf4(config),
         "bitsandbytes, torchao, quanto": _fit_quantizers(config),
+        "4 bits in groups of 128": _fit_groups(config),
     }
     found |= {name: fit for name, fit in others.items() if fit.note}
     return tuple(RuntimeFit(name, fit.loads, fit.note) for name, fit in found.items())
@@ -157,6 +159,15 @@ def _fit_quantizers(config: PretrainedConfig) -> Fit:
     """What they leave as it is: transformers 5 stacks experts, and they quantize Linear layers alone."""
     experts = read_widths(config).num_experts
     return Fit(loads=True, note="they leave its experts in 16 bits, without a word" if experts else "")
+
+
+def _fit_groups(config: PretrainedConfig) -> Fit:
+    """What becomes of the matrices behind the neurons where quantizers take inputs in groups, as most do by default."""
+    neurons = getattr(config, "intermediate_size", None)
+    if not isinstance(neurons, int) or neurons % GROUP == 0:
+        return Fit(loads=True)
+    note = f"torchao and ExecuTorch leave matrices with {neurons} inputs whole, without a word"
+    return Fit(loads=True, note=f"{note}; --round-to {GROUP} gives others")
 
 
 def _fit_mlx(config: PretrainedConfig) -> Fit:

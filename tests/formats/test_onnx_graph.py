@@ -28,6 +28,8 @@ def test_an_onnx_graph_reads_prompts_and_goes_on_with_its_cache(family: str, tmp
     said = json.loads((tmp_path / "graph" / "tokenizer_config.json").read_text())  # for transformers.js
     assert said["clean_up_tokenization_spaces"] is False and "content" in said["chat_template"]
     assert "add_bos_token" not in said, "no text begins with a token of its own"
+    config = json.loads((tmp_path / "graph" / "config.json").read_text())
+    assert config["transformers.js_config"]["use_external_data_format"] and config["model_type"] == family
     model, tokens, done = load_stock(folder), torch.randint(3, 90, (3, 20)), 0
     with torch.no_grad(), open_onnx(tmp_path / "graph") as graph:
         expected, past = model(input_ids=tokens, use_cache=False).logits, graph.empty_past(3)
@@ -48,6 +50,7 @@ def test_an_onnx_graph_without_a_cache_takes_token_ids_only(tmp_path: Path) -> N
 
     folder = save_tiny(tmp_path / "model", num_hidden_layers=1)
     verified(export(folder, tmp_path / "graph", "onnx", "--no-kv-cache"))
+    assert "transformers.js_config" not in json.loads((tmp_path / "graph" / "config.json").read_text())
     tokens = torch.randint(3, 90, (2, 9))
     with torch.no_grad(), open_onnx(tmp_path / "graph") as graph:
         assert [*graph.inputs] == ["input_ids"]

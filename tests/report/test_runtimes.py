@@ -151,6 +151,13 @@ def test_experts_are_said_to_stay_whole_where_transformers_quantizes() -> None:
     assert runtime not in found["qwen3"]
 
 
+@pytest.mark.parametrize(("neurons", "is_said"), [(1088, True), (1152, False)])
+def test_neurons_that_groups_do_not_divide_are_said_to_stay_whole(neurons: int, is_said: bool) -> None:
+    found = {fit.runtime: fit for fit in runtime_fits(tiny_config("llama", intermediate_size=neurons))}
+    note = found["4 bits in groups of 128"].note if is_said else ""
+    assert ("4 bits in groups of 128" in found) == is_said == ("1088 inputs" in note and "--round-to 128" in note)
+
+
 @pytest.mark.parametrize("family", ["mistral", "qwen3", "olmo2", "granite", "starcoder2"])
 def test_runtimes_that_were_seen_to_run_a_shape_are_not_blamed(family: str) -> None:
     config = tiny_config(family, head_dim=32, intermediate_size=1088)

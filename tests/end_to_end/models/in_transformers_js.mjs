@@ -6,7 +6,7 @@ const { AutoModelForCausalLM, AutoTokenizer, env, pipeline, Tensor } = createReq
 const { folder, prompts, tokens, text, messages } = JSON.parse(process.argv[3]);
 env.allowRemoteModels = false;
 env.localModelPath = `${dirname(folder)}/`;
-const options = { dtype: "fp32", subfolder: "" };
+const options = { subfolder: "" };
 const model = await AutoModelForCausalLM.from_pretrained(basename(folder), options);
 const greedy = { max_new_tokens: tokens, min_new_tokens: tokens, do_sample: false };
 const tensor = (rows) => new Tensor("int64", BigInt64Array.from(rows.flat().map(BigInt)), [rows.length, rows[0].length]);
