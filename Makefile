@@ -139,8 +139,7 @@ $(OLDER)/.installed:
 # onnxruntime-node's own install step fetches what it needs on a GPU alone.
 $(JAVASCRIPT)/.installed:
 	mkdir -p $(JAVASCRIPT)
-	if command -v npm; then npm install --prefix $(JAVASCRIPT) --silent --no-fund --no-audit --ignore-scripts @huggingface/transformers@4.3.2; fi
-	touch $@
+	if command -v npm; then npm install --prefix $(JAVASCRIPT) --silent --no-fund --no-audit --ignore-scripts @huggingface/transformers@4.3.2 && touch $@; fi
 
 check-consumers: $(CONSUMERS) $(OLDER)/.installed $(JAVASCRIPT)/.installed  ## run pruned folders through lm-eval, peft, mlx-lm, transformers 4 and transformers.js
 	LLMPRUNE_OLDER_PYTHON=$(CURDIR)/$(OLDER)/bin/python LLMPRUNE_JAVASCRIPT=$(CURDIR)/$(JAVASCRIPT) $(BIN)/python -m pytest tests/end_to_end/models/test_consumers.py tests/end_to_end/models/test_older_transformers.py tests/end_to_end/models/test_transformers_js.py tests/heal/test_adapters.py tests/heal/test_recover.py tests/report/test_tasks.py

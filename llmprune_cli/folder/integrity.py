@@ -14,7 +14,7 @@ from llmprune_cli.folder.manifest import MANIFEST_NAME, FileRecord, read_manifes
 from llmprune_cli.folder.shards import read_index
 from llmprune_cli.folder.staging import is_listed
 
-WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".gguf", ".onnx", ".data", ".pt2")
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".gguf", ".onnx", ".onnx_data", ".data", ".pt2")
 SHOWN = 5  # differences that a message names
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmprune_cli.errors import LlmpruneError, UnsupportedError, VerificationError, first_line
+from llmprune_cli.errors import UnsupportedError, VerificationError, first_line
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.documents import read_json, write_json
 from llmprune_cli.formats.graphs import (
@@ -25,7 +24,7 @@ from llmprune_cli.formats.graphs import (
     write_beside,
 )
 from llmprune_cli.formats.registry import FLOAT_LIMITS, Continuation, ExportOptions, Fit, Format
-from llmprune_cli.source.tokenizer import load_tokenizer
+from llmprune_cli.source.tokenizer import MOST_COMPANION_BYTES, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -79,9 +78,7 @@ def write_onnx(
     onnx_ir.save(program.model, folder / FILE, external_data=WEIGHTS)
     write_beside(checkpoint, model, folder)
     if options.kv_cache:  # without one, transformers.js goes on from the newest token alone
-        config = folder / "config.json"
-        write_json(config, read_json(config) | {"transformers.js_config": IN_JAVASCRIPT})
-        _spell_out(checkpoint, folder)
+        _prepare_for_javascript(checkpoint, folder)
     progress(checkpoint.size_bytes)
     return {}
 
@@ -112,27 +109,36 @@ def _cached(model: PreTrainedModel) -> Graph:
     return with_cache(model), (ids, mask, positions, past), inputs, sizes
 
 
-def _spell_out(checkpoint: Checkpoint, folder: Path) -> None:
-    """Put into `tokenizer_config.json` what transformers does without being told, or is told elsewhere.
+def _prepare_for_javascript(checkpoint: Checkpoint, folder: Path) -> None:
+    """Say in `config.json` which files are there, and in `tokenizer_config.json` what transformers knows without it.
 
     transformers.js takes out spaces before punctuation unless it is told not to. Its pipeline puts no start token
-    before a text unless it is told to. And it looks for a chat template nowhere else.
+    before a text unless it is told to. It looks for chat templates nowhere else, and reads no tokenizer but
+    `tokenizer.json`.
     """
     try:
         tokenizer = load_tokenizer(checkpoint)
-    except LlmpruneError:  # a graph needs none
+        ids, bare = tokenizer(SPACED)["input_ids"], tokenizer(SPACED, add_special_tokens=False)["input_ids"]
+    except Exception:  # tokenizers of every kind raise every kind, and a graph needs none
         return
-    path, read = folder / "tokenizer_config.json", tokenizer(SPACED)["input_ids"]
-    ids = tokenizer(SPACED, add_special_tokens=False)["input_ids"]
-    said = read_json(path) if path.is_file() else {}
-    cleans = tokenizer.decode(ids) != tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    if not (folder / "tokenizer.json").is_file():
+        if not tokenizer.is_fast:
+            return
+        tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    config = folder / "config.json"
+    write_json(config, read_json(config) | {"transformers.js_config": IN_JAVASCRIPT})
+    path = folder / "tokenizer_config.json"
+    said = read_json(path, MOST_COMPANION_BYTES) if path.is_file() else {}
+    cleans = tokenizer.decode(bare) != tokenizer.decode(bare, clean_up_tokenization_spaces=False)
     said["clean_up_tokenization_spaces"] = cleans
-    if isinstance(tokenizer.chat_template, str):
-        said["chat_template"] = tokenizer.chat_template
-    begins = tokenizer.bos_token_id is not None and read[:1] == [tokenizer.bos_token_id]
-    write_json(path, {**said, "add_bos_token": True} if begins else said)
-    if load_tokenizer(replace(checkpoint, companions=folder))(SPACED)["input_ids"] != read:
-        write_json(path, said)  # some tokenizers give up what else they put around a text
+    templates = tokenizer.chat_template
+    if templates:
+        several = isinstance(templates, dict)
+        named = [{"name": name, "template": own} for name, own in templates.items()] if several else templates
+        said["chat_template"] = named
+    if tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]:
+        said["add_bos_token"] = True
+    write_json(path, said)
 
 
 class OnnxModel:

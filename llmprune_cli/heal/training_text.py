@@ -82,8 +82,6 @@ def prepare_training(
     on such text the pruned model looks better than it is.
 
     Args:
-        vocabulary: token ids that the models know.
-        longest: tokens that they can attend to, if they say so.
         processes, most_together: that share every batch, and how many tokens each runs at a time.
         write: what makes the teacher write text itself.
         before: what the pruned model was fitted on, and the tokenizer that read it, where that is known.

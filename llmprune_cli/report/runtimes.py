@@ -162,12 +162,15 @@ def _fit_quantizers(config: PretrainedConfig) -> Fit:
 
 
 def _fit_groups(config: PretrainedConfig) -> Fit:
-    """What becomes of the matrices behind the neurons where quantizers take inputs in groups, as most do by default."""
-    neurons = getattr(config, "intermediate_size", None)
-    if not isinstance(neurons, int) or neurons % GROUP == 0:
+    """What becomes of Linear layers whose inputs groups do not divide; experts are told of beside it."""
+    widths = read_widths(config)
+    neurons = 0 if widths.num_experts else widths.intermediate_size
+    odd = [str(inputs) for inputs in (widths.hidden_size, neurons) if inputs % GROUP]
+    if not odd:
         return Fit(loads=True)
-    note = f"torchao and ExecuTorch leave matrices with {neurons} inputs whole, without a word"
-    return Fit(loads=True, note=f"{note}; --round-to {GROUP} gives others")
+    cure = "ask for groups of 64 or 32" if widths.hidden_size % GROUP else f"--round-to {GROUP} gives others"
+    note = f"torchao and ExecuTorch leave matrices with {' or '.join(odd)} inputs whole, without a word; {cure}"
+    return Fit(loads=True, note=note)
 
 
 def _fit_mlx(config: PretrainedConfig) -> Fit:

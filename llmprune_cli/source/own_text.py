@@ -100,9 +100,9 @@ def warn_of_no_conversations(text: str | None, tokenizer: PreTrainedTokenizerBas
     """Say what keeps the answers of a model that chats, where nobody has named a text (`make bench-texts`)."""
     if text is None and chat_frame(tokenizer) is not None:
         warn(
-            "This model chats, and the text that is read by default has no conversations, so that its answers lose "
-            f"more than they need to. Where all of it fits into memory, the text {WITH_CONVERSATIONS} lets it write "
-            "some."
+            "This model has a chat template, and the text that is read by default has no conversations, so that its "
+            f"answers lose more than they need to. Where all of it fits into memory, the text {WITH_CONVERSATIONS} "
+            "lets it write some."
         )
 
 

@@ -54,6 +54,7 @@ def test_a_folder_that_was_written_verifies(pruned: Path, tmp_path: Path) -> Non
         (lambda folder: os.truncate(folder / "tokenizer.json", 10), "tokenizer.json has 10 bytes"),
         (lambda folder: (folder / "model.safetensors.index.json").unlink(), "index.json is missing"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b""), "model.safetensors was not written with it"),
+        (lambda folder: (folder / "model.onnx_data").write_bytes(b""), "model.onnx_data was not written with it"),
     ],
 )
 def test_whatever_changed_since_is_named(pruned: Path, damage: Callable[[Path], None], words: str) -> None:

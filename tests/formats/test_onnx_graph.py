@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from support import families
 from support.cli import run_cli
 from support.exports import export, needs_onnx, pruned, verified
 from support.full import examples, in_full
 from support.stock import load_stock
-from support.tiny import save_tiny
+from support.tiny import BYTE_LEVEL_VOCABULARY, save_byte_level, save_tiny
 
 
 @needs_onnx
@@ -41,6 +42,32 @@ def test_an_onnx_graph_reads_prompts_and_goes_on_with_its_cache(family: str, tmp
         axes = {name: given.shape for name, given in graph.inputs.items()}
     assert axes["input_ids"] == ["batch_size", "sequence_length"]  # by which transformers.js makes an empty cache
     assert {shape[0] for shape in axes.values()} == {"batch_size"}
+
+
+@needs_onnx
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_an_older_tokenizer_is_written_as_javascript_reads_it(has_tokenizer: bool, tmp_path: Path) -> None:
+    """Words and merges in files of their own become one; of several chat templates, all are kept."""
+    folder = save_tiny(tmp_path / "model", num_hidden_layers=1, vocab_size=BYTE_LEVEL_VOCABULARY)
+    save_byte_level(folder)
+    AutoTokenizer.from_pretrained(folder).backend_tokenizer.model.save(str(folder))
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (folder / name).unlink()
+    templates = [{"name": name, "template": f"{name}: {{{{ messages }}}}"} for name in ("default", "tool_use")]
+    said = {"tokenizer_class": "GPT2Tokenizer", "chat_template": templates}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said if has_tokenizer else {}))
+    if not has_tokenizer:
+        (folder / "vocab.json").write_text("{}")
+    run = export(folder, tmp_path / "graph", "onnx", *(() if has_tokenizer else ("--no-verify",)))
+    assert run.code == 0, run.stderr
+    config = json.loads((tmp_path / "graph" / "config.json").read_text())
+    assert ("transformers.js_config" in config) == has_tokenizer == (tmp_path / "graph" / "tokenizer.json").is_file()
+    if has_tokenizer:
+        assert json.loads((tmp_path / "graph" / "tokenizer_config.json").read_text())["chat_template"] == templates
+        found, expected = (AutoTokenizer.from_pretrained(own)("So, why?") for own in (tmp_path / "graph", folder))
+        assert found["input_ids"] == expected["input_ids"]
+        checked = run_cli("inspect", tmp_path / "graph", "--verify")
+        assert checked.code == 0, checked.stderr
 
 
 @needs_onnx

@@ -151,11 +151,31 @@ def test_experts_are_said_to_stay_whole_where_transformers_quantizes() -> None:
     assert runtime not in found["qwen3"]
 
 
-@pytest.mark.parametrize(("neurons", "is_said"), [(1088, True), (1152, False)])
-def test_neurons_that_groups_do_not_divide_are_said_to_stay_whole(neurons: int, is_said: bool) -> None:
-    found = {fit.runtime: fit for fit in runtime_fits(tiny_config("llama", intermediate_size=neurons))}
-    note = found["4 bits in groups of 128"].note if is_said else ""
-    assert ("4 bits in groups of 128" in found) == is_said == ("1088 inputs" in note and "--round-to 128" in note)
+@pytest.mark.parametrize(
+    ("family", "sizes", "words"),
+    [
+        (
+            "llama",
+            {"hidden_size": 256, "intermediate_size": 1088},
+            "with 1088 inputs whole, without a word; --round-to",
+        ),
+        (
+            "llama",
+            {"hidden_size": 576, "intermediate_size": 1152},
+            "with 576 inputs whole, without a word; ask for gro",
+        ),
+        ("llama", {"hidden_size": 576, "intermediate_size": 1088}, "with 576 or 1088 inputs"),
+        ("llama", {"hidden_size": 256, "intermediate_size": 1152}, ""),
+        ("opt", {"hidden_size": 256, "ffn_dim": 1088}, "with 1088 inputs"),
+        ("qwen3_moe", {"hidden_size": 256, "intermediate_size": 1088, "moe_intermediate_size": 1088}, ""),
+    ],
+)
+def test_matrices_that_groups_do_not_divide_are_said_to_stay_whole(
+    family: str, sizes: dict[str, int], words: str
+) -> None:
+    config = AutoConfig.for_model(family, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, **sizes)
+    found = {fit.runtime: fit for fit in runtime_fits(config)}.get("4 bits in groups of 128")
+    assert (found is None) == (not words) and (found is None or words in found.note)
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen3", "olmo2", "granite", "starcoder2"])

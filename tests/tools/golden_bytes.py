@@ -135,7 +135,7 @@ def digests(path: Path, name: str) -> dict[str, str]:
         with zipfile.ZipFile(path) as archive:
             entries = {Path(*Path(e).parts[1:]).as_posix(): archive.read(e) for e in archive.namelist()}
         return {f"{name}:{entry}": hashlib.sha256(data).hexdigest() for entry, data in entries.items()}
-    if path.suffix in (".gguf", ".onnx", ".data") or path.name == "config.json":
+    if path.suffix in (".gguf", ".onnx", ".onnx_data", ".data") or path.name == "config.json":
         return {name: hashlib.sha256(path.read_bytes()).hexdigest()}
     return {}
 

@@ -22,6 +22,8 @@ from llmprune_cli.report.chart import check_chart_target, draw_curve
 from llmprune_cli.report.json_results import RecoverResult
 from llmprune_cli.report.model_card import tell_pruning
 from llmprune_cli.source.opening import open_checkpoint, source_folder
+from llmprune_cli.source.own_text import warn_of_no_conversations
+from llmprune_cli.source.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +67,8 @@ def recover(
             forbidden = source_folder(request.model, pruned)
             claim = stack.enter_context(claimed(request.output, delivery.overwrite, forbidden))
         task = prepare(request, pruned, manifest, teacher, processes, listener, apart)
+        if name is None and processes.is_first:  # otherwise whatever pruned it has said so
+            warn_of_no_conversations(request.healing.text, load_tokenizer(pruned), listener.warn)
         if request.healing.mode == "blocks":
             assert claim is not None
             result: RecoverResult | None = heal_by_blocks(task, claim, started, stack)

@@ -44,7 +44,7 @@ from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.states import are_worth_keeping, states_bytes
 from llmprune_cli.source.full_model import load_model
 from llmprune_cli.source.opening import open_checkpoint
-from llmprune_cli.source.own_text import Place, warn_of_no_conversations, write_text
+from llmprune_cli.source.own_text import Place, write_text
 from llmprune_cli.source.tokenizer import load_tokenizer, model_reader, warn_of_other_reading
 from llmprune_cli.text.corpus import Corpus, own_corpus
 from llmprune_cli.text.names import SELF
@@ -149,7 +149,6 @@ def prepare(
     reader, of_teacher = model_reader(pruned), load_tokenizer(teacher)
     if processes.is_first:
         warn_of_other_reading(pruned, reader.tokenizer, listener.warn)
-        warn_of_no_conversations(request.healing.text, reader.tokenizer, listener.warn)
     tokens = map_tokens((pruned, reader.tokenizer), (teacher, of_teacher))
     request = replace(request, healing=request.healing.decided(tokens is not None))
     warn = listener.warn if processes.is_first else lambda _: None
