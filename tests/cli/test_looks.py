@@ -21,7 +21,7 @@ import pytest
 from rich.console import Console
 
 from llmprune_cli.cli.screen import progress
-from llmprune_cli.cli.screen.progress import Lines, in_words
+from llmprune_cli.cli.screen.progress import Lines, in_words, progress_on_stderr
 from llmprune_cli.cli.screen.table_parts import count_text, folded
 from llmprune_cli.progress import Listener
 from support.cli import BY_CHANCE, run_cli
@@ -233,3 +233,11 @@ def test_names_are_folded_where_their_parts_end() -> None:
 @pytest.mark.parametrize(("seconds", "shown"), [(0.4, "0 s"), (99, "99 s"), (150, "2 min"), (7500, "2 h 5 min")])
 def test_times_are_short(seconds: float, shown: str) -> None:
     assert in_words(seconds) == shown
+
+
+def test_what_was_said_is_not_said_again(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_on_stderr() as listener:
+        for said in ("one thing", "another", "one thing"):
+            listener.warn(said)
+    shown = capsys.readouterr().err
+    assert shown.count("one thing") == shown.count("another") == 1, shown

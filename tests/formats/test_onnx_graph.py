@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from support import families
@@ -23,12 +24,16 @@ def test_an_onnx_graph_reads_prompts_and_goes_on_with_its_cache(family: str, tmp
     from llmprune_cli.formats.onnx_graph import open_onnx
 
     folder = pruned(tmp_path, family)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    start = TemplateProcessing("<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = start
+    tokenizer.save_pretrained(folder)
     document = verified(export(folder, tmp_path / "graph", "onnx", "--dtype", "f32"))
     assert document["verification"]["same_tokens"] == 1
     assert {"model.onnx", "model.onnx_data", "config.json", "tokenizer.json"} <= {*document["files"]}
     said = json.loads((tmp_path / "graph" / "tokenizer_config.json").read_text())  # for transformers.js
     assert said["clean_up_tokenization_spaces"] is False and "content" in said["chat_template"]
-    assert "add_bos_token" not in said, "no text begins with a token of its own"
+    assert said["add_bos_token"] is True, "which tokenizer.json alone says"
     config = json.loads((tmp_path / "graph" / "config.json").read_text())
     assert config["transformers.js_config"]["use_external_data_format"] and config["model_type"] == family
     model, tokens, done = load_stock(folder), torch.randint(3, 90, (3, 20)), 0
@@ -63,7 +68,8 @@ def test_an_older_tokenizer_is_written_as_javascript_reads_it(has_tokenizer: boo
     config = json.loads((tmp_path / "graph" / "config.json").read_text())
     assert ("transformers.js_config" in config) == has_tokenizer == (tmp_path / "graph" / "tokenizer.json").is_file()
     if has_tokenizer:
-        assert json.loads((tmp_path / "graph" / "tokenizer_config.json").read_text())["chat_template"] == templates
+        written = json.loads((tmp_path / "graph" / "tokenizer_config.json").read_text())
+        assert written["chat_template"] == templates and "add_bos_token" not in written
         found, expected = (AutoTokenizer.from_pretrained(own)("So, why?") for own in (tmp_path / "graph", folder))
         assert found["input_ids"] == expected["input_ids"]
         checked = run_cli("inspect", tmp_path / "graph", "--verify")
