@@ -11,6 +11,8 @@ from llmprune_cli.options import WidthRequest
 from llmprune_cli.plan.legal import within
 
 WORTH_SAYING = 0.005  # of a width, that more goes than was asked for
+WHOLE_BLOCKS = 256  # weights that K-quants pack together; groups of 128 share a scale elsewhere
+COARSEST = 22  # steps in the whole width, at least, where a ratio decides: MLPs are often 11 · 2^n wide
 
 
 def count_groups(before: Widths, request: WidthRequest, deviations: list[str]) -> int:
@@ -87,12 +89,12 @@ def count_units(
     return rounded
 
 
-def usual_step(whole: int) -> int:
-    """What neurons that a ratio keeps are a multiple of: 64, in small MLPs a power of two below their 24th part.
+def usual_step(whole: int, steps: int = COARSEST) -> int:
+    """What numbers of neurons are a multiple of: 256, in smaller MLPs the power of two that `steps` of them hold.
 
     It is what products of matrices, and the blocks of weights in 4 bits, come in.
     """
-    return int(min(64, 2 ** max(0, (whole // 24).bit_length() - 1)))
+    return int(min(WHOLE_BLOCKS, 2 ** max(0, (whole // steps).bit_length() - 1)))
 
 
 def _exact(units: float) -> float:

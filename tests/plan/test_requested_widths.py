@@ -224,13 +224,21 @@ def test_any_ratio_comes_to_widths_that_can_be_asked_for(family: str, ratio: flo
 
 
 @pytest.mark.parametrize(("asked", "kept"), [({}, 1088), ({"round_to": 1}, 1105), ({"round_to": 100}, 1100)])
-def test_neurons_that_a_ratio_of_their_own_keeps_are_a_multiple_of_64(asked: dict[str, int], kept: int) -> None:
+def test_neurons_that_a_ratio_of_their_own_keeps_are_a_round_number(asked: dict[str, int], kept: int) -> None:
     architecture = architecture_of("llama", intermediate_size=1536)
     target = resolve(architecture, {}, WidthRequest(intermediate_pruning_ratio=0.28, **asked))
     assert target.widths.intermediate_size == kept
     assert any("1105" in text and "--round-to 1" in text for text in target.deviations) == (not asked)
     together = resolve(architecture, {}, WidthRequest(pruning_ratio=0.28)).widths
     assert together.intermediate_size == 1105
+
+
+@pytest.mark.parametrize(
+    ("whole", "kept"), [(14336, 10240), (8192, 5888), (5632, 3840), (3072, 2176), (704, 480), (96, 68), (8, 5)]
+)
+def test_large_mlps_keep_whole_blocks_of_256_neurons(whole: int, kept: int) -> None:
+    architecture = architecture_of("llama", intermediate_size=whole)
+    assert resolve(architecture, {}, WidthRequest(intermediate_pruning_ratio=0.28)).widths.intermediate_size == kept
 
 
 @pytest.mark.parametrize(

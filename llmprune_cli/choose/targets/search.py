@@ -16,9 +16,10 @@ from llmprune_cli.family.widths import NEURONS
 from llmprune_cli.options import WidthRequest
 from llmprune_cli.plan.legal import legal_experts
 from llmprune_cli.plan.requested_widths import Target, protected_layers, resolve
+from llmprune_cli.plan.rounding import usual_step
 from llmprune_cli.sizes import Budget
 
-ROUND_TO = 64  # neurons that stay, at most: what kernels like
+FINEST = 56  # steps in the whole width of an MLP, at least: 256 neurons in Llama 3's 14,336
 SHORT_BLOCK, LONG_BLOCK = 32, 256  # weights that GGUF quantizes together, in its older types and in mixes
 LEAST_BLOCKS = 16  # in a row of an MLP that is cut by whole blocks
 DEPTHS = (0.0, 0.07, 0.14, 0.21, 0.3, 0.4, 0.5)  # shares of the layers whose removal is considered
@@ -255,14 +256,12 @@ def _widest(subject: Subject, base: WidthRequest, limit: Limit, round_to: int | 
 
 
 def _step(largest: int, round_to: int | None) -> int:
-    """What numbers of neurons are a multiple of: 64, in an MLP of less than 4096 a power of two near its 64th part.
+    """What numbers of neurons are a multiple of: finer than what a ratio keeps, so that a target is met closely.
 
     Args:
         round_to: what is asked for instead.
     """
-    if round_to is not None:
-        return min(round_to, largest)
-    return int(max(1, min(ROUND_TO, 2 ** ((largest // 64).bit_length() - 1 if largest >= 64 else 0))))
+    return usual_step(largest, FINEST) if round_to is None else min(round_to, largest)
 
 
 def _neurons(subject: Subject, share: Fraction, round_to: int | None) -> dict[str, Any]:

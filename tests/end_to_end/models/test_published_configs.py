@@ -149,8 +149,9 @@ def test_dry_run_counts_what_transformers_builds_of_a_recent_model(tmp_path: Pat
     assert before["parameters"] == count_parameters(config, tmp_path / "whole")
     cut = {width: kept for width, kept in after["widths"].items() if kept != before["widths"][width]}
     assert cut and all(before["widths"][width] == config[width] for width in cut)
-    for width, kept in cut.items():  # down to a multiple of 64
+    for width, kept in cut.items():  # down to what blocks of weights in 4 bits come in
         assert width.endswith("intermediate_size") and 0.7 * config[width] < kept <= 0.75 * config[width], (width, kept)
+        assert kept % (256 if config[width] >= 5632 else 32) == 0, (width, kept)
     assert after["parameters"] == count_parameters({**config, **cut}, tmp_path / "pruned")
 
 
