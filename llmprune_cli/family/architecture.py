@@ -206,13 +206,13 @@ def reconfigure(config: PretrainedConfig, changes: dict[str, Any]) -> Pretrained
     Raises:
         ValueError: the configuration's own rules refuse the change.
     """
-    changed = type(config).from_dict(config.to_dict())
+    changed = type(config)(**config.to_dict())  # `from_dict` would write it out as text each time, for a log
     try:
         for name, value in changes.items():
             setattr(changed, name, value)
         if hasattr(changed, "validate"):
             changed.validate()
-        result = type(config).from_dict(changed.to_dict())
+        result = type(config)(**changed.to_dict())
         for name, value in changes.items():
             if isinstance(value, list) and getattr(result, name) != value:
                 raise ValueError(f"it has a rule of its own for {name}, which would become {getattr(result, name)}")

@@ -318,10 +318,10 @@ class LayeredModel:
         Raises:
             CheckpointError: see `check_states`.
         """
-        ends = self.load_ends()
+        ends, size = self.load_ends(), windows_together(windows)
         stream = new_states((*windows.shape, self.widths.hidden_size), folder)
-        for number, window in enumerate(windows):
-            stream[number] = ends.embed(window[None])[0]
+        for tokens, states in zip(windows.split(size), stream.split(size), strict=True):
+            states.copy_(ends.embed(tokens))
         check_states(stream, "The embedding")
         return stream
 

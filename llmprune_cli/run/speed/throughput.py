@@ -13,6 +13,7 @@ from llmprune_cli.run.speed.clock import timing
 
 END_PASSES = 5  # of the ends, that are timed
 ENOUGH = 3  # passes of a layer, of which the first warms up
+TIMED = 16  # windows, at most, that a layer reads one at a time
 
 
 Quartiles: TypeAlias = tuple[float, float, float]
@@ -29,12 +30,13 @@ class Clock:
     seconds: list[Quartiles] = field(default_factory=list)  # per token, of each part so far
 
     def advance(self, layer: Layer, stream: torch.Tensor) -> None:
-        """Take hidden states [N, T, D] through a layer as `Layer.advance` does, one window at a time."""
+        """Take hidden states [N, T, D] through a layer as `Layer.advance` does, the first windows one at a time."""
         with timing(layer.block, layer.device) as passes:
             for _ in range(ENOUGH - len(stream)):
                 layer.run(stream[:1])
-            for window in stream.split(1):
+            for window in stream[:TIMED].split(1):
                 layer.advance(window)
+        layer.advance(stream[TIMED:])
         self.seconds.append(_quartiles(passes[1:], stream.shape[1]))
 
     def finish(self, ends: Ends, states: torch.Tensor, items: int) -> None:
