@@ -9,7 +9,7 @@ OLDER := $(VENV)-transformers-4
 JAVASCRIPT := $(VENV)-javascript
 FUZZ := $(VENV)/.fuzz
 MINUTES ?= 10
-RUNTIMES ?= vllm ctranslate2 mlx openvino
+RUNTIMES ?= vllm ctranslate2 mlx openvino mistralrs
 
 BASE ?= HEAD~1
 TYPES ?=
@@ -170,6 +170,11 @@ $(VENV)-openvino/.installed:
 $(VENV)-executorch/.installed:
 	$(PYTHON) -m venv $(VENV)-executorch
 	$(VENV)-executorch/bin/pip install --quiet --disable-pip-version-check torch==2.14.1 optimum-executorch==1.1.0 executorch==1.5.1
+	touch $@
+
+$(VENV)-mistralrs/.installed:
+	$(PYTHON) -m venv $(VENV)-mistralrs
+	$(VENV)-mistralrs/bin/pip install --quiet --disable-pip-version-check mistralrs==0.9.5
 	touch $@
 
 $(VENV)-vllm/.installed:

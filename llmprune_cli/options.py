@@ -100,7 +100,8 @@ class WidthRequest:
         tuple[int, ...] | None, Option("Layers to drop, such as 3,7,-2 or 20-25.", GOES, parse=parse_layers)
     ] = None
     round_to: Annotated[
-        int | None, Option("Round what a ratio keeps down to a multiple.", GOES, least=1, left_out="up to 256 for neurons")
+        int | None,
+        Option("Round what a ratio keeps down to a multiple.", GOES, least=1, left_out="256, less in small MLPs"),
     ] = None
     keep_layers: Annotated[
         tuple[int, ...],

@@ -20,6 +20,16 @@ FULL_WIDTH_IN_MLX = (
 )
 FOUR_TIMES_IN_MLX = ("gpt2", "gpt_neox")  # families whose MLPs it builds as four times the hidden size
 WITHOUT_WINDOWS_IN_MLX = ("mistral", "mixtral", "phi3", "gemma2")  # families whose windows it does not have
+FULL_WIDTH_IN_MISTRALRS = ("llama", "qwen2", "mixtral", "starcoder2", "smollm3", "lfm2", "phi", "phi3")
+SCALED_IN_MISTRALRS = dict.fromkeys(("llama", "smollm3"), ("default", "linear", "llama3"))  # it refuses other kinds
+UNSCALED_IN_MISTRALRS = (  # families whose RoPE scaling it never reads
+    *("gemma", "gemma2", "glm4", "lfm2", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "starcoder2"),
+)
+# Fields that say whether a family has biases, where it leaves these out.
+BIASES_MISTRALRS_LACKS = {
+    **dict.fromkeys(("llama", "smollm3"), ("attention_bias", "mlp_bias")),
+    **dict.fromkeys(("qwen3", "qwen3_moe"), ("attention_bias",)),
+}
 FULL_WIDTH_IN_VLLM = ("qwen2", "qwen2_moe", "granitemoe", "internlm2", "minicpm", "jamba")
 CAPPED_IN_OPENVINO = (  # families that optimum-intel exports with transformers before 5.5 alone
     *("bitnet", "dbrx", "deepseek_v2", "deepseek_v3", "exaone4", "falcon_mamba", "gemma", "gemma2", "gemma3_text"),
@@ -56,6 +66,7 @@ def runtime_fits(config: PretrainedConfig) -> tuple[RuntimeFit, ...]:
         "CTranslate2": _fit_ctranslate2(config),
         "OpenVINO": _fit_openvino(config),
         "mlx-lm": _fit_mlx(config),
+        "mistral.rs": _fit_mistralrs(config),
         QUANTIZED_GGUF: Fit(loads=True, note=unpacked(config) if found["llama.cpp"].loads else ""),
         "bitsandbytes NF4 on AVX-512": _fit_nf4(config),
         "bitsandbytes, torchao, quanto": _fit_quantizers(config),
@@ -192,3 +203,28 @@ def _fit_mlx(config: PretrainedConfig) -> Fit:
     if not field or not windows or nth_layers(config.model_type, settings)[field] is not None:
         return Fit(loads=True)
     return Fit(False, f"reads {field} alone, and no such number describes the kinds of layers here")
+
+
+def _fit_mistralrs(config: PretrainedConfig) -> Fit:
+    """What mistral.rs 0.9 was seen to refuse, or to get wrong, of a folder in safetensors."""
+    family, rope, settings = config.model_type, _rope_type(config), config.to_dict()
+    biases = [name for name in BIASES_MISTRALRS_LACKS.get(family, ()) if settings.get(name)]
+    if family == "phi" or biases:
+        what = "the bias of the output" if family == "phi" else f"the biases ({' and '.join(biases)})"
+        return Fit(False, f"leaves {what} out and gives other numbers without a word, pruned or not")
+    if rope != "default" and family in UNSCALED_IN_MISTRALRS:
+        return Fit(False, f"never reads RoPE scaling ({rope}) and gives other numbers without a word, pruned or not")
+    if rope not in SCALED_IN_MISTRALRS.get(family, (rope,)):
+        return Fit(False, f"refuses RoPE scaling of the kind {rope}, pruned or not")
+    if family == "qwen3" and "full_attention" in (settings.get("layer_types") or ()) and settings.get("sliding_window"):
+        return Fit(False, "gives all layers a sliding window where one has it, without a word, pruned or not")
+    if family in FULL_WIDTH_IN_MISTRALRS and _narrow(config):
+        return Fit(False, f"refuses the weights: {_narrow(config)}")
+    if family == "gpt_oss":
+        return Fit(False, "reads this family's experts in 4 bits alone")
+    if (
+        family == "deepseek_v3"
+        and settings["v_head_dim"] != settings["qk_nope_head_dim"] + settings["qk_rope_head_dim"]
+    ):
+        return Fit(False, "fails at the first token on a CPU, as values are narrower than keys, pruned or not")
+    return Fit(loads=True)

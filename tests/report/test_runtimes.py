@@ -66,6 +66,8 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+WINDOWS_ABOVE = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
 STUMBLES = [
     ("qwen2", {}, "vLLM", "model_impl"),
     ("qwen2_moe", {}, "vLLM", "model_impl"),
@@ -96,6 +98,15 @@ STUMBLES = [
     ("deepseek_v3", {}, "OpenVINO", "older versions"),
     ("gemma", {}, "OpenVINO", "older versions"),
     ("exaone4", {}, "OpenVINO", "older versions"),
+    ("smollm3", {}, "mistral.rs", "refuses the weights"),
+    ("phi", {}, "mistral.rs", "bias of the output"),
+    ("llama", {"mlp_bias": True}, "mistral.rs", "the biases (mlp_bias) out"),
+    ("qwen3", {"attention_bias": True}, "mistral.rs", "the biases (attention_bias) out"),
+    ("qwen3", {"rope_parameters": YARN}, "mistral.rs", "never reads RoPE scaling (yarn)"),
+    ("llama", {"rope_parameters": YARN}, "mistral.rs", "refuses RoPE scaling of the kind yarn"),
+    ("qwen3", WINDOWS_ABOVE, "mistral.rs", "gives all layers a sliding window"),
+    ("gpt_oss", {}, "mistral.rs", "in 4 bits alone"),
+    ("deepseek_v3", {}, "mistral.rs", "narrower than keys"),
     ("llama", {"intermediate_size": 203}, "bitsandbytes NF4 on AVX-512", "--round-to 64"),
 ]
 
@@ -186,4 +197,18 @@ def test_runtimes_that_were_seen_to_run_a_shape_are_not_blamed(family: str) -> N
         "llama.cpp",
         "onnxruntime-genai",
         "mlx-lm",
+        *(("mistral.rs",) if family == "starcoder2" else ()),
     }
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"rope_parameters": LLAMA3_ROPE}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}),
+        ("qwen2", WINDOWS_ABOVE),
+        ("mistral", {"num_attention_heads": 4, "head_dim": 8}),
+    ],
+)
+def test_what_mistral_rs_computes_rightly_is_no_trouble(family: str, changes: dict[str, Any]) -> None:
+    assert "mistral.rs" not in {fit.runtime for fit in runtime_fits(tiny_config(family, **changes))}
