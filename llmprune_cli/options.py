@@ -101,7 +101,7 @@ class WidthRequest:
     ] = None
     round_to: Annotated[
         int | None,
-        Option("Round what a ratio keeps down to a multiple.", GOES, least=1, left_out="256, less in small MLPs"),
+        Option("Round what a ratio keeps down to a multiple.", GOES, least=1, left_out="256 for neurons, or less"),
     ] = None
     keep_layers: Annotated[
         tuple[int, ...],

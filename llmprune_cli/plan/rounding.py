@@ -90,7 +90,7 @@ def count_units(
 
 
 def usual_step(whole: int, steps: int = COARSEST) -> int:
-    """What numbers of neurons are a multiple of: 256, in smaller MLPs the power of two that `steps` of them hold.
+    """What numbers of neurons are a multiple of: 256, or less, so that there are so many steps in an MLP.
 
     It is what products of matrices, and the blocks of weights in 4 bits, come in.
     """

@@ -20,10 +20,15 @@ FULL_WIDTH_IN_MLX = (
 )
 FOUR_TIMES_IN_MLX = ("gpt2", "gpt_neox")  # families whose MLPs it builds as four times the hidden size
 WITHOUT_WINDOWS_IN_MLX = ("mistral", "mixtral", "phi3", "gemma2")  # families whose windows it does not have
-FULL_WIDTH_IN_MISTRALRS = ("llama", "qwen2", "mixtral", "starcoder2", "smollm3", "lfm2", "phi", "phi3")
-SCALED_IN_MISTRALRS = dict.fromkeys(("llama", "smollm3"), ("default", "linear", "llama3"))  # it refuses other kinds
+FULL_WIDTH_IN_MISTRALRS = (
+    *("granitemoehybrid", "lfm2", "lfm2_moe", "llama", "mixtral", "phi3", "qwen2", "smollm3", "starcoder2"),
+)
+SCALED_IN_MISTRALRS = {  # kinds of RoPE scaling; it refuses others
+    **dict.fromkeys(("llama", "smollm3"), ("default", "linear", "llama3")),
+    "mistral": ("default", "yarn"),
+}
 UNSCALED_IN_MISTRALRS = (  # families whose RoPE scaling it never reads
-    *("gemma", "gemma2", "glm4", "lfm2", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "starcoder2"),
+    *("gemma", "gemma2", "glm4", "lfm2", "mixtral", "qwen2", "qwen3", "qwen3_moe", "starcoder2"),
 )
 # Fields that say whether a family has biases, where it leaves these out.
 BIASES_MISTRALRS_LACKS = {
@@ -206,7 +211,7 @@ def _fit_mlx(config: PretrainedConfig) -> Fit:
 
 
 def _fit_mistralrs(config: PretrainedConfig) -> Fit:
-    """What mistral.rs 0.9 was seen to refuse, or to get wrong, of a folder in safetensors."""
+    """What mistral.rs 0.9 refuses, or gets wrong, of a folder, as seen or, for some families, as read in its source."""
     family, rope, settings = config.model_type, _rope_type(config), config.to_dict()
     biases = [name for name in BIASES_MISTRALRS_LACKS.get(family, ()) if settings.get(name)]
     if family == "phi" or biases:
@@ -216,15 +221,30 @@ def _fit_mistralrs(config: PretrainedConfig) -> Fit:
         return Fit(False, f"never reads RoPE scaling ({rope}) and gives other numbers without a word, pruned or not")
     if rope not in SCALED_IN_MISTRALRS.get(family, (rope,)):
         return Fit(False, f"refuses RoPE scaling of the kind {rope}, pruned or not")
-    if family == "qwen3" and "full_attention" in (settings.get("layer_types") or ()) and settings.get("sliding_window"):
-        return Fit(False, "gives all layers a sliding window where one has it, without a word, pruned or not")
+    if family == "mistral" and rope == "yarn" and not {"beta_fast", "beta_slow"} <= config.rope_parameters.keys():
+        return Fit(False, "refuses YaRN without beta_fast and beta_slow, pruned or not")
+    window = settings.get("sliding_window")
+    if window and _other_windows(family, settings.get("layer_types") or []):
+        note = f"it is right within the sliding window of {window} tokens only, as it gives windows to other layers"
+        return Fit(loads=True, note=note)
     if family in FULL_WIDTH_IN_MISTRALRS and _narrow(config):
         return Fit(False, f"refuses the weights: {_narrow(config)}")
     if family == "gpt_oss":
         return Fit(False, "reads this family's experts in 4 bits alone")
     if (
-        family == "deepseek_v3"
+        family in ("deepseek_v2", "deepseek_v3")
         and settings["v_head_dim"] != settings["qk_nope_head_dim"] + settings["qk_rope_head_dim"]
     ):
         return Fit(False, "fails at the first token on a CPU, as values are narrower than keys, pruned or not")
     return Fit(loads=True)
+
+
+def _other_windows(family: str, kinds: list[str]) -> bool:
+    """Whether mistral.rs gives sliding windows to other layers than these kinds say."""
+    has_window = [kind == "sliding_attention" for kind in kinds]
+    own = {
+        "gemma2": [number % 2 == 0 for number in range(len(kinds))],
+        "qwen3": [True] * len(kinds),
+        "smollm3": [False] * len(kinds),
+    }
+    return own.get(family, has_window) != has_window

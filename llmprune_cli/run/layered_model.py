@@ -320,8 +320,8 @@ class LayeredModel:
         """
         ends, size = self.load_ends(), windows_together(windows)
         stream = new_states((*windows.shape, self.widths.hidden_size), folder)
-        for tokens, states in zip(windows.split(size), stream.split(size), strict=True):
-            states.copy_(ends.embed(tokens))
+        for first in range(0, len(windows), size):
+            stream[first : first + size] = ends.embed(windows[first : first + size])
         check_states(stream, "The embedding")
         return stream
 

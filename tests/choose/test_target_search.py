@@ -199,7 +199,7 @@ def test_where_quantized_weights_are_counted_blocks_divide_the_neurons(kind: str
     assert conditions_of(subject, WidthRequest(), Choice(target="1MB").budget).is_empty
 
 
-@pytest.mark.parametrize(("neurons", "step"), [(14336, 256), (1536, 16), (48, 1)])
+@pytest.mark.parametrize(("neurons", "step"), [(14336, 128), (1536, 16), (48, 1)])
 def test_a_target_is_met_more_closely_than_a_ratio(neurons: int, step: int) -> None:
     subject = llama_on_paper(intermediate_size=neurons)
     found = [target.widths.intermediate_size for target in _tried(subject, Choice(target="1MB"))]

@@ -67,6 +67,7 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 8192,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 WINDOWS_ABOVE = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
 STUMBLES = [
     ("qwen2", {}, "vLLM", "model_impl"),
@@ -104,7 +105,9 @@ STUMBLES = [
     ("qwen3", {"attention_bias": True}, "mistral.rs", "the biases (attention_bias) out"),
     ("qwen3", {"rope_parameters": YARN}, "mistral.rs", "never reads RoPE scaling (yarn)"),
     ("llama", {"rope_parameters": YARN}, "mistral.rs", "refuses RoPE scaling of the kind yarn"),
-    ("qwen3", WINDOWS_ABOVE, "mistral.rs", "gives all layers a sliding window"),
+    ("mistral", {"rope_parameters": YARN}, "mistral.rs", "without beta_fast"),
+    ("mistral", {"rope_parameters": LINEAR}, "mistral.rs", "of the kind linear"),
+    ("deepseek_v2", {}, "mistral.rs", "narrower than keys"),
     ("gpt_oss", {}, "mistral.rs", "in 4 bits alone"),
     ("deepseek_v3", {}, "mistral.rs", "narrower than keys"),
     ("llama", {"intermediate_size": 203}, "bitsandbytes NF4 on AVX-512", "--round-to 64"),
@@ -208,7 +211,23 @@ def test_runtimes_that_were_seen_to_run_a_shape_are_not_blamed(family: str) -> N
         ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}),
         ("qwen2", WINDOWS_ABOVE),
         ("mistral", {"num_attention_heads": 4, "head_dim": 8}),
+        ("mistral", {"rope_parameters": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0}}),
+        ("gemma2", {"sliding_window": 8, "num_hidden_layers": 3}),
+        ("smollm3", {}),
     ],
 )
 def test_what_mistral_rs_computes_rightly_is_no_trouble(family: str, changes: dict[str, Any]) -> None:
     assert "mistral.rs" not in {fit.runtime for fit in runtime_fits(tiny_config(family, **changes))}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("qwen3", WINDOWS_ABOVE),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention"] * 2}),
+        ("gemma2", {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]}),
+    ],
+)
+def test_windows_that_mistral_rs_gives_to_other_layers_are_told(family: str, changes: dict[str, Any]) -> None:
+    found = {fit.runtime: fit for fit in runtime_fits(tiny_config(family, **changes))}["mistral.rs"]
+    assert found.loads and "window of 8 tokens only" in found.note

@@ -37,14 +37,18 @@ def test_layers_run_one_at_a_time_as_the_stock_model_runs_them(opened: Opened) -
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("windows", "passes"), [(1, 3), (2, 3), (3, 3), (4, 4)])
+@pytest.mark.parametrize(("windows", "passes"), [(1, 3), (2, 3), (3, 3), (4, 4), (16, 16), (20, 17)])
 def test_a_layer_is_warmed_up_apart_only_where_windows_are_few(tmp_path: Path, windows: int, passes: int) -> None:
     stream, counted = torch.randn(windows, 8, 64), []
     with open_checkpoint(ModelReference(str(save_tiny(tmp_path / "model"))), need_weights=True) as checkpoint:
         layer, clock = LayeredModel(understand(checkpoint), "cpu").load_layer(0), Clock()
         layer.block.register_forward_hook(lambda *_: counted.append(1))
         with torch.inference_mode():
+            plain = stream.clone()
+            layer.advance(plain)
+            counted.clear()
             clock.advance(layer, stream)
+    torch.testing.assert_close(stream, plain)
     assert len(counted) == passes and len(clock.seconds) == 1 and min(clock.seconds[0]) > 0
 
 

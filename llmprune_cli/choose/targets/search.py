@@ -19,7 +19,7 @@ from llmprune_cli.plan.requested_widths import Target, protected_layers, resolve
 from llmprune_cli.plan.rounding import usual_step
 from llmprune_cli.sizes import Budget
 
-FINEST = 56  # steps in the whole width of an MLP, at least: 256 neurons in Llama 3's 14,336
+STEPS, LARGEST_STEP = 64, 128  # in the whole width of an MLP, at least, and its neurons, at most
 SHORT_BLOCK, LONG_BLOCK = 32, 256  # weights that GGUF quantizes together, in its older types and in mixes
 LEAST_BLOCKS = 16  # in a row of an MLP that is cut by whole blocks
 DEPTHS = (0.0, 0.07, 0.14, 0.21, 0.3, 0.4, 0.5)  # shares of the layers whose removal is considered
@@ -261,7 +261,7 @@ def _step(largest: int, round_to: int | None) -> int:
     Args:
         round_to: what is asked for instead.
     """
-    return usual_step(largest, FINEST) if round_to is None else min(round_to, largest)
+    return min(LARGEST_STEP, usual_step(largest, STEPS)) if round_to is None else min(round_to, largest)
 
 
 def _neurons(subject: Subject, share: Fraction, round_to: int | None) -> dict[str, Any]:

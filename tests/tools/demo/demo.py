@@ -20,6 +20,7 @@ OUTPUT = Path("demo-output")
 PRUNED, HEALED = OUTPUT / "smollm2-pruned", OUTPUT / "smollm2-healed"
 PROMPT = "The capital of France is"
 NEW_TOKENS = 20
+LETTERS = 24_000  # of text to learn from: what is learned from more of it takes longer
 PROBE_SECONDS, DOWNLOAD_SECONDS = 5, 60
 LOAD_WIKITEXT2 = (
     "from datasets import load_dataset; load_dataset('Salesforce/wikitext', 'wikitext-2-raw-v1', split='test')"
@@ -38,16 +39,17 @@ def main() -> None:
     try:
         gguf = find_gguf()
         text = choose_text()
+        learned = str(write_text(text))
         run("llmprune", "inspect", str(gguf))
         run(
             *("llmprune", "prune", str(gguf), "--intermediate-pruning-ratio", "0.25"),
-            *("--calibration", text, "--calibration-tokens", "2048"),
+            *("--calibration", learned, "--calibration-tokens", "2048"),
             *("--output", str(PRUNED), "--overwrite", "--eval", "--dataset", text),
             *("--max-seq-len", "512", "--limit", "4"),
         )
         generate(PRUNED, "A quarter of the MLP neurons is gone, and nothing was trained.")
         run(
-            *("llmprune", "recover", str(PRUNED), "--text", text, "--tokens", "4k"),
+            *("llmprune", "recover", str(PRUNED), "--text", learned, "--tokens", "4k"),
             *("--output", str(HEALED), "--overwrite"),
         )
         generate(HEALED, "The same after training on four thousand tokens; `make bench-recover` trains on more.")
@@ -87,6 +89,16 @@ def choose_text() -> str:
         return "wikitext2"
     say("Text: Python's documentation, one half to judge by and the other to learn from.")
     return "python-docs"
+
+
+def write_text(name: str) -> Path:
+    """A file with the beginning of a text's part to learn from, as anybody may have one."""
+    from llmprune_cli.text.corpus import load_corpus
+
+    path = OUTPUT / "learned.txt"
+    path.write_text(load_corpus(name, "validation").text[:LETTERS], encoding="utf-8")
+    say(f"Learned from: {path}, {LETTERS:,} letters of it.")
+    return path
 
 
 def wikitext2_on_hub() -> bool:

@@ -30,7 +30,7 @@ from llmprune_cli.run.calibration import CalibrationText
 from llmprune_cli.run.divergence import Side, compare
 from llmprune_cli.run.layered_model import VOCABULARY
 from llmprune_cli.run.speed.clock import wait
-from llmprune_cli.run.speed.throughput import Clock
+from llmprune_cli.run.speed.throughput import ENOUGH, Clock
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.text.corpus import Corpus
 from llmprune_cli.vocabulary.choice import rank_tokens
@@ -154,7 +154,7 @@ def _judge(two: TwoLayers, bench: Workbench, text: CalibrationText) -> None:
     """What the report card takes: both models walk, and are compared."""
     bench.listener.stage("Judging on held-out text", 2 * two.layers)
     windows, sides = text.judged[:1], []
-    two.watch.shared(len(text.judged) + 1, tried=2)  # one window warms up
+    two.watch.shared(max(ENOUGH, len(text.judged)), tried=ENOUGH)
     with torch.inference_mode():
         for _ in range(2):
             walked = []
