@@ -37,6 +37,16 @@ def test_layers_run_one_at_a_time_as_the_stock_model_runs_them(opened: Opened) -
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("opened", ["llama"], indirect=True)
+def test_windows_are_embedded_together_as_each_alone(opened: Opened) -> None:
+    windows = opened.tokens[:, :8]
+    with torch.inference_mode():
+        ends, together = opened.layered.load_ends(), opened.layered.embed(windows)
+        alone = torch.cat([ends.embed(window[None]) for window in windows])
+        none = opened.layered.embed(windows[:0])  # of a process that has none
+    assert torch.equal(together, alone) and none.shape == (0, *together.shape[1:])
+
+
 @pytest.mark.parametrize(("windows", "passes"), [(1, 3), (2, 3), (3, 3), (4, 4), (16, 16), (20, 17)])
 def test_a_layer_is_warmed_up_apart_only_where_windows_are_few(tmp_path: Path, windows: int, passes: int) -> None:
     stream, counted = torch.randn(windows, 8, 64), []
