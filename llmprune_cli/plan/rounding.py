@@ -90,9 +90,10 @@ def count_units(
 
 
 def usual_step(whole: int, steps: int = COARSEST) -> int:
-    """What numbers of neurons are a multiple of: 256, or less, so that there are so many steps in an MLP.
+    """What numbers of neurons are a multiple of: what products of matrices, and blocks of weights in 4 bits, come in.
 
-    It is what products of matrices, and the blocks of weights in 4 bits, come in.
+    Args:
+        steps: as many as the MLP has, at least. It is 256, or the largest power of two that leaves so many.
     """
     return int(min(WHOLE_BLOCKS, 2 ** max(0, (whole // steps).bit_length() - 1)))
 

@@ -223,10 +223,6 @@ def _fit_mistralrs(config: PretrainedConfig) -> Fit:
         return Fit(False, f"refuses RoPE scaling of the kind {rope}, pruned or not")
     if family == "mistral" and rope == "yarn" and not {"beta_fast", "beta_slow"} <= config.rope_parameters.keys():
         return Fit(False, "refuses YaRN without beta_fast and beta_slow, pruned or not")
-    window = settings.get("sliding_window")
-    if window and _other_windows(family, settings.get("layer_types") or []):
-        note = f"it is right within the sliding window of {window} tokens only, as it gives windows to other layers"
-        return Fit(loads=True, note=note)
     if family in FULL_WIDTH_IN_MISTRALRS and _narrow(config):
         return Fit(False, f"refuses the weights: {_narrow(config)}")
     if family == "gpt_oss":
@@ -236,7 +232,12 @@ def _fit_mistralrs(config: PretrainedConfig) -> Fit:
         and settings["v_head_dim"] != settings["qk_nope_head_dim"] + settings["qk_rope_head_dim"]
     ):
         return Fit(False, "fails at the first token on a CPU, as values are narrower than keys, pruned or not")
-    return Fit(loads=True)
+    window = settings.get("sliding_window")
+    is_seen = bool(window) and window < config.max_position_embeddings
+    if not is_seen or not _other_windows(family, settings.get("layer_types") or []):
+        return Fit(loads=True)
+    note = f"it is right within the sliding window of {window} tokens only, as it gives windows to other layers"
+    return Fit(loads=True, note=note)
 
 
 def _other_windows(family: str, kinds: list[str]) -> bool:

@@ -100,6 +100,7 @@ STUMBLES = [
     ("gemma", {}, "OpenVINO", "older versions"),
     ("exaone4", {}, "OpenVINO", "older versions"),
     ("smollm3", {}, "mistral.rs", "refuses the weights"),
+    ("smollm3", {"use_sliding_window": True, "sliding_window": 8}, "mistral.rs", "refuses the weights"),
     ("phi", {}, "mistral.rs", "bias of the output"),
     ("llama", {"mlp_bias": True}, "mistral.rs", "the biases (mlp_bias) out"),
     ("qwen3", {"attention_bias": True}, "mistral.rs", "the biases (attention_bias) out"),
@@ -214,6 +215,7 @@ def test_runtimes_that_were_seen_to_run_a_shape_are_not_blamed(family: str) -> N
         ("mistral", {"rope_parameters": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0}}),
         ("gemma2", {"sliding_window": 8, "num_hidden_layers": 3}),
         ("smollm3", {}),
+        ("qwen3", {**WINDOWS_ABOVE, "sliding_window": 1_000_000}),
     ],
 )
 def test_what_mistral_rs_computes_rightly_is_no_trouble(family: str, changes: dict[str, Any]) -> None:

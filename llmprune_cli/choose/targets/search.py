@@ -16,11 +16,11 @@ from llmprune_cli.family.widths import NEURONS
 from llmprune_cli.options import WidthRequest
 from llmprune_cli.plan.legal import legal_experts
 from llmprune_cli.plan.requested_widths import Target, protected_layers, resolve
-from llmprune_cli.plan.rounding import usual_step
+from llmprune_cli.plan.rounding import WHOLE_BLOCKS, usual_step
 from llmprune_cli.sizes import Budget
 
 STEPS, LARGEST_STEP = 64, 128  # in the whole width of an MLP, at least, and its neurons, at most
-SHORT_BLOCK, LONG_BLOCK = 32, 256  # weights that GGUF quantizes together, in its older types and in mixes
+SHORT_BLOCK = 32  # weights that the older types of GGUF quantize together; mixes do with `WHOLE_BLOCKS`
 LEAST_BLOCKS = 16  # in a row of an MLP that is cut by whole blocks
 DEPTHS = (0.0, 0.07, 0.14, 0.21, 0.3, 0.4, 0.5)  # shares of the layers whose removal is considered
 EXPERT_SHARES = (0.875, 0.75, 0.5)  # of the experts that are considered to stay
@@ -51,8 +51,8 @@ def conditions_of(subject: Subject, own: WidthRequest, budget: Budget | None) ->
     counts_blocks = budget is not None and budget.dtype is not None
     if own.round_to is not None or not counts_blocks or largest < LEAST_BLOCKS * SHORT_BLOCK:
         return own
-    is_wide = largest >= 2 * LEAST_BLOCKS * LONG_BLOCK
-    return replace(own, round_to=LONG_BLOCK if is_wide else max(SHORT_BLOCK, _step(largest, None)))
+    is_wide = largest >= 2 * LEAST_BLOCKS * WHOLE_BLOCKS
+    return replace(own, round_to=WHOLE_BLOCKS if is_wide else max(SHORT_BLOCK, _step(largest, None)))
 
 
 def search_widths(

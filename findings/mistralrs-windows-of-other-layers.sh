@@ -54,19 +54,28 @@ def found(folder):
     return torch.tensor(rows)
 def equal(one, other):
     return "equal" if (one - other).abs().max() < 1e-2 else "other numbers"
-windows = {"use_sliding_window": True, "sliding_window": 8}
-for kind, own in [("qwen2", {}), ("qwen3", {"head_dim": 32})]:
-    everywhere = expected(make(f"{kind}-0", kind, **own, **windows, max_window_layers=0))
-    seen = []
-    for layers in (1, 2, 3):
-        model = make(f"{kind}-{layers}", kind, **own, **windows, max_window_layers=layers)
-        ours = found(f"{kind}-{layers}")
-        seen.append(f"{layers}: {equal(ours, expected(model))}, with windows in all layers {equal(ours, everywhere)}")
-    print(f"SEEN {kind}: {'; '.join(seen)}", flush=True)
+windows = {"sliding_window": 8}
+some = {**windows, "use_sliding_window": True}
+lists = {"sliding_attention": "S", "full_attention": "F"}
+kinds = [("qwen2", {**some, "max_window_layers": 1}), ("qwen3", {**some, "head_dim": 32, "max_window_layers": 1}),
+         ("qwen3", {**some, "head_dim": 32, "max_window_layers": 2}), ("smollm3", {**some, "layer_types": [*lists, "sliding_attention"]}),
+         ("gemma2", {**windows, "head_dim": 32}), ("gemma2", {**windows, "head_dim": 32, "layer_types": [*reversed(lists), "sliding_attention"]})]
+for number, (kind, own) in enumerate(kinds):
+    model = make(f"{kind}-{number}", kind, **own)
+    ours, seen = found(f"{kind}-{number}"), []
+    for name, others in (("as it says", model.config.layer_types), ("SSS", ["sliding_attention"] * 3), ("FFF", ["full_attention"] * 3),
+                         ("SFS", ["sliding_attention", "full_attention", "sliding_attention"])):
+        other = AutoModelForCausalLM.from_pretrained(f"{kind}-{number}", layer_types=others, attn_implementation="eager")
+        seen.append(f"{name} {equal(ours, expected(other))}")
+    print(f"SEEN {kind} {''.join(lists[each] for each in model.config.layer_types)}: {', '.join(seen)}", flush=True)
 END
 sed -n 's/^SEEN //p' log.txt > seen.txt
 cat seen.txt
 diff seen.txt - <<'END'
-qwen2: 1: equal, with windows in all layers other numbers; 2: equal, with windows in all layers other numbers; 3: equal, with windows in all layers other numbers
-qwen3: 1: other numbers, with windows in all layers equal; 2: other numbers, with windows in all layers equal; 3: other numbers, with windows in all layers equal
+qwen2 FSS: as it says equal, SSS other numbers, FFF other numbers, SFS other numbers
+qwen3 FSS: as it says other numbers, SSS equal, FFF other numbers, SFS other numbers
+qwen3 FFS: as it says other numbers, SSS equal, FFF other numbers, SFS other numbers
+smollm3 SFS: as it says other numbers, SSS other numbers, FFF equal, SFS other numbers
+gemma2 SFS: as it says equal, SSS other numbers, FFF other numbers, SFS equal
+gemma2 FSS: as it says other numbers, SSS other numbers, FFF other numbers, SFS equal
 END
