@@ -38,8 +38,9 @@ def test_layers_run_one_at_a_time_as_the_stock_model_runs_them(opened: Opened) -
 
 
 @pytest.mark.parametrize("opened", ["llama"], indirect=True)
-def test_windows_are_embedded_together_as_each_alone(opened: Opened) -> None:
-    windows = opened.tokens[:, :8]
+def test_windows_are_embedded_together_as_each_alone(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmprune_cli.run.layered_model.windows_together", lambda windows: 2)
+    windows = torch.arange(40).reshape(5, 8)
     with torch.inference_mode():
         ends, together = opened.layered.load_ends(), opened.layered.embed(windows)
         alone = torch.cat([ends.embed(window[None]) for window in windows])
