@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import sys
 
 from llmprune_cli.errors import LlmpruneError, memory_explained
@@ -18,6 +19,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: what follows the program's name; None takes them from `sys.argv`.
     """
     end_tidily()
+    _write_what_can_be_written()
     gc.set_threshold(COLLECT_AFTER)
     from llmprune_cli.cli.app import run
     from llmprune_cli.processes import ended_together, only_first_speaks
@@ -35,6 +37,13 @@ def main(arguments: list[str] | None = None) -> None:
                 raise
             print(f"Error: {error}", file=sys.stderr)
             sys.exit(error.exit_code)
+
+
+def _write_what_can_be_written() -> None:
+    """Show a question mark for a character that the terminal or the file cannot hold: no work is lost for that."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
 from llmprune_cli.cli.parameters import COMMON, AsJson, Quiet, takes
 from llmprune_cli.cli.screen.table_parts import new_console, print_json
@@ -54,11 +55,11 @@ def export_command(
 
 def print_export(result: ExportResult) -> None:
     """Summary of `export`."""
-    new_console().print(
-        f"Wrote [bold]{result.output}[/bold]: {result.format}, {result.dtype}, {result.parameters:,} parameters, "
-        f"{size_text(result.size_bytes)}, {len(result.files)} files.",
-        highlight=False,
+    said = (
+        f": {result.format}, {result.dtype}, {result.parameters:,} parameters, {size_text(result.size_bytes)}, "
+        f"{len(result.files)} files."
     )
+    new_console().print(Text.assemble("Wrote ", (result.output, "bold"), said))
     if result.note:
         new_console().print(f"Note: {result.note}", highlight=False, style="yellow")
     found = result.verification
@@ -97,7 +98,8 @@ def print_push(result: PushResult) -> None:
     """Where it is now."""
     console, seen_by = new_console(), "private" if result.private else "public"
     files = f"{len(result.files)} files, {size_text(result.size_bytes)}"
-    console.print(f"Pushed [bold]{result.folder}[/bold]: {files}, {seen_by}, to", highlight=False, soft_wrap=True)
+    pushed = Text.assemble("Pushed ", (result.folder, "bold"), f": {files}, {seen_by}, to")
+    console.print(pushed, soft_wrap=True)
     console.print(result.url, highlight=False, soft_wrap=True)
     if result.removed:
         console.print(f"Removed there: {', '.join(result.removed)}.", highlight=False, soft_wrap=True)

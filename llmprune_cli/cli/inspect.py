@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from llmprune_cli.cli.parameters import COMMON, AsJson, takes
 from llmprune_cli.cli.screen.progress import progress_on_stderr
@@ -151,7 +152,7 @@ def print_inspect(result: InspectResult) -> None:
     """Tables of `inspect`."""
     console = new_console()
     revision = f" @ {result.revision}" if result.revision else ""
-    console.print(f"[bold]{result.model}[/bold]{revision}  {result.model_type}", highlight=False)
+    console.print(Text.assemble((result.model, "bold"), f"{revision}  {result.model_type}"))
     console.print(modules_table(result.before, result.after, console.width))
     columns = ("prunable width", "size", *(["after"] if result.after else []), "legal values")
     widths = Table(title="\nWidths", title_justify="left", **NARROW)
@@ -197,11 +198,8 @@ def _what_tokens_weigh(own: VocabularySummary) -> str:
 def print_verify(result: VerifyResult) -> None:
     """What `inspect --verify` found."""
     parameters = f", {result.parameters:,} parameters" if result.parameters is not None else ""
-    new_console().print(
-        f"[bold]{result.folder}[/bold] is what was written: {result.files} files, {size_text(result.size_bytes)}"
-        f"{parameters}.",
-        highlight=False,
-    )
+    said = f" is what was written: {result.files} files, {size_text(result.size_bytes)}{parameters}."
+    new_console().print(Text.assemble((result.folder, "bold"), said))
 
 
 def modules_table(before: ModelSummary, after: ModelSummary | None, width: int) -> Table:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text as Words
 
 from llmprune_cli.cli.evaluate import print_eval
 from llmprune_cli.cli.export import print_export, print_push
@@ -151,8 +152,8 @@ def print_prune(result: PruneResult, request: PruneRequest, is_verbose: bool = F
     if result.output:
         if kind is not None:
             _warn_of_unpacked(console, kind, result)
-        wrote = f"Wrote [bold]{result.output}[/bold] in {in_words(result.seconds)}. Next:"
-        console.print(wrote, highlight=False, soft_wrap=True)
+        wrote = Words.assemble("Wrote ", (result.output, "bold"), f" in {in_words(result.seconds)}. Next:")
+        console.print(wrote, soft_wrap=True)
     elif result.evaluation:
         console.print("Nothing was kept: give --output to save the pruned model.")
     else:
@@ -161,7 +162,7 @@ def print_prune(result: PruneResult, request: PruneRequest, is_verbose: bool = F
             console.print(f"Left to do: {expected[0].lower()}{expected[1:]}", highlight=False, soft_wrap=True)
         console.print("Dry run: nothing was written. To go on from it:")
     for line in _next(result, request, kind):
-        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
 
 
 def _summary(result: PruneResult) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.table import Table
+from rich.text import Text
 
 from llmprune_cli.cli.export import print_push
 from llmprune_cli.cli.parameters import AsJson, Quiet, takes
@@ -46,7 +47,8 @@ def recover_command(
 def print_recover(result: RecoverResult) -> None:
     """What `recover` shows."""
     print_recovery(result)
-    new_console().print(f"Wrote [bold]{result.output}[/bold] in {result.seconds:.1f} s.", highlight=False)
+    wrote = Text.assemble("Wrote ", (result.output, "bold"), f" in {result.seconds:.1f} s.")
+    new_console().print(wrote, soft_wrap=True)
     if result.push:
         print_push(result.push)
 
@@ -54,7 +56,7 @@ def print_recover(result: RecoverResult) -> None:
 def print_recovery(result: RecoverResult) -> None:
     """How healing went."""
     console = new_console()
-    console.print(f"Held-out text of {with_split(result.dataset, result.split)}", highlight=False, markup=False)
+    console.print(f"Held-out text of {with_split(result.dataset, result.split)}", highlight=False)
     table = Table(**NARROW)
     for label in ("tokens", "KL divergence, nats", "perplexity", "bits per byte"):
         table.add_column(label, justify="right")

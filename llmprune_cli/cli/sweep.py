@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
+from rich.text import Text as Words
 
 from llmprune_cli.cli.parameters import AsJson, Quiet, takes
 from llmprune_cli.cli.screen.table_parts import (
@@ -85,9 +86,10 @@ def print_sweep(result: SweepResult, text: Text) -> None:
     if result.output is None:
         console.print("Nothing was kept: --output DIR keeps the plans, --keep-models the models, too.")
         return
-    console.print(f"Wrote [bold]{result.output}[/bold]. Next, with the size that you choose:", soft_wrap=True)
+    wrote = Words.assemble("Wrote ", (result.output, "bold"), ". Next, with the size that you choose:")
+    console.print(wrote, soft_wrap=True)
     for line in _next(result, text):
-        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
 
 
 def _table(points: tuple[SweepPoint, ...], shapes: dict[str, str]) -> Table:

@@ -192,7 +192,7 @@ def check_prune(request: PruneRequest) -> None:
         LlmpruneError: see there.
     """
     from llmprune_cli.commands.recover.request import healing_of
-    from llmprune_cli.folder.documents import MOST_JSON_BYTES, check_own_folder, check_replaceable, is_there
+    from llmprune_cli.folder.documents import MOST_JSON_BYTES, check_own_folder, is_there
     from llmprune_cli.folder.staging import check_target as check_output
     from llmprune_cli.plan.stored import read_stored
     from llmprune_cli.report.chart import check_chart_target
@@ -227,11 +227,10 @@ def check_prune(request: PruneRequest) -> None:
         (request.scratch.offload_dir, "--offload-dir"),
     ):
         if folder is not None:
-            check_own_folder(folder, option, (Path(request.model.name), delivery.output))
-    for path, option in ((delivery.save_plan, "--save-plan"), (delivery.save_config, "--save-config")):
-        if is_first() and path is not None:
-            check_replaceable(path, option)
-            check_own_folder(path.parent, option, (delivery.output,))
+            exported = request.export[1] if request.export is not None else None
+            check_own_folder(folder, option, (Path(request.model.name), delivery.output, exported))
+    if is_first():
+        _check_saved(request)
     if is_first() and delivery.report is not None:
         check_chart_target(delivery.report, delivery.output)
     if is_first() and delivery.output is not None:
@@ -242,6 +241,23 @@ def check_prune(request: PruneRequest) -> None:
     if request.export is not None:
         conversion, folder = request.export
         check_export(request.model, folder, delivery.overwrite, conversion)
+
+
+def _check_saved(request: PruneRequest) -> None:
+    """Refuse a plan or a recipe in the place of what is read, of each other, or in a folder with a model."""
+    from llmprune_cli.folder.documents import check_apart, check_own_folder, check_replaceable
+    from llmprune_cli.text.names import parts_of
+
+    delivery, evaluation = request.delivery, request.evaluation
+    texts = [request.text.calibration, request.vocabulary.vocab_text, evaluation and evaluation.dataset]
+    names = [request.model.name, *(part.name for text in texts if text for part in parts_of(text))]
+    files = [*map(Path, names), *(own for own in (delivery.plan, request.vocabulary.keep_tokens) if own is not None)]
+    for path, option in ((delivery.save_plan, "--save-plan"), (delivery.save_config, "--save-config")):
+        if path is not None:
+            check_replaceable(path, option)
+            check_own_folder(path.parent, option, (Path(request.model.name), delivery.output))
+            check_apart(path, option, files)
+            files.append(path)
 
 
 def check_eval(models: Iterable[ModelReference], evaluation: Evaluation, tasks: Sequence[str] = ()) -> None:

@@ -142,6 +142,20 @@ def check_own_folder(folder: Path, option: str, models: Iterable[Path | None]) -
             raise OutputError(f"{folder} lies in the model's folder {model}. Choose another {option}, beside it.")
 
 
+def check_apart(path: Path, option: str, files: Iterable[Path]) -> None:
+    """Make sure that a file that is written is none of those that are read, or written as well.
+
+    Args:
+        option: that names it.
+
+    Raises:
+        OutputError: it is.
+    """
+    for own in files:
+        if path.resolve() == own.resolve():
+            raise OutputError(f"{path} is another file of this run, which {option} would replace. Choose another.")
+
+
 def check_regular(path: Path) -> None:
     """Make sure that a file has an end: a pipe waits for whoever writes into it, and a device may give bytes for ever.
 

@@ -224,6 +224,10 @@ def check_room(target: Path, size_bytes: int) -> None:
 
 
 def _check_place(target: Path, forbidden: Path | None) -> None:
+    if target.name in ("", ".."):
+        raise OutputError(f"{target} is no name of a folder to write. Choose an --output such as pruned.")
+    if target.suffix == ".gguf":
+        raise OutputError(f"A folder is written, and {target} is called as a file is. Choose another --output.")
     resolved = target.resolve()
     if forbidden is not None:
         source = forbidden.resolve()
@@ -238,9 +242,16 @@ def _check_free(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputError(f"{target} is not empty. Choose another --output, or pass --overwrite to replace it.")
-    is_ours = any((target / name).exists() for name in ("config.json", SWEEP))
-    if not is_ours and not _is_export(target):
+    if not ((target / SWEEP).exists() or _is_model(target) or _is_export(target)):
         raise OutputError(f"{target} is not a model folder, so --overwrite leaves it alone. Empty it yourself.")
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder's configuration is one of a model: files of that name are in many projects."""
+    try:
+        return bool({"model_type", "architectures"} & read_json(folder / "config.json").keys())
+    except CheckpointError:
+        return False
 
 
 def _is_export(folder: Path) -> bool:

@@ -145,6 +145,38 @@ def test_tables_of_other_commands_fit_without_cutting_anything_either(
         assert sum(bool(re.fullmatch(row, line)) for line in lines) == 1, f"{row}\n{shown}"
 
 
+BRACKETS = {  # commands whose models, texts and outputs have names like those of styles
+    "inspect": ("inspect", "m[/v2]"),
+    "prune": ("prune", "m[/v2]", "--mlp", "50%", *BY_CHANCE, "--output", "out[q4]"),
+    "eval": ("eval", "m[/v2]", "pr[old]", "--dataset", "c[bold].txt", "--max-seq-len", "32", "--limit", "2", "-v"),
+    "sweep": (
+        *("sweep", "m[/v2]", "--mlp", "50%", "--calibration", "c[bold].txt", *CALIBRATED, "--refit", "none"),
+        *("--output", "out[q4]"),
+    ),
+    "recover": (
+        *("recover", "pr[old]", "--teacher", "m[/v2]", "--text", "c[bold].txt", "--tokens", "256"),
+        *("--batch-tokens", "128", "--seq-len", "32", "--output", "out[q4]"),
+    ),
+    "export": ("export", "pr[old]", "--output", "out[q4]"),
+    "inspect --verify": ("inspect", "pr[old]", "--verify"),
+}
+
+
+@pytest.mark.parametrize("name", BRACKETS)
+def test_brackets_in_names_are_shown_as_they_are(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_llama, "m[/v2]")
+    shutil.copy(text_file, "c[bold].txt")
+    assert run_cli("prune", "m[/v2]", "--mlp", "50%", *BY_CHANCE, "--output", "pr[old]").code == 0
+    run = run_cli(*BRACKETS[name])
+    assert run.code == 0, run.stderr
+    for path in ("m[/v2]", "pr[old]", "c[bold].txt", "out[q4]"):
+        if path in BRACKETS[name] and (name, path) not in (("prune", "m[/v2]"), ("export", "pr[old]"), ("recover", "pr[old]")):
+            assert path in run.stdout, run.stdout
+
+
 def test_verbose_shows_all_tables_and_quiet_no_progress(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
     asked = ("--intermediate-size", "24", "--calibration", text_file, *CALIBRATED)
     loud = run_cli("prune", tiny_llama, *asked, "--output", tmp_path / "loud", "-v")

@@ -82,6 +82,38 @@ MISTAKES = {
         prune(*HALF, "--save-plan", "good.jsonl/plan.json"), OUTPUT, ("good.jsonl is no folder", "another --save-plan")
     ),
     "a plan to save as a folder": Mistake(prune(*HALF, "--save-plan", "taken"), OUTPUT, ("taken is a folder",)),
+    "a plan in the place of the model": Mistake(
+        prune(*HALF, "--save-plan", "model/config.json"), OUTPUT, ("lies in the model's folder", "--save-plan")
+    ),
+    "a plan in the place of the text": Mistake(
+        prune(*HALF, "--calibration", "story.txt", "--save-plan", "story.txt"), OUTPUT, ("story.txt", "--save-plan")
+    ),
+    "a plan in the place of a part of the text": Mistake(
+        prune(*HALF, "--calibration", "story.txt:0.5,good.md:0.5", "--save-plan", "./story.txt"),
+        OUTPUT,
+        ("story.txt", "--save-plan"),
+    ),
+    "a recipe in the place of the tokens": Mistake(
+        prune("--vocab-size", "64", "--vocab-text", "good.md", "--keep-tokens", "a.yaml", "--save-config", "a.yaml"),
+        OUTPUT,
+        ("a.yaml", "--save-config"),
+    ),
+    "a recipe in the place of the plan": Mistake(
+        prune(*HALF, "--save-plan", "same.json", "--save-config", "same.json"), OUTPUT, ("same.json", "--save-config")
+    ),
+    "an output without a name": Mistake(("prune", "model", *HALF, "-o", "."), OUTPUT, ("no name", "such as pruned")),
+    "an output with a file's name": Mistake(
+        ("prune", "model", *HALF, "-o", "out.gguf"), OUTPUT, ("A folder is written", "out.gguf")
+    ),
+    "a project for a model": Mistake(
+        ("prune", "model", *HALF, "-o", "project", "--overwrite"), OUTPUT, ("project is not a model folder", "yourself")
+    ),
+    "statistics in a sweep": Mistake(
+        sweep("--mlp", "10%", "-o", "out", "--statistics", "out/kept"), OUTPUT, ("out/kept", "--statistics")
+    ),
+    "statistics in an export": Mistake(
+        prune(*HALF, "--gguf", "q8_0", "--statistics", "out-gguf/kept"), OUTPUT, ("out-gguf/kept", "--statistics")
+    ),
     "a recipe to save below a file": Mistake(
         prune(*HALF, "--save-config", "good.jsonl/a.yaml"), OUTPUT, ("good.jsonl is no folder", "--save-config")
     ),
@@ -316,6 +348,11 @@ def place(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         Path(folder, "config.json").write_text((tiny_llama / "config.json").read_text())
         Path(folder, "model.safetensors").symlink_to(next(tiny_llama.glob("*.safetensors")))
         Path(folder, "llmprune.json").write_text(said)
+    Path("project").mkdir()
+    Path("project", "config.json").write_text('{"port": 8080}')
+    Path("project", "thesis.tex").write_text("years of work")
+    Path("good.md").write_text("Once upon a time. " * 100)
+    Path("a.yaml").write_text("a")
     Path("plain.txt.gz").write_text("Once")
     Path("cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "Once"}\n')[:-9])
     Path("day.yaml").write_text("layers: 2001-99-99\n")

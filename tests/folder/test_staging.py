@@ -49,6 +49,9 @@ def test_scratch_of_dead_runs_goes_and_that_of_others_stays(tmp_path: Path, monk
     assert not scratch.exists()
 
 
+OLD_MODEL, NEW_MODEL = '{"model_type": "old"}', '{"model_type": "new"}'
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here")
 def test_runs_that_begin_together_leave_each_other_their_scratch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -86,7 +89,7 @@ def test_a_temporary_disk_that_takes_nothing_is_named(
 def test_a_run_that_died_while_replacing_is_finished_or_undone(moment: str, tiny_llama: Path, tmp_path: Path) -> None:
     """`done` says that all was written; `old` is what stood at the target."""
     target, hidden = tmp_path / "out", tmp_path / ".out.llmprune-work"
-    for folder, text in ((target, "old model"), (hidden / "new", "new model")):
+    for folder, text in ((target, OLD_MODEL), (hidden / "new", NEW_MODEL)):
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(text)
     (hidden / "done").touch()
@@ -96,7 +99,7 @@ def test_a_run_that_died_while_replacing_is_finished_or_undone(moment: str, tiny
         (hidden / "new").rename(target)
     run = run_cli("prune", tiny_llama, *CUT, "--output", target)
     assert run.code == 6 and "is not empty" in run.stderr and not hidden.exists()
-    assert (target / "config.json").read_text() == ("new model" if moment == "after" else "old model")
+    assert (target / "config.json").read_text() == (NEW_MODEL if moment == "after" else OLD_MODEL)
     assert run_cli("prune", tiny_llama, *CUT, "--overwrite", "--output", target).code == 0
     assert run_cli("inspect", target, "--verify").code == 0 and [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -43,7 +43,7 @@ def print_card(console: Console, card: CalibrationResult, protected: tuple[int, 
     for own in card.answers:
         console.print(f"\n{own.prompt}", style="bold", highlight=False)
         for when, said in (("before", own.before), ("after", own.after)):
-            console.print(f"  {when}: {' '.join(said.split())}", highlight=False, markup=False)
+            console.print(f"  {when}: {' '.join(said.split())}", highlight=False)
 
 
 def _layer_table(layers: tuple[LayerResult, ...], protected: tuple[int, ...]) -> Table:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -42,13 +43,13 @@ def progress_on_stderr(is_quiet: bool = False) -> Iterator[Listener]:
     Args:
         is_quiet: whether warnings alone are shown.
     """
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     warnings, propagated = _Warnings(console), LOGGER.propagate
     LOGGER.addHandler(warnings)
     LOGGER.propagate = False
 
     def expect(estimate: Estimate) -> None:
-        console.print(estimate_text(estimate), highlight=False, markup=False, soft_wrap=not console.is_terminal)
+        console.print(estimate_text(estimate), highlight=False, soft_wrap=not console.is_terminal)
 
     with ExitStack() as started:
         started.callback(LOGGER.removeHandler, warnings)
@@ -65,8 +66,9 @@ class _Bars:
     """A bar for each stage, drawn from the first one on."""
 
     def __init__(self, console: Console, started: ExitStack) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.percentage:>3.0f}%"))
-        note = TextColumn("{task.fields[note]}")
+        words = partial(TextColumn, markup=False)  # names of files may look like it
+        columns = (words("{task.description}"), BarColumn(bar_width=20), words("{task.percentage:>3.0f}%"))
+        note = words("{task.fields[note]}")
         self._bars = Progress(*columns, note, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
         self._started = started
         self._current: Any = None

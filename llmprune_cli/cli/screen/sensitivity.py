@@ -54,7 +54,7 @@ def print_sensitivity(result: SensitivityResult, asked: str) -> None:
         console.print(f"Layers that cost least: {shown}.", highlight=False)
     console.print("Next:")
     for line in _next(result, asked, layers):
-        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
 
 
 def _table(result: SensitivityResult) -> Table:

@@ -41,8 +41,9 @@ def print_json(result: Any) -> None:
 
 
 def new_console() -> Console:
-    """A console on stdout, as wide as the terminal; elsewhere as wide as most are."""
-    return Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else WIDTH)
+    """A console on stdout, as wide as the terminal; elsewhere as wide as most are. It shows brackets as they are."""
+    is_terminal = sys.stdout.isatty()
+    return Console(soft_wrap=not is_terminal, width=None if is_terminal else WIDTH, markup=False)
 
 
 def totals_table(before: ModelSummary, after: ModelSummary | None) -> Table:

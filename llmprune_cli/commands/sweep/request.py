@@ -209,7 +209,7 @@ def check_sweep(model: ModelReference, asked: Sweep) -> None:
     Raises:
         LlmpruneError: see there.
     """
-    from llmprune_cli.folder.documents import is_there
+    from llmprune_cli.folder.documents import check_own_folder, is_there
     from llmprune_cli.folder.staging import check_target as check_output
     from llmprune_cli.folder.staging import hidden_folder
     from llmprune_cli.report.chart import check_chart_target
@@ -220,6 +220,10 @@ def check_sweep(model: ModelReference, asked: Sweep) -> None:
         check_output(delivery.output, delivery.overwrite, source if is_there(source) else None)
     if is_first() and delivery.report is not None:
         check_chart_target(delivery.report, delivery.output)
+    folders = ((asked.scratch.statistics, "--statistics"), (asked.scratch.offload_dir, "--offload-dir"))
+    for folder, option in folders:
+        if folder is not None:
+            check_own_folder(folder, option, (delivery.output,))
     place = hidden_folder(delivery.output or Path(tempfile.gettempdir(), "sweep"))  # the output may hold older models
     for request in asked.requests(model, place).values():
         check_prune(request)
