@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import sys
+from contextlib import suppress
 
 from llmprune_cli.errors import LlmpruneError, memory_explained
 from llmprune_cli.interruption import end_tidily, exit_interrupted, was_interrupted
@@ -43,7 +44,8 @@ def _write_what_can_be_written() -> None:
     """Show a question mark for a character that the terminal or the file cannot hold: no work is lost for that."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+            with suppress(OSError):  # what is written to it already cannot be told from what comes
+                stream.reconfigure(errors="replace")
 
 
 if __name__ == "__main__":

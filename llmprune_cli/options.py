@@ -69,7 +69,7 @@ class ModelReference:
     dtype: Annotated[
         str | None,
         Option(
-            "Dtype to load in, and to dequantize to.", MACHINE, left_out="as stored; else bfloat16", parse=parse_dtype
+            "Dtype to dequantize to, or to eval in.", MACHINE, left_out="as stored; else bfloat16", parse=parse_dtype
         ),
     ] = None
     device: Annotated[str, Option("auto, cpu, cuda, cuda:N or mps.", MACHINE, check=check_device)] = "auto"

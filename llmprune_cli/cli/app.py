@@ -155,12 +155,13 @@ MEANT = {
     **dict.fromkeys(("--calibration-data", "--calib", "--calibration-dataset"), "--calibration"),
     **dict.fromkeys(("--method", "--criterion"), "--importance"),
     **dict.fromkeys(("--torch-dtype", "--precision"), "--dtype"),
-    **dict.fromkeys(("--seqlen", "--context", "--ctx"), "--max-seq-len"),
+    **dict.fromkeys(("--seqlen", "--ctx", "--context", "--max-seq-len", "--seq-len"), "--calibration-seq-len"),
     **dict.fromkeys(("--force", "-f", "-y"), "--overwrite"),
 }
 
-# How each command calls a text, whatever others call it.
+# How each command calls a text and the length of a window, whatever others call them.
 TEXTS = {**dict.fromkeys(("prune", "sweep", "inspect"), "--calibration"), "recover": "--text", "eval": "--dataset"}
+LENGTHS = {"recover": "--seq-len", "eval": "--max-seq-len"}
 
 
 def run(arguments: list[str] | None) -> None:
@@ -182,16 +183,21 @@ def run(arguments: list[str] | None) -> None:
 
 
 def _meant(option: str, given: list[str]) -> str | None:
-    """What the command calls an option of other programs, or a text under the name that another command has for it."""
-    meant = MEANT.get(option, option)
-    meant = TEXTS.get(given[0], meant) if given and meant in TEXTS.values() else meant
-    return meant if meant != option else None
+    """What the command calls an option of other programs or commands, where it has such a one."""
+    meant, command = MEANT.get(option, option), given[0] if given else ""
+    meant = TEXTS.get(command, meant) if meant in TEXTS.values() else meant
+    meant = LENGTHS.get(command, meant) if meant == MEANT["--seqlen"] else meant
+    return meant if meant != option and _has(command, meant) else None
+
+
+def _has(command: str, option: str) -> bool:
+    return command in COMMANDS and any(option in own.opts for own in COMMANDS[command].load(command).params)
 
 
 def _elsewhere(option: str, given: list[str]) -> str | None:
     """The one other command that has an option, with it; None where none has, or several have."""
     others = [name for name in COMMANDS if option.startswith("--") and name not in given[:1]]
-    owners = [name for name in others if any(option in own.opts for own in COMMANDS[name].load(name).params)]
+    owners = [name for name in others if _has(name, option)]
     return f"llmprune {owners[0]} {option}" if len(owners) == 1 else None
 
 

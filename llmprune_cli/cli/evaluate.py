@@ -31,12 +31,13 @@ if TYPE_CHECKING:
     from llmprune_cli.report.json_results import EvalReport, EvalResult
 
 HEADS = ("parameters", "size", "perplexity", "Δ", "ratio", "KL", "bits/byte", "tokens/s")
-LEFT_OUT = ("tokens/s", "Δ", "size")  # where there is no room for all, in this order
+# What is left out where there is no room for all, in this order.
+LEFT_OUT = ("tokens/s", "Δ", "size", "parameters", "bits/byte", "KL", "ratio")
 LEAST_NAME = 16  # characters of a model's name in a line
 MOST = 1e6  # a difference beyond is shown in powers of ten
 Others = Annotated[
     list[str] | None,
-    typer.Argument(help="Further models, held against the first.", metavar="[MODEL]...", show_default=False),
+    typer.Argument(help="Further models, held against the first.", metavar="MODEL", show_default=False),
 ]
 Compare = Annotated[
     list[str] | None,

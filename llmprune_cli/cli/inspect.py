@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from llmprune_cli.cli.parameters import COMMON, AsJson, takes
+from llmprune_cli.cli.parameters import COMMON, AsJson, Quiet, takes
 from llmprune_cli.cli.screen.progress import progress_on_stderr
 from llmprune_cli.cli.screen.sensitivity import print_sensitivity
 from llmprune_cli.cli.screen.table_parts import (
@@ -118,16 +118,17 @@ def inspect_command(
     families: Families = False,
     formats: Formats = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Check what is asked for, do it, and print it."""
     from llmprune_cli.commands.inspect import inspect, verify_folder
 
     check_inspect(model, measured, verify, sensitivity)
     if sensitivity:
-        _measure(model, measured, as_json)
+        _measure(model, measured, as_json, quiet)
         return
     if not verify:
-        with progress_on_stderr():
+        with progress_on_stderr(quiet):
             result = inspect(model, measured.widths, measured.tokens)
         (print_json if as_json else print_inspect)(result)
         return
@@ -135,17 +136,17 @@ def inspect_command(
     (print_json if as_json else print_verify)(verified)
 
 
-def _measure(model: ModelReference, asked: Measured, as_json: bool) -> None:
+def _measure(model: ModelReference, asked: Measured, as_json: bool, quiet: bool) -> None:
     with loading():
         from llmprune_cli.commands.inspect.sensitivity import sensitivity
-        from llmprune_cli.commands.recipe import as_words, recipe_of
+        from llmprune_cli.commands.recipe import as_words, recipe_of, trusted
 
-    with progress_on_stderr() as listener:
+    with progress_on_stderr(quiet) as listener:
         result = sensitivity(model, asked, listener)
     if as_json:
         print_json(result)
     else:
-        print_sensitivity(result, as_words(recipe_of(asked.request(model), asked.choice, None)))
+        print_sensitivity(result, as_words({**recipe_of(asked.request(model), asked.choice, None), **trusted(model)}))
 
 
 def print_inspect(result: InspectResult) -> None:

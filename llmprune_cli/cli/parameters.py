@@ -223,7 +223,7 @@ def _as_text(value: Any) -> Any:
 
 CONFIG = typer.Option(
     "--config",
-    help="File with options by name (.yaml, .toml or .json), or a folder that prune wrote; flags beat it.",
+    help="File with options by name (.yaml, .toml or .json); of prune also a folder that it wrote; flags beat it.",
     metavar="PATH",
     rich_help_panel=OUTPUT,
     is_eager=True,

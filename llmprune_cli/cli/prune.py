@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +34,7 @@ from llmprune_cli.cli.screen.table_parts import (
     speed_text,
 )
 from llmprune_cli.commands.requests import PruneRequest, check_prune
+from llmprune_cli.errors import UsageError
 from llmprune_cli.formats.request import suggested_gguf
 from llmprune_cli.options import Choice, Delivery, Evaluation, ModelReference, Scratch, Text
 from llmprune_cli.sizes import size_text
@@ -57,6 +58,8 @@ PLANNED = (
     *("calibration_split", "calibration_tokens", "calibration_seq_len"),
 )
 
+RECOVERED = {"calibration": "text", "calibration_split": "text_split", "text_column": "text_column"}  # by `recover`
+
 Evaluate = Annotated[bool, typer.Option("--eval", help="Perplexity before and after.", rich_help_panel=COMMON)]
 
 
@@ -75,6 +78,8 @@ def prune_command(
 ) -> None:
     """Check what is asked for, do it, and print it."""
     judged = evaluation if evaluate else None
+    if not evaluate and replace(evaluation, text_column=None) != Evaluation():
+        raise UsageError("--dataset, --split, --limit, --max-seq-len and --batch-size go with --eval; give it, too.")
     request = PruneRequest(model, choice, text, delivery, scratch, judged, vocabulary)
     check_prune(request)
     with loading():
@@ -97,7 +102,7 @@ def _going_on(result: PruneResult, request: PruneRequest) -> str:
     recipe = recipe_of(request, request.choice, None)
     if request.delivery.save_plan is not None:
         kept = {name: value for name, value in recipe.items() if name in PLANNED}
-        return as_words({**kept, "plan": str(request.delivery.save_plan)})
+        return as_words({**kept, "plan": str(request.delivery.save_plan), **_as_given(request)})
     statistics = request.scratch.statistics
     if request.keeps_measurements:
         from llmprune_cli.startup.remembered import statistics_folder
@@ -115,7 +120,14 @@ def _going_on(result: PruneResult, request: PruneRequest) -> str:
             found["vocab_size"] = str(own.after)
         tokens = () if "vocab_size" in found else VOCABULARY
         recipe = {name: value for name, value in recipe.items() if name not in (*TARGETS, *tokens)} | found
-    return as_words({**recipe, **({"statistics": str(statistics)} if statistics else {})})
+    return as_words({**recipe, **({"statistics": str(statistics)} if statistics else {}), **_as_given(request)})
+
+
+def _as_given(request: PruneRequest) -> dict[str, bool]:
+    """What no recipe holds: whom the user trusts, and whether what is there may go."""
+    from llmprune_cli.commands.recipe import trusted
+
+    return {**trusted(request.model), "overwrite": request.delivery.overwrite}
 
 
 def print_prune(result: PruneResult, request: PruneRequest, is_verbose: bool = False) -> None:
@@ -160,7 +172,7 @@ def print_prune(result: PruneResult, request: PruneRequest, is_verbose: bool = F
         if result.estimate:
             expected = estimate_text(result.estimate)
             console.print(f"Left to do: {expected[0].lower()}{expected[1:]}", highlight=False, soft_wrap=True)
-        console.print("Dry run: nothing was written. To go on from it:")
+        console.print("Dry run: no model was written. To go on from it:")
     for line in _next(result, request, kind):
         console.print(f"  {line}", highlight=False, soft_wrap=True)
 
@@ -279,14 +291,18 @@ def _next(result: PruneResult, request: PruneRequest, kind: str | None) -> Itera
         place = shlex.quote(str(request.delivery.output or "pruned"))
         yield f"llmprune prune {_going_on(result, request)} --output {place}"
         return
-    output, model = shlex.quote(result.output), shlex.quote(result.model)
+    from llmprune_cli.commands.recipe import as_words, given, trusted
+
+    output, trust = shlex.quote(result.output), trusted(request.model)
     if has_tokenizer(Path(result.output)):
-        yield f"llmprune eval {model} {output}"
+        yield f"llmprune eval {as_words({'model': result.model, **given(request.model)}, result.output)}"
         if result.recovery is None:
-            text = "" if request.text.calibration is None else f" --text {shlex.quote(request.text.calibration)}"
-            yield f"llmprune recover {output}{text} --tokens 1M --output {shlex.quote(result.output + '-healed')}"
+            learned = {RECOVERED[name]: value for name, value in given(request.text).items() if name in RECOVERED}
+            told = {"model": result.output, **learned, "tokens": "1M", "output": f"{result.output}-healed", **trust}
+            yield f"llmprune recover {as_words(told)}"
     if kind is not None:
-        yield f"llmprune export {output} --format gguf --dtype {kind} --output {shlex.quote(result.output + '-gguf')}"
+        told = {"model": result.output, "format": "gguf", "dtype": kind, "output": f"{result.output}-gguf", **trust}
+        yield f"llmprune export {as_words(told)}"
     if result.push is None:
         yield f"llmprune push {output} YOUR_NAME/{shlex.quote(Path(result.output).name)}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ from llmprune_cli.cli.screen.table_parts import (
     print_json,
 )
 from llmprune_cli.commands.sweep.request import LEFT_OUT, Sweep, check_sweep
-from llmprune_cli.options import ModelReference, Text
+from llmprune_cli.options import ModelReference
 from llmprune_cli.sizes import size_text
 from llmprune_cli.startup.loading import loading
 from llmprune_cli.text.names import short_name
@@ -39,6 +38,7 @@ SHAPES = {
 }
 MOST_SHAPES = 3  # columns of widths beside which the others fit into 80; more of them are listed below the table
 HEALED_SHAPES = 2  # beside one more figure
+METHOD = ("refit", "seed", "compute_dtype")  # what a plan leaves to be said
 SHORT, TENS = 1e4, 10  # a perplexity from which on, and a size below which, digits behind the first few are left out
 
 
@@ -56,14 +56,14 @@ def sweep_command(model: ModelReference, asked: Sweep, as_json: AsJson = False, 
         if as_json:
             print_json(result)
         else:
-            print_sweep(result, asked.text)
+            print_sweep(result, model, asked)
 
 
-def print_sweep(result: SweepResult, text: Text) -> None:
+def print_sweep(result: SweepResult, model: ModelReference, asked: Sweep) -> None:
     """What `sweep` shows.
 
     Args:
-        text: that was asked for, which commands that go on from here need, too.
+        model, asked: which commands that go on from here need, too.
     """
     console = new_console()
     points = (result.dense, *result.points)
@@ -88,7 +88,7 @@ def print_sweep(result: SweepResult, text: Text) -> None:
         return
     wrote = Words.assemble("Wrote ", (result.output, "bold"), ". Next, with the size that you choose:")
     console.print(wrote, soft_wrap=True)
-    for line in _next(result, text):
+    for line in _next(result, model, asked):
         console.print(f"  {line}", highlight=False, soft_wrap=True)
 
 
@@ -120,15 +120,16 @@ def _bytes(count: int) -> str:
     return f"{float(number):.0f} {unit}" if float(number) >= TENS else f"{float(number):.2g} {unit}"
 
 
-def _next(result: SweepResult, text: Text) -> Iterator[str]:
+def _next(result: SweepResult, model: ModelReference, asked: Sweep) -> Iterator[str]:
     """Commands that go on from here."""
-    point, folder = result.points[0], Path(result.output or "")
-    model = shlex.quote(result.model)
-    heal = f" --recover {point.healed_tokens}" if point.healed_tokens else ""
-    if point.folder is not None:
-        yield f"llmprune eval {model} {shlex.quote(str(folder / point.folder))}"
-    elif point.plan is not None:
-        from llmprune_cli.commands.recipe import as_words, given
+    from llmprune_cli.commands.recipe import as_words, given
 
-        planned = as_words({"model": result.model, "plan": str(folder / point.plan), **given(text)})
-        yield f"llmprune prune {planned}{heal} -o pruned"
+    point, folder = result.points[0], Path(result.output or "")
+    own = {"model": result.model, **given(model)}
+    if point.folder is not None:
+        yield f"llmprune eval {as_words(own, str(folder / point.folder))}"
+    elif point.plan is not None:
+        method = {name: value for name, value in given(asked.choice).items() if name in METHOD}
+        healed = {"recover": asked.delivery.recover} if asked.delivery.recover else {}
+        planned = as_words({**own, "plan": str(folder / point.plan), **method, **given(asked.text), **healed})
+        yield f"llmprune prune {planned} -o pruned"

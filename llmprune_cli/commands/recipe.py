@@ -63,9 +63,13 @@ def given(part: ModelReference | Choice | Text | Delivery | VocabularyRequest) -
     return found
 
 
-def as_words(recipe: dict[str, Any]) -> str:
-    """A recipe as the words of a command line, quoted for a shell."""
-    words = [shlex.quote(str(recipe[MODEL]))]
+def as_words(recipe: dict[str, Any], *others: str) -> str:
+    """A recipe as the words of a command line, quoted for a shell.
+
+    Args:
+        others: models beside its own.
+    """
+    words = [shlex.quote(str(name)) for name in (recipe[MODEL], *others)]
     for name, value in recipe.items():
         if name in (COMMAND, MODEL) or value is False:
             continue
@@ -76,6 +80,11 @@ def as_words(recipe: dict[str, Any]) -> str:
         shown = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         words.append(f"{flag} {shlex.quote(shown)}" if not shown.startswith("-") else f"{flag}={shlex.quote(shown)}")
     return " ".join(words)
+
+
+def trusted(model: ModelReference) -> dict[str, bool]:
+    """The option without which a model with code of its own is not loaded, where that was given."""
+    return {"trust_remote_code": True} if model.trust_remote_code else {}
 
 
 def save_recipe(recipe: dict[str, Any], path: Path) -> None:

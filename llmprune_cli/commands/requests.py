@@ -216,8 +216,8 @@ def check_prune(request: PruneRequest) -> None:
         read_stored(delivery.plan, MOST_JSON_BYTES)  # how large a plan may be depends on the model
     text, evaluation = request.text, request.evaluation
     check_column(text.text_column, text.calibration, *([evaluation.dataset] if evaluation is not None else []))
+    check_texts(text.calibration, text.text_column)
     if request.needs_text:
-        check_texts(text.calibration, text.text_column)
         check_split(text.calibration, text.calibration_split, Text.calibration_split, "--calibration-split")
     check_vocabulary(request.vocabulary, request.model.name)
     if request.evaluation is not None:

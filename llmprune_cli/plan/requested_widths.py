@@ -216,8 +216,7 @@ def _layers(
         dropped = {layer + whole if layer < 0 else layer for layer in request.drop_layers}
         if both := sorted(dropped & set(protected)):
             raise PlanError(
-                f"Layers {', '.join(map(str, both))} are to be kept and to be dropped. Take them out of --keep-layers "
-                "or of --drop-layers."
+                f"--keep-layers and --drop-layers both name {', '.join(map(str, both))}. Take that out of one of them."
             )
         return tuple(layer for layer in range(whole) if layer not in dropped)
     if request.num_hidden_layers is None:

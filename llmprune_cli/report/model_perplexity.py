@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -142,6 +143,11 @@ def report_perplexity(
             against = first if alike else None
             result = _evaluate(side, reference, options, listener, processes, against, number == 0, tasks)
             results.append(replace(result, same_tokens=alike))
+            if not math.isfinite(result.perplexity):
+                listener.warn(
+                    f"{side[0].source} turns text into NaN, or has no chance left for a token of it: its weights are "
+                    "damaged, or --dtype is too narrow for it."
+                )
     corpus = sides[0][1].corpus
     return EvalReport(SCHEMA_VERSION, corpus.name, corpus.origin, options.split, tuple(results))
 

@@ -162,9 +162,19 @@ def _surroundings(checkpoint: Checkpoint, text: PretrainedConfig, names: Names) 
     return Surroundings(checkpoint.config, entries, is_written=bool(entries))
 
 
-def part_to_write(checkpoint: Checkpoint, text_only: bool = False) -> Checkpoint:
-    """Of a multimodal model all of it, where that is there and wanted, or else its language model; either is said."""
+def part_to_write(checkpoint: Checkpoint, text_only: bool = False, dtype: str | None = None) -> Checkpoint:
+    """Of a multimodal model all of it, where that is there and wanted, or else its language model; either is said.
+
+    Args:
+        dtype: that was asked for; that weights stay as they are stored is said, too.
+    """
     whole = checkpoint.whole
+    if dtype is not None and BY_NAME[dtype].torch != checkpoint.stored_dtype:
+        stored = str(checkpoint.stored_dtype).removeprefix("torch.")
+        LOGGER.warning(
+            f"{checkpoint.source} is stored as {stored}, and so is what is made of it: --dtype {dtype} is for what has "
+            f"to be dequantized. `llmprune export --dtype {dtype}` converts the result."
+        )
     if text_only or whole is None:
         return text_alone(checkpoint)
     LOGGER.warning(

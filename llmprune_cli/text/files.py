@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -96,7 +97,7 @@ def read_rows(path: Path) -> Iterator[Row]:
         return
     with _opened(path) as file:
         buffered = io.BufferedReader(file)  # type: ignore[type-var]
-        if buffered.peek(64).lstrip()[:1] == b"[":
+        if buffered.peek(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
             yield from _listed_rows(path, _decoded(path, buffered.read()))
             return
         for number, line in enumerate(buffered, 1):

@@ -20,11 +20,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from llmprune_cli.cli import evaluate
 from llmprune_cli.cli.screen import progress
 from llmprune_cli.cli.screen.progress import Lines, in_words, progress_on_stderr
 from llmprune_cli.cli.screen.table_parts import count_text, folded
 from llmprune_cli.progress import Listener
-from support.cli import BY_CHANCE, run_cli
+from support.cli import BY_CHANCE, run_cli, run_process
 from support.started import start
 from support.tiny import save_tiny
 
@@ -101,6 +102,34 @@ def test_commands_that_go_on_keep_the_text_and_the_folder(tiny_llama: Path, text
     assert f"--text {text_file} --tokens 1M" in healed
 
 
+def test_commands_that_go_on_keep_what_the_first_one_needed(tiny_llama: Path, tmp_path: Path) -> None:
+    rows, column = tmp_path / "rows.jsonl", ("--text-column", "title")
+    rows.write_text("".join(json.dumps({"title": f"Once upon a time {n} " * 9, "body": "b"}) + "\n" for n in range(40)))
+    asked = (
+        "prune",
+        tiny_llama,
+        "--mlp",
+        "50%",
+        "--calibration",
+        rows,
+        *column,
+        *CALIBRATED,
+        "--output",
+        tmp_path / "o",
+    )
+    trust = ("--trust-remote-code", "--device", "cpu")
+    planned = run_cli(*asked, *trust, "--overwrite", "--dry-run").stdout.splitlines()[-1]
+    assert "--trust-remote-code" in planned and "--overwrite" in planned and "--text-column title" in planned
+    shown = {line.split()[1]: line for line in run_cli(*asked, *trust).stdout.splitlines() if "  llmprune " in line}
+    assert all("--trust-remote-code" in shown[name] for name in ("eval", "recover")) and "--device cpu" in shown["eval"]
+    assert f"--text {rows} --text-column title --tokens 1M" in shown["recover"]
+
+
+def test_characters_that_the_output_cannot_hold_end_no_run(tiny_llama: Path) -> None:
+    run = run_process("inspect", tiny_llama, "--mlp", "50%", env={"PYTHONIOENCODING": "ascii"})
+    assert run.code == 0 and "64 ? 48" in run.stdout, run.stderr
+
+
 MODEL = "a-model-whose-name-goes-on-and-on-until-it-fills-most-of-a-line-of-a-terminal"
 TEXT = "a-text-whose-name-goes-on-and-on-until-it-fills-most-of-such-a-line.txt"
 HEALING = ("--tokens", "256", "--batch-tokens", "128", "--seq-len", "32")
@@ -162,6 +191,15 @@ BRACKETS = {  # commands whose models, texts and outputs have names like those o
 }
 
 
+def test_names_of_models_are_shown_however_narrow_a_terminal_is(
+    tiny_llama: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "new_console", lambda: Console(width=40, markup=False))
+    run = run_cli("eval", tiny_llama, tiny_llama, "--dataset", text_file, "--max-seq-len", "32", "--limit", "2")
+    assert run.stdout.count("model") == 3 and "…" not in run.stdout, run.stdout
+    assert max(map(len, run.stdout.splitlines()[1:])) <= 40, run.stdout
+
+
 @pytest.mark.parametrize("name", BRACKETS)
 def test_brackets_in_names_are_shown_as_they_are(
     tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -173,7 +211,11 @@ def test_brackets_in_names_are_shown_as_they_are(
     run = run_cli(*BRACKETS[name])
     assert run.code == 0, run.stderr
     for path in ("m[/v2]", "pr[old]", "c[bold].txt", "out[q4]"):
-        if path in BRACKETS[name] and (name, path) not in (("prune", "m[/v2]"), ("export", "pr[old]"), ("recover", "pr[old]")):
+        if path in BRACKETS[name] and (name, path) not in (
+            ("prune", "m[/v2]"),
+            ("export", "pr[old]"),
+            ("recover", "pr[old]"),
+        ):
             assert path in run.stdout, run.stdout
 
 

@@ -290,6 +290,16 @@ MISTAKES = {
         USAGE,
         ("--split foo", "python-docs has the splits test, validation, train"),
     ),
+    "an evaluation that nobody asked for": Mistake(
+        prune(*HALF, "--dataset", "nope.txt", "--limit", "3"), USAGE, ("--dataset", "go with --eval")
+    ),
+    "a text that nothing reads, and that is not there": Mistake(
+        prune(*HALF, "--importance", "random", "--refit", "none", "--calibration", "nope.txt"),
+        CHECKPOINT,
+        ("nope.txt does not",),
+    ),
+    "a window by another name": Mistake(prune(*HALF, "--seqlen", "64"), USAGE, ("options: --calibration-seq-len)",)),
+    "a window to learn from by another name": Mistake(recover("--seqlen", "64"), USAGE, ("options: --seq-len)",)),
     "a split of lessons": Mistake(
         recover("--text", "story.txt", "--text-split", "foo"), USAGE, ("--text-split foo", "story.txt has none")
     ),

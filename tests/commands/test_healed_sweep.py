@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from llmprune_cli.cli.sweep import print_sweep
 from llmprune_cli.commands.recover import task
+from llmprune_cli.commands.sweep.request import Kept, Points, Sweep
 from llmprune_cli.heal.training import trainer
 from llmprune_cli.heal.training_text import TrainingText
 from llmprune_cli.options import ModelReference, Text
@@ -126,6 +127,9 @@ def test_each_size_is_pruned_as_without_healing_and_kept_healed(
     assert "healed" in drawn and "pruned" in drawn
 
 
+ASKED_OF, ASKED = ModelReference("whole"), Sweep(Points(mlp=(0.25, 0.5)), delivery=Kept(recover="4k"))
+
+
 def test_the_table_says_what_was_healed_and_fits_into_80_columns(
     healed: tuple[Path, SweepResult, list[TrainingText]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,12 +137,12 @@ def test_the_table_says_what_was_healed_and_fits_into_80_columns(
     wide = {"num_attention_heads": 128, "num_key_value_heads": 16, "intermediate_size": 53_248}
     dense = replace(result.dense, parameters=405 * 10**9, size_bytes=811 * 10**9, perplexity=1e12)
     for changed in (result, replace(result, dense=replace(dense, widths=replace(dense.widths, **wide)))):
-        print_sweep(replace(changed, output=None), Text())
+        print_sweep(replace(changed, output=None), ASKED_OF, ASKED)
         shown = capsys.readouterr().out
         assert max(map(len, shown.splitlines())) <= COLUMNS and "…" not in shown, shown
         assert "Healed on 4,000 tokens each" in shown and "healed" in shown, shown
-    print_sweep(replace(result, points=tuple(replace(own, folder=None) for own in result.points)), Text())
-    assert "--plan" in (said := capsys.readouterr().out) and "--recover 4000 -o pruned" in said
+    print_sweep(replace(result, points=tuple(replace(own, folder=None) for own in result.points)), ASKED_OF, ASKED)
+    assert "--plan" in (said := capsys.readouterr().out) and "--recover 4k -o pruned" in said
 
 
 def without_times(document: Any) -> Any:

@@ -14,7 +14,7 @@ import llmprune_cli
 from llmprune_cli.cli.sweep import print_sweep
 from llmprune_cli.commands.sweep.request import Kept, Points, Sweep, check_sweep
 from llmprune_cli.journal.forms import Json
-from llmprune_cli.options import ModelReference, Text
+from llmprune_cli.options import Choice, ModelReference
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.report.json_results import to_json
 from llmprune_cli.report.schemas import DOCUMENTS, adapter_of
@@ -122,21 +122,28 @@ def test_what_all_sizes_share_is_measured_once_and_everything_is_kept(swept: tup
     assert result.keys() == schema_of("sweep")["properties"].keys()
 
 
+ASKED_OF = ModelReference("whole", revision="v2", trust_remote_code=True)
+ASKED = Sweep(Points(mlp=(0.25,)), Choice(refit="local", seed=3))
+
+
 def test_the_table_fits_into_80_columns_and_says_how_to_go_on(
     swept: tuple[Path, Run], capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = adapter_of(DOCUMENTS["sweep"]).validate_json(swept[1].stdout)
-    print_sweep(result, Text())
+    print_sweep(result, ASKED_OF, ASKED)
     shown = capsys.readouterr().out
     lines = [line for line in shown.splitlines() if "sizes" not in line]
     assert max(map(len, lines)) <= COLUMNS and "…" not in shown, shown
     for said in ("unpruned", "85%", "60%", "plexity", "neurons", "KL", "byte", "Wrote", "  llmprune eval"):
         assert said in shown, shown
     assert "hidden" not in shown, "only what varies has a column"
+    print_sweep(replace(result, points=tuple(replace(own, folder=None) for own in result.points)), ASKED_OF, ASKED)
+    (going_on,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("  llmprune prune"))
+    assert "--refit local --seed 3" in going_on and "--revision v2 --trust-remote-code" in going_on
     wide = replace(result.dense.widths, num_attention_heads=128, num_key_value_heads=16, intermediate_size=53_248)
     dense = replace(result.dense, widths=wide, parameters=405 * 10**9, size_bytes=811 * 10**9, perplexity=1e12)
     for widths in (wide, replace(wide, num_experts=128, hidden_size=16_384)):
-        print_sweep(replace(result, dense=replace(dense, widths=widths), output=None), Text())
+        print_sweep(replace(result, dense=replace(dense, widths=widths), output=None), ASKED_OF, ASKED)
         shown = capsys.readouterr().out
         assert max(map(len, shown.splitlines())) <= COLUMNS and "…" not in shown and "53,248" in shown, shown
 

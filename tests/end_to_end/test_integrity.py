@@ -218,3 +218,12 @@ def test_what_reads_back_otherwise_is_not_kept(
     for command in (["prune", tiny_llama, *CUT], ["export", tiny_llama]):
         run = run_cli(*command, "--max-shard-size", "40KB", "--output", tmp_path / "out")
         assert run.code == 7 and "reads back as something else" in run.stderr and not list(tmp_path.iterdir())
+
+
+def test_weights_stay_as_they_are_stored_whatever_dtype_is_asked_for_and_that_is_said(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    run = run_cli("prune", tiny_llama, *CUT, "--dtype", "float16", "-o", tmp_path / "out")
+    assert run.code == 0 and "stored as float32" in run.stderr and "export --dtype float16" in run.stderr
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+    assert "stored as" not in run_cli("inspect", tiny_llama, "--dtype", "float32").stderr

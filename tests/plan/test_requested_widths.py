@@ -176,7 +176,7 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("llama", {"num_hidden_layers": 5}, ("1 to 4",)),
     ("llama", {"drop_layers": (4,)}, ("Layer 4 cannot be dropped", "layers 0 to 3")),
     ("llama", {"drop_layers": (0, 1, 2, 3)}, ("one must stay",)),
-    ("llama", {"drop_layers": (1, -1), "keep_layers": (3,)}, ("Layers 3 are to be kept and to be dropped",)),
+    ("llama", {"drop_layers": (1, -1), "keep_layers": (3,)}, ("both name 3.",)),
     ("llama", {"keep_layers": (4,)}, ("Layer 4 cannot be kept", "from the end -1 to -4")),
     ("llama", {"num_hidden_layers": 1, "keep_layers": (0, 1)}, ("Ask for 2 to 4",)),
     ("llama", {"intermediate_size": 24, "keep_layers": (0,)}, ("intermediate_size cannot shrink while layers 0",)),

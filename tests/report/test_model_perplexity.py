@@ -145,8 +145,10 @@ def test_a_model_that_predicts_no_numbers_is_infinitely_far_from_another(
     tensors = load_file(shard)
     tensors["model.norm.weight"].fill_(float("nan"))
     save_file(tensors, shard, {"format": "pt"})
-    report = evaluated(tiny_llama, broken, "--dataset", text_file, "--max-seq-len", str(WINDOW), "--limit", "1")
-    first, second = report["results"]
+    asked = ("--dataset", text_file, "--max-seq-len", str(WINDOW), "--limit", "1", "--json")
+    run = run_cli("eval", tiny_llama, broken, *asked)
+    first, second = json.loads(run.stdout)["results"]
+    assert run.stderr.count("NaN") == 1 and "broken turns text into NaN" in run.stderr
     assert (first["kl"], second["kl"], second["perplexity"]) == (None, None, None)  # JSON has no word for infinity
 
 

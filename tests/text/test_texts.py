@@ -188,6 +188,9 @@ def test_another_encoding_is_named_with_the_command_that_converts_it(tmp_path: P
             check_file(path)
     path.write_bytes(b"\xef\xbb\xbfWith a mark")
     assert read_text(path) == "With a mark"
+    listed = tmp_path / "listed.json"
+    listed.write_bytes(b'\xef\xbb\xbf[{"text": "With a mark"}]')
+    assert list(files.read_rows(listed)) == [{"text": "With a mark"}]
     path.write_bytes("ä".encode() * files.SAMPLE_BYTES + b"x")  # whatever a cut does to a letter
     check_file(path)
 

@@ -74,7 +74,7 @@ def _find_out(reference: ModelReference, request: WidthRequest, tokens: Vocabula
     from llmprune_cli.source.opening import open_checkpoint, part_to_write
 
     with open_checkpoint(reference, need_weights=False, need_tokens=tokens.number is not None) as opened:
-        checkpoint = part_to_write(opened)
+        checkpoint = part_to_write(opened, dtype=reference.dtype)
         subject = leave_unproven(understand(checkpoint))
         target = None if request.is_empty else resolve(subject.architecture, subject.trace.refused, request)
         after, config, widths, tensors = None, checkpoint.config, subject.widths, checkpoint.entries

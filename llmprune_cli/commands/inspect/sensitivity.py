@@ -40,7 +40,8 @@ def sensitivity(model: ModelReference, asked: Measured, listener: Listener) -> S
     """
     started, request = time.perf_counter(), asked.request(model)
     with ExitStack() as stack:
-        checkpoint = part_to_write(stack.enter_context(open_checkpoint(model, need_weights=True)), text_only=False)
+        opened = stack.enter_context(open_checkpoint(model, need_weights=True))
+        checkpoint = part_to_write(opened, dtype=model.dtype)
         for folder, option in (
             (asked.scratch.statistics, "--statistics"),
             (asked.scratch.offload_dir, "--offload-dir"),

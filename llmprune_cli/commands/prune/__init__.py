@@ -90,7 +90,7 @@ def prune(request: PruneRequest, listener: Listener) -> PruneResult | None:
         checkpoint = stack.enter_context(
             open_checkpoint(request.model, request.needs_weights, request.vocabulary.may_go)
         )
-        checkpoint = part_to_write(checkpoint, delivery.text_only)
+        checkpoint = part_to_write(checkpoint, delivery.text_only, request.model.dtype)
         output = delivery.output
         if processes.is_first and output is None and request.writes:
             output = stack.enter_context(scratch_folder()) / "pruned"

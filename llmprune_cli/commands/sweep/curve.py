@@ -49,7 +49,8 @@ def sweep(model: ModelReference, asked: Sweep, listener: Listener) -> SweepResul
     if processes.is_first and delivery.report is not None:
         check_chart_target(delivery.report, delivery.output)
     with ExitStack() as stack:
-        checkpoint = part_to_write(stack.enter_context(open_checkpoint(model, need_weights=True)), text_only=False)
+        opened = stack.enter_context(open_checkpoint(model, need_weights=True))
+        checkpoint = part_to_write(opened, dtype=model.dtype)
         claim = _claim(asked, source_folder(model, checkpoint), processes.is_first, stack)
         subject = understand(checkpoint, processes)
         points = _decide(asked.requests(model, delivery.output or Path()), subject, listener)
