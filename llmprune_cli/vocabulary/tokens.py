@@ -67,32 +67,32 @@ class Tokens:
     def builders(self, number: int) -> frozenset[int] | None:
         """The other tokens that a token is made of on the way from its characters to itself.
 
-        None where no text of its own becomes this token, so that it serves nothing.
+        Nothing builds a token that no merges reach, where a word that is a token becomes it all the same. Elsewhere such
+        a token serves nothing, as no text becomes it, which is None.
         """
         if number not in self._built:
-            self._built[number] = self._find_builders(number)
+            token = self.by_id.get(number)
+            self._built[number] = self._find_builders(token) if token is not None else None
         return self._built[number]
 
-    def _find_builders(self, number: int) -> frozenset[int] | None:
-        token = self.by_id.get(number)
-        if token is None:
-            return None
+    def _find_builders(self, token: str) -> frozenset[int] | None:
         if not self.merges:
             return frozenset()
+        unmerged: frozenset[int] | None = frozenset() if self.model.get("ignore_merges") else None
         passed: set[int] = set()
         parts = list(token)
         if any(part not in self.ids for part in parts):
-            return None
+            return unmerged
         passed.update(self.ids[part] for part in parts)
         while len(parts) > 1:
             ranks = [(self.merges.get(pair, -1), place) for place, pair in enumerate(pairwise(parts))]
             possible = [ranked for ranked in ranks if ranked[0] >= 0]
             if not possible:
-                return None
+                return unmerged
             place = min(possible)[1]
             parts[place : place + 2] = [parts[place] + parts[place + 1]]
             passed.add(self.ids[parts[place]])
-        return frozenset(passed - {number})
+        return frozenset(passed - {self.ids[token]})
 
     def closed(self, numbers: Iterable[int]) -> set[int]:
         """Tokens with all that builds them."""
