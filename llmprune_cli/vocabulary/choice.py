@@ -17,7 +17,7 @@ from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.sizes import WHOLE
 from llmprune_cli.source.tokenizer import MOST_COMPANION_BYTES, PROCESSORS, reader_of
 from llmprune_cli.text.windows import spread_windows
-from llmprune_cli.vocabulary.numbering import named_tokens
+from llmprune_cli.vocabulary.numbering import is_naming, named_tokens
 from llmprune_cli.vocabulary.request import read_keep_file
 from llmprune_cli.vocabulary.tokens import Tokens
 
@@ -122,7 +122,7 @@ def _settings_of(checkpoint: Checkpoint, *names: str) -> list[dict[str, Any]]:
 def _spelled(settings: dict[str, Any]) -> Iterator[str]:
     """The texts of tokens that settings name."""
     for name, value in settings.items():
-        if name.endswith(("_token", "_tokens")):
+        if is_naming(name):
             yield from _texts_in(value)
 
 

@@ -25,6 +25,7 @@ class Tokens:
     document: dict[str, Any]  # of tokenizer.json
     ids: dict[str, int]  # of the model's tokens and the added ones
     merges: dict[tuple[str, str], int]  # pairs that become one token, with their ranks; empty for Unigram
+    rowless: tuple[str, ...] = ()  # added tokens that are none of these, see `with_rows`
     _built: dict[int, frozenset[int] | None] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -124,6 +125,19 @@ def read_tokens(document: dict[str, Any], source: str) -> Tokens:
     ids = {added["content"]: added["id"] for added in document.get("added_tokens") or ()}
     merges = {pair: rank for rank, pair in enumerate(map(pair_of, model.get("merges") or ()))}
     return Tokens(document, {**_model_ids(model), **ids}, merges)
+
+
+def with_rows(tokens: Tokens, rows: int) -> Tokens:
+    """The same without added tokens that the model has no rows for, unless they are put around every text.
+
+    Args:
+        rows: of the embedding.
+    """
+    added, around = tokens.document.get("added_tokens") or (), {*_processed(tokens.document.get("post_processor"))}
+    rowless = tuple(own["content"] for own in added if own["id"] >= rows and own["content"] not in around)
+    document = {**tokens.document, "added_tokens": [own for own in added if own["content"] not in rowless]}
+    ids = {token: number for token, number in tokens.ids.items() if token not in rowless}
+    return Tokens(document, ids, tokens.merges, rowless) if rowless else tokens
 
 
 def pair_of(merge: str | list[str]) -> tuple[str, str]:

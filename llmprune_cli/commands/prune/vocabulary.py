@@ -219,10 +219,15 @@ def _rank(decided: DecidedVocabulary, bench: Workbench) -> torch.Tensor:
     return torch.tensor(found, dtype=torch.float64)
 
 
-def warn_of_lost_tokens(plan: Plan, bench: Workbench) -> None:
+def warn_of_lost_tokens(plan: Plan, decided: DecidedVocabulary | None, bench: Workbench) -> None:
     """Say what a smaller vocabulary costs."""
     if plan.vocabulary is None or not bench.model.processes.is_first:
         return
+    if decided is not None and decided.width.tokens.rowless:
+        bench.listener.warn(
+            f"{', '.join(decided.width.tokens.rowless)} left out of the tokenizer: the model has "
+            f"{plan.vocabulary.before:,} rows, and none for such a number."
+        )
     companions, kept = bench.model.checkpoint.companions, len(plan.vocabulary.kept)
     left_out = [name for name in LEFT_OUT if (companions / name).is_file()]
     if left_out:
