@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from llmprune_cli.source.tokenizer import MOST_COMPANION_BYTES, PROCESSORS, read
 from llmprune_cli.text.windows import spread_windows
 from llmprune_cli.vocabulary.numbering import is_naming, named_tokens
 from llmprune_cli.vocabulary.request import read_keep_file
-from llmprune_cli.vocabulary.tokens import Tokens
+from llmprune_cli.vocabulary.tokens import Tokens, is_byte_level
 
 NAMING = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", *PROCESSORS)  # of tokens
-LITERAL = re.compile(r"'([^'\\]*)'|\"([^\"\\]*)\"")  # text in a chat template
+ROLES = ("system", "user", "assistant", "tool")  # of turns, which chat templates write as conversations name them
+SPACED = tuple(f" {role}" for role in ROLES)
 
 
 def rank_tokens(
@@ -138,10 +140,29 @@ def _of_chats(tokens: Tokens, checkpoint: Checkpoint) -> set[int]:
     paths = (*checkpoint.companions.glob("*.jinja"), *checkpoint.companions.glob("additional_chat_templates/*.jinja"))
     templates = [_read_template(path) for path in paths]
     for settings in _settings_of(checkpoint, "tokenizer_config.json", "chat_template.json"):
-        templates += _texts_in(settings.get("chat_template"))  # one, or several with their names
+        templates += _templates_in(settings.get("chat_template"))
+    texts = {text for template in templates for text in (*ROLES, *SPACED, *_texts_of(template))}
     tokenizer = reader_of((checkpoint.companions / "tokenizer.json").read_text(encoding="utf-8"))
-    texts = [first or second for template in templates for first, second in LITERAL.findall(template)]
-    return {number for text in texts for number in tokenizer.encode(text, add_special_tokens=False).ids}
+    behind = ("",) if is_byte_level(tokens.document) else ("", "\n")  # where a space is put before a text that begins
+    read = [tokenizer.encode(before + text, add_special_tokens=False).ids for text in texts for before in behind]
+    return {number for ids in read for number in ids}
+
+
+def _templates_in(value: Any) -> Iterator[str]:
+    """Chat templates of settings: one, or several with their names."""
+    for own in value if isinstance(value, list) else [value]:
+        yield from _texts_in(own.get("template") if isinstance(own, dict) and "template" in own else own)
+
+
+def _texts_of(template: str) -> Iterator[str]:
+    """The texts that a template holds, within its expressions and around them; of a faulty one those before the fault."""
+    from jinja2 import Environment, TemplateError
+
+    lexer = Environment(trim_blocks=True, lstrip_blocks=True).lexer  # as transformers reads templates
+    with suppress(TemplateError, ValueError):
+        for token in lexer.tokenize(template):
+            if token.type in ("data", "string"):
+                yield token.value
 
 
 def _read_template(path: Path) -> str:
