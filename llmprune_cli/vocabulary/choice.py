@@ -175,10 +175,19 @@ def _read_template(path: Path) -> str:
 
 
 def _read_keep_file(path: Path, tokens: Tokens) -> set[int]:
-    found = set()
-    for line in read_keep_file(path):
-        number = tokens.ids.get(line, int(line) if re.fullmatch(WHOLE, line) and int(line) in tokens.by_id else None)
-        if number is None:
-            raise UsageError(f"--keep-tokens {path} names {line!r}, which is no token of the model.")
-        found.add(number)
-    return found
+    """The tokens that a file names: by their numbers where every line is one, else by their texts."""
+    lines = read_keep_file(path)
+    by_number = all(re.fullmatch(WHOLE, line) for line in lines)
+    numbers = [int(line) if by_number else tokens.ids.get(line) for line in lines]
+    for line, number in zip(lines, numbers, strict=True):
+        if number not in tokens.by_id:
+            raise UsageError(f"--keep-tokens {path} names {line!r}, which is no {_meant(line, by_number)}.")
+    return {number for number in numbers if number is not None}
+
+
+def _meant(line: str, by_number: bool) -> str:
+    """What a line of a file of tokens was read as, and is not."""
+    if by_number:
+        return "number of a token; as every line is a whole number, all are read as such"
+    is_number = re.fullmatch(WHOLE, line) is not None
+    return "token of the model" + ("; only where every line is a whole number are they read as such" * is_number)

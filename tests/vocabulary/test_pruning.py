@@ -88,9 +88,28 @@ def test_tokens_stay_that_settings_or_templates_name(byte_level: Path, tmp_path:
     assert {first, second} < staying(model)
 
 
-def staying(model: Path) -> frozenset[int]:
+def staying(model: Path, keep: Path | None = None) -> frozenset[int]:
     with open_checkpoint(ModelReference(str(model)), need_weights=False) as checkpoint:
-        return must_stay(open_tokens(checkpoint), checkpoint, BYTE_LEVEL_VOCABULARY, None)
+        return must_stay(open_tokens(checkpoint), checkpoint, BYTE_LEVEL_VOCABULARY, keep)
+
+
+def test_a_file_of_tokens_has_numbers_only_where_every_line_is_one(byte_level: Path, tmp_path: Path) -> None:
+    model, keep = shutil.copytree(byte_level, tmp_path / "model"), tmp_path / "keep.txt"
+    vocabulary = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
+    (one, first), (other, second), (last, third) = sorted(vocabulary.items(), key=lambda own: -own[1])[:3]
+    edit_json(model / "tokenizer.json", lambda own: own["model"].update(merges=[], vocab=renamed(vocabulary, one, second)))
+    for lines, kept in ((f"{second}\n{third}\n", {second, third}), (f"{second}\n{last}\n", {first, third})):
+        keep.write_text(lines, encoding="utf-8")
+        assert staying(model, keep) & {first, second, third} == kept, lines
+    for lines, why in ((f"{other}\n383\n", "'383', which is no token"), ("7\n383\n", "'383', which is no number")):
+        keep.write_text(lines, encoding="utf-8")
+        run = run_cli("inspect", model, "--keep-tokens", keep)
+        assert_refused(run, USAGE, why, "every line is a whole number")
+
+
+def renamed(vocabulary: dict[str, int], token: str, number: int) -> dict[str, int]:
+    """The same tokens, one of which is spelled as the number of another."""
+    return {str(number) if name == token else name: own for name, own in vocabulary.items()}
 
 
 def test_tokens_go_together_with_neurons(text: tuple[str, ...], byte_level: Path, tmp_path: Path) -> None:
