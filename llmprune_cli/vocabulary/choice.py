@@ -155,7 +155,7 @@ def _templates_in(value: Any) -> Iterator[str]:
 
 
 def _texts_of(template: str) -> Iterator[str]:
-    """The texts that a template holds, within its expressions and around them; of a faulty one those before the fault."""
+    """The texts within a template's expressions and around them; of a faulty one those before the fault."""
     from jinja2 import Environment, TemplateError
 
     lexer = Environment(trim_blocks=True, lstrip_blocks=True).lexer  # as transformers reads templates

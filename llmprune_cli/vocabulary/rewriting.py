@@ -10,12 +10,9 @@ from typing import Any
 from llmprune_cli.errors import CheckpointError, PlanError, UnsupportedError, VerificationError, first_line
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.documents import read_json, write_json
-from llmprune_cli.source.tokenizer import MOST_COMPANION_BYTES, PROCESSORS
+from llmprune_cli.source.tokenizer import MOST_COMPANION_BYTES, PROCESSORS, vocabulary_files
 from llmprune_cli.vocabulary.numbering import is_naming, new_numbers, renumbered
 from llmprune_cli.vocabulary.tokens import Tokens, pair_of, read_tokens, with_rows
-
-# What the tokens of other files would contradict; tokenizer.json says all that they say.
-LEFT_OUT = ("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
 
 
 def cut_tokens(tokens: Tokens, kept: tuple[int, ...]) -> dict[str, Any]:
@@ -130,8 +127,8 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path, kept: tuple[int, ...])
     tokens = open_tokens(checkpoint)
     document, numbers, rowless = cut_tokens(tokens, kept), new_numbers(kept), tokens.rowless
     (folder / "tokenizer.json").write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    for name in LEFT_OUT:
-        (folder / name).unlink(missing_ok=True)
+    for path in vocabulary_files(checkpoint.companions):  # tokenizer.json says all that they say, and they more tokens
+        (folder / path.name).unlink(missing_ok=True)
     _rewrite(folder / "tokenizer_config.json", lambda own: _without(_renumber_decoder(own, numbers), rowless))
     _rewrite(folder / "added_tokens.json", lambda own: {t: numbers[i] for t, i in own.items() if i in numbers})
     for name in ("generation_config.json", *PROCESSORS):

@@ -68,8 +68,8 @@ class Tokens:
     def builders(self, number: int) -> frozenset[int] | None:
         """The other tokens that a token is made of on the way from its characters to itself.
 
-        Nothing builds a token that no merges reach, where a word that is a token becomes it all the same. Elsewhere such
-        a token serves nothing, as no text becomes it, which is None.
+        Nothing builds a token that no merges reach, where a word that is a token becomes it all the same. Elsewhere no
+        text becomes such a token, so that it serves nothing, which is None.
         """
         if number not in self._built:
             token = self.by_id.get(number)

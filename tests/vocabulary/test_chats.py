@@ -58,7 +58,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
         alphabet = [chr(code) for code in range(33, 127)]
     trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
-    words = ["system user assistant tool", "system", "user", "assistant", "<think>\n\n</think>\n\n", "other words stay out"]
+    words = ["system user assistant", "system", "user", "assistant", "<think>\n\n</think>\n\n", "other words go"]
     tokenizer.train_from_iterator([LLAMA.replace("\\n", "\n"), CHATML.replace("\\n", "\n"), PLAIN, *words] * 3, trainer)
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in ("<unk>", "<s>", "</s>")])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)

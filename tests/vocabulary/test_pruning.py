@@ -97,7 +97,8 @@ def test_a_file_of_tokens_has_numbers_only_where_every_line_is_one(byte_level: P
     model, keep = shutil.copytree(byte_level, tmp_path / "model"), tmp_path / "keep.txt"
     vocabulary = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
     (one, first), (other, second), (last, third) = sorted(vocabulary.items(), key=lambda own: -own[1])[:3]
-    edit_json(model / "tokenizer.json", lambda own: own["model"].update(merges=[], vocab=renamed(vocabulary, one, second)))
+    respelled = {str(second) if token == one else token: number for token, number in vocabulary.items()}
+    edit_json(model / "tokenizer.json", lambda own: own["model"].update(merges=[], vocab=respelled))
     for lines, kept in ((f"{second}\n{third}\n", {second, third}), (f"{second}\n{last}\n", {first, third})):
         keep.write_text(lines, encoding="utf-8")
         assert staying(model, keep) & {first, second, third} == kept, lines
@@ -107,16 +108,21 @@ def test_a_file_of_tokens_has_numbers_only_where_every_line_is_one(byte_level: P
         assert_refused(run, USAGE, why, "every line is a whole number")
 
 
-def renamed(vocabulary: dict[str, int], token: str, number: int) -> dict[str, int]:
-    """The same tokens, one of which is spelled as the number of another."""
-    return {str(number) if name == token else name: own for name, own in vocabulary.items()}
-
-
 def test_tokens_go_together_with_neurons(text: tuple[str, ...], byte_level: Path, tmp_path: Path) -> None:
     folder = cut(byte_level, tmp_path / "cut", *text, "--intermediate-pruning-ratio", "0.5")
     manifest = json.loads((folder / "llmprune.json").read_text())
     assert manifest["widths"]["after"]["vocab_size"] == 320
     assert run_cli("inspect", folder, "--verify").code == 0
+
+
+def test_other_files_with_tokens_are_left_out(text: tuple[str, ...], byte_level: Path, tmp_path: Path) -> None:
+    model, others = shutil.copytree(byte_level, tmp_path / "model"), ("merges.txt", "own.tiktoken", "tekken.json")
+    for name in others:
+        (model / name).write_text("what tokenizer.json would contradict")
+    command = ("prune", model, *BY_MAGNITUDE, "--vocab-size", "320", *text, "--output", tmp_path / "cut")
+    run = run_cli(*command)
+    assert run.code == 0 and f"{', '.join(others)} left out: tokenizer.json says what stays" in run.stderr
+    assert not {*others} & {path.name for path in (tmp_path / "cut").iterdir()}
 
 
 def test_both_models_are_judged_by_the_bytes_of_the_same_text(

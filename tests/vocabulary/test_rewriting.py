@@ -73,7 +73,7 @@ def test_text_of_kept_tokens_gets_the_same_tokens(kind: str) -> None:
 
 
 def test_a_word_that_is_a_token_without_merges_is_read_as_before_and_builds_on_nothing() -> None:
-    whole, part, kept = cut("whole words")
+    whole, part, _ = cut("whole words")
     assert not any(spelled(UNMERGED) == "".join(merge) for merge in json.loads(whole.to_str())["model"]["merges"])
     for text in (f" {UNMERGED}", f"Ξεσκεπάζω την {UNMERGED} βδελυγμία"):
         before, after = (tokenizer.encode(text, add_special_tokens=False) for tokenizer in (whole, part))
