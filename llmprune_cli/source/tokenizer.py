@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.errors import CheckpointError, first_line
 from llmprune_cli.family.skeleton import is_remote
@@ -33,6 +36,11 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
+VOCABULARIES = ("vocab.json", "vocab.txt", "merges.txt", "tekken.json", "*.model", "*.tiktoken")  # of tokens
+# Where the code of a tokenizer names files of its own with tokens, and their names there.
+NAMED_FILES = re.compile(r"vocab_files_names\b[^={\n]*=\s*\{([^}]*)\}", re.IGNORECASE)
+FILE_NAME = re.compile(r":\s*[\"']([\w.-]+)[\"']")
+NEVER_TOKENS = ("config.json", "*.index.json", "*.safetensors", "*.bin", "*.gguf", "*.py")  # whatever code names
 OF_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 AS_IT_IS = ("TokenizersBackend", "PreTrainedTokenizerFast")  # classes that run tokenizer.json as it is
 SPLIT_SAMPLE = "In 2024, 12,345 dogs didn't walk;  \n\n\tif x == 10: return 'né'"
@@ -145,14 +153,48 @@ def companions_of(checkpoint: Checkpoint) -> list[Path]:
     """The files that `copy_companions` copies."""
     folder = checkpoint.companions
     named = [folder / name for name in (*COMPANIONS, *(PROCESSORS if checkpoint.whole else ()))]
+    further = [path for path in vocabulary_files(folder) if path not in named]
     templates = sorted(folder.glob("additional_chat_templates/*.jinja"))
-    return [*(path for path in named if path.is_file()), *templates, *_code_of(checkpoint)]
+    return [*(path for path in named if path.is_file()), *further, *templates, *_code_of(checkpoint)]
+
+
+def vocabulary_files(folder: Path) -> list[Path]:
+    """The files that hold tokens beside `tokenizer.json`, as they are usually called or as the tokenizer's class says.
+
+    What is larger than any vocabulary is none.
+    """
+    found = {path for pattern in VOCABULARIES for path in folder.glob(pattern)}
+    found |= {folder / name for name in (*_named_by_class(folder), *_named_by_code(folder)) if name not in COMPANIONS}
+    return sorted(path for path in found if path.is_file() and path.stat().st_size <= MOST_COMPANION_BYTES)
+
+
+def _named_by_class(folder: Path) -> Iterator[str]:
+    """The files with tokens that the tokenizer's class names, where it is one of transformers'."""
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    with suppress(Exception):  # a class that is not there, or lacks a package, says so in its own way
+        named: Any = tokenizer_class_from_name(str(_settings(folder).get("tokenizer_class")))
+        yield from named.vocab_files_names.values()
+
+
+def _named_by_code(folder: Path) -> Iterator[str]:
+    """The files with tokens that a tokenizer's own code names; nothing here runs it."""
+    for path in folder.glob("*.py") if _settings(folder).get("auto_map") else ():
+        if path.is_file() and path.stat().st_size <= MOST_COMPANION_BYTES:
+            for files in NAMED_FILES.findall(path.read_text(encoding="utf-8", errors="replace")):
+                names = FILE_NAME.findall(files)
+                yield from (name for name in names if not any(map(Path(name).match, NEVER_TOKENS)))
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """What `tokenizer_config.json` says, if it is there."""
+    path = folder / "tokenizer_config.json"
+    return read_json(path, MOST_COMPANION_BYTES) if path.is_file() else {}
 
 
 def _code_of(checkpoint: Checkpoint) -> list[Path]:
     """The Python files of a model or a tokenizer whose class came with it; nothing here runs them."""
-    settings = checkpoint.companions / "tokenizer_config.json"
-    named = read_json(settings, MOST_COMPANION_BYTES).get("auto_map") if settings.is_file() else None
+    named = _settings(checkpoint.companions).get("auto_map")
     return sorted(checkpoint.companions.glob("*.py")) if named or is_remote(checkpoint.config) else []
 
 

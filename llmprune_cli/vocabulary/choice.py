@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.sizes import WHOLE
 from llmprune_cli.source.tokenizer import MOST_COMPANION_BYTES, PROCESSORS, reader_of
 from llmprune_cli.text.windows import spread_windows
-from llmprune_cli.vocabulary.numbering import named_tokens
+from llmprune_cli.vocabulary.numbering import is_naming, named_tokens
 from llmprune_cli.vocabulary.request import read_keep_file
-from llmprune_cli.vocabulary.tokens import Tokens
+from llmprune_cli.vocabulary.tokens import Tokens, is_byte_level
 
 NAMING = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", *PROCESSORS)  # of tokens
-LITERAL = re.compile(r"'([^'\\]*)'|\"([^\"\\]*)\"")  # text in a chat template
+ROLES = ("system", "user", "assistant", "tool")  # of turns, which chat templates write as conversations name them
+SPACED = tuple(f" {role}" for role in ROLES)
 
 
 def rank_tokens(
@@ -122,7 +124,7 @@ def _settings_of(checkpoint: Checkpoint, *names: str) -> list[dict[str, Any]]:
 def _spelled(settings: dict[str, Any]) -> Iterator[str]:
     """The texts of tokens that settings name."""
     for name, value in settings.items():
-        if name.endswith(("_token", "_tokens")):
+        if is_naming(name):
             yield from _texts_in(value)
 
 
@@ -138,10 +140,29 @@ def _of_chats(tokens: Tokens, checkpoint: Checkpoint) -> set[int]:
     paths = (*checkpoint.companions.glob("*.jinja"), *checkpoint.companions.glob("additional_chat_templates/*.jinja"))
     templates = [_read_template(path) for path in paths]
     for settings in _settings_of(checkpoint, "tokenizer_config.json", "chat_template.json"):
-        templates += _texts_in(settings.get("chat_template"))  # one, or several with their names
+        templates += _templates_in(settings.get("chat_template"))
+    texts = {text for template in templates for text in (*ROLES, *SPACED, *_texts_of(template))}
     tokenizer = reader_of((checkpoint.companions / "tokenizer.json").read_text(encoding="utf-8"))
-    texts = [first or second for template in templates for first, second in LITERAL.findall(template)]
-    return {number for text in texts for number in tokenizer.encode(text, add_special_tokens=False).ids}
+    behind = ("",) if is_byte_level(tokens.document) else ("", "\n")  # where a space is put before a text that begins
+    read = [tokenizer.encode(before + text, add_special_tokens=False).ids for text in texts for before in behind]
+    return {number for ids in read for number in ids}
+
+
+def _templates_in(value: Any) -> Iterator[str]:
+    """Chat templates of settings: one, or several with their names."""
+    for own in value if isinstance(value, list) else [value]:
+        yield from _texts_in(own.get("template") if isinstance(own, dict) and "template" in own else own)
+
+
+def _texts_of(template: str) -> Iterator[str]:
+    """The texts within a template's expressions and around them; of a faulty one those before the fault."""
+    from jinja2 import Environment, TemplateError
+
+    lexer = Environment(trim_blocks=True, lstrip_blocks=True).lexer  # as transformers reads templates
+    with suppress(TemplateError, ValueError):
+        for token in lexer.tokenize(template):
+            if token.type in ("data", "string"):
+                yield token.value
 
 
 def _read_template(path: Path) -> str:
@@ -154,10 +175,19 @@ def _read_template(path: Path) -> str:
 
 
 def _read_keep_file(path: Path, tokens: Tokens) -> set[int]:
-    found = set()
-    for line in read_keep_file(path):
-        number = tokens.ids.get(line, int(line) if re.fullmatch(WHOLE, line) and int(line) in tokens.by_id else None)
-        if number is None:
-            raise UsageError(f"--keep-tokens {path} names {line!r}, which is no token of the model.")
-        found.add(number)
-    return found
+    """The tokens that a file names: by their numbers where every line is one, else by their texts."""
+    lines = read_keep_file(path)
+    by_number = all(re.fullmatch(WHOLE, line) for line in lines)
+    numbers = [int(line) if by_number else tokens.ids.get(line) for line in lines]
+    for line, number in zip(lines, numbers, strict=True):
+        if number not in tokens.by_id:
+            raise UsageError(f"--keep-tokens {path} names {line!r}, which is no {_meant(line, by_number)}.")
+    return {number for number in numbers if number is not None}
+
+
+def _meant(line: str, by_number: bool) -> str:
+    """What a line of a file of tokens was read as, and is not."""
+    if by_number:
+        return "number of a token; as every line is a whole number, all are read as such"
+    is_number = re.fullmatch(WHOLE, line) is not None
+    return "token of the model" + ("; only where every line is a whole number are they read as such" * is_number)

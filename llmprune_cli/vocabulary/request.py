@@ -49,9 +49,10 @@ class VocabularyRequest:
             "Text by whose use tokens stay: a file, a folder or a hub dataset.", TEXT, left_out="the calibration text"
         ),
     ] = None
-    keep_tokens: Annotated[Path | None, Option("File with tokens, or their numbers, that stay; one a line.", GOES)] = (
-        None
-    )
+    keep_tokens: Annotated[
+        Path | None,
+        Option("File with tokens that stay, one a line; where all lines are numbers, these are those of tokens.", GOES),
+    ] = None
 
     @property
     def number(self) -> str | None:
@@ -122,7 +123,7 @@ def check_vocabulary(asked: VocabularyRequest, model: str) -> None:
 
 
 def read_keep_file(path: Path) -> list[str]:
-    """The tokens, or their numbers, that a user wants to keep.
+    """The tokens that a user wants to keep, or their numbers.
 
     Raises:
         UsageError: it is not readable.

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from llmprune_cli.errors import CheckpointError, PlanError, UnsupportedError, VerificationError, first_line
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.documents import read_json, write_json
-from llmprune_cli.source.tokenizer import MOST_COMPANION_BYTES, PROCESSORS
-from llmprune_cli.vocabulary.numbering import new_numbers, renumbered
-from llmprune_cli.vocabulary.tokens import Tokens, pair_of, read_tokens
-
-# What the tokens of other files would contradict; tokenizer.json says all that they say.
-LEFT_OUT = ("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
+from llmprune_cli.source.tokenizer import MOST_COMPANION_BYTES, PROCESSORS, vocabulary_files
+from llmprune_cli.vocabulary.numbering import is_naming, new_numbers, renumbered
+from llmprune_cli.vocabulary.tokens import Tokens, pair_of, read_tokens, with_rows
 
 
 def cut_tokens(tokens: Tokens, kept: tuple[int, ...]) -> dict[str, Any]:
@@ -74,7 +72,7 @@ def _renumber_steps(step: Any, numbers: dict[int, int]) -> Any:
         if isinstance(step.get(name), list):
             found[name] = [step[name][0], numbers[step[name][1]]]
     if "pad_id" in step:
-        found["pad_id"] = numbers.get(step["pad_id"], 0)
+        return {**found, "pad_id": numbers[step["pad_id"]]} if step["pad_id"] in numbers else None
     return found
 
 
@@ -93,7 +91,7 @@ def _check(document: dict[str, Any], tokens: Tokens, numbers: dict[int, int]) ->
 
 
 def open_tokens(checkpoint: Checkpoint) -> Tokens:
-    """The tokens of a checkpoint's tokenizer.
+    """The tokens of a checkpoint's tokenizer that have a row, and those that every text has.
 
     Raises:
         UnsupportedError: it has no tokenizer.json, or one of another kind.
@@ -111,7 +109,7 @@ def open_tokens(checkpoint: Checkpoint) -> Tokens:
         )
     document = read_json(path, MOST_COMPANION_BYTES)
     try:
-        tokens = read_tokens(document, checkpoint.source)
+        tokens = with_rows(read_tokens(document, checkpoint.source), int(checkpoint.config.vocab_size))
         Tokenizer.from_file(str(path))
     except UnsupportedError:
         raise
@@ -126,28 +124,48 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path, kept: tuple[int, ...])
     Raises:
         PlanError, VerificationError: see `cut_tokens`.
     """
-    document = cut_tokens(open_tokens(checkpoint), kept)
-    numbers = new_numbers(kept)
+    tokens = open_tokens(checkpoint)
+    document, numbers, rowless = cut_tokens(tokens, kept), new_numbers(kept), tokens.rowless
     (folder / "tokenizer.json").write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    for name in LEFT_OUT:
-        (folder / name).unlink(missing_ok=True)
-    _rewrite(folder / "tokenizer_config.json", numbers, _renumber_decoder)
-    _rewrite(folder / "added_tokens.json", numbers, lambda own, new: {t: new[i] for t, i in own.items() if i in new})
+    for path in vocabulary_files(checkpoint.companions):  # tokenizer.json says all that they say, and they more tokens
+        (folder / path.name).unlink(missing_ok=True)
+    _rewrite(folder / "tokenizer_config.json", lambda own: _without(_renumber_decoder(own, numbers), rowless))
+    _rewrite(folder / "added_tokens.json", lambda own: {t: numbers[i] for t, i in own.items() if i in numbers})
     for name in ("generation_config.json", *PROCESSORS):
-        _rewrite(folder / name, numbers, lambda own, new: renumbered(own, new.get))
+        _rewrite(folder / name, lambda own: {**own, **renumbered(own, numbers.get)})
+    if rowless:
+        _rewrite(folder / "special_tokens_map.json", lambda own: _without(own, rowless))
 
 
-def _rewrite(path: Path, numbers: dict[int, int], change: Any) -> None:
+def _rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     if path.is_file():
-        settings = read_json(path, MOST_COMPANION_BYTES)
-        write_json(path, {**settings, **change(settings, numbers)})
+        write_json(path, change(read_json(path, MOST_COMPANION_BYTES)))
 
 
 def _renumber_decoder(settings: dict[str, Any], numbers: dict[int, int]) -> dict[str, Any]:
-    found = renumbered(settings, numbers.get)
+    found = {**settings, **renumbered(settings, numbers.get)}
     added = settings.get("added_tokens_decoder")
     if isinstance(added, dict):
         found["added_tokens_decoder"] = {
             str(numbers[int(number)]): token for number, token in added.items() if int(number) in numbers
         }
     return found
+
+
+def _without(settings: dict[str, Any], tokens: Collection[str]) -> dict[str, Any]:
+    """Settings that name none of these tokens, which transformers would add behind the last row again."""
+    left = _unnamed({name: value for name, value in settings.items() if is_naming(name)}, tokens)
+    return {name: left.get(name, value) for name, value in settings.items() if name in left or not is_naming(name)}
+
+
+def _unnamed(value: Any, tokens: Collection[str]) -> Any:
+    """What is left of a list or an object, however deep, without the texts of tokens and what describes one."""
+
+    def is_one(inner: Any) -> bool:
+        return (inner.get("content") if isinstance(inner, dict) else inner) in tokens
+
+    if isinstance(value, list):
+        return [_unnamed(inner, tokens) for inner in value if not is_one(inner)]
+    if isinstance(value, dict):
+        return {name: _unnamed(inner, tokens) for name, inner in value.items() if not is_one(inner)}
+    return value

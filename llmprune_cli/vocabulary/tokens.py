@@ -25,6 +25,7 @@ class Tokens:
     document: dict[str, Any]  # of tokenizer.json
     ids: dict[str, int]  # of the model's tokens and the added ones
     merges: dict[tuple[str, str], int]  # pairs that become one token, with their ranks; empty for Unigram
+    rowless: tuple[str, ...] = ()  # added tokens that are none of these, see `with_rows`
     _built: dict[int, frozenset[int] | None] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -67,32 +68,32 @@ class Tokens:
     def builders(self, number: int) -> frozenset[int] | None:
         """The other tokens that a token is made of on the way from its characters to itself.
 
-        None where no text of its own becomes this token, so that it serves nothing.
+        Nothing builds a token that no merges reach, where a word that is a token becomes it all the same. Elsewhere no
+        text becomes such a token, so that it serves nothing, which is None.
         """
         if number not in self._built:
-            self._built[number] = self._find_builders(number)
+            token = self.by_id.get(number)
+            self._built[number] = self._find_builders(token) if token is not None else None
         return self._built[number]
 
-    def _find_builders(self, number: int) -> frozenset[int] | None:
-        token = self.by_id.get(number)
-        if token is None:
-            return None
+    def _find_builders(self, token: str) -> frozenset[int] | None:
         if not self.merges:
             return frozenset()
+        unmerged: frozenset[int] | None = frozenset() if self.model.get("ignore_merges") else None
         passed: set[int] = set()
         parts = list(token)
         if any(part not in self.ids for part in parts):
-            return None
+            return unmerged
         passed.update(self.ids[part] for part in parts)
         while len(parts) > 1:
             ranks = [(self.merges.get(pair, -1), place) for place, pair in enumerate(pairwise(parts))]
             possible = [ranked for ranked in ranks if ranked[0] >= 0]
             if not possible:
-                return None
+                return unmerged
             place = min(possible)[1]
             parts[place : place + 2] = [parts[place] + parts[place + 1]]
             passed.add(self.ids[parts[place]])
-        return frozenset(passed - {number})
+        return frozenset(passed - {self.ids[token]})
 
     def closed(self, numbers: Iterable[int]) -> set[int]:
         """Tokens with all that builds them."""
@@ -124,6 +125,19 @@ def read_tokens(document: dict[str, Any], source: str) -> Tokens:
     ids = {added["content"]: added["id"] for added in document.get("added_tokens") or ()}
     merges = {pair: rank for rank, pair in enumerate(map(pair_of, model.get("merges") or ()))}
     return Tokens(document, {**_model_ids(model), **ids}, merges)
+
+
+def with_rows(tokens: Tokens, rows: int) -> Tokens:
+    """The same without added tokens that the model has no rows for, unless they are put around every text.
+
+    Args:
+        rows: of the embedding.
+    """
+    added, around = tokens.document.get("added_tokens") or (), {*_processed(tokens.document.get("post_processor"))}
+    rowless = tuple(own["content"] for own in added if own["id"] >= rows and own["content"] not in around)
+    document = {**tokens.document, "added_tokens": [own for own in added if own["content"] not in rowless]}
+    ids = {token: number for token, number in tokens.ids.items() if token not in rowless}
+    return Tokens(document, ids, tokens.merges, rowless) if rowless else tokens
 
 
 def pair_of(merge: str | list[str]) -> tuple[str, str]:

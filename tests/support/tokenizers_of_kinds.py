@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ DECLARATION = (
     "서로 형제애의 정신으로 행동하여야 한다.",
 )
 EACH = 25  # strings of every script
+UNMERGED = "ψυχοφθόρα"  # a word of `SCRIPTS` that is a token of "whole words", which no merges make, as in Llama 3
 
 
 def strings() -> list[str]:
@@ -62,6 +64,7 @@ def learn(kind: str) -> Any:
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer: Any = trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
         tokenizer.train_from_iterator(text, trainer)
+        tokenizer = with_unmerged(tokenizer) if kind == "whole words" else tokenizer
     elif kind == "unigram":
         tokenizer = Tokenizer(models.Unigram())
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -95,3 +98,20 @@ def learn(kind: str) -> Any:
     begin = tokenizer.token_to_id("<s>")
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", begin)])
     return tokenizer
+
+
+def with_unmerged(tokenizer: Any) -> Any:
+    """The same byte-level tokenizer with a word that is a token, and its last one, though no merges make it."""
+    from tokenizers import Tokenizer
+
+    document = json.loads(tokenizer.to_str())
+    document["model"]["vocab"][spelled(UNMERGED)] = tokenizer.get_vocab_size()
+    return Tokenizer.from_str(json.dumps(document))
+
+
+def spelled(word: str) -> str:
+    """A word with a space before it in the characters that stand for bytes."""
+    from tokenizers import pre_tokenizers
+
+    [(found, _)] = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(f" {word}")
+    return str(found)

@@ -88,9 +88,24 @@ def test_tokens_stay_that_settings_or_templates_name(byte_level: Path, tmp_path:
     assert {first, second} < staying(model)
 
 
-def staying(model: Path) -> frozenset[int]:
+def staying(model: Path, keep: Path | None = None) -> frozenset[int]:
     with open_checkpoint(ModelReference(str(model)), need_weights=False) as checkpoint:
-        return must_stay(open_tokens(checkpoint), checkpoint, BYTE_LEVEL_VOCABULARY, None)
+        return must_stay(open_tokens(checkpoint), checkpoint, BYTE_LEVEL_VOCABULARY, keep)
+
+
+def test_a_file_of_tokens_has_numbers_only_where_every_line_is_one(byte_level: Path, tmp_path: Path) -> None:
+    model, keep = shutil.copytree(byte_level, tmp_path / "model"), tmp_path / "keep.txt"
+    vocabulary = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
+    (one, first), (other, second), (last, third) = sorted(vocabulary.items(), key=lambda own: -own[1])[:3]
+    respelled = {str(second) if token == one else token: number for token, number in vocabulary.items()}
+    edit_json(model / "tokenizer.json", lambda own: own["model"].update(merges=[], vocab=respelled))
+    for lines, kept in ((f"{second}\n{third}\n", {second, third}), (f"{second}\n{last}\n", {first, third})):
+        keep.write_text(lines, encoding="utf-8")
+        assert staying(model, keep) & {first, second, third} == kept, lines
+    for lines, why in ((f"{other}\n383\n", "'383', which is no token"), ("7\n383\n", "'383', which is no number")):
+        keep.write_text(lines, encoding="utf-8")
+        run = run_cli("inspect", model, "--keep-tokens", keep)
+        assert_refused(run, USAGE, why, "every line is a whole number")
 
 
 def test_tokens_go_together_with_neurons(text: tuple[str, ...], byte_level: Path, tmp_path: Path) -> None:
@@ -98,6 +113,16 @@ def test_tokens_go_together_with_neurons(text: tuple[str, ...], byte_level: Path
     manifest = json.loads((folder / "llmprune.json").read_text())
     assert manifest["widths"]["after"]["vocab_size"] == 320
     assert run_cli("inspect", folder, "--verify").code == 0
+
+
+def test_other_files_with_tokens_are_left_out(text: tuple[str, ...], byte_level: Path, tmp_path: Path) -> None:
+    model, others = shutil.copytree(byte_level, tmp_path / "model"), ("merges.txt", "own.tiktoken", "tekken.json")
+    for name in others:
+        (model / name).write_text("what tokenizer.json would contradict")
+    command = ("prune", model, *BY_MAGNITUDE, "--vocab-size", "320", *text, "--output", tmp_path / "cut")
+    run = run_cli(*command)
+    assert run.code == 0 and f"{', '.join(others)} left out: tokenizer.json says what stays" in run.stderr
+    assert not {*others} & {path.name for path in (tmp_path / "cut").iterdir()}
 
 
 def test_both_models_are_judged_by_the_bytes_of_the_same_text(

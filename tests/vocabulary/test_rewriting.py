@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.families import EVERY
-from support.tokenizers_of_kinds import SCRIPTS, learn, strings
+from support.tokenizers_of_kinds import SCRIPTS, UNMERGED, learn, spelled, strings
 
 KINDS = ("byte-level", "whole words", "byte fallback", "unigram")
 
@@ -27,7 +27,8 @@ def cut(kind: str) -> tuple[Any, Any, tuple[int, ...]]:
     whole = learn(kind)
     tokens = read_tokens(json.loads(whole.to_str()), "a model")
     free = [number for number in sorted(tokens.ids.values()) if number not in tokens.required]
-    kept = tuple(sorted(tokens.closed({*tokens.required, *free[::5]})))
+    unmerged = {tokens.ids[spelled(UNMERGED)]} if kind == "whole words" else set()
+    kept = tuple(sorted(tokens.closed({*tokens.required, *free[::5], *unmerged})))
     assert len(tokens.required) < len(kept) < len(tokens.ids) - 20
     return whole, Tokenizer.from_str(json.dumps(cut_tokens(tokens, kept))), kept
 
@@ -69,6 +70,15 @@ def test_text_of_kept_tokens_gets_the_same_tokens(kind: str) -> None:
                 found += 1
                 assert after.tokens == before.tokens
     assert found > 10
+
+
+def test_a_word_that_is_a_token_without_merges_is_read_as_before_and_builds_on_nothing() -> None:
+    whole, part, _ = cut("whole words")
+    assert not any(spelled(UNMERGED) == "".join(merge) for merge in json.loads(whole.to_str())["model"]["merges"])
+    for text in (f" {UNMERGED}", f"Ξεσκεπάζω την {UNMERGED} βδελυγμία"):
+        before, after = (tokenizer.encode(text, add_special_tokens=False) for tokenizer in (whole, part))
+        assert spelled(UNMERGED) in before.tokens and spelled(UNMERGED) in after.tokens
+        assert part.decode(after.ids) == whole.decode(before.ids)
 
 
 @pytest.mark.parametrize("has_bytes", [True, False])

@@ -87,15 +87,27 @@ def test_why_no_token_can_go_is_shown(tiny_llama: Path, tmp_path: Path) -> None:
     assert "no: " in run_cli("inspect", tmp_path).stdout.split("vocabulary")[1]
 
 
-def test_an_added_token_without_a_row_is_named_at_once(model: Path, tmp_path: Path) -> None:
+def test_a_token_around_every_text_that_has_no_row_is_named_at_once(model: Path, tmp_path: Path) -> None:
     shutil.copytree(model, tmp_path / "more")
     path = tmp_path / "more" / "tokenizer.json"
     document = json.loads(path.read_text())
     document["added_tokens"].append({**document["added_tokens"][0], "id": 384, "content": "<extra>"})
-    path.write_text(json.dumps(document))
-    assert "'<extra>', whose number is 384" in inspected(path.parent)["vocabulary"]["refused"]
+    assert not inspected_with(path, document)["refused"]
+    document["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<extra>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<extra>": {"id": "<extra>", "ids": [384], "tokens": ["<extra>"]}},
+    }
+    assert "'<extra>', whose number is 384" in inspected_with(path, document)["refused"]
     run = run_cli("prune", path.parent, "--vocab-size", "320", *BY_MAGNITUDE, "--output", tmp_path / "out")
     assert run.code == UNSUPPORTED and "<extra>" in run.stderr and not (tmp_path / "out").exists()
+
+
+def inspected_with(path: Path, document: dict[str, Any]) -> dict[str, Any]:
+    path.write_text(json.dumps(document))
+    found: dict[str, Any] = inspected(path.parent)["vocabulary"]
+    return found
 
 
 def test_a_size_that_cannot_be_is_refused(model: Path) -> None:

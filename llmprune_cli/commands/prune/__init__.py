@@ -273,7 +273,7 @@ def _choose(
         return None
     sized = rank_vocabularies(decided.vocabulary, bench)
     selection = select(bench, decided.target, choice, decided.limit, bound, sized)
-    warn_of_lost_tokens(selection.plan, bench)
+    warn_of_lost_tokens(selection.plan, decided.vocabulary, bench)
     return selection
 
 

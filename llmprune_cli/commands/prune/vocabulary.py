@@ -26,14 +26,14 @@ from llmprune_cli.processes import ALONE
 from llmprune_cli.progress import LOGGER
 from llmprune_cli.run.calibration import Writer, load_calibration
 from llmprune_cli.run.workbench import Workbench
-from llmprune_cli.source.tokenizer import model_reader
+from llmprune_cli.source.tokenizer import model_reader, vocabulary_files
 from llmprune_cli.text.corpus import Corpus
 from llmprune_cli.text.names import parts_of
 from llmprune_cli.text.windows import cut_windows, windows_apart
 from llmprune_cli.vocabulary.choice import check_size, choose_tokens, rank_tokens
 from llmprune_cli.vocabulary.figures import VocabularySummary
 from llmprune_cli.vocabulary.request import AUTO, KEEP, VocabularyRequest, resolve_size
-from llmprune_cli.vocabulary.rewriting import LEFT_OUT, cut_tokens
+from llmprune_cli.vocabulary.rewriting import cut_tokens
 from llmprune_cli.vocabulary.size import (
     VocabularyWidth,
     find_width,
@@ -219,12 +219,17 @@ def _rank(decided: DecidedVocabulary, bench: Workbench) -> torch.Tensor:
     return torch.tensor(found, dtype=torch.float64)
 
 
-def warn_of_lost_tokens(plan: Plan, bench: Workbench) -> None:
+def warn_of_lost_tokens(plan: Plan, decided: DecidedVocabulary | None, bench: Workbench) -> None:
     """Say what a smaller vocabulary costs."""
     if plan.vocabulary is None or not bench.model.processes.is_first:
         return
+    if decided is not None and decided.width.tokens.rowless:
+        bench.listener.warn(
+            f"{', '.join(decided.width.tokens.rowless)} left out of the tokenizer: the model has "
+            f"{plan.vocabulary.before:,} rows, and none for such a number."
+        )
     companions, kept = bench.model.checkpoint.companions, len(plan.vocabulary.kept)
-    left_out = [name for name in LEFT_OUT if (companions / name).is_file()]
+    left_out = [path.name for path in vocabulary_files(companions)]
     if left_out:
         bench.listener.warn(f"{', '.join(left_out)} left out: tokenizer.json says what stays of it.")
     bench.listener.warn(

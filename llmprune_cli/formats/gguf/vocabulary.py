@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.errors import CheckpointError, UnsupportedError
 from llmprune_cli.folder.checkpoint import Checkpoint
+from llmprune_cli.progress import LOGGER
 from llmprune_cli.source.tokenizer import load_tokenizer, reader_of
 from llmprune_cli.startup.config_checks import vocabulary_of
 
@@ -81,8 +84,10 @@ class Vocabulary:
 def add_vocabulary(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
     """Add tokens, merges, special tokens and chat template.
 
+    Added tokens without an embedding are left out, as by llama.cpp's converter, and a warning names them.
+
     Raises:
-        CheckpointError: no tokenizer, or one with more tokens than the model has embeddings.
+        CheckpointError: no tokenizer, or one with more tokens of its own than the model has embeddings.
         UnsupportedError: a tokenizer of another kind, or with a pre-tokenizer that llama.cpp has no name for.
     """
     from gguf import SpecialVocab
@@ -98,9 +103,26 @@ def add_vocabulary(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
         writer.add_token_scores(vocabulary.scores)
     if vocabulary.space_prefix is not None:
         writer.add_add_space_prefix(vocabulary.space_prefix)
-    special = SpecialVocab(checkpoint.companions, load_merges=not vocabulary.scores, n_vocab=size)
+    rowless = [added.content for number, added in sorted(tokenizer.added_tokens_decoder.items()) if number >= size]
+    if rowless:
+        names = ", ".join(rowless)
+        LOGGER.warning(f"{names} left out of the GGUF file: the model has {size:,} rows, and none for such a number.")
+    with _quietly():  # it says the same again
+        special = SpecialVocab(checkpoint.companions, load_merges=not vocabulary.scores, n_vocab=size)
     special.add_special_token = added_tokens(tokenizer)
     special.add_to_gguf(writer, quiet=True)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep to itself what the package gguf warns of."""
+    logger = logging.getLogger("gguf.vocab")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
@@ -117,7 +139,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary
     """The vocabulary of a fast tokenizer.
 
     Args:
-        size: number of embeddings; tokens that the tokenizer lacks are filled up.
+        size: number of embeddings; tokens that the tokenizer lacks are filled up, added ones beyond them left out.
 
     Raises:
         CheckpointError, UnsupportedError: see `add_vocabulary`.
@@ -166,7 +188,8 @@ def _recognize(described: Mapping[str, Any], vocabulary: Mapping[str, int], chec
     model = described["model"]
     if model["type"] != "BPE":
         raise _refused(f"a tokenizer of the kind {model['type']}")
-    highest = max(vocabulary.values())
+    added = {token["id"] for token in described.get("added_tokens") or ()}
+    highest = max({*vocabulary.values()} - added | {*check})
     if highest >= size:
         raise CheckpointError(f"The tokenizer has {highest + 1} tokens and the model {size} embeddings.")
     pieces = model.get("byte_fallback") and "<0x0A>" in model["vocab"]
