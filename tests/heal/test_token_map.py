@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from support.cli import run_cli
 from support.cut_vocabularies import cut, save_whole
 from support.full import examples
 from support.gguf_exports import tiny
+from support.refusals import edit_json
 from support.tokenizers_of_kinds import strings
 
 KINDS = ("byte-level", "whole words", "byte fallback", "unigram")
@@ -53,3 +56,25 @@ def test_rows_without_a_token_that_a_gguf_file_names_are_no_tokens(tmp_path: Pat
         sides = (pruned, load_tokenizer(pruned)), (own, load_tokenizer(own))
         assert len(sides[0][1].get_vocab()) > len(sides[1][1].get_vocab())
         assert map_tokens(*sides) is None
+
+
+def test_a_teachers_token_without_a_row_is_none_of_its_tokens(tmp_path: Path) -> None:
+    model = save_whole(tmp_path / "model", "byte fallback")
+    rows = json.loads((model / "config.json").read_text())["vocab_size"]
+    token = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
+
+    def add(document: dict[str, Any]) -> None:
+        last = 1 + max(own["id"] for own in document["added_tokens"])
+        document["added_tokens"] += [{"id": n, "content": f"<unused{n}>", **token} for n in range(last, rows + 1)]
+
+    edit_json(model / "tokenizer.json", add)
+    folder = cut(model, tmp_path / "cut")
+    with (
+        open_checkpoint(ModelReference(str(folder)), True) as pruned,
+        open_checkpoint(ModelReference(str(model)), True) as own,
+    ):
+        sides = (pruned, load_tokenizer(pruned)), (own, load_tokenizer(own))
+        assert max(sides[1][1].get_vocab().values()) == rows
+        tokens = map_tokens(*sides)
+    assert tokens is not None and len(tokens.owners) == rows
+    assert tokens.regroup(torch.zeros(1, rows).log_softmax(-1)).sum() == pytest.approx(1.0)

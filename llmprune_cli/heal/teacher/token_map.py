@@ -100,7 +100,7 @@ def map_tokens(
     """
     (model, own), (other, its) = pruned, teacher
     size, whole = (checkpoint.config.get_text_config().vocab_size for checkpoint in (model, other))
-    known, all_known = _tokens_of(own), _tokens_of(its)
+    known, all_known = _tokens_of(own, size), _tokens_of(its, whole)
     if known == all_known and size == whole and own(SAMPLE)["input_ids"] == its(SAMPLE)["input_ids"]:
         return None
     if not (size < whole and known.keys() < all_known.keys() and hasattr(own, "backend_tokenizer")):
@@ -117,9 +117,10 @@ def map_tokens(
     return TokenMap.of(numbers, spellings)
 
 
-def _tokens_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Its tokens with their numbers, but for the names that a GGUF file gives to rows which no token has."""
-    return {token: number for token, number in tokenizer.get_vocab().items() if token != f"[PAD{number}]"}
+def _tokens_of(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, int]:
+    """Its tokens that have rows, by number, but for the names that a GGUF file gives to rows which no token has."""
+    known = {token: number for token, number in tokenizer.get_vocab().items() if number < rows}
+    return {token: number for token, number in known.items() if token != f"[PAD{number}]"}
 
 
 def _spelling(tokenizer: PreTrainedTokenizerBase, token: str) -> tuple[int, ...]:
