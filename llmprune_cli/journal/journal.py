@@ -31,7 +31,7 @@ STARTED = (
     "choice*",
     LAYER,
     "block-*",
-    "checkpoint-*",
+    "checkpoint-*/whole.json",
     "teacher/teacher.json",
     "points/*/*",
     "point-*",

@@ -5,14 +5,17 @@ from __future__ import annotations
 import signal
 import time
 from dataclasses import replace
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerState
 
-from llmprune_cli.commands.recover import task
+from llmprune_cli.commands.recover import end_to_end, task
+from llmprune_cli.errors import OutputError
+from llmprune_cli.heal.loss import Student
 from llmprune_cli.heal.training import trainer
 from llmprune_cli.heal.training.trainer import Lesson
 from support.checkpoints import flip
@@ -52,14 +55,26 @@ def interrupt_at(patched: pytest.MonkeyPatch, step: int, marked: bool) -> None:
 
 
 def judge_ever_worse(patched: pytest.MonkeyPatch) -> None:
-    """Let each judgement find a model to be worse than the one before, so that the first is the best."""
-    judge, numbers = Lesson.judge, count(1.0)
+    """Let each judgement find a model to be worse than the one before, but for the first one, before any step."""
+    judge, numbers = Lesson.judge, chain([9.0], count(0.001, 0.001))
     patched.setattr(Lesson, "judge", lambda *given: replace(judge(*given), kl=next(numbers)))
+
+
+def note_begin(patched: pytest.MonkeyPatch) -> list[str | None]:
+    """The checkpoints that trainings begin with, where they train at all."""
+    train, begun = trainer._train, list[str | None]()
+
+    def noting(student: Student, lesson: Lesson, folder: Path, last: Path | None, best: Path | None) -> TrainerState:
+        begun.append(last and last.name)
+        return train(student, lesson, folder, last, best)
+
+    patched.setattr(trainer, "_train", noting)
+    return begun
 
 
 @pytest.mark.parametrize(("step", "marked"), [pytest.param(16, True, marks=in_full), (32, False)])
 def test_a_resumed_run_comes_to_the_same(
-    pruned: Path, text_file: Path, tmp_path: Path, step: int, marked: bool
+    pruned: Path, text_file: Path, tmp_path: Path, step: int, marked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = recover(pruned, text_file, tmp_path / "whole", *LONG)
     with pytest.MonkeyPatch.context() as patched:
@@ -67,10 +82,32 @@ def test_a_resumed_run_comes_to_the_same(
         cut = run_recover(pruned, text_file, tmp_path / "out", *LONG)
     assert cut.code == INTERRUPTED and "--resume goes on from there" in " ".join(cut.stderr.split())
     assert not (tmp_path / "out").exists()
+    begun = note_begin(monkeypatch)
     resumed = recover(pruned, text_file, tmp_path / "out", *LONG, "--resume")
+    assert begun == ["checkpoint-16"]
     assert resumed["curve"] == whole["curve"] and resumed["after"] == whole["after"]
     assert_alike(tmp_path / "whole", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_what_was_trained_is_not_trained_again_where_writing_failed(
+    pruned: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the best state is not the last one."""
+
+    def failing(*_: object) -> None:
+        raise OutputError("The disk is full.")
+
+    with pytest.MonkeyPatch.context() as patched:
+        judge_ever_worse(patched)
+        whole = recover(pruned, text_file, tmp_path / "whole", *LONG)
+        judge_ever_worse(patched)
+        patched.setattr(end_to_end, "write_healed", failing)
+        assert_refused(run_recover(pruned, text_file, tmp_path / "out", *LONG), OUTPUT, "--resume goes on")
+    begun = note_begin(monkeypatch)
+    resumed = recover(pruned, text_file, tmp_path / "out", *LONG, "--resume")
+    assert not begun and resumed["curve"] == whole["curve"] and resumed["best_tokens"] == 2048
+    assert_alike(tmp_path / "whole", tmp_path / "out")
 
 
 def test_a_run_whose_folder_moved_still_writes_its_best_state(pruned: Path, text_file: Path, tmp_path: Path) -> None:

@@ -10,8 +10,16 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch.utils.data import Dataset
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
 from llmprune_cli.errors import OutputError, VerificationError, first_line
 from llmprune_cli.heal.figures import HeldOut, Judgement, Training
@@ -19,7 +27,14 @@ from llmprune_cli.heal.judging import check_judged, judge
 from llmprune_cli.heal.loss import Student
 from llmprune_cli.heal.options import Healing
 from llmprune_cli.heal.teacher import Teacher
-from llmprune_cli.heal.training.checkpoints import last_checkpoints, mark_whole
+from llmprune_cli.heal.training.checkpoints import (
+    STATE,
+    WEIGHTS,
+    has_ended,
+    keep_last,
+    last_checkpoints,
+    mark_whole,
+)
 from llmprune_cli.heal.training_text import TrainingText
 from llmprune_cli.processes import Processes
 from llmprune_cli.progress import Listener
@@ -95,7 +110,7 @@ class _Distiller(Trainer):
             eval_steps=schedule.between,
             save_strategy="no" if is_trial else "steps",
             save_steps=schedule.between,
-            save_total_limit=1,
+            save_total_limit=None,  # it removes the last one before the next is marked as whole
             load_best_model_at_end=not is_trial,
             metric_for_best_model="eval_loss",
             greater_is_better=False,
@@ -195,7 +210,9 @@ class _Reports(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
-            mark_whole(Path(args.output_dir), state.global_step)
+            folder = Path(args.output_dir)
+            mark_whole(folder, state.global_step)
+            keep_last(folder, state.global_step, state.best_model_checkpoint)
 
 
 def loss_after(student: Student, lesson: Lesson, folder: Path) -> float:
@@ -207,6 +224,30 @@ def loss_after(student: Student, lesson: Lesson, folder: Path) -> float:
     trainer = _Distiller(student, lesson, folder, is_trial=True)
     trainer.train()
     return trainer.evaluate()["eval_loss"]
+
+
+def _train(
+    student: Student, lesson: Lesson, folder: Path, begun: Path | None, best_before: Path | None
+) -> TrainerState:
+    """Train a student, which then has the weights of the best state.
+
+    Args:
+        begun, best_before: the last and the best checkpoint of a run that this one goes on with.
+
+    Raises:
+        OutputError: see `train`.
+    """
+    try:
+        trainer = _Distiller(student, lesson, folder, best_before=best_before)
+        trainer.train(resume_from_checkpoint=str(begun) if begun else None)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in UNWRITTEN):
+            raise
+        raise OutputError(
+            f"The training cannot be kept in {folder}: {first_line(error)}. Make room there, or choose another "
+            "--output."
+        ) from error
+    return trainer.state
 
 
 def train(student: Student, lesson: Lesson, folder: Path) -> Training:
@@ -225,17 +266,11 @@ def train(student: Student, lesson: Lesson, folder: Path) -> Training:
     lesson.listener.advance(1)
     nothing: tuple[Path | None, Path | None] = (None, None)
     begun, best_before = lesson.processes.broadcast(last_checkpoints(folder) if lesson.processes.is_first else nothing)
-    try:
-        trainer = _Distiller(student, lesson, folder, best_before=best_before)
-        trainer.train(resume_from_checkpoint=str(begun) if begun else None)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in UNWRITTEN):
-            raise
-        raise OutputError(
-            f"The training cannot be kept in {folder}: {first_line(error)}. Make room there, or choose another "
-            "--output."
-        ) from error
-    state = trainer.state
+    if begun is not None and best_before is not None and has_ended(begun):
+        student.load_state_dict(load_file(best_before / WEIGHTS))
+        state = TrainerState.load_from_json(str(begun / STATE))
+    else:
+        state = _train(student, lesson, folder, begun, best_before)
     each = lesson.text.trained_tokens // lesson.text.schedule.steps
     curve = tuple(
         Judgement(
