@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from dataclasses import replace
@@ -21,7 +22,7 @@ from llmprune_cli.heal.training.trainer import Lesson
 from support.checkpoints import flip
 from support.full import in_full
 from support.heal_runs import QUICK, recover, run_recover
-from support.refusals import CHECKPOINT, INTERRUPTED, OUTPUT, PLAN, assert_refused
+from support.refusals import CHECKPOINT, INTERRUPTED, OUTPUT, PLAN, VERIFICATION, assert_refused
 from support.started import start
 from support.stock import written_tensors
 
@@ -108,6 +109,16 @@ def test_what_was_trained_is_not_trained_again_where_writing_failed(
     resumed = recover(pruned, text_file, tmp_path / "out", *LONG, "--resume")
     assert not begun and resumed["curve"] == whole["curve"] and resumed["best_tokens"] == 2048
     assert_alike(tmp_path / "whole", tmp_path / "out")
+
+
+def test_no_work_is_kept_that_would_come_to_nan_again(
+    pruned: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge, kls = Lesson.judge, iter((0.2, 0.1, math.inf))
+    monkeypatch.setattr(Lesson, "judge", lambda *given: replace(judge(*given), kl=next(kls)))
+    run = run_recover(pruned, text_file, tmp_path / "out", *LONG)
+    assert_refused(run, VERIFICATION, "After 32 steps", "smaller --learning-rate")
+    assert "--resume" not in run.stderr and not list(tmp_path.iterdir())
 
 
 def test_a_run_whose_folder_moved_still_writes_its_best_state(pruned: Path, text_file: Path, tmp_path: Path) -> None:

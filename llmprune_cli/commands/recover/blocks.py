@@ -35,7 +35,7 @@ from llmprune_cli.source.opening import open_checkpoint
 def heal_by_blocks(task: Task, claim: Claim, started: float, stack: ExitStack) -> RecoverResult:
     """Train, write and judge."""
     request, text, listener = task.request, task.text, task.listener
-    folder = stack.enter_context(kept_folder(claim, task.key(), request.delivery.resume, may_go_on=True))
+    folder = stack.enter_context(kept_folder(claim, task.key(), request.delivery.resume, request.may_go_on))
     place = task.device.partition(":")[0]
     student, teacher = (LayeredModel(understand(own), place, task.compute) for own in (task.pruned, task.teacher))
     _check_room(task, folder)

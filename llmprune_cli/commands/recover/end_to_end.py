@@ -48,7 +48,7 @@ def heal(task: Task, claim: Claim | None, started: float, stack: ExitStack) -> R
     request, healing = task.request, task.request.healing
     folder = hidden_folder(request.output.absolute())
     if claim is not None:
-        folder = stack.enter_context(kept_folder(claim, task.key(), request.delivery.resume, may_go_on=True))
+        folder = stack.enter_context(kept_folder(claim, task.key(), request.delivery.resume, request.may_go_on))
     trained = load_trained(task.pruned, task.device, healing)
     _say_bare(task, trained)
     check_room(task, trained, folder)

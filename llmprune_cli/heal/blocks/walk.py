@@ -52,7 +52,7 @@ def heal_layers(walk: Walk) -> tuple[HealedLayer, ...]:
 
     Raises:
         OutputError: what is made cannot be written.
-        VerificationError: a loss is no number.
+        DivergedError: a loss is no number.
     """
     streams, found = _begin(walk), []
     walk.listener.stage("Healing layers", len(walk.stands_for))

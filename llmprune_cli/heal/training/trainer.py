@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from llmprune_cli.errors import OutputError, VerificationError, first_line
+from llmprune_cli.errors import DivergedError, OutputError, first_line
 from llmprune_cli.heal.figures import HeldOut, Judgement, Training
 from llmprune_cli.heal.judging import check_judged, judge
 from llmprune_cli.heal.loss import Student
@@ -147,7 +147,7 @@ class _Distiller(Trainer):
         loss = model(input_ids=windows, goal=self._lesson.teacher.goal(windows, inputs["number"]))
         (broken,) = self._lesson.processes.add_up(float(not loss.isfinite()))  # all of them end, or none
         if broken:
-            raise VerificationError(
+            raise DivergedError(
                 f"The loss became NaN or infinite in step {self.state.global_step + 1}, so nothing was written. Give a "
                 f"smaller --learning-rate than {self._lesson.learning_rate:g}."
             )
@@ -156,7 +156,7 @@ class _Distiller(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         found = self._lesson.judge(cast(Student, self.model))
         if not math.isfinite(found.loss(self._lesson.healing.loss)):
-            raise VerificationError(
+            raise DivergedError(
                 f"After {self.state.global_step} steps the model predicts NaN, so nothing was written. Give a smaller "
                 f"--learning-rate than {self._lesson.learning_rate:g}."
             )
@@ -219,7 +219,7 @@ def loss_after(student: Student, lesson: Lesson, folder: Path) -> float:
     """The held-out loss of a student after a training of which nothing is kept.
 
     Raises:
-        VerificationError: the loss is no number.
+        DivergedError: the loss is no number.
     """
     trainer = _Distiller(student, lesson, folder, is_trial=True)
     trainer.train()
@@ -258,7 +258,7 @@ def train(student: Student, lesson: Lesson, folder: Path) -> Training:
 
     Raises:
         CheckpointError: a checkpoint in the folder is damaged, or a model predicts no numbers.
-        VerificationError: the loss is no number.
+        DivergedError: the loss is no number.
         OutputError: a checkpoint cannot be written.
     """
     lesson.listener.stage("Judging on held-out text", 1)
