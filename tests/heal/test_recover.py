@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,11 @@ from transformers import AutoModelForCausalLM
 import llmprune_cli
 from llmprune_cli.commands.recover import task
 from llmprune_cli.heal.teacher.resident import ResidentTeacher
+from llmprune_cli.heal.training.trainer import Lesson
 from llmprune_cli.report.schemas import DOCUMENTS, adapter_of
 from support.cli import BY_MAGNITUDE, run_cli
 from support.full import in_full
-from support.heal_runs import recover
+from support.heal_runs import recover, run_recover
 from support.stock import written_tensors
 
 
@@ -79,13 +82,36 @@ def test_adapters_are_merged_and_ties_kept(pruned: Path, text_file: Path, tmp_pa
     }
 
 
-def test_a_result_that_is_no_better_says_so(pruned: Path, text_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [(), ("--lora", "4")])
+def test_a_model_that_nothing_was_gained_for_is_written_as_it_was(
+    pruned: Path, text_file: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    if options:
+        pytest.importorskip("peft")
+    run = run_recover(pruned, text_file, tmp_path / "healed", "--tokens", "1k", "--learning-rate", "0.5", *options)
+    assert run.code == 0, run.stderr
+    assert "no state that was judged is better" in run.stderr and "Try a smaller --learning-rate" in run.stderr
+    result = json.loads(run.stdout)
+    assert not result["is_better"] and result["best_tokens"] == result["trained_parameters"] == 0
+    assert result["curve"][0]["held_out"]["kl"] > result["before"]["kl"]
+    assert result["after"]["kl"] == pytest.approx(result["before"]["kl"], rel=1e-4)
+    before, after = written_tensors(pruned), written_tensors(tmp_path / "healed")
+    assert before.keys() == after.keys() and all(own.equal(after[name]) for name, own in before.items())
+    assert "held-out text gained nothing" in (tmp_path / "healed" / "README.md").read_text()
+
+
+def test_prune_does_not_advise_what_it_has_no_option_for(
+    dense: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge, kls = Lesson.judge, count(1.0)
+    monkeypatch.setattr(Lesson, "judge", lambda *given: replace(judge(*given), kl=next(kls)))
     run = run_cli(
-        *("recover", pruned, "--text", text_file, "--output", tmp_path / "healed", "--tokens", "1k"),
-        *("--batch-tokens", "128", "--seq-len", "32", "--learning-rate", "0.5"),
+        *("prune", dense, *BY_MAGNITUDE, "--intermediate-pruning-ratio", "0.5", "--output", tmp_path / "out"),
+        *("--recover", "512", "--calibration", text_file, "--calibration-seq-len", "32"),
     )
     assert run.code == 0, run.stderr
-    assert "no better than" in run.stderr and "gained nothing" in run.stdout
+    assert "no state that was judged is better" in run.stderr and "--recover N" in run.stderr
+    assert "--learning-rate" not in run.stderr
 
 
 def test_a_teacher_in_memory_runs_once_on_text_that_is_seen_again(

@@ -60,6 +60,10 @@ class Lesson:
         """How a student stands on held-out text."""
         return judge(student, self.teacher, self.text, self.healing.temperature, self.processes)
 
+    def loss(self, found: HeldOut) -> float:
+        """What is learned of what was judged, nats per token."""
+        return found.loss(self.healing.loss, self.healing.temperature)
+
 
 def warm_up_steps(steps: int) -> int:
     """In how many of the steps the learning rate rises; the last is none of them."""
@@ -155,13 +159,14 @@ class _Distiller(Trainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         found = self._lesson.judge(cast(Student, self.model))
-        if not math.isfinite(found.loss(self._lesson.healing.loss)):
+        loss = self._lesson.loss(found)
+        if not math.isfinite(loss):
             raise DivergedError(
                 f"After {self.state.global_step} steps the model predicts NaN, so nothing was written. Give a smaller "
                 f"--learning-rate than {self._lesson.learning_rate:g}."
             )
         metrics = {
-            "eval_loss": found.loss(self._lesson.healing.loss),
+            "eval_loss": loss,
             "eval_kl": found.kl,
             "eval_perplexity": found.perplexity,
             "eval_bits_per_byte": found.bits_per_byte,
@@ -279,5 +284,5 @@ def train(student: Student, lesson: Lesson, folder: Path) -> Training:
         for entry in state.log_history
         if "eval_kl" in entry
     )
-    best = min(curve, key=lambda judged: judged.held_out.loss(lesson.healing.loss))
+    best = min((Judgement(0, before), *curve), key=lambda judged: lesson.loss(judged.held_out))
     return Training(before, curve, state.global_step, state.global_step < state.max_steps, best)
