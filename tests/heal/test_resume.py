@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
+import shutil
 import signal
 import time
+from collections import namedtuple
 from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
@@ -16,6 +19,9 @@ from transformers import TrainerState
 
 from llmprune_cli.commands.recover import end_to_end, task
 from llmprune_cli.errors import OutputError
+from llmprune_cli.heal.blocks import walk
+from llmprune_cli.heal.blocks.training import Streams
+from llmprune_cli.heal.figures import HealedLayer
 from llmprune_cli.heal.loss import Student
 from llmprune_cli.heal.training import trainer
 from llmprune_cli.heal.training.trainer import Lesson
@@ -109,6 +115,43 @@ def test_what_was_trained_is_not_trained_again_where_writing_failed(
     resumed = recover(pruned, text_file, tmp_path / "out", *LONG, "--resume")
     assert not begun and resumed["curve"] == whole["curve"] and resumed["best_tokens"] == 2048
     assert_alike(tmp_path / "whole", tmp_path / "out")
+
+
+def leave_free(patched: pytest.MonkeyPatch, free: int) -> None:
+    usage = namedtuple("usage", "total used free")
+    patched.setattr(shutil, "disk_usage", lambda _: usage(10**9, 0, free))
+
+
+@pytest.mark.parametrize("mode", ["end-to-end", "blocks"])
+def test_what_a_run_has_written_counts_as_room_for_it(
+    pruned: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    options = (*LONG, "--mode", mode)
+    leave_free(monkeypatch, 1000)
+    refused = run_recover(pruned, text_file, tmp_path / "out", *options)
+    assert_refused(refused, OUTPUT, "1,000 bytes")
+    said = " ".join(refused.stderr.split())
+    needed = sum(int(number.replace(",", "")) for number in re.findall(r"(?<=take )[\d,]+|(?<=weights )[\d,]+", said))
+    leave_free(monkeypatch, needed)
+    with pytest.MonkeyPatch.context() as patched:
+        interrupt_at(patched, 16, marked=True)
+        interrupt_after_a_layer(patched)
+        assert run_recover(pruned, text_file, tmp_path / "out", *options).code == INTERRUPTED
+    leave_free(monkeypatch, needed - 1000)
+    recover(pruned, text_file, tmp_path / "out", *options, "--resume")
+    assert_refused(run_recover(pruned, text_file, tmp_path / "again", *options), OUTPUT, f"{needed - 1000:,} bytes")
+
+
+def interrupt_after_a_layer(patched: pytest.MonkeyPatch) -> None:
+    """Press Ctrl-C when the second layer is trained."""
+    heal = walk._heal
+
+    def interrupted(own: walk.Walk, number: int, streams: Streams) -> HealedLayer:
+        if number == 1:
+            raise KeyboardInterrupt
+        return heal(own, number, streams)
+
+    patched.setattr(walk, "_heal", interrupted)
 
 
 def test_no_work_is_kept_that_would_come_to_nan_again(

@@ -105,6 +105,10 @@ def test_a_teacher_without_room_is_refused_before_it_runs(
     run = run_recover(pruned, text_file, tmp_path / "out", "--train", "norms", *STREAMED)
     assert_refused(run, OUTPUT, "300,000 bytes", "--teacher-cache", "--tokens")
     assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 0, 3_000_000))
+    run = run_recover(pruned, text_file, tmp_path / "out", *STREAMED)  # room for either, not for both
+    assert_refused(run, OUTPUT, "3,000,000 bytes", "while it runs, and the training takes")
+    assert not list(tmp_path.iterdir())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 0, 1000))
     run = run_recover(pruned, text_file, tmp_path / "out")
     assert_refused(run, OUTPUT, "1,000 bytes", "checkpoints")

@@ -12,7 +12,7 @@ from llmprune_cli.commands.recover.outcome import Outcome, deliver
 from llmprune_cli.commands.recover.task import Task, say_what_text_lacks
 from llmprune_cli.coupling.subject import understand
 from llmprune_cli.errors import OutputError
-from llmprune_cli.folder.scratch import check_folder
+from llmprune_cli.folder.scratch import bytes_in, check_folder
 from llmprune_cli.folder.shards import warn_of_large_shards
 from llmprune_cli.folder.staging import Claim
 from llmprune_cli.heal.blocks.judging import judge_layered
@@ -84,9 +84,10 @@ def _check_room(task: Task, folder: Path) -> None:
     """
     tokens = task.text.windows.numel() + task.text.held_out.numel()
     streams = 2 * 4 * tokens * task.pruned.config.get_text_config().hidden_size
-    needed, free = streams + 2 * task.pruned.size_bytes, shutil.disk_usage(folder).free
+    weights = 2 * task.pruned.size_bytes - bytes_in(folder, "layer-*")  # which a run that was cut short has written
+    needed, free = streams + weights, shutil.disk_usage(folder).free
     if needed > free:
         raise OutputError(
             f"{folder.parent} has room for {free:,} bytes, and the hidden states of {tokens:,} tokens take {streams:,} "
-            f"and weights {needed - streams:,} more. Make room there, choose another --output, or give fewer --tokens."
+            f"and weights {weights:,} more. Make room there, choose another --output, or give fewer --tokens."
         )

@@ -18,7 +18,7 @@ from llmprune_cli.coupling.subject import understand
 from llmprune_cli.errors import OutputError
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.manifest import Manifest
-from llmprune_cli.folder.scratch import check_folder
+from llmprune_cli.folder.scratch import bytes_in, check_folder
 from llmprune_cli.folder.tensors import BY_NAME, split_name
 from llmprune_cli.heal.figures import RateTrial
 from llmprune_cli.heal.layers import stands_for
@@ -29,7 +29,7 @@ from llmprune_cli.heal.teacher.repeated import Repeated
 from llmprune_cli.heal.teacher.resident import ResidentTeacher
 from llmprune_cli.heal.teacher.streamed import stream_teacher
 from llmprune_cli.heal.teacher.token_map import TokenMap, map_tokens
-from llmprune_cli.heal.training.checkpoints import bytes_of
+from llmprune_cli.heal.training.checkpoints import CHECKPOINTS, bytes_of
 from llmprune_cli.heal.training.learning_rate import best_rate
 from llmprune_cli.heal.training_text import TrainingText, prepare_training, tokens_together
 from llmprune_cli.journal.forms import Json
@@ -218,7 +218,7 @@ def check_room(task: Task, trained: TrainedModel, folder: Path) -> None:
     """
     if not task.processes.is_first:
         return
-    needed, free = _bytes_to_write(task, trained), shutil.disk_usage(folder).free
+    needed, free = _bytes_to_write(task, trained, folder), shutil.disk_usage(folder).free
     if needed > free:
         raise OutputError(
             f"{folder.parent} has room for {free:,} bytes, and the checkpoints of the training and the result take "
@@ -226,9 +226,9 @@ def check_room(task: Task, trained: TrainedModel, folder: Path) -> None:
         )
 
 
-def _bytes_to_write(task: Task, trained: TrainedModel) -> int:
-    """Of the checkpoints of the training and of the result."""
-    return bytes_of(trained.trained) + task.pruned.size_bytes
+def _bytes_to_write(task: Task, trained: TrainedModel, folder: Path) -> int:
+    """Of the checkpoints of the training and of the result, without those of the checkpoints that lie in the folder."""
+    return bytes_of(trained.trained) + task.pruned.size_bytes - bytes_in(folder, CHECKPOINTS)
 
 
 def choose_teacher(task: Task, trained: TrainedModel, folder: Path) -> tuple[str, Teacher]:
@@ -257,7 +257,8 @@ def choose_teacher(task: Task, trained: TrainedModel, folder: Path) -> tuple[str
     stream, streamed = partial(stream_teacher, *given), None
     if task.processes.is_first:
         check_folder(place, "--teacher-cache")
-        streamed = stream()
+        is_one_disk = place.stat().st_dev == folder.stat().st_dev
+        streamed = stream(kept_free=_bytes_to_write(task, trained, folder) if is_one_disk else 0)
     task.processes.broadcast(None)  # the others read what the first one wrote
     return mode, streamed or stream()
 
@@ -275,7 +276,7 @@ def _repeated(task: Task, trained: TrainedModel, folder: Path) -> Repeated | Non
             return False
         tokens = text.windows.numel() + text.held_out.numel()
         size_bytes = states_bytes(tokens, task.teacher.config.get_text_config().hidden_size, 1) * task.processes.count
-        left = shutil.disk_usage(folder).free - _bytes_to_write(task, trained)
+        left = shutil.disk_usage(folder).free - _bytes_to_write(task, trained, folder)
         return size_bytes <= left and are_worth_keeping(size_bytes, folder)
 
     journal = Journal(task.processes, folder if task.processes.is_first else None)

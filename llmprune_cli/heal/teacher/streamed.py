@@ -107,8 +107,10 @@ def cache_key(
     }
 
 
-def _check_room(model: LayeredModel, windows: torch.Tensor, files: tuple[_File, ...], folder: Path) -> None:
-    """Make sure that a folder has room for what is kept, and meanwhile for hidden states.
+def _check_room(
+    model: LayeredModel, windows: torch.Tensor, files: tuple[_File, ...], folder: Path, kept_free: int
+) -> None:
+    """Make sure that a folder has room for what is kept, meanwhile for hidden states, and later for what else comes.
 
     Raises:
         OutputError: it does not.
@@ -116,12 +118,13 @@ def _check_room(model: LayeredModel, windows: torch.Tensor, files: tuple[_File, 
     predictions, states = (sum(own.size_bytes for own in some) for some in (files[:2], files[2:]))
     meanwhile = 4 * windows.numel() * model.widths.hidden_size
     free = shutil.disk_usage(folder).free
-    if predictions + states + meanwhile > free:
+    if predictions + states + max(meanwhile, kept_free) > free:
         behind_layers = f", its hidden states for --hidden-weight {states:,}" if states else ""
+        training = f", and the training takes {kept_free:,} then" if kept_free else ""
         raise OutputError(
             f"{folder} has room for {free:,} bytes, and what the teacher predicts takes {predictions:,}"
-            f"{behind_layers}, with {meanwhile:,} more while it runs. Name another folder with --teacher-cache, or "
-            "give fewer --tokens."
+            f"{behind_layers}, with {meanwhile:,} more while it runs{training}. Name another folder with "
+            "--teacher-cache, or give fewer --tokens."
         )
 
 
@@ -133,6 +136,7 @@ def stream_teacher(
     listener: Listener,
     tokens: TokenMap | None = None,
     layers: tuple[int, ...] = (),
+    kept_free: int = 0,
 ) -> StreamedTeacher:
     """Run a teacher over windows [N, T], unless a folder holds what it predicts there already.
 
@@ -141,6 +145,7 @@ def stream_teacher(
     Args:
         tokens: where the student, whose the windows are, has fewer.
         layers: behind which its residual stream is kept, too.
+        kept_free: bytes on the disk of the folder that the training will take.
 
     Raises:
         PlanError: the folder holds what another one predicts, or on other text.
@@ -155,7 +160,9 @@ def stream_teacher(
     with filled_alone(folder, "--teacher-cache"):
         if (folder / RECORD).exists():  # since a moment ago
             return _kept(folder, key, files)
-        _check_room(model, windows, files, folder)
+        for file in files:  # of a run that was cut short
+            file.path.unlink(missing_ok=True)
+        _check_room(model, windows, files, folder, kept_free)
         try:
             for file in files:
                 with file.path.open("wb") as opened:
