@@ -16,7 +16,7 @@ from llmprune_cli.folder.scratch import bytes_in, check_folder
 from llmprune_cli.folder.shards import warn_of_large_shards
 from llmprune_cli.folder.staging import Claim
 from llmprune_cli.heal.blocks.judging import judge_layered
-from llmprune_cli.heal.blocks.walk import Walk, heal_layers, search_on_first_layer, written
+from llmprune_cli.heal.blocks.walk import Walk, first_trained, heal_layers, search_on_layer, written
 from llmprune_cli.heal.figures import HeldOut, Judgement, RateTrial, Training
 from llmprune_cli.heal.healed_folder import write_healed
 from llmprune_cli.heal.judging import check_judged
@@ -38,6 +38,8 @@ def heal_by_blocks(task: Task, claim: Claim, started: float, stack: ExitStack) -
     folder = stack.enter_context(kept_folder(claim, task.key(), request.delivery.resume, request.may_go_on))
     place = task.device.partition(":")[0]
     student, teacher = (LayeredModel(understand(own), place, task.compute) for own in (task.pruned, task.teacher))
+    train, trials = request.healing.train, tuple[RateTrial, ...]()
+    first = first_trained(student, train)
     _check_room(task, folder)
     if task.lacks_what_went:
         say_what_text_lacks(task)
@@ -49,10 +51,9 @@ def heal_by_blocks(task: Task, claim: Claim, started: float, stack: ExitStack) -
     before = journal.recall(
         "before", Json(HeldOut), lambda: check_judged(judge_layered(student, predicted, text, listener))
     )
-    train, trials = request.healing.train, tuple[RateTrial, ...]()
     walk = Walk(student, teacher, task.layers, task.tokens, text, train, task.learning_rate(()), journal, listener)
     if request.healing.learning_rate == "auto":
-        search = partial(search_on_first_layer, walk, task.size)
+        search = partial(search_on_layer, walk, first, task.size)
         trials = journal.recall("learning-rates", Json(tuple[RateTrial, ...]), search)
         walk = replace(walk, learning_rate=task.learning_rate(trials))
     layers = heal_layers(walk)
