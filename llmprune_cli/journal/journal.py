@@ -186,10 +186,7 @@ def _begin(folder: Path, key: dict[str, Any], resume: bool) -> None:
         begun = read_json(folder / RUN, None)
         different = differences(begun["key"], run["key"])
         if different:
-            raise PlanError(
-                f"The work in {folder} cannot go on, because this is another run: {'; '.join(different)}. Give "
-                "what it was begun with, or leave out --resume to start over."
-            )
+            raise other_run(folder, different)
         if begun["threads"] != run["threads"]:
             LOGGER.warning(f"Begun with {begun['threads']} threads, now {run['threads']}: the last digits may differ.")
         for path in folder.glob(hidden_folder(Path("*")).name):
@@ -201,6 +198,18 @@ def _begin(folder: Path, key: dict[str, Any], resume: bool) -> None:
         LOGGER.warning(f"Replacing the work of an earlier run in {folder}; --resume would have gone on with it.")
     _clear(folder)
     replace_file(folder / RUN, [json.dumps(run).encode()])
+
+
+def other_run(folder: Path, different: Sequence[str]) -> PlanError:
+    """What is said where the work in a folder is that of another run.
+
+    Args:
+        different: in what, see `differences`.
+    """
+    return PlanError(
+        f"The work in {folder} cannot go on, because this is another run: {'; '.join(different)}. Give what it was "
+        "begun with, or leave out --resume to start over."
+    )
 
 
 def _is_worth_keeping(folder: Path) -> bool:

@@ -186,6 +186,9 @@ def test_a_resumed_run_has_its_teacher_where_it_had_it(
         patched.setattr(task, "_free_memory", lambda *_: 2**40)
         interrupt_at(patched, 16, marked=True)
         assert run_recover(pruned, text_file, tmp_path / "out", *LONG).code == INTERRUPTED
+    other = run_recover(pruned, text_file, tmp_path / "out", *LONG, "--teacher-mode", "streamed", "--resume")
+    assert_refused(other, PLAN, "another run: teacher-mode was resident and is streamed", "leave out --resume")
+    assert "goes on from there" not in other.stderr
     monkeypatch.setattr(task, "_free_memory", lambda *_: 0)
     assert recover(pruned, text_file, tmp_path / "out", *LONG, "--resume")["teacher_mode"] == "resident"
 

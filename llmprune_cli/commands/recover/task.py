@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -33,8 +33,8 @@ from llmprune_cli.heal.training.checkpoints import CHECKPOINTS, bytes_of
 from llmprune_cli.heal.training.learning_rate import best_rate
 from llmprune_cli.heal.training_text import TrainingText, prepare_training, tokens_together
 from llmprune_cli.journal.forms import Json
-from llmprune_cli.journal.journal import Journal
-from llmprune_cli.journal.keys import model_identity, text_identity, versions
+from llmprune_cli.journal.journal import Journal, other_run
+from llmprune_cli.journal.keys import differences, model_identity, text_identity, versions
 from llmprune_cli.options import ModelReference
 from llmprune_cli.processes import Processes
 from llmprune_cli.progress import Listener
@@ -49,6 +49,7 @@ from llmprune_cli.source.tokenizer import load_tokenizer, model_reader, warn_of_
 from llmprune_cli.text.corpus import Corpus, own_corpus
 from llmprune_cli.text.names import SELF
 
+MODE = "teacher-mode"  # the record of it
 BYTES_PER_WEIGHT = 16  # that is trained: itself, its gradient, and two moments of that, in float32
 FROM_PRUNING = 100_000  # added to the seed of a text that the teacher writes, for `prune` calibrates on what it writes
 WINDOWS_READ = 64  # of the text, by which it is told how many of its tokens the student lacks,
@@ -231,19 +232,51 @@ def _bytes_to_write(task: Task, trained: TrainedModel, folder: Path) -> int:
     return bytes_of(trained.trained) + task.pruned.size_bytes - bytes_in(folder, CHECKPOINTS)
 
 
+def check_mode(task: Task, folder: Path) -> None:
+    """Make sure that a run that goes on was begun with the mode of the teacher that is asked for, if one is.
+
+    Args:
+        folder: with the work so far.
+
+    Raises:
+        PlanError: it was begun with the other one.
+    """
+    asked, record, begun = _asked_mode(task), folder / f"{MODE}{Json.suffix}", "auto"
+    with suppress(ValueError):  # there is none, or it is damaged, which is said where it is needed
+        begun = Json[str](str).read(record)
+    if "auto" not in (asked, begun) and asked != begun:
+        raise other_run(folder, differences({MODE: begun}, {MODE: asked}))
+
+
+def _asked_mode(task: Task) -> str:
+    teaching = task.request.teaching
+    return "streamed" if teaching.teacher_cache is not None else teaching.teacher_mode
+
+
+def _choose_mode(task: Task, trained: TrainedModel, dtype: torch.dtype) -> str:
+    """The mode that was asked for, or else the one for which there is memory.
+
+    Args:
+        dtype: of a teacher in memory.
+    """
+    asked = _asked_mode(task)
+    if asked != "auto":
+        return asked
+    training_bytes = BYTES_PER_WEIGHT * trained.trained + trained.summed_bytes
+    size_bytes = dtype.itemsize * task.teacher.parameter_count + training_bytes
+    is_small = size_bytes < MOST_OF_MEMORY * _free_memory(task.device, task.processes)
+    return "resident" if is_small else "streamed"
+
+
 def choose_teacher(task: Task, trained: TrainedModel, folder: Path) -> tuple[str, Teacher]:
     """The teacher, and the mode that it runs in."""
     teaching, temperature = task.request.teaching, task.request.healing.temperature
     stored = task.teacher.stored_dtype
-    dtype = stored if native_dtype(stored, torch.device(task.device)) == stored else torch.float32
-    mode = "streamed" if teaching.teacher_cache is not None else teaching.teacher_mode
-    if mode == "auto":
-        training_bytes = BYTES_PER_WEIGHT * trained.trained + trained.summed_bytes
-        size_bytes = dtype.itemsize * task.teacher.parameter_count + training_bytes
-        is_small = size_bytes < MOST_OF_MEMORY * _free_memory(task.device, task.processes)
-        found = "resident" if is_small else "streamed"
-        journal = Journal(task.processes, folder if task.processes.is_first else None)
-        mode = journal.recall("teacher-mode", Json(str), lambda: found)  # as it began, whatever memory is free by now
+    is_native = native_dtype(stored, torch.device(task.device)) == stored
+    dtype = stored if is_native else torch.float32
+    journal = Journal(task.processes, folder if task.processes.is_first else None)
+    choose = partial(_choose_mode, task, trained, dtype)
+    mode = journal.recall(MODE, Json(str), choose)  # as it began, whatever memory is free by now
     if mode == "resident":
         task.listener.stage("Loading the teacher", 1)
         model = load_model(task.teacher, task.device, str(dtype).removeprefix("torch."))
