@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +14,17 @@ from transformers import AutoModelForCausalLM
 
 import llmprune_cli
 from llmprune_cli.commands.recover import task
+from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.heal.teacher.resident import ResidentTeacher
+from llmprune_cli.heal.teacher.streamed import StreamedTeacher
 from llmprune_cli.heal.training.trainer import Lesson
 from llmprune_cli.report.schemas import DOCUMENTS, adapter_of
+from llmprune_cli.run.layered_model import LayeredModel
 from support.cli import BY_MAGNITUDE, run_cli
 from support.full import in_full
 from support.heal_runs import recover, run_recover
 from support.stock import written_tensors
+from support.tiny import save_tiny
 
 
 def test_a_healed_model_is_nearer_to_its_teacher_and_stock(pruned: Path, text_file: Path, tmp_path: Path) -> None:
@@ -136,6 +141,48 @@ def test_a_teacher_in_memory_runs_once_on_text_that_is_seen_again(
     assert judged and len(seen) > 16384 // 32
     for name, tensor in written_tensors(tmp_path / "without room").items():
         torch.testing.assert_close(kept[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_a_teacher_that_is_not_learned_from_runs_on_held_out_text_alone(
+    pruned: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, stream, seen = ResidentTeacher._hidden, task.stream_teacher, list[int]()
+
+    def counting(self: ResidentTeacher, windows: torch.Tensor) -> torch.Tensor:
+        seen.append(windows[:, 1:].numel())
+        return run(self, windows)
+
+    def streaming(model: LayeredModel, windows: torch.Tensor, *given: Any, **named: Any) -> StreamedTeacher:
+        seen.append(windows[:, 1:].numel())
+        return stream(model, windows, *given, **named)
+
+    monkeypatch.setattr(ResidentTeacher, "_hidden", counting)
+    monkeypatch.setattr(task, "stream_teacher", streaming)
+    found = {}
+    for mode in ("resident", "streamed"):
+        seen.clear()
+        found[mode] = recover(pruned, text_file, tmp_path / mode, "--loss", "ce", "--teacher-mode", mode)
+        assert sum(seen) == found[mode]["held_out_tokens"]
+    for one, other in zip(*(own["curve"] for own in found.values()), strict=True):
+        assert other["held_out"]["kl"] == pytest.approx(one["held_out"]["kl"], rel=0.01)
+
+
+def test_products_in_float32_are_the_teachers_as_well(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_tiny(tmp_path / "model", dtype="bfloat16", initializer_range=0.2)
+    load, loaded = task.load_model, list[str]()
+
+    def noting(checkpoint: Checkpoint, device: str, dtype: str) -> Any:
+        loaded.append(dtype)
+        return load(checkpoint, device, dtype)
+
+    monkeypatch.setattr(task, "native_dtype", lambda stored, _: stored)
+    monkeypatch.setattr(task, "load_model", noting)
+    options = ("--teacher", model, "--tokens", "128", "--teacher-mode", "resident", "--compute-dtype")
+    for dtype in ("float32", "bfloat16"):
+        recover(model, text_file, tmp_path / dtype, *options, dtype)
+    assert loaded == ["float32", "bfloat16"]
 
 
 def test_python_heals_as_the_command_does(pruned: Path, text_file: Path, tmp_path: Path) -> None:

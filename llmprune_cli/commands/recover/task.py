@@ -94,6 +94,11 @@ class Task:
         """
         return self.tokens is not None and self.text.corpus.name != SELF and self.share_that_went < LITTLE_WENT
 
+    @property
+    def learns_predictions(self) -> bool:
+        """Whether anything of the teacher is learned, and it is not there to judge by alone."""
+        return "kl" in self.request.healing.loss or bool(self.layers)
+
     def learning_rate(self, trials: tuple[RateTrial, ...]) -> float:
         """The largest one.
 
@@ -272,7 +277,7 @@ def choose_teacher(task: Task, trained: TrainedModel, folder: Path) -> tuple[str
     """The teacher, and the mode that it runs in."""
     teaching, temperature = task.request.teaching, task.request.healing.temperature
     stored = task.teacher.stored_dtype
-    is_native = native_dtype(stored, torch.device(task.device)) == stored
+    is_native = native_dtype(stored, torch.device(task.device)) == stored and task.compute != torch.float32
     dtype = stored if is_native else torch.float32
     journal = Journal(task.processes, folder if task.processes.is_first else None)
     choose = partial(_choose_mode, task, trained, dtype)
@@ -284,7 +289,8 @@ def choose_teacher(task: Task, trained: TrainedModel, folder: Path) -> tuple[str
         how = temperature, task.compute, task.tokens, task.layers, _repeated(task, trained, folder)
         return mode, ResidentTeacher(model.requires_grad_(False), *how)
     place = teaching.teacher_cache or folder / "teacher"
-    windows = torch.cat([task.text.windows, task.text.held_out])
+    runs_on_all = task.learns_predictions or teaching.teacher_cache is not None  # which others may learn from
+    windows = torch.cat([task.text.windows, task.text.held_out]) if runs_on_all else task.text.held_out
     layered = LayeredModel(understand(task.teacher), task.device.partition(":")[0], task.compute)
     given = layered, windows, temperature, place, task.listener, task.tokens, task.layers
     stream, streamed = partial(stream_teacher, *given), None
@@ -293,7 +299,8 @@ def choose_teacher(task: Task, trained: TrainedModel, folder: Path) -> tuple[str
         is_one_disk = place.stat().st_dev == folder.stat().st_dev
         streamed = stream(kept_free=_bytes_to_write(task, trained, folder) if is_one_disk else 0)
     task.processes.broadcast(None)  # the others read what the first one wrote
-    return mode, streamed or stream()
+    streamed = streamed or stream()
+    return mode, streamed if runs_on_all else replace(streamed, first=len(task.text.windows))
 
 
 def _repeated(task: Task, trained: TrainedModel, folder: Path) -> Repeated | None:
@@ -305,7 +312,7 @@ def _repeated(task: Task, trained: TrainedModel, folder: Path) -> Repeated | Non
 
     def has_room() -> bool:
         text = task.text
-        if task.layers or len(text.order) == len(text.windows) or not folder.is_dir():
+        if not task.learns_predictions or task.layers or len(text.order) == len(text.windows) or not folder.is_dir():
             return False
         tokens = text.windows.numel() + text.held_out.numel()
         size_bytes = states_bytes(tokens, task.teacher.config.get_text_config().hidden_size, 1) * task.processes.count

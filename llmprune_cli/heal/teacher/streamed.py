@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,11 @@ class StreamedTeacher:
     tokens: torch.Tensor  # ids of the likeliest and of those that were drawn, int32 [N, T−1, K+S]
     likeliest: int  # K
     states: torch.Tensor | None = None  # the residual stream behind layers that are followed, bfloat16 [L, N, T, D]
+    first: int = 0  # the number of the first window; of those before it nothing is asked
 
     def goal(self, windows: torch.Tensor, numbers: torch.Tensor) -> Goal:
         """What it predicted on the windows with these numbers, [B]."""
-        rows, place = numbers.cpu(), windows.device
-        logs = self.logs[rows].to(place).float().flatten(0, 1)
-        return _StreamedGoal(self, rows, logs, self.tokens[rows].to(place).long().flatten(0, 1))
+        return _StreamedGoal(self, numbers.cpu() - self.first, windows.device)
 
     judged_goal = goal
 
@@ -71,14 +71,23 @@ class StreamedTeacher:
 @dataclass(frozen=True)
 class _StreamedGoal:
     teacher: StreamedTeacher
-    rows: torch.Tensor  # numbers of the windows, [B]
-    logs: torch.Tensor  # [n, K+1+S]
-    tokens: torch.Tensor  # [n, K+S]
+    rows: torch.Tensor  # of the windows, [B]
+    place: torch.device
+
+    @cached_property
+    def logs(self) -> torch.Tensor:
+        """Those of the windows, [n, K+1+S]."""
+        return self.teacher.logs[self.rows].to(self.place).float().flatten(0, 1)
+
+    @cached_property
+    def tokens(self) -> torch.Tensor:
+        """Those of the windows, [n, K+S]."""
+        return self.teacher.tokens[self.rows].to(self.place).long().flatten(0, 1)
 
     @property
     def streams(self) -> Iterable[torch.Tensor]:
         states = self.teacher.states
-        return () if states is None else (own[self.rows].to(self.logs.device) for own in states)
+        return () if states is None else (own[self.rows].to(self.place) for own in states)
 
     def at(self, places: slice) -> Predicted:
         likeliest = self.teacher.likeliest
