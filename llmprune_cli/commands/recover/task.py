@@ -31,7 +31,7 @@ from llmprune_cli.heal.teacher.streamed import stream_teacher
 from llmprune_cli.heal.teacher.token_map import TokenMap, map_tokens
 from llmprune_cli.heal.training.checkpoints import CHECKPOINTS, bytes_of
 from llmprune_cli.heal.training.learning_rate import best_rate
-from llmprune_cli.heal.training_text import TrainingText, prepare_training, tokens_together
+from llmprune_cli.heal.training_text import TrainingText, prepare_training, tokens_together, warn_of_learned_text
 from llmprune_cli.journal.forms import Json
 from llmprune_cli.journal.journal import Journal, other_run
 from llmprune_cli.journal.keys import differences, model_identity, text_identity, versions
@@ -172,6 +172,8 @@ def prepare(
         None if seen is None else (seen, reader.tokenizer if tokens is None else of_teacher),
         apart,
     )
+    if manifest is not None:
+        warn_of_learned_text(manifest.healing, text.corpus, request.healing.text_split, pruned.source, warn)
     compute = _compute(request, pruned, device)
     return Task(request, pruned, manifest, teacher, tokens, layers, text, device, compute, processes, listener)
 
