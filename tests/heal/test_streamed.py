@@ -67,7 +67,7 @@ def test_what_a_teacher_predicts_is_kept_for_other_students_of_it_alone(
     run = run_recover(pruned, text_file, tmp_path / "out", "--teacher-cache", cache, "--teacher", other)
     assert_refused(run, PLAN, "another teacher", "weights differs", "--teacher-cache")
     run = run_recover(pruned, text_file, tmp_path / "out", "--teacher-cache", cache, "--seed", "3")
-    assert_refused(run, PLAN, "text differs", "--teacher-cache")
+    assert_refused(run, PLAN, "text differs", "--teacher-cache", "--calibration-tokens", "--seq-len")
     with (cache / "tokens.bin").open("r+b") as file:
         file.truncate(1000)
     before = state_of(tmp_path)

@@ -32,6 +32,11 @@ LEAST = -60000.0  # a log-probability that float16 holds
 LIKELIEST = 64  # tokens that are kept of each prediction,
 DRAWN = 64  # and how many are drawn from all others, by their probabilities, to stand for them (arXiv 2503.16870)
 
+DRAWN_BY = (
+    "Which windows of a text are taken depends on --seq-len, --tokens, --seed, and on which of them the pruned model "
+    "was fitted on, --calibration-tokens."
+)
+
 
 @dataclass(frozen=True)
 class StreamedTeacher:
@@ -191,8 +196,9 @@ def _kept(folder: Path, key: dict[str, Any], files: tuple[_File, ...]) -> Stream
     """What a folder holds, held against what it should be."""
     different = differences(read_json(folder / RECORD, None), key)
     if different:
+        windows = f" {DRAWN_BY}" if any(own.startswith("text ") for own in different) else ""
         raise PlanError(
-            f"{folder} holds what another teacher predicts, or on other text: {'; '.join(different)}. Choose "
+            f"{folder} holds what another teacher predicts, or on other text: {'; '.join(different)}.{windows} Choose "
             "another --teacher-cache."
         )
     for file in files:
