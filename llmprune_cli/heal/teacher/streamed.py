@@ -267,4 +267,4 @@ def _mapped(files: tuple[_File, ...], is_new: bool) -> StreamedTeacher:
         torch.from_file(str(own.path), shared=is_new, size=math.prod(own.shape), dtype=own.dtype).view(*own.shape)
         for own in files
     )
-    return StreamedTeacher(logs, tokens, min(LIKELIEST, tokens.shape[-1]), *states)
+    return StreamedTeacher(logs, tokens, min(LIKELIEST, tokens.shape[-1]), states[0] if states else None)
