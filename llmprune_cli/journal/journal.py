@@ -31,6 +31,7 @@ STARTED = (
     "choice*",
     LAYER,
     "block-*",
+    "learning-rates*",
     "checkpoint-*/whole.json",
     "teacher/teacher.json",
     "points/*/*",
