@@ -71,6 +71,10 @@ class VerificationError(LlmpruneError):
     exit_code = 7
 
 
+class DivergedError(VerificationError):
+    """Training whose loss is no number: it would be none again, so that no work is worth going on with."""
+
+
 class PeerError(LlmpruneError):
     """Another process of the same run that failed."""
 

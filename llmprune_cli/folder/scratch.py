@@ -83,6 +83,12 @@ def check_folder(folder: Path, option: str) -> None:
         raise OutputError(f"{folder} is not a writable folder. Choose another {option}.")
 
 
+def bytes_in(folder: Path, pattern: str) -> int:
+    """Bytes that the files in a folder take whose names, or those of their folders, match a pattern."""
+    files = (file for path in folder.glob(pattern) for file in (path, *path.rglob("*")) if file.is_file())
+    return sum(file.stat().st_size for file in files)
+
+
 @contextmanager
 def filled_alone(folder: Path, option: str) -> Iterator[None]:
     """While a folder of the user's is filled, which no other run does meanwhile.

@@ -16,9 +16,14 @@ class HeldOut:
     perplexity: float  # exponent of the mean over tokens
     bits_per_byte: float  # of UTF-8
 
-    def loss(self, kind: str) -> float:
-        """What is learned of it, see `LOSSES`, nats per token."""
-        parts = {"kl": self.kl, "ce": math.log(self.perplexity)}
+    def loss(self, kind: str, temperature: float) -> float:
+        """What is learned of it, nats per token: the sum of τ²·KL and the cross-entropy, or one of them.
+
+        Args:
+            kind: one of `LOSSES` but `auto`.
+            temperature: τ, of the KL divergence.
+        """
+        parts = {"kl": temperature**2 * self.kl, "ce": math.log(self.perplexity)}
         return sum(part for name, part in parts.items() if name in kind)
 
 
@@ -62,10 +67,10 @@ class FinalistResult:
 
 @dataclass(frozen=True)
 class Training:
-    """What came of a training; the model has the best weights that were judged."""
+    """What came of a training; the model has the best weights that were judged after some steps."""
 
     before: HeldOut
     curve: tuple[Judgement, ...]
     steps: int  # that were taken
     stopped_early: bool
-    best: Judgement  # with the least loss
+    best: Judgement  # with the least loss; that before, of no tokens, where none has less

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,7 @@ from llmprune_cli.heal.options import Healing
 from llmprune_cli.options import Text
 from llmprune_cli.run.calibration import SeenText, Writer, begins_in, load_calibration, together
 from llmprune_cli.text.corpus import Corpus
+from llmprune_cli.text.names import parts_of
 from llmprune_cli.text.reading import Reading, predicted_bytes
 from llmprune_cli.text.windows import Reader, are_apart, fitting_length, read_corpus, windows_in
 
@@ -113,6 +114,24 @@ def prepare_training(
     judged, trained = drawn.judged, drawn.trained
     held_bytes = predicted_bytes(corpus.text, reader.tokenizer, windows[judged], places[judged].tolist())
     return TrainingText(corpus, windows[trained], drawn.order, windows[judged], held_bytes, schedule)
+
+
+def warn_of_learned_text(
+    said: dict[str, Any] | None, corpus: Corpus, split: str, source: str, warn: Callable[[str], None]
+) -> None:
+    """Warn of a text that a model was healed on before, which may hold out then what is held out now, or may not.
+
+    Args:
+        said: of that healing, in the manifest.
+        split: of the text, where it has several.
+        source: the model.
+    """
+    before = SeenText.of({"seed": 0, **(said or {})})
+    if before is not None and any(before.share_of(part.name, split) for part in parts_of(corpus.name)):
+        warn(
+            f"{source} was healed on {corpus.origin} before, and may have learned from what is held out of it now, so "
+            "that figures on that flatter it. Give other --text, or judge it by `llmprune eval` on another text."
+        )
 
 
 def _draw(

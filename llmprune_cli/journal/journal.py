@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from llmprune_cli.errors import CheckpointError, NoNumbersError, OutputError, PlanError
+from llmprune_cli.errors import CheckpointError, DivergedError, NoNumbersError, OutputError, PlanError
 from llmprune_cli.folder.documents import read_json, replace_file
 from llmprune_cli.folder.shards import raw_bytes
 from llmprune_cli.folder.staging import Claim, empty, hidden_folder
@@ -31,7 +31,8 @@ STARTED = (
     "choice*",
     LAYER,
     "block-*",
-    "checkpoint-*",
+    "learning-rates*",
+    "checkpoint-*/whole.json",
     "teacher/teacher.json",
     "points/*/*",
     "point-*",
@@ -152,7 +153,8 @@ def _read_streams(path: Path, streams: Iterable[torch.Tensor]) -> None:
 def kept_folder(claim: Claim, key: dict[str, Any], resume: bool, may_go_on: bool) -> Iterator[Path]:
     """The folder of a run's journal: the hidden one of its target.
 
-    It vanishes when the target is written; after an error or an interruption it stays if it holds something of worth.
+    It vanishes when the target is written; after an error or an interruption it stays if it holds something of worth,
+    and the same command would not come to the same error.
 
     Args:
         key: see `run_key`.
@@ -170,7 +172,7 @@ def kept_folder(claim: Claim, key: dict[str, Any], resume: bool, may_go_on: bool
     try:
         yield folder
     except BaseException as error:
-        if may_go_on and not isinstance(error, NoNumbersError) and _is_worth_keeping(folder):
+        if may_go_on and not isinstance(error, NoNumbersError | DivergedError) and _is_worth_keeping(folder):
             LOGGER.warning(f"The work so far is kept in {folder}: the same command with --resume goes on from there.")
         else:
             with suppress(OSError):
@@ -185,10 +187,7 @@ def _begin(folder: Path, key: dict[str, Any], resume: bool) -> None:
         begun = read_json(folder / RUN, None)
         different = differences(begun["key"], run["key"])
         if different:
-            raise PlanError(
-                f"The work in {folder} cannot go on, because this is another run: {'; '.join(different)}. Give "
-                "what it was begun with, or leave out --resume to start over."
-            )
+            raise other_run(folder, different)
         if begun["threads"] != run["threads"]:
             LOGGER.warning(f"Begun with {begun['threads']} threads, now {run['threads']}: the last digits may differ.")
         for path in folder.glob(hidden_folder(Path("*")).name):
@@ -200,6 +199,18 @@ def _begin(folder: Path, key: dict[str, Any], resume: bool) -> None:
         LOGGER.warning(f"Replacing the work of an earlier run in {folder}; --resume would have gone on with it.")
     _clear(folder)
     replace_file(folder / RUN, [json.dumps(run).encode()])
+
+
+def other_run(folder: Path, different: Sequence[str]) -> PlanError:
+    """What is said where the work in a folder is that of another run.
+
+    Args:
+        different: in what, see `differences`.
+    """
+    return PlanError(
+        f"The work in {folder} cannot go on, because this is another run: {'; '.join(different)}. Give what it was "
+        "begun with, or leave out --resume to start over."
+    )
 
 
 def _is_worth_keeping(folder: Path) -> bool:

@@ -195,13 +195,13 @@ class RecoverResult:
     hidden_weight: float  # of the error of hidden states beside it
     learning_rate: float
     tried_rates: tuple[RateTrial, ...]  # those that it was chosen by; none where it was given or is the usual one
-    trained_parameters: int
+    trained_parameters: int  # 0 where the weights that were written are those before
     steps: int
     stopped_early: bool  # because held-out text gained no more
     before: HeldOut
     after: HeldOut  # of what was written
     is_better: bool  # whether it lost less of what was learned than before
-    best_tokens: int  # after which the weights that were written stood
+    best_tokens: int  # after which the weights that were written stood; 0 where they are those before
     curve: tuple[Judgement, ...]
     layers: tuple[HealedLayer, ...]  # those that were trained one after the other
     seconds: float

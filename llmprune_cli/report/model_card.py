@@ -155,10 +155,10 @@ def _training(manifest: Manifest) -> str:
     if healing.get("mode") == "blocks":
         what = f"layer by layer, to turn its hidden states into those of {_code(healing['teacher'])}"
     kl = f"{healing['before']['kl']:.3f} to {healing['after']['kl']:.3f} nats"
-    return (
-        f"Then it was trained on {healing['tokens']:,} tokens of {_code(healing['origin'])} {what}, which took the KL "
-        f"divergence on held-out text from {kl}."
-    )
+    came = f"which took the KL divergence on held-out text from {kl}"
+    if healing.get("trained_parameters") == 0:
+        came = "on which held-out text gained nothing, so that the weights are those from before"
+    return f"Then it was trained on {healing['tokens']:,} tokens of {_code(healing['origin'])} {what}, {came}."
 
 
 def _part(checkpoint: Checkpoint) -> str:

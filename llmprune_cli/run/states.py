@@ -160,7 +160,8 @@ class KeptStates:
 def _no_room(folder: Path, size_bytes: int, error: OSError) -> OutputError:
     return OutputError(
         f"{size_bytes:,} bytes of hidden states cannot be kept in {folder}: {error.strerror or error}. Make room "
-        "there, choose another --offload-dir, or give fewer --calibration-tokens."
+        "there, or have them elsewhere or fewer: `prune` with --offload-dir or --calibration-tokens, `recover` with "
+        "--output, --teacher-cache or --tokens."
     )
 
 

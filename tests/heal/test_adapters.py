@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.phimoe.modeling_phimoe import PhimoeTopKRouter
 
 from llmprune_cli.folder.tensors import split_name
-from llmprune_cli.heal.student.adapters import matrices
+from llmprune_cli.heal.student.adapters import adapt, matrices
 from support.families import FAMILIES, SIZES, model_type
 from support.full import examples
 from support.heal_runs import run_recover
@@ -71,6 +71,31 @@ def _beside_idle(model: nn.Module) -> int:
     """Numbers in the adapters that a state space never uses, as it reads the matrix itself."""
     idle = [own.weight.shape for name, own in model.named_modules() if name.endswith("dt_proj")]
     return sum(RANK * sum(shape) for shape in idle)
+
+
+def test_the_seed_alone_says_what_adapters_begin_with(pruned: Path, text_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    found = {}
+    for name, seed in (("one", "0"), ("again", "0"), ("other", "1")):
+        torch.rand(1)  # as whatever runs in this process before
+        options = ("--lora", str(RANK), "--tokens", "128", "--seed", seed)
+        assert run_recover(pruned, text_file, tmp_path / name, *options).code == 0
+        found[name] = written_tensors(tmp_path / name)
+    same, others = ([own.equal(found[run][name]) for name, own in found["one"].items()] for run in ("again", "other"))
+    assert all(same) and not all(others)
+    begun = [_adapters(pruned, seed) for seed in (0, 0, 1)]
+    assert all(own.equal(begun[1][name]) for name, own in begun[0].items())
+    assert not any(own.equal(begun[2][name]) for name, own in begun[0].items() if "lora_A" in name)
+
+
+def _adapters(folder: Path, seed: int) -> dict[str, torch.Tensor]:
+    """The numbers that adapters begin with; others may draw from the same generator as if there were none."""
+    model = load_stock(folder)
+    state = torch.get_rng_state()
+    adapt(model, {name for name, _ in model.named_parameters()}, RANK, seed)
+    assert torch.get_rng_state().equal(state)
+    torch.rand(1)
+    return {name: own.detach() for name, own in model.named_parameters() if "lora_" in name}
 
 
 def test_what_stays_as_it_is_is_said(tiny_of: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from llmprune_cli.commands.recover import blocks
 from llmprune_cli.heal.blocks import walk
 from llmprune_cli.report.schemas import DOCUMENTS, adapter_of
 from support.cli import BY_MAGNITUDE, run_cli
@@ -125,6 +128,34 @@ def test_options_that_are_about_the_whole_model(
     run = run_recover(pruned, text_file, tmp_path / "out", *BLOCKS, *options)
     assert_refused(run, USAGE, options[0], "--mode blocks")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [(), ("--learning-rate", "auto")])
+def test_layers_without_weights_of_the_kind_that_is_named_are_refused(
+    tiny_of: Callable[[str], Path], text_file: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    olmo = tiny_of("olmo")
+    asked = ("--teacher", olmo, *BLOCKS, "--train", "norms", *options)
+    run = run_recover(olmo, text_file, tmp_path / "out", *asked)
+    assert_refused(run, UNSUPPORTED, "layers of olmo have no weights that --train norms names")
+    assert not list(tmp_path.iterdir())
+
+
+def test_learning_rates_are_tried_on_a_layer_that_is_trained(
+    pruned: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here as if the first one had no weights to train."""
+    load, loaded = walk._load_trained, list[int]()
+
+    def noting(own: walk.Walk, number: int) -> Any:
+        loaded.append(number)
+        return load(own, number)
+
+    monkeypatch.setattr(blocks, "first_trained", lambda *_: 1)
+    monkeypatch.setattr(walk, "_load_trained", noting)
+    result = recover(pruned, text_file, tmp_path / "out", *BLOCKS, "--learning-rate", "auto", "--tokens", "512")
+    tried = len(result["tried_rates"])
+    assert loaded == [*[1] * tried, 0, 1] and all(own["loss"] is not None for own in result["tried_rates"])
 
 
 @in_full

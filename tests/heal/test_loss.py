@@ -16,11 +16,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llmprune_cli.heal import head as heads
 from llmprune_cli.heal import loss as losses
+from llmprune_cli.heal.judging import judge
 from llmprune_cli.heal.loss import Predicted, Student, divergence
 from llmprune_cli.heal.teacher.repeated import Repeated
 from llmprune_cli.heal.teacher.resident import ResidentTeacher
 from llmprune_cli.heal.teacher.streamed import DRAWN, LIKELIEST, StreamedTeacher
+from llmprune_cli.heal.training_text import Schedule, TrainingText
+from llmprune_cli.processes import ALONE
 from llmprune_cli.run import states
+from llmprune_cli.text.corpus import Corpus
 
 KINDS = ("kl", "ce", "kl+ce")
 
@@ -82,6 +86,16 @@ def test_loss_and_gradients_are_those_of_all_tokens_at_once(
     torch.testing.assert_close(found, expected)
     for name, own in model.named_parameters():
         torch.testing.assert_close(own.grad, 3 * plain[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_judged_is_what_is_trained(dense: Path, pruned: Path, kind: str) -> None:
+    teacher, model = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (dense, pruned))
+    windows = torch.randint(0, 96, (3, 24), generator=torch.Generator().manual_seed(1))
+    text = TrainingText(Corpus("", "", ""), windows[:0], torch.arange(0), windows, 1, Schedule(1, 1, 1, 1))
+    student, own = Student(model, kind, 2.0, torch.float32), ResidentTeacher(teacher, 2.0, torch.float32)
+    trained = student(windows, own.goal(windows, torch.arange(3))).detach()
+    assert judge(student, own, text, 2.0, ALONE).loss(kind, 2.0) == pytest.approx(float(trained), rel=1e-5)
 
 
 def test_tokens_that_are_kept_of_a_teacher_stand_for_all() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +14,17 @@ from transformers import AutoModelForCausalLM
 
 import llmprune_cli
 from llmprune_cli.commands.recover import task
+from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.heal.teacher.resident import ResidentTeacher
+from llmprune_cli.heal.teacher.streamed import StreamedTeacher
+from llmprune_cli.heal.training.trainer import Lesson
 from llmprune_cli.report.schemas import DOCUMENTS, adapter_of
+from llmprune_cli.run.layered_model import LayeredModel
 from support.cli import BY_MAGNITUDE, run_cli
 from support.full import in_full
-from support.heal_runs import recover
+from support.heal_runs import recover, run_recover
 from support.stock import written_tensors
+from support.tiny import save_tiny
 
 
 def test_a_healed_model_is_nearer_to_its_teacher_and_stock(pruned: Path, text_file: Path, tmp_path: Path) -> None:
@@ -79,13 +87,36 @@ def test_adapters_are_merged_and_ties_kept(pruned: Path, text_file: Path, tmp_pa
     }
 
 
-def test_a_result_that_is_no_better_says_so(pruned: Path, text_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [(), ("--lora", "4")])
+def test_a_model_that_nothing_was_gained_for_is_written_as_it_was(
+    pruned: Path, text_file: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    if options:
+        pytest.importorskip("peft")
+    run = run_recover(pruned, text_file, tmp_path / "healed", "--tokens", "1k", "--learning-rate", "0.5", *options)
+    assert run.code == 0, run.stderr
+    assert "no state that was judged is better" in run.stderr and "Try a smaller --learning-rate" in run.stderr
+    result = json.loads(run.stdout)
+    assert not result["is_better"] and result["best_tokens"] == result["trained_parameters"] == 0
+    assert result["curve"][0]["held_out"]["kl"] > result["before"]["kl"]
+    assert result["after"]["kl"] == pytest.approx(result["before"]["kl"], rel=1e-4)
+    before, after = written_tensors(pruned), written_tensors(tmp_path / "healed")
+    assert before.keys() == after.keys() and all(own.equal(after[name]) for name, own in before.items())
+    assert "held-out text gained nothing" in (tmp_path / "healed" / "README.md").read_text()
+
+
+def test_prune_does_not_advise_what_it_has_no_option_for(
+    dense: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge, kls = Lesson.judge, count(1.0)
+    monkeypatch.setattr(Lesson, "judge", lambda *given: replace(judge(*given), kl=next(kls)))
     run = run_cli(
-        *("recover", pruned, "--text", text_file, "--output", tmp_path / "healed", "--tokens", "1k"),
-        *("--batch-tokens", "128", "--seq-len", "32", "--learning-rate", "0.5"),
+        *("prune", dense, *BY_MAGNITUDE, "--intermediate-pruning-ratio", "0.5", "--output", tmp_path / "out"),
+        *("--recover", "512", "--calibration", text_file, "--calibration-seq-len", "32"),
     )
     assert run.code == 0, run.stderr
-    assert "no better than" in run.stderr and "gained nothing" in run.stdout
+    assert "no state that was judged is better" in run.stderr and "--recover N" in run.stderr
+    assert "--learning-rate" not in run.stderr
 
 
 def test_a_teacher_in_memory_runs_once_on_text_that_is_seen_again(
@@ -110,6 +141,48 @@ def test_a_teacher_in_memory_runs_once_on_text_that_is_seen_again(
     assert judged and len(seen) > 16384 // 32
     for name, tensor in written_tensors(tmp_path / "without room").items():
         torch.testing.assert_close(kept[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_a_teacher_that_is_not_learned_from_runs_on_held_out_text_alone(
+    pruned: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, stream, seen = ResidentTeacher._hidden, task.stream_teacher, list[int]()
+
+    def counting(self: ResidentTeacher, windows: torch.Tensor) -> torch.Tensor:
+        seen.append(windows[:, 1:].numel())
+        return run(self, windows)
+
+    def streaming(model: LayeredModel, windows: torch.Tensor, *given: Any, **named: Any) -> StreamedTeacher:
+        seen.append(windows[:, 1:].numel())
+        return stream(model, windows, *given, **named)
+
+    monkeypatch.setattr(ResidentTeacher, "_hidden", counting)
+    monkeypatch.setattr(task, "stream_teacher", streaming)
+    found = {}
+    for mode in ("resident", "streamed"):
+        seen.clear()
+        found[mode] = recover(pruned, text_file, tmp_path / mode, "--loss", "ce", "--teacher-mode", mode)
+        assert sum(seen) == found[mode]["held_out_tokens"]
+    for one, other in zip(*(own["curve"] for own in found.values()), strict=True):
+        assert other["held_out"]["kl"] == pytest.approx(one["held_out"]["kl"], rel=0.01)
+
+
+def test_products_in_float32_are_the_teachers_as_well(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_tiny(tmp_path / "model", dtype="bfloat16", initializer_range=0.2)
+    load, loaded = task.load_model, list[str]()
+
+    def noting(checkpoint: Checkpoint, device: str, dtype: str) -> Any:
+        loaded.append(dtype)
+        return load(checkpoint, device, dtype)
+
+    monkeypatch.setattr(task, "native_dtype", lambda stored, _: stored)
+    monkeypatch.setattr(task, "load_model", noting)
+    options = ("--teacher", model, "--tokens", "128", "--teacher-mode", "resident", "--compute-dtype")
+    for dtype in ("float32", "bfloat16"):
+        recover(model, text_file, tmp_path / dtype, *options, dtype)
+    assert loaded == ["float32", "bfloat16"]
 
 
 def test_python_heals_as_the_command_does(pruned: Path, text_file: Path, tmp_path: Path) -> None:

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import math
+import re
+import shutil
 import signal
 import time
+from collections import namedtuple
 from dataclasses import replace
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerState
 
-from llmprune_cli.commands.recover import task
+from llmprune_cli.commands.recover import end_to_end, task
+from llmprune_cli.errors import OutputError
+from llmprune_cli.heal.blocks import walk
+from llmprune_cli.heal.blocks.training import Streams
+from llmprune_cli.heal.figures import HealedLayer
+from llmprune_cli.heal.loss import Student
 from llmprune_cli.heal.training import trainer
 from llmprune_cli.heal.training.trainer import Lesson
 from support.checkpoints import flip
 from support.full import in_full
 from support.heal_runs import QUICK, recover, run_recover
-from support.refusals import CHECKPOINT, INTERRUPTED, OUTPUT, PLAN, assert_refused
+from support.refusals import CHECKPOINT, INTERRUPTED, OUTPUT, PLAN, VERIFICATION, assert_refused
 from support.started import start
 from support.stock import written_tensors
 
@@ -52,14 +62,26 @@ def interrupt_at(patched: pytest.MonkeyPatch, step: int, marked: bool) -> None:
 
 
 def judge_ever_worse(patched: pytest.MonkeyPatch) -> None:
-    """Let each judgement find a model to be worse than the one before, so that the first is the best."""
-    judge, numbers = Lesson.judge, count(1.0)
+    """Let each judgement find a model to be worse than the one before, but for the first one, before any step."""
+    judge, numbers = Lesson.judge, chain([9.0], count(0.001, 0.001))
     patched.setattr(Lesson, "judge", lambda *given: replace(judge(*given), kl=next(numbers)))
+
+
+def note_begin(patched: pytest.MonkeyPatch) -> list[str | None]:
+    """The checkpoints that trainings begin with, where they train at all."""
+    train, begun = trainer._train, list[str | None]()
+
+    def noting(student: Student, lesson: Lesson, folder: Path, last: Path | None, best: Path | None) -> TrainerState:
+        begun.append(last and last.name)
+        return train(student, lesson, folder, last, best)
+
+    patched.setattr(trainer, "_train", noting)
+    return begun
 
 
 @pytest.mark.parametrize(("step", "marked"), [pytest.param(16, True, marks=in_full), (32, False)])
 def test_a_resumed_run_comes_to_the_same(
-    pruned: Path, text_file: Path, tmp_path: Path, step: int, marked: bool
+    pruned: Path, text_file: Path, tmp_path: Path, step: int, marked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = recover(pruned, text_file, tmp_path / "whole", *LONG)
     with pytest.MonkeyPatch.context() as patched:
@@ -67,10 +89,79 @@ def test_a_resumed_run_comes_to_the_same(
         cut = run_recover(pruned, text_file, tmp_path / "out", *LONG)
     assert cut.code == INTERRUPTED and "--resume goes on from there" in " ".join(cut.stderr.split())
     assert not (tmp_path / "out").exists()
+    begun = note_begin(monkeypatch)
     resumed = recover(pruned, text_file, tmp_path / "out", *LONG, "--resume")
+    assert begun == ["checkpoint-16"]
     assert resumed["curve"] == whole["curve"] and resumed["after"] == whole["after"]
     assert_alike(tmp_path / "whole", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_what_was_trained_is_not_trained_again_where_writing_failed(
+    pruned: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the best state is not the last one."""
+
+    def failing(*_: object) -> None:
+        raise OutputError("The disk is full.")
+
+    with pytest.MonkeyPatch.context() as patched:
+        judge_ever_worse(patched)
+        whole = recover(pruned, text_file, tmp_path / "whole", *LONG)
+        judge_ever_worse(patched)
+        patched.setattr(end_to_end, "write_healed", failing)
+        assert_refused(run_recover(pruned, text_file, tmp_path / "out", *LONG), OUTPUT, "--resume goes on")
+    begun = note_begin(monkeypatch)
+    resumed = recover(pruned, text_file, tmp_path / "out", *LONG, "--resume")
+    assert not begun and resumed["curve"] == whole["curve"] and resumed["best_tokens"] == 2048
+    assert_alike(tmp_path / "whole", tmp_path / "out")
+
+
+def leave_free(patched: pytest.MonkeyPatch, free: int) -> None:
+    usage = namedtuple("usage", "total used free")
+    patched.setattr(shutil, "disk_usage", lambda _: usage(10**9, 0, free))
+
+
+@pytest.mark.parametrize("mode", ["end-to-end", "blocks"])
+def test_what_a_run_has_written_counts_as_room_for_it(
+    pruned: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    options = (*LONG, "--mode", mode)
+    leave_free(monkeypatch, 1000)
+    refused = run_recover(pruned, text_file, tmp_path / "out", *options)
+    assert_refused(refused, OUTPUT, "1,000 bytes")
+    said = " ".join(refused.stderr.split())
+    needed = sum(int(number.replace(",", "")) for number in re.findall(r"(?<=take )[\d,]+|(?<=weights )[\d,]+", said))
+    leave_free(monkeypatch, needed)
+    with pytest.MonkeyPatch.context() as patched:
+        interrupt_at(patched, 16, marked=True)
+        interrupt_after_a_layer(patched)
+        assert run_recover(pruned, text_file, tmp_path / "out", *options).code == INTERRUPTED
+    leave_free(monkeypatch, needed - 1000)
+    recover(pruned, text_file, tmp_path / "out", *options, "--resume")
+    assert_refused(run_recover(pruned, text_file, tmp_path / "again", *options), OUTPUT, f"{needed - 1000:,} bytes")
+
+
+def interrupt_after_a_layer(patched: pytest.MonkeyPatch) -> None:
+    """Press Ctrl-C when the second layer is trained."""
+    heal = walk._heal
+
+    def interrupted(own: walk.Walk, number: int, streams: Streams) -> HealedLayer:
+        if number == 1:
+            raise KeyboardInterrupt
+        return heal(own, number, streams)
+
+    patched.setattr(walk, "_heal", interrupted)
+
+
+def test_no_work_is_kept_that_would_come_to_nan_again(
+    pruned: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge, kls = Lesson.judge, iter((0.2, 0.1, math.inf))
+    monkeypatch.setattr(Lesson, "judge", lambda *given: replace(judge(*given), kl=next(kls)))
+    run = run_recover(pruned, text_file, tmp_path / "out", *LONG)
+    assert_refused(run, VERIFICATION, "After 32 steps", "smaller --learning-rate")
+    assert "--resume" not in run.stderr and not list(tmp_path.iterdir())
 
 
 def test_a_run_whose_folder_moved_still_writes_its_best_state(pruned: Path, text_file: Path, tmp_path: Path) -> None:
@@ -95,6 +186,9 @@ def test_a_resumed_run_has_its_teacher_where_it_had_it(
         patched.setattr(task, "_free_memory", lambda *_: 2**40)
         interrupt_at(patched, 16, marked=True)
         assert run_recover(pruned, text_file, tmp_path / "out", *LONG).code == INTERRUPTED
+    other = run_recover(pruned, text_file, tmp_path / "out", *LONG, "--teacher-mode", "streamed", "--resume")
+    assert_refused(other, PLAN, "another run: teacher-mode was resident and is streamed", "leave out --resume")
+    assert "goes on from there" not in other.stderr
     monkeypatch.setattr(task, "_free_memory", lambda *_: 0)
     assert recover(pruned, text_file, tmp_path / "out", *LONG, "--resume")["teacher_mode"] == "resident"
 

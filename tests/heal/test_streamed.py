@@ -67,7 +67,7 @@ def test_what_a_teacher_predicts_is_kept_for_other_students_of_it_alone(
     run = run_recover(pruned, text_file, tmp_path / "out", "--teacher-cache", cache, "--teacher", other)
     assert_refused(run, PLAN, "another teacher", "weights differs", "--teacher-cache")
     run = run_recover(pruned, text_file, tmp_path / "out", "--teacher-cache", cache, "--seed", "3")
-    assert_refused(run, PLAN, "text differs", "--teacher-cache")
+    assert_refused(run, PLAN, "text differs", "--teacher-cache", "--calibration-tokens", "--seq-len")
     with (cache / "tokens.bin").open("r+b") as file:
         file.truncate(1000)
     before = state_of(tmp_path)
@@ -104,6 +104,10 @@ def test_a_teacher_without_room_is_refused_before_it_runs(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 0, 300_000))
     run = run_recover(pruned, text_file, tmp_path / "out", "--train", "norms", *STREAMED)
     assert_refused(run, OUTPUT, "300,000 bytes", "--teacher-cache", "--tokens")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 0, 3_000_000))
+    run = run_recover(pruned, text_file, tmp_path / "out", *STREAMED)  # room for either, not for both
+    assert_refused(run, OUTPUT, "3,000,000 bytes", "while it runs, and the training takes")
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 0, 1000))
     run = run_recover(pruned, text_file, tmp_path / "out")

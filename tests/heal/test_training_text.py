@@ -199,3 +199,16 @@ def test_held_out_bytes_are_those_of_the_texts_and_not_of_what_stands_for_unknow
         unknown = int((windows[:, 1:] == tokenizer.unk_token_id).sum())
         count = predicted_bytes(judged.corpus.text, tokenizer, windows, parts.tolist())
         assert count == windows[:, 1:].numel() + unknown
+
+
+@pytest.mark.parametrize("options", [(), ("--mode", "blocks")])
+def test_text_that_an_earlier_healing_learned_from_is_told_once(
+    pruned: Path, text_file: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    few, other = ("--tokens", "256", *options), tmp_path / "other.txt"
+    other.write_text(text_file.read_text())
+    for model, text, times in ((pruned, text_file, 0), (tmp_path / "1", text_file, 1), (tmp_path / "1", other, 0)):
+        output = tmp_path / f"{len([*tmp_path.iterdir()])}"
+        run = run_recover(model, text, output, *few)
+        assert run.code == 0 and run.stderr.count(f"{model} was healed on {text} before") == times, run.stderr
+        assert run.stderr.count("llmprune eval") == times

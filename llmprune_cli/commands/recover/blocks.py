@@ -12,11 +12,11 @@ from llmprune_cli.commands.recover.outcome import Outcome, deliver
 from llmprune_cli.commands.recover.task import Task, say_what_text_lacks
 from llmprune_cli.coupling.subject import understand
 from llmprune_cli.errors import OutputError
-from llmprune_cli.folder.scratch import check_folder
+from llmprune_cli.folder.scratch import bytes_in, check_folder
 from llmprune_cli.folder.shards import warn_of_large_shards
 from llmprune_cli.folder.staging import Claim
 from llmprune_cli.heal.blocks.judging import judge_layered
-from llmprune_cli.heal.blocks.walk import Walk, heal_layers, search_on_first_layer, written
+from llmprune_cli.heal.blocks.walk import Walk, first_trained, heal_layers, search_on_layer, written
 from llmprune_cli.heal.figures import HeldOut, Judgement, RateTrial, Training
 from llmprune_cli.heal.healed_folder import write_healed
 from llmprune_cli.heal.judging import check_judged
@@ -35,9 +35,11 @@ from llmprune_cli.source.opening import open_checkpoint
 def heal_by_blocks(task: Task, claim: Claim, started: float, stack: ExitStack) -> RecoverResult:
     """Train, write and judge."""
     request, text, listener = task.request, task.text, task.listener
-    folder = stack.enter_context(kept_folder(claim, task.key(), request.delivery.resume, may_go_on=True))
+    folder = stack.enter_context(kept_folder(claim, task.key(), request.delivery.resume, request.may_go_on))
     place = task.device.partition(":")[0]
     student, teacher = (LayeredModel(understand(own), place, task.compute) for own in (task.pruned, task.teacher))
+    train, trials = request.healing.train, tuple[RateTrial, ...]()
+    first = first_trained(student, train)
     _check_room(task, folder)
     if task.lacks_what_went:
         say_what_text_lacks(task)
@@ -49,10 +51,9 @@ def heal_by_blocks(task: Task, claim: Claim, started: float, stack: ExitStack) -
     before = journal.recall(
         "before", Json(HeldOut), lambda: check_judged(judge_layered(student, predicted, text, listener))
     )
-    train, trials = request.healing.train, tuple[RateTrial, ...]()
     walk = Walk(student, teacher, task.layers, task.tokens, text, train, task.learning_rate(()), journal, listener)
     if request.healing.learning_rate == "auto":
-        search = partial(search_on_first_layer, walk, task.size)
+        search = partial(search_on_layer, walk, first, task.size)
         trials = journal.recall("learning-rates", Json(tuple[RateTrial, ...]), search)
         walk = replace(walk, learning_rate=task.learning_rate(trials))
     layers = heal_layers(walk)
@@ -84,9 +85,10 @@ def _check_room(task: Task, folder: Path) -> None:
     """
     tokens = task.text.windows.numel() + task.text.held_out.numel()
     streams = 2 * 4 * tokens * task.pruned.config.get_text_config().hidden_size
-    needed, free = streams + 2 * task.pruned.size_bytes, shutil.disk_usage(folder).free
+    weights = 2 * task.pruned.size_bytes - bytes_in(folder, "layer-*")  # which a run that was cut short has written
+    needed, free = streams + weights, shutil.disk_usage(folder).free
     if needed > free:
         raise OutputError(
             f"{folder.parent} has room for {free:,} bytes, and the hidden states of {tokens:,} tokens take {streams:,} "
-            f"and weights {needed - streams:,} more. Make room there, choose another --output, or give fewer --tokens."
+            f"and weights {weights:,} more. Make room there, choose another --output, or give fewer --tokens."
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from llmprune_cli.commands.recover.outcome import Outcome, deliver
-from llmprune_cli.commands.recover.task import Task, check_room, choose_teacher, say_what_text_lacks
+from llmprune_cli.commands.recover.task import Task, check_mode, check_room, choose_teacher, say_what_text_lacks
 from llmprune_cli.coupling.subject import understand
 from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.folder.scratch import check_folder
@@ -48,7 +48,9 @@ def heal(task: Task, claim: Claim | None, started: float, stack: ExitStack) -> R
     request, healing = task.request, task.request.healing
     folder = hidden_folder(request.output.absolute())
     if claim is not None:
-        folder = stack.enter_context(kept_folder(claim, task.key(), request.delivery.resume, may_go_on=True))
+        if request.delivery.resume:
+            check_mode(task, claim.folder)
+        folder = stack.enter_context(kept_folder(claim, task.key(), request.delivery.resume, request.may_go_on))
     trained = load_trained(task.pruned, task.device, healing)
     _say_bare(task, trained)
     check_room(task, trained, folder)
@@ -62,19 +64,20 @@ def heal(task: Task, claim: Claim | None, started: float, stack: ExitStack) -> R
     trials = _try_rates(task, student, lesson, folder) if healing.learning_rate == "auto" else ()
     lesson = replace(lesson, learning_rate=task.learning_rate(trials))
     training, count = train(student, lesson, folder), trained.trained - _say_idle(task, trained)
+    gained = training.best.tokens > 0
     model = trained.merged()
     if claim is None:
         return None
     most = parse_size(request.delivery.max_shard_size)
     with claim.staged() as staging:
-        stored = stored_tensors(model)
-        tensors = ((entry, stored[entry.name]) for entry in task.pruned.entries)
+        stored = stored_tensors(model) if gained else {}
+        tensors = ((entry, stored[entry.name]) for entry in task.pruned.entries) if gained else task.pruned.tensors()
         checksums = write_healed(task.pruned, tensors, staging, most, task.listener)
         warn_of_large_shards(staging, most, task.listener.warn)
         peak = peak_memory_bytes(model)
         del student, trained, model, stored
         after = _judge_written(task, teacher, staging)
-        outcome = Outcome(training, after, mode, count, lesson.learning_rate, peak, trials)
+        outcome = Outcome(training, after, mode, count if gained else 0, lesson.learning_rate, peak, trials)
         return deliver(task, outcome, started, staging, checksums)
 
 

@@ -70,7 +70,7 @@ def _heal_for_a_while(
     tokens = str(max(1, request.healing.token_count // SHARE))
     request = replace(request, delivery=replace(request.delivery, recover=tokens))
     output = pruned.with_name(f"{pruned.name}-healed")
-    healed = recover(healing_of(request, pruned, Healed(output)), listener)
+    healed = recover(healing_of(request, pruned, Healed(output), may_go_on=False), listener)
     if healed is None:
         return None
     shutil.rmtree(output)

@@ -39,13 +39,9 @@ def deliver(task: Task, outcome: Outcome, started: float, folder: Path, checksum
         started: when, by the clock of `time.perf_counter`.
         checksums: of the folder's shards.
     """
-    result, loss = _report(task, outcome, time.perf_counter() - started), task.request.healing.loss
+    result = _report(task, outcome, time.perf_counter() - started)
     if not result.is_better:
-        task.listener.warn(
-            f"{task.request.output} is no better than {task.pruned.source} on held-out text: its loss is "
-            f"{result.after.loss(loss):.4f} nats, and {result.before.loss(loss):.4f} before. Try a smaller "
-            "--learning-rate, or more text."
-        )
+        task.listener.warn(f"{_say_no_gain(task, outcome)} {_advise(task)}")
     manifest = task.manifest or Manifest(source=task.teacher.source, revision=task.teacher.revision)
     figures = {name: value for name, value in asdict(result).items() if name != "push"}  # which comes after it
     said = json.loads(json.dumps({**figures, "options": asdict(task.request.healing), "versions": versions()}))
@@ -54,6 +50,34 @@ def deliver(task: Task, outcome: Outcome, started: float, folder: Path, checksum
     write_card(folder, task.pruned, pruned, load_format("safetensors"), runtime_fits(task.pruned.config))
     write_manifest(folder, replace(manifest, files=list_files(folder, checksums)))
     return result
+
+
+def _say_no_gain(task: Task, outcome: Outcome) -> str:
+    written, pruned, training = task.request.output, task.pruned.source, outcome.training
+    before = _loss(task, training.before)
+    if training.best.tokens == 0:
+        least = min(_loss(task, judged.held_out) for judged in training.curve)
+        return (
+            f"{written} has the weights of {pruned}, since no state that was judged is better than that on held-out "
+            f"text: the least loss is {least:.4f} nats, and {before:.4f} before."
+        )
+    return (
+        f"{written} is no better than {pruned} on held-out text: its loss is {_loss(task, outcome.after):.4f} nats, "
+        f"and {before:.4f} before."
+    )
+
+
+def _advise(task: Task) -> str:
+    """What may gain more, by the options of the command that was given."""
+    if task.request.is_command:
+        return "Try a smaller --learning-rate, or more text."
+    return "Try more tokens to heal on, --recover N, or more text, --calibration."
+
+
+def _loss(task: Task, found: HeldOut) -> float:
+    """What is learned of what was judged, nats per token."""
+    healing = task.request.healing
+    return found.loss(healing.loss, healing.temperature)
 
 
 def _report(task: Task, outcome: Outcome, seconds: float) -> RecoverResult:
@@ -82,7 +106,7 @@ def _report(task: Task, outcome: Outcome, seconds: float) -> RecoverResult:
         stopped_early=training.stopped_early,
         before=training.before,
         after=outcome.after,
-        is_better=outcome.after.loss(healing.loss) < training.before.loss(healing.loss),
+        is_better=training.best.tokens > 0 and _loss(task, outcome.after) < _loss(task, training.before),
         best_tokens=training.best.tokens,
         curve=training.curve,
         layers=outcome.layers,

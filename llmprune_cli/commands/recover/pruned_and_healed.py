@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 import time
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import fields, replace
 from pathlib import Path
 
 from llmprune_cli.commands.evaluate import evaluate
@@ -12,16 +15,17 @@ from llmprune_cli.commands.recover.finalists import prune_to_the_best
 from llmprune_cli.commands.recover.recovery import recover
 from llmprune_cli.commands.recover.request import healing_of
 from llmprune_cli.commands.requests import PruneRequest
+from llmprune_cli.errors import LlmpruneError
 from llmprune_cli.folder.scratch import scratch_folder
-from llmprune_cli.folder.staging import check_target
-from llmprune_cli.heal.options import Healed
+from llmprune_cli.folder.staging import check_target, claimed
+from llmprune_cli.heal.options import Healed, Healing
 from llmprune_cli.processes import join
 from llmprune_cli.progress import Listener
 from llmprune_cli.report.json_results import PruneResult
 
 
 def prune_and_recover(request: PruneRequest, listener: Listener) -> PruneResult | None:
-    """Prune into a temporary folder, heal what lies there, and write that.
+    """Prune into a temporary folder, heal what lies there, and write that; where healing fails, keep what was pruned.
 
     Raises:
         LlmpruneError: see `prune` and `recover`.
@@ -37,7 +41,12 @@ def prune_and_recover(request: PruneRequest, listener: Listener) -> PruneResult 
         processes.broadcast(None)  # what the first one wrote, all of them read
         delivery = Healed(output, request.delivery.overwrite, request.delivery.max_shard_size)
         name = f"{request.model.name} (pruned)"
-        healed = recover(healing_of(request, place, delivery), listener, name)
+        try:
+            healed = recover(healing_of(request, place, delivery, may_go_on=False), listener, name)
+        except BaseException:
+            if processes.is_first:
+                _keep_pruned(request, place, listener)
+            raise
         last = None
         if request.evaluation is not None:
             processes.broadcast(None)
@@ -51,3 +60,36 @@ def prune_and_recover(request: PruneRequest, listener: Listener) -> PruneResult 
         evaluation = replace(evaluation, results=(dense, replace(cut, model=name), *last.results))
     seconds = time.perf_counter() - started
     return replace(pruned, output=str(output), recovery=healed, evaluation=evaluation, seconds=seconds)
+
+
+def _keep_pruned(request: PruneRequest, pruned: Path, listener: Listener) -> None:
+    """Move a pruned model whose healing failed beside the output, and say what goes on from there.
+
+    Whatever keeps it from being moved is worth less than what ended the healing.
+    """
+    output = request.delivery.output
+    assert output is not None
+    kept = output.with_name(f"{output.name}-pruned")
+    with suppress(LlmpruneError, OSError):
+        with claimed(kept, overwrite=False) as claim, claim.staged() as staging:
+            for path in pruned.iterdir():
+                shutil.move(path, staging)
+        listener.warn(
+            f"The healing did not come to its end. The pruned model is kept in {kept}, and this goes on from there: "
+            f"{_recover_command(request, kept, output)}"
+        )
+
+
+def _recover_command(request: PruneRequest, pruned: Path, output: Path) -> str:
+    """The command that heals a pruned model as `prune --recover` was to."""
+    usual, own = Healing(), request.healing
+    names = [each.name for each in fields(own) if each.name != "tokens"]
+    changed = {name: str(getattr(own, name)) for name in names if getattr(own, name) != getattr(usual, name)}
+    if request.model.device != "auto":
+        changed["device"] = request.model.device
+    words = ["llmprune", "recover", str(pruned), "--tokens", own.tokens]
+    for name, value in changed.items():
+        words += [f"--{name.replace('_', '-')}", value]
+    flags = {"--trust-remote-code": request.model.trust_remote_code, "--overwrite": request.delivery.overwrite}
+    words += [flag for flag, is_on in flags.items() if is_on]
+    return shlex.join([*words, "--output", str(output)])

@@ -27,6 +27,8 @@ class RecoverRequest:
     healing: Healing = field(default_factory=Healing)
     teaching: Teaching = field(default_factory=Teaching)
     delivery: Healed = field(default_factory=Healed)
+    is_command: bool = True  # whether `recover` was asked for, and not another command that heals, with fewer options
+    may_go_on: bool = True  # whether the command can be given again with --resume
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself, or would do nothing."""
@@ -52,17 +54,18 @@ class RecoverRequest:
         return self.delivery.output
 
 
-def healing_of(pruning: PruneRequest, pruned: Path, delivery: Healed) -> RecoverRequest:
-    """What heals the model of a `prune --recover`.
+def healing_of(pruning: PruneRequest, pruned: Path, delivery: Healed, may_go_on: bool = True) -> RecoverRequest:
+    """What heals the model of a `prune --recover`, or of a sweep.
 
     Args:
         pruned: folder that it was pruned into.
+        may_go_on: see `RecoverRequest`.
 
     Raises:
         UsageError: nothing can be trained where it is pruned.
     """
     reference = replace(pruning.model, name=str(pruned), revision=None, dtype=None)
-    return RecoverRequest(reference, pruning.healing, delivery=delivery)
+    return RecoverRequest(reference, pruning.healing, delivery=delivery, is_command=False, may_go_on=may_go_on)
 
 
 def teacher_reference(given: str | None, pruned: ModelReference, manifest: Manifest | None) -> ModelReference:

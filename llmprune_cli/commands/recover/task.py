@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from llmprune_cli.coupling.subject import understand
 from llmprune_cli.errors import OutputError
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.manifest import Manifest
-from llmprune_cli.folder.scratch import check_folder
+from llmprune_cli.folder.scratch import bytes_in, check_folder
 from llmprune_cli.folder.tensors import BY_NAME, split_name
 from llmprune_cli.heal.figures import RateTrial
 from llmprune_cli.heal.layers import stands_for
@@ -29,12 +29,12 @@ from llmprune_cli.heal.teacher.repeated import Repeated
 from llmprune_cli.heal.teacher.resident import ResidentTeacher
 from llmprune_cli.heal.teacher.streamed import stream_teacher
 from llmprune_cli.heal.teacher.token_map import TokenMap, map_tokens
-from llmprune_cli.heal.training.checkpoints import bytes_of
+from llmprune_cli.heal.training.checkpoints import CHECKPOINTS, bytes_of
 from llmprune_cli.heal.training.learning_rate import best_rate
-from llmprune_cli.heal.training_text import TrainingText, prepare_training, tokens_together
+from llmprune_cli.heal.training_text import TrainingText, prepare_training, tokens_together, warn_of_learned_text
 from llmprune_cli.journal.forms import Json
-from llmprune_cli.journal.journal import Journal
-from llmprune_cli.journal.keys import model_identity, text_identity, versions
+from llmprune_cli.journal.journal import Journal, other_run
+from llmprune_cli.journal.keys import differences, model_identity, text_identity, versions
 from llmprune_cli.options import ModelReference
 from llmprune_cli.processes import Processes
 from llmprune_cli.progress import Listener
@@ -49,6 +49,7 @@ from llmprune_cli.source.tokenizer import load_tokenizer, model_reader, warn_of_
 from llmprune_cli.text.corpus import Corpus, own_corpus
 from llmprune_cli.text.names import SELF
 
+MODE = "teacher-mode"  # the record of it
 BYTES_PER_WEIGHT = 16  # that is trained: itself, its gradient, and two moments of that, in float32
 FROM_PRUNING = 100_000  # added to the seed of a text that the teacher writes, for `prune` calibrates on what it writes
 WINDOWS_READ = 64  # of the text, by which it is told how many of its tokens the student lacks,
@@ -92,6 +93,11 @@ class Task:
         next to nothing of that.
         """
         return self.tokens is not None and self.text.corpus.name != SELF and self.share_that_went < LITTLE_WENT
+
+    @property
+    def learns_predictions(self) -> bool:
+        """Whether anything of the teacher is learned, and it is not there to judge by alone."""
+        return "kl" in self.request.healing.loss or bool(self.layers)
 
     def learning_rate(self, trials: tuple[RateTrial, ...]) -> float:
         """The largest one.
@@ -166,6 +172,8 @@ def prepare(
         None if seen is None else (seen, reader.tokenizer if tokens is None else of_teacher),
         apart,
     )
+    if manifest is not None:
+        warn_of_learned_text(manifest.healing, text.corpus, request.healing.text_split, pruned.source, warn)
     compute = _compute(request, pruned, device)
     return Task(request, pruned, manifest, teacher, tokens, layers, text, device, compute, processes, listener)
 
@@ -218,7 +226,7 @@ def check_room(task: Task, trained: TrainedModel, folder: Path) -> None:
     """
     if not task.processes.is_first:
         return
-    needed, free = _bytes_to_write(task, trained), shutil.disk_usage(folder).free
+    needed, free = _bytes_to_write(task, trained, folder), shutil.disk_usage(folder).free
     if needed > free:
         raise OutputError(
             f"{folder.parent} has room for {free:,} bytes, and the checkpoints of the training and the result take "
@@ -226,24 +234,56 @@ def check_room(task: Task, trained: TrainedModel, folder: Path) -> None:
         )
 
 
-def _bytes_to_write(task: Task, trained: TrainedModel) -> int:
-    """Of the checkpoints of the training and of the result."""
-    return bytes_of(trained.trained) + task.pruned.size_bytes
+def _bytes_to_write(task: Task, trained: TrainedModel, folder: Path) -> int:
+    """Of the checkpoints of the training and of the result, without those of the checkpoints that lie in the folder."""
+    return bytes_of(trained.trained) + task.pruned.size_bytes - bytes_in(folder, CHECKPOINTS)
+
+
+def check_mode(task: Task, folder: Path) -> None:
+    """Make sure that a run that goes on was begun with the mode of the teacher that is asked for, if one is.
+
+    Args:
+        folder: with the work so far.
+
+    Raises:
+        PlanError: it was begun with the other one.
+    """
+    asked, record, begun = _asked_mode(task), folder / f"{MODE}{Json.suffix}", "auto"
+    with suppress(ValueError):  # there is none, or it is damaged, which is said where it is needed
+        begun = Json[str](str).read(record)
+    if "auto" not in (asked, begun) and asked != begun:
+        raise other_run(folder, differences({MODE: begun}, {MODE: asked}))
+
+
+def _asked_mode(task: Task) -> str:
+    teaching = task.request.teaching
+    return "streamed" if teaching.teacher_cache is not None else teaching.teacher_mode
+
+
+def _choose_mode(task: Task, trained: TrainedModel, dtype: torch.dtype) -> str:
+    """The mode that was asked for, or else the one for which there is memory.
+
+    Args:
+        dtype: of a teacher in memory.
+    """
+    asked = _asked_mode(task)
+    if asked != "auto":
+        return asked
+    training_bytes = BYTES_PER_WEIGHT * trained.trained + trained.summed_bytes
+    size_bytes = dtype.itemsize * task.teacher.parameter_count + training_bytes
+    is_small = size_bytes < MOST_OF_MEMORY * _free_memory(task.device, task.processes)
+    return "resident" if is_small else "streamed"
 
 
 def choose_teacher(task: Task, trained: TrainedModel, folder: Path) -> tuple[str, Teacher]:
     """The teacher, and the mode that it runs in."""
     teaching, temperature = task.request.teaching, task.request.healing.temperature
     stored = task.teacher.stored_dtype
-    dtype = stored if native_dtype(stored, torch.device(task.device)) == stored else torch.float32
-    mode = "streamed" if teaching.teacher_cache is not None else teaching.teacher_mode
-    if mode == "auto":
-        training_bytes = BYTES_PER_WEIGHT * trained.trained + trained.summed_bytes
-        size_bytes = dtype.itemsize * task.teacher.parameter_count + training_bytes
-        is_small = size_bytes < MOST_OF_MEMORY * _free_memory(task.device, task.processes)
-        found = "resident" if is_small else "streamed"
-        journal = Journal(task.processes, folder if task.processes.is_first else None)
-        mode = journal.recall("teacher-mode", Json(str), lambda: found)  # as it began, whatever memory is free by now
+    is_native = native_dtype(stored, torch.device(task.device)) == stored and task.compute != torch.float32
+    dtype = stored if is_native else torch.float32
+    journal = Journal(task.processes, folder if task.processes.is_first else None)
+    choose = partial(_choose_mode, task, trained, dtype)
+    mode = journal.recall(MODE, Json(str), choose)  # as it began, whatever memory is free by now
     if mode == "resident":
         task.listener.stage("Loading the teacher", 1)
         model = load_model(task.teacher, task.device, str(dtype).removeprefix("torch."))
@@ -251,15 +291,18 @@ def choose_teacher(task: Task, trained: TrainedModel, folder: Path) -> tuple[str
         how = temperature, task.compute, task.tokens, task.layers, _repeated(task, trained, folder)
         return mode, ResidentTeacher(model.requires_grad_(False), *how)
     place = teaching.teacher_cache or folder / "teacher"
-    windows = torch.cat([task.text.windows, task.text.held_out])
+    runs_on_all = task.learns_predictions or teaching.teacher_cache is not None  # which others may learn from
+    windows = torch.cat([task.text.windows, task.text.held_out]) if runs_on_all else task.text.held_out
     layered = LayeredModel(understand(task.teacher), task.device.partition(":")[0], task.compute)
     given = layered, windows, temperature, place, task.listener, task.tokens, task.layers
     stream, streamed = partial(stream_teacher, *given), None
     if task.processes.is_first:
         check_folder(place, "--teacher-cache")
-        streamed = stream()
+        is_one_disk = place.stat().st_dev == folder.stat().st_dev
+        streamed = stream(kept_free=_bytes_to_write(task, trained, folder) if is_one_disk else 0)
     task.processes.broadcast(None)  # the others read what the first one wrote
-    return mode, streamed or stream()
+    streamed = streamed or stream()
+    return mode, streamed if runs_on_all else replace(streamed, first=len(task.text.windows))
 
 
 def _repeated(task: Task, trained: TrainedModel, folder: Path) -> Repeated | None:
@@ -271,11 +314,11 @@ def _repeated(task: Task, trained: TrainedModel, folder: Path) -> Repeated | Non
 
     def has_room() -> bool:
         text = task.text
-        if task.layers or len(text.order) == len(text.windows) or not folder.is_dir():
+        if not task.learns_predictions or task.layers or len(text.order) == len(text.windows) or not folder.is_dir():
             return False
         tokens = text.windows.numel() + text.held_out.numel()
         size_bytes = states_bytes(tokens, task.teacher.config.get_text_config().hidden_size, 1) * task.processes.count
-        left = shutil.disk_usage(folder).free - _bytes_to_write(task, trained)
+        left = shutil.disk_usage(folder).free - _bytes_to_write(task, trained, folder)
         return size_bytes <= left and are_worth_keeping(size_bytes, folder)
 
     journal = Journal(task.processes, folder if task.processes.is_first else None)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from llmprune_cli.errors import VerificationError
+from llmprune_cli.errors import DivergedError
 from llmprune_cli.heal.layers import relative_error
 from llmprune_cli.heal.training.trainer import BETAS, warm_up_steps
 from llmprune_cli.heal.training_text import TrainingText
@@ -28,7 +28,7 @@ def train_layer(layer: Layer, weights: list[torch.Tensor], streams: Streams, tex
     A block with its non-linearity is fitted, and not one matrix after the other (arXiv 2510.14444).
 
     Raises:
-        VerificationError: the loss is no number.
+        DivergedError: the loss is no number.
     """
     schedule = text.schedule
     optimizer = torch.optim.AdamW(weights, rate, BETAS, weight_decay=0.0)
@@ -36,7 +36,7 @@ def train_layer(layer: Layer, weights: list[torch.Tensor], streams: Streams, tex
     for number, rows in enumerate(text.order.split(schedule.together), 1):
         loss = _loss(layer, streams, rows)
         if not bool(loss.isfinite()):
-            raise VerificationError(
+            raise DivergedError(
                 f"The loss became NaN or infinite in step {-(-number // schedule.accumulated)} of a layer, so nothing "
                 f"was written. Give a smaller --learning-rate than {rate:g}."
             )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.folder.tensors import DTYPES, split_name
 from llmprune_cli.heal.blocks.training import Streams, judge_layer, train_layer
 from llmprune_cli.heal.figures import HealedLayer, RateTrial
@@ -52,7 +53,7 @@ def heal_layers(walk: Walk) -> tuple[HealedLayer, ...]:
 
     Raises:
         OutputError: what is made cannot be written.
-        VerificationError: a loss is no number.
+        DivergedError: a loss is no number.
     """
     streams, found = _begin(walk), []
     walk.listener.stage("Healing layers", len(walk.stands_for))
@@ -66,14 +67,33 @@ def heal_layers(walk: Walk) -> tuple[HealedLayer, ...]:
     return tuple(found)
 
 
-def search_on_first_layer(walk: Walk, parameters: int) -> tuple[RateTrial, ...]:
-    """Try learning rates on the first layer."""
+def first_trained(student: LayeredModel, train: str) -> int:
+    """The number of the first layer that has weights to train.
+
+    Raises:
+        UnsupportedError: none has.
+    """
+    places = (split_name(name)[1] for name in trained_names(student.skeleton, train))
+    numbers = [int(place[0]) for place in places if place]
+    if not numbers:
+        raise UnsupportedError(
+            f"The layers of {student.architecture.config.model_type} have no weights that --train {train} names."
+        )
+    return min(numbers)
+
+
+def search_on_layer(walk: Walk, number: int, parameters: int) -> tuple[RateTrial, ...]:
+    """Try learning rates on a layer, with those before it as they were."""
     walk.listener.stage("Trying learning rates", 0)
     streams = _begin(walk)
-    _advance_teacher(walk, 0, streams)
+    for before in range(number):
+        _advance_teacher(walk, before, streams)
+        with torch.no_grad():
+            walk.student.load_layer(before).advance(streams.pruned)
+    _advance_teacher(walk, number, streams)
 
     def judge(rate: float, text: TrainingText) -> float:
-        layer, weights = _load_trained(walk, 0)
+        layer, weights = _load_trained(walk, number)
         train_layer(layer, weights, streams, text, rate)
         return judge_layer(layer, streams, text)
 

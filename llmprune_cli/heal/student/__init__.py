@@ -63,7 +63,7 @@ def load_trained(pruned: Checkpoint, device: str, healing: Healing) -> TrainedMo
     if not names:
         raise UnsupportedError(f"{pruned.config.model_type} has no weights that --train {healing.train} names.")
     if healing.lora is not None:
-        return TrainedModel(model, adapt(model, names, healing.lora))
+        return TrainedModel(model, adapt(model, names, healing.lora, healing.seed))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
     return TrainedModel(model)

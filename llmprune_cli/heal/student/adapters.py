@@ -45,8 +45,11 @@ class Adapters:
         return {name: sum(own.numel() for own in both) for name, both in found.items() if not both[1].any()}
 
 
-def adapt(model: PreTrainedModel, names: Set[str], rank: int) -> Adapters:
+def adapt(model: PreTrainedModel, names: Set[str], rank: int, seed: int) -> Adapters:
     """Put adapters beside every matrix of the decoder layers among the parameters of these names, and train them alone.
+
+    Args:
+        seed: of the random numbers that they begin with, whatever else has drawn some before.
 
     Raises:
         UnsupportedError: there are none.
@@ -69,7 +72,9 @@ def adapt(model: PreTrainedModel, names: Set[str], rank: int) -> Adapters:
     share = sum(bare.values()) / sum(own.numel() for own in within.values())
     summed = sum(within[name].nbytes for name in stacks)
     held = nn.ModuleDict({HELD: model})  # in a model of transformers peft takes some names for older ones of others
-    with warnings.catch_warnings():
+    place = next(model.parameters()).device
+    with torch.random.fork_rng([place] if place.type == "cuda" else []), warnings.catch_warnings():
+        torch.manual_seed(seed)
         warnings.simplefilter("ignore", FutureWarning)  # it asks transformers by older names
         warnings.filterwarnings("ignore", "fan_in_fan_out")  # it sees by itself which layers are transposed
         return Adapters(get_peft_model(held, config), model, tuple(bare), share, summed)

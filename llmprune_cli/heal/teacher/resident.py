@@ -33,18 +33,27 @@ class ResidentTeacher:
     repeated: Repeated | None = None  # what it made of windows that come again
 
     def goal(self, windows: torch.Tensor, numbers: torch.Tensor) -> Goal:
-        """What it predicts on windows [B, T] with these numbers, [B]."""
-        if not self.layers:
-            return self.judged_goal(windows, numbers)
-        with following(self.model, self.layers) as streams:
-            hidden = self._hidden(windows)
-        return _ResidentGoal(self, windows, hidden, streams)
+        """What it predicts on windows [B, T] with these numbers, [B]; it runs when that is asked for."""
+        return _ResidentGoal(self, windows, numbers, bool(self.layers))
 
     def judged_goal(self, windows: torch.Tensor, numbers: torch.Tensor) -> Goal:
         """The same without its residual stream."""
+        return _ResidentGoal(self, windows, numbers, False)
+
+    def run(
+        self, windows: torch.Tensor, numbers: torch.Tensor, is_followed: bool
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """What its head is given for all tokens of windows [B, T] but their last, [B·(T−1), D]; its residual stream.
+
+        Args:
+            is_followed: whether that is wanted.
+        """
+        if is_followed:
+            with following(self.model, self.layers) as streams:
+                return self._hidden(windows), streams
         if self.repeated is None:
-            return _ResidentGoal(self, windows, self._hidden(windows), [])
-        return _ResidentGoal(self, windows, self.repeated.hidden(windows, numbers.tolist(), self._hidden), [])
+            return self._hidden(windows), []
+        return self.repeated.hidden(windows, numbers.tolist(), self._hidden), []
 
     def _hidden(self, windows: torch.Tensor) -> torch.Tensor:
         """What its head is given for all tokens of windows [B, T] but their last, [B·(T−1), D]."""
@@ -57,8 +66,17 @@ class ResidentTeacher:
 class _ResidentGoal:
     teacher: ResidentTeacher
     windows: torch.Tensor  # of the student's tokens
-    hidden: torch.Tensor  # [n, D]
-    streams: list[torch.Tensor]
+    numbers: torch.Tensor
+    is_followed: bool  # whether the residual stream is wanted
+
+    @cached_property
+    def made(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """See `ResidentTeacher.run`."""
+        return self.teacher.run(self.windows, self.numbers, self.is_followed)
+
+    @property
+    def streams(self) -> list[torch.Tensor]:
+        return self.made[1] if self.is_followed else []
 
     @cached_property
     def unfinished(self) -> Unfinished | None:
@@ -67,8 +85,8 @@ class _ResidentGoal:
         return None if tokens is None else Unfinished(tokens, self.windows)
 
     def at(self, places: slice) -> Predicted:
-        teacher = self.teacher
-        with torch.no_grad(), multiplying_in(teacher.compute, self.hidden.device):
-            logits = head_logits(teacher.model, self.hidden[None, places])[0].float()
+        teacher, hidden = self.teacher, self.made[0]
+        with torch.no_grad(), multiplying_in(teacher.compute, hidden.device):
+            logits = head_logits(teacher.model, hidden[None, places])[0].float()
             logs = functional.log_softmax(logits / teacher.temperature, -1)
             return Predicted(logs if self.unfinished is None else self.unfinished.follow(places, logs))

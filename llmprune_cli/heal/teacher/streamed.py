@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ LEAST = -60000.0  # a log-probability that float16 holds
 LIKELIEST = 64  # tokens that are kept of each prediction,
 DRAWN = 64  # and how many are drawn from all others, by their probabilities, to stand for them (arXiv 2503.16870)
 
+DRAWN_BY = (
+    "Which windows of a text are taken depends on --seq-len, --tokens, --seed, and on which of them the pruned model "
+    "was fitted on, --calibration-tokens."
+)
+
 
 @dataclass(frozen=True)
 class StreamedTeacher:
@@ -40,12 +46,11 @@ class StreamedTeacher:
     tokens: torch.Tensor  # ids of the likeliest and of those that were drawn, int32 [N, T−1, K+S]
     likeliest: int  # K
     states: torch.Tensor | None = None  # the residual stream behind layers that are followed, bfloat16 [L, N, T, D]
+    first: int = 0  # the number of the first window; of those before it nothing is asked
 
     def goal(self, windows: torch.Tensor, numbers: torch.Tensor) -> Goal:
         """What it predicted on the windows with these numbers, [B]."""
-        rows, place = numbers.cpu(), windows.device
-        logs = self.logs[rows].to(place).float().flatten(0, 1)
-        return _StreamedGoal(self, rows, logs, self.tokens[rows].to(place).long().flatten(0, 1))
+        return _StreamedGoal(self, numbers.cpu() - self.first, windows.device)
 
     judged_goal = goal
 
@@ -71,14 +76,23 @@ class StreamedTeacher:
 @dataclass(frozen=True)
 class _StreamedGoal:
     teacher: StreamedTeacher
-    rows: torch.Tensor  # numbers of the windows, [B]
-    logs: torch.Tensor  # [n, K+1+S]
-    tokens: torch.Tensor  # [n, K+S]
+    rows: torch.Tensor  # of the windows, [B]
+    place: torch.device
+
+    @cached_property
+    def logs(self) -> torch.Tensor:
+        """Those of the windows, [n, K+1+S]."""
+        return self.teacher.logs[self.rows].to(self.place).float().flatten(0, 1)
+
+    @cached_property
+    def tokens(self) -> torch.Tensor:
+        """Those of the windows, [n, K+S]."""
+        return self.teacher.tokens[self.rows].to(self.place).long().flatten(0, 1)
 
     @property
     def streams(self) -> Iterable[torch.Tensor]:
         states = self.teacher.states
-        return () if states is None else (own[self.rows].to(self.logs.device) for own in states)
+        return () if states is None else (own[self.rows].to(self.place) for own in states)
 
     def at(self, places: slice) -> Predicted:
         likeliest = self.teacher.likeliest
@@ -107,8 +121,10 @@ def cache_key(
     }
 
 
-def _check_room(model: LayeredModel, windows: torch.Tensor, files: tuple[_File, ...], folder: Path) -> None:
-    """Make sure that a folder has room for what is kept, and meanwhile for hidden states.
+def _check_room(
+    model: LayeredModel, windows: torch.Tensor, files: tuple[_File, ...], folder: Path, kept_free: int
+) -> None:
+    """Make sure that a folder has room for what is kept, meanwhile for hidden states, and later for what else comes.
 
     Raises:
         OutputError: it does not.
@@ -116,12 +132,13 @@ def _check_room(model: LayeredModel, windows: torch.Tensor, files: tuple[_File, 
     predictions, states = (sum(own.size_bytes for own in some) for some in (files[:2], files[2:]))
     meanwhile = 4 * windows.numel() * model.widths.hidden_size
     free = shutil.disk_usage(folder).free
-    if predictions + states + meanwhile > free:
+    if predictions + states + max(meanwhile, kept_free) > free:
         behind_layers = f", its hidden states for --hidden-weight {states:,}" if states else ""
+        training = f", and the training takes {kept_free:,} then" if kept_free else ""
         raise OutputError(
             f"{folder} has room for {free:,} bytes, and what the teacher predicts takes {predictions:,}"
-            f"{behind_layers}, with {meanwhile:,} more while it runs. Name another folder with --teacher-cache, or "
-            "give fewer --tokens."
+            f"{behind_layers}, with {meanwhile:,} more while it runs{training}. Name another folder with "
+            "--teacher-cache, or give fewer --tokens."
         )
 
 
@@ -133,6 +150,7 @@ def stream_teacher(
     listener: Listener,
     tokens: TokenMap | None = None,
     layers: tuple[int, ...] = (),
+    kept_free: int = 0,
 ) -> StreamedTeacher:
     """Run a teacher over windows [N, T], unless a folder holds what it predicts there already.
 
@@ -141,6 +159,7 @@ def stream_teacher(
     Args:
         tokens: where the student, whose the windows are, has fewer.
         layers: behind which its residual stream is kept, too.
+        kept_free: bytes on the disk of the folder that the training will take.
 
     Raises:
         PlanError: the folder holds what another one predicts, or on other text.
@@ -155,7 +174,9 @@ def stream_teacher(
     with filled_alone(folder, "--teacher-cache"):
         if (folder / RECORD).exists():  # since a moment ago
             return _kept(folder, key, files)
-        _check_room(model, windows, files, folder)
+        for file in files:  # of a run that was cut short
+            file.path.unlink(missing_ok=True)
+        _check_room(model, windows, files, folder, kept_free)
         try:
             for file in files:
                 with file.path.open("wb") as opened:
@@ -175,8 +196,9 @@ def _kept(folder: Path, key: dict[str, Any], files: tuple[_File, ...]) -> Stream
     """What a folder holds, held against what it should be."""
     different = differences(read_json(folder / RECORD, None), key)
     if different:
+        windows = f" {DRAWN_BY}" if any(own.startswith("text ") for own in different) else ""
         raise PlanError(
-            f"{folder} holds what another teacher predicts, or on other text: {'; '.join(different)}. Choose "
+            f"{folder} holds what another teacher predicts, or on other text: {'; '.join(different)}.{windows} Choose "
             "another --teacher-cache."
         )
     for file in files:
@@ -245,4 +267,4 @@ def _mapped(files: tuple[_File, ...], is_new: bool) -> StreamedTeacher:
         torch.from_file(str(own.path), shared=is_new, size=math.prod(own.shape), dtype=own.dtype).view(*own.shape)
         for own in files
     )
-    return StreamedTeacher(logs, tokens, min(LIKELIEST, tokens.shape[-1]), *states)
+    return StreamedTeacher(logs, tokens, min(LIKELIEST, tokens.shape[-1]), states[0] if states else None)

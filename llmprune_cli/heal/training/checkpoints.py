@@ -12,7 +12,7 @@ from llmprune_cli.errors import CheckpointError
 from llmprune_cli.folder.documents import read_json, replace_file
 from llmprune_cli.folder.integrity import list_files
 
-MARK, STATE = "whole.json", "trainer_state.json"
+MARK, STATE, WEIGHTS = "whole.json", "trainer_state.json", "model.safetensors"
 CHECKPOINTS = "checkpoint-*"
 NUMBERS_PER_WEIGHT = 3  # a weight, and two moments of its gradient
 KEPT_TOGETHER = 3  # checkpoints: the best, the last, and the one that is being written
@@ -22,6 +22,24 @@ def mark_whole(folder: Path, step: int) -> None:
     """Say that the checkpoint of a step is on disk, and what is in it."""
     own = folder / CHECKPOINTS.replace("*", str(step))
     replace_file(own / MARK, [json.dumps(_records(own)).encode()])
+
+
+def keep_last(folder: Path, step: int, best: str | None) -> None:
+    """Remove all checkpoints in a folder but that of a step, which is whole, and the best one.
+
+    Args:
+        best: its path, as the Trainer names it.
+    """
+    kept = {CHECKPOINTS.replace("*", str(step)), Path(best).name if best else ""}
+    for path in folder.glob(CHECKPOINTS):
+        if path.name not in kept:
+            shutil.rmtree(path)
+
+
+def has_ended(checkpoint: Path) -> bool:
+    """Whether a training was over when its checkpoint was written."""
+    control = read_json(checkpoint / STATE, None)["stateful_callbacks"]["TrainerControl"]
+    return bool(control["args"]["should_training_stop"])
 
 
 def last_checkpoints(folder: Path) -> tuple[Path | None, Path | None]:

@@ -10,16 +10,31 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch.utils.data import Dataset
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
-from llmprune_cli.errors import OutputError, VerificationError, first_line
+from llmprune_cli.errors import DivergedError, OutputError, first_line
 from llmprune_cli.heal.figures import HeldOut, Judgement, Training
 from llmprune_cli.heal.judging import check_judged, judge
 from llmprune_cli.heal.loss import Student
 from llmprune_cli.heal.options import Healing
 from llmprune_cli.heal.teacher import Teacher
-from llmprune_cli.heal.training.checkpoints import last_checkpoints, mark_whole
+from llmprune_cli.heal.training.checkpoints import (
+    STATE,
+    WEIGHTS,
+    has_ended,
+    keep_last,
+    last_checkpoints,
+    mark_whole,
+)
 from llmprune_cli.heal.training_text import TrainingText
 from llmprune_cli.processes import Processes
 from llmprune_cli.progress import Listener
@@ -44,6 +59,10 @@ class Lesson:
     def judge(self, student: Student) -> HeldOut:
         """How a student stands on held-out text."""
         return judge(student, self.teacher, self.text, self.healing.temperature, self.processes)
+
+    def loss(self, found: HeldOut) -> float:
+        """What is learned of what was judged, nats per token."""
+        return found.loss(self.healing.loss, self.healing.temperature)
 
 
 def warm_up_steps(steps: int) -> int:
@@ -95,7 +114,7 @@ class _Distiller(Trainer):
             eval_steps=schedule.between,
             save_strategy="no" if is_trial else "steps",
             save_steps=schedule.between,
-            save_total_limit=1,
+            save_total_limit=None,  # it removes the last one before the next is marked as whole
             load_best_model_at_end=not is_trial,
             metric_for_best_model="eval_loss",
             greater_is_better=False,
@@ -132,7 +151,7 @@ class _Distiller(Trainer):
         loss = model(input_ids=windows, goal=self._lesson.teacher.goal(windows, inputs["number"]))
         (broken,) = self._lesson.processes.add_up(float(not loss.isfinite()))  # all of them end, or none
         if broken:
-            raise VerificationError(
+            raise DivergedError(
                 f"The loss became NaN or infinite in step {self.state.global_step + 1}, so nothing was written. Give a "
                 f"smaller --learning-rate than {self._lesson.learning_rate:g}."
             )
@@ -140,13 +159,14 @@ class _Distiller(Trainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         found = self._lesson.judge(cast(Student, self.model))
-        if not math.isfinite(found.loss(self._lesson.healing.loss)):
-            raise VerificationError(
+        loss = self._lesson.loss(found)
+        if not math.isfinite(loss):
+            raise DivergedError(
                 f"After {self.state.global_step} steps the model predicts NaN, so nothing was written. Give a smaller "
                 f"--learning-rate than {self._lesson.learning_rate:g}."
             )
         metrics = {
-            "eval_loss": found.loss(self._lesson.healing.loss),
+            "eval_loss": loss,
             "eval_kl": found.kl,
             "eval_perplexity": found.perplexity,
             "eval_bits_per_byte": found.bits_per_byte,
@@ -195,36 +215,33 @@ class _Reports(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
-            mark_whole(Path(args.output_dir), state.global_step)
+            folder = Path(args.output_dir)
+            mark_whole(folder, state.global_step)
+            keep_last(folder, state.global_step, state.best_model_checkpoint)
 
 
 def loss_after(student: Student, lesson: Lesson, folder: Path) -> float:
     """The held-out loss of a student after a training of which nothing is kept.
 
     Raises:
-        VerificationError: the loss is no number.
+        DivergedError: the loss is no number.
     """
     trainer = _Distiller(student, lesson, folder, is_trial=True)
     trainer.train()
     return trainer.evaluate()["eval_loss"]
 
 
-def train(student: Student, lesson: Lesson, folder: Path) -> Training:
-    """Train a student; what a folder holds of the same run goes on from there.
+def _train(
+    student: Student, lesson: Lesson, folder: Path, begun: Path | None, best_before: Path | None
+) -> TrainerState:
+    """Train a student, which then has the weights of the best state.
 
     Args:
-        folder: for checkpoints.
+        begun, best_before: the last and the best checkpoint of a run that this one goes on with.
 
     Raises:
-        CheckpointError: a checkpoint in the folder is damaged, or a model predicts no numbers.
-        VerificationError: the loss is no number.
-        OutputError: a checkpoint cannot be written.
+        OutputError: see `train`.
     """
-    lesson.listener.stage("Judging on held-out text", 1)
-    before = check_judged(lesson.judge(student))
-    lesson.listener.advance(1)
-    nothing: tuple[Path | None, Path | None] = (None, None)
-    begun, best_before = lesson.processes.broadcast(last_checkpoints(folder) if lesson.processes.is_first else nothing)
     try:
         trainer = _Distiller(student, lesson, folder, best_before=best_before)
         trainer.train(resume_from_checkpoint=str(begun) if begun else None)
@@ -235,7 +252,30 @@ def train(student: Student, lesson: Lesson, folder: Path) -> Training:
             f"The training cannot be kept in {folder}: {first_line(error)}. Make room there, or choose another "
             "--output."
         ) from error
-    state = trainer.state
+    return trainer.state
+
+
+def train(student: Student, lesson: Lesson, folder: Path) -> Training:
+    """Train a student; what a folder holds of the same run goes on from there.
+
+    Args:
+        folder: for checkpoints.
+
+    Raises:
+        CheckpointError: a checkpoint in the folder is damaged, or a model predicts no numbers.
+        DivergedError: the loss is no number.
+        OutputError: a checkpoint cannot be written.
+    """
+    lesson.listener.stage("Judging on held-out text", 1)
+    before = check_judged(lesson.judge(student))
+    lesson.listener.advance(1)
+    nothing: tuple[Path | None, Path | None] = (None, None)
+    begun, best_before = lesson.processes.broadcast(last_checkpoints(folder) if lesson.processes.is_first else nothing)
+    if begun is not None and best_before is not None and has_ended(begun):
+        student.load_state_dict(load_file(best_before / WEIGHTS))
+        state = TrainerState.load_from_json(str(begun / STATE))
+    else:
+        state = _train(student, lesson, folder, begun, best_before)
     each = lesson.text.trained_tokens // lesson.text.schedule.steps
     curve = tuple(
         Judgement(
@@ -244,5 +284,5 @@ def train(student: Student, lesson: Lesson, folder: Path) -> Training:
         for entry in state.log_history
         if "eval_kl" in entry
     )
-    best = min(curve, key=lambda judged: judged.held_out.loss(lesson.healing.loss))
+    best = min((Judgement(0, before), *curve), key=lambda judged: lesson.loss(judged.held_out))
     return Training(before, curve, state.global_step, state.global_step < state.max_steps, best)
