@@ -271,7 +271,7 @@ def train(student: Student, lesson: Lesson, folder: Path) -> Training:
     lesson.listener.advance(1)
     nothing: tuple[Path | None, Path | None] = (None, None)
     begun, best_before = lesson.processes.broadcast(last_checkpoints(folder) if lesson.processes.is_first else nothing)
-    if begun is not None and best_before is not None and has_ended(begun):
+    if begun and best_before and has_ended(begun) and (best_before / WEIGHTS).is_file():
         student.load_state_dict(load_file(best_before / WEIGHTS))
         state = TrainerState.load_from_json(str(begun / STATE))
     else:
