@@ -160,9 +160,11 @@ def _legal_hidden(
     if architecture.hidden_follows_heads:
         legal, rule = [heads * before.head_dim], "query heads × head dim"
     elif architecture.hidden_multiple_of_heads:
-        step = math.lcm(heads, request.round_to or 1) if request.hidden_size is None else heads
+        is_by_ratio = request.hidden_size is None and hidden < before.hidden_size  # else nobody asked to round it
+        step = math.lcm(heads, request.round_to or 1) if is_by_ratio else heads
         step = step if step <= hidden else heads
-        legal, rule = near(hidden, step, before.hidden_size), "a multiple of the query heads"
+        rule = "a multiple of the query heads" + (f" and of {request.round_to} (--round-to)" if step != heads else "")
+        legal = near(hidden, step, before.hidden_size)
     else:
         return stepped(architecture, "hidden_size", hidden, request.hidden_size is not None, deviations)
     if hidden in legal:

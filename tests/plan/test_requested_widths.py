@@ -97,6 +97,13 @@ RESOLVED: list[tuple[str, dict[str, Any], dict[str, int], tuple[int, ...], tuple
     ("llama", {"intermediate_size": 29, "round_to": 8}, {"intermediate_size": 29}, EVERY, ()),
     ("llama", {"hidden_pruning_ratio": 0.25}, {"hidden_size": 48}, EVERY, ()),
     ("llama", {"hidden_pruning_ratio": 0.3}, {"hidden_size": 40}, EVERY, ("hidden_size is 40 instead of 44",)),
+    (
+        "llama",
+        {"hidden_pruning_ratio": 0.1, "round_to": 6},
+        {"hidden_size": 48},
+        EVERY,
+        ("hidden_size is 48 instead of 54: with 8 query heads it must be a multiple of the query heads and of 6 (--ro",),
+    ),
     ("llama", {"num_hidden_layers": 2}, {"num_hidden_layers": 2}, (0, 3), ()),
     ("llama", {"num_hidden_layers": 1}, {"num_hidden_layers": 1}, (3,), ()),
     ("llama", {"num_hidden_layers": 2, "keep_layers": (2,)}, {"num_hidden_layers": 2}, (2, 3), ()),
@@ -231,6 +238,25 @@ def test_neurons_that_a_ratio_of_their_own_keeps_are_a_round_number(asked: dict[
     assert any("1105" in text and "--round-to 1" in text for text in target.deviations) == (not asked)
     together = resolve(architecture, {}, WidthRequest(pruning_ratio=0.28)).widths
     assert together.intermediate_size == 1105
+
+
+@pytest.mark.parametrize(
+    ("family", "asked", "changed"),
+    [
+        ("llama", {"num_hidden_layers": 2}, {"num_hidden_layers": 2}),
+        ("llama", {"intermediate_pruning_ratio": 0.25}, {"intermediate_size": 28}),
+        ("llama", {"pruning_ratio": 0.25, "hidden_pruning_ratio": 0.0}, {"num_attention_heads": 6, "hidden_size": 60, "intermediate_size": 28}),
+        ("llama", {"num_attention_heads": 6}, {"num_attention_heads": 6, "hidden_size": 60}),
+        ("qwen3_moe", {"intermediate_size": 24}, {"intermediate_size": 24}),
+    ],
+)
+def test_round_to_leaves_alone_what_no_ratio_asks_for(
+    family: str, asked: dict[str, Any], changed: dict[str, int]
+) -> None:
+    """None of the whole widths is a multiple of 14, as 1,152 channels of a Gemma 3 are none of 256."""
+    architecture = architecture_of(family)
+    target = resolve(architecture, {}, WidthRequest(**asked, round_to=14))
+    assert {width: getattr(target.widths, width) for width in target.widths.changed_from(architecture.widths)} == changed
 
 
 @pytest.mark.parametrize(
