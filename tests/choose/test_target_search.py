@@ -121,6 +121,21 @@ def test_a_cache_that_is_not_known_is_said_and_cannot_be_asked_for(make_tiny: Ca
     assert_refused(run, UNSUPPORTED, "What openai-gpt keeps of a token", "Leave --context out")
 
 
+@pytest.mark.parametrize("asked", ["--layers 2", "--layers 2 --importance magnitude", "--target 80%"])
+def test_layers_whose_work_follows_their_number_go_from_the_end(
+    make_tiny: Callable[..., Path], text_file: Path, asked: str
+) -> None:
+    model = make_tiny("gpt2", num_hidden_layers=4, n_inner=48, scale_attn_by_inverse_layer_idx=True)
+    text = () if "magnitude" in asked else ("--calibration", text_file, *CALIBRATED)
+    run = run_cli("prune", model, *asked.split(), "--refit", "none", *text, "--dry-run", "--json")
+    assert run.code == 0, run.stderr
+    result = json.loads(run.stdout)
+    if "--layers" in asked:
+        assert result["dropped_layers"] == [2, 3]
+    else:
+        assert len({candidate["widths"]["num_hidden_layers"] for candidate in result["candidates"]}) > 1
+
+
 # --- on paper ------------------------------------------------------------------------------------------------------
 
 WIDE = {"intermediate_size": 192, "num_hidden_layers": 8, "max_position_embeddings": 64}
@@ -308,6 +323,18 @@ def test_where_the_layers_of_the_least_scores_cannot_go_others_do(rhythmic: Subj
     assert 8 < len(found[0].target.layers) < 16
 
 
+def test_layers_that_would_compute_something_else_are_not_tried(make_tiny: Callable[..., Path]) -> None:
+    folder = make_tiny("gpt2", num_hidden_layers=8, n_inner=48, scale_attn_by_inverse_layer_idx=True)
+    with open_checkpoint(ModelReference(str(folder)), need_weights=True) as checkpoint:
+        subject = understand(checkpoint)
+    for kept in ((), (0, 1)):
+        found = search(subject, Budget(0.7, "share"), LESS_IS_WORSE, missing_layers, keep_layers=kept)
+        assert min(len(candidate.target.layers) for candidate in found) < 8
+        assert all(candidate.target.layers == tuple(range(len(candidate.target.layers))) for candidate in found)
+    last_stays = WidthRequest(keep_layers=(-1,))
+    assert len(least_target(subject, last_stays).layers) == 8
+
+
 def test_where_layers_leave_much_room_other_ways_start_from_all_of_them(rhythmic: Subject) -> None:
     scores = (0.0,) * 16
     found = search(rhythmic, Budget(0.6, "share"), scores, missing_neurons)
@@ -325,6 +352,10 @@ def test_refused_widths_are_left_whole() -> None:
     found = search(subject, Budget(0.6, "share"), LESS_IS_WORSE, missing_layers)
     assert {candidate.target.widths.intermediate_size for candidate in found} == {192}
     assert all(candidate.parameters <= 0.6 * count_llama(subject.widths) for candidate in found)
+    subject = llama_on_paper(("num_hidden_layers",), **WIDE)
+    assert len(least_target(subject).layers) == 8
+    found = search(subject, Budget(0.6, "share"), LESS_IS_WORSE, missing_neurons)
+    assert {len(candidate.target.layers) for candidate in found} == {8} and len(found) <= most_candidates(subject)
 
 
 @pytest.mark.parametrize(("kept", "share"), [((0, -1), 0.8), ((2,), 0.5), ((0, 1, 2, 3, 4, 5), 0.85)])

@@ -12,7 +12,8 @@ from llmprune_cli.choose.targets.limits import Limit, measure_size, whole_target
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.errors import PlanError
 from llmprune_cli.family.architecture import legal_heads
-from llmprune_cli.family.widths import NEURONS
+from llmprune_cli.family.kept_layers import remain_alike
+from llmprune_cli.family.widths import NEURONS, Width
 from llmprune_cli.options import WidthRequest
 from llmprune_cli.plan.legal import legal_experts
 from llmprune_cli.plan.requested_widths import Target, protected_layers, resolve
@@ -137,8 +138,9 @@ def _legal(subject: Subject, request: WidthRequest) -> WidthRequest | None:
         found += [replace(request, drop_layers=None, num_hidden_layers=count)] if count else []
     for own in found:
         with suppress(PlanError):
-            resolve(subject.architecture, subject.trace.refused, own)
-            return own
+            target = resolve(subject.architecture, subject.trace.refused, own)
+            if remain_alike(subject.architecture.config, target.layers):
+                return own
     return None
 
 
@@ -163,9 +165,14 @@ def _goes_beyond(target: Target, bound: Target) -> bool:
 
 def _fewer_layers(subject: Subject, base: WidthRequest, layer_scores: tuple[float, ...]) -> Iterator[WidthRequest]:
     order = sorted(range(len(layer_scores)), key=layer_scores.__getitem__)
-    for count in sorted({round(share * len(order)) for share in DEPTHS}):
+    for count in sorted({round(share * len(order)) for share in _depths(subject)}):
         if count < len(order):
             yield replace(base, drop_layers=tuple(sorted(order[:count])) if count else None)
+
+
+def _depths(subject: Subject) -> tuple[float, ...]:
+    """Shares of the layers whose removal is considered: where none can go, none."""
+    return DEPTHS if Width.LAYERS not in subject.trace.refused else DEPTHS[:1]
 
 
 def _ever_fewer_layers(subject: Subject, base: WidthRequest, layer_scores: tuple[float, ...]) -> Iterator[WidthRequest]:
@@ -295,13 +302,14 @@ def least_target(subject: Subject, conditions: WidthRequest = NO_CONDITIONS) -> 
     shapes: dict[str, Any] = (
         {"num_key_value_heads": groups, "num_attention_heads": groups * per_group} if groups else {}
     )
-    layers = before.num_hidden_layers - round(DEPTHS[-1] * before.num_hidden_layers)
+    layers = before.num_hidden_layers - round(_depths(subject)[-1] * before.num_hidden_layers)
     for changes in ({**shapes, "num_hidden_layers": layers}, {"num_hidden_layers": layers}, shapes, {}):
         try:
             target = resolve(subject.architecture, subject.trace.refused, replace(request, **changes))
         except PlanError:  # layers or heads that cannot go so
             continue
-        if target.widths.hidden_size == before.hidden_size:
+        alike = remain_alike(subject.architecture.config, target.layers)
+        if alike and target.widths.hidden_size == before.hidden_size:
             return target
     return resolve(subject.architecture, subject.trace.refused, request)
 
