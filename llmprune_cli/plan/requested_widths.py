@@ -13,7 +13,7 @@ from llmprune_cli.family.kept_layers import remain_alike
 from llmprune_cli.family.widths import NEURONS, Widths, read_widths
 from llmprune_cli.options import WidthRequest
 from llmprune_cli.plan.legal import legal_experts, legal_values, listed, near, stepped, within
-from llmprune_cli.plan.rounding import count_groups, count_heads, count_units, usual_step
+from llmprune_cli.plan.rounding import check_heads_agree, count_groups, count_heads, count_units, usual_step
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ def resolve(architecture: Architecture, refused: dict[str, str], request: WidthR
     """
     deviations: list[str] = []
     before = architecture.widths
+    check_heads_agree(before, request)
     request = _spare_refused(before, refused, request, deviations)
     if architecture.hidden_follows_heads:
         request = _heads_from_hidden(before, request, deviations)
