@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from llmprune_cli.choose.activity import measure_activity
-from llmprune_cli.choose.gradients import measure_gradients
+from llmprune_cli.choose.gradients import measure_gradients, measure_taylor
+from llmprune_cli.choose.measuring import Measuring
 from llmprune_cli.choose.selection import make_plan
 from llmprune_cli.coupling.products import Products
 from llmprune_cli.journal.journal import Journal
 from llmprune_cli.options import Choice, WidthRequest
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.plan.requested_widths import resolve
-from llmprune_cli.progress import QUIET
+from llmprune_cli.progress import QUIET, Listener, Progress
 from llmprune_cli.repair import replay
 from llmprune_cli.repair.dense_goals import Streams, keep_dense, walk_dense
 from llmprune_cli.repair.refit import refit
@@ -97,6 +98,18 @@ def test_gradients_take_the_states_of_an_earlier_walk(tmp_path: Path, opened: Op
         for instance, scores in by.items():
             torch.testing.assert_close(reused.scores[width][instance], scores, rtol=1e-5, atol=0)
     assert reused.influence != influence  # of two windows, and of four
+
+
+@pytest.mark.parametrize("walked", [False, True])
+@pytest.mark.parametrize("opened", ["llama"], indirect=True)
+def test_gradients_are_done_when_all_that_was_to_do_is(opened: Opened, tmp_path: Path, walked: bool) -> None:
+    told: list[Progress] = []
+    bench = Workbench(opened.layered, None, Listener(told.append), offload_dir=tmp_path)
+    if walked:
+        with torch.inference_mode():
+            walk_dense(opened.layered, opened.tokens, bench.dense, lambda n: None)
+    measure_taylor(Measuring(bench, opened.tokens[1:3]))
+    assert told[-1].done == told[-1].total == opened.layered.layers * (1 if walked else 2)
 
 
 @pytest.mark.parametrize("opened", ["llama"], indirect=True)
