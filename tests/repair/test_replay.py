@@ -121,8 +121,10 @@ def test_states_that_do_not_fit_are_not_kept(tmp_path: Path, opened: Opened, mon
         states = DenseStates(tmp_path)
         keep_dense(states, opened.tokens, gpu)
         assert not states.is_open
+        keep_dense(states, opened.tokens, gpu, is_needed=True)
+        assert states.is_open and states.only_between
         needed = walk_dense(opened.layered, opened.tokens, DenseStates(tmp_path), lambda n: None, is_needed=True)
-    assert needed is not None
+    assert needed is not None and needed.states.covering(opened.tokens) is None  # what lies within layers is not kept
     assert {path.name for path in tmp_path.iterdir()} == {"model", "saved"}
     *_, (last, _) = opened.layered.walk(opened.tokens)
     torch.testing.assert_close(needed.read((opened.layered.layers, "")), last, rtol=0, atol=0)
