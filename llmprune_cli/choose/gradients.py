@@ -17,7 +17,7 @@ from llmprune_cli.plan.units import Scores
 from llmprune_cli.processes import Processes
 from llmprune_cli.repair.dense_goals import walk_dense
 from llmprune_cli.run.divergence import check_loss, predicted
-from llmprune_cli.run.layer import Ends, Layer, batches
+from llmprune_cli.run.layer import Ends, Layer, batches, windows_together
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.states import DenseStates
 
@@ -29,7 +29,9 @@ def measure_taylor(measuring: Measuring) -> Activity:
     model, listener = measuring.bench.model, measuring.bench.listener
 
     def measure() -> Activity:
-        listener.stage("Measuring gradients", 2 * model.layers)
+        own = model.processes.share(measuring.windows, windows_together(measuring.windows, GRADIENT_TOKENS))
+        walks = measuring.bench.dense.covering(own) is None
+        listener.stage("Measuring gradients", model.layers * (2 if walks else 1))
         return measure_gradients(model, measuring.windows, measuring.bench.dense, listener.advance)
 
     return measuring.remembered("taylor", measure)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.errors import PlanError
 from llmprune_cli.family.architecture import Architecture
 from llmprune_cli.family.widths import Width
+from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.documents import place_of
+from llmprune_cli.journal.keys import weights_sample
 from llmprune_cli.plan.document import Plan, fingerprint, most_plan_bytes, read_plan
 from llmprune_cli.plan.stored import MAKE_ONE
 
@@ -29,6 +31,16 @@ def stored_plan(subject: Subject, path: Path) -> Plan:
     for place in _uneven(plan, subject.architecture):
         raise PlanError(f"{path} contradicts itself: {place} must name as many of each group. {MAKE_ONE}")
     return plan
+
+
+def warn_of_other_weights(plan: Plan, path: Path, checkpoint: Checkpoint, warn: Callable[[str], None]) -> None:
+    """Say so where a plan fits a model whose weights are not those that its units were chosen by."""
+    own = weights_sample(checkpoint) if plan.weights is not None else None
+    if own is not None and own != plan.weights:
+        warn(
+            f"{path} was made for other weights than those of {checkpoint.source}, though of the same shapes: the "
+            "units that stay did well there. Make a plan for these weights with --save-plan."
+        )
 
 
 def _uneven(plan: Plan, architecture: Architecture) -> Iterator[str]:

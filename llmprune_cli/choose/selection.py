@@ -26,6 +26,7 @@ from llmprune_cli.choose.targets.vocabulary import SizedVocabulary, TryOut, sett
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.coupling.trace import Instance
 from llmprune_cli.errors import PlanError
+from llmprune_cli.family.kept_layers import remain_alike
 from llmprune_cli.family.widths import Width, Widths
 from llmprune_cli.folder.tensors import split_name
 from llmprune_cli.journal.forms import Json
@@ -328,6 +329,7 @@ def _without_least_layers(subject: Subject, target: Target, choice: Choice, laye
     dropped = tuple(sorted(order[: subject.widths.num_hidden_layers - count]))
     request = replace(choice.widths, num_hidden_layers=None, drop_layers=dropped)
     try:
-        return resolve(subject.architecture, subject.trace.refused, request)
+        found = resolve(subject.architecture, subject.trace.refused, request)
     except PlanError:  # these layers cannot go together; those of the target can
         return target
+    return found if remain_alike(subject.architecture.config, found.layers) else target

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,7 @@ from transformers import PretrainedConfig
 from llmprune_cli.errors import CheckpointError, UnsupportedError
 from llmprune_cli.family.architecture import reconfigure
 from llmprune_cli.family.layers import layer_changes
-from llmprune_cli.family.skeleton import build_skeleton
+from llmprune_cli.family.skeleton import REMEMBERED, Comparable, build_skeleton
 from llmprune_cli.family.widths import read_layers
 from llmprune_cli.folder.tensors import split_name
 
@@ -49,6 +50,20 @@ def check_kept_layers(config: PretrainedConfig, kept: Sequence[int]) -> None:
                         f"{name} of {template.format(old, *numbers)} is {value}, and would be {found}. Drop other "
                         "layers, or the last ones."
                     )
+
+
+def remain_alike(config: PretrainedConfig, kept: Sequence[int]) -> bool:
+    """Whether `check_kept_layers` refuses nothing; a search asks of the same layers again and again."""
+    return len(kept) == read_layers(config) or _remain_alike(Comparable.of(config), tuple(kept))
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _remain_alike(comparable: Comparable, kept: tuple[int, ...]) -> bool:
+    try:
+        check_kept_layers(comparable.config, kept)
+    except UnsupportedError:
+        return False
+    return True
 
 
 def _describe(config: PretrainedConfig) -> dict[int, Described]:

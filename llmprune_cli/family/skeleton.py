@@ -28,12 +28,17 @@ class Shapes:
 
 
 @dataclass(frozen=True)
-class _Described:
-    """A configuration that equals others of the same class and fields."""
+class Comparable:
+    """A configuration that equals others of the same class and fields, so that what follows from it is kept by it."""
 
     kind: type
     fields: str
     config: PretrainedConfig = field(compare=False)
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> Comparable:
+        """The configuration as it is now."""
+        return cls(type(config), config.to_json_string(use_diff=False), config)
 
 
 def build_skeleton(config: PretrainedConfig) -> PreTrainedModel:
@@ -79,13 +84,13 @@ def shapes_of(config: PretrainedConfig) -> Shapes:
     Raises:
         UnsupportedError, CheckpointError: see `build_skeleton`.
     """
-    found = _shapes(_Described(type(config), config.to_json_string(use_diff=False), config))
+    found = _shapes(Comparable.of(config))
     return Shapes(dict(found.disk), dict(found.memory), dict(found.sharing))
 
 
 @lru_cache(maxsize=REMEMBERED)
-def _shapes(described: _Described) -> Shapes:
-    model = build_skeleton(described.config)
+def _shapes(comparable: Comparable) -> Shapes:
+    model = build_skeleton(comparable.config)
     disk = {name: tuple(tensor.shape) for name, tensor in on_disk(model, model.state_dict()).items()}
     sharing = {}
     for name, module in model.named_modules():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -100,13 +100,27 @@ def weights_identity(checkpoint: Checkpoint) -> str:
     no sample meets.
     """
     digest = hashlib.sha256(repr([checkpoint.revision, *_files(Path(checkpoint.source))]).encode())
+    for name, sample in _samples(checkpoint):
+        digest.update(name.encode())
+        digest.update(sample)
+    return digest.hexdigest()
+
+
+def weights_sample(checkpoint: Checkpoint) -> str | None:
+    """SHA-256 of the sample alone, the same of every copy of the weights; None where they are not on this machine."""
+    shards = {entry.shard for entry in checkpoint.entries}
+    if not all(shard is not None and (checkpoint.folder / shard).is_file() for shard in shards):
+        return None
+    samples = sorted((name, hashlib.sha256(sample).hexdigest()) for name, sample in _samples(checkpoint))
+    return hashlib.sha256(json.dumps(samples).encode()).hexdigest()
+
+
+def _samples(checkpoint: Checkpoint) -> Iterator[tuple[str, bytes]]:
+    """The name of every tensor, in the order on disk, and some of its bytes."""
     for entry, tensor in checkpoint.tensors():
         raw = tensor.reshape(-1).view(torch.uint8)
-        digest.update(entry.name.encode())
-        for number in range(SAMPLES):
-            first = max(0, len(raw) - SAMPLE_BYTES) * number // (SAMPLES - 1)
-            digest.update(raw[first : first + SAMPLE_BYTES].numpy().tobytes())
-    return digest.hexdigest()
+        firsts = [max(0, len(raw) - SAMPLE_BYTES) * number // (SAMPLES - 1) for number in range(SAMPLES)]
+        yield entry.name, b"".join(raw[first : first + SAMPLE_BYTES].numpy().tobytes() for first in firsts)
 
 
 def _files(path: Path) -> list[tuple[str, int, int]]:

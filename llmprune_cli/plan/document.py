@@ -45,6 +45,7 @@ class Plan:
     protected: Numbers  # numbers of the layers among them that no one may change
     keep: Keep
     vocabulary: Vocabulary | None = None  # None: all tokens stay
+    weights: str | None = None  # SHA-256 of a sample of the weights that units were chosen by; None: of any
 
     @property
     def changed(self) -> tuple[str, ...]:

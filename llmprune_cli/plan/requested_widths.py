@@ -9,10 +9,11 @@ from typing import Any
 from llmprune_cli.coupling.trace import Trace
 from llmprune_cli.errors import PlanError
 from llmprune_cli.family.architecture import Architecture, has_layers, with_widths
+from llmprune_cli.family.kept_layers import remain_alike
 from llmprune_cli.family.widths import NEURONS, Widths, read_widths
 from llmprune_cli.options import WidthRequest
 from llmprune_cli.plan.legal import legal_experts, legal_values, listed, near, stepped, within
-from llmprune_cli.plan.rounding import count_groups, count_heads, count_units, usual_step
+from llmprune_cli.plan.rounding import check_heads_agree, count_groups, count_heads, count_units, usual_step
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def resolve(architecture: Architecture, refused: dict[str, str], request: WidthR
     """
     deviations: list[str] = []
     before = architecture.widths
+    check_heads_agree(before, request)
     request = _spare_refused(before, refused, request, deviations)
     if architecture.hidden_follows_heads:
         request = _heads_from_hidden(before, request, deviations)
@@ -160,9 +162,11 @@ def _legal_hidden(
     if architecture.hidden_follows_heads:
         legal, rule = [heads * before.head_dim], "query heads × head dim"
     elif architecture.hidden_multiple_of_heads:
-        step = math.lcm(heads, request.round_to or 1) if request.hidden_size is None else heads
+        is_by_ratio = request.hidden_size is None and hidden < before.hidden_size  # else nobody asked to round it
+        step = math.lcm(heads, request.round_to or 1) if is_by_ratio else heads
         step = step if step <= hidden else heads
-        legal, rule = near(hidden, step, before.hidden_size), "a multiple of the query heads"
+        rule = "a multiple of the query heads" + (f" and of {request.round_to} (--round-to)" if step != heads else "")
+        legal = near(hidden, step, before.hidden_size)
     else:
         return stepped(architecture, "hidden_size", hidden, request.hidden_size is not None, deviations)
     if hidden in legal:
@@ -209,7 +213,8 @@ def _layers(
 
     Of a number of layers, the deepest go but for the last, which does other work (Gromov et al., "The Unreasonable
     Ineffectiveness of the Deeper Layers", arXiv 2403.17887, section 4.4), and but for those that are protected. Where
-    the configuration places its kinds of layers by a rhythm that this would break, the last go.
+    the configuration places its kinds of layers by a rhythm that this would break, or what a layer computes follows its
+    number, the last go.
     """
     whole = architecture.widths.num_hidden_layers
     if request.drop_layers is not None:
@@ -229,9 +234,14 @@ def _layers(
             "or protect fewer with --keep-layers."
         )
     dropped = set(deepest_first[: whole - count])
-    kept = tuple(layer for layer in range(whole) if layer not in dropped)
-    if not has_layers(architecture.config, kept) and set(protected) <= set(range(count)):
-        family = architecture.config.model_type
-        deviations.append(f"The last {whole - count} layers go, so that {family} keeps its rhythm of layers.")
-        return tuple(range(count))
+    kept, first = tuple(layer for layer in range(whole) if layer not in dropped), tuple(range(count))
+    config, family, instead = architecture.config, architecture.config.model_type, f"The last {whole - count} layers go"
+    if remain_alike(config, kept) or not set(protected) <= set(first):
+        return kept
+    if not has_layers(config, kept):
+        deviations.append(f"{instead}, so that {family} keeps its rhythm of layers.")
+        return first
+    if remain_alike(config, first):
+        deviations.append(f"{instead}, since what a layer of {family} computes follows its number.")
+        return first
     return kept

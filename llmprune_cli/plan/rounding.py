@@ -15,6 +15,30 @@ WHOLE_BLOCKS = 256  # weights that K-quants pack together; groups of 128 share a
 COARSEST = 22  # steps in the whole width, at least, where a ratio decides: MLPs are often 11 · 2^n wide
 
 
+def check_heads_agree(before: Widths, request: WidthRequest) -> None:
+    """Where every query head has a KV head of its own, make sure that nobody asks for two numbers of them.
+
+    Raises:
+        PlanError: see above.
+    """
+    if before.heads_per_group > 1 or not before.num_attention_heads:
+        return
+    whole = before.num_attention_heads
+    asked = (
+        (request.num_attention_heads, request.head_pruning_ratio),
+        (request.num_key_value_heads, request.kv_group_pruning_ratio),
+    )
+    heads, groups = (
+        max(1, whole - math.ceil(_exact(ratio * whole))) if exact is None and ratio is not None else exact
+        for exact, ratio in asked
+    )
+    if heads is not None and groups is not None and heads != groups:
+        raise PlanError(
+            f"{heads} query heads and {groups} KV groups are asked for, and every query head of this model has a KV "
+            "head of its own, so that there are as many of both. Ask for query heads alone."
+        )
+
+
 def count_groups(before: Widths, request: WidthRequest, deviations: list[str]) -> int:
     """KV groups that stay: K − ceil(r·K); where each query head has its own, heads and groups go alike."""
     whole = before.num_key_value_heads

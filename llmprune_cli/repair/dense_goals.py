@@ -96,8 +96,9 @@ def keep_dense(states: DenseStates, windows: torch.Tensor, model: LayeredModel, 
 
     What a GPU would read from a file it computes faster, so that there nothing is kept without need.
     """
-    if is_needed or model.device == "cpu":
-        states.begin(windows, model.widths.hidden_size, places_of(model), is_needed)
+    needed, on_cpu = model.layers + 1 if is_needed else 0, model.device == "cpu"
+    if needed or on_cpu:
+        states.begin(windows, model.widths.hidden_size, places_of(model) if on_cpu else needed, needed)
 
 
 def places_of(model: LayeredModel) -> int:

@@ -12,12 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
 import torch
 
 from llmprune_cli.errors import OutputError
 from llmprune_cli.folder.shards import raw_bytes
 
 MOST_OF_FREE_SPACE = 0.5  # that hidden states may take which could be computed again
+IN_MEMORY = ("tmpfs", "ramfs")  # file systems whose files are memory, as /tmp is on many systems
+LASTING = Path("/var/tmp")  # of temporary files that outlive a restart, and so lie on a disk
 
 
 def new_states(shape: Sequence[int], folder: Path | None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -60,6 +63,26 @@ def are_worth_keeping(size_bytes: int, folder: Path) -> bool:
     return size_bytes <= MOST_OF_FREE_SPACE * shutil.disk_usage(folder).free
 
 
+def roomy_folder(beside: Path | None) -> Path:
+    """Where hidden states go that are too many for memory: to the other temporary files, unless these are memory.
+
+    Args:
+        beside: a folder where the run writes, which is better then; None where there is none.
+    """
+    usual = Path(tempfile.gettempdir())
+    places = [usual, *([beside] if beside is not None else []), LASTING]
+    on_disk = (place for place in places if os.access(place, os.W_OK | os.X_OK) and not lies_in_memory(place))
+    return next(on_disk, usual)
+
+
+def lies_in_memory(folder: Path) -> bool:
+    """Whether files in a folder are memory."""
+    path = folder.resolve()
+    mounts = [own for own in psutil.disk_partitions(all=True) if path.is_relative_to(own.mountpoint)]
+    deepest = max(reversed(mounts), key=lambda own: len(own.mountpoint), default=None)  # of equal ones the last holds
+    return deepest is not None and deepest.fstype in IN_MEMORY
+
+
 @dataclass
 class DenseStates:
     """What the unpruned model makes of some windows, before, within and behind its layers: for whoever needs it again.
@@ -71,15 +94,16 @@ class DenseStates:
     windows: torch.Tensor | None = None  # token ids, [N, T]; None where nothing is kept
     channels: int = 0
     is_whole: bool = False  # whether the windows went through all layers
+    only_between: bool = False  # layers, not within them
     notes: dict[int, Any] = field(default_factory=dict)  # what was found out about each layer on the way
     _slots: dict[Place, int] = field(default_factory=dict)
     _file: IO[bytes] | None = None
 
-    def begin(self, windows: torch.Tensor, channels: int, places: int, is_needed: bool = False) -> None:
+    def begin(self, windows: torch.Tensor, channels: int, places: int, needed: int = 0) -> None:
         """Make room for the states of windows [N, T] at so many places; if there is not enough, keep nothing.
 
         Args:
-            is_needed: whether there must be room.
+            needed: places between layers, which there must be room for; 0 where nothing has to be kept.
 
         Raises:
             OutputError: there must be, and is not.
@@ -89,14 +113,18 @@ class DenseStates:
         self._slots.clear()
         self.notes.clear()
         try:
-            if not is_needed and not are_worth_keeping(size_bytes, self.folder):
+            is_ample = are_worth_keeping(size_bytes, self.folder)
+            if not is_ample and not needed:
                 return
+            self.only_between = needed > 0 and (not is_ample or places == needed)
+            if self.only_between:
+                size_bytes = states_bytes(windows.numel(), channels, needed)
             self._file = tempfile.TemporaryFile(dir=self.folder, prefix=".llmprune-")  # noqa: SIM115
             weakref.finalize(self, self._file.close)
             allocate(self._file.fileno(), size_bytes)
         except OSError as error:
             self._file = None
-            if is_needed:
+            if needed:
                 raise _no_room(self.folder, size_bytes, error) from error
             return
         self.windows, self.channels = windows, channels
@@ -109,6 +137,8 @@ class DenseStates:
     def put(self, place: Place, first: int, states: torch.Tensor) -> None:
         """Keep float32 states [B, T, D] of the windows from a number on."""
         assert self._file is not None
+        if self.only_between and place[1]:
+            return
         at = self._offset(self._slots.setdefault(place, len(self._slots)), first)
         try:
             self._file.seek(at)
@@ -117,8 +147,10 @@ class DenseStates:
             raise _no_room(self.folder, states.nbytes, error) from error
 
     def covering(self, windows: torch.Tensor) -> KeptStates | None:
-        """What is kept of windows [M, T]; None where some of them never ran."""
-        if self.windows is None or not self.is_whole or windows.shape[1:] != self.windows.shape[1:]:
+        """What is kept of windows [M, T]; None where some of them never ran, or where a part of it is left out."""
+        if self.windows is None or not self.is_whole or self.only_between:
+            return None
+        if windows.shape[1:] != self.windows.shape[1:]:
             return None
         rows = {window.numpy().tobytes(): number for number, window in enumerate(self.windows)}
         wanted = [rows.get(window.numpy().tobytes()) for window in windows]

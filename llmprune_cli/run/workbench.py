@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from llmprune_cli.journal.journal import Journal
 from llmprune_cli.progress import Listener
 from llmprune_cli.run.calibration import CalibrationText
 from llmprune_cli.run.layered_model import LayeredModel
-from llmprune_cli.run.states import DenseStates
+from llmprune_cli.run.states import DenseStates, roomy_folder
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Workbench:
     @property
     def all_layers_dir(self) -> Path:
         """Where the hidden states of all layers lie, which are too many for memory."""
-        return self.offload_dir or Path(tempfile.gettempdir())
+        return self.offload_dir or roomy_folder(self.journal.folder)
 
     @property
     def dense(self) -> DenseStates:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llmprune_cli.choose.selection import first_target, judged_windows
-from llmprune_cli.choose.targets.limits import measure_size, size_limit, whole_target
+from llmprune_cli.choose.targets.limits import SizeLimit, measure_size, size_limit, whole_target
 from llmprune_cli.choose.targets.search import Candidate, conditions_of, least_target, most_candidates, search_widths
 from llmprune_cli.coupling.subject import Subject, understand
 from llmprune_cli.errors import PlanError, UnsupportedError
@@ -27,7 +27,7 @@ from llmprune_cli.source.full_model import load_model
 from llmprune_cli.source.opening import open_checkpoint
 from llmprune_cli.text.corpus import Corpus
 from support import families
-from support.architectures import count_llama, llama_on_paper
+from support.architectures import architecture_of, count_llama, llama_on_paper
 from support.cli import CALIBRATED, run_cli
 from support.full import examples, in_full
 from support.refusals import PLAN, UNSUPPORTED, assert_refused
@@ -121,6 +121,21 @@ def test_a_cache_that_is_not_known_is_said_and_cannot_be_asked_for(make_tiny: Ca
     assert_refused(run, UNSUPPORTED, "What openai-gpt keeps of a token", "Leave --context out")
 
 
+@pytest.mark.parametrize("asked", ["--layers 2", "--layers 2 --importance magnitude", "--target 80%"])
+def test_layers_whose_work_follows_their_number_go_from_the_end(
+    make_tiny: Callable[..., Path], text_file: Path, asked: str
+) -> None:
+    model = make_tiny("gpt2", num_hidden_layers=4, n_inner=48, scale_attn_by_inverse_layer_idx=True)
+    text = () if "magnitude" in asked else ("--calibration", text_file, *CALIBRATED)
+    run = run_cli("prune", model, *asked.split(), "--refit", "none", *text, "--dry-run", "--json")
+    assert run.code == 0, run.stderr
+    result = json.loads(run.stdout)
+    if "--layers" in asked:
+        assert result["dropped_layers"] == [2, 3]
+    else:
+        assert len({candidate["widths"]["num_hidden_layers"] for candidate in result["candidates"]}) > 1
+
+
 # --- on paper ------------------------------------------------------------------------------------------------------
 
 WIDE = {"intermediate_size": 192, "num_hidden_layers": 8, "max_position_embeddings": 64}
@@ -136,7 +151,7 @@ def search(
     bound: Target | None = None,
     round_to: int | None = None,
 ) -> tuple[Candidate, ...]:
-    conditions = WidthRequest(keep_layers=keep_layers, round_to=round_to)
+    conditions = conditions_of(subject, WidthRequest(keep_layers=keep_layers, round_to=round_to), None)
     return search_widths(subject, size_limit(subject, budget), scores, judge, conditions, bound)
 
 
@@ -194,9 +209,29 @@ def test_where_quantized_weights_are_counted_blocks_divide_the_neurons(kind: str
     choice = Choice(target=f"1MB as {kind}")
     found = [target.widths.intermediate_size for target in _tried(subject, choice)]
     assert found and all(own % step == 0 for own in found)
-    asked = replace(choice, widths=WidthRequest(round_to=3))
-    assert conditions_of(subject, asked.widths, asked.budget) == asked.widths
-    assert conditions_of(subject, WidthRequest(), Choice(target="1MB").budget).is_empty
+    asked = conditions_of(subject, WidthRequest(round_to=3), choice.budget)
+    assert asked.steps == {"intermediate_size": 3}
+
+
+def test_blocks_divide_each_kind_of_neurons_in_steps_of_its_own() -> None:
+    """A Qwen3-235B names 12,288 neurons, of which no layer has any, beside experts of 1,536."""
+    sizes = {"intermediate_size": 12288, "moe_intermediate_size": 1536}
+    subject = replace(llama_on_paper(), architecture=architecture_of("qwen3_moe", **sizes))
+    budget = Choice(target="1MB as q4_k_m").budget
+    both = {"intermediate_size": 256, "moe_intermediate_size": 32}
+    assert conditions_of(subject, WidthRequest(), budget).steps == both
+    trace = replace(subject.trace, refused={"intermediate_size": "no tensor has it"})
+    assert conditions_of(replace(subject, trace=trace), WidthRequest(), budget).steps == {"moe_intermediate_size": 32}
+
+
+def test_the_finest_steps_of_all_kinds_of_neurons_are_tried() -> None:
+    """Of 32 steps of 256 neurons and 64 of 64 none is left out, though the former are the wider MLP."""
+    architecture = architecture_of("qwen3_moe", head_dim=8, intermediate_size=8192, moe_intermediate_size=4096)
+    subject = replace(llama_on_paper(intermediate_size=8192), architecture=architecture)
+    limit = SizeLimit(3136, lambda target: target.widths.moe_intermediate_size, "neurons", whole_target(subject))
+    conditions = conditions_of(subject, WidthRequest(), Choice(target="1MB as q4_k_m").budget)
+    found = search_widths(subject, limit, (0.0,) * 4, missing_neurons, conditions)
+    assert {own.target.widths.moe_intermediate_size for own in found} == {3136}  # 49 times 64
 
 
 @pytest.mark.parametrize(("neurons", "step"), [(14336, 128), (1536, 16), (48, 1)])
@@ -308,6 +343,18 @@ def test_where_the_layers_of_the_least_scores_cannot_go_others_do(rhythmic: Subj
     assert 8 < len(found[0].target.layers) < 16
 
 
+def test_layers_that_would_compute_something_else_are_not_tried(make_tiny: Callable[..., Path]) -> None:
+    folder = make_tiny("gpt2", num_hidden_layers=8, n_inner=48, scale_attn_by_inverse_layer_idx=True)
+    with open_checkpoint(ModelReference(str(folder)), need_weights=True) as checkpoint:
+        subject = understand(checkpoint)
+    for kept in ((), (0, 1)):
+        found = search(subject, Budget(0.7, "share"), LESS_IS_WORSE, missing_layers, keep_layers=kept)
+        assert min(len(candidate.target.layers) for candidate in found) < 8
+        assert all(candidate.target.layers == tuple(range(len(candidate.target.layers))) for candidate in found)
+    last_stays = conditions_of(subject, WidthRequest(keep_layers=(-1,)), None)
+    assert len(least_target(subject, last_stays).layers) == 8
+
+
 def test_where_layers_leave_much_room_other_ways_start_from_all_of_them(rhythmic: Subject) -> None:
     scores = (0.0,) * 16
     found = search(rhythmic, Budget(0.6, "share"), scores, missing_neurons)
@@ -325,6 +372,10 @@ def test_refused_widths_are_left_whole() -> None:
     found = search(subject, Budget(0.6, "share"), LESS_IS_WORSE, missing_layers)
     assert {candidate.target.widths.intermediate_size for candidate in found} == {192}
     assert all(candidate.parameters <= 0.6 * count_llama(subject.widths) for candidate in found)
+    subject = llama_on_paper(("num_hidden_layers",), **WIDE)
+    assert len(least_target(subject, conditions_of(subject, WidthRequest(), None)).layers) == 8
+    found = search(subject, Budget(0.6, "share"), LESS_IS_WORSE, missing_neurons)
+    assert {len(candidate.target.layers) for candidate in found} == {8} and len(found) <= most_candidates(subject)
 
 
 @pytest.mark.parametrize(("kept", "share"), [((0, -1), 0.8), ((2,), 0.5), ((0, 1, 2, 3, 4, 5), 0.85)])
@@ -344,7 +395,8 @@ def test_beside_protected_layers_only_whole_layers_go_and_as_few_as_can(kept: tu
 @pytest.mark.parametrize(("kept", "remedy"), [((), "give the widths yourself"), ((0, 1, 2), "protect fewer layers")])
 def test_a_budget_out_of_reach_names_the_least(kept: tuple[int, ...], remedy: str) -> None:
     subject = llama_on_paper(**WIDE)
-    least = measure_size(subject, least_target(subject, WidthRequest(keep_layers=kept)))[0]
+    conditions = conditions_of(subject, WidthRequest(keep_layers=kept), None)
+    least = measure_size(subject, least_target(subject, conditions))[0]
     with pytest.raises(PlanError, match=f"at most 1,000 parameters; .* reaches is {least:,} .*{remedy}"):
         limit = size_limit(subject, Budget(1000, "parameters"))
         first_target(subject, Choice(WidthRequest(keep_layers=kept)), limit)
@@ -352,7 +404,8 @@ def test_a_budget_out_of_reach_names_the_least(kept: tuple[int, ...], remedy: st
 
 
 def test_the_least_is_less_in_every_width() -> None:
-    widths = least_target(llama_on_paper(**WIDE)).widths
+    subject = llama_on_paper(**WIDE)
+    widths = least_target(subject, conditions_of(subject, WidthRequest(), None)).widths
     assert (widths.num_key_value_heads, widths.num_attention_heads, widths.num_hidden_layers) == (1, 2, 4)
     assert widths.intermediate_size == 28 and widths.hidden_size == 64  # 15% of 192, in steps of two
 

@@ -164,6 +164,18 @@ def test_the_disk_that_is_expected_is_what_is_written(tmp_path: Path) -> None:
     assert said["disk_bytes"] == pytest.approx(written, rel=0.02)
 
 
+def test_files_of_hidden_states_that_are_memory_count_as_memory(
+    deep: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("prune", deep, *REQUESTS["range"], *CALIBRATED, "--calibration", text_file, "--dry-run")
+    on_disk = expected(*asked)
+    monkeypatch.setattr("llmprune_cli.commands.prune.estimate.job.lies_in_memory", lambda folder: True)
+    in_memory = expected(*asked)
+    kept = 4 * 600 * 64 * (2 * 4 + 1)  # bytes of float32, tokens, channels, places
+    assert on_disk["temporary_bytes"] - in_memory["temporary_bytes"] == kept
+    assert in_memory["memory_bytes"] > on_disk["memory_bytes"]
+
+
 LAYER = 2 * 64 * 64 + 2 * 16 * 64 + 3 * 48 * 64 + 2 * 64  # parameters of a layer of `deep`
 MADE = 3 * 48 + 3 * 64 + 6 * 64  # numbers that it makes of a token
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from llmprune_cli.coupling.trace import Instance
 from llmprune_cli.errors import CheckpointError
 from llmprune_cli.family.widths import Width, Widths
 from llmprune_cli.plan.document import Plan
+from support.checkpoints import rewrite
 from support.cli import BY_CHANCE, BY_MAGNITUDE, run_cli
 from support.refusals import edit_json
 
@@ -63,6 +65,7 @@ def heads(kept: list[int], groups: list[int]) -> Change:
         (lambda plan: plan.update(plan_version=99), "is not a plan of version 3."),
         (lambda plan: plan.update(surprise=1), "is not a plan (surprise: Unexpected"),
         (lambda plan: plan.update(seed=True), "is not a plan (seed: Input should be a valid integer)."),
+        (lambda plan: plan.update(weights=7), "is not a plan (weights: Input should be a valid string)."),
         (lambda plan: plan.update(importance=7), "is not a plan (importance: Input should be a valid string)."),
         (lambda plan: plan.update(layers=[0, "last"]), "is not a plan (layers[1]: Input should be a valid integer)."),
         (lambda plan: plan["after"].update(hidden_size="4"), "is not a plan (after.hidden_size: Input should be"),
@@ -127,3 +130,28 @@ def test_replaying_a_plan_writes_the_same_bytes(tiny_of: Callable[[str], Path], 
     for name in names:
         if name != "llmprune.json":
             assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_a_plan_of_other_weights_is_replayed_with_a_warning(tiny_llama: Path, tmp_path: Path) -> None:
+    """Of a copy in files of other sizes and dates it is replayed without, and so is a plan that does not say."""
+    plan = tmp_path / "plan.json"
+    copy = rewrite(tiny_llama, tmp_path / "copy", lambda tensors: tensors)
+    trained = rewrite(tiny_llama, tmp_path / "trained", lambda tensors: {n: t + 0.01 for n, t in tensors.items()})
+    described = tmp_path / "described"
+    described.mkdir()
+    shutil.copy(tiny_llama / "config.json", described)
+    saved = run_cli("prune", tiny_llama, *BY_MAGNITUDE, "--pruning-ratio", "0.5", "--save-plan", plan)
+    assert saved.code == 0, saved.stderr
+
+    def warned(model: Path) -> bool:
+        again = tmp_path / "again.json"
+        run = run_cli("prune", model, *BY_MAGNITUDE, "--plan", plan, "--dry-run")
+        assert run.code == 0, run.stderr
+        run_cli("prune", model, *BY_MAGNITUDE, "--plan", plan, "--save-plan", again)
+        assert model == described or again.read_bytes() == plan.read_bytes()  # it says whose it was
+        return "was made for other weights" in run.stderr
+
+    assert [warned(model) for model in (tiny_llama, copy, trained, described)] == [False, False, True, False]
+    edit_json(plan, lambda own: own.pop("weights"))
+    Plan.load(plan).save(plan)
+    assert not warned(trained)

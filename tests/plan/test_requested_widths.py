@@ -97,6 +97,13 @@ RESOLVED: list[tuple[str, dict[str, Any], dict[str, int], tuple[int, ...], tuple
     ("llama", {"intermediate_size": 29, "round_to": 8}, {"intermediate_size": 29}, EVERY, ()),
     ("llama", {"hidden_pruning_ratio": 0.25}, {"hidden_size": 48}, EVERY, ()),
     ("llama", {"hidden_pruning_ratio": 0.3}, {"hidden_size": 40}, EVERY, ("hidden_size is 40 instead of 44",)),
+    (
+        "llama",
+        {"hidden_pruning_ratio": 0.1, "round_to": 6},
+        {"hidden_size": 48},
+        EVERY,
+        ("with 8 query heads it must be a multiple of the query heads and of 6 (--round-to)",),
+    ),
     ("llama", {"num_hidden_layers": 2}, {"num_hidden_layers": 2}, (0, 3), ()),
     ("llama", {"num_hidden_layers": 1}, {"num_hidden_layers": 1}, (3,), ()),
     ("llama", {"num_hidden_layers": 2, "keep_layers": (2,)}, {"num_hidden_layers": 2}, (2, 3), ()),
@@ -105,7 +112,9 @@ RESOLVED: list[tuple[str, dict[str, Any], dict[str, int], tuple[int, ...], tuple
     ("llama-mha", {"pruning_ratio": 0.25}, {**QUARTER, "num_key_value_heads": 6}, EVERY, ()),
     ("llama-mha", {"num_attention_heads": 4}, {"num_attention_heads": 4, "num_key_value_heads": 4}, EVERY, ()),
     ("llama-mha", {"num_key_value_heads": 4}, {"num_attention_heads": 4, "num_key_value_heads": 4}, EVERY, ()),
-    ("llama-mha", {"kv_group_pruning_ratio": 0.5, "head_pruning_ratio": 0.1}, BOTH, EVERY, ()),
+    ("llama-mha", {"kv_group_pruning_ratio": 0.5, "num_key_value_heads": 4, "num_attention_heads": 4}, BOTH, EVERY, ()),
+    ("llama-mha", {"kv_group_pruning_ratio": 0.5, "head_pruning_ratio": 0.45}, BOTH, EVERY, ()),
+    ("llama-mha", {"num_attention_heads": 4, "head_pruning_ratio": 0.25}, BOTH, EVERY, ()),
     ("gpt2", {"pruning_ratio": 0.5}, {**HALF, "num_key_value_heads": 4}, EVERY, ()),
     (
         "gpt2",
@@ -166,6 +175,10 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("llama", {"num_attention_heads": 9}, ("num_attention_heads = 9", "1 to 8")),
     ("llama", {"num_key_value_heads": 3}, ("num_key_value_heads = 3", "1 to 2")),
     ("llama", {"num_key_value_heads": 1, "num_attention_heads": 6}, ("6 query heads", "Legal values: 1, 2, 3, 4")),
+    ("llama-mha", {"head_pruning_ratio": 0.5, "kv_group_pruning_ratio": 0.25}, ("4 query heads and 6 KV groups",)),
+    ("llama-mha", {"num_key_value_heads": 6, "head_pruning_ratio": 0.75}, ("2 query heads and 6 KV groups", "alone")),
+    ("llama-mha", {"num_attention_heads": 6, "kv_group_pruning_ratio": 0.0}, ("6 query heads and 8 KV groups",)),
+    ("llama-mha", {"num_attention_heads": 6, "num_key_value_heads": 4}, ("6 query heads and 4 KV groups",)),
     ("llama", {"intermediate_size": 49}, ("1 to 48",)),
     ("llama", {"intermediate_size": 0}, ("1 to 48",)),
     ("llama", {"intermediate_pruning_ratio": 0.99}, ("intermediate_size = 48 at pruning ratio 0.99 leaves 0",)),
@@ -231,6 +244,29 @@ def test_neurons_that_a_ratio_of_their_own_keeps_are_a_round_number(asked: dict[
     assert any("1105" in text and "--round-to 1" in text for text in target.deviations) == (not asked)
     together = resolve(architecture, {}, WidthRequest(pruning_ratio=0.28)).widths
     assert together.intermediate_size == 1105
+
+
+@pytest.mark.parametrize(
+    ("family", "asked", "changed"),
+    [
+        ("llama", {"num_hidden_layers": 2}, {"num_hidden_layers": 2}),
+        ("llama", {"intermediate_pruning_ratio": 0.25}, {"intermediate_size": 28}),
+        (
+            "llama",
+            {"pruning_ratio": 0.25, "hidden_pruning_ratio": 0.0},
+            {"num_attention_heads": 6, "hidden_size": 60, "intermediate_size": 28},
+        ),
+        ("llama", {"num_attention_heads": 6}, {"num_attention_heads": 6, "hidden_size": 60}),
+        ("qwen3_moe", {"intermediate_size": 24}, {"intermediate_size": 24}),
+    ],
+)
+def test_round_to_leaves_alone_what_no_ratio_asks_for(
+    family: str, asked: dict[str, Any], changed: dict[str, int]
+) -> None:
+    """None of the whole widths is a multiple of 14, as 1,152 channels of a Gemma 3 are none of 256."""
+    architecture = architecture_of(family)
+    after = resolve(architecture, {}, WidthRequest(**asked, round_to=14)).widths
+    assert {width: getattr(after, width) for width in after.changed_from(architecture.widths)} == changed
 
 
 @pytest.mark.parametrize(

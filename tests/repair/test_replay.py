@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from llmprune_cli.choose.activity import measure_activity
-from llmprune_cli.choose.gradients import measure_gradients
+from llmprune_cli.choose.gradients import measure_gradients, measure_taylor
+from llmprune_cli.choose.measuring import Measuring
 from llmprune_cli.choose.selection import make_plan
 from llmprune_cli.coupling.products import Products
 from llmprune_cli.journal.journal import Journal
 from llmprune_cli.options import Choice, WidthRequest
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.plan.requested_widths import resolve
-from llmprune_cli.progress import QUIET
+from llmprune_cli.progress import QUIET, Listener, Progress
 from llmprune_cli.repair import replay
 from llmprune_cli.repair.dense_goals import Streams, keep_dense, walk_dense
 from llmprune_cli.repair.refit import refit
@@ -99,6 +100,18 @@ def test_gradients_take_the_states_of_an_earlier_walk(tmp_path: Path, opened: Op
     assert reused.influence != influence  # of two windows, and of four
 
 
+@pytest.mark.parametrize("walked", [False, True])
+@pytest.mark.parametrize("opened", ["llama"], indirect=True)
+def test_gradients_are_done_when_all_that_was_to_do_is(opened: Opened, tmp_path: Path, walked: bool) -> None:
+    told: list[Progress] = []
+    bench = Workbench(opened.layered, None, Listener(told.append), offload_dir=tmp_path)
+    if walked:
+        with torch.inference_mode():
+            walk_dense(opened.layered, opened.tokens, bench.dense, lambda n: None)
+    measure_taylor(Measuring(bench, opened.tokens[1:3]))
+    assert told[-1].done == told[-1].total == opened.layered.layers * (1 if walked else 2)
+
+
 @pytest.mark.parametrize("opened", ["llama"], indirect=True)
 def test_states_that_do_not_fit_are_not_kept(tmp_path: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmprune_cli.run.states.MOST_OF_FREE_SPACE", 0.0)
@@ -108,8 +121,10 @@ def test_states_that_do_not_fit_are_not_kept(tmp_path: Path, opened: Opened, mon
         states = DenseStates(tmp_path)
         keep_dense(states, opened.tokens, gpu)
         assert not states.is_open
+        keep_dense(states, opened.tokens, gpu, is_needed=True)
+        assert states.is_open and states.only_between
         needed = walk_dense(opened.layered, opened.tokens, DenseStates(tmp_path), lambda n: None, is_needed=True)
-    assert needed is not None
+    assert needed is not None and needed.states.covering(opened.tokens) is None  # what lies within layers is not kept
     assert {path.name for path in tmp_path.iterdir()} == {"model", "saved"}
     *_, (last, _) = opened.layered.walk(opened.tokens)
     torch.testing.assert_close(needed.read((opened.layered.layers, "")), last, rtol=0, atol=0)

@@ -12,7 +12,8 @@ from llmprune_cli.choose.targets.limits import Limit, measure_size, whole_target
 from llmprune_cli.coupling.subject import Subject
 from llmprune_cli.errors import PlanError
 from llmprune_cli.family.architecture import legal_heads
-from llmprune_cli.family.widths import NEURONS
+from llmprune_cli.family.kept_layers import remain_alike
+from llmprune_cli.family.widths import NEURONS, Width
 from llmprune_cli.options import WidthRequest
 from llmprune_cli.plan.legal import legal_experts
 from llmprune_cli.plan.requested_widths import Target, protected_layers, resolve
@@ -26,7 +27,6 @@ DEPTHS = (0.0, 0.07, 0.14, 0.21, 0.3, 0.4, 0.5)  # shares of the layers whose re
 EXPERT_SHARES = (0.875, 0.75, 0.5)  # of the experts that are considered to stay
 FULL = 0.9  # of the limit: what is below it has room left
 LEAST_NEURONS = Fraction(3, 20)  # a smaller share of an MLP is not considered
-NO_CONDITIONS = WidthRequest()
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,41 @@ Judge = Callable[[Target], float]  # gives the divergence from the dense model, 
 Steps = Callable[[Subject, WidthRequest, tuple[float, ...]], Iterator[WidthRequest]]
 
 
-def conditions_of(subject: Subject, own: WidthRequest, budget: Budget | None) -> WidthRequest:
-    """The layers that stay as they are, and what numbers of neurons are a multiple of.
+@dataclass(frozen=True)
+class Conditions:
+    """What every candidate keeps to."""
 
-    Where a size counts quantized weights, blocks of them divide the rows: fewer neurons, which they do not, are larger.
-    """
-    largest = max(getattr(subject.widths, width) for width in NEURONS)
+    keep_layers: tuple[int, ...]  # that stay as they are
+    steps: dict[str, int]  # for each kind of neurons that can go, what their number is a multiple of
+
+
+def conditions_of(subject: Subject, own: WidthRequest, budget: Budget | None) -> Conditions:
+    """What is asked of every candidate, and the numbers that suit each kind of neurons."""
     counts_blocks = budget is not None and budget.dtype is not None
-    if own.round_to is not None or not counts_blocks or largest < LEAST_BLOCKS * SHORT_BLOCK:
-        return own
-    is_wide = largest >= 2 * LEAST_BLOCKS * WHOLE_BLOCKS
-    return replace(own, round_to=WHOLE_BLOCKS if is_wide else max(SHORT_BLOCK, _step(largest, None)))
+    wholes = {str(width): getattr(subject.widths, width) for width in NEURONS if width not in subject.trace.refused}
+    steps = {
+        width: max(_step(whole, own.round_to, counts_blocks), subject.architecture.step_of(width))
+        for width, whole in wholes.items()
+        if whole
+    }
+    return Conditions(own.keep_layers, steps)
+
+
+def _step(whole: int, round_to: int | None, counts_blocks: bool) -> int:
+    """What numbers of neurons are a multiple of: finer than what a ratio keeps, so that a target is met closely.
+
+    Args:
+        whole: neurons of the whole MLP.
+        round_to: what is asked for instead.
+        counts_blocks: whether a size counts quantized weights, so that blocks of them have to divide the rows: fewer
+            neurons, which they do not, are larger.
+    """
+    if round_to is not None:
+        return min(round_to, whole)
+    usual = min(LARGEST_STEP, usual_step(whole, STEPS))
+    if not counts_blocks or whole < LEAST_BLOCKS * SHORT_BLOCK:
+        return usual
+    return WHOLE_BLOCKS if whole >= 2 * LEAST_BLOCKS * WHOLE_BLOCKS else max(SHORT_BLOCK, usual)
 
 
 def search_widths(
@@ -60,7 +84,7 @@ def search_widths(
     limit: Limit,
     layer_scores: tuple[float, ...],
     judge: Judge,
-    conditions: WidthRequest = NO_CONDITIONS,
+    conditions: Conditions,
     bound: Target | None = None,
 ) -> tuple[Candidate, ...]:
     """The candidates that were judged, best first: each has the widest MLP that fits beside the rest.
@@ -72,7 +96,6 @@ def search_widths(
 
     Args:
         layer_scores: of each layer; those with the least go first, if the family can do without them.
-        conditions: the layers that stay as they are, and what numbers of neurons are a multiple of.
         bound: what a smaller budget is best spent on: no more layers, groups, heads or experts go than there.
 
     Raises:
@@ -88,7 +111,7 @@ def search_widths(
             request = _legal(subject, asked)
             if request is None:
                 continue
-            target = _widest(subject, request, limit, conditions.round_to)
+            target = _widest(subject, request, limit, conditions)
             if target is None:
                 base = request if best == float("inf") else base  # not enough on its own: other ways go on from here
                 continue
@@ -137,8 +160,9 @@ def _legal(subject: Subject, request: WidthRequest) -> WidthRequest | None:
         found += [replace(request, drop_layers=None, num_hidden_layers=count)] if count else []
     for own in found:
         with suppress(PlanError):
-            resolve(subject.architecture, subject.trace.refused, own)
-            return own
+            target = resolve(subject.architecture, subject.trace.refused, own)
+            if remain_alike(subject.architecture.config, target.layers):
+                return own
     return None
 
 
@@ -163,9 +187,14 @@ def _goes_beyond(target: Target, bound: Target) -> bool:
 
 def _fewer_layers(subject: Subject, base: WidthRequest, layer_scores: tuple[float, ...]) -> Iterator[WidthRequest]:
     order = sorted(range(len(layer_scores)), key=layer_scores.__getitem__)
-    for count in sorted({round(share * len(order)) for share in DEPTHS}):
+    for count in sorted({round(share * len(order)) for share in _depths(subject)}):
         if count < len(order):
             yield replace(base, drop_layers=tuple(sorted(order[:count])) if count else None)
+
+
+def _depths(subject: Subject) -> tuple[float, ...]:
+    """Shares of the layers whose removal is considered: where none can go, none."""
+    return DEPTHS if Width.LAYERS not in subject.trace.refused else DEPTHS[:1]
 
 
 def _ever_fewer_layers(subject: Subject, base: WidthRequest, layer_scores: tuple[float, ...]) -> Iterator[WidthRequest]:
@@ -227,25 +256,25 @@ def _expert_counts(subject: Subject) -> list[int]:
     return [count for count in dict.fromkeys(below) if count]
 
 
-def _widest(subject: Subject, base: WidthRequest, limit: Limit, round_to: int | None) -> Target | None:
+def _widest(subject: Subject, base: WidthRequest, limit: Limit, conditions: Conditions) -> Target | None:
     """The target with the most neurons that fits, by bisection over multiples; None where none is legal and fits."""
+    steps = conditions.steps
+    parts = max((getattr(subject.widths, width) // step for width, step in steps.items()), default=0) or 1
 
     def fits(request: WidthRequest) -> Target | None:
         target = resolve(subject.architecture, subject.trace.refused, request)
         same = target.widths.hidden_size == subject.widths.hidden_size
         return target if same and limit.fits(target) else None
 
-    largest = max(getattr(subject.widths, width) for width in NEURONS)
-    step = _step(largest, round_to)
-    low, high = max(1, int(LEAST_NEURONS * largest) // step), largest // step
+    low, high = max(1, int(LEAST_NEURONS * parts)), parts
     try:
         whole_fits = not base.is_empty or any(limit.spared)  # as no other limit leaves the model as it is
         best = fits(base) if whole_fits else None
-        if best is not None or base.keep_layers or not _neurons(subject, Fraction(1), round_to):
+        if best is not None or base.keep_layers or not steps:
             return best
         while low <= high:
             middle = (low + high) // 2
-            found = fits(replace(base, **_neurons(subject, Fraction(middle * step, largest), round_to)))
+            found = fits(replace(base, **_neurons(subject, Fraction(middle, parts), steps)))
             if found is not None:
                 best, low = found, middle + 1
             else:
@@ -255,32 +284,18 @@ def _widest(subject: Subject, base: WidthRequest, limit: Limit, round_to: int | 
     return best
 
 
-def _step(largest: int, round_to: int | None) -> int:
-    """What numbers of neurons are a multiple of: finer than what a ratio keeps, so that a target is met closely.
+def _neurons(subject: Subject, share: Fraction, steps: dict[str, int]) -> dict[str, Any]:
+    """Sizes that leave this share of every kind of neuron, rounded down to what kernels like.
 
     Args:
-        round_to: what is asked for instead.
+        steps: see `Conditions`.
     """
-    return min(LARGEST_STEP, usual_step(largest, STEPS)) if round_to is None else min(round_to, largest)
+    wholes = {width: getattr(subject.widths, width) for width in steps}
+    return {width: max(step, int(wholes[width] * share) // step * step) for width, step in steps.items()}
 
 
-def _neurons(subject: Subject, share: Fraction, round_to: int | None) -> dict[str, Any]:
-    """Sizes that leave this share of every kind of neuron, rounded down to what kernels like."""
-    found: dict[str, Any] = {}
-    for width in NEURONS:
-        whole = getattr(subject.widths, width)
-        if whole and width not in subject.trace.refused:
-            step = max(_step(whole, round_to), subject.architecture.step_of(width))
-            found[width] = max(step, int(whole * share) // step * step)
-    return found
-
-
-def least_target(subject: Subject, conditions: WidthRequest = NO_CONDITIONS) -> Target:
-    """The least that the search reaches in every width at once: what has to be proven before it starts.
-
-    Args:
-        conditions: see `search_widths`.
-    """
+def least_target(subject: Subject, conditions: Conditions) -> Target:
+    """The least that the search reaches in every width at once: what has to be proven before it starts."""
     before, keep_layers = subject.widths, conditions.keep_layers
     if keep_layers:
         deepest_last = tuple(float(-layer) for layer in range(before.num_hidden_layers))
@@ -291,17 +306,18 @@ def least_target(subject: Subject, conditions: WidthRequest = NO_CONDITIONS) -> 
     groups = ([before.num_key_value_heads, *_group_counts(subject)])[-1]
     per_group = [before.heads_per_group if groups else 0, *_head_counts(subject)][-1]
     experts = [None, *_expert_counts(subject)][-1]
-    request = WidthRequest(num_experts=experts, **_neurons(subject, LEAST_NEURONS, conditions.round_to))
+    request = WidthRequest(num_experts=experts, **_neurons(subject, LEAST_NEURONS, conditions.steps))
     shapes: dict[str, Any] = (
         {"num_key_value_heads": groups, "num_attention_heads": groups * per_group} if groups else {}
     )
-    layers = before.num_hidden_layers - round(DEPTHS[-1] * before.num_hidden_layers)
+    layers = before.num_hidden_layers - round(_depths(subject)[-1] * before.num_hidden_layers)
     for changes in ({**shapes, "num_hidden_layers": layers}, {"num_hidden_layers": layers}, shapes, {}):
         try:
             target = resolve(subject.architecture, subject.trace.refused, replace(request, **changes))
         except PlanError:  # layers or heads that cannot go so
             continue
-        if target.widths.hidden_size == before.hidden_size:
+        alike = remain_alike(subject.architecture.config, target.layers)
+        if alike and target.widths.hidden_size == before.hidden_size:
             return target
     return resolve(subject.architecture, subject.trace.refused, request)
 

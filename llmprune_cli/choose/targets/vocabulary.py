@@ -11,10 +11,9 @@ from itertools import count
 import torch
 
 from llmprune_cli.choose.targets.limits import Limit
-from llmprune_cli.choose.targets.search import search_widths
+from llmprune_cli.choose.targets.search import Conditions, search_widths
 from llmprune_cli.errors import PlanError
 from llmprune_cli.journal.forms import Json
-from llmprune_cli.options import WidthRequest
 from llmprune_cli.plan.document import Plan, Vocabulary
 from llmprune_cli.plan.requested_widths import Target
 from llmprune_cli.repair.dense_goals import Streams
@@ -71,8 +70,8 @@ class TryOut:
     fitted: torch.Tensor  # token ids, [N, T], on which the rest of the target is refitted
     method: str  # see `refit`
     limit: Limit  # of the model with all tokens
-    conditions: WidthRequest  # see `search_widths`, as for the next
-    layer_scores: tuple[float, ...]
+    conditions: Conditions
+    layer_scores: tuple[float, ...]  # see `search_widths`
     follow: Callable[[Target], Plan]  # gives the plan of some widths
 
 

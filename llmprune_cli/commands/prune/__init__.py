@@ -47,7 +47,7 @@ from llmprune_cli.folder.staging import Claim, check_target, claimed
 from llmprune_cli.folder.tensors import TensorEntry
 from llmprune_cli.formats.registry import load_format
 from llmprune_cli.journal.journal import Journal, kept_folder
-from llmprune_cli.journal.keys import run_key
+from llmprune_cli.journal.keys import run_key, weights_sample
 from llmprune_cli.options import Choice
 from llmprune_cli.plan.document import Plan
 from llmprune_cli.plan.predict import predict
@@ -57,10 +57,7 @@ from llmprune_cli.progress import Estimate, Listener
 from llmprune_cli.repair.layer_refit import LayerRepair
 from llmprune_cli.repair.refit import repair
 from llmprune_cli.report.chart import check_chart_target, draw_chart
-from llmprune_cli.report.json_results import (
-    CalibrationResult,
-    PruneResult,
-)
+from llmprune_cli.report.json_results import CalibrationResult, PruneResult
 from llmprune_cli.report.model_card import write_card
 from llmprune_cli.report.model_perplexity import EvalText, prepare_text
 from llmprune_cli.report.report_card import report_card
@@ -313,7 +310,8 @@ def _tell(
     for deviation in target.deviations:
         bench.listener.warn(deviation)
     if request.delivery.save_plan is not None and selection is not None:
-        selection.plan.save(request.delivery.save_plan)
+        own = decided.plan or replace(selection.plan, weights=weights_sample(decided.subject.checkpoint))
+        own.save(request.delivery.save_plan)
     if request.delivery.save_config is not None:
         save_recipe(recipe_of(request, choice, bench.text), request.delivery.save_config)
     return target

@@ -12,7 +12,7 @@ import torch
 from llmprune_cli.apply.proven_widths import check_proof, refusing, unproven
 from llmprune_cli.apply.vocabulary.proof import prove_rows
 from llmprune_cli.choose.importances import needs_text
-from llmprune_cli.choose.saved_plan import stored_plan
+from llmprune_cli.choose.saved_plan import stored_plan, warn_of_other_weights
 from llmprune_cli.choose.selection import first_target, target_of
 from llmprune_cli.choose.targets.limits import Limit, SizeLimit, size_limit, whole_target
 from llmprune_cli.choose.targets.speed import Race, SpeedLimit, work_of
@@ -73,7 +73,11 @@ def decide(request: PruneRequest, subject: Subject, listener: Listener) -> Decid
     if request.choice.rotate:
         subject, untied = untie(subject)
         stream = find_residual_stream(subject.architecture, subject.trace)
-    plan = stored_plan(subject, request.delivery.plan) if request.delivery.plan else None
+    plan, path = None, request.delivery.plan
+    if path is not None:
+        plan = stored_plan(subject, path)
+        if subject.processes.is_first:
+            warn_of_other_weights(plan, path, subject.checkpoint, listener.warn)
     limit = least = limit_of(request, subject, listener)
     vocabulary = decide_vocabulary(request, subject, plan, limit)
     if vocabulary is not None and subject.processes.is_first:

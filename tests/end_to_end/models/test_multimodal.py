@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from support.cli import BY_MAGNITUDE, run_cli
+from support.cli import BY_MAGNITUDE, CALIBRATED, run_cli
 from support.full import examples
 from support.refusals import PLAN, UNSUPPORTED, assert_prune_refused, assert_refused, edit_json
 from support.tiny import BYTE_LEVEL_VOCABULARY, save_byte_level, save_tokenizer
@@ -272,6 +272,17 @@ def test_the_hidden_size_that_the_projector_meets_stays(tmp_path: Path) -> None:
     assert_refused(run, PLAN, "hidden_size", "projector", "--text-only")
     assert not (tmp_path / "out").exists()
     assert json.loads(run_cli("inspect", source, "--json").stdout)["prunable"]["hidden_size"].startswith("no: ")
+
+
+def test_a_target_leaves_layers_that_take_features_of_images(tmp_path: Path, text_file: Path) -> None:
+    source = save_multimodal(tmp_path / "source", "qwen3_vl")
+    text = ("--calibration", text_file, *CALIBRATED)
+    run = run_cli("prune", source, "--target", "90%", "--refit", "none", *text, "--dry-run", "--json")
+    assert run.code == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert {own["widths"]["num_hidden_layers"] for own in found["candidates"]} == {
+        found["before"]["widths"]["num_hidden_layers"]
+    }
 
 
 def test_layers_that_take_features_of_images_stay(tmp_path: Path) -> None:

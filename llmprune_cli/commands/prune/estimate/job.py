@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from llmprune_cli.choose.importances import needs_text
+from llmprune_cli.choose.consensus import GRADIENT_SHARE_TOKENS
+from llmprune_cli.choose.importances import has_gradients, needs_text
 from llmprune_cli.choose.selection import SEARCH_TOKENS
 from llmprune_cli.choose.targets.search import most_candidates
 from llmprune_cli.commands.prune.decision import Decided
@@ -14,7 +15,7 @@ from llmprune_cli.folder.tensors import split_name
 from llmprune_cli.repair.dense_goals import places_of
 from llmprune_cli.run.calibration import HELD_OUT_SHARE, windows_to_judge_by
 from llmprune_cli.run.layered_model import LayeredModel
-from llmprune_cli.run.states import are_worth_keeping, states_bytes
+from llmprune_cli.run.states import are_worth_keeping, lies_in_memory, states_bytes
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.tokenizer import longest_text
 
@@ -106,6 +107,22 @@ class Job:
     def keeps_dense(self) -> bool:
         """Whether there is room for that."""
         return self.model.device == "cpu" and are_worth_keeping(self.dense_bytes, self.bench.all_layers_dir)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of that, what is kept in a file: all of it, or between layers what gradients cannot do without."""
+        if self.keeps_dense:
+            return self.dense_bytes
+        choice = self.request.choice.settled
+        if not self.measures or not has_gradients(choice):
+            return 0
+        tokens = self.share if choice.importance == "taylor" else min(self.share, GRADIENT_SHARE_TOKENS)
+        return states_bytes(tokens, self.model.widths.hidden_size, self.model.layers + 1)
+
+    @property
+    def fills_memory(self) -> bool:
+        """Whether that file is memory, where no folder on a disk was found for it."""
+        return lies_in_memory(self.bench.all_layers_dir)
 
     @cached_property
     def layer_parameters(self) -> int:

@@ -28,7 +28,7 @@ TEXT_BYTES = 150 * 2**20  # of text, tokenizer and the libraries that read it
 class Memory:
     """Bytes at the most crowded moment."""
 
-    host: int  # of the process
+    host: int  # of the process, and of files that are memory
     device: int  # of a GPU; 0 without one
 
 
@@ -42,6 +42,8 @@ def peak_memory(job: Job, on_gpu: bool) -> Memory:
         return Memory(base + streaming, 0)
     if job.bench.text is None:
         base += TEXT_BYTES
+    if _keeps_states(job) and job.fills_memory:
+        base += job.kept_bytes
     phases = _phases(job)
     if not on_gpu:
         return Memory(base + max(streaming, *(states + products for states, products in phases)), 0)
@@ -112,12 +114,17 @@ def disk_bytes(job: Job, tensors: tuple[TensorEntry, ...], size_bytes: int | Non
     return weights + headers + beside + SMALL_FILES
 
 
+def _keeps_states(job: Job) -> bool:
+    """Whether anything is worth keeping what the unpruned model makes of the text."""
+    return job.calibrates and (job.measures or job.repairs)
+
+
 def temporary_bytes(job: Job) -> int:
     """Bytes of files that the run makes for itself: hidden states of the unpruned model, and refitted weights."""
-    if not job.calibrates or not (job.measures or job.repairs):
+    if not _keeps_states(job):
         return 0
     channels, trace = job.model.widths.hidden_size, job.decided.subject.trace
-    found = job.dense_bytes if job.keeps_dense else 0
+    found = 0 if job.fills_memory else job.kept_bytes
     if job.request.choice.settled.refit != "none":
         templates = {binding.template for binding in trace.readers}
         found += sum(e.size_bytes for e in job.model.checkpoint.entries if split_name(e.name)[0] in templates)

@@ -53,10 +53,10 @@ def imagined(checkpoint: Checkpoint) -> Checkpoint:
 class NoRoom(DenseStates):
     """States that are only kept where they have to be."""
 
-    def begin(self, windows: torch.Tensor, channels: int, places: int, is_needed: bool = False) -> None:
+    def begin(self, windows: torch.Tensor, channels: int, places: int, needed: int = 0) -> None:
         """See `DenseStates`."""
-        if is_needed:
-            super().begin(windows, channels, places, is_needed)
+        if needed:
+            super().begin(windows, channels, needed, needed)
 
 
 @dataclass(frozen=True)
