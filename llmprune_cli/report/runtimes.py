@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from llmprune_cli.family.widths import read_widths
 from llmprune_cli.formats.gguf.blocks.mixes import unpacked
+from llmprune_cli.formats.gguf.families import FAMILIES
 from llmprune_cli.formats.registry import FORMATS, Fit, load_format
 
 if TYPE_CHECKING:
@@ -59,20 +60,24 @@ class RuntimeFit:
     note: str  # why not, or in which form
 
 
+LLAMACPP = "llama.cpp"
+UNWRITTEN = "llama.cpp, without --converter"  # what is said of families that llama.cpp may well have
 QUANTIZED_GGUF = "GGUF types of 8 bits and less"
 
 
 def runtime_fits(config: PretrainedConfig) -> tuple[RuntimeFit, ...]:
     """The runtimes of all export formats, and others where they are known to stumble over this model."""
     forms = [load_format(name) for name in FORMATS]
-    found = {form.runs_in: form.fit(config) for form in forms}
+    renamed = {} if config.model_type in FAMILIES else {LLAMACPP: UNWRITTEN}
+    found = {renamed.get(form.runs_in, form.runs_in): form.fit(config) for form in forms}
+    is_packed = LLAMACPP in found and found[LLAMACPP].loads
     others = {
         "vLLM": _fit_vllm(config),
         "CTranslate2": _fit_ctranslate2(config),
         "OpenVINO": _fit_openvino(config),
         "mlx-lm": _fit_mlx(config),
         "mistral.rs": _fit_mistralrs(config),
-        QUANTIZED_GGUF: Fit(loads=True, note=unpacked(config) if found["llama.cpp"].loads else ""),
+        QUANTIZED_GGUF: Fit(loads=True, note=unpacked(config) if is_packed else ""),
         "bitsandbytes NF4 on AVX-512": _fit_nf4(config),
         "bitsandbytes, torchao, quanto": _fit_quantizers(config),
         "4 bits in groups of 128": _fit_groups(config),

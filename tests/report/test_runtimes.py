@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoConfig
 
 from llmprune_cli.report.runtimes import runtime_fits
+from support import families
 from support.cli import run_cli
 from support.tiny import tiny_config
 
@@ -41,6 +42,15 @@ def test_runtimes_outside_are_named_where_they_stumble(make_tiny: Callable[..., 
     assert loads and "48 neurons" in note and "--round-to 32" in note and "hidden" not in note
     packed = json.loads(run_cli("inspect", make_tiny("llama", intermediate_size=96), "--json").stdout)["runtimes"]
     assert not any("GGUF" in fit["runtime"] for fit in packed)
+
+
+@pytest.mark.parametrize("family", ["smollm3", "olmo", "phi", "stablelm", "cohere", "deepseek_v3", "mamba"])
+def test_llama_cpp_is_not_said_to_lack_families_that_are_merely_not_written(family: str) -> None:
+    settings = {**families.SIZES, **families.FAMILIES[family]}
+    found = {fit.runtime: fit for fit in runtime_fits(tiny_config(family, **settings))}
+    fit = found["llama.cpp, without --converter"]
+    assert "llama.cpp" not in found and not fit.loads
+    assert f"llmprune itself does not write {family}" in fit.note and "--converter PATH/convert_hf_to_gguf" in fit.note
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "cohere2", "qwen3_next"])

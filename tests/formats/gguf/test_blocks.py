@@ -336,7 +336,7 @@ def test_what_llama_cpp_does_not_take_is_told_before_a_prune(tmp_path: Path) -> 
     run = run_cli(
         "prune", model, "--intermediate-size", "32", *BY_MAGNITUDE, "-o", tmp_path / "out", "--gguf", "q4_k_m"
     )
-    assert_refused(run, UNSUPPORTED, "cannot be exported", "written are llama", "Leave out --gguf")
+    assert_refused(run, UNSUPPORTED, "cannot be exported", "convert_hf_to_gguf.py` does. Leave out --gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -361,7 +361,7 @@ def test_what_prune_suggests_is_a_type_that_can_be_written_here(
         return found[1] if found else None
 
     assert suggested(byte_level_llama) == "q4_k_m"
-    assert suggested(tiny(tmp_path / "opt", "opt")) is None  # which llama.cpp does not know
+    assert suggested(tiny(tmp_path / "opt", "opt")) is None  # which is not written here
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     assert suggested(byte_level_llama) == "q8_0"
     monkeypatch.setitem(sys.modules, "gguf", None)
