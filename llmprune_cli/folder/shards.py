@@ -62,21 +62,31 @@ def weight_sources(folder: Path) -> list[Path]:
     return [folder / named, *(path for path in found if path.name != named)]
 
 
-def weight_files(source: Path) -> list[Path]:
-    """The files that hold the weights: the source itself, or all shards that it names as an index.
+def weight_names(source: Path) -> list[str]:
+    """The names of the files that hold the weights: the source itself, or all shards that it names as an index.
 
     Raises:
-        CheckpointError: an index that names a missing shard or one outside the folder.
+        CheckpointError: an index that is none, or that names a shard outside the folder.
     """
     if source.suffix != ".json":
-        return [source]
-    files = []
-    for shard in sorted(set(_weight_map(source).values())):
+        return [source.name]
+    names = sorted(set(_weight_map(source).values()))
+    for shard in names:
         if not shard or Path(shard).name != shard:
             raise CheckpointError(f"{source} names a shard outside its folder: {shard!r}.")
-        if not is_there(source.with_name(shard)):
-            raise CheckpointError(f"{source} names {shard}, which is missing. Download the checkpoint again.")
-        files.append(source.with_name(shard))
+    return names
+
+
+def weight_files(source: Path) -> list[Path]:
+    """The files that hold the weights, see `weight_names`.
+
+    Raises:
+        CheckpointError: see `weight_names`; or a missing shard.
+    """
+    files = [source.with_name(name) for name in weight_names(source)]
+    for file in files:
+        if source.suffix == ".json" and not is_there(file):
+            raise CheckpointError(f"{source} names {file.name}, which is missing. Download the checkpoint again.")
     return files
 
 

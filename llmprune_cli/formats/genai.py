@@ -17,6 +17,7 @@ from llmprune_cli.errors import UnsupportedError, VerificationError, first_line
 from llmprune_cli.family.widths import read_widths
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.scratch import scratch_folder
+from llmprune_cli.formats.gguf.families import rope_of
 from llmprune_cli.formats.registry import Continuation, ExportOptions, Fit, Format, Limits
 from llmprune_cli.formats.safetensors import write_safetensors
 from llmprune_cli.source.tokenizer import load_tokenizer
@@ -36,6 +37,9 @@ MISTAKEN = {
     "phi3": "what its builder makes of it gives other results",
     "smollm3": "its builder fails for want of position ids",
 }
+# Kinds of RoPE that the builder gets: of Llama it drops others without a word, of GPT-OSS it wants YaRN.
+USUAL_ROPE = ("default", "linear", "yarn")
+ROPE = {"llama": ("default", "dynamic", "llama3"), "gpt_oss": ("yarn",)}
 HEAD_MULTIPLE = 16  # of which its attention wants the head dim, and what of it RoPE turns
 
 
@@ -46,6 +50,8 @@ def fit_genai(config: PretrainedConfig) -> Fit:
         return Fit(loads=False, note=MISTAKEN[family])
     if family not in FAMILIES:
         return Fit(loads=False, note=f"its builder is not known to be right for {family}")
+    if mistaken := _mistaken_rope(config):
+        return Fit(loads=False, note=mistaken)
     head_dim = read_widths(config).head_dim
     turning = int(head_dim * (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1))
     for size, what in ((head_dim, "a head dim"), (turning, "a share of a head that turns")):
@@ -55,6 +61,19 @@ def fit_genai(config: PretrainedConfig) -> Fit:
     if family == "mistral" and window is not None and window < config.max_position_embeddings:
         return Fit(loads=True, note=f"it is right within the sliding window of {window} tokens only")
     return Fit(loads=True)
+
+
+def _mistaken_rope(config: PretrainedConfig) -> str:
+    """What the builder gets wrong of RoPE; empty where it gets all of it."""
+    rope = rope_of(config)
+    kind = rope.get("rope_type", "default")
+    if kind not in ROPE.get(config.model_type, USUAL_ROPE):
+        return f"its builder does not get RoPE of the kind {kind} in {config.model_type}"
+    is_complete = bool(rope.get("beta_fast") and rope.get("beta_slow")) and rope.get("truncate") is False
+    is_own = rope.get("attention_factor") or bool(rope.get("mscale")) != bool(rope.get("mscale_all_dim"))
+    if kind == "yarn" and (is_own or not is_complete):
+        return "its builder gets YaRN with beta_fast and beta_slow alone, without truncate and an attention factor"
+    return ""
 
 
 def write_genai(

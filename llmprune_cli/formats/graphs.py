@@ -25,16 +25,28 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 EXAMPLE = (2, 3, 4)  # sequences, tokens of the cache, new tokens; no two alike, none 1, so that all stay dynamic
-# State spaces and linear attention, whose loops or chunks a trace unrolls for the length of its example.
-SCANNING = ("mamba", "mamba2", "jamba", "bamba", "falcon_h1", "granitemoehybrid", "qwen3_next")
+# Kinds of layers and families of state spaces, linear attention and compressed caches, whose loops or chunks a trace
+# unrolls for the length of its example. Families of which configurations say these kinds of layers need no mention.
+SCANNING_KINDS = ("linear_attention", "mamba", "compressed_sparse_attention", "heavily_compressed_attention")
+SCANNING = (
+    *("bamba", "falcon_h1", "falcon_mamba", "jamba", "mamba", "mamba2", "nemotron_h", "recurrent_gemma", "rwkv"),
+    *("xlstm", "zamba", "zamba2"),
+)
+CACHED_KINDS = ("full_attention", "sliding_attention", "chunked_attention", "attention")  # they keep keys and values
 Past = list[tuple["torch.Tensor", "torch.Tensor"]]  # keys and values of each layer, [B, K, T, P]
 
 
 def fit_graph(config: PretrainedConfig) -> Fit:
     """Whether a graph holds a model for texts of any length."""
-    if config.model_type in SCANNING:
-        return Fit(loads=False, note=f"a graph of {config.model_type} is fixed to the number of steps that it scans")
+    if config.model_type in SCANNING or any(kind in SCANNING_KINDS for kind in layer_kinds(config)):
+        note = f"a graph of {config.model_type} is fixed to the number of steps that it takes through its example"
+        return Fit(loads=False, note=note)
     return Fit(loads=True)
+
+
+def layer_kinds(config: PretrainedConfig) -> tuple[str, ...]:
+    """The kind of each layer; empty where the configuration says none."""
+    return tuple(getattr(config, "layer_types", None) or ())
 
 
 def load_traceable(checkpoint: Checkpoint, dtype: str | None) -> PreTrainedModel:
@@ -95,11 +107,14 @@ def example_past(model: PreTrainedModel) -> Past:
     Raises:
         UnsupportedError: the model keeps another kind of state than keys and values.
     """
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
     sequences, cached, _ = EXAMPLE
     with torch.no_grad():
         output: Any = model(input_ids=torch.zeros(sequences, cached, dtype=torch.long), use_cache=True)
     layers = getattr(getattr(output, "past_key_values", None), "layers", ())
-    past = [(layer.keys, layer.values) for layer in layers if getattr(layer, "keys", None) is not None]
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)  # others, derived from them, keep more
+    past = [(layer.keys, layer.values) for layer in layers if type(layer) in plain]
     if len(past) != model.config.get_text_config().num_hidden_layers:
         raise UnsupportedError(
             f"{model.config.model_type} keeps more than keys and values between tokens. Pass --no-kv-cache."

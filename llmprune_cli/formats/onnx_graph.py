@@ -14,9 +14,11 @@ from llmprune_cli.errors import UnsupportedError, VerificationError, first_line
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.documents import read_json, write_json
 from llmprune_cli.formats.graphs import (
+    CACHED_KINDS,
     EXAMPLE,
     example_past,
     fit_graph,
+    layer_kinds,
     load_traceable,
     traced_quietly,
     with_cache,
@@ -38,8 +40,7 @@ BATCH, NEW = "batch_size", "sequence_length"  # axes by the names that transform
 
 def fit_onnx(config: PretrainedConfig) -> Fit:
     """Whether a graph holds a model, and if so, whether its cache as well."""
-    kinds = getattr(config, "layer_types", None) or ()
-    if all(kind.endswith("attention") for kind in kinds) or not fit_graph(config).loads:
+    if all(kind in CACHED_KINDS for kind in layer_kinds(config)) or not fit_graph(config).loads:
         return fit_graph(config)
     return Fit(loads=True, note=f"with --no-kv-cache: {config.model_type} keeps more than keys and values")
 

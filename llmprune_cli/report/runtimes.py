@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from llmprune_cli.family.widths import read_widths
 from llmprune_cli.formats.gguf.blocks.mixes import unpacked
+from llmprune_cli.formats.gguf.families import FAMILIES, rope_of, sliding_layers
 from llmprune_cli.formats.registry import FORMATS, Fit, load_format
 
 if TYPE_CHECKING:
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
 
 # Families whose classes there take the hidden size for query heads × head dim.
 FULL_WIDTH_IN_CTRANSLATE2 = ("llama", "qwen2")
+SCALED_IN_CTRANSLATE2 = {  # kinds of RoPE scaling that it has in families that may have others
+    **dict.fromkeys(("mistral", "qwen2", "qwen3"), ("default", "linear")),
+    "llama": ("default", "linear", "llama3"),
+}
+WINDOWED_IN_CTRANSLATE2 = ("mistral", "qwen2", "qwen3")
+BASE_OF_GEMMA = 10_000  # of RoPE, whatever the configuration says
 FULL_WIDTH_IN_MLX = (
     *("apertus", "cohere", "gpt_neox", "granite", "granitemoe", "granitemoehybrid", "internlm3", "jamba", "lfm2"),
     *("lfm2_moe", "minicpm", "mixtral", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "stablelm", "starcoder2"),
@@ -59,20 +66,24 @@ class RuntimeFit:
     note: str  # why not, or in which form
 
 
+LLAMACPP = "llama.cpp"
+UNWRITTEN = "llama.cpp, without --converter"  # what is said of families that llama.cpp may well have
 QUANTIZED_GGUF = "GGUF types of 8 bits and less"
 
 
 def runtime_fits(config: PretrainedConfig) -> tuple[RuntimeFit, ...]:
     """The runtimes of all export formats, and others where they are known to stumble over this model."""
     forms = [load_format(name) for name in FORMATS]
-    found = {form.runs_in: form.fit(config) for form in forms}
+    renamed = {} if config.model_type in FAMILIES else {LLAMACPP: UNWRITTEN}
+    found = {renamed.get(form.runs_in, form.runs_in): form.fit(config) for form in forms}
+    is_packed = LLAMACPP in found and found[LLAMACPP].loads
     others = {
         "vLLM": _fit_vllm(config),
         "CTranslate2": _fit_ctranslate2(config),
         "OpenVINO": _fit_openvino(config),
         "mlx-lm": _fit_mlx(config),
         "mistral.rs": _fit_mistralrs(config),
-        QUANTIZED_GGUF: Fit(loads=True, note=unpacked(config) if found["llama.cpp"].loads else ""),
+        QUANTIZED_GGUF: Fit(loads=True, note=unpacked(config) if is_packed else ""),
         "bitsandbytes NF4 on AVX-512": _fit_nf4(config),
         "bitsandbytes, torchao, quanto": _fit_quantizers(config),
         "4 bits in groups of 128": _fit_groups(config),
@@ -143,14 +154,29 @@ def _fit_ctranslate2(config: PretrainedConfig) -> Fit:
         return Fit(False, "its converter fails on the configuration as transformers 5 has it, pruned or not")
     if config.model_type == "falcon" and config.new_decoder_architecture:
         return Fit(False, "its converter fails on this family's newer layers, pruned or not")
-    if config.model_type == "llama" and _rope_type(config) == "llama3":
+    rope = _rope_type(config)
+    if config.model_type == "llama" and rope == "llama3":
         return Fit(False, "converts it and gives other numbers without a word: Llama 3.1's RoPE scaling, pruned or not")
+    if rope not in SCALED_IN_CTRANSLATE2.get(config.model_type, (rope,)):
+        return Fit(False, f"its converter fails on RoPE scaling of the kind {rope} in this family, pruned or not")
+    is_own = rope == "default" and rope_of(config).get("rope_theta", BASE_OF_GEMMA) == BASE_OF_GEMMA
+    if config.model_type == "gemma" and not is_own:
+        return Fit(False, "takes RoPE to be Gemma's own and gives other numbers without a word, pruned or not")
     narrow = _narrow(config)
     if not narrow or config.model_type not in FULL_WIDTH_IN_CTRANSLATE2:
-        return Fit(loads=True)
+        return _windows_in_ctranslate2(config)
     if getattr(config, "num_key_value_heads", None) == config.num_attention_heads:
         return Fit(False, f"converts it and gives WRONG tokens without a word: {narrow}")
     return Fit(False, f"fails at run time: {narrow}")
+
+
+def _windows_in_ctranslate2(config: PretrainedConfig) -> Fit:
+    """How far its attention is right: beyond Mistral's window it fails or goes wrong, and Qwen's it does not have."""
+    window = getattr(config, "sliding_window", None)
+    is_seen = any(sliding_layers(config)) and window < config.max_position_embeddings
+    if config.model_type not in WINDOWED_IN_CTRANSLATE2 or not is_seen:
+        return Fit(loads=True)
+    return Fit(loads=True, note=f"it is right within the sliding window of {window} tokens only")
 
 
 def _fit_openvino(config: PretrainedConfig) -> Fit:

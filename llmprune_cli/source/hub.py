@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from glob import escape
 from pathlib import Path
 
 from llmprune_cli.errors import CheckpointError, first_line
 from llmprune_cli.folder.documents import read_json
-from llmprune_cli.folder.shards import INDEX_NAME, NAMED_WEIGHTS, weight_sources
+from llmprune_cli.folder.shards import INDEX_NAME, NAMED_WEIGHTS, SINGLE_NAME, weight_names, weight_sources
 from llmprune_cli.folder.tensors import DTYPES, TensorEntry
 
 MOST_SHARDS = 1000  # of which headers are asked for, one by one
 
-WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
 BIN_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 SMALL_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "README.md", "LICEN[SC]E*", "NOTICE*"]
 
@@ -28,7 +29,6 @@ def fetch(name: str, revision: str | None, need_weights: bool) -> tuple[Path, st
     Raises:
         CheckpointError: there is no such repository, or none that can be had.
     """
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
@@ -41,11 +41,9 @@ def fetch(name: str, revision: str | None, need_weights: bool) -> tuple[Path, st
         raise CheckpointError(f"{name} does not exist.")
     disable_progress_bars()
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=SMALL_PATTERNS))
+        folder = _snapshot(name, revision, [])
         if need_weights:
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=SMALL_PATTERNS + WEIGHT_PATTERNS))
-            if not any(".safetensors" in path.name for path in weight_sources(folder)):
-                folder = Path(snapshot_download(name, revision=revision, allow_patterns=SMALL_PATTERNS + BIN_PATTERNS))
+            _fetch_weights(name, folder)
     except HFValidationError:
         raise CheckpointError(f"{name!r} is neither an existing path nor a hub id.") from None
     except LocalEntryNotFoundError as error:
@@ -62,6 +60,30 @@ def fetch(name: str, revision: str | None, need_weights: bool) -> tuple[Path, st
     except (HfHubHTTPError, OSError) as error:
         raise CheckpointError(f"{name} could not be fetched from the hub: {first_line(error)}") from error
     return folder, folder.name
+
+
+def _snapshot(name: str, revision: str | None, patterns: Iterable[str]) -> Path:
+    """The folder of a revision, with its small files and those that match a pattern."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, revision=revision, allow_patterns=[*SMALL_PATTERNS, *patterns]))
+
+
+def _fetch_weights(name: str, folder: Path) -> None:
+    """Get the files that transformers reads the weights from, and no other copy of them that a repository may hold.
+
+    Args:
+        folder: the snapshot of the small files, called by its commit, at which the weights are had as well.
+
+    Raises:
+        CheckpointError: see `weight_sources` and `weight_names`.
+    """
+    config = folder / "config.json"
+    named = read_json(config).get(NAMED_WEIGHTS) if config.is_file() else None
+    _snapshot(name, folder.name, [escape(named if isinstance(named, str) else SINGLE_NAME)])
+    sources = [path for path in weight_sources(folder)[:1] if ".safetensors" in path.name]
+    patterns = [escape(file) for source in sources for file in weight_names(source)]
+    _snapshot(name, folder.name, patterns or BIN_PATTERNS)
 
 
 def read_headers(name: str, commit: str, folder: Path) -> tuple[TensorEntry, ...]:

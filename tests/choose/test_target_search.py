@@ -108,7 +108,7 @@ def test_a_size_in_a_type_is_that_of_the_tensors_in_the_file(tmp_path: Path, tex
 
 def test_a_size_in_a_type_that_a_family_is_not_written_in_is_refused(make_tiny: Callable[..., Path]) -> None:
     run = run_cli("prune", make_tiny("opt", ffn_dim=48), "--target-size", "50KB as q8_0", "--dry-run")
-    assert_refused(run, UNSUPPORTED, "Its size as q8_0 is unknown", "opt is not written here")
+    assert_refused(run, UNSUPPORTED, "Its size as q8_0 is unknown", "does not write opt for llama.cpp")
     run = run_cli("prune", make_tiny(), "--target-size", "4GiB as q8_0", "--context", "64", "--dry-run")
     assert_refused(run, PLAN, "4,294,967,296 bytes (4.00 GiB) as q8_0 with the KV cache of 64 tokens removes nothing")
 

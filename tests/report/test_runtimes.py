@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoConfig
 
 from llmprune_cli.report.runtimes import runtime_fits
+from support import families
 from support.cli import run_cli
 from support.tiny import tiny_config
 
@@ -43,6 +44,15 @@ def test_runtimes_outside_are_named_where_they_stumble(make_tiny: Callable[..., 
     assert not any("GGUF" in fit["runtime"] for fit in packed)
 
 
+@pytest.mark.parametrize("family", ["smollm3", "olmo", "phi", "stablelm", "cohere", "deepseek_v3", "mamba"])
+def test_llama_cpp_is_not_said_to_lack_families_that_are_merely_not_written(family: str) -> None:
+    settings = {**families.SIZES, **families.FAMILIES[family]}
+    found = {fit.runtime: fit for fit in runtime_fits(tiny_config(family, **settings))}
+    fit = found["llama.cpp, without --converter"]
+    assert "llama.cpp" not in found and not fit.loads
+    assert f"llmprune itself does not write {family}" in fit.note and "--converter PATH/convert_hf_to_gguf" in fit.note
+
+
 @pytest.mark.parametrize("family", ["gemma3_text", "cohere2", "qwen3_next"])
 def test_a_runtime_that_places_every_nth_layer_is_named_where_none_fits(
     family: str, tiny_of: Callable[[str], Path]
@@ -69,6 +79,7 @@ LLAMA3_ROPE = {
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 WINDOWS_ABOVE = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+ROPE_IN_CTRANSLATE2 = ("llama", "mistral", "qwen2", "qwen3")
 STUMBLES = [
     ("qwen2", {}, "vLLM", "model_impl"),
     ("qwen2_moe", {}, "vLLM", "model_impl"),
@@ -82,6 +93,10 @@ STUMBLES = [
     ("phi3", {}, "CTranslate2", "converter fails"),
     ("gemma2", {}, "CTranslate2", "other tokens"),
     ("llama", {"rope_parameters": LLAMA3_ROPE}, "CTranslate2", "RoPE scaling"),
+    *((family, {"rope_parameters": YARN}, "CTranslate2", "of the kind yarn") for family in ROPE_IN_CTRANSLATE2),
+    ("mistral", {"rope_parameters": LLAMA3_ROPE}, "CTranslate2", "of the kind llama3"),
+    ("gemma", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "CTranslate2", "Gemma's own"),
+    ("gemma", {"rope_parameters": LINEAR}, "CTranslate2", "Gemma's own"),
     ("falcon", {"new_decoder_architecture": True}, "CTranslate2", "newer layers"),
     ("lfm2", {}, "vLLM", "other numbers"),
     ("phi", {}, "CTranslate2", "converter fails"),
@@ -155,6 +170,34 @@ def test_a_runtime_without_windows_is_said_to_be_right_within_them(family: str) 
     }
     assert found[16]["mlx-lm"].loads and "window of 16 tokens" in found[16]["mlx-lm"].note
     assert "mlx-lm" not in found[1_000_000]
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_ctranslate2_is_said_to_be_right_within_windows(family: str) -> None:
+    found = {
+        window: {fit.runtime: fit for fit in runtime_fits(tiny_config(family, **{**WINDOWS_ABOVE, **settings}))}
+        for window, settings in {
+            "short": {},
+            "long": {"sliding_window": 64},
+            "none": {"sliding_window": None},
+            "unused": {"sliding_window": None if family == "mistral" else 8, "use_sliding_window": False},
+        }.items()
+    }
+    assert found["short"]["CTranslate2"].loads and "window of 8 tokens only" in found["short"]["CTranslate2"].note
+    assert not any("CTranslate2" in own for window, own in found.items() if window != "short")
+
+
+@pytest.mark.parametrize(
+    ("family", "rope"),
+    [
+        *((family, LINEAR) for family in ROPE_IN_CTRANSLATE2),
+        ("gemma", {"rope_type": "default", "rope_theta": 10000}),
+        ("llama", {"rope_type": "default", "rope_theta": 5e5}),
+    ],
+)
+def test_rope_that_ctranslate2_has_is_no_trouble(family: str, rope: dict[str, Any]) -> None:
+    config = tiny_config(family, rope_parameters=rope, sliding_window=None)
+    assert "CTranslate2" not in {fit.runtime for fit in runtime_fits(config)}
 
 
 def test_experts_are_said_to_stay_whole_where_transformers_quantizes() -> None:

@@ -10,12 +10,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
+from llmprune_cli.errors import CheckpointError
+from llmprune_cli.source.hub import fetch
 from support.cli import BY_MAGNITUDE, run_cli, run_process
 
 REPOSITORY, COMMIT = "tests/tiny-llama", "0123456789abcdef0123456789abcdef01234567"
+
+
+def files_of(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 @contextmanager
@@ -26,6 +33,9 @@ def hub_of(folder: Path, gives_headers: bool = True) -> Iterator[tuple[str, list
         gives_headers: whether parts of files can be had.
     """
     downloaded: list[str] = []
+
+    def named(file: Path) -> str:
+        return file.relative_to(folder).as_posix()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -39,20 +49,21 @@ def hub_of(folder: Path, gives_headers: bool = True) -> Iterator[tuple[str, list
                 self.wfile.write(body)
 
         def answer(self) -> bytes | None:
-            path = self.path.split("?")[0]
+            path = unquote(self.path.split("?")[0])
             body, headers = b"", {}
             if path in (f"/api/models/{REPOSITORY}/revision/{revision}" for revision in ("v1", "main", COMMIT)):
-                names = sorted(file.name for file in folder.iterdir())
+                names = sorted(map(named, files_of(folder)))
                 siblings = [{"rfilename": name} for name in names]
                 body = json.dumps({"id": REPOSITORY, "sha": COMMIT, "siblings": siblings}).encode()
                 headers = {"Content-Type": "application/json"}
             elif path.startswith(f"/api/models/{REPOSITORY}/tree/"):
                 files = [
-                    {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": ""} for f in folder.iterdir()
+                    {"type": "file", "path": named(file), "size": file.stat().st_size, "oid": ""}
+                    for file in files_of(folder)
                 ]
                 body, headers = json.dumps(files).encode(), {"Content-Type": "application/json"}
-            elif path.startswith(f"/{REPOSITORY}/resolve/") and (folder / path.rsplit("/", 1)[1]).is_file():
-                file = folder / path.rsplit("/", 1)[1]
+            elif path.startswith(f"/{REPOSITORY}/resolve/") and (folder / path.split("/", 5)[5]).is_file():
+                file = folder / path.split("/", 5)[5]
                 body = file.read_bytes()
                 headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": COMMIT}
                 part = self.headers.get("Range")
@@ -62,7 +73,7 @@ def hub_of(folder: Path, gives_headers: bool = True) -> Iterator[tuple[str, list
                 elif part:
                     body, headers = b"no part of it", {}
                 elif self.command == "GET":
-                    downloaded.append(file.name)
+                    downloaded.append(named(file))
             else:
                 self.send_response(404)
                 self.send_header("X-Error-Code", "RepoNotFound")
@@ -148,6 +159,62 @@ def test_a_revision_resolves_from_a_server(tiny_llama: Path, tmp_path: Path, mon
     assert [(tmp_path / "out" / name).read_bytes() for name in shards] == [
         (tmp_path / "local" / name).read_bytes() for name in shards
     ]
+
+
+OTHER_COPIES = ("consolidated.safetensors", "model.fp16.safetensors", "original/model.safetensors", "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(("shard", "named"), [("40KB", None), ("10MB", None), ("10MB", "weights [1].safetensors")])
+def test_no_other_copy_of_the_weights_is_downloaded(
+    make_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: str, named: str | None
+) -> None:
+    model = shutil.copytree(make_tiny(shard=shard), tmp_path / "model")
+    others = OTHER_COPIES
+    (model / "original").mkdir()
+    for other in OTHER_COPIES:
+        (model / other).write_bytes(b"another copy")
+    if named:
+        (model / "model.safetensors").replace(model / named)
+        others = ("model.safetensors", *OTHER_COPIES)
+        (model / "model.safetensors").write_bytes(b"what nobody reads")
+        settings = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**settings, "transformers_weights": named}))
+    read = {path.name for path in model.glob("*.safetensors")} - {*others}
+    assert len(read) > 1 if shard == "40KB" else len(read) == 1
+    with hub_of(model) as (address, downloaded):
+        use_hub(monkeypatch, address, tmp_path / "home")
+        folder, commit = fetch(REPOSITORY, "v1", need_weights=True)
+    assert {name for name in downloaded if ".safetensors" in name or ".bin" in name} - {
+        "model.safetensors.index.json"
+    } == read
+    assert commit == COMMIT and read <= {path.name for path in folder.iterdir()}
+    use_hub(monkeypatch, None, tmp_path / "home")
+    assert fetch(REPOSITORY, "v1", need_weights=True) == (folder, commit)
+
+
+def test_pickled_weights_are_downloaded_where_there_are_no_others(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside safetensors files that transformers does not read."""
+    model = shutil.copytree(tiny_llama, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors*"))
+    for name in ("consolidated.safetensors", "pytorch_model.bin"):
+        (model / name).write_bytes(b"weights")
+    with hub_of(model) as (address, downloaded):
+        use_hub(monkeypatch, address, tmp_path / "home")
+        fetch(REPOSITORY, "main", need_weights=True)
+    assert "pytorch_model.bin" in downloaded and "consolidated.safetensors" not in downloaded
+
+
+def test_an_index_that_names_files_elsewhere_is_refused_before_they_are_downloaded(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "original/*"}}))
+    with hub_of(model) as (address, downloaded):
+        use_hub(monkeypatch, address, tmp_path / "home")
+        with pytest.raises(CheckpointError, match="outside its folder"):
+            fetch(REPOSITORY, "main", need_weights=True)
+    assert not any(name.endswith(".safetensors") for name in downloaded)
 
 
 @pytest.mark.parametrize("shard", ["10MB", "40KB"])

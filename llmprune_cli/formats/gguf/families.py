@@ -175,11 +175,14 @@ def written_family(config: PretrainedConfig) -> tuple[GgufFamily, str]:
     """The form in which a configuration is written, and what there is to say about it.
 
     Raises:
-        ValueError: llama.cpp does not take it.
+        ValueError: llama.cpp does not take it, or llmprune does not write the family for it.
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
-        raise ValueError(f"llama.cpp's {config.model_type} is not written here; written are {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"llmprune itself does not write {config.model_type} for llama.cpp; where llama.cpp has this family, "
+            "`llmprune export --format gguf --converter PATH/convert_hf_to_gguf.py` does"
+        )
     notes = []
     heads, hidden = heads_of(config, family), int(config.hidden_size)
     if family.full_width and heads.query * heads.size != hidden:

@@ -89,6 +89,45 @@ def test_what_a_matrix_gets_depends_on(
     assert mixed_kind(mix, name, columns, Model(**{**plain, **settings})) == kind  # type: ignore[arg-type]
 
 
+MIXED = {"num_experts": 4, "num_experts_per_tok": 2, "hidden_size": 64, "norm_topk_prob": True}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "words"),
+    [
+        ("llama", {"intermediate_size": 72}, ["72 neurons"]),
+        ("mixtral", {"intermediate_size": 72}, ["72 neurons"]),
+        ("llama", {"hidden_size": 72, "intermediate_size": 96}, ["72 hidden channels"]),
+        ("qwen3_moe", {**MIXED, "moe_intermediate_size": 72, "intermediate_size": 96}, ["72 neurons of an expert"]),
+        ("qwen3_moe", {**MIXED, "moe_intermediate_size": 96, "intermediate_size": 72}, []),
+        (
+            "qwen2_moe",
+            {**MIXED, "norm_topk_prob": False, "moe_intermediate_size": 72, "shared_expert_intermediate_size": 104},
+            ["72 neurons of an expert", "104 neurons of the shared expert"],
+        ),
+    ],
+)
+def test_what_stays_in_16_bits_is_what_is_laid_out_so(family: str, settings: dict[str, Any], words: list[str]) -> None:
+    from transformers import AutoConfig
+
+    from llmprune_cli.family.skeleton import expected_index
+    from llmprune_cli.folder.tensors import TensorEntry
+    from llmprune_cli.formats.gguf.blocks.mixes import unpacked
+    from llmprune_cli.formats.gguf.families import written_family
+    from llmprune_cli.formats.gguf.tensors import lay_out
+
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    if family == "qwen2_moe":
+        sizes["head_dim"] = 16  # which fills the hidden size
+    config = AutoConfig.for_model(family, vocab_size=96, **{**sizes, **settings})
+    entries = [TensorEntry(name, shape, "BF16", None) for name, shape in expected_index(config).items()]
+    laid = lay_out(entries, config, written_family(config)[0], "q4_k_m", is_weighted=False).tensors
+    rows = {tensor.shape[-1] for tensor in laid if tensor.kind.name == "F16"}
+    assert rows == {int(own.split()[0]) for own in words}
+    said = unpacked(config)
+    assert bool(said) == bool(words) and all(f"{own} " in said for own in words)
+
+
 @pytest.fixture(scope="module")
 def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows of 256, which every block divides, and rows of 288 into its MLP, which only short ones do."""
@@ -297,7 +336,7 @@ def test_what_llama_cpp_does_not_take_is_told_before_a_prune(tmp_path: Path) -> 
     run = run_cli(
         "prune", model, "--intermediate-size", "32", *BY_MAGNITUDE, "-o", tmp_path / "out", "--gguf", "q4_k_m"
     )
-    assert_refused(run, UNSUPPORTED, "cannot be exported", "written are llama", "Leave out --gguf")
+    assert_refused(run, UNSUPPORTED, "cannot be exported", "convert_hf_to_gguf.py` does. Leave out --gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -322,7 +361,7 @@ def test_what_prune_suggests_is_a_type_that_can_be_written_here(
         return found[1] if found else None
 
     assert suggested(byte_level_llama) == "q4_k_m"
-    assert suggested(tiny(tmp_path / "opt", "opt")) is None  # which llama.cpp does not know
+    assert suggested(tiny(tmp_path / "opt", "opt")) is None  # which is not written here
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     assert suggested(byte_level_llama) == "q8_0"
     monkeypatch.setitem(sys.modules, "gguf", None)

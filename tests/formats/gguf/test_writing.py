@@ -45,7 +45,7 @@ def test_matrices_are_quantized_where_their_rows_divide(dtype: str, byte_level_l
 @pytest.mark.parametrize(
     ("family", "settings", "reason"),
     [
-        ("opt", {}, "written are llama, mistral"),
+        ("opt", {}, "llmprune itself does not write opt for llama.cpp; where llama.cpp has this family"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}, "'dynamic'"),
         ("llama", {"hidden_act": "gelu"}, "not with gelu"),
         ("mistral", {"sliding_window": 8}, "no sliding window"),

@@ -84,10 +84,13 @@ def fitting(columns: int, wanted: str) -> str:
 def unpacked(config: PretrainedConfig) -> str:
     """Which matrices no quantized type packs, as no blocks divide their rows; empty where all are packed."""
     widths = read_widths(config)
-    neurons, hidden = widths.intermediate_size or widths.moe_intermediate_size, widths.hidden_size
-    odd = [
-        f"{size:,} {name}" for size, name in ((neurons, "neurons"), (hidden, "hidden channels")) if size % LEAST_BLOCK
-    ]
+    sizes = {
+        "neurons": 0 if widths.moe_intermediate_size else widths.intermediate_size,  # which no layer has beside experts
+        "neurons of an expert": widths.moe_intermediate_size,
+        "neurons of the shared expert": widths.shared_expert_intermediate_size,
+        "hidden channels": widths.hidden_size,
+    }
+    odd = [f"{size:,} {name}" for name, size in sizes.items() if size % LEAST_BLOCK]
     if not odd:
         return ""
     return f"they leave what reads {' and '.join(odd)} in 16 bits; prune with --round-to {LEAST_BLOCK} to pack it"
