@@ -63,7 +63,7 @@ def test_a_model_with_fewer_tokens_is_healed(whole: Path, cut: Path, text: Path,
     assert resident["is_better"] and resident["after"]["kl"] < 0.9 * resident["before"]["kl"]
     assert streamed["before"]["kl"] == pytest.approx(resident["before"]["kl"], rel=0.01)
     assert streamed["after"]["kl"] == pytest.approx(resident["after"]["kl"], rel=0.02)
-    blocks = recover(cut, text, tmp_path / "blocks", "--mode", "blocks", "--learning-rate", "0.01")
+    blocks = recover(cut, text, tmp_path / "blocks", "--mode", "blocks", "--learning-rate", "0.003")
     assert blocks["before"]["kl"] == pytest.approx(resident["before"]["kl"], rel=0.01)
     assert blocks["loss"] == "kl" and blocks["is_better"] and blocks["after"]["kl"] < blocks["before"]["kl"]
     words = ("prune", whole, *CUT, "--mlp", "50%", "--calibration", text, "--output", tmp_path / "both")
