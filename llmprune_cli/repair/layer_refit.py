@@ -21,7 +21,7 @@ from llmprune_cli.processes import ALONE, Processes
 from llmprune_cli.repair.dense_goals import Streams, StreamWithin, advance_dense, sites_of
 from llmprune_cli.repair.least_squares import DAMPING, Moments, only, solve_reader
 from llmprune_cli.repair.replay import Inputs, Replay
-from llmprune_cli.repair.sites import Site, Uses
+from llmprune_cli.repair.sites import Site, Uses, expert_bias
 from llmprune_cli.run.layer import Enough, Layer, batches, check_states
 from llmprune_cli.run.layered_model import LayeredModel
 
@@ -224,11 +224,11 @@ class LayerRefit:
         moments = {expert: Moments.zero(outputs, inputs, self._kept(site, expert), device) for expert in experts}
         weights = {expert: self._matrix(site, expert) if self.with_errors else None for expert in experts}
         is_enough = None in moments and (goal is None or not site.ends_layer)
-        fitted = self.streams.fitted
+        fitted, bias = self.streams.fitted, expert_bias(self.layer, site.name)
         rest = batches(self.streams.pruned[fitted:]) if recorded else ()
         passing = ((fitted + first, batch) for first, batch in rest)
         for first, batch in (*batches(self.streams.pruned[:fitted]), *passing):
-            stream, uses = StreamWithin(batch.clone(), (*earlier, site)), Uses(site.name, moments)
+            stream, uses = StreamWithin(batch.clone(), (*earlier, site)), Uses(site.name, moments, bias)
 
             def watch(seen: Product, stream: StreamWithin = stream, uses: Uses = uses) -> torch.Tensor | None:
                 stream.watch(seen)

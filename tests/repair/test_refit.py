@@ -31,7 +31,7 @@ from support.cli import CALIBRATED, run_cli
 from support.full import examples
 from support.opened import Opened
 
-FOLLOWED = ["llama", "gpt_neox", "granite", "cohere", "gemma2", "olmo2", "mixtral", "jamba"]
+FOLLOWED = ["llama", "gpt_neox", "granite", "cohere", "gemma2", "olmo2", "mixtral", "jamba", "gpt_oss"]
 WHOLE = ["llama", "granite", "gpt2", "opt", "falcon", "phi", "qwen3_moe", "glm4", "gpt_oss"]
 BY_LAYER = ["llama", "gpt_neox", "gemma2", "mixtral"]
 WRITTEN = ["llama", "gpt2", "gemma2", "mixtral", "gpt_oss", "deepseek_v3"]
@@ -66,7 +66,7 @@ def refitted(opened: Opened, method: str, folder: Path) -> tuple[Checkpoint, Pla
     return checkpoint, plan, streams, reports[-1].stream_error
 
 
-@pytest.mark.parametrize("opened", examples(FOLLOWED, ["gpt_neox", "granite", "olmo2", "jamba"]), indirect=True)
+@pytest.mark.parametrize("opened", examples(FOLLOWED, ["gpt_neox", "granite", "olmo2", "jamba", "gpt_oss"]), indirect=True)
 def test_the_residual_refit_follows_the_dense_stream(opened: Opened, tmp_path: Path) -> None:
     """Blocks in sequence, in parallel, scaled, with a norm behind them, of experts: less and less error is left."""
     none, local, residual = (refitted(opened, method, tmp_path)[3] for method in ("none", "local", "residual"))
