@@ -29,7 +29,7 @@ def tiny_config(family: str = "llama", **changes: object) -> object:
 def save_tiny(
     folder: Path, family: str = "llama", dtype: str = "float32", shard: str = "40KB", **changes: object
 ) -> Path:
-    """Save a random checkpoint with a tokenizer; biases, of experts too, and norms are random, so that a loss is seen."""
+    """Save a random checkpoint with a tokenizer; biases, also of experts, and norms are random: losing one is seen."""
     import torch
     from transformers import AutoModelForCausalLM
 
