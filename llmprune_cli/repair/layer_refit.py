@@ -24,6 +24,7 @@ from llmprune_cli.repair.replay import Inputs, Replay
 from llmprune_cli.repair.sites import Site, Uses, expert_bias
 from llmprune_cli.run.layer import Enough, Layer, batches, check_states
 from llmprune_cli.run.layered_model import LayeredModel
+from llmprune_cli.run.norms import see_kept_units
 
 if TYPE_CHECKING:
     from llmprune_cli.coupling.products import Product
@@ -257,6 +258,7 @@ class LayerRefit:
     def _remove_unread(self) -> None:
         """Take out what goes, but for what weights read that can make up for it."""
         self._silence_biases()
+        see_kept_units(self.whole, self.layer, self.number, self.plan.keep)
         for reader in self.whole.trace.joint:
             if self.layer.has(reader.parameter):
                 weight = self.layer.model.get_parameter(reader.parameter.replace("{}", "0", 1)).detach()

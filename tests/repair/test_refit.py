@@ -106,6 +106,8 @@ def test_the_pruned_stream_is_what_the_written_model_computes(opened: Opened, tm
 @pytest.mark.parametrize(
     ("opened", "request_"),
     [
+        ("olmo2", WidthRequest(num_attention_heads=4)),  # norms over all heads
+        ("olmo2", WidthRequest(num_attention_heads=2, num_key_value_heads=1)),
         ("mamba", WidthRequest(intermediate_pruning_ratio=0.5)),  # neurons that two weights read
     ],
     indirect=["opened"],
