@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from llmprune_cli.choose.measuring import Activity, Measuring
+from llmprune_cli.coupling.step import Place
 from llmprune_cli.coupling.trace import Instance, Reader, instance_of, reader_instance
 from llmprune_cli.family.widths import NEURONS, Width, Widths
 from llmprune_cli.folder.tensors import split_name
@@ -58,7 +59,8 @@ def measure_activity(
     2312.11983). By `range`: (Σ r_u)²·E[x_u²], where r_u is `max + |min|` of its weights in each tensor that carries it,
     as a share of the largest there (optipfair's data-driven choice for gated MLPs, for any family). A head is the sum
     over its elements, a KV group over its heads. A channel is the sum over all weights that read the residual stream,
-    each weight's scores divided by their mean. An expert: the mean over its tokens of the norm of its router-weighted
+    each weight's scores divided by their mean; experts that are stacked are one weight, of which each reads its own
+    tokens. An expert: the mean over its tokens of the norm of its router-weighted
     output (REAP, arXiv 2510.13999, equation 9). A layer: see `block_influence`.
 
     Args:
@@ -93,16 +95,29 @@ def measure_activity(
                 spread = ranges.get((reader.width, instance))
                 factor = columns if spread is None else spread.square()
                 _add_units(scores, reader, instance, widths, factor, squares, tokens)
-        for (name, axis, _), squares in inputs.squares.items():
-            weight = layer.model.get_parameter(name)
-            if (name, axis) not in reading and weight.ndim == 2 and len(squares) == len(channels):
-                share = _column_norms(weight, axis == 1) * squares
-                channels += share / share.mean().clamp_min(torch.finfo(share.dtype).tiny)
+        for share in _channel_shares(layer, inputs, reading, len(channels)):
+            channels += share / share.mean().clamp_min(torch.finfo(share.dtype).tiny)
         if inputs.expert_norms:
             scores[Width.EXPERTS][Instance(number)] = inputs.expert_means(widths.num_experts)
         progress(1)
     scores[Width.HIDDEN][Instance()] = channels
     return Activity(dict(scores), tuple(influence))
+
+
+def _channel_shares(layer: Layer, inputs: _Inputs, reading: Collection[Place], channels: int) -> Iterator[torch.Tensor]:
+    """What each weight that reads the residual stream says of its channels, float64 [D]; experts together.
+
+    Args:
+        reading: weights that read something else, of the same size perhaps, with the axis that is summed over.
+    """
+    shares: dict[Place, torch.Tensor] = {}
+    for (name, axis, expert), squares in inputs.squares.items():
+        if (name, axis) in reading or len(squares) != channels:
+            continue
+        weight = layer.model.get_parameter(name)
+        share = _column_norms(weight if expert is None else weight[expert], axis == weight.ndim - 1) * squares
+        shares[name, axis] = shares[name, axis] + share if (name, axis) in shares else share
+    yield from shares.values()
 
 
 def block_influence(before: torch.Tensor, after: torch.Tensor, processes: Processes) -> float:

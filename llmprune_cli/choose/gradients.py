@@ -159,11 +159,17 @@ def add_saliences(
             along = (stored[name].float().square() if unreached else salience).movedim(binding.axis, 0)
             units = binding.units(widths, len(along))
             own = units >= 0
-            units, values = units[own], along.reshape(len(along), -1).sum(1, dtype=torch.float64).cpu()[own]
+            sums = _with_float64(along.reshape(len(along), -1)).sum(1, dtype=torch.float64)
+            units, values = units[own], sums.cpu()[own]
             instance = instance_of(binding, numbers)
             add(binding.width, instance, units, values)
             if binding.width == Width.HEADS:
                 add(Width.GROUPS, instance, units // widths.heads_per_group, values)
         if template in trace.expert_templates:
-            total = salience.sum(dtype=torch.float64).cpu()
+            total = _with_float64(salience).sum(dtype=torch.float64).cpu()
             add(Width.EXPERTS, Instance(number), torch.tensor(numbers[1:2]), total[None])
+
+
+def _with_float64(values: torch.Tensor) -> torch.Tensor:
+    """The same on a device that has float64: on the CPU, where they are on an Apple GPU."""
+    return values.cpu() if values.device.type == "mps" else values

@@ -55,6 +55,7 @@ class Findings:
     bindings: tuple[Binding, ...] = ()
     readers: tuple[Binding, ...] = ()  # those bindings whose axis is that of a reader
     inputs: tuple[Reader, ...] = ()  # weights that can make up for units that go
+    joint: tuple[Reader, ...] = ()  # weights that read units, and cannot make up for them
     refused: dict[str, str] = field(default_factory=dict)  # width → why it cannot be pruned
 
 
@@ -87,6 +88,7 @@ def trace(architecture: Architecture) -> Trace:
     found = Trace(
         bindings=tuple(binding for part in parts for binding in part.bindings),
         inputs=tuple(reader for part in parts for reader in part.inputs),
+        joint=tuple(reader for part in parts for reader in part.joint),
         readers=tuple(binding for part in parts for binding in part.readers),
         scored=_scored(twin),
         expert_templates=experts.templates,
@@ -119,6 +121,7 @@ def _trace_units(twin: Twin, bound: Followers, width: str) -> Findings:
     found: list[Binding] = []
     readers: list[Binding] = []
     inputs: list[Reader] = []
+    joint: list[Reader] = []
     remaining, component = dict(bound.disk), int(width in GLOBAL_WIDTHS)
     while remaining:
         rest = replace(bound, disk=remaining)
@@ -136,10 +139,12 @@ def _trace_units(twin: Twin, bound: Followers, width: str) -> Findings:
             return Findings(refused={width: reason or "no axis carries its units"})
         found += bindings
         readers += [binding for reader in unit_readers for binding in _reading(twin, part, reader, bindings)]
-        inputs += _inputs(twin, unit_readers, width, component)
+        alone, together = _inputs(twin, unit_readers, width, component)
+        inputs += alone
+        joint += together
         remaining = {place: size for place, size in remaining.items() if place not in explained}
         component += 1
-    return Findings(tuple(found), tuple(readers), tuple(inputs))
+    return Findings(tuple(found), tuple(readers), tuple(inputs), tuple(joint))
 
 
 def _trace_heads(twin: Twin, hidden: Followers | None) -> Findings:
@@ -168,14 +173,15 @@ def _trace_heads(twin: Twin, hidden: Followers | None) -> Findings:
     if loose and widths.num_key_value_heads == 1:
         leave_channels_out(labels, widths)
     bindings, reason = bind(bound, labels, widths, loose, output_axis_of(twin.model))
-    inputs = tuple(_inputs(twin, [reader], "num_attention_heads"))
+    inputs, joint = _inputs(twin, [reader], "num_attention_heads")
     if reason:
         return Findings(inputs=inputs, refused=dict.fromkeys(spaces, reason))
     whole = bind_whole_heads(twin, bound)
     readers = _reading(twin, bound, reader, bindings)
     summed = summed_axes(twin)  # what else reads all heads, such as the mask that Doge makes of their values
-    readers += [b for b in bindings if b not in readers and (b.template, b.axis) in summed]
-    return Findings((*bindings, *whole), tuple(readers), inputs)
+    others = [b for b in bindings if b not in readers and (b.template, b.axis) in summed]
+    joint += tuple(Reader(other.template, other.axis, other.width) for other in others)
+    return Findings((*bindings, *whole), (*readers, *others), inputs, joint)
 
 
 def _has_slopes(config: PretrainedConfig) -> bool:
@@ -233,10 +239,17 @@ def _trace_channels(twin: Twin, hidden: Followers | None, taken: set[Place]) -> 
     return Findings((*inner.bindings, *bindings), inner.readers)
 
 
-def _inputs(twin: Twin, readers: Sequence[Place], width: str, component: int = 0) -> list[Reader]:
-    """The weights that can make up for units: what several weights read, none of them can make up for alone."""
+def _inputs(
+    twin: Twin, readers: Sequence[Place], width: str, component: int = 0
+) -> tuple[tuple[Reader, ...], tuple[Reader, ...]]:
+    """The weight that can make up for units, or else those that cannot.
+
+    What several weights read, none of them can make up for alone.
+    """
     places = [template_place(place) for place in readers]
-    return [Reader(*place, width, component) for place in places if len(places) == 1 and place in summed_axes(twin)]
+    found = tuple(Reader(*place, width, component) for place in places)
+    is_alone = len(places) == 1 and places[0] in summed_axes(twin)
+    return (found, ()) if is_alone else ((), found)
 
 
 def _reading(twin: Twin, bound: Followers, reader: Place, bindings: list[Binding]) -> list[Binding]:

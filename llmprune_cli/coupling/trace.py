@@ -108,14 +108,14 @@ class Binding:
 
 @dataclass(frozen=True)
 class Reader:
-    """A weight whose products are all that the rest of the model sees of some units.
+    """A weight whose products are all that the rest of the model sees of some units, or one of several such weights.
 
     Heads lie along its axis one after the other, P elements each; neurons one element each.
     """
 
     parameter: str  # name in memory, with {} for numbers
     axis: int  # that is summed over
-    width: str  # query heads or a width of neurons
+    width: str  # query heads, KV groups or a width of neurons
     component: int = 0  # see `Binding`
 
 
@@ -125,11 +125,12 @@ class Trace:
 
     bindings: tuple[Binding, ...]
     inputs: tuple[Reader, ...]  # the weights that can make up for units that go
-    readers: tuple[Binding, ...]  # the axes on disk whose zeros silence heads and neurons: those of `inputs`
+    readers: tuple[Binding, ...]  # the axes on disk whose zeros silence heads and neurons: of `inputs` and `joint`
     scored: frozenset[str]  # templates whose weights count in the importance of a unit
     expert_templates: frozenset[str]  # templates whose second number is that of an expert
     routers: frozenset[str]  # weights that score the experts: names in memory, with {} for numbers
     refused: dict[str, str]  # width → why it cannot be pruned
+    joint: tuple[Reader, ...] = ()  # the weights that read heads and neurons, but cannot make up for any that go
 
     def of(self, width: str) -> tuple[Binding, ...]:
         """The bindings of one width."""

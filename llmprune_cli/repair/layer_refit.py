@@ -21,9 +21,10 @@ from llmprune_cli.processes import ALONE, Processes
 from llmprune_cli.repair.dense_goals import Streams, StreamWithin, advance_dense, sites_of
 from llmprune_cli.repair.least_squares import DAMPING, Moments, only, solve_reader
 from llmprune_cli.repair.replay import Inputs, Replay
-from llmprune_cli.repair.sites import Site, Uses
+from llmprune_cli.repair.sites import Site, Uses, expert_bias
 from llmprune_cli.run.layer import Enough, Layer, batches, check_states
 from llmprune_cli.run.layered_model import LayeredModel
+from llmprune_cli.run.norms import see_kept_units
 
 if TYPE_CHECKING:
     from llmprune_cli.coupling.products import Product
@@ -53,13 +54,14 @@ class LayerRefit:
     streams: Streams
     with_errors: bool = True  # whether those of its readers are wanted, which cost as much as their solution
     exact: dict[str, torch.Tensor] = field(default_factory=dict)  # see `_exact_parameter`
+    following: list[str] = field(default_factory=list)  # readers that were made to follow the residual stream
 
     def run(self, method: str) -> LayerRepair:
         """Refit all readers, in the order in which they run, and take both streams through the layer."""
         found = sites_of(self.whole, self.layer, self.number, self.streams.kept)
         goals = advance_dense(self.layer, self.number, found if method == "residual" else [], self.streams)
         check_states(self.streams.dense, f"Layer {self.number}")
-        self._silence_biases()
+        self._remove_unread()
         errors: list[_Errors] = []
         replay = Replay(self.layer, self.streams.pruned, self.streams.folder)
         for position, site in enumerate(found):
@@ -67,6 +69,7 @@ class LayerRefit:
                 self._drop_inputs(site)
                 continue
             goal, recorded = goals.pop(site.name, None), replay.recorder(site)
+            self.following.extend([site.name] if goal is not None else [])
             for experts in self._chunks(site, with_all=goal is not None):
                 errors += self._solve(site, self._moments(site, experts, found[:position], goal, replay, recorded))
             if recorded is not None:
@@ -82,7 +85,7 @@ class LayerRefit:
 
     def only_remove(self) -> None:
         """Take the stream of the pruned model through the layer without the units that go."""
-        self._silence_biases()
+        self._remove_unread()
         for reader in self.whole.trace.inputs:
             if self.layer.has(reader.parameter):
                 self._drop_inputs(Site(reader, reader.parameter.replace("{}", "0", 1), None, False))
@@ -224,11 +227,11 @@ class LayerRefit:
         moments = {expert: Moments.zero(outputs, inputs, self._kept(site, expert), device) for expert in experts}
         weights = {expert: self._matrix(site, expert) if self.with_errors else None for expert in experts}
         is_enough = None in moments and (goal is None or not site.ends_layer)
-        fitted = self.streams.fitted
+        fitted, bias = self.streams.fitted, expert_bias(self.layer, site.name)
         rest = batches(self.streams.pruned[fitted:]) if recorded else ()
         passing = ((fitted + first, batch) for first, batch in rest)
         for first, batch in (*batches(self.streams.pruned[:fitted]), *passing):
-            stream, uses = StreamWithin(batch.clone(), (*earlier, site)), Uses(site.name, moments)
+            stream, uses = StreamWithin(batch.clone(), (*earlier, site)), Uses(site.name, moments, bias)
 
             def watch(seen: Product, stream: StreamWithin = stream, uses: Uses = uses) -> torch.Tensor | None:
                 stream.watch(seen)
@@ -251,6 +254,18 @@ class LayerRefit:
         for own in moments.values():
             own.add_up(self.whole.processes)
         return moments
+
+    def _remove_unread(self) -> None:
+        """Take out what goes, but for what weights read that can make up for it."""
+        self._silence_biases()
+        see_kept_units(self.whole, self.layer, self.number, self.plan.keep)
+        for reader in self.whole.trace.joint:
+            if self.layer.has(reader.parameter):
+                weight = self.layer.model.get_parameter(reader.parameter.replace("{}", "0", 1)).detach()
+                size = weight.shape[reader.axis]
+                gone = torch.ones(size, dtype=torch.bool)
+                gone[kept_inputs(self.whole, self.plan, reader, self.number, None, size)] = False
+                weight.index_fill_(reader.axis, gone.nonzero().flatten().to(weight.device), 0)
 
     def _silence_biases(self) -> None:
         """Keep the router from picking an expert that goes by a bias that it adds behind its scores."""
@@ -318,6 +333,6 @@ def kept_inputs(
     stays = torch.zeros(getattr(model.widths, reader.width), dtype=torch.bool)
     stays[list(units)] = True
     times = size // len(stays)
-    along = stays.repeat_interleave(times) if reader.width == Width.HEADS else stays.repeat(times)
+    along = stays.repeat_interleave(times) if reader.width in HEAD_COUNTS else stays.repeat(times)
     indices: torch.Tensor = along.nonzero().flatten()
     return indices

@@ -9,6 +9,8 @@ from typing import TypeAlias
 import torch
 
 from llmprune_cli.coupling.subject import Subject
+from llmprune_cli.coupling.trace import Reader
+from llmprune_cli.family.widths import HEAD_COUNTS, Width
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.shards import open_shard
 from llmprune_cli.folder.tensors import TensorEntry
@@ -38,6 +40,9 @@ def repair(
         return subject, ()
     if "hidden_size" in plan.changed:
         bench.listener.warn("The channels that go are cut after the refit, which does not make up for them.")
+    warn = bench.listener.warn
+    if together := _read_together(model, plan):
+        warn(f"Several weights read {', '.join(together)} together: none of them is refitted for what goes there.")
     bench.listener.stage(f"Refitting ({method})", model.layers)
     with torch.inference_mode():
         windows, folder = model.share(text.fitted), bench.offload_dir
@@ -45,9 +50,20 @@ def repair(
             walk_dense(model, windows, bench.dense, lambda layers: None)
         kept, start = bench.dense.covering(windows), model.embed(windows, folder)
         streams = Streams(start, copy_states(start, folder), len(start), folder, kept)
-        repairs = refit(model, plan, streams, method, bench.listener.advance, bench.journal, refitter=refitter)
+        repairs = refit(model, plan, streams, method, bench.listener.advance, bench.journal, True, refitter, warn)
     checkpoint = with_new_weights(model.checkpoint, plan.layers, bench.journal)
     return replace(subject, checkpoint=checkpoint), repairs
+
+
+def _read_together(model: LayeredModel, plan: Plan) -> list[str]:
+    """The widths that a plan changes, and whose units no weight alone can make up for."""
+    alone = {_unit(reader) for reader in model.trace.inputs}
+    return sorted({str(r.width) for r in model.trace.joint if _unit(r) not in alone} & {*plan.changed})
+
+
+def _unit(reader: Reader) -> tuple[str, int]:
+    """What a reader reads; that of query heads reads their KV groups."""
+    return Width.HEADS if reader.width in HEAD_COUNTS else reader.width, reader.component
 
 
 def refit(
@@ -59,6 +75,7 @@ def refit(
     journal: Journal | None = None,
     with_errors: bool = True,
     refitter: Refitter = LayerRefit,
+    warn: Callable[[str], None] = lambda message: None,
 ) -> tuple[LayerRepair, ...]:
     """Solve the readers of every layer anew, each layer seeing the pruned and refitted layers before it.
 
@@ -76,6 +93,7 @@ def refit(
             not comes first. None keeps nothing.
         with_errors: whether to report on single readers; without, their errors are 0.
         refitter: what refits a layer.
+        warn: told once where no reader of any layer follows the residual stream, although that is the method.
 
     Returns:
         A report on each layer that stays.
@@ -84,12 +102,15 @@ def refit(
     done = journal.last_layer(both) if journal is not None else None
     first, reports = (done[0] + 1, [LayerRepair(**report) for report in done[1]]) if done else (0, [])
     progress(first)
+    follows: list[bool] = []
     for number in range(first, model.layers):
         layer = model.load_layer(number)
         if number in plan.layers:
             layer_refit = refitter(layer, model, plan, number, streams, with_errors)
             own = "none" if number in plan.protected else method
             reports.append(layer_refit.run(own))
+            if own == "residual":
+                follows.append(bool(layer_refit.following))
             if own != "none" and journal is not None and journal.folder is not None:
                 layer_refit.store(journal.folder)
         else:
@@ -98,6 +119,11 @@ def refit(
         if journal is not None:
             journal.save_layer(number, [asdict(report) for report in reports], both)
         progress(1)
+    if follows and not any(follows):
+        warn(
+            f"How the weights of {model.architecture.config.model_type} enter the residual stream is not known, so "
+            "that nothing makes up for dropped layers and earlier errors: --refit residual is the same as local."
+        )
     return tuple(reports)
 
 

@@ -94,11 +94,15 @@ class _Part:
 class Uses:
     """The products of a reader in one run, and what becomes of them where experts hand them in."""
 
-    def __init__(self, name: str, experts: Collection[int | None]) -> None:
-        """Of the parameter with this name; the inputs of these experts are wanted."""
+    def __init__(self, name: str, experts: Collection[int | None], bias: torch.Tensor | None = None) -> None:
+        """Of the parameter with this name; the inputs of these experts are wanted.
+
+        Args:
+            bias: see `expert_bias`.
+        """
         self.products: list[Product] = []  # with wanted inputs
         self.parts: list[_Part] = []
-        self._name, self._experts = name, experts
+        self._name, self._experts, self._bias = name, experts, bias
         self._last: Product | None = None
 
     def watch(self, seen: Product) -> bool:
@@ -115,6 +119,8 @@ class Uses:
         seen, self._last = self._last, None
         if seen is not None and source.shape == seen.result.shape:
             result = seen.result.float()
+            if self._bias is not None:
+                result = result + self._bias[seen.expert]
             weights = (source.float() * result).sum(-1) / result.square().sum(-1)
             wanted = seen.values if seen.expert in self._experts else None
             self.parts.append(_Part(seen.expert, wanted, tokens, weights.nan_to_num()))
@@ -124,11 +130,20 @@ def _inverse_rms(result: torch.Tensor) -> torch.Tensor:
     return (result.square().mean(-1, keepdim=True) + NORM_EPSILON).rsqrt()
 
 
+def expert_bias(layer: Layer, name: str) -> torch.Tensor | None:
+    """What an operation of its own adds behind the product of each expert, [E, D]; None where nothing is added.
+
+    Args:
+        name: of the stacked parameter; transformers names its bias after it.
+    """
+    return dict(layer.model.named_parameters()).get(f"{name}_bias")
+
+
 def find_sites(model: LayeredModel, layer: Layer) -> list[Site]:
     """The readers that a layer has, in the order in which they run, and how each enters the residual stream.
 
-    Measured on a few random hidden states: with the results of all readers but one set to zero, that one is replaced by
-    noise, and the output of the layer has to change as one of the ways to enter says.
+    Measured on a few random hidden states: with the results of all readers but one set to zero, biases of experts
+    included, that one is replaced by noise, and the output of the layer has to change as one of the ways to enter says.
     """
     readers = {r.parameter.replace("{}", "0", 1): r for r in model.trace.inputs if layer.has(r.parameter)}
     generator = torch.Generator().manual_seed(0)
@@ -161,6 +176,7 @@ def _respond(
     """The response where one reader makes noise [1, T, D], its first row where it is experts, and the others zero."""
     inputs: dict[str, list[torch.Tensor]] = {}
     shares = torch.zeros(probe.shape[1])
+    biases = {name: expert_bias(layer, name) for name in readers}
 
     def watch(seen: Product) -> torch.Tensor | None:
         """Keep what a reader is given, and put noise or zeros in the place of what it makes."""
@@ -169,7 +185,9 @@ def _respond(
         inputs.setdefault(seen.parameter, []).append(seen.values.flatten().cpu())
         made = noise if seen.expert is None else noise[0, :1].expand(*seen.result.shape[:-1], -1)
         fits = seen.parameter == changed and seen.result.numel() == made.numel()
-        return made.to(seen.result.device).reshape(seen.result.shape) if fits else torch.zeros_like(seen.result)
+        result = made.to(seen.result.device).reshape(seen.result.shape) if fits else torch.zeros_like(seen.result)
+        bias = biases[seen.parameter]
+        return result if bias is None else result - bias[seen.expert]  # which the layer adds again
 
     def collect(tokens: torch.Tensor, source: torch.Tensor) -> None:
         if source.shape[-1] == probe.shape[-1]:

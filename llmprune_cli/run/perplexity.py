@@ -128,7 +128,7 @@ class FirstModel:
             return None
         other, ours = functional.log_softmax(logits, -1), functional.log_softmax(own, -1)
         kl = functional.kl_div(other, ours, reduction="none", log_target=True).sum(-1)
-        return kl.sum(1, dtype=torch.float64).cpu()
+        return kl.cpu().sum(1, dtype=torch.float64)
 
 
 def evaluate_perplexity(
@@ -232,7 +232,7 @@ def _nll_and_kl(
         logits = head_logits(model, hidden[:, start : start + chunk]).float()
         wanted = targets[:, start : start + chunk].to(logits.device)
         losses = functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
-        total += losses.view(wanted.shape).sum(dim=1, dtype=torch.float64).cpu()
+        total += losses.view(wanted.shape).cpu().sum(dim=1, dtype=torch.float64)
         if against is not None and kl is not None:
             first, windows = against
             own = first.divergence(windows, slice(start, start + wanted.shape[1]), logits)

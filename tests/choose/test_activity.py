@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,14 @@ import torch
 from llmprune_cli.choose.activity import measure_activity
 from llmprune_cli.coupling.subject import understand
 from llmprune_cli.coupling.trace import Instance
+from llmprune_cli.family.widths import Width
 from llmprune_cli.options import ModelReference, Text
 from llmprune_cli.run.calibration import prepare_calibration
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.source.opening import open_checkpoint
 from llmprune_cli.source.tokenizer import load_tokenizer
 from llmprune_cli.text.windows import Reader
+from support.checkpoints import rewrite
 from support.cli import CALIBRATED, run_cli
 from support.opened import Opened
 from support.tiny import save_tiny
@@ -60,3 +63,21 @@ def test_layers_go_by_block_influence(tiny_llama: Path, tmp_path: Path, text_fil
             activity = measure_activity(layered, start, "activation", lambda n: None)
     least = sorted(range(5), key=activity.influence.__getitem__)[:2]
     assert json.loads(plan.read_text())["layers"] == [layer for layer in range(5) if layer not in least]
+
+
+def test_experts_have_a_say_in_the_scores_of_channels(tiny_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """The channel that all of them read most strongly goes last."""
+
+    def strengthen(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for name, tensor in tensors.items():
+            if ".experts." in name and name.endswith(("w1.weight", "w3.weight")):
+                tensor[:, 7] *= 50
+        return tensors
+
+    source = rewrite(tiny_of("mixtral"), tmp_path / "model", strengthen)
+    tokens = torch.randint(3, 90, (4, 24), generator=torch.Generator().manual_seed(1))
+    with open_checkpoint(ModelReference(str(source)), need_weights=True) as checkpoint:
+        layered = LayeredModel(understand(checkpoint), "cpu")
+        with torch.inference_mode():
+            scores = measure_activity(layered, layered.embed(tokens), "activation", lambda n: None).scores
+    assert int(scores[Width.HIDDEN][Instance()].argmax()) == 7

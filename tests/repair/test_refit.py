@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from llmprune_cli.plan.document import Plan
 from llmprune_cli.plan.requested_widths import Target, resolve
 from llmprune_cli.progress import QUIET
 from llmprune_cli.repair.dense_goals import Streams
+from llmprune_cli.repair.layer_refit import LayerRefit, relative_distance
 from llmprune_cli.repair.refit import refit, with_new_weights
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.workbench import Workbench
@@ -31,7 +33,7 @@ from support.cli import CALIBRATED, run_cli
 from support.full import examples
 from support.opened import Opened
 
-FOLLOWED = ["llama", "gpt_neox", "granite", "cohere", "gemma2", "olmo2", "mixtral", "jamba"]
+FOLLOWED = ["llama", "gpt_neox", "granite", "cohere", "gemma2", "olmo2", "mixtral", "jamba", "gpt_oss"]
 WHOLE = ["llama", "granite", "gpt2", "opt", "falcon", "phi", "qwen3_moe", "glm4", "gpt_oss"]
 BY_LAYER = ["llama", "gpt_neox", "gemma2", "mixtral"]
 WRITTEN = ["llama", "gpt2", "gemma2", "mixtral", "gpt_oss", "deepseek_v3"]
@@ -48,10 +50,12 @@ def by_magnitude(subject: Subject, target: Target) -> Plan:
     return make_plan(bench, target, Choice(importance="magnitude", refit="none"))
 
 
-def refitted(opened: Opened, method: str, folder: Path) -> tuple[Checkpoint, Plan, Streams, float]:
+def refitted(
+    opened: Opened, method: str, folder: Path, request: WidthRequest | None = None
+) -> tuple[Checkpoint, Plan, Streams, float]:
     """Half the neurons gone (and some experts, where there are any) by magnitude; the error of the last stream."""
     subject = opened.subject
-    request = WidthRequest(
+    request = request or WidthRequest(
         intermediate_pruning_ratio=0.5, round_to=8, num_experts=4 if subject.widths.num_experts else None
     )
     target = resolve(subject.architecture, subject.trace.refused, request)
@@ -66,7 +70,9 @@ def refitted(opened: Opened, method: str, folder: Path) -> tuple[Checkpoint, Pla
     return checkpoint, plan, streams, reports[-1].stream_error
 
 
-@pytest.mark.parametrize("opened", examples(FOLLOWED, ["gpt_neox", "granite", "olmo2", "jamba"]), indirect=True)
+@pytest.mark.parametrize(
+    "opened", examples(FOLLOWED, ["gpt_neox", "granite", "olmo2", "jamba", "gpt_oss"]), indirect=True
+)
 def test_the_residual_refit_follows_the_dense_stream(opened: Opened, tmp_path: Path) -> None:
     """Blocks in sequence, in parallel, scaled, with a norm behind them, of experts: less and less error is left."""
     none, local, residual = (refitted(opened, method, tmp_path)[3] for method in ("none", "local", "residual"))
@@ -93,9 +99,31 @@ def test_a_refit_of_what_lost_nothing_changes_nothing(opened: Opened, tmp_path: 
 
 @pytest.mark.parametrize("opened", examples(WRITTEN, ["gpt2", "gemma2", "gpt_oss"]), indirect=True)
 def test_the_pruned_stream_is_what_the_written_model_computes(opened: Opened, tmp_path: Path) -> None:
+    assert_streams_alike(opened, "residual", tmp_path, None)
+
+
+@pytest.mark.parametrize("method", ["none", "residual"])
+@pytest.mark.parametrize(
+    ("opened", "request_"),
+    [
+        ("olmo2", WidthRequest(num_attention_heads=4)),  # norms over all heads
+        ("olmo2", WidthRequest(num_attention_heads=2, num_key_value_heads=1)),
+        ("mamba", WidthRequest(intermediate_pruning_ratio=0.5)),  # neurons that two weights read
+    ],
+    indirect=["opened"],
+)
+def test_the_pruned_stream_lacks_what_no_reader_can_make_up_for(
+    opened: Opened, request_: WidthRequest, method: str, tmp_path: Path
+) -> None:
+    assert_streams_alike(opened, method, tmp_path, request_)
+
+
+def assert_streams_alike(opened: Opened, method: str, folder: Path, request: WidthRequest | None) -> None:
+    """What a refit takes for the pruned model is the model that is written."""
     subject = opened.subject
-    checkpoint, plan, streams, _ = refitted(opened, "residual", tmp_path)
-    out = tmp_path / "out"
+    checkpoint, plan, streams, error = refitted(opened, method, folder, request)
+    assert error > 1e-3
+    out = folder / "out"
     out.mkdir()
     write_pruned(replace(subject, checkpoint=checkpoint), plan, out, Manifest(), 10**9, QUIET)
     with open_checkpoint(ModelReference(str(out)), need_weights=True) as written, torch.inference_mode():
@@ -130,3 +158,28 @@ def assert_repaired(subject: Subject, refit: str, text: Path, out: Path) -> None
     assert manifest["calibration"] == card and manifest["options"]["refit"] == refit
     with open_checkpoint(ModelReference(str(out)), need_weights=True) as pruned:
         load_model(pruned, "cpu", "float32")
+
+
+def test_it_is_said_once_what_no_refit_makes_up_for(
+    tiny_of: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    options = ("--intermediate-pruning-ratio", "0.5", "--calibration", text_file, *CALIBRATED)
+    run = run_cli("prune", tiny_of("mamba"), *options, "--importance", "activation", "--output", tmp_path / "out")
+    assert run.code == 0, run.stderr
+    assert run.stderr.count("Several weights read intermediate_size together") == 1
+    assert run.stderr.count("--refit residual is the same as local") == 1
+
+
+@pytest.mark.parametrize("opened", ["mamba"], indirect=True)
+def test_what_several_weights_read_is_missed_where_it_is_tried_out(opened: Opened) -> None:
+    """Without any refit, as `--sensitivity` measures it."""
+    subject = opened.subject
+    target = resolve(subject.architecture, subject.trace.refused, WidthRequest(intermediate_pruning_ratio=0.5))
+    plan = by_magnitude(subject, target)
+    with torch.inference_mode():
+        stream = opened.layered.embed(opened.tokens)
+        whole, without = stream.clone(), stream.clone()
+        opened.layered.load_layer(0).advance(whole)
+        streams = Streams(without, without, 0)
+        LayerRefit(opened.layered.load_layer(0), opened.layered, plan, 0, streams).only_remove()
+    assert relative_distance(without, whole) > 1e-3

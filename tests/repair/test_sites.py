@@ -37,15 +37,17 @@ def test_it_is_known_how_readers_enter_the_residual_stream(
     torch.testing.assert_close(last.factor, expected.detach().expand_as(last.factor), rtol=1e-3, atol=1e-3)
 
 
-def test_experts_share_what_is_missing_in_the_smallest_changes() -> None:
+@pytest.mark.parametrize("bias", [None, 3 * torch.ones(2, 4)])
+def test_experts_share_what_is_missing_in_the_smallest_changes(bias: torch.Tensor | None) -> None:
     """Two experts of every token: what they are to add is what the pseudo-inverse of their weights says."""
     generator = torch.Generator().manual_seed(2)
     values, results, missing = (torch.randn(*shape, generator=generator) for shape in ((2, 6, 3), (2, 6, 4), (6, 4)))
     weights = torch.rand(2, 6, generator=generator)
-    uses = Uses("down", {0, 1})
+    uses = Uses("down", {0, 1}, bias)
     for expert in range(2):
         uses.watch(Product("down", 2, expert, values[expert], None, results[expert]))
-        uses.collect(torch.arange(6), results[expert] * weights[expert, :, None])
+        handed_in = results[expert] if bias is None else results[expert] + bias[expert]
+        uses.collect(torch.arange(6), handed_in * weights[expert, :, None])
     found = {expert: (x, y) for expert, x, y in Entry("shared", torch.full((4,), 2.0)).corrections(uses, missing)}
     for token in range(6):
         changes = torch.linalg.pinv(2 * weights[None, :, token]) @ missing[None, token]

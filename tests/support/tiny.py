@@ -29,7 +29,7 @@ def tiny_config(family: str = "llama", **changes: object) -> object:
 def save_tiny(
     folder: Path, family: str = "llama", dtype: str = "float32", shard: str = "40KB", **changes: object
 ) -> Path:
-    """Save a random checkpoint with a tokenizer; biases and norms are random too, so that losing one is seen."""
+    """Save a random checkpoint with a tokenizer; biases, also of experts, and norms are random: losing one is seen."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -37,7 +37,7 @@ def save_tiny(
     model = AutoModelForCausalLM.from_config(tiny_config(family, **changes))
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 1:
+            if parameter.ndim == 1 or bool((parameter == parameter.flatten()[0]).all()):
                 parameter.add_(0.3 * torch.randn_like(parameter))
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard)
     save_tokenizer(folder)

@@ -20,6 +20,7 @@ from llmprune_cli.family.skeleton import on_disk, vectors_on_disk
 from llmprune_cli.family.widths import Width, Widths
 from llmprune_cli.folder.tensors import split_name
 from llmprune_cli.run.layer import unpacked
+from llmprune_cli.run.norms import see_kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -151,15 +152,7 @@ def _norms_of_kept(model: PreTrainedModel, pruned: PreTrainedModel, kept: Kept) 
         for parameter_name, parameter in norm.named_parameters(recurse=False):
             own = getattr(module, parameter_name)
             parameter.copy_(own[mask] if len(own) == len(mask) else own)
-
-        def replace_output(_: Any, inputs: Any, output: Any, norm: Any = norm, mask: Any = mask) -> Any:
-            if not isinstance(output, torch.Tensor) or output.shape[-1] != len(mask):
-                return None
-            result = torch.zeros_like(output)
-            result[..., mask] = norm(inputs[0][..., mask])
-            return result
-
-        hooks.append(module.register_forward_hook(replace_output))
+        hooks.append(see_kept(module, norm, mask, silences=True))
     try:
         yield
     finally:
