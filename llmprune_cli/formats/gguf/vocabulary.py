@@ -247,7 +247,9 @@ def name_pre_tokenizer(check: list[int], described: Mapping[str, Any]) -> str:
     known = known or BY_RULE.get((rule, bool(described["model"].get("ignore_merges"))))
     if known is None:
         refused = str(_refused("this tokenizer's way of splitting text into words (its pre-tokenizer)"))
-        raise UnsupportedError(f"{refused} It knows none whose vocabulary was cut: prune without --vocab-size for that.")
+        raise UnsupportedError(
+            f"{refused} It knows none whose vocabulary was cut: prune without --vocab-size for that."
+        )
     return known
 
 
