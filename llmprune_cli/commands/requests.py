@@ -244,8 +244,8 @@ def check_prune(request: PruneRequest) -> None:
 
 
 def _check_saved(request: PruneRequest) -> None:
-    """Refuse a plan or a recipe in the place of what is read, of each other, or in a folder with a model."""
-    from llmprune_cli.folder.documents import check_apart, check_own_folder, check_replaceable
+    """Refuse a plan or a recipe in the place of what is read, of a model's file, or of each other."""
+    from llmprune_cli.folder.documents import check_apart, check_own_folder, check_replaceable, is_there
     from llmprune_cli.text.names import parts_of
 
     delivery, evaluation = request.delivery, request.evaluation
@@ -255,7 +255,8 @@ def _check_saved(request: PruneRequest) -> None:
     for path, option in ((delivery.save_plan, "--save-plan"), (delivery.save_config, "--save-config")):
         if path is not None:
             check_replaceable(path, option)
-            check_own_folder(path.parent, option, (Path(request.model.name), delivery.output))
+            replaced = [Path(request.model.name)] if is_there(path) else []
+            check_own_folder(path.parent, option, (delivery.output, *replaced))
             check_apart(path, option, files)
             files.append(path)
 
