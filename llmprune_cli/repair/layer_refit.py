@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -105,10 +105,18 @@ class LayerRefit:
         tensors = {}
         for name, tensor in self.layer.stored().items():
             real = self._real_name(name)
-            if real is not None:
+            if real is not None and not self._was_only_rounded(real, tensor):
                 tensors[real] = tensor.to("cpu", DTYPES[self.whole.checkpoint.by_name[real].dtype].torch).contiguous()
         if tensors:
             store_layer(folder, self.number, tensors)
+
+    def _was_only_rounded(self, name: str, tensor: torch.Tensor) -> bool:
+        """Whether nothing was done to a tensor but that the computation has fewer digits than the checkpoint."""
+        entry, compute = self.whole.checkpoint.by_name[name], self.layer.compute
+        if DTYPES[entry.dtype].torch.itemsize <= compute.itemsize:
+            return False
+        ((_, original),) = replace(self.whole.checkpoint, entries=(entry,)).tensors()
+        return torch.equal(original.to(compute).float(), tensor.cpu().float())
 
     def _real_name(self, name: str) -> str | None:
         """The name in the checkpoint of a tensor of a reader; None for any other tensor."""

@@ -54,7 +54,7 @@ def rank_tokens(
         ends = model.load_ends(exact=True)
         for window, places, _ in predicted(ends, part):
             logits = ends.logits(states[window : window + 1, places], items)[0]
-            expected += logits.softmax(-1).sum(0).double().cpu()
+            expected += logits.softmax(-1).sum(0).cpu().double()  # which Apple GPUs do not have
     check_loss(float(expected.sum()))
     return counts / counts.sum() + expected / expected.sum()
 

@@ -32,6 +32,7 @@ from support import families
 from support.cli import CALIBRATED, run_cli
 from support.full import examples
 from support.opened import Opened
+from support.stock import written_tensors
 
 FOLLOWED = ["llama", "gpt_neox", "granite", "cohere", "gemma2", "olmo2", "mixtral", "jamba", "gpt_oss"]
 WHOLE = ["llama", "granite", "gpt2", "opt", "falcon", "phi", "qwen3_moe", "glm4", "gpt_oss"]
@@ -158,6 +159,22 @@ def assert_repaired(subject: Subject, refit: str, text: Path, out: Path) -> None
     assert manifest["calibration"] == card and manifest["options"]["refit"] == refit
     with open_checkpoint(ModelReference(str(out)), need_weights=True) as pruned:
         load_model(pruned, "cpu", "float32")
+
+
+MEASURED = ("--importance", "range", "--refit", "local", "--compute-dtype", "bfloat16")
+
+
+def test_what_no_refit_touches_keeps_the_digits_that_the_computation_lacks(
+    tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    words = ("--mlp", "50%", "--calibration", text_file, *CALIBRATED, *MEASURED, "--output", tmp_path / "out")
+    run = run_cli("prune", tiny_llama, *words)
+    assert run.code == 0, run.stderr
+    before, after = written_tensors(tiny_llama), written_tensors(tmp_path / "out")
+    readers = {name for name in before if name.endswith("self_attn.o_proj.weight")}
+    assert readers and all(torch.equal(before[name], after[name]) for name in readers)
+    solved = after["model.layers.0.mlp.down_proj.weight"]
+    assert not torch.equal(solved, solved.bfloat16().float()), "what is solved has digits of its own"
 
 
 def test_it_is_said_once_what_no_refit_makes_up_for(
