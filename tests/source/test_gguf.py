@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
 from llmprune_cli.options import ModelReference
@@ -270,3 +271,31 @@ def test_a_tokenizer_has_the_tokens_of_its_file_and_no_more(tmp_path: Path) -> N
     text = "of <|endoftext|> there is none, </s>"
     expected = AutoTokenizer.from_pretrained(source)(text, add_special_tokens=False)["input_ids"]
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == expected
+
+
+# Ways to split text: what each file's tokenizer must make of words that no merges make, of numbers, and what is said.
+SPLITS = {
+    "llama-bpe": ([["abc"], [" ", "12", "3", "4"]], ""),
+    "smollm": ([["ab", "c"], [" ", "1", "2", "3", "4"]], ""),
+    "olmo": ([["ab", "c"], [" 12", "34"]], ""),
+    "deepseek-coder": ([["ab", "c"], [" 12", "34"]], "(deepseek-coder) that is not known here"),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_text_is_split_as_the_file_says(tmp_path: Path, name: str) -> None:
+    import gguf
+
+    pieces, said = SPLITS[name]
+    tokens = ["<s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "12", "34", "Ġ12", "abc"]
+    path = tmp_path / "model.gguf"
+    spec = GGUF_FAMILIES["llama"]
+    source = save_tiny(tmp_path / "plain", "llama", vocab_size=len(tokens), **spec.settings)
+    write_gguf(source, path, spec, tokens=(name, tokens, ["a b", "1 2", "3 4", "Ġ 12"]))
+    assert gguf.GGUFReader(path).fields["tokenizer.ggml.pre"].contents() == name
+    run = run_cli("export", path, "--dtype", "float32", "--output", tmp_path / "read")
+    assert run.code == 0 and (said in run.stderr if said else "not known here" not in run.stderr), run.stderr
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "read")
+    for text, expected in zip(("abc", " 1234"), pieces, strict=True):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert [tokenizer.decode([number]) for number in ids] == expected

@@ -82,8 +82,19 @@ GGUF_FAMILIES = {
 }
 
 
-def write_gguf(plain: Path, path: Path, family: GgufFamily, extra: Tensors | None = None, **header: object) -> Path:
-    """Write a checkpoint as llama.cpp's converter does: its names, its layouts and a tokenizer."""
+def write_gguf(
+    plain: Path,
+    path: Path,
+    family: GgufFamily,
+    extra: Tensors | None = None,
+    tokens: tuple[str, list[str], list[str]] | None = None,
+    **header: object,
+) -> Path:
+    """Write a checkpoint as llama.cpp's converter does: its names, its layouts and a tokenizer.
+
+    Args:
+        tokens: see `add_byte_level`.
+    """
     import gguf
 
     config = AutoConfig.from_pretrained(plain)
@@ -105,7 +116,10 @@ def write_gguf(plain: Path, path: Path, family: GgufFamily, extra: Tensors | Non
     for key, value in {**widths, **family.header, **header}.items():
         kind = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         kind[type(value)](f"{family.architecture}.{key}", value)  # type: ignore[operator]
-    add_gguf_tokenizer(writer, family.tokenizer)
+    if tokens is None:
+        add_gguf_tokenizer(writer, family.tokenizer)
+    else:
+        add_byte_level(writer, *tokens)
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
     names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
     for name, tensor in written_tensors(plain).items():
@@ -127,6 +141,16 @@ def write_gguf(plain: Path, path: Path, family: GgufFamily, extra: Tensors | Non
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def add_byte_level(writer: Any, name: str, tokens: list[str], merges: list[str]) -> None:
+    """Tokens of which the first begins a text, with llama.cpp's name of how text is split."""
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(name)
+    writer.add_token_list(tokens)
+    writer.add_token_merges(merges)
+    writer.add_token_types([3] + [1] * (len(tokens) - 1))
+    writer.add_bos_token_id(0)
 
 
 def add_gguf_tokenizer(writer: Any, kind: str) -> None:

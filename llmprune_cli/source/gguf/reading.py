@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from llmprune_cli.progress import LOGGER
 from llmprune_cli.source.conversion import CONVERTED_SHARD_BYTES, DEQUANTIZED_DTYPE, save_plain
 from llmprune_cli.source.gguf.configuration import read_configuration
 from llmprune_cli.source.gguf.header import header_of, read_briefly
+from llmprune_cli.source.gguf.splitting import split_as_said
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -120,20 +120,7 @@ def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         finally:
             library.load_gguf_checkpoint = read
-    return _without_more(tokenizer)
-
-
-def _without_more(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer without tokens that the file does not have: `<|endoftext|>`, which GPT-2's class gives to all."""
-    from tokenizers import Tokenizer
-
-    described = json.loads(tokenizer.backend_tokenizer.to_str())
-    if described["model"]["type"] != "BPE":
-        return tokenizer
-    in_file = [own for own in described["added_tokens"] if own["content"] in described["model"]["vocab"]]
-    if len(in_file) < len(described["added_tokens"]):
-        tokenizer._tokenizer = Tokenizer.from_str(json.dumps({**described, "added_tokens": in_file}))
-    return tokenizer
+        return split_as_said(tokenizer, header)
 
 
 @contextmanager
