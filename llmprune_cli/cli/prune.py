@@ -34,7 +34,6 @@ from llmprune_cli.cli.screen.table_parts import (
     speed_text,
 )
 from llmprune_cli.commands.requests import PruneRequest, check_prune
-from llmprune_cli.errors import UsageError
 from llmprune_cli.formats.request import suggested_gguf
 from llmprune_cli.options import Choice, Delivery, Evaluation, ModelReference, Scratch, Text
 from llmprune_cli.sizes import size_text
@@ -78,14 +77,14 @@ def prune_command(
 ) -> None:
     """Check what is asked for, do it, and print it."""
     judged = evaluation if evaluate else None
-    if not evaluate and replace(evaluation, text_column=None) != Evaluation():
-        raise UsageError("--dataset, --split, --limit, --max-seq-len and --batch-size go with --eval; give it, too.")
     request = PruneRequest(model, choice, text, delivery, scratch, judged, vocabulary)
     check_prune(request)
     with loading():
         from llmprune_cli.commands.delivery import deliver
 
     with progress_on_stderr(detail is False) as listener:
+        if not evaluate and replace(evaluation, text_column=None) != Evaluation():
+            listener.warn("--dataset, --split, --limit, --max-seq-len and --batch-size do nothing without --eval.")
         result = deliver(request, listener)
     if result is None:
         return

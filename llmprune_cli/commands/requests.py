@@ -27,6 +27,7 @@ from llmprune_cli.repair import REFITS
 from llmprune_cli.startup.model_argument import has_weights
 from llmprune_cli.vocabulary.request import VocabularyRequest, check_vocabulary
 
+HEAD_BYTES = 4096  # of a file, by which it is known
 DTYPES = ("float32", "float16", "bfloat16")
 # The values that an option has to be one of.
 CHOICES: dict[tuple[type, str], tuple[str, ...]] = {
@@ -251,14 +252,21 @@ def _check_saved(request: PruneRequest) -> None:
     delivery, evaluation = request.delivery, request.evaluation
     texts = [request.text.calibration, request.vocabulary.vocab_text, evaluation and evaluation.dataset]
     names = [request.model.name, *(part.name for text in texts if text for part in parts_of(text))]
-    files = [*map(Path, names), *(own for own in (delivery.plan, request.vocabulary.keep_tokens) if own is not None)]
+    files = [*map(Path, names), *([request.vocabulary.keep_tokens] if request.vocabulary.keep_tokens else [])]
     for path, option in ((delivery.save_plan, "--save-plan"), (delivery.save_config, "--save-config")):
         if path is not None:
             check_replaceable(path, option)
-            replaced = [Path(request.model.name)] if is_there(path) else []
+            replaced = [Path(request.model.name)] if is_there(path) and not _is_saved(path) else []
             check_own_folder(path.parent, option, (delivery.output, *replaced))
             check_apart(path, option, files)
             files.append(path)
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether a file is a plan or a recipe that an earlier run saved."""
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+    return any(mark in head for mark in (b'"plan_version"', b"command: prune", b'"command": "prune"'))
 
 
 def check_eval(models: Iterable[ModelReference], evaluation: Evaluation, tasks: Sequence[str] = ()) -> None:

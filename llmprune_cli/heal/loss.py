@@ -36,6 +36,9 @@ class Goal(Protocol):
     def streams(self) -> Iterable[torch.Tensor]:
         """Its residual stream behind each layer that is followed, [B, T, D]; none where none is."""
 
+    def prepare(self) -> None:
+        """Do now what takes memory of its own, before that of a student is taken."""
+
     def at(self, places: slice) -> Predicted:
         """A part of it."""
 

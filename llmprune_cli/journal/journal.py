@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from llmprune_cli.errors import CheckpointError, DivergedError, NoNumbersError, OutputError, PlanError
+from llmprune_cli.errors import CheckpointError, NoNumbersError, OutputError, PlanError
 from llmprune_cli.folder.documents import read_json, replace_file
 from llmprune_cli.folder.shards import raw_bytes
 from llmprune_cli.folder.staging import Claim, empty, hidden_folder
@@ -150,7 +150,13 @@ def _read_streams(path: Path, streams: Iterable[torch.Tensor]) -> None:
 
 
 @contextmanager
-def kept_folder(claim: Claim, key: dict[str, Any], resume: bool, may_go_on: bool) -> Iterator[Path]:
+def kept_folder(
+    claim: Claim,
+    key: dict[str, Any],
+    resume: bool,
+    may_go_on: bool,
+    final: tuple[type[BaseException], ...] = (NoNumbersError,),
+) -> Iterator[Path]:
     """The folder of a run's journal: the hidden one of its target.
 
     It vanishes when the target is written; after an error or an interruption it stays if it holds something of worth,
@@ -159,6 +165,7 @@ def kept_folder(claim: Claim, key: dict[str, Any], resume: bool, may_go_on: bool
     Args:
         key: see `run_key`.
         may_go_on: whether the output is where the user may want to go on later.
+        final: errors to which the same work would only come again.
 
     Raises:
         PlanError: it holds the work of another run, with which this one was to go on.
@@ -172,7 +179,7 @@ def kept_folder(claim: Claim, key: dict[str, Any], resume: bool, may_go_on: bool
     try:
         yield folder
     except BaseException as error:
-        if may_go_on and not isinstance(error, NoNumbersError | DivergedError) and _is_worth_keeping(folder):
+        if may_go_on and not isinstance(error, final) and _is_worth_keeping(folder):
             LOGGER.warning(f"The work so far is kept in {folder}: the same command with --resume goes on from there.")
         else:
             with suppress(OSError):

@@ -119,9 +119,11 @@ class LayerRefit:
         return torch.equal(original.to(compute).float(), tensor.cpu().float())
 
     def _real_name(self, name: str) -> str | None:
-        """The name in the checkpoint of a tensor of a reader; None for any other tensor."""
+        """The name in the checkpoint of a tensor of a reader that can be solved; None for any other tensor."""
         template, numbers = split_name(name)
-        if template not in {binding.template for binding in self.whole.trace.readers}:
+        trace, solved = self.whole.trace, {(own.width, own.component) for own in self.whole.trace.inputs}
+        solved |= {(width, component) for own, component in solved if own == Width.HEADS for width in HEAD_COUNTS}
+        if template not in {own.template for own in trace.readers if (own.width, own.component) in solved}:
             return None
         return template.format(self.number, *numbers[1:])
 

@@ -70,7 +70,7 @@ def roomy_folder(beside: Path | None) -> Path:
         beside: a folder where the run writes, which is better then; None where there is none.
     """
     usual = Path(tempfile.gettempdir())
-    places = [usual, *([beside] if beside is not None else []), LASTING]
+    places = [usual, LASTING, *([beside] if beside is not None else [])]
     on_disk = (place for place in places if os.access(place, os.W_OK | os.X_OK) and not lies_in_memory(place))
     return next(on_disk, usual)
 

@@ -173,7 +173,7 @@ def part_to_write(checkpoint: Checkpoint, text_only: bool = False, dtype: str | 
         stored = str(checkpoint.stored_dtype).removeprefix("torch.")
         LOGGER.warning(
             f"{checkpoint.source} is stored as {stored}, and so is what is made of it: --dtype {dtype} is for what has "
-            f"to be dequantized. `llmprune export --dtype {dtype}` converts the result."
+            f"to be dequantized, and for --eval. `llmprune export --dtype {dtype}` converts the result."
         )
     if text_only or whole is None:
         return text_alone(checkpoint)

@@ -13,6 +13,7 @@ import torch
 from llmprune_cli.errors import CheckpointError, PlanError, UsageError
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.documents import read_json
+from llmprune_cli.progress import LOGGER
 from llmprune_cli.run.divergence import check_loss, predicted
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.sizes import WHOLE
@@ -182,6 +183,11 @@ def _read_keep_file(path: Path, tokens: Tokens) -> set[int]:
     for line, number in zip(lines, numbers, strict=True):
         if number not in tokens.by_id:
             raise UsageError(f"--keep-tokens {path} names {line!r}, which is no {_meant(line, by_number)}.")
+    if by_number and (texts := [line for line in lines if line in tokens.ids]):
+        LOGGER.warning(
+            f"{path} names tokens by their numbers, since every line is one. The texts {', '.join(texts[:3])} are "
+            "tokens, too: to name these, put a token beside them that is no number."
+        )
     return {number for number in numbers if number is not None}
 
 

@@ -125,6 +125,15 @@ def test_commands_that_go_on_keep_what_the_first_one_needed(tiny_llama: Path, tm
     assert f"--text {rows} --text-column title --tokens 1M" in shown["recover"]
 
 
+def test_a_plan_is_saved_again_and_what_does_nothing_is_told(tiny_llama: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    for plan in (("--mlp", "50%"), ("--mlp", "25%"), ("--plan", model / "plan.json")):
+        asked = ("prune", model, *plan, *BY_CHANCE, "--save-plan", model / "plan.json", "--limit", "3", "--dry-run")
+        run = run_cli(*asked)
+        assert run.code == 0 and "do nothing without --eval" in run.stderr, run.stderr
+    assert json.loads((model / "plan.json").read_text())["after"]["intermediate_size"] == 36
+
+
 def test_characters_that_the_output_cannot_hold_end_no_run(tiny_llama: Path) -> None:
     run = run_process("inspect", tiny_llama, "--mlp", "50%", env={"PYTHONIOENCODING": "ascii"})
     assert run.code == 0 and "64 ? 48" in run.stdout, run.stderr

@@ -290,9 +290,6 @@ MISTAKES = {
         USAGE,
         ("--split foo", "python-docs has the splits test, validation, train"),
     ),
-    "an evaluation that nobody asked for": Mistake(
-        prune(*HALF, "--dataset", "nope.txt", "--limit", "3"), USAGE, ("--dataset", "go with --eval")
-    ),
     "a text that nothing reads, and that is not there": Mistake(
         prune(*HALF, "--importance", "random", "--refit", "none", "--calibration", "nope.txt"),
         CHECKPOINT,

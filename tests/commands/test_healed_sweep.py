@@ -17,6 +17,7 @@ from torch.nn import functional
 from llmprune_cli.cli.sweep import print_sweep
 from llmprune_cli.commands.recover import task
 from llmprune_cli.commands.sweep.request import Kept, Points, Sweep
+from llmprune_cli.errors import DivergedError
 from llmprune_cli.heal.training import trainer
 from llmprune_cli.heal.training_text import TrainingText
 from llmprune_cli.options import ModelReference, Text
@@ -28,7 +29,7 @@ from llmprune_cli.source.tokenizer import load_tokenizer
 from llmprune_cli.text.windows import Reader
 from support.cli import Run, run_cli
 from support.full import in_full
-from support.refusals import CHECKPOINT, INTERRUPTED, PLAN, assert_refused
+from support.refusals import CHECKPOINT, INTERRUPTED, PLAN, VERIFICATION, assert_refused
 from support.stock import load_stock, written_tensors
 from support.tiny import save_tiny
 
@@ -180,6 +181,23 @@ def test_work_goes_on_within_the_training_of_a_size(
         one, two = written_tensors(folder / point.name), written_tensors(tmp_path / "out" / point.name)
         assert all(torch.allclose(one[name], two[name], rtol=0, atol=1e-6) for name in one)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_size_that_cannot_be_healed_costs_no_other(model: Path, text: Words, tmp_path: Path) -> None:
+    command = ("sweep", model, *SIZES, *text, *HEALING, "--output", tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patched:
+        mark = trainer.mark_whole
+
+        def diverged(folder: Path, number: int) -> None:
+            mark(folder, number)
+            if "mlp-50%" in str(folder):
+                raise DivergedError("The loss became NaN.")
+
+        patched.setattr(trainer, "mark_whole", diverged)
+        stopped = run_cli(*command)
+    assert_refused(stopped, VERIFICATION, "became NaN", "--resume goes on from there")
+    (kept,) = tmp_path.glob(".out*")
+    assert (kept / "point-mlp-25%.json").is_file() and not [*kept.glob("**/checkpoint-*")]
 
 
 @in_full

@@ -45,8 +45,8 @@ def test_states_of_all_layers_keep_away_from_temporary_files_in_memory(
     monkeypatch.setattr(kept_states, "LASTING", lasting)
     beside: Path | None = output
     assert found() == usual
-    assert found(usual="tmpfs") == output
-    assert found(usual="tmpfs", output="tmpfs") == lasting
+    assert found(usual="tmpfs") == lasting
+    assert found(usual="tmpfs", lasting="tmpfs") == output
     assert found(usual="tmpfs", output="tmpfs", lasting="ramfs") == usual and lies_in_memory(usual)
     beside = None
     assert found(usual="tmpfs") == lasting

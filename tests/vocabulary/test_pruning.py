@@ -102,6 +102,8 @@ def test_a_file_of_tokens_has_numbers_only_where_every_line_is_one(byte_level: P
     for lines, kept in ((f"{second}\n{third}\n", {second, third}), (f"{second}\n{last}\n", {first, third})):
         keep.write_text(lines, encoding="utf-8")
         assert staying(model, keep) & {first, second, third} == kept, lines
+    keep.write_text(f"{second}\n{third}\n", encoding="utf-8")
+    assert f"The texts {second} are tokens, too" in run_cli("inspect", model, "--keep-tokens", keep).stderr
     for lines, why in ((f"{other}\n383\n", "'383', which is no token"), ("7\n383\n", "'383', which is no number")):
         keep.write_text(lines, encoding="utf-8")
         run = run_cli("inspect", model, "--keep-tokens", keep)

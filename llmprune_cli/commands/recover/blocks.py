@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from llmprune_cli.commands.recover.outcome import Outcome, deliver
-from llmprune_cli.commands.recover.task import Task, say_what_text_lacks
+from llmprune_cli.commands.recover.task import FINAL, Task, say_what_text_lacks
 from llmprune_cli.coupling.subject import understand
 from llmprune_cli.errors import OutputError
 from llmprune_cli.folder.scratch import bytes_in, check_folder
@@ -35,7 +35,7 @@ from llmprune_cli.source.opening import open_checkpoint
 def heal_by_blocks(task: Task, claim: Claim, started: float, stack: ExitStack) -> RecoverResult:
     """Train, write and judge."""
     request, text, listener = task.request, task.text, task.listener
-    folder = stack.enter_context(kept_folder(claim, task.key(), request.delivery.resume, request.may_go_on))
+    folder = stack.enter_context(kept_folder(claim, task.key(), request.delivery.resume, request.may_go_on, FINAL))
     place = task.device.partition(":")[0]
     student, teacher = (LayeredModel(understand(own), place, task.compute) for own in (task.pruned, task.teacher))
     train, trials = request.healing.train, tuple[RateTrial, ...]()

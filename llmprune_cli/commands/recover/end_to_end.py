@@ -10,7 +10,14 @@ from pathlib import Path
 import torch
 
 from llmprune_cli.commands.recover.outcome import Outcome, deliver
-from llmprune_cli.commands.recover.task import Task, check_mode, check_room, choose_teacher, say_what_text_lacks
+from llmprune_cli.commands.recover.task import (
+    FINAL,
+    Task,
+    check_mode,
+    check_room,
+    choose_teacher,
+    say_what_text_lacks,
+)
 from llmprune_cli.coupling.subject import understand
 from llmprune_cli.errors import UnsupportedError
 from llmprune_cli.folder.scratch import check_folder
@@ -50,7 +57,7 @@ def heal(task: Task, claim: Claim | None, started: float, stack: ExitStack) -> R
     if claim is not None:
         if request.delivery.resume:
             check_mode(task, claim.folder)
-        folder = stack.enter_context(kept_folder(claim, task.key(), request.delivery.resume, request.may_go_on))
+        folder = stack.enter_context(kept_folder(claim, task.key(), request.delivery.resume, request.may_go_on, FINAL))
     trained = load_trained(task.pruned, task.device, healing)
     _say_bare(task, trained)
     check_room(task, trained, folder)

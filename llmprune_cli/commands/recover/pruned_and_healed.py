@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import shutil
 import time
-from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -70,14 +69,17 @@ def _keep_pruned(request: PruneRequest, pruned: Path, listener: Listener) -> Non
     output = request.delivery.output
     assert output is not None
     kept = output.with_name(f"{output.name}-pruned")
-    with suppress(LlmpruneError, OSError):
+    try:
         with claimed(kept, overwrite=False) as claim, claim.staged() as staging:
             for path in pruned.iterdir():
                 shutil.move(path, staging)
-        listener.warn(
-            f"The healing did not come to its end. The pruned model is kept in {kept}, and this goes on from there: "
-            f"{_recover_command(request, kept, output)}"
-        )
+    except (LlmpruneError, OSError) as error:
+        listener.warn(f"The healing did not come to its end, and the pruned model could not be kept: {error}")
+        return
+    listener.warn(
+        f"The healing did not come to its end. The pruned model is kept in {kept}, and this goes on from there: "
+        f"{_recover_command(request, kept, output)}"
+    )
 
 
 def _recover_command(request: PruneRequest, pruned: Path, output: Path) -> str:

@@ -15,7 +15,7 @@ import torch
 from llmprune_cli.commands.prune.decision import layer_device
 from llmprune_cli.commands.recover.request import RecoverRequest, teacher_explained
 from llmprune_cli.coupling.subject import understand
-from llmprune_cli.errors import OutputError
+from llmprune_cli.errors import DivergedError, NoNumbersError, OutputError
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.manifest import Manifest
 from llmprune_cli.folder.scratch import bytes_in, check_folder
@@ -54,6 +54,7 @@ BYTES_PER_WEIGHT = 16  # that is trained: itself, its gradient, and two moments 
 FROM_PRUNING = 100_000  # added to the seed of a text that the teacher writes, for `prune` calibrates on what it writes
 WINDOWS_READ = 64  # of the text, by which it is told how many of its tokens the student lacks,
 LITTLE_WENT = 0.005  # and how many are few
+FINAL = (NoNumbersError, DivergedError)  # errors to which a healing would come again
 MOST_OF_MEMORY = 0.8  # that a resident teacher may take together with the training
 
 

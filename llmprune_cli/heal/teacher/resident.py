@@ -74,6 +74,9 @@ class _ResidentGoal:
         """See `ResidentTeacher.run`."""
         return self.teacher.run(self.windows, self.numbers, self.is_followed)
 
+    def prepare(self) -> None:
+        _ = self.made
+
     @property
     def streams(self) -> list[torch.Tensor]:
         return self.made[1] if self.is_followed else []

@@ -89,6 +89,9 @@ class _StreamedGoal:
         """Those of the windows, [n, K+S]."""
         return self.teacher.tokens[self.rows].to(self.place).long().flatten(0, 1)
 
+    def prepare(self) -> None:
+        pass  # it is in files
+
     @property
     def streams(self) -> Iterable[torch.Tensor]:
         states = self.teacher.states

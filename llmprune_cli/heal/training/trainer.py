@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from llmprune_cli.errors import DivergedError, OutputError, first_line
+from llmprune_cli.errors import CheckpointError, DivergedError, OutputError, first_line
 from llmprune_cli.heal.figures import HeldOut, Judgement, Training
 from llmprune_cli.heal.judging import check_judged, judge
 from llmprune_cli.heal.loss import Student
@@ -148,12 +148,15 @@ class _Distiller(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         windows = inputs["input_ids"]
-        loss = model(input_ids=windows, goal=self._lesson.teacher.goal(windows, inputs["number"]))
+        goal, healing = self._lesson.teacher.goal(windows, inputs["number"]), self._lesson.healing
+        if "kl" in healing.loss or healing.hidden_weight:
+            goal.prepare()
+        loss = model(input_ids=windows, goal=goal)
         (broken,) = self._lesson.processes.add_up(float(not loss.isfinite()))  # all of them end, or none
         if broken:
             raise DivergedError(
-                f"The loss became NaN or infinite in step {self.state.global_step + 1}, so nothing was written. Give a "
-                f"smaller --learning-rate than {self._lesson.learning_rate:g}."
+                f"The loss became NaN or infinite in step {self.state.global_step + 1}, so nothing was written. Give "
+                f"`recover` a smaller --learning-rate than {self._lesson.learning_rate:g}."
             )
         return loss
 
@@ -162,8 +165,8 @@ class _Distiller(Trainer):
         loss = self._lesson.loss(found)
         if not math.isfinite(loss):
             raise DivergedError(
-                f"After {self.state.global_step} steps the model predicts NaN, so nothing was written. Give a smaller "
-                f"--learning-rate than {self._lesson.learning_rate:g}."
+                f"After {self.state.global_step} steps the model predicts NaN, so nothing was written. Give `recover` "
+                f"a smaller --learning-rate than {self._lesson.learning_rate:g}."
             )
         metrics = {
             "eval_loss": loss,
@@ -272,7 +275,9 @@ def train(student: Student, lesson: Lesson, folder: Path) -> Training:
     nothing: tuple[Path | None, Path | None] = (None, None)
     begun, best_before = lesson.processes.broadcast(last_checkpoints(folder) if lesson.processes.is_first else nothing)
     if begun and best_before and has_ended(begun) and (best_before / WEIGHTS).is_file():
-        student.load_state_dict(load_file(best_before / WEIGHTS))
+        others = student.load_state_dict(load_file(best_before / WEIGHTS))
+        if others.missing_keys or others.unexpected_keys:
+            raise CheckpointError(f"{best_before} has other weights than the model. Leave out --resume to start over.")
         state = TrainerState.load_from_json(str(begun / STATE))
     else:
         state = _train(student, lesson, folder, begun, best_before)
