@@ -16,6 +16,7 @@ from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.errors import CheckpointError, UsageError, first_line
 from llmprune_cli.folder.documents import is_there, read_json, replace_file
 from llmprune_cli.folder.manifest import MANIFEST_NAME
+from llmprune_cli.heal.options import Healing
 from llmprune_cli.options import Choice, Delivery, ModelReference, Text
 from llmprune_cli.vocabulary.request import VocabularyRequest
 
@@ -50,7 +51,7 @@ def recipe_of(request: PruneRequest, choice: Choice, text: CalibrationText | Non
     return found
 
 
-def given(part: ModelReference | Choice | Text | Delivery | VocabularyRequest) -> dict[str, Any]:
+def given(part: ModelReference | Choice | Text | Delivery | VocabularyRequest | Healing) -> dict[str, Any]:
     """The options of a value that are not at their defaults, ready for JSON."""
     found = {}
     for own in options_of(type(part)):

@@ -223,12 +223,12 @@ def check_prune(request: PruneRequest) -> None:
     check_vocabulary(request.vocabulary, request.model.name)
     if request.evaluation is not None:
         _check_evaluated(request.evaluation)
+    exported = request.export[1] if request.export is not None else None
     for folder, option in (
         (request.scratch.statistics, "--statistics"),
         (request.scratch.offload_dir, "--offload-dir"),
     ):
         if folder is not None:
-            exported = request.export[1] if request.export is not None else None
             check_own_folder(folder, option, (Path(request.model.name), delivery.output, exported))
     if is_first():
         _check_saved(request)

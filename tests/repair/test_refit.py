@@ -177,6 +177,18 @@ def test_what_no_refit_touches_keeps_the_digits_that_the_computation_lacks(
     assert not torch.equal(solved, solved.bfloat16().float()), "what is solved has digits of its own"
 
 
+def test_readers_that_no_refit_solves_keep_their_digits_where_columns_of_them_go(
+    tiny_of: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    text, plan = ("--calibration", text_file, *CALIBRATED), tmp_path / "plan.json"
+    words = ("prune", tiny_of("mamba"), "--mlp", "50%", *text, *MEASURED, "--save-plan", plan)
+    assert run_cli(*words, "--output", tmp_path / "refitted").code == 0
+    words = ("prune", tiny_of("mamba"), "--plan", plan, "--refit", "none", "--output", tmp_path / "cut")
+    assert run_cli(*words).code == 0
+    one, other = (written_tensors(tmp_path / name) for name in ("refitted", "cut"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_it_is_said_once_what_no_refit_makes_up_for(
     tiny_of: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:

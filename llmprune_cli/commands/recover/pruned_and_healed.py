@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from llmprune_cli.commands.evaluate import evaluate
 from llmprune_cli.commands.prune import prune
+from llmprune_cli.commands.recipe import as_words, given
 from llmprune_cli.commands.recover.finalists import prune_to_the_best
 from llmprune_cli.commands.recover.recovery import recover
 from llmprune_cli.commands.recover.request import healing_of
@@ -17,7 +17,7 @@ from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.errors import LlmpruneError
 from llmprune_cli.folder.scratch import scratch_folder
 from llmprune_cli.folder.staging import check_target, claimed
-from llmprune_cli.heal.options import Healed, Healing
+from llmprune_cli.heal.options import Healed
 from llmprune_cli.processes import join
 from llmprune_cli.progress import Listener
 from llmprune_cli.report.json_results import PruneResult
@@ -84,14 +84,7 @@ def _keep_pruned(request: PruneRequest, pruned: Path, listener: Listener) -> Non
 
 def _recover_command(request: PruneRequest, pruned: Path, output: Path) -> str:
     """The command that heals a pruned model as `prune --recover` was to."""
-    usual, own = Healing(), request.healing
-    names = [each.name for each in fields(own) if each.name != "tokens"]
-    changed = {name: str(getattr(own, name)) for name in names if getattr(own, name) != getattr(usual, name)}
-    if request.model.device != "auto":
-        changed["device"] = request.model.device
-    words = ["llmprune", "recover", str(pruned), "--tokens", own.tokens]
-    for name, value in changed.items():
-        words += [f"--{name.replace('_', '-')}", value]
-    flags = {"--trust-remote-code": request.model.trust_remote_code, "--overwrite": request.delivery.overwrite}
-    words += [flag for flag, is_on in flags.items() if is_on]
-    return shlex.join([*words, "--output", str(output)])
+    model = given(replace(request.model, revision=None, dtype=None))
+    healing = {"tokens": request.healing.tokens, **given(request.healing)}
+    told = {"model": pruned, **healing, **model, "overwrite": request.delivery.overwrite, "output": output}
+    return f"llmprune recover {as_words(told)}"

@@ -246,10 +246,8 @@ def name_pre_tokenizer(check: list[int], described: Mapping[str, Any]) -> str:
     rule = tuple(_step(step) for step in _steps(described["pre_tokenizer"], "pretokenizers"))
     known = known or BY_RULE.get((rule, bool(described["model"].get("ignore_merges"))))
     if known is None:
-        refused = str(_refused("this tokenizer's way of splitting text into words (its pre-tokenizer)"))
-        raise UnsupportedError(
-            f"{refused} It knows none whose vocabulary was cut: prune without --vocab-size for that."
-        )
+        way = "this tokenizer's way of splitting text into words (its pre-tokenizer)"
+        raise _refused(way, " It knows none whose vocabulary was cut: prune without --vocab-size for that.")
     return known
 
 
@@ -265,8 +263,8 @@ def _step(step: Mapping[str, Any]) -> str:
     return json.dumps(step)
 
 
-def _refused(what: str) -> UnsupportedError:
+def _refused(what: str, more: str = "") -> UnsupportedError:
     return UnsupportedError(
         f"llama.cpp's name for {what} is not known here. If your llama.cpp knows it, pass its "
-        "convert_hf_to_gguf.py as --converter PATH, which then writes the file."
+        f"convert_hf_to_gguf.py as --converter PATH, which then writes the file.{more}"
     )

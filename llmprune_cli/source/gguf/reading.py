@@ -120,7 +120,7 @@ def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         finally:
             library.load_gguf_checkpoint = read
-        return split_as_said(tokenizer, header)
+        return split_as_said(tokenizer, read_briefly(header)[0].fields, path)
 
 
 @contextmanager

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune_cli.progress import LOGGER
-from llmprune_cli.source.gguf.header import read_briefly
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,11 +29,14 @@ BY_WORDS = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True
 DIGITS = {"type": "Digits", "individual_digits": True}
 
 
-def split_as_said(tokenizer: PreTrainedTokenizerBase, path: Path) -> PreTrainedTokenizerBase:
+def split_as_said(tokenizer: PreTrainedTokenizerBase, header: Mapping[str, Any], path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer with the tokens of its file alone, and the way to split text that the file names.
 
     transformers gives every byte-level vocabulary GPT-2's class, which brings a token of its own, `<|endoftext|>`; it
     merges words that llama.cpp takes whole, and splits by GPT-2's rule where it does not know the name.
+
+    Args:
+        header: the fields of the file's header, by name.
     """
     from tokenizers import Tokenizer
 
@@ -41,17 +44,17 @@ def split_as_said(tokenizer: PreTrainedTokenizerBase, path: Path) -> PreTrainedT
     if described["model"]["type"] != "BPE":
         return tokenizer
     in_file = [own for own in described["added_tokens"] if own["content"] in described["model"]["vocab"]]
-    said = {**described, "added_tokens": in_file, **_splitting(described, path)}
+    said = {**described, "added_tokens": in_file, **_splitting(described, header, path)}
     if said != described:
         tokenizer._tokenizer = Tokenizer.from_str(json.dumps(said))
     return tokenizer
 
 
-def _splitting(described: dict[str, Any], path: Path) -> dict[str, Any]:
+def _splitting(described: dict[str, Any], header: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """What differs in the description of a tokenizer from what transformers makes of its file."""
     if described["model"].get("byte_fallback"):  # one that splits at spaces alone
         return {}
-    field = read_briefly(path)[0].fields.get(PRE_TOKENIZER)
+    field = header.get(PRE_TOKENIZER)
     name = str(field.contents()) if field is not None else "default"
     if name in WHOLE_WORDS:
         return {"model": {**described["model"], "ignore_merges": True}}
