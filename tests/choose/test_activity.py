@@ -65,12 +65,13 @@ def test_layers_go_by_block_influence(tiny_llama: Path, tmp_path: Path, text_fil
     assert json.loads(plan.read_text())["layers"] == [layer for layer in range(5) if layer not in least]
 
 
-def test_experts_have_a_say_in_the_scores_of_channels(tiny_of: Callable[[str], Path], tmp_path: Path) -> None:
-    """The channel that all of them read most strongly goes last."""
+@pytest.mark.parametrize("own", [".experts.", ".experts.0.", ".experts.7."])
+def test_experts_have_a_say_in_the_scores_of_channels(tiny_of: Callable[[str], Path], tmp_path: Path, own: str) -> None:
+    """The channel that all of them, or one of them, read most strongly goes last."""
 
     def strengthen(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         for name, tensor in tensors.items():
-            if ".experts." in name and name.endswith(("w1.weight", "w3.weight")):
+            if own in name and name.endswith(("w1.weight", "w3.weight")):
                 tensor[:, 7] *= 50
         return tensors
 
