@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import io
 import sys
@@ -10,6 +11,8 @@ from contextlib import suppress
 from llmprune_cli.errors import LlmpruneError, memory_explained
 from llmprune_cli.interruption import end_tidily, exit_interrupted, was_interrupted
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as in malloc.h of the GNU C library
+KEPT_FREE, MOST_ON_HEAP = 2**30, 2**25  # bytes that stay when they are freed; of one allocation, the most that it takes
 COLLECT_AFTER = 20_000  # new objects: importing makes very many that stay, and looking through them took a fifth of it
 
 
@@ -21,6 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     end_tidily()
     _write_what_can_be_written()
+    _keep_freed_memory()
     gc.set_threshold(COLLECT_AFTER)
     from llmprune_cli.cli.app import run
     from llmprune_cli.processes import ended_together, only_first_speaks
@@ -38,6 +42,17 @@ def main(arguments: list[str] | None = None) -> None:
                 raise
             print(f"Error: {error}", file=sys.stderr)
             sys.exit(error.exit_code)
+
+
+def _keep_freed_memory() -> None:
+    """Have the GNU C library keep what is freed for what comes next: each layer needs anew what the last one gave back.
+
+    Otherwise Linux takes it and clears it again, which takes a seventh of a calibrated prune's time.
+    """
+    with suppress(AttributeError, OSError, TypeError):  # other libraries have no such function
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_TRIM_THRESHOLD, KEPT_FREE)
+        mallopt(M_MMAP_THRESHOLD, MOST_ON_HEAP)
 
 
 def _write_what_can_be_written() -> None:
