@@ -169,7 +169,7 @@ def walk_dense(
     if kept is not None:
         return kept
     if states.is_whole:
-        states = DenseStates(states.folder)
+        states = DenseStates(states.folder, states.dtype)
     keep_dense(states, windows, model, is_needed)
     if not states.is_open:
         return None
