@@ -22,7 +22,7 @@ from llmprune_cli.repair.dense_goals import Streams, StreamWithin, advance_dense
 from llmprune_cli.repair.least_squares import DAMPING, Moments, only, solve_reader
 from llmprune_cli.repair.replay import Inputs, Replay
 from llmprune_cli.repair.sites import Site, Uses, expert_bias
-from llmprune_cli.run.layer import Enough, Layer, batches, check_states
+from llmprune_cli.run.layer import Enough, Layer, batches, check_states, rounding_to
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.norms import see_kept_units
 
@@ -186,7 +186,6 @@ class LayerRefit:
         name = template.format(self.number, *numbers[1:])
         for expert, own in moments.items():
             matrix = self._matrix(site, expert)
-            own.aim_at(matrix)
             if self.whole.processes.is_first:
                 if not own.is_finite:
                     raise CheckpointError(
@@ -225,17 +224,15 @@ class LayerRefit:
         replay: Replay,
         recorded: Inputs | None,
     ) -> dict[int | None, Moments]:
-        """Moments of readers: of what they are given, and of what is missing behind them.
+        """Moments of readers: of what they are given, and of what they have to make of it.
 
         Args:
             earlier: readers that run before this one.
             goal: the dense stream behind the reader [fitted, T, D]; None where nothing is made up for.
             recorded: what keeps the inputs of all windows, also of those that only pass through.
         """
-        outputs, inputs = self._matrix(site, experts[0]).shape
-        device = self.layer.device
-        moments = {expert: Moments.zero(outputs, inputs, self._kept(site, expert), device) for expert in experts}
-        weights = {expert: self._matrix(site, expert) if self.with_errors else None for expert in experts}
+        outputs, device = len(self._matrix(site, experts[0])), self.layer.device
+        moments = {expert: Moments.zero(outputs, self._kept(site, expert), device) for expert in experts}
         is_enough = None in moments and (goal is None or not site.ends_layer)
         fitted, bias = self.streams.fitted, expert_bias(self.layer, site.name)
         rest = batches(self.streams.pruned[fitted:]) if recorded else ()
@@ -254,13 +251,13 @@ class LayerRefit:
                 output = self.layer.run(batch, watch, uses.collect)
             if first >= fitted:
                 continue
-            if goal is None or site.entry is None:
-                for seen in uses.products:
-                    moments[seen.expert].add(seen.values.reshape(-1, inputs), None, weights[seen.expert])
-                continue
-            missing = goal[first : first + len(batch)] - (stream.states if output is None else output)
-            for expert, values, aims in site.entry.corrections(uses, missing.flatten(0, 1).to(device)):
-                moments[expert].add(values, aims, weights[expert])
+            aims = uses.as_they_are()
+            if goal is not None and site.entry is not None:
+                missing = goal[first : first + len(batch)] - (stream.states if output is None else output)
+                aims = site.entry.corrections(uses, missing.flatten(0, 1).to(device))
+            with rounding_to(self.layer.compute):
+                for expert, values, aim in aims:
+                    moments[expert].add(values, aim)
         for own in moments.values():
             own.add_up(self.whole.processes)
         return moments

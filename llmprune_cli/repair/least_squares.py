@@ -17,39 +17,28 @@ BLOCK = 256  # rows of XₖᵀXₖ that are formed together at least: of fewer, 
 
 @dataclass
 class Moments:
-    """Second moments, in float64, of a reader's inputs x and of what it should make of all of them, y.
-
-    Of the inputs, k are kept, xₖ; the others, x₋, are but what y is made of.
-    """
+    """Second moments, in float64, of the k inputs of a reader that stay, xₖ, and of what it should make of them, y."""
 
     kept: torch.Tensor  # indices of the inputs that stay, sorted, [k]
-    gone: torch.Tensor  # of the others, [U−k]
     gram: torch.Tensor  # XₖᵀXₖ, [k, k]
-    across: torch.Tensor  # X₋ᵀXₖ, [U−k, k]
     cross: torch.Tensor  # YᵀXₖ, [O, k]
-    total: float = 0.0  # ‖Y‖²; before `aim_at`, of y without what is made of xₖ
+    total: float = 0.0  # ‖Y‖²
 
     @classmethod
-    def zero(cls, outputs: int, inputs: int, kept: torch.Tensor, device: torch.device | str = "cpu") -> Moments:
+    def zero(cls, outputs: int, kept: torch.Tensor, device: torch.device | str = "cpu") -> Moments:
         """Of no tokens, on a device that has float64."""
         place = torch.device("cpu" if torch.device(device).type == "mps" else device)
-        goes = torch.ones(inputs, dtype=torch.bool)
-        goes[kept.cpu()] = False
-        gone, k = goes.nonzero().flatten(), len(kept)
-        gram, across, cross = (torch.zeros(n, k, dtype=torch.float64, device=place) for n in (k, len(gone), outputs))
-        return cls(kept.to(place), gone.to(place), gram, across, cross)
+        gram, cross = (torch.zeros(n, len(kept), dtype=torch.float64, device=place) for n in (len(kept), outputs))
+        return cls(kept.to(place), gram, cross)
 
-    def add(self, inputs: torch.Tensor, aims: torch.Tensor | None, matrix: torch.Tensor | None) -> None:
-        """Add tokens: x [n, U], and where given aims [n, O], which y has on top of what the reader makes of x.
+    def add(self, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        """Add tokens: x [n, U], and y [n, O].
 
         Products are in float32, of rows of U numbers at a time, to bound memory; XₖᵀXₖ is symmetric, so that little
         more than half of it is formed.
-
-        Args:
-            matrix: the reader's weight [O, U], for ‖Y‖²; None where no errors are wanted. See `aim_at`.
         """
-        kept, gone = (inputs[:, own.to(inputs.device)].float() for own in (self.kept, self.gone))
-        count = kept.shape[1]
+        count, y = len(self.kept), outputs.float()
+        kept = (inputs if count == inputs.shape[1] else inputs[:, self.kept.to(inputs.device)]).float()
         most = max(1, PRODUCT_ELEMENTS // max(1, count))
         size = min(most, max(BLOCK, -(-count // 4)))
         for first in range(0, count, size):
@@ -57,38 +46,24 @@ class Moments:
             part = (kept[:, first:last].T @ kept[:, first:]).to(self.gram.device)
             self.gram[first:last, first:] += part
             self.gram[last:, first:last] += part[:, last - first :].T
-        for first in range(0, gone.shape[1], most):
-            self.across[first : first + most] += (gone[:, first : first + most].T @ kept).to(self.gram.device)
-        if aims is not None:
-            self.cross += (aims.T @ kept).to(self.cross.device)
-        if matrix is not None:
-            lost = gone @ matrix[:, self.gone.to(matrix.device)].T.float()
-            self.total += float((lost if aims is None else lost + aims).cpu().double().square().sum())
+        self.cross += (y.T @ kept).to(self.cross.device)
+        self.total += float(y.cpu().double().square().sum())
 
     def add_up(self, processes: Processes) -> None:
         """Let it be of the tokens of all processes."""
-        processes.sum_(*(sums for sums in (self.gram, self.across, self.cross) if sums.numel()))
+        processes.sum_(*(sums for sums in (self.gram, self.cross) if sums.numel()))
         (self.total,) = processes.add_up(self.total)
-
-    def aim_at(self, matrix: torch.Tensor) -> None:
-        """Let y be what this weight [O, U] makes of x, plus the aims that were added."""
-        for rows in self._slabs():
-            wide = self.widened(matrix[rows], self.kept)
-            own, rest = wide @ self.gram, self.cross[rows] + self.widened(matrix[rows], self.gone) @ self.across
-            self.total += float(((own + 2 * rest) * wide).sum())
-            self.cross[rows] = own + rest
 
     @property
     def is_finite(self) -> bool:
         """Whether no product was NaN or too large for float32."""
-        sums = (self.gram, self.across, self.cross)
-        return math.isfinite(self.total) and all(bool(own.sum().isfinite()) for own in sums)
+        return math.isfinite(self.total) and all(bool(own.sum().isfinite()) for own in (self.gram, self.cross))
 
     def error(self, matrix: torch.Tensor) -> float:
         """‖Y − WXₖ‖² of what a weight [O, U] makes of the kept inputs."""
         change = 0.0
         for rows in self._slabs():
-            wide = self.widened(matrix[rows], self.kept)
+            wide = self._widened(matrix[rows])
             change += float(((wide @ self.gram - 2 * self.cross[rows]) * wide).sum())
         return max(0.0, change + self.total)
 
@@ -98,16 +73,16 @@ class Moments:
         for first in range(0, len(self.cross), size):
             yield slice(first, first + size)
 
-    def widened(self, matrix: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-        """The columns of a weight for some inputs, where the moments are, in float64."""
-        return matrix[:, inputs.to(matrix.device)].to(self.gram.device).to(self.gram.dtype)
+    def _widened(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The columns of a weight for the inputs that stay, where the moments are, in float64."""
+        return matrix[:, self.kept.to(matrix.device)].to(self.gram.device).to(self.gram.dtype)
 
     def solve(self, matrix: torch.Tensor, factor: torch.Tensor, strength: float) -> torch.Tensor:
         """See `solve_reader`; all outputs are solved with L, [k, k], where LLᵀ is XₖᵀXₖ + μI."""
         result = torch.zeros_like(matrix)
         places = self.kept.to(matrix.device)
         for rows in self._slabs():
-            goals = self.cross[rows] + strength * self.widened(matrix[rows], self.kept)
+            goals = self.cross[rows] + strength * self._widened(matrix[rows])
             half = torch.linalg.solve_triangular(factor, goals.T, upper=False)
             solved = torch.linalg.solve_triangular(factor.mT, half, upper=True).T
             result[rows, places] = solved.to(matrix.dtype).to(matrix.device)

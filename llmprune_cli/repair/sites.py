@@ -40,12 +40,12 @@ class Entry:
         return added * _inverse_rms(result) if self.way == "normed" else added
 
     def corrections(self, uses: Uses, missing: torch.Tensor) -> Iterator[Correction]:
-        """What the products of one run have to make besides what they make, so that nothing is missing.
+        """What the products of one run have to make so that nothing is missing.
 
         With q fixed, W + ΔW adds q f ⊙ (ΔW x) to the stream, and least squares of the missing asks of ΔW to make
-        missing/f of q x. (That is the norm's derivative but for the change of rms(y), which moves all channels of a
-        token alike; to follow it, or to keep |y|, measured no better.) Experts share what a token misses in the ratio
-        of their q²: the smallest changes that make up for it together.
+        missing/f of q x, besides q W x. (That is the norm's derivative but for the change of rms(y), which moves all
+        channels of a token alike; to follow it, or to keep |y|, measured no better.) Experts share what a token misses
+        in the ratio of their q²: the smallest changes that make up for it together.
 
         Args:
             missing: in the residual stream, [n, D].
@@ -59,16 +59,17 @@ class Entry:
             for part in uses.parts:
                 squares.index_add_(0, part.tokens, part.weights.square())
             for part in uses.parts:
-                if part.inputs is not None:
-                    ratio = (part.weights.square() / squares[part.tokens]).nan_to_num()
-                    yield part.expert, part.inputs * part.weights[:, None], aim[part.tokens] * ratio[:, None]
+                if part.inputs is not None and part.made is not None:
+                    ratio, weights = (part.weights.square() / squares[part.tokens]).nan_to_num(), part.weights[:, None]
+                    aims = part.made * weights + aim[part.tokens] * ratio[:, None]
+                    yield part.expert, part.inputs * weights, aims
             return
-        for seen in uses.products:
-            values, result = seen.values.flatten(0, -2), seen.result.flatten(0, -2).float()
-            yield seen.expert, values * _inverse_rms(result) if self.way == "normed" else values, aim
+        for (expert, values, made), seen in zip(uses.as_they_are(), uses.products, strict=True):
+            q = _inverse_rms(seen.result.flatten(0, -2).float()) if self.way == "normed" else None
+            yield expert, values if q is None else values * q, (made if q is None else made * q) + aim
 
 
-Correction = tuple["int | None", "torch.Tensor", "torch.Tensor"]  # expert; inputs q x [n, U]; missing/f [n, D]
+Correction = tuple["int | None", "torch.Tensor", "torch.Tensor"]  # expert; inputs q x [n, U]; q W x + missing/f [n, D]
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class _Part:
 
     expert: int | None
     inputs: torch.Tensor | None  # [n, U]; None where they are not wanted
+    made: torch.Tensor | None  # of these inputs, without a bias, [n, D]
     tokens: torch.Tensor  # [n]
     weights: torch.Tensor  # that the router gives it, [n]
 
@@ -101,6 +103,7 @@ class Uses:
             bias: see `expert_bias`.
         """
         self.products: list[Product] = []  # with wanted inputs
+        self._made: list[torch.Tensor] = []  # of these inputs, without a bias, float32 [n, D]
         self.parts: list[_Part] = []
         self._name, self._experts, self._bias = name, experts, bias
         self._last: Product | None = None
@@ -111,8 +114,15 @@ class Uses:
             return False
         if seen.expert in self._experts:
             self.products.append(seen)
+            made = seen.result.detach().flatten(0, -2).to(torch.float32, copy=True)  # to which layers may add in place
+            self._made.append(made if seen.bias is None else made.sub_(seen.bias))
         self._last = seen
         return True
+
+    def as_they_are(self) -> Iterator[Correction]:
+        """What the products have made: expert; inputs x [n, U]; W x [n, D]."""
+        for seen, made in zip(self.products, self._made, strict=True):
+            yield seen.expert, seen.values.flatten(0, -2), made
 
     def collect(self, tokens: torch.Tensor, source: torch.Tensor) -> None:
         """Take note of what is made of the last product, and of where it goes."""
@@ -122,8 +132,9 @@ class Uses:
             if self._bias is not None:
                 result = result + self._bias[seen.expert]
             weights = (source.float() * result).sum(-1) / result.square().sum(-1)
-            wanted = seen.values if seen.expert in self._experts else None
-            self.parts.append(_Part(seen.expert, wanted, tokens, weights.nan_to_num()))
+            is_wanted = seen.expert in self._experts
+            inputs, made = (seen.values, self._made[-1]) if is_wanted else (None, None)
+            self.parts.append(_Part(seen.expert, inputs, made, tokens, weights.nan_to_num()))
 
 
 def _inverse_rms(result: torch.Tensor) -> torch.Tensor:

@@ -152,6 +152,7 @@ class Ends:
     block: nn.Module
     device: str
     compute: torch.dtype = torch.float32  # of the output projection
+    rounded: torch.dtype = torch.float32  # what products of one in float32 may round to, see `rounding_to`
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Token ids [B, T] to the hidden states [B, T, D] that the first layer gets, float32.
@@ -190,7 +191,8 @@ class Ends:
         given = hidden.to(self.device, head.dtype if self.compute == torch.float32 else torch.float32)
         output = packed(given, items)
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
-        with running_as(self.block, lambda *_, **__: output), multiplying_in(self.compute, torch.device(self.device)):
+        precision = multiplying_in(self.compute, torch.device(self.device))
+        with running_as(self.block, lambda *_, **__: output), precision, rounding_to(self.rounded):
             logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits.float()
 
@@ -213,6 +215,21 @@ def native_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
 def multiplying_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
     """Within it, matrix products are formed in a dtype, of whatever is multiplied; norms and sums stay in float32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+@contextmanager
+def rounding_to(dtype: torch.dtype) -> Iterator[None]:
+    """Within it, products of float32 matrices may round what is multiplied to bfloat16, and sum it in float32.
+
+    Args:
+        dtype: of the computation; for any other than bfloat16 nothing is rounded.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def batches(stream: torch.Tensor, tokens: int = BATCH_TOKENS) -> Iterator[tuple[int, torch.Tensor]]:

@@ -307,7 +307,7 @@ class LayeredModel:
             if not name.startswith(prefix):
                 parent, _, own = name.rpartition(".")
                 model.get_submodule(parent).register_buffer(own, buffer.to(self.device), persistent=False)
-        return Ends(model.eval(), model.get_submodule(prefix[:-1]), self.device, compute)
+        return Ends(model.eval(), model.get_submodule(prefix[:-1]), self.device, compute, self.compute)
 
     def embed(self, windows: torch.Tensor, folder: Path | None = None) -> torch.Tensor:
         """Token ids [N, T] to the hidden states before the first layer, float32 [N, T, D].

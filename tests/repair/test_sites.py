@@ -39,7 +39,7 @@ def test_it_is_known_how_readers_enter_the_residual_stream(
 
 @pytest.mark.parametrize("bias", [None, 3 * torch.ones(2, 4)])
 def test_experts_share_what_is_missing_in_the_smallest_changes(bias: torch.Tensor | None) -> None:
-    """Two experts of every token: what they are to add is what the pseudo-inverse of their weights says."""
+    """Two experts of every token: what they are to make more is what the pseudo-inverse of their weights says."""
     generator = torch.Generator().manual_seed(2)
     values, results, missing = (torch.randn(*shape, generator=generator) for shape in ((2, 6, 3), (2, 6, 4), (6, 4)))
     weights = torch.rand(2, 6, generator=generator)
@@ -55,4 +55,19 @@ def test_experts_share_what_is_missing_in_the_smallest_changes(bias: torch.Tenso
             inputs, aims = found[expert]
             weight = weights[expert, token]
             torch.testing.assert_close(inputs[token], weight * values[expert, token])
-            torch.testing.assert_close(aims[token], weight * changes[expert], rtol=0.02, atol=0)
+            added = aims[token] - weight * results[expert, token]
+            torch.testing.assert_close(added, weight * changes[expert], rtol=0.02, atol=1e-5)
+
+
+def test_what_a_reader_has_made_is_told_as_it_was_before_the_layer_added_to_it() -> None:
+    """Falcon adds its attention to what its MLP has made in place; a bias is not of the reader's making."""
+    values, results = torch.randn(1, 6, 3), torch.randn(1, 6, 4)
+    seen, made = Product("down", 1, None, values, torch.ones(4), results), results.clone()
+    uses = Uses("down", {None})
+    assert uses.watch(seen)
+    results += 5
+    ((expert, inputs, told),) = uses.as_they_are()
+    assert expert is None and torch.equal(inputs, values[0]) and torch.equal(told, made[0] - 1)
+    missing = torch.randn(6, 4)
+    ((_, _, wanted),) = Entry("plain", torch.full((4,), 2.0)).corrections(uses, missing)
+    torch.testing.assert_close(wanted, made[0] - 1 + missing / 2)

@@ -216,14 +216,13 @@ def _solution_seconds(job: Job, shape: tuple[int, int, int], known: dict[tuple[i
     factor = max(1.0, shape[1] / SOLVED)
     outputs, inputs, kept = (max(1, int(size / factor)) for size in shape)
     generator, place = torch.Generator().manual_seed(0), torch.device(job.model.device)
-    moments = Moments.zero(outputs, inputs, torch.arange(kept), place)
+    moments = Moments.zero(outputs, torch.arange(kept), place)
     matrix, read = (torch.randn(rows, inputs, generator=generator).to(place) for rows in (outputs, inputs))
-    moments.add(read, None, matrix)
+    moments.add(read, read @ matrix.T)
     taken = []
     for _ in range(2):  # the first time, threads and memory are new
         wait(place)
         started = time.perf_counter()
-        moments.aim_at(matrix)
         moments.error(matrix)
         solve_reader(moments, matrix, DAMPING)
         moments.error(matrix)

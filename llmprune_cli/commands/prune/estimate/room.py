@@ -86,7 +86,7 @@ def _phases(job: Job) -> list[tuple[int, int]]:
         kept = sum(min(KEPT_BYTES, size * job.share * each) for size in (neurons, heads)) if stream else 0
         left = job.decided.target.widths
         stay = max(left.intermediate_size, left.moe_intermediate_size), left.num_attention_heads * left.head_dim
-        gram = max(_moments_bytes(size, k, channels) for size, k in zip((neurons, heads), stay, strict=True))
+        gram = max(_moments_bytes(k, channels) for k in stay)
         if widths.num_experts:
             gram = max(gram, min(GRAM_BYTES, widths.num_experts * gram))
         product = 12 * min(PRODUCT_ELEMENTS, read**2)
@@ -94,9 +94,9 @@ def _phases(job: Job) -> list[tuple[int, int]]:
     return phases
 
 
-def _moments_bytes(inputs: int, kept: int, outputs: int) -> int:
+def _moments_bytes(kept: int, outputs: int) -> int:
     """What a reader's moments take, with what is solved in their place."""
-    return 8 * kept * (2 * kept + (inputs - kept) + 2 * outputs)
+    return 8 * kept * (2 * kept + 2 * outputs)
 
 
 def disk_bytes(job: Job, tensors: tuple[TensorEntry, ...], size_bytes: int | None) -> int:

@@ -115,7 +115,7 @@ class TwoLayers(LayeredModel):
     def load_ends(self, exact: bool = False, compute: torch.dtype = torch.float32) -> Ends:
         """Ends that cost nothing, see `CountedEnds`."""
         model = copy.deepcopy(self._shell(self.numbers[0]).model)
-        return CountedEnds(model, model, self.device, compute, self.watch)
+        return CountedEnds(model, model, self.device, compute, watch=self.watch)
 
     def plan(self, plan: Plan) -> Plan:
         """What a plan says of these layers, under the numbers that they have here."""
