@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +39,8 @@ STARTED = (
     "point-*",
 )
 
+WORK_PER_RECORD = 50  # how much longer the refit of layers takes than the record of their hidden states, at least
+
 Value = TypeVar("Value")
 
 
@@ -51,6 +54,7 @@ class Journal:
     processes: Processes = ALONE
     folder: Path | None = None  # of this run, in its first process; None where nothing is kept
     statistics: Path | None = None  # the user's own, for measurements
+    _saved: list[float] = field(default_factory=lambda: [0.0, 0.0], compare=False, repr=False)  # when, and what it took
 
     def recall(self, name: str, form: Form[Value], make: Callable[[], Value]) -> Value:
         """What this run has made already under a name, or else what all processes make now, which is kept.
@@ -122,7 +126,13 @@ class Journal:
         return self.processes.broadcast(done)
 
     def save_layer(self, number: int, reports: Sequence[dict[str, Any]], streams: Sequence[torch.Tensor]) -> None:
-        """Keep that a layer is refitted, whose weights are here already, with the hidden states behind it."""
+        """Keep that a layer is refitted, whose weights are here already, with the hidden states behind it.
+
+        Where that takes long for the little that would be lost, the work on later layers is to be kept with theirs.
+        """
+        started = time.monotonic()
+        if not self.processes.broadcast(started - self._saved[0] >= WORK_PER_RECORD * self._saved[1]):
+            return
         parts = self.processes.collect(streams)
         if self.folder is None:
             deque(parts, maxlen=0)
@@ -133,6 +143,7 @@ class Journal:
         for path in self.folder.glob("streams-*"):
             if path != own:
                 path.unlink()
+        self._saved[:] = time.monotonic(), time.monotonic() - started
 
 
 def _streams_file(folder: Path, number: int) -> Path:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from llmprune_cli.errors import CheckpointError
+from llmprune_cli.folder.documents import replace_file
 from llmprune_cli.journal.forms import Json
-from llmprune_cli.journal.journal import Journal
+from llmprune_cli.journal.journal import WORK_PER_RECORD, Journal
 
 
 @dataclass(frozen=True)
@@ -63,3 +67,25 @@ def test_what_fails_while_it_is_made_is_no_damaged_record(tmp_path: Path) -> Non
 
     with pytest.raises(ValueError, match="not of the record"):
         Journal(folder=tmp_path).recall("rows", Json(int), fail)
+
+
+def test_hidden_states_are_recorded_where_that_takes_little_beside_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record takes two seconds: the next one is worth it when WORK_PER_RECORD times as many have gone."""
+    now, streams = [1000.0], (torch.zeros(1, 2, 3), torch.ones(1, 2, 3))
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    def slowly(path: Path, parts: Iterable[Any]) -> None:
+        now[0] += 1
+        replace_file(path, parts)
+
+    monkeypatch.setattr("llmprune_cli.journal.journal.replace_file", slowly)
+    journal, found = Journal(folder=tmp_path), []
+    for number, seconds in enumerate((0, 2 * WORK_PER_RECORD - 1, 1, 1)):
+        now[0] += seconds
+        journal.save_layer(number, [{"layer": number}], streams)
+        found.append(journal.last_layer(streams))
+    recorded = [number for number, _ in filter(None, found)]
+    assert recorded == [0, 0, 2, 2] and found[-1] == (2, [{"layer": 2}])
+    assert len([*tmp_path.glob("streams-*")]) == 1
