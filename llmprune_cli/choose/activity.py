@@ -163,11 +163,14 @@ class _Inputs:
         self.expert_norms: dict[int, torch.Tensor] = {}  # their sum and number, float64 [2]
         self._norms: dict[int, list[torch.Tensor]] = defaultdict(list)
         self._expert: int | None = None
+        self._last: tuple[torch.Tensor | None, torch.Tensor] = None, torch.empty(0)  # what several weights read in turn
 
     def seen(self, seen: Product) -> None:
         key = seen.parameter, seen.axis, seen.expert
-        values = seen.values.reshape(-1, seen.values.shape[-1]).float()
-        squares = values.square().sum(0).cpu().double()
+        if self._last[0] is not seen.values:
+            values = seen.values.reshape(-1, seen.values.shape[-1]).float()
+            self._last = seen.values, values.square().sum(0).cpu().double()
+        squares = self._last[1]
         self.squares[key] = self.squares[key] + squares if key in self.squares else squares
         self._expert = seen.expert
 
