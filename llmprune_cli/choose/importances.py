@@ -35,7 +35,7 @@ IMPORTANCES: dict[str, Importance] = {
         "text",
         "consensus:measure_consensus",
         "the sum of the ranks by `range`, which count twice, and by `taylor`, whose gradients are measured on at most "
-        "8,192 of the tokens",
+        "2,048 of the tokens",
         has_gradients=True,
     ),
     "range": Importance("text", "activity:measure_range", "for neurons, activation norm times weight ranges"),
