@@ -12,7 +12,7 @@ from llmprune_cli.errors import LlmpruneError, memory_explained
 from llmprune_cli.interruption import end_tidily, exit_interrupted, was_interrupted
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as in malloc.h of the GNU C library
-KEPT_FREE, MOST_ON_HEAP = 2**30, 2**25  # bytes that stay when they are freed; of one allocation, the most that it takes
+KEPT_FREE, MOST_ON_HEAP = 2**27, 2**25  # bytes that stay when they are freed; of one allocation, the most that it takes
 COLLECT_AFTER = 20_000  # new objects: importing makes very many that stay, and looking through them took a fifth of it
 
 

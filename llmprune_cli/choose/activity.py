@@ -170,7 +170,7 @@ class _Inputs:
         if self._last[0] is not seen.values:
             values = seen.values.reshape(-1, seen.values.shape[-1]).float()
             self._last = seen.values, values.square().sum(0).cpu().double()
-        squares = self._last[1]
+        squares = self._last[1].clone()
         self.squares[key] = self.squares[key] + squares if key in self.squares else squares
         self._expert = seen.expert
 

@@ -54,7 +54,8 @@ class Journal:
     processes: Processes = ALONE
     folder: Path | None = None  # of this run, in its first process; None where nothing is kept
     statistics: Path | None = None  # the user's own, for measurements
-    _saved: list[float] = field(default_factory=lambda: [0.0, 0.0], compare=False, repr=False)  # when, and what it took
+    # By folder, when the streams of a refit were recorded last, and how many seconds that took.
+    _saved: dict[Path | None, tuple[float, float]] = field(default_factory=dict, compare=False, repr=False)
 
     def recall(self, name: str, form: Form[Value], make: Callable[[], Value]) -> Value:
         """What this run has made already under a name, or else what all processes make now, which is kept.
@@ -125,13 +126,20 @@ class Journal:
             deque(parts, maxlen=0)
         return self.processes.broadcast(done)
 
-    def save_layer(self, number: int, reports: Sequence[dict[str, Any]], streams: Sequence[torch.Tensor]) -> None:
+    def save_layer(
+        self,
+        number: int,
+        reports: Sequence[dict[str, Any]],
+        streams: Sequence[torch.Tensor],
+        is_last: bool = False,
+    ) -> None:
         """Keep that a layer is refitted, whose weights are here already, with the hidden states behind it.
 
-        Where that takes long for the little that would be lost, the work on later layers is to be kept with theirs.
+        Where that takes long for the little that would be lost, it is done after one of the next layers.
         """
         started = time.monotonic()
-        if not self.processes.broadcast(started - self._saved[0] >= WORK_PER_RECORD * self._saved[1]):
+        last, took = self._saved.get(self.folder, (started, 0.0))
+        if not self.processes.broadcast(is_last or started - last >= WORK_PER_RECORD * took):
             return
         parts = self.processes.collect(streams)
         if self.folder is None:
@@ -143,7 +151,7 @@ class Journal:
         for path in self.folder.glob("streams-*"):
             if path != own:
                 path.unlink()
-        self._saved[:] = time.monotonic(), time.monotonic() - started
+        self._saved[self.folder] = time.monotonic(), time.monotonic() - started
 
 
 def _streams_file(folder: Path, number: int) -> Path:

@@ -78,7 +78,8 @@ def advance_dense(layer: Layer, number: int, found: Sequence[Site], streams: Str
 
     def watcher_of(first: int, batch: torch.Tensor) -> Watcher:
         """What follows the residual stream of a batch through the layer, and keeps it where it is a goal."""
-        stream, rows = StreamWithin(batch.clone(), known), max(0, fitted - first)
+        followed = [site for site in known if site.name in within]
+        stream, rows = StreamWithin(batch.clone(), followed), max(0, fitted - first)
 
         def watch(seen: Product) -> None:
             stream.watch(seen)
@@ -125,12 +126,12 @@ def advance_and_keep(
         layer.advance(stream, (lambda first, batch: watcher) if watcher else None, collected)
         return
     states.notes[number] = find_sites(model, layer)
-    known = [site for site in states.notes[number] if site.entry is not None]
-    within = {site.name for site in known if not site.ends_layer}
+    followed = [site for site in states.notes[number] if site.entry is not None and not site.ends_layer]
+    within = {site.name for site in followed}
 
     def watcher_of(first: int, batch: torch.Tensor) -> Watcher:
         states.put((number, ""), first, batch)
-        inside = StreamWithin(batch.clone(), known)
+        inside = StreamWithin(batch.clone(), followed)
 
         def watch(seen: Product) -> None:
             if watcher is not None:
@@ -169,7 +170,7 @@ def walk_dense(
     if kept is not None:
         return kept
     if states.is_whole:
-        states = DenseStates(states.folder, states.dtype)
+        states = DenseStates(states.folder)
     keep_dense(states, windows, model, is_needed)
     if not states.is_open:
         return None
@@ -178,4 +179,4 @@ def walk_dense(
         advance_and_keep(model, model.load_layer(number), number, stream, states)
         check_states(stream, f"Layer {number}")
         progress(1)
-    return KeptStates(states, tuple(range(len(windows))))
+    return KeptStates(states, tuple(range(len(windows)))) if states.windows is not None else None

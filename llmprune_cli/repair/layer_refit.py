@@ -158,9 +158,8 @@ class LayerRefit:
         losing = [
             e for e in self._experts(site) if with_all or len(self._kept(site, e)) < self._matrix(site, e).shape[1]
         ]
-        size = self._matrix(site, self._experts(site)[0]).shape[1]
-        kept = max((len(self._kept(site, expert)) for expert in losing), default=size)
-        each = max(1, GRAM_BYTES // (8 * size * max(1, kept)))
+        kept = max((len(self._kept(site, expert)) for expert in losing), default=0)
+        each = max(1, GRAM_BYTES // (8 * max(1, kept) * (kept + len(self._matrix(site, self._experts(site)[0])))))
         for first in range(0, len(losing), each):
             yield losing[first : first + each]
 

@@ -47,7 +47,7 @@ class Moments:
             self.gram[first:last, first:] += part
             self.gram[last:, first:last] += part[:, last - first :].T
         self.cross += (y.T @ kept).to(self.cross.device)
-        self.total += float(y.cpu().double().square().sum())
+        self.total += float(y.to(self.gram.device).double().square().sum())
 
     def add_up(self, processes: Processes) -> None:
         """Let it be of the tokens of all processes."""

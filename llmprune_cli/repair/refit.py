@@ -117,7 +117,8 @@ def refit(
             advance_dense(layer, number, (), streams)
             check_states(streams.dense, f"Layer {number}")
         if journal is not None:
-            journal.save_layer(number, [asdict(report) for report in reports], both)
+            is_last = number + 1 == model.layers
+            journal.save_layer(number, [asdict(report) for report in reports], both, is_last)
         progress(1)
     if follows and not any(follows):
         warn(

@@ -103,7 +103,7 @@ class Uses:
             bias: see `expert_bias`.
         """
         self.products: list[Product] = []  # with wanted inputs
-        self._made: list[torch.Tensor] = []  # of these inputs, without a bias, float32 [n, D]
+        self._made: list[torch.Tensor] = []  # of these inputs, before the layer adds to it in place, [n, D]
         self.parts: list[_Part] = []
         self._name, self._experts, self._bias = name, experts, bias
         self._last: Product | None = None
@@ -114,15 +114,15 @@ class Uses:
             return False
         if seen.expert in self._experts:
             self.products.append(seen)
-            made = seen.result.detach().flatten(0, -2).to(torch.float32, copy=True)  # to which layers may add in place
-            self._made.append(made if seen.bias is None else made.sub_(seen.bias))
+            self._made.append(seen.result.detach().flatten(0, -2).clone())
         self._last = seen
         return True
 
     def as_they_are(self) -> Iterator[Correction]:
-        """What the products have made: expert; inputs x [n, U]; W x [n, D]."""
+        """What the products have made, without a bias: expert; inputs x [n, U]; W x [n, D]."""
         for seen, made in zip(self.products, self._made, strict=True):
-            yield seen.expert, seen.values.flatten(0, -2), made
+            result = made.float() if seen.bias is None else made.float() - seen.bias
+            yield seen.expert, seen.values.flatten(0, -2), result
 
     def collect(self, tokens: torch.Tensor, source: torch.Tensor) -> None:
         """Take note of what is made of the last product, and of where it goes."""

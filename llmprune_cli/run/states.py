@@ -54,9 +54,9 @@ def copy_states(states: torch.Tensor, folder: Path | None) -> torch.Tensor:
 Place = tuple[int, str]  # a layer, and the name of a reader behind which states are taken; "" before the layer
 
 
-def states_bytes(tokens: int, channels: int, places: int, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes of states of so many tokens at so many places."""
-    return dtype.itemsize * tokens * channels * places
+def states_bytes(tokens: int, channels: int, places: int) -> int:
+    """Bytes of float32 states of so many tokens at so many places."""
+    return 4 * tokens * channels * places
 
 
 def are_worth_keeping(size_bytes: int, folder: Path) -> bool:
@@ -92,7 +92,6 @@ class DenseStates:
     """
 
     folder: Path
-    dtype: torch.dtype = torch.float32  # to which they are rounded
     windows: torch.Tensor | None = None  # token ids, [N, T]; None where nothing is kept
     channels: int = 0
     is_whole: bool = False  # whether the windows went through all layers
@@ -111,7 +110,7 @@ class DenseStates:
         Raises:
             OutputError: there must be, and is not.
         """
-        size_bytes = states_bytes(windows.numel(), channels, places, self.dtype)
+        size_bytes = states_bytes(windows.numel(), channels, places)
         self.windows, self.is_whole, self._file, self._is_needed = None, False, None, needed > 0
         self._slots.clear()
         self.notes.clear()
@@ -121,10 +120,10 @@ class DenseStates:
                 return
             self.only_between = needed > 0 and (not is_ample or places == needed)
             if self.only_between:
-                size_bytes = states_bytes(windows.numel(), channels, needed, self.dtype)
+                size_bytes = states_bytes(windows.numel(), channels, needed)
             self._file = tempfile.TemporaryFile(dir=self.folder, prefix=".llmprune-")  # noqa: SIM115
             weakref.finalize(self, self._file.close)
-            if not is_ample:  # else blocks are given as they are written, which takes a tenth of the time on ext4
+            if needed:  # else blocks are given as they are written, which takes a tenth of the time on ext4
                 allocate(self._file.fileno(), size_bytes)
         except OSError as error:
             self._file = None
@@ -139,7 +138,7 @@ class DenseStates:
         return self.windows is not None and not self.is_whole
 
     def put(self, place: Place, first: int, states: torch.Tensor) -> None:
-        """Keep states [B, T, D] of the windows from a number on.
+        """Keep float32 states [B, T, D] of the windows from a number on.
 
         Raises:
             OutputError: they have to be kept, and the disk is full.
@@ -149,7 +148,7 @@ class DenseStates:
         at = self._offset(self._slots.setdefault(place, len(self._slots)), first)
         try:
             self._file.seek(at)
-            self._file.write(raw_bytes(states.to(self.dtype).contiguous()))
+            self._file.write(raw_bytes(states.contiguous()))
         except OSError as error:
             if self._is_needed:
                 raise _no_room(self.folder, states.nbytes, error) from error
@@ -168,19 +167,16 @@ class DenseStates:
         return None if None in wanted else KeptStates(self, tuple(row for row in wanted if row is not None))
 
     def read(self, place: Place, row: int, into: torch.Tensor) -> None:
-        """The states [T, D] of one window at a place, in whatever dtype is wanted."""
+        """The states [T, D] of one window at a place."""
         assert self._file is not None
         self._file.seek(self._offset(self._slots[place], row))
-        kept = into if into.dtype == self.dtype else torch.empty(into.shape, dtype=self.dtype)
-        if self._file.readinto(raw_bytes(kept)) != kept.nbytes:  # type: ignore[attr-defined]
+        if self._file.readinto(raw_bytes(into)) != into.nbytes:  # type: ignore[attr-defined]
             raise AssertionError(f"the states at {place} were never kept")
-        if kept is not into:
-            into.copy_(kept)
 
     def _offset(self, slot: int, row: int) -> int:
         assert self.windows is not None
         count, length = self.windows.shape
-        return self.dtype.itemsize * length * self.channels * (slot * count + row)
+        return 4 * length * self.channels * (slot * count + row)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from llmprune_cli.journal.journal import Journal
 from llmprune_cli.progress import Listener
 from llmprune_cli.run.calibration import CalibrationText
@@ -35,8 +33,8 @@ class Workbench:
 
     @property
     def dense(self) -> DenseStates:
-        """What the unpruned model has made of the calibration text so far, in no more digits than products have."""
-        return self._states("fitted", torch.bfloat16 if self.model.compute == torch.bfloat16 else torch.float32)
+        """What the unpruned model has made of the calibration text so far."""
+        return self._states("fitted")
 
     @property
     def tried(self) -> DenseStates:
@@ -48,5 +46,5 @@ class Workbench:
         """The same of the text on which results are judged, behind whole layers."""
         return self._states("judged")
 
-    def _states(self, text: str, dtype: torch.dtype = torch.float32) -> DenseStates:
-        return self.known.setdefault(text, DenseStates(self.all_layers_dir, dtype))
+    def _states(self, text: str) -> DenseStates:
+        return self.known.setdefault(text, DenseStates(self.all_layers_dir))

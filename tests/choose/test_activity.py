@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmprune_cli.choose.activity import measure_activity
+from llmprune_cli.choose.activity import _Inputs, measure_activity
+from llmprune_cli.coupling.products import Product
 from llmprune_cli.coupling.subject import understand
 from llmprune_cli.coupling.trace import Instance
 from llmprune_cli.family.widths import Width
@@ -82,3 +83,15 @@ def test_experts_have_a_say_in_the_scores_of_channels(tiny_of: Callable[[str], P
         with torch.inference_mode():
             scores = measure_activity(layered, layered.embed(tokens), "activation", lambda n: None).scores
     assert int(scores[Width.HIDDEN][Instance()].argmax()) == 7
+
+
+def test_what_several_weights_read_is_added_up_for_each_of_them() -> None:
+    """Processes add up sums in place, so that no two of them may be one."""
+    inputs, values = _Inputs(), torch.randn(2, 3)
+    for name in ("q", "k"):
+        inputs.seen(Product(name, 1, None, values, None, values))
+    query, key = inputs.squares.values()
+    assert torch.equal(query, key) and query is not key
+    query += 1
+    inputs.seen(Product("k", 1, None, 2 * values, None, values))
+    torch.testing.assert_close(inputs.squares["k", 1, None], 5 * values.square().sum(0).double())

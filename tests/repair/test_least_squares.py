@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -67,13 +69,14 @@ def test_sums_of_what_bfloat16_holds_are_those_of_float32() -> None:
     """Where products may be rounded, what enters them has no more digits anyway, and sums have all of theirs."""
     inputs, outputs = (torch.randn(64, 300).bfloat16() for _ in range(2))
     rounded, whole = (Moments.zero(300, torch.arange(0, 300, 2)) for _ in range(2))
-    assert torch.get_float32_matmul_precision() == "highest"
+    products: Any = torch.backends.mkldnn.matmul
+    before = products.fp32_precision
     with pytest.raises(KeyError), rounding_to(torch.bfloat16):
-        assert torch.get_float32_matmul_precision() == "medium"
+        assert products.fp32_precision == "bf16" != before
         rounded.add(inputs, outputs)
         raise KeyError
     with rounding_to(torch.float32):
-        assert torch.get_float32_matmul_precision() == "highest"
+        assert products.fp32_precision == before
         whole.add(inputs, outputs)
     torch.testing.assert_close(rounded.gram, whole.gram, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(rounded.cross, whole.cross, rtol=1e-5, atol=1e-4)

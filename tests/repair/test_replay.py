@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from llmprune_cli.choose.gradients import measure_gradients, measure_taylor
 from llmprune_cli.choose.measuring import Measuring
 from llmprune_cli.choose.selection import make_plan
 from llmprune_cli.coupling.products import Products
+from llmprune_cli.heal.teacher.repeated import Repeated
 from llmprune_cli.journal.journal import Journal
 from llmprune_cli.options import Choice, WidthRequest
 from llmprune_cli.plan.document import Plan
@@ -128,3 +133,25 @@ def test_states_that_do_not_fit_are_not_kept(tmp_path: Path, opened: Opened, mon
     assert {path.name for path in tmp_path.iterdir()} == {"model", "saved"}
     *_, (last, _) = opened.layered.walk(opened.tokens)
     torch.testing.assert_close(needed.read((opened.layered.layers, "")), last, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("opened", ["llama"], indirect=True)
+def test_a_disk_that_fills_leaves_nothing_half_kept(
+    tmp_path: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Small(io.BytesIO):
+        def write(self, part: Any) -> int:
+            if self.tell() >= 3 * opened.tokens.numel():
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(part)
+
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: Small())
+    states = DenseStates(tmp_path)
+    with torch.inference_mode():
+        assert walk_dense(opened.layered, opened.tokens, states, lambda n: None) is None
+    assert not states.is_open and states.covering(opened.tokens) is None
+    repeated, windows = Repeated(tmp_path, opened.tokens, 0), list(opened.tokens.split(1))
+    made = [torch.full((opened.tokens.shape[1] - 1, 256), float(number)) for number in range(len(windows))]
+    for _ in range(2):  # what had been kept is made again
+        for number, window in enumerate(windows):
+            assert torch.equal(repeated.hidden(window, [number], lambda _, number=number: made[number]), made[number])

@@ -59,4 +59,6 @@ class Repeated:
         if self._states.is_open:
             self._states.put(PLACE, number - self._first, made[None].float().cpu())
             self._known.add(number)
+            if not self._states.is_open:  # the disk is full
+                self._known.clear()
         return made

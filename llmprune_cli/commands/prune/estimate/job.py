@@ -101,7 +101,7 @@ class Job:
     def dense_bytes(self) -> int:
         """Of what the unpruned model makes of the text, before, within and behind every layer."""
         tokens = self.share + (SEARCH_TOKENS * 3 // 2 if self.searches else 0)
-        return states_bytes(tokens, self.model.widths.hidden_size, places_of(self.model), self.bench.dense.dtype)
+        return states_bytes(tokens, self.model.widths.hidden_size, places_of(self.model))
 
     @property
     def keeps_dense(self) -> bool:
@@ -117,7 +117,7 @@ class Job:
         if not self.measures or not has_gradients(choice):
             return 0
         tokens = self.share if choice.importance == "taylor" else min(self.share, GRADIENT_SHARE_TOKENS)
-        return states_bytes(tokens, self.model.widths.hidden_size, self.model.layers + 1, self.bench.dense.dtype)
+        return states_bytes(tokens, self.model.widths.hidden_size, self.model.layers + 1)
 
     @property
     def fills_memory(self) -> bool:

@@ -90,7 +90,8 @@ def _phases(job: Job) -> list[tuple[int, int]]:
         if widths.num_experts:
             gram = max(gram, min(GRAM_BYTES, widths.num_experts * gram))
         product = 12 * min(PRODUCT_ELEMENTS, read**2)
-        phases.append((4 * stream + kept, layer + max(batch, product) + gram))
+        copies = each * experts * channels * min(BATCH_TOKENS, job.share)  # of what readers make
+        phases.append((4 * stream + kept, layer + max(batch + copies, product) + gram))
     return phases
 
 
