@@ -80,3 +80,18 @@ def test_sums_of_what_bfloat16_holds_are_those_of_float32() -> None:
         whole.add(inputs, outputs)
     torch.testing.assert_close(rounded.gram, whole.gram, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(rounded.cross, whole.cross, rtol=1e-5, atol=1e-4)
+
+
+def test_what_a_caller_has_set_of_precision_is_no_error_and_stays() -> None:
+    """PyTorch refuses to tell its older setting where the newer one of a GPU was used."""
+    gpu: Any = torch.backends.cuda.matmul
+    cpu: Any = torch.backends.mkldnn.matmul
+    usual, before = gpu.fp32_precision, cpu.fp32_precision
+    gpu.fp32_precision = "tf32"
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            with rounding_to(dtype):
+                assert gpu.fp32_precision == "tf32"
+            assert cpu.fp32_precision == before
+    finally:
+        gpu.fp32_precision = usual
