@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _keep_freed_memory() -> None:
     """Have the GNU C library keep what is freed for what comes next: each layer needs anew what the last one gave back.
 
-    Otherwise Linux takes it and clears it again, which takes a seventh of a calibrated prune's time.
+    Otherwise Linux takes it and clears it again for every batch.
     """
     with suppress(AttributeError, OSError, TypeError):  # other libraries have no such function
         mallopt = ctypes.CDLL(None).mallopt

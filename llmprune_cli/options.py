@@ -317,7 +317,7 @@ class Scratch:
     statistics: Annotated[
         Path | None, Option("Folder that remembers what was measured, for other targets of this model and text.", TEXT)
     ] = None
-    resume: Annotated[bool, Option("Go on after the layers that a run finished which was cut short.", TEXT)] = False
+    resume: Annotated[bool, Option("Go on from where a run was cut short.", TEXT)] = False
     offload_dir: Annotated[
         Path | None, Option("Folder for the hidden states of all calibration text.", TEXT, left_out="in memory")
     ] = None

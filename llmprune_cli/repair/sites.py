@@ -65,8 +65,11 @@ class Entry:
                     yield part.expert, part.inputs * weights, aims
             return
         for (expert, values, made), seen in zip(uses.as_they_are(), uses.products, strict=True):
-            q = _inverse_rms(seen.result.flatten(0, -2).float()) if self.way == "normed" else None
-            yield expert, values if q is None else values * q, (made if q is None else made * q) + aim
+            if self.way == "plain":
+                yield expert, values, made + aim
+            else:
+                q = _inverse_rms(seen.result.flatten(0, -2).float())
+                yield expert, values * q, made * q + aim
 
 
 Correction = tuple["int | None", "torch.Tensor", "torch.Tensor"]  # expert; inputs q x [n, U]; q W x + missing/f [n, D]

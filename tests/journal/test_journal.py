@@ -89,3 +89,5 @@ def test_hidden_states_are_recorded_where_that_takes_little_beside_the_work(
     recorded = [number for number, _ in filter(None, found)]
     assert recorded == [0, 0, 2, 2] and found[-1] == (2, [{"layer": 2}])
     assert len([*tmp_path.glob("streams-*")]) == 1
+    journal.save_layer(4, [], streams, is_last=True)
+    assert journal.last_layer(streams) == (4, [])

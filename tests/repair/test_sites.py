@@ -71,3 +71,13 @@ def test_what_a_reader_has_made_is_told_as_it_was_before_the_layer_added_to_it()
     missing = torch.randn(6, 4)
     ((_, _, wanted),) = Entry("plain", torch.full((4,), 2.0)).corrections(uses, missing)
     torch.testing.assert_close(wanted, made[0] - 1 + missing / 2)
+
+
+def test_behind_a_norm_what_is_made_and_what_is_missing_are_scaled_alike() -> None:
+    values, results, missing = torch.randn(1, 6, 3), torch.randn(1, 6, 4), torch.randn(6, 4)
+    uses = Uses("down", {None})
+    assert uses.watch(Product("down", 1, None, values, None, results))
+    ((_, inputs, wanted),) = Entry("normed", torch.full((4,), 2.0)).corrections(uses, missing)
+    q = results[0].square().mean(-1, keepdim=True).rsqrt()
+    torch.testing.assert_close(inputs, values[0] * q, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(wanted, results[0] * q + missing / 2, rtol=0.02, atol=1e-3)
