@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from llmprune_cli.heal.head import Gradients, Head, cast_once
 from llmprune_cli.heal.layers import following, relative_error
-from llmprune_cli.run.layer import multiplying_in
 from llmprune_cli.run.perplexity import LOGIT_ELEMENTS, head_logits, without_head
+from llmprune_cli.run.precision import multiplying_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

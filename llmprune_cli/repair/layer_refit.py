@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch.linalg import vector_norm
 
 from llmprune_cli.coupling.trace import Instance, Reader, reader_instance
 from llmprune_cli.errors import CheckpointError, OutputError
@@ -22,9 +23,10 @@ from llmprune_cli.repair.dense_goals import Streams, StreamWithin, advance_dense
 from llmprune_cli.repair.least_squares import DAMPING, Moments, only, solve_reader
 from llmprune_cli.repair.replay import Inputs, Replay
 from llmprune_cli.repair.sites import Site, Uses, expert_bias
-from llmprune_cli.run.layer import Enough, Layer, batches, check_states, rounding_to
+from llmprune_cli.run.layer import Enough, Layer, batches, check_states
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.norms import see_kept_units
+from llmprune_cli.run.precision.rounding import rounding_to
 
 if TYPE_CHECKING:
     from llmprune_cli.coupling.products import Product
@@ -237,7 +239,7 @@ class LayerRefit:
         rest = batches(self.streams.pruned[fitted:]) if recorded else ()
         passing = ((fitted + first, batch) for first, batch in rest)
         for first, batch in (*batches(self.streams.pruned[:fitted]), *passing):
-            stream, uses = StreamWithin(batch.clone(), (*earlier, site)), Uses(site.name, moments, bias)
+            stream, uses = StreamWithin(batch, (*earlier, site)), Uses(site.name, moments, bias)
 
             def watch(seen: Product, stream: StreamWithin = stream, uses: Uses = uses) -> torch.Tensor | None:
                 stream.watch(seen)
@@ -324,8 +326,11 @@ class _Errors:
 
 def relative_distance(stream: torch.Tensor, other: torch.Tensor, processes: Processes = ALONE) -> float:
     """‖a − b‖²/‖b‖² over the windows of all processes."""
-    gaps = sum(float((a - b).square().sum(dtype=torch.float64)) for a, b in zip(stream, other, strict=True))
-    gaps, whole = processes.add_up(gaps, sum(float(b.square().sum(dtype=torch.float64)) for b in other))
+    gaps = whole = 0.0
+    for first, batch in batches(other):
+        gaps += float(vector_norm(stream[first : first + len(batch)] - batch, dtype=torch.float64)) ** 2
+        whole += float(vector_norm(batch, dtype=torch.float64)) ** 2
+    gaps, whole = processes.add_up(gaps, whole)
     return gaps / whole
 
 

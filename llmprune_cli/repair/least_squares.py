@@ -38,7 +38,9 @@ class Moments:
         more than half of it is formed.
         """
         count, y = len(self.kept), outputs.float()
-        kept = (inputs if count == inputs.shape[1] else inputs[:, self.kept.to(inputs.device)]).float()
+        kept = inputs.float()
+        if count < inputs.shape[1]:
+            kept = kept.index_select(1, self.kept.to(inputs.device))
         most = max(1, PRODUCT_ELEMENTS // max(1, count))
         size = min(most, max(BLOCK, -(-count // 4)))
         for first in range(0, count, size):
@@ -47,7 +49,7 @@ class Moments:
             self.gram[first:last, first:] += part
             self.gram[last:, first:last] += part[:, last - first :].T
         self.cross += (y.T @ kept).to(self.cross.device)
-        self.total += float(y.to(self.gram.device).double().square().sum())
+        self.total += float(torch.linalg.vector_norm(y.to(self.gram.device), dtype=torch.float64)) ** 2
 
     def add_up(self, processes: Processes) -> None:
         """Let it be of the tokens of all processes."""

@@ -13,7 +13,8 @@ from torch import nn
 
 from llmprune_cli.coupling.products import Product
 from llmprune_cli.repair.sites import Site
-from llmprune_cli.run.layer import Enough, Layer, batches, multiplying_in, packed, running_as, unpacked
+from llmprune_cli.run.layer import Enough, Layer, batches, packed, running_as, unpacked
+from llmprune_cli.run.precision import multiplying_in
 from llmprune_cli.run.states import new_states
 
 KEPT_BYTES = 2**29  # of a reader's inputs that are kept in memory; in a folder there may be more

@@ -17,7 +17,6 @@ from llmprune_cli.options import Evaluation, ModelReference
 from llmprune_cli.processes import ALONE, Processes
 from llmprune_cli.progress import Listener
 from llmprune_cli.report.json_results import SCHEMA_VERSION, EvalReport, EvalResult
-from llmprune_cli.run.layer import native_dtype
 from llmprune_cli.run.perplexity import (
     FirstModel,
     RunningPerplexity,
@@ -26,6 +25,7 @@ from llmprune_cli.run.perplexity import (
     largest_batch,
     peak_memory_bytes,
 )
+from llmprune_cli.run.precision import native_dtype
 from llmprune_cli.run.questions.figures import TaskResult
 from llmprune_cli.run.questions.tasks import Tasks, ask
 from llmprune_cli.source.full_model import load_model, own_device, pick_device

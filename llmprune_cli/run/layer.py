@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,8 @@ from torch import nn
 
 from llmprune_cli.errors import CheckpointError, UnsupportedError
 from llmprune_cli.family.skeleton import on_disk
+from llmprune_cli.run.precision import multiplying_in
+from llmprune_cli.run.precision.rounding import rounding_to
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -95,7 +96,8 @@ class Layer:
         if self.compute != torch.float32 and watcher is not None:
             watcher, collected = self._in_float32(watcher), self._in_float32(collected) if collected else None
         products = Products(names, watcher, collected) if watcher is not None else nullcontext()
-        with _replacing_input(self.block, hidden.to(self.device)), _catching_output(self.block, seen), products:
+        given = hidden.to(self.device, torch.float32)
+        with _replacing_input(self.block, given), _catching_output(self.block, seen), products:
             ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
             with multiplying_in(self.compute, self.device), suppress(Enough):
                 self.model(input_ids=ids, use_cache=False)
@@ -132,7 +134,7 @@ class Layer:
     def returned_items(self, hidden: torch.Tensor) -> int:
         """How many items this family's layers return, hidden states first; 0 where these come alone."""
         seen: list[Any] = []
-        token = hidden.new_zeros(1, 1, hidden.shape[-1]).to(self.device)
+        token = torch.zeros(1, 1, hidden.shape[-1], device=self.device)
         ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         precision = multiplying_in(self.compute, self.device)
         with _replacing_input(self.block, token), _catching_output(self.block, seen), precision, suppress(Enough):
@@ -195,48 +197,6 @@ class Ends:
         with running_as(self.block, lambda *_, **__: output), precision, rounding_to(self.rounded):
             logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits.float()
-
-
-def native_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype in which a device multiplies fastest what is stored in one: that one, or float32."""
-    if device.type == "cuda":
-        least = {torch.bfloat16: (8, 0), torch.float16: (7, 0)}.get(stored)
-        is_native = least is not None and torch.cuda.get_device_capability(device) >= least
-    elif device.type == "mps":
-        is_native = stored in (torch.bfloat16, torch.float16)
-    elif platform.machine().lower() in ("x86_64", "amd64"):
-        cpu = torch.cpu
-        is_native = stored == torch.bfloat16 and (cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
-    else:
-        is_native = stored == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return stored if is_native else torch.float32
-
-
-def multiplying_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
-    """Within it, matrix products are formed in a dtype, of whatever is multiplied; norms and sums stay in float32."""
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-
-
-@contextmanager
-def rounding_to(dtype: torch.dtype) -> Iterator[None]:
-    """Within it, a CPU may round what float32 matrices multiply to bfloat16, and sums it in float32.
-
-    oneDNN forms the products then, which on AMD's processors takes half as long as what forms them otherwise, without
-    any rounding.
-
-    Args:
-        dtype: of the computation; for any other than bfloat16 nothing is rounded.
-    """
-    products = getattr(torch.backends.mkldnn, "matmul", None)  # of a CPU; not there before PyTorch 2.9
-    before = getattr(products, "fp32_precision", None)
-    if dtype != torch.bfloat16 or products is None or before is None:
-        yield
-        return
-    products.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        products.fp32_precision = before
 
 
 def batches(stream: torch.Tensor, tokens: int = BATCH_TOKENS) -> Iterator[tuple[int, torch.Tensor]]:

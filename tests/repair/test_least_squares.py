@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llmprune_cli.repair.least_squares import BLOCK, Moments, solve_reader
-from llmprune_cli.run.layer import rounding_to
+from llmprune_cli.run.precision.rounding import rounding_to
 
 
 def test_the_refit_is_the_least_squares_solution() -> None:

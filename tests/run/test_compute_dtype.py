@@ -12,7 +12,7 @@ import torch
 
 from llmprune_cli.choose.gradients import measure_gradients
 from llmprune_cli.coupling.products import Product
-from llmprune_cli.run.layer import native_dtype
+from llmprune_cli.run.precision import native_dtype
 from llmprune_cli.run.states import DenseStates
 from support import families
 from support.cli import CALIBRATED, run_cli

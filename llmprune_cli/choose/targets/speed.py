@@ -20,7 +20,7 @@ from llmprune_cli.journal.forms import Json
 from llmprune_cli.journal.journal import Journal
 from llmprune_cli.plan.requested_widths import Target
 from llmprune_cli.progress import Listener
-from llmprune_cli.run.layer import native_dtype
+from llmprune_cli.run.precision import native_dtype
 from llmprune_cli.run.speed.figures import Pace, SpeedResult
 from llmprune_cli.run.speed.timed_model import LARGE_BYTES, NEW_TOKENS, STEPS, RunTime, TimedModel, Work
 from llmprune_cli.vocabulary.size import with_rows

@@ -36,8 +36,9 @@ from llmprune_cli.repair.rotation import principal_components, rotate, untie
 from llmprune_cli.report.json_results import CountedSize, ModelSummary
 from llmprune_cli.report.summary import summarize
 from llmprune_cli.run.calibration import CalibrationText, prepare_calibration, window_tokens
-from llmprune_cli.run.layer import BATCH_TOKENS, native_dtype, windows_together
+from llmprune_cli.run.layer import BATCH_TOKENS, windows_together
 from llmprune_cli.run.layered_model import LayeredModel
+from llmprune_cli.run.precision import native_dtype
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.full_model import pick_device
 from llmprune_cli.source.own_text import Place, warn_of_no_conversations, write_text

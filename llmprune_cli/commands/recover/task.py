@@ -39,8 +39,8 @@ from llmprune_cli.options import ModelReference
 from llmprune_cli.processes import Processes
 from llmprune_cli.progress import Listener
 from llmprune_cli.run.calibration import SeenText
-from llmprune_cli.run.layer import native_dtype
 from llmprune_cli.run.layered_model import LayeredModel
+from llmprune_cli.run.precision import native_dtype
 from llmprune_cli.run.states import are_worth_keeping, states_bytes
 from llmprune_cli.source.full_model import load_model
 from llmprune_cli.source.opening import open_checkpoint

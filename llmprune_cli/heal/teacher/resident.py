@@ -14,8 +14,8 @@ from llmprune_cli.heal.loss import Goal, Predicted, hidden_states
 from llmprune_cli.heal.teacher.repeated import Repeated
 from llmprune_cli.heal.teacher.token_map import TokenMap
 from llmprune_cli.heal.teacher.unfinished import Unfinished
-from llmprune_cli.run.layer import multiplying_in
 from llmprune_cli.run.perplexity import head_logits
+from llmprune_cli.run.precision import multiplying_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -79,7 +79,7 @@ def fast_dtype() -> Any:
     """The dtype in which this machine multiplies what is stored in bfloat16."""
     import torch
 
-    from llmprune_cli.run.layer import native_dtype
+    from llmprune_cli.run.precision import native_dtype
 
     return native_dtype(torch.bfloat16, torch.device("cpu"))
 

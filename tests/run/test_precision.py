@@ -1,0 +1,60 @@
+"""In how many digits attention of a computation in bfloat16 is formed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from llmprune_cli.run.precision import multiplying_in
+
+CPU = torch.device("cpu")
+
+
+class Recorder(TorchFunctionMode):
+    """Remembers in which dtypes attention is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[list[torch.dtype]] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is scaled_dot_product_attention:
+            self.seen.append([own.dtype for own in (*args, *kwargs.values()) if isinstance(own, torch.Tensor)])
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("machine", "has_amx", "with_gradients", "expected"),
+    [
+        ("x86_64", False, False, torch.float32),
+        ("x86_64", True, False, torch.bfloat16),
+        ("x86_64", False, True, torch.bfloat16),
+        ("arm64", False, False, torch.bfloat16),
+    ],
+)
+def test_attention_without_gradients_is_formed_in_float32_where_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch, machine: str, has_amx: bool, with_gradients: bool, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    q, k, v = torch.randn(3, 2, 4, 16, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(16, 16, dtype=torch.bool).tril()
+    exact = scaled_dot_product_attention(q.bfloat16().float(), k.bfloat16().float(), v.bfloat16().float(), mask)
+    recorder = Recorder()
+    with torch.set_grad_enabled(with_gradients), recorder, multiplying_in(torch.bfloat16, CPU):
+        found = scaled_dot_product_attention(q.bfloat16(), k.bfloat16(), value=v.bfloat16(), attn_mask=mask)
+    assert recorder.seen == [[expected] * 3 + [torch.bool]]
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), exact, rtol=2e-2, atol=2e-2)
+
+
+def test_attention_of_a_computation_in_float32_is_left_alone() -> None:
+    recorder, states = Recorder(), torch.randn(1, 1, 4, 8)
+    with torch.no_grad(), recorder, multiplying_in(torch.float32, CPU):
+        found = scaled_dot_product_attention(states, states, states)
+    assert recorder.seen == [[torch.float32] * 3] and found.dtype == torch.float32
