@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch.linalg import vecdot, vector_norm
 
 from llmprune_cli.choose.measuring import Activity, Measuring
 from llmprune_cli.coupling.step import Place
@@ -16,13 +17,16 @@ from llmprune_cli.family.widths import NEURONS, Width, Widths
 from llmprune_cli.folder.tensors import split_name
 from llmprune_cli.plan.units import Scores
 from llmprune_cli.processes import Processes
-from llmprune_cli.repair.dense_goals import advance_and_keep, keep_dense
-from llmprune_cli.run.layer import Layer, check_states
+from llmprune_cli.repair.dense_goals import advance_and_keep, keep_dense, stream_dtype
+from llmprune_cli.run.layer import Layer, batches, check_states
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.states import DenseStates, new_states
 
 if TYPE_CHECKING:
     from llmprune_cli.coupling.products import Product
+
+
+NO_LENGTH = 1e-8  # of two hidden states, multiplied: what is shorter has no direction
 
 
 def measure_activation(measuring: Measuring) -> Activity:
@@ -41,7 +45,8 @@ def _walk(measuring: Measuring, importance: str) -> Activity:
     with torch.inference_mode():
         windows, states = model.share(measuring.windows), measuring.bench.dense
         keep_dense(states, windows, model)
-        return measure_activity(model, model.embed(windows, folder), importance, listener.advance, states, folder)
+        stream = model.embed(windows, folder, stream_dtype(model))
+        return measure_activity(model, stream, importance, listener.advance, states, folder)
 
 
 def measure_activity(
@@ -65,8 +70,8 @@ def measure_activity(
 
     Args:
         importance: `activation` or `range`.
-        stream: hidden states before the first layer, float32 [N, T, D], of this process's share of the windows;
-            afterwards those behind the last one.
+        stream: hidden states before the first layer, [N, T, D], of this process's share of the windows; afterwards
+            those behind the last one.
         progress: told after each layer.
         states: that are to keep what the model makes of the windows, begun with them.
         folder: of a second stream, see `new_states`.
@@ -74,7 +79,7 @@ def measure_activity(
     trace, widths = model.trace, model.widths
     scores: Scores = defaultdict(dict)
     channels = torch.zeros(widths.hidden_size, dtype=torch.float64)
-    before, influence = new_states(stream.shape, folder), []
+    before, influence = new_states(stream.shape, folder, stream.dtype), []
     tokens = int(model.processes.add_up(stream[..., 0].numel())[0])
     for number in range(model.layers):
         layer = model.load_layer(number)
@@ -125,9 +130,12 @@ def block_influence(before: torch.Tensor, after: torch.Tensor, processes: Proces
 
     ShortGPT, arXiv 2403.03853, equation 1.
     """
-    cosines = [torch.nn.functional.cosine_similarity(*pair, dim=-1) for pair in zip(before, after, strict=True)]
-    every = torch.cat([before.new_empty(0), *cosines])
-    total, count = processes.add_up(float(every.sum(dtype=torch.float64)), len(every))
+    cosines = 0.0
+    for first, batch in batches(before):
+        a, b = batch.float(), after[first : first + len(batch)].float()
+        lengths = (vector_norm(a, dim=-1) * vector_norm(b, dim=-1)).clamp_min(NO_LENGTH)
+        cosines += float((vecdot(a, b) / lengths).sum(dtype=torch.float64))
+    total, count = processes.add_up(cosines, before[..., 0].numel())
     return 1 - total / count
 
 
@@ -168,8 +176,8 @@ class _Inputs:
     def seen(self, seen: Product) -> None:
         key = seen.parameter, seen.axis, seen.expert
         if self._last[0] is not seen.values:
-            values = seen.values.reshape(-1, seen.values.shape[-1]).float()
-            self._last = seen.values, values.square().sum(0).cpu().double()
+            values = seen.values.reshape(-1, seen.values.shape[-1]).to(torch.float32, copy=True)
+            self._last = seen.values, values.square_().sum(0).cpu().double()
         squares = self._last[1].clone()
         self.squares[key] = self.squares[key] + squares if key in self.squares else squares
         self._expert = seen.expert

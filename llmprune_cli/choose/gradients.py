@@ -63,6 +63,7 @@ def measure_gradients(
         for number in range(model.layers):
             before, stream = stream, kept.read((number + 1, ""))
             influence.append(block_influence(before, stream, processes))
+        stream = stream.float()
         items = model.load_layer(model.layers - 1).returned_items(stream)
         loss_gradient(model.load_ends(exact=True, compute=model.compute), stream, items, windows, tokens)
         scores: Scores = {}
@@ -107,7 +108,7 @@ def pull_back(layer: Layer, states: torch.Tensor, gradient: torch.Tensor) -> dic
     """
     sums: dict[str, torch.Tensor] = {}
     for first, batch in batches(gradient, GRADIENT_TOKENS):
-        given = states[first : first + len(batch)].clone().requires_grad_()
+        given = states[first : first + len(batch)].to(torch.float32, copy=True).requires_grad_()
         with torch.enable_grad():
             output = layer.run(given)
         assert output is not None

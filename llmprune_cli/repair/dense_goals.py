@@ -23,10 +23,10 @@ READERS = 2  # of a layer whose results are followed, at most as a rule: of its 
 
 @dataclass(frozen=True)
 class Streams:
-    """Hidden states of the dense and of the pruned model, float32 [N, T, D], for this process's share of windows."""
+    """Hidden states of the dense and of the pruned model, [N, T, D], for this process's share of windows."""
 
-    dense: torch.Tensor
-    pruned: torch.Tensor
+    dense: torch.Tensor  # see `stream_dtype`
+    pruned: torch.Tensor  # float32
     fitted: int  # windows that are fitted; those behind them only pass through
     folder: Path | None = None  # of more of their kind, see `new_states`
     kept: KeptStates | None = None  # what the dense model has made of these windows already
@@ -36,12 +36,12 @@ class StreamWithin:
     """Hidden states [B, T, D] behind the readers that have run so far, but for experts and what is no reader."""
 
     def __init__(self, states: torch.Tensor, sites: Sequence[Site]) -> None:
-        """Start at the states before the layer.
+        """Start at the states before the layer, of which it makes a copy in float32.
 
         Args:
             sites: readers whose results are followed, where their entry is known.
         """
-        self.states = states
+        self.states = states.to(torch.float32, copy=True)
         self._entries = {site.name: site.entry for site in sites if site.entry and site.entry.way != "shared"}
 
     def watch(self, seen: Product) -> None:
@@ -66,10 +66,8 @@ def advance_dense(layer: Layer, number: int, found: Sequence[Site], streams: Str
     fitted, dense = streams.fitted, streams.dense
     known = [site for site in found if site.entry is not None]
     within = {site.name for site in known if not site.ends_layer}
-    goals = {
-        site.name: new_states(dense[:fitted].shape, streams.folder) if site.name in within else dense[:fitted]
-        for site in known
-    }
+    goals = {site.name: dense[:fitted] for site in known}
+    goals |= {name: new_states(dense[:fitted].shape, streams.folder, dense.dtype) for name in within}
     if streams.kept is not None:
         streams.kept.read_into(dense, (number + 1, ""))
         for name in within:
@@ -79,7 +77,7 @@ def advance_dense(layer: Layer, number: int, found: Sequence[Site], streams: Str
     def watcher_of(first: int, batch: torch.Tensor) -> Watcher:
         """What follows the residual stream of a batch through the layer, and keeps it where it is a goal."""
         followed = [site for site in known if site.name in within]
-        stream, rows = StreamWithin(batch.clone(), followed), max(0, fitted - first)
+        stream, rows = StreamWithin(batch, followed), max(0, fitted - first)
 
         def watch(seen: Product) -> None:
             stream.watch(seen)
@@ -92,6 +90,11 @@ def advance_dense(layer: Layer, number: int, found: Sequence[Site], streams: Str
     return goals
 
 
+def stream_dtype(model: LayeredModel) -> torch.dtype:
+    """Of the dense stream: between layers that compute in bfloat16 a model as it is stored has no more digits."""
+    return model.compute if model.compute == torch.bfloat16 else torch.float32
+
+
 def keep_dense(states: DenseStates, windows: torch.Tensor, model: LayeredModel, is_needed: bool = False) -> None:
     """Make room for what the dense model makes of windows [N, T], see `DenseStates.begin`.
 
@@ -99,7 +102,8 @@ def keep_dense(states: DenseStates, windows: torch.Tensor, model: LayeredModel, 
     """
     needed, on_cpu = model.layers + 1 if is_needed else 0, model.device == "cpu"
     if needed or on_cpu:
-        states.begin(windows, model.widths.hidden_size, places_of(model) if on_cpu else needed, needed)
+        places = places_of(model) if on_cpu else needed
+        states.begin(windows, model.widths.hidden_size, places, needed, stream_dtype(model))
 
 
 def places_of(model: LayeredModel) -> int:
@@ -131,7 +135,7 @@ def advance_and_keep(
 
     def watcher_of(first: int, batch: torch.Tensor) -> Watcher:
         states.put((number, ""), first, batch)
-        inside = StreamWithin(batch.clone(), followed)
+        inside = StreamWithin(batch, followed)
 
         def watch(seen: Product) -> None:
             if watcher is not None:
@@ -174,7 +178,7 @@ def walk_dense(
     keep_dense(states, windows, model, is_needed)
     if not states.is_open:
         return None
-    stream = model.embed(windows)
+    stream = model.embed(windows, dtype=stream_dtype(model))
     for number in range(model.layers):
         advance_and_keep(model, model.load_layer(number), number, stream, states)
         check_states(stream, f"Layer {number}")

@@ -309,17 +309,16 @@ class LayeredModel:
                 model.get_submodule(parent).register_buffer(own, buffer.to(self.device), persistent=False)
         return Ends(model.eval(), model.get_submodule(prefix[:-1]), self.device, compute, self.compute)
 
-    def embed(self, windows: torch.Tensor, folder: Path | None = None) -> torch.Tensor:
-        """Token ids [N, T] to the hidden states before the first layer, float32 [N, T, D].
-
-        Args:
-            folder: see `new_states`.
+    def embed(
+        self, windows: torch.Tensor, folder: Path | None = None, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """Token ids [N, T] to the hidden states before the first layer, [N, T, D]; see `new_states`.
 
         Raises:
             CheckpointError: see `check_states`.
         """
         ends, size = self.load_ends(), windows_together(windows)
-        stream = new_states((*windows.shape, self.widths.hidden_size), folder)
+        stream = new_states((*windows.shape, self.widths.hidden_size), folder, dtype)
         for first in range(0, len(windows), size):
             stream[first : first + size] = ends.embed(windows[first : first + size])
         check_states(stream, "The embedding")

@@ -46,17 +46,17 @@ def new_states(shape: Sequence[int], folder: Path | None, dtype: torch.dtype = t
     return states.view(*shape)
 
 
-def copy_states(states: torch.Tensor, folder: Path | None) -> torch.Tensor:
+def copy_states(states: torch.Tensor, folder: Path | None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """A copy of hidden states, see `new_states`."""
-    return new_states(states.shape, folder).copy_(states)
+    return new_states(states.shape, folder, dtype).copy_(states)
 
 
 Place = tuple[int, str]  # a layer, and the name of a reader behind which states are taken; "" before the layer
 
 
-def states_bytes(tokens: int, channels: int, places: int) -> int:
-    """Bytes of float32 states of so many tokens at so many places."""
-    return 4 * tokens * channels * places
+def states_bytes(tokens: int, channels: int, places: int, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes of the states of so many tokens at so many places."""
+    return dtype.itemsize * tokens * channels * places
 
 
 def are_worth_keeping(size_bytes: int, folder: Path) -> bool:
@@ -94,6 +94,7 @@ class DenseStates:
     folder: Path
     windows: torch.Tensor | None = None  # token ids, [N, T]; None where nothing is kept
     channels: int = 0
+    dtype: torch.dtype = torch.float32
     is_whole: bool = False  # whether the windows went through all layers
     only_between: bool = False  # layers, not within them
     notes: dict[int, Any] = field(default_factory=dict)  # what was found out about each layer on the way
@@ -101,16 +102,19 @@ class DenseStates:
     _file: IO[bytes] | None = None
     _is_needed: bool = False  # whether a full disk is an error; else nothing is kept then
 
-    def begin(self, windows: torch.Tensor, channels: int, places: int, needed: int = 0) -> None:
+    def begin(
+        self, windows: torch.Tensor, channels: int, places: int, needed: int = 0, dtype: torch.dtype = torch.float32
+    ) -> None:
         """Make room for the states of windows [N, T] at so many places; if there is not enough, keep nothing.
 
         Args:
             needed: places between layers, which there must be room for; 0 where nothing has to be kept.
+            dtype: to which they are rounded.
 
         Raises:
             OutputError: there must be, and is not.
         """
-        size_bytes = states_bytes(windows.numel(), channels, places)
+        size_bytes = states_bytes(windows.numel(), channels, places, dtype)
         self.windows, self.is_whole, self._file, self._is_needed = None, False, None, needed > 0
         self._slots.clear()
         self.notes.clear()
@@ -120,7 +124,7 @@ class DenseStates:
                 return
             self.only_between = needed > 0 and (not is_ample or places == needed)
             if self.only_between:
-                size_bytes = states_bytes(windows.numel(), channels, needed)
+                size_bytes = states_bytes(windows.numel(), channels, needed, dtype)
             self._file = tempfile.TemporaryFile(dir=self.folder, prefix=".llmprune-")  # noqa: SIM115
             weakref.finalize(self, self._file.close)
             if needed:  # else blocks are given as they are written, which takes a tenth of the time on ext4
@@ -130,7 +134,7 @@ class DenseStates:
             if needed:
                 raise _no_room(self.folder, size_bytes, error) from error
             return
-        self.windows, self.channels = windows, channels
+        self.windows, self.channels, self.dtype = windows, channels, dtype
 
     @property
     def is_open(self) -> bool:
@@ -138,7 +142,7 @@ class DenseStates:
         return self.windows is not None and not self.is_whole
 
     def put(self, place: Place, first: int, states: torch.Tensor) -> None:
-        """Keep float32 states [B, T, D] of the windows from a number on.
+        """Keep states [B, T, D] of the windows from a number on.
 
         Raises:
             OutputError: they have to be kept, and the disk is full.
@@ -148,7 +152,7 @@ class DenseStates:
         at = self._offset(self._slots.setdefault(place, len(self._slots)), first)
         try:
             self._file.seek(at)
-            self._file.write(raw_bytes(states.contiguous()))
+            self._file.write(raw_bytes(states.to(self.dtype).contiguous()))
         except OSError as error:
             if self._is_needed:
                 raise _no_room(self.folder, states.nbytes, error) from error
@@ -167,7 +171,7 @@ class DenseStates:
         return None if None in wanted else KeptStates(self, tuple(row for row in wanted if row is not None))
 
     def read(self, place: Place, row: int, into: torch.Tensor) -> None:
-        """The states [T, D] of one window at a place."""
+        """The states [T, D] of one window at a place, of the dtype in which they are kept."""
         assert self._file is not None
         self._file.seek(self._offset(self._slots[place], row))
         if self._file.readinto(raw_bytes(into)) != into.nbytes:  # type: ignore[attr-defined]
@@ -176,7 +180,7 @@ class DenseStates:
     def _offset(self, slot: int, row: int) -> int:
         assert self.windows is not None
         count, length = self.windows.shape
-        return 4 * length * self.channels * (slot * count + row)
+        return self.dtype.itemsize * length * self.channels * (slot * count + row)
 
 
 @dataclass(frozen=True)
@@ -190,7 +194,7 @@ class KeptStates:
         """The states [M, T, D] at a place, see `new_states`."""
         assert self.states.windows is not None
         shape = (len(self.rows), self.states.windows.shape[1], self.states.channels)
-        return self.read_into(new_states(shape, folder), place)
+        return self.read_into(new_states(shape, folder, self.states.dtype), place)
 
     def read_into(self, found: torch.Tensor, place: Place) -> torch.Tensor:
         """The states at a place of the first windows, as many as there is room for in [m, T, D]."""

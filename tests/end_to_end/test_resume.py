@@ -114,6 +114,27 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
         assert not torch.equal(new[reader.format(number)], old[reader.format(layer)]), "not written as refitted"
 
 
+def test_runs_in_bfloat16_that_make_less_themselves_write_the_same_bytes(
+    calibrated: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gone on with behind a layer, with the plan of the first one, and with what it measured."""
+    source = save_tiny(tmp_path / "model", num_hidden_layers=4, initializer_range=0.15, dtype="bfloat16")
+    text = (*calibrated, "--compute-dtype", "bfloat16")
+    options = (source, "--intermediate-size", "24", "--importance", "range", *text)
+    kept = ("--statistics", tmp_path / "statistics")
+    prune(*options, *kept, "--save-plan", tmp_path / "plan.json", "--output", tmp_path / "whole")
+    expected = written_tensors(tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        interrupt_after(patched, Journal, "save_layer", 2)
+        assert run_cli("prune", *options, "--output", tmp_path / "resumed").code == 130
+    prune(*options, "--output", tmp_path / "resumed", "--resume")
+    assert MEASURING not in prune(*options, *kept, "--output", tmp_path / "remembered").stderr
+    prune(source, "--plan", tmp_path / "plan.json", *text, "--output", tmp_path / "replayed")
+    for name in ("resumed", "remembered", "replayed"):
+        found = written_tensors(tmp_path / name)
+        assert [*found] == [*expected] and all(torch.equal(found[key], own) for key, own in expected.items()), name
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signal")
 @pytest.mark.parametrize("finished", ["range", "taylor"])
 def test_ctrl_c_keeps_what_was_measured(deep_llama: Path, calibrated: Arguments, tmp_path: Path, finished: str) -> None:

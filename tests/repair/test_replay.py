@@ -24,7 +24,7 @@ from llmprune_cli.plan.document import Plan
 from llmprune_cli.plan.requested_widths import resolve
 from llmprune_cli.progress import QUIET, Listener, Progress
 from llmprune_cli.repair import replay
-from llmprune_cli.repair.dense_goals import Streams, keep_dense, walk_dense
+from llmprune_cli.repair.dense_goals import Streams, keep_dense, stream_dtype, walk_dense
 from llmprune_cli.repair.refit import refit
 from llmprune_cli.run.states import DenseStates
 from llmprune_cli.run.workbench import Workbench
@@ -41,17 +41,22 @@ def half_the_neurons(opened: Opened) -> Plan:
     return make_plan(Workbench(opened.layered, None, QUIET), target, Choice(importance="magnitude", refit="none"))
 
 
-def refitted(opened: Opened, plan: Plan, folder: Path, states: DenseStates | None) -> dict[str, bytes]:
+def refitted(
+    opened: Opened, plan: Plan, folder: Path, states: DenseStates | None, compute: torch.dtype = torch.float32
+) -> dict[str, bytes]:
     """The files that a refit writes, and the stream behind the last layer."""
     folder.mkdir()
+    model = replace(opened.layered, compute=compute)
     with torch.inference_mode():
-        start = opened.layered.embed(opened.tokens)
+        start = model.embed(opened.tokens)
         kept = states.covering(opened.tokens) if states is not None else None
         assert (kept is None) == (states is None)
-        streams = Streams(start, start.clone(), 3, kept=kept)  # the last window passes through
-        refit(opened.layered, plan, streams, "residual", lambda n: None, Journal(folder=folder))
+        dense = start.to(stream_dtype(model), copy=True)
+        streams = Streams(dense, start, 3, kept=kept)  # the last window passes through
+        refit(model, plan, streams, "residual", lambda n: None, Journal(folder=folder))
     found = {path.name: path.read_bytes() for path in folder.glob("layer-*")}
-    return found | {"stream": streams.pruned.numpy().tobytes(), "dense": streams.dense.numpy().tobytes()}
+    both = {"stream": streams.pruned, "dense": streams.dense}
+    return found | {name: stream.float().numpy().tobytes() for name, stream in both.items()}
 
 
 @every_family
@@ -65,6 +70,18 @@ def test_a_refit_that_runs_nothing_twice_writes_the_same_bytes(
     quick = refitted(opened, plan, tmp_path / "quick", states)
     monkeypatch.setattr(replay, "KEPT_BYTES", 0)
     assert quick == refitted(opened, plan, tmp_path / "plain", None)
+
+
+@pytest.mark.parametrize("opened", ["llama", "gemma2", "mixtral"], indirect=True)
+def test_a_dense_stream_is_rounded_alike_whether_it_is_kept_or_made_again(opened: Opened, tmp_path: Path) -> None:
+    plan, states = half_the_neurons(opened), DenseStates(tmp_path)
+    half = replace(opened.layered, compute=torch.bfloat16)
+    with torch.inference_mode():
+        walk_dense(half, opened.tokens, states, lambda n: None)
+    assert states.dtype == torch.bfloat16
+    kept = refitted(opened, plan, tmp_path / "kept", states, torch.bfloat16)
+    assert kept == refitted(opened, plan, tmp_path / "again", None, torch.bfloat16)
+    assert kept["stream"] != refitted(opened, plan, tmp_path / "whole", None)["stream"]
 
 
 @pytest.mark.parametrize("opened", ["llama", "gpt2", "gemma2", "mixtral"], indirect=True)

@@ -12,7 +12,7 @@ from llmprune_cli.choose.targets.search import most_candidates
 from llmprune_cli.commands.prune.decision import Decided
 from llmprune_cli.commands.requests import PruneRequest
 from llmprune_cli.folder.tensors import split_name
-from llmprune_cli.repair.dense_goals import places_of
+from llmprune_cli.repair.dense_goals import places_of, stream_dtype
 from llmprune_cli.run.calibration import HELD_OUT_SHARE, windows_to_judge_by
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.states import are_worth_keeping, lies_in_memory, states_bytes
@@ -101,7 +101,7 @@ class Job:
     def dense_bytes(self) -> int:
         """Of what the unpruned model makes of the text, before, within and behind every layer."""
         tokens = self.share + (SEARCH_TOKENS * 3 // 2 if self.searches else 0)
-        return states_bytes(tokens, self.model.widths.hidden_size, places_of(self.model))
+        return states_bytes(tokens, self.model.widths.hidden_size, places_of(self.model), stream_dtype(self.model))
 
     @property
     def keeps_dense(self) -> bool:
@@ -117,7 +117,7 @@ class Job:
         if not self.measures or not has_gradients(choice):
             return 0
         tokens = self.share if choice.importance == "taylor" else min(self.share, GRADIENT_SHARE_TOKENS)
-        return states_bytes(tokens, self.model.widths.hidden_size, self.model.layers + 1)
+        return states_bytes(tokens, self.model.widths.hidden_size, self.model.layers + 1, stream_dtype(self.model))
 
     @property
     def fills_memory(self) -> bool:

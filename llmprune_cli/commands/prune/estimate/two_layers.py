@@ -53,10 +53,12 @@ def imagined(checkpoint: Checkpoint) -> Checkpoint:
 class NoRoom(DenseStates):
     """States that are only kept where they have to be."""
 
-    def begin(self, windows: torch.Tensor, channels: int, places: int, needed: int = 0) -> None:
+    def begin(
+        self, windows: torch.Tensor, channels: int, places: int, needed: int = 0, dtype: torch.dtype = torch.float32
+    ) -> None:
         """See `DenseStates`."""
         if needed:
-            super().begin(windows, channels, needed, needed)
+            super().begin(windows, channels, needed, needed, dtype)
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,11 @@ class TwoLayers(LayeredModel):
         self.watch.shared(len(self.whole.share(windows, tokens)))
         return windows[:1]
 
-    def embed(self, windows: torch.Tensor, folder: Path | None = None) -> torch.Tensor:
+    def embed(
+        self, windows: torch.Tensor, folder: Path | None = None, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
         """Random hidden states, see `LayeredModel`."""
-        states = new_states((*windows.shape, self.widths.hidden_size), folder)
+        states = new_states((*windows.shape, self.widths.hidden_size), folder, dtype)
         return states.normal_(generator=torch.Generator().manual_seed(0))
 
     def load_ends(self, exact: bool = False, compute: torch.dtype = torch.float32) -> Ends:
