@@ -248,7 +248,8 @@ class LayerRefit:
                 return self._silence(seen)
 
             record = replay.recording(recorded, first, uses.products, is_enough) if recorded else nullcontext()
-            with replay.answering(first, len(batch), stream.add), record:
+            leave_out = replay.leaving_out(site, uses.watch) if recorded and goal is not None else nullcontext()
+            with replay.answering(first, len(batch), stream.add), record, leave_out:
                 output = self.layer.run(batch, watch, uses.collect)
             if first >= fitted:
                 continue

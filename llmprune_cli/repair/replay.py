@@ -99,6 +99,26 @@ class Replay:
         finally:
             handle.remove()
 
+    @contextmanager
+    def leaving_out(self, site: Site, tell: Callable[[Product], Any]) -> Iterator[None]:
+        """While active, a linear reader makes zeros, where what it has to make is what the stream lacks without it.
+
+        Args:
+            tell: what to call with what it is given.
+        """
+        owner = self._layer.model.get_submodule(site.name.rpartition(".")[0])
+        if type(owner) is not nn.Linear or site.entry is None or site.entry.way != "plain":
+            yield
+            return
+
+        def forward(values: torch.Tensor) -> torch.Tensor:
+            made = values.new_zeros(1).expand(*values.shape[:-1], owner.out_features)
+            tell(Product(site.name, site.reader.axis, None, values, owner.bias, made))
+            return made
+
+        with running_as(owner, forward):
+            yield
+
     def learn(self, inputs: Inputs) -> None:
         """Take in what the reader, with the weight that it has now, makes of its inputs."""
         if inputs.values is None:

@@ -58,3 +58,41 @@ def test_attention_of_a_computation_in_float32_is_left_alone() -> None:
     with torch.no_grad(), recorder, multiplying_in(torch.float32, CPU):
         found = scaled_dot_product_attention(states, states, states)
     assert recorder.seen == [[torch.float32] * 3] and found.dtype == torch.float32
+
+
+def rounded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tensors are rounded from here on, one number for each."""
+    found: list[int] = []
+    original = torch.Tensor.to
+
+    def counted(own: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        found.extend([own.numel()] if args == (torch.bfloat16,) else [])
+        return original(own, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", counted)
+    return found
+
+
+def test_what_several_layers_are_given_is_rounded_once_unless_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (torch.nn.Linear(8, 8) for _ in range(2))
+    states, found = torch.randn(4, 8), rounded(monkeypatch)
+    with torch.inference_mode(), multiplying_in(torch.bfloat16, CPU):
+        whole = [own(states) for own in (first, second)]
+        assert len(found) == 1 and {own.dtype for own in whole} == {torch.bfloat16}
+        for change in (lambda: states.add_(1), lambda: states.__isub__(1), lambda: states[:, 1:].add_(1)):
+            first(states)
+            change()
+            before = len(found)
+            second(states)
+            assert len(found) == before + 1
+
+
+def test_gradients_of_what_several_layers_are_given_are_those_of_autocast() -> None:
+    layers = [torch.nn.Linear(8, 8) for _ in range(3)]
+    found = []
+    for precision in (multiplying_in(torch.bfloat16, CPU), torch.autocast("cpu", torch.bfloat16)):
+        states = torch.ones(4, 8, requires_grad=True)
+        with precision:
+            sum(own(states) for own in layers).sum().backward()  # type: ignore[union-attr]
+        found.append(states.grad)
+    assert found[0] is not None and found[1] is not None and torch.equal(found[0], found[1])

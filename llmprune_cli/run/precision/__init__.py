@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from llmprune_cli.run.precision.attention import Float32Attention
+from llmprune_cli.run.precision.autocast import QuickerAutocast
 
 
 def native_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
@@ -32,8 +32,9 @@ def multiplying_in(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     if dtype == torch.float32:
         yield
         return
-    is_slow = device.type == "cpu" and dtype == torch.bfloat16 and _is_x86() and not torch.cpu._is_amx_tile_supported()
-    with torch.autocast(device.type, dtype), Float32Attention() if is_slow else nullcontext():
+    has_matrix_units = not _is_x86() or torch.cpu._is_amx_tile_supported()
+    is_slow = device.type == "cpu" and dtype == torch.bfloat16
+    with torch.autocast(device.type, dtype), QuickerAutocast(not has_matrix_units) if is_slow else nullcontext():
         yield
 
 
