@@ -59,11 +59,9 @@ def measure_gradients(
     with torch.inference_mode(False), torch.no_grad():
         kept = walk_dense(model, windows, states, progress, is_needed=True)
         assert kept is not None
-        stream, influence = kept.read((0, "")), []
-        for number in range(model.layers):
-            before, stream = stream, kept.read((number + 1, ""))
-            influence.append(block_influence(before, stream, processes))
-        stream = stream.float()
+        around = ((kept.read((number, "")), kept.read((number + 1, ""))) for number in range(model.layers))
+        influence = [block_influence(before, behind, processes) for before, behind in around]
+        stream = kept.read((model.layers, "")).float()
         items = model.load_layer(model.layers - 1).returned_items(stream)
         loss_gradient(model.load_ends(exact=True, compute=model.compute), stream, items, windows, tokens)
         scores: Scores = {}

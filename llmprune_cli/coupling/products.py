@@ -22,7 +22,7 @@ class Product:
     parameter: str  # name of the weight
     axis: int  # of the parameter that is summed over
     expert: int | None  # which slice of a stacked parameter took part; None for a matrix
-    values: Tensor  # [..., size of the axis]
+    values: Tensor  # [..., size of the axis]; rounded already where `QuickerAutocast` does that
     bias: Tensor | None
     result: Tensor  # [..., outputs]
 

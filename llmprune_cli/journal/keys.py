@@ -19,7 +19,7 @@ from llmprune_cli.folder.checkpoint import Checkpoint, stamp
 from llmprune_cli.options import Choice
 from llmprune_cli.plan.document import Plan, fingerprint
 
-MEASURED_AS = 4  # raised where what is measured comes out otherwise, so that older figures are not taken for it
+MEASURED_AS = 4  # raised where what is measured or made comes out otherwise, so that older work is not taken for it
 PACKAGES = ("torch", "transformers", "safetensors")
 WEIGHT_FILES = (".safetensors", ".bin", ".gguf")
 SAMPLES = 8  # of every tensor, evenly spread
@@ -53,7 +53,7 @@ def run_key(
         "plan": hashlib.sha256(json.dumps(plan.to_json()).encode()).hexdigest() if plan else None,
         "device": device,
         "versions": versions(),
-        "measured as": MEASURED_AS,
+        "way of computing": MEASURED_AS,
         **(tokens or {}),
         **chosen.pop("widths"),
         **chosen,

@@ -235,11 +235,11 @@ class LayerRefit:
         outputs, device = len(self._matrix(site, experts[0])), self.layer.device
         moments = {expert: Moments.zero(outputs, self._kept(site, expert), device) for expert in experts}
         is_enough = None in moments and (goal is None or not site.ends_layer)
+        is_free = goal is not None and replay.can_be_left_out(site)
         fitted, bias = self.streams.fitted, expert_bias(self.layer, site.name)
-        rest = batches(self.streams.pruned[fitted:]) if recorded else ()
-        passing = ((fitted + first, batch) for first, batch in rest)
+        passing = ((fitted + first, batch) for first, batch in batches(self.streams.pruned[fitted:]) if recorded)
         for first, batch in (*batches(self.streams.pruned[:fitted]), *passing):
-            stream, uses = StreamWithin(batch, (*earlier, site)), Uses(site.name, moments, bias)
+            stream, uses = StreamWithin(batch, earlier if is_free else (*earlier, site)), Uses(site.name, moments, bias)
 
             def watch(seen: Product, stream: StreamWithin = stream, uses: Uses = uses) -> torch.Tensor | None:
                 stream.watch(seen)
@@ -248,8 +248,8 @@ class LayerRefit:
                 return self._silence(seen)
 
             record = replay.recording(recorded, first, uses.products, is_enough) if recorded else nullcontext()
-            leave_out = replay.leaving_out(site, uses.watch) if recorded and goal is not None else nullcontext()
-            with replay.answering(first, len(batch), stream.add), record, leave_out:
+            made = replay.leaving_out(site, watch) if is_free else nullcontext()
+            with replay.answering(first, len(batch), stream.add), record, made:
                 output = self.layer.run(batch, watch, uses.collect)
             if first >= fitted:
                 continue

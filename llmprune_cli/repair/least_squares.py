@@ -12,6 +12,7 @@ from llmprune_cli.processes import Processes
 
 DAMPING = 0.5  # of every refit, relative to the mean diagonal of the Gram matrix
 PRODUCT_ELEMENTS = 2**25  # of XᵀX that are formed at a time: 128 MiB in float32
+ROWS = 512  # of inputs that are copied together
 BLOCK = 256  # rows of XₖᵀXₖ that are formed together at least: of fewer, a product takes longer than what it saves
 
 
@@ -38,9 +39,7 @@ class Moments:
         more than half of it is formed.
         """
         count, y = len(self.kept), outputs.float()
-        kept = inputs.float()
-        if count < inputs.shape[1]:
-            kept = kept.index_select(1, self.kept.to(inputs.device))
+        kept = _columns(inputs, self.kept)
         most = max(1, PRODUCT_ELEMENTS // max(1, count))
         size = min(most, max(BLOCK, -(-count // 4)))
         for first in range(0, count, size):
@@ -89,6 +88,16 @@ class Moments:
             solved = torch.linalg.solve_triangular(factor.mT, half, upper=True).T
             result[rows, places] = solved.to(matrix.dtype).to(matrix.device)
         return result
+
+
+def _columns(inputs: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Some of the inputs x [n, U] in float32, [n, k]; few rows at a time, as a copy of all takes memory."""
+    if len(kept) == inputs.shape[1]:
+        return inputs.float()
+    places, found = kept.to(inputs.device), inputs.new_empty(len(inputs), len(kept), dtype=torch.float32)
+    for rows, into in zip(inputs.split(ROWS), found.split(ROWS), strict=True):
+        torch.index_select(rows.float(), 1, places, out=into)
+    return found
 
 
 def only(matrix: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

@@ -99,17 +99,21 @@ class Replay:
         finally:
             handle.remove()
 
+    def can_be_left_out(self, site: Site) -> bool:
+        """Whether what a reader has to make is no more than what the stream lacks without it."""
+        return type(self._owner(site)) is nn.Linear and site.entry is not None and site.entry.way == "plain"
+
+    def _owner(self, site: Site) -> nn.Module:
+        return self._layer.model.get_submodule(site.name.rpartition(".")[0])
+
     @contextmanager
     def leaving_out(self, site: Site, tell: Callable[[Product], Any]) -> Iterator[None]:
-        """While active, a linear reader makes zeros, where what it has to make is what the stream lacks without it.
+        """While active, a reader of which `can_be_left_out` holds makes zeros.
 
         Args:
             tell: what to call with what it is given.
         """
-        owner = self._layer.model.get_submodule(site.name.rpartition(".")[0])
-        if type(owner) is not nn.Linear or site.entry is None or site.entry.way != "plain":
-            yield
-            return
+        owner: Any = self._owner(site)
 
         def forward(values: torch.Tensor) -> torch.Tensor:
             made = values.new_zeros(1).expand(*values.shape[:-1], owner.out_features)
@@ -123,7 +127,7 @@ class Replay:
         """Take in what the reader, with the weight that it has now, makes of its inputs."""
         if inputs.values is None:
             return
-        owner = self._layer.model.get_submodule(inputs.site.name.rpartition(".")[0])
+        owner = self._owner(inputs.site)
         results: torch.Tensor | None = None
         for first, batch in batches(self._stream):
             values = inputs.values[first : first + len(batch)].to(self._layer.device)

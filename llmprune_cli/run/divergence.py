@@ -30,7 +30,7 @@ class Side:
     """What one model makes of some windows."""
 
     ends: Ends
-    states: torch.Tensor  # behind the last layer, float32 [N, T, D]
+    states: torch.Tensor  # behind the last layer, [N, T, D]
     items: int  # see `Layer.returned_items`
 
 

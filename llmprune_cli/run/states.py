@@ -150,12 +150,13 @@ class DenseStates:
         if self._file is None or (self.only_between and place[1]):
             return
         at = self._offset(self._slots.setdefault(place, len(self._slots)), first)
+        rounded = states.to(self.dtype).contiguous()
         try:
             self._file.seek(at)
-            self._file.write(raw_bytes(states.to(self.dtype).contiguous()))
+            self._file.write(raw_bytes(rounded))
         except OSError as error:
             if self._is_needed:
-                raise _no_room(self.folder, states.nbytes, error) from error
+                raise _no_room(self.folder, rounded.nbytes, error) from error
             with suppress(OSError):  # of what is yet to be written
                 self._file.close()
             self.windows, self._file = None, None
@@ -172,7 +173,7 @@ class DenseStates:
 
     def read(self, place: Place, row: int, into: torch.Tensor) -> None:
         """The states [T, D] of one window at a place, of the dtype in which they are kept."""
-        assert self._file is not None
+        assert self._file is not None and into.dtype == self.dtype
         self._file.seek(self._offset(self._slots[place], row))
         if self._file.readinto(raw_bytes(into)) != into.nbytes:  # type: ignore[attr-defined]
             raise AssertionError(f"the states at {place} were never kept")

@@ -1,4 +1,4 @@
-"""Matrix products in half precision, around a residual stream in float32."""
+"""Matrix products in half precision, around norms and sums in float32."""
 
 from __future__ import annotations
 
@@ -78,6 +78,18 @@ def test_a_calibrated_prune_in_bfloat16_is_as_good(family: str, tiny_of, text_fi
         assert manifest["options"]["compute_dtype"] == dtype
     ratio = cards["bfloat16"]["perplexity_after"] / cards["float32"]["perplexity_after"]
     assert 0.95 < ratio < 1.05
+
+
+def test_candidates_of_a_target_are_as_good_in_bfloat16(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    asked = ("prune", tiny_llama, "--target-params", "80%", "--calibration", text_file, *CALIBRATED, "--json")
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        run = run_cli(*asked, "--output", tmp_path / dtype, "--compute-dtype", dtype)
+        assert run.code == 0, run.stderr
+        found[dtype] = json.loads(run.stdout)["candidates"]
+    assert len(found["float32"]) == len(found["bfloat16"])
+    best = [own[0]["kl"] for own in found.values()]
+    assert best[0] == pytest.approx(best[1], rel=0.1)
 
 
 def test_where_half_precision_is_emulated_it_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,7 @@ def test_layers_of_special_families_run_alone_as_the_stock_model_runs_them(tmp_p
             *_, (states, items) = layered.walk(tokens)
             logits = layered.load_ends().logits(states, items)
             expected = load_stock(folder)(tokens, use_cache=False).logits
+            assert replace(layered, compute=torch.bfloat16).runs()  # also where a router multiplies in float32 always
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 

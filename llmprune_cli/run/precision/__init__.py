@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 
 from llmprune_cli.run.precision.autocast import QuickerAutocast
+from llmprune_cli.run.precision.rounding import can_round
 
 
 def native_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
@@ -32,11 +33,15 @@ def multiplying_in(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     if dtype == torch.float32:
         yield
         return
-    has_matrix_units = not _is_x86() or torch.cpu._is_amx_tile_supported()
-    is_slow = device.type == "cpu" and dtype == torch.bfloat16
-    with torch.autocast(device.type, dtype), QuickerAutocast(not has_matrix_units) if is_slow else nullcontext():
+    is_helped = device.type == "cpu" and dtype == torch.bfloat16
+    with torch.autocast(device.type, dtype), QuickerAutocast(_is_attention_slow()) if is_helped else nullcontext():
         yield
 
 
 def _is_x86() -> bool:
     return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def _is_attention_slow() -> bool:
+    """Whether attention in bfloat16 takes longer here than in float32: without AMX, where float32 may be rounded."""
+    return _is_x86() and not torch.cpu._is_amx_tile_supported() and can_round()

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+
+
+def can_round() -> bool:
+    """Whether this PyTorch lets a CPU round what float32 matrices multiply, as it does from 2.9 on."""
+    return getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", None) is not None
 
 
 @contextmanager
@@ -18,11 +24,11 @@ def rounding_to(dtype: torch.dtype) -> Iterator[None]:
     Args:
         dtype: of the computation; for any other than bfloat16 nothing is rounded.
     """
-    products = getattr(torch.backends.mkldnn, "matmul", None)  # of a CPU; not there before PyTorch 2.9
-    before = getattr(products, "fp32_precision", None)
-    if dtype != torch.bfloat16 or products is None or before is None:
+    if dtype != torch.bfloat16 or not can_round():
         yield
         return
+    products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = products.fp32_precision
     products.fp32_precision = "bf16"
     try:
         yield

@@ -12,6 +12,7 @@ from llmprune_cli.choose.magnitude import SLAB_BYTES
 from llmprune_cli.commands.prune.estimate.job import Job
 from llmprune_cli.folder.shards import header_bytes
 from llmprune_cli.folder.tensors import TensorEntry, split_name
+from llmprune_cli.repair.dense_goals import stream_dtype
 from llmprune_cli.repair.layer_refit import GRAM_BYTES
 from llmprune_cli.repair.least_squares import PRODUCT_ELEMENTS
 from llmprune_cli.repair.replay import KEPT_BYTES
@@ -67,7 +68,8 @@ def _phases(job: Job) -> list[tuple[int, int]]:
     heads = widths.num_attention_heads * widths.head_dim
     made = 3 * neurons * experts + 3 * heads + 6 * channels  # numbers that a layer makes of a token
     read = max(neurons, heads)  # numbers that a reader is given
-    stream = 0 if job.bench.offload_dir is not None else 4 * job.share * channels
+    numbers = 0 if job.bench.offload_dir is not None else job.share * channels
+    pruned, dense = 4 * numbers, stream_dtype(job.model).itemsize * numbers
     layer, head = each * job.layer_parameters, 4 * vocabulary * channels
     logits = 4 * min(LOGIT_ELEMENTS, vocabulary * windows.length)
     batch = 4 * made * min(BATCH_TOKENS, job.share)
@@ -77,13 +79,13 @@ def _phases(job: Job) -> list[tuple[int, int]]:
         return phases
     phases.append((2 * judged, 2 * layer + head + 6 * logits))
     if job.measures:
-        phases.append((2 * stream, layer + batch))
+        phases.append((2 * dense, layer + batch))
     if job.measures and has_gradients(job.request.choice):
         learned = 3 * 4 * made * min(GRADIENT_TOKENS, job.share)
         narrow = each * vocabulary * channels  # the output projection, in the dtype of the computation
-        phases.append((2 * stream, max(layer + 12 * job.layer_parameters + learned, narrow + 4 * logits)))
+        phases.append((pruned + dense, max(layer + 12 * job.layer_parameters + learned, narrow + 4 * logits)))
     if job.request.choice.settled.refit != "none" and job.repairs:
-        kept = sum(min(KEPT_BYTES, size * job.share * each) for size in (neurons, heads)) if stream else 0
+        kept = sum(min(KEPT_BYTES, size * job.share * each) for size in (neurons, heads)) if numbers else 0
         left = job.decided.target.widths
         stay = max(left.intermediate_size, left.moe_intermediate_size), left.num_attention_heads * left.head_dim
         gram = max(_moments_bytes(k, channels) for k in stay)
@@ -91,7 +93,7 @@ def _phases(job: Job) -> list[tuple[int, int]]:
             gram = max(gram, min(GRAM_BYTES, widths.num_experts * gram))
         product = 12 * min(PRODUCT_ELEMENTS, read**2)
         copies = each * experts * channels * min(BATCH_TOKENS, job.share)  # of what readers make
-        phases.append((4 * stream + kept, layer + max(batch + copies, product) + gram))
+        phases.append((pruned + 3 * dense + kept, layer + max(batch + copies, product) + gram))
     return phases
 
 
@@ -129,5 +131,5 @@ def temporary_bytes(job: Job) -> int:
     if job.request.choice.settled.refit != "none":
         templates = {binding.template for binding in trace.readers}
         found += sum(e.size_bytes for e in job.model.checkpoint.entries if split_name(e.name)[0] in templates)
-        found += 2 * 4 * job.windows.fitted * job.windows.length * channels
+        found += (4 + stream_dtype(job.model).itemsize) * job.windows.fitted * job.windows.length * channels
     return found
