@@ -8,14 +8,12 @@ from typing import TypeAlias
 
 import torch
 
-from llmprune_cli.run.layer import Ends, Layer, windows_together
+from llmprune_cli.run.layer import Ends, Layer
 from llmprune_cli.run.speed.clock import timing
 
 END_PASSES = 5  # of the ends, that are timed
 ENOUGH = 3  # passes of a layer, of which the first warms up
-TIMED = 16  # windows, at most, that a layer reads one at a time
-TOKENS = 1024  # of the others that it reads together, so that this needs no more memory than anything else
-
+TIMED = 8  # windows, at most, that a layer reads one at a time
 
 Quartiles: TypeAlias = tuple[float, float, float]
 
@@ -37,8 +35,7 @@ class Clock:
                 layer.run(stream[:1])
             for window in stream[:TIMED].split(1):
                 layer.advance(window)
-        for windows in stream[TIMED:].split(windows_together(stream, TOKENS)):
-            layer.advance(windows)
+        layer.advance(stream[TIMED:])
         self.seconds.append(_quartiles(passes[1:], stream.shape[1]))
 
     def finish(self, ends: Ends, states: torch.Tensor, items: int) -> None:

@@ -77,7 +77,7 @@ def _phases(job: Job) -> list[tuple[int, int]]:
     phases = [(ranked, max(layer + batch, head + 3 * logits))] if ranked else []
     if not job.calibrates:
         return phases
-    phases.append((2 * judged, 2 * layer + head + 6 * logits))
+    phases.append((2 * judged, 2 * layer + max(batch, head + 6 * logits)))
     if job.measures:
         phases.append((2 * dense, layer + batch))
     if job.measures and has_gradients(job.request.choice):
