@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from llmprune_cli.commands.prune import estimate
+from llmprune_cli.commands.prune.estimate import room
 from llmprune_cli.commands.prune.estimate.room import peak_memory
 from support.cli import BY_MAGNITUDE, CALIBRATED, Run, run_cli
 from support.full import examples, in_full
@@ -34,6 +35,7 @@ REQUESTS = {
 OWN = """
 import resource, sys
 from llmprune_cli.commands.prune import estimate
+from llmprune_cli.commands.prune.estimate import room
 estimate.LEAST_WORK = 0
 from llmprune_cli.__main__ import main
 try:
@@ -184,7 +186,7 @@ MADE = 3 * 48 + 3 * 64 + 6 * 64  # numbers that it makes of a token
     ("name", "taken"),
     [
         ("magnitude", 0),
-        ("range", 4 * LAYER + 4 * MADE * 600),
+        ("range", 2 * 4 * LAYER + 4 * MADE * 600),  # both models' layers, when the result is judged
         ("taylor, not refitted", 4 * LAYER + 12 * LAYER + 3 * 4 * MADE * 600),
     ],
 )
@@ -195,6 +197,7 @@ def test_where_a_gpu_computes_its_memory_is_told_apart(
     asked = ("prune", deep, *REQUESTS[name], *refit, *CALIBRATED, "--calibration", text_file, "--dry-run")
     assert expected(*asked)["device_bytes"] == 0
     monkeypatch.setattr(estimate, "peak_memory", lambda job, on_gpu: peak_memory(job, True))
+    monkeypatch.setattr(room, "BATCH_TOKENS", 600)
     assert expected(*asked)["device_bytes"] == taken
     shown = run_cli(*asked).stdout
     words = f"of memory, {taken / 2**20:.2f} MiB of GPU memory,\n"

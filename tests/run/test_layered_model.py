@@ -49,7 +49,7 @@ def test_windows_are_embedded_together_as_each_alone(opened: Opened, monkeypatch
     assert torch.equal(together, alone) and none.shape == (0, *together.shape[1:])
 
 
-@pytest.mark.parametrize(("windows", "passes"), [(1, 3), (2, 3), (3, 3), (4, 4), (16, 16), (20, 17)])
+@pytest.mark.parametrize(("windows", "passes"), [(1, 3), (2, 3), (3, 3), (4, 4), (8, 8), (12, 9)])
 def test_a_layer_is_warmed_up_apart_only_where_windows_are_few(tmp_path: Path, windows: int, passes: int) -> None:
     stream, counted = torch.randn(windows, 8, 64), []
     with open_checkpoint(ModelReference(str(save_tiny(tmp_path / "model"))), need_weights=True) as checkpoint:

@@ -77,7 +77,8 @@ def _phases(job: Job) -> list[tuple[int, int]]:
     phases = [(ranked, max(layer + batch, head + 3 * logits))] if ranked else []
     if not job.calibrates:
         return phases
-    phases.append((2 * judged, 2 * layer + max(batch, head + 6 * logits)))
+    read_together = 4 * made * min(BATCH_TOKENS, windows.judged * windows.length)
+    phases.append((2 * judged, 2 * layer + max(read_together, head + 6 * logits)))
     if job.measures:
         phases.append((2 * dense, layer + batch))
     if job.measures and has_gradients(job.request.choice):
