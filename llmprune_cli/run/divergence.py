@@ -59,13 +59,10 @@ def compare(dense: Side, pruned: Side, windows: torch.Tensor, processes: Process
     """
     losses, kl = torch.zeros(2, dtype=torch.float64), 0.0
     for window, places, wanted in predicted(dense.ends, windows):
-        logs = []
-        for side in (dense, pruned):
-            logits = side.ends.logits(side.states[window : window + 1, places], side.items)[0]
-            logs.append(functional.log_softmax(logits, -1))
+        logs = [_log_probabilities(side, window, places) for side in (dense, pruned)]
         for index, log in enumerate(logs):
             losses[index] += float(functional.nll_loss(log, wanted, reduction="sum"))
-        kl += float(functional.kl_div(logs[1], logs[0], reduction="sum", log_target=True))
+        kl += _divergence(logs[1].neg_().add_(logs[0]), logs[0].exp_())
     kl, tokens, *sums = processes.add_up(kl, windows[:, 1:].numel(), *losses.tolist())
     check_loss(sums[0])
     before, after = (math.exp(min(loss / tokens, 700)) for loss in sums)
@@ -86,15 +83,24 @@ def compare_all(
     """
     sums = [0.0] * len(others)
     for window, places, wanted in predicted(dense.ends, windows):
-        logits = dense.ends.logits(dense.states[window : window + 1, places], dense.items)[0]
-        first = functional.log_softmax(logits, -1)
+        first = _log_probabilities(dense, window, places)
         check_loss(float(functional.nll_loss(first, wanted)))
+        probabilities = first.exp()
         for index, side in enumerate(others):
-            logits = side.ends.logits(side.states[window : window + 1, places], side.items)[0]
-            own = functional.log_softmax(logits, -1)
-            sums[index] += float(functional.kl_div(own, first, reduction="sum", log_target=True))
+            gaps = _log_probabilities(side, window, places).neg_().add_(first)
+            sums[index] += _divergence(gaps, probabilities)
     *sums, tokens = processes.add_up(*sums, windows[:, 1:].numel())
     return [math.inf if math.isnan(kl) else max(0.0, kl / tokens) for kl in sums]
+
+
+def _log_probabilities(side: Side, window: int, places: slice) -> torch.Tensor:
+    """Of the tokens of the vocabulary behind those at some places of a window, float32 [n, V]."""
+    return functional.log_softmax(side.ends.logits(side.states[window : window + 1, places], side.items)[0], -1)
+
+
+def _divergence(gaps: torch.Tensor, probabilities: torch.Tensor) -> float:
+    """Σ p (log p − log q), for log p − log q [n, V], in whose place the products are formed, to need little memory."""
+    return float(gaps.mul_(probabilities).sum(-1).cpu().double().sum())
 
 
 def losses(side: Side, windows: torch.Tensor, known: torch.Tensor | None = None) -> float:

@@ -78,7 +78,7 @@ def _phases(job: Job) -> list[tuple[int, int]]:
     if not job.calibrates:
         return phases
     read_together = 4 * made * min(BATCH_TOKENS, windows.judged * windows.length)
-    phases.append((2 * judged, 2 * layer + max(read_together, head + 6 * logits)))
+    phases.append((2 * judged, 2 * layer + max(read_together, head + 3 * logits)))
     if job.measures:
         phases.append((2 * dense, layer + batch))
     if job.measures and has_gradients(job.request.choice):
