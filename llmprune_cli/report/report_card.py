@@ -24,7 +24,7 @@ from llmprune_cli.run.divergence import Side, compare, losses, tokens_at_a_time
 from llmprune_cli.run.layered_model import LayeredModel
 from llmprune_cli.run.perplexity import bits_per_byte
 from llmprune_cli.run.speed.throughput import Clock
-from llmprune_cli.run.states import new_states
+from llmprune_cli.run.states import give_back_freed_memory, new_states
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.opening import open_checkpoint
 from llmprune_cli.source.tokenizer import load_tokenizer
@@ -177,6 +177,7 @@ def _run_side_by_side(
             if are_same:
                 errors.append(relative_distance(after, before if channels is None else before[..., list(channels)]))
         bench.listener.advance(1)
+    give_back_freed_memory()
     ends = dense.load_ends(exact=True)
     only_layers_differ = are_same and channels is None and not is_healed
     other = ends if only_layers_differ else pruned.load_ends(exact=True)

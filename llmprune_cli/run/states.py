@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import shutil
+import sys
 import tempfile
 import weakref
 from collections.abc import Sequence
@@ -218,3 +220,10 @@ def allocate(file: int, size_bytes: int) -> None:
         os.posix_fallocate(file, 0, size_bytes)
     else:
         os.ftruncate(file, size_bytes)
+
+
+def give_back_freed_memory() -> None:
+    """Let the system have what was freed, between parts of a run that need much memory for different things."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # of GNU's C library
+    if trim is not None:
+        trim(0)

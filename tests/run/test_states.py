@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import platform
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import torch
 
 from llmprune_cli.errors import OutputError
 from llmprune_cli.run import states as kept_states
-from llmprune_cli.run.states import DenseStates, copy_states, lies_in_memory, roomy_folder
+from llmprune_cli.run.states import DenseStates, copy_states, give_back_freed_memory, lies_in_memory, roomy_folder
 
 
 def test_hidden_states_that_cannot_be_kept_are_a_users_error(tmp_path: Path) -> None:
@@ -99,3 +100,12 @@ def test_states_that_could_be_computed_again_are_given_up_where_the_disk_fills(
     dense.begin(windows, channels=4, places=2, needed=2)
     with pytest.raises(OutputError, match="hidden states cannot be kept"):
         dense.put((0, ""), 0, states)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only the GNU C library gives memory back when asked")
+def test_freed_memory_is_given_back() -> None:
+    blocks = [bytearray(2**16) for _ in range(2**10)]
+    del blocks[:-1]  # the last one keeps the others below the top of the heap
+    before = psutil.Process().memory_info().rss
+    give_back_freed_memory()
+    assert psutil.Process().memory_info().rss < before - 2**25
