@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch.linalg import vecdot, vector_norm
+from torch.nn.functional import cosine_similarity
 
 from llmprune_cli.choose.measuring import Activity, Measuring
 from llmprune_cli.coupling.step import Place
@@ -24,9 +24,6 @@ from llmprune_cli.run.states import DenseStates, new_states
 
 if TYPE_CHECKING:
     from llmprune_cli.coupling.products import Product
-
-
-NO_LENGTH = 1e-8  # of two hidden states, multiplied: what is shorter has no direction
 
 
 def measure_activation(measuring: Measuring) -> Activity:
@@ -132,9 +129,8 @@ def block_influence(before: torch.Tensor, after: torch.Tensor, processes: Proces
     """
     cosines = 0.0
     for first, batch in batches(before):
-        a, b = batch.float(), after[first : first + len(batch)].float()
-        lengths = (vector_norm(a, dim=-1) * vector_norm(b, dim=-1)).clamp_min(NO_LENGTH)
-        cosines += float((vecdot(a, b) / lengths).sum(dtype=torch.float64))
+        behind = after[first : first + len(batch)]
+        cosines += float(cosine_similarity(batch.float(), behind.float(), dim=-1).sum(dtype=torch.float64))
     total, count = processes.add_up(cosines, before[..., 0].numel())
     return 1 - total / count
 

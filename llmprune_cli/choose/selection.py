@@ -35,7 +35,7 @@ from llmprune_cli.plan.document import Plan, fingerprint
 from llmprune_cli.plan.requested_widths import Target, resolve
 from llmprune_cli.plan.units import Scores, choose
 from llmprune_cli.progress import Listener
-from llmprune_cli.repair.dense_goals import Streams, stream_dtype, walk_dense
+from llmprune_cli.repair.dense_goals import Streams, walk_dense
 from llmprune_cli.repair.layer_refit import LayerRefit
 from llmprune_cli.repair.refit import Refitter, refit
 from llmprune_cli.run.calibration import CalibrationText
@@ -247,7 +247,7 @@ def try_plan(
         bench.listener.stage(name, model.layers * (2 if walks else 1))
         kept = walk_dense(model, windows, bench.tried, bench.listener.advance)
         start = model.embed(windows)
-        streams = Streams(start.to(stream_dtype(model), copy=True), start, len(fitted), kept=kept)
+        streams = Streams.of(model, start, len(fitted), kept=kept)
         refit(model, plan, streams, method, bench.listener.advance, with_errors=False, refitter=refitter)
         ends = model.load_ends(exact=True)
         items = model.load_layer(0).returned_items(start)

@@ -13,7 +13,7 @@ from llmprune_cli.coupling.products import Product
 from llmprune_cli.repair.sites import Site, find_sites
 from llmprune_cli.run.layer import Layer, check_states
 from llmprune_cli.run.layered_model import LayeredModel
-from llmprune_cli.run.states import DenseStates, KeptStates, new_states
+from llmprune_cli.run.states import DenseStates, KeptStates, copy_states, new_states
 
 if TYPE_CHECKING:
     from llmprune_cli.coupling.products import Collector, Watcher
@@ -30,6 +30,18 @@ class Streams:
     fitted: int  # windows that are fitted; those behind them only pass through
     folder: Path | None = None  # of more of their kind, see `new_states`
     kept: KeptStates | None = None  # what the dense model has made of these windows already
+
+    @classmethod
+    def of(
+        cls,
+        model: LayeredModel,
+        start: torch.Tensor,
+        fitted: int,
+        folder: Path | None = None,
+        kept: KeptStates | None = None,
+    ) -> Streams:
+        """Both at the same float32 states before the first layer, of which the dense one is a copy."""
+        return cls(copy_states(start, folder, stream_dtype(model)), start, fitted, folder, kept)
 
 
 class StreamWithin:

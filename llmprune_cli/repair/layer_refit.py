@@ -232,14 +232,14 @@ class LayerRefit:
             goal: the dense stream behind the reader [fitted, T, D]; None where nothing is made up for.
             recorded: what keeps the inputs of all windows, also of those that only pass through.
         """
-        outputs, device = len(self._matrix(site, experts[0])), self.layer.device
-        moments = {expert: Moments.zero(outputs, self._kept(site, expert), device) for expert in experts}
+        outputs, bias = len(self._matrix(site, experts[0])), expert_bias(self.layer, site.name)
+        moments = {expert: Moments.zero(outputs, self._kept(site, expert), self.layer.device) for expert in experts}
         is_enough = None in moments and (goal is None or not site.ends_layer)
-        is_free = goal is not None and replay.can_be_left_out(site)
-        fitted, bias = self.streams.fitted, expert_bias(self.layer, site.name)
+        is_left_out, fitted = goal is not None and replay.can_be_left_out(site), self.streams.fitted
+        followed = earlier if is_left_out else (*earlier, site)
         passing = ((fitted + first, batch) for first, batch in batches(self.streams.pruned[fitted:]) if recorded)
         for first, batch in (*batches(self.streams.pruned[:fitted]), *passing):
-            stream, uses = StreamWithin(batch, earlier if is_free else (*earlier, site)), Uses(site.name, moments, bias)
+            stream, uses = StreamWithin(batch, followed), Uses(site.name, moments, bias)
 
             def watch(seen: Product, stream: StreamWithin = stream, uses: Uses = uses) -> torch.Tensor | None:
                 stream.watch(seen)
@@ -248,15 +248,15 @@ class LayerRefit:
                 return self._silence(seen)
 
             record = replay.recording(recorded, first, uses.products, is_enough) if recorded else nullcontext()
-            made = replay.leaving_out(site, watch) if is_free else nullcontext()
-            with replay.answering(first, len(batch), stream.add), record, made:
+            left_out = replay.leaving_out(site, watch) if is_left_out else nullcontext()
+            with replay.answering(first, len(batch), stream.add), record, left_out:
                 output = self.layer.run(batch, watch, uses.collect)
             if first >= fitted:
                 continue
             aims = uses.as_they_are()
             if goal is not None and site.entry is not None:
                 missing = goal[first : first + len(batch)] - (stream.states if output is None else output)
-                aims = site.entry.corrections(uses, missing.flatten(0, 1).to(device))
+                aims = site.entry.corrections(uses, missing.flatten(0, 1).to(self.layer.device))
             with rounding_to(self.layer.compute):
                 for expert, values, aim in aims:
                     moments[expert].add(values, aim)

@@ -16,11 +16,10 @@ from llmprune_cli.folder.shards import open_shard
 from llmprune_cli.folder.tensors import TensorEntry
 from llmprune_cli.journal.journal import Journal
 from llmprune_cli.plan.document import Plan
-from llmprune_cli.repair.dense_goals import Streams, advance_dense, stream_dtype, walk_dense
+from llmprune_cli.repair.dense_goals import Streams, advance_dense, walk_dense
 from llmprune_cli.repair.layer_refit import LayerRefit, LayerRepair, layer_file
 from llmprune_cli.run.layer import Layer, check_states
 from llmprune_cli.run.layered_model import LayeredModel
-from llmprune_cli.run.states import copy_states
 from llmprune_cli.run.workbench import Workbench
 
 Refitter: TypeAlias = Callable[[Layer, LayeredModel, Plan, int, Streams, bool], LayerRefit]  # as `LayerRefit` is made
@@ -49,7 +48,7 @@ def repair(
         if bench.serves_several:
             walk_dense(model, windows, bench.dense, lambda layers: None)
         kept, start = bench.dense.covering(windows), model.embed(windows, folder)
-        streams = Streams(copy_states(start, folder, stream_dtype(model)), start, len(start), folder, kept)
+        streams = Streams.of(model, start, len(start), folder, kept)
         repairs = refit(model, plan, streams, method, bench.listener.advance, bench.journal, True, refitter, warn)
     checkpoint = with_new_weights(model.checkpoint, plan.layers, bench.journal)
     return replace(subject, checkpoint=checkpoint), repairs

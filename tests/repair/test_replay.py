@@ -24,7 +24,7 @@ from llmprune_cli.plan.document import Plan
 from llmprune_cli.plan.requested_widths import resolve
 from llmprune_cli.progress import QUIET, Listener, Progress
 from llmprune_cli.repair import replay
-from llmprune_cli.repair.dense_goals import Streams, keep_dense, stream_dtype, walk_dense
+from llmprune_cli.repair.dense_goals import Streams, keep_dense, walk_dense
 from llmprune_cli.repair.refit import refit
 from llmprune_cli.run.states import DenseStates
 from llmprune_cli.run.workbench import Workbench
@@ -51,8 +51,7 @@ def refitted(
         start = model.embed(opened.tokens)
         kept = states.covering(opened.tokens) if states is not None else None
         assert (kept is None) == (states is None)
-        dense = start.to(stream_dtype(model), copy=True)
-        streams = Streams(dense, start, 3, kept=kept)  # the last window passes through
+        streams = Streams.of(model, start, 3, kept=kept)  # the last window passes through
         refit(model, plan, streams, "residual", lambda n: None, Journal(folder=folder))
     found = {path.name: path.read_bytes() for path in folder.glob("layer-*")}
     both = {"stream": streams.pruned, "dense": streams.dense}

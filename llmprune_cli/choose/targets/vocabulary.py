@@ -16,7 +16,7 @@ from llmprune_cli.errors import PlanError
 from llmprune_cli.journal.forms import Json
 from llmprune_cli.plan.document import Plan, Vocabulary
 from llmprune_cli.plan.requested_widths import Target
-from llmprune_cli.repair.dense_goals import Streams, stream_dtype
+from llmprune_cli.repair.dense_goals import Streams
 from llmprune_cli.repair.refit import refit
 from llmprune_cli.run.divergence import Side, losses
 from llmprune_cli.run.layer import windows_together
@@ -145,7 +145,7 @@ def _bits_per_byte(try_out: TryOut, target: Target, own: SizedVocabulary) -> flo
     known[list(own.vocabulary.kept)] = True
     with torch.inference_mode():
         start = model.embed(torch.cat([fitted, told.windows[places]]))
-        streams = Streams(start.to(stream_dtype(model), copy=True), start, len(fitted))
+        streams = Streams.of(model, start, len(fitted))
         refit(model, plan, streams, try_out.method, bench.listener.advance, with_errors=False)
         ends, items, nats = model.load_ends(exact=True), model.load_layer(0).returned_items(start), 0.0
         for place, states in zip(places, streams.pruned[len(fitted) :], strict=True):
