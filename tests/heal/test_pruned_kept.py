@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from llmprune_cli.commands.recover import finalists
+from llmprune_cli.commands.requests import PruneRequest
+from llmprune_cli.heal.figures import FinalistResult
 from llmprune_cli.heal.training import trainer
+from llmprune_cli.report.json_results import CandidateResult
 from support.cli import BY_MAGNITUDE, Run, run_cli
 from support.refusals import CHECKPOINT, INTERRUPTED, assert_refused
-from support.stock import written_tensors
+from support.stock import load_stock, written_tensors
+from support.tiny import save_tiny
 
 SHORT = "Too little text to learn from, but enough to look at, it seems."
 
@@ -42,6 +48,33 @@ def test_an_interrupted_healing_leaves_the_pruned_model_and_says_how_to_go_on(
     assert {"--text", str(text_file), "--seq-len", "32"} <= {*words} and "--overwrite" not in words
     assert run_cli(*words).code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-pruned"]
+
+
+def test_of_finalists_the_best_one_so_far_is_left(text_file: Path, tmp_path: Path) -> None:
+    dense = save_tiny(tmp_path / "dense", initializer_range=0.1, num_hidden_layers=4)
+    whole = finalists._heal_for_a_while
+    healed: list[FinalistResult] = []
+
+    def interrupted(request: PruneRequest, candidate: CandidateResult, *others: Any) -> FinalistResult | None:
+        if len(healed) == finished:
+            raise KeyboardInterrupt
+        found = whole(request, candidate, *others)
+        assert found is not None
+        healed.append(found)
+        return found
+
+    words = ("prune", dense, "--target", "85%", "--vocab", "keep", "--recover", "2048", "--finalists", "2")
+    text = ("--calibration", text_file, "--calibration-seq-len", "32", "--calibration-tokens", "512")
+    for finished in (0, 1):
+        output = tmp_path / f"out-{finished}"
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(finalists, "_heal_for_a_while", interrupted)
+            run = run_cli(*words, *text, "--output", output)
+        assert run.code == INTERRUPTED and "goes on from there: llmprune recover" in run.stderr.replace("\n", " ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out-0-pruned", "out-1-pruned"]
+    kept = [load_stock(tmp_path / f"out-{number}-pruned") for number in (0, 1)]
+    assert all(own.config.intermediate_size == healed[0].widths.intermediate_size for own in kept)
+    assert {own.num_parameters() for own in kept} == {healed[0].parameters}
 
 
 def test_what_is_there_already_stays_and_the_error_is_the_same(dense: Path, tmp_path: Path) -> None:

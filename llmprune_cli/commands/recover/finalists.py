@@ -28,6 +28,9 @@ SHARE = 8  # of the tokens that the best one is healed on, one in so many
 def prune_to_the_best(request: PruneRequest, listener: Listener) -> PruneResult | None:
     """Search, prune to each of the best candidates beside the output, heal these, and put the best one there, pruned.
 
+    It is put there as well where an error ends the healing of a candidate: the best of those that were healed, or else
+    the first one, which was best unhealed.
+
     Raises:
         LlmpruneError: see `prune` and `recover`.
     """
@@ -40,17 +43,20 @@ def prune_to_the_best(request: PruneRequest, listener: Listener) -> PruneResult 
     assert searched is not None
     if not searched.candidates:
         raise CheckpointError("Finalists are judged on text, and there is none. Name some with --calibration.")
-    tried = []
-    for number, candidate in enumerate(searched.candidates[: request.delivery.finalists], 1):
-        told, place = listener.within(f"Finalist {number}"), own / f"pruned-{number}"
-        pruned = prune(_exactly(plain, candidate, searched, place), told)
-        processes.broadcast(None)  # what the first one wrote, all of them read
-        finalist = _heal_for_a_while(request, candidate, place, told)
-        if pruned is not None and finalist is not None:
-            tried.append((finalist, pruned, place))
-    tried.sort(key=lambda own: own[0].kl_after)
-    if processes.is_first:
-        tried[0][2].rename(output)
+    tried: list[tuple[FinalistResult, PruneResult, Path]] = []
+    try:
+        for number, candidate in enumerate(searched.candidates[: request.delivery.finalists], 1):
+            told, place = listener.within(f"Finalist {number}"), own / f"pruned-{number}"
+            pruned = prune(_exactly(plain, candidate, searched, place), told)
+            processes.broadcast(None)  # what the first one wrote, all of them read
+            finalist = _heal_for_a_while(request, candidate, place, told)
+            if pruned is not None and finalist is not None:
+                tried.append((finalist, pruned, place))
+    finally:
+        tried.sort(key=lambda own: own[0].kl_after)
+        best = tried[0][2] if tried else own / "pruned-1"
+        if processes.is_first and best.exists():
+            best.rename(output)
     processes.broadcast(None)
     evaluation = None
     if request.evaluation is not None:

@@ -36,14 +36,14 @@ def prune_and_recover(request: PruneRequest, listener: Listener) -> PruneResult 
     with scratch_folder() as own:
         place = Path(processes.broadcast(str(own))) / "pruned"
         make = prune if request.delivery.finalists is None else prune_to_the_best
-        pruned = make(replace(request, delivery=replace(request.delivery, output=place, overwrite=False)), listener)
-        processes.broadcast(None)  # what the first one wrote, all of them read
         delivery = Healed(output, request.delivery.overwrite, request.delivery.max_shard_size)
         name = f"{request.model.name} (pruned)"
         try:
+            pruned = make(replace(request, delivery=replace(request.delivery, output=place, overwrite=False)), listener)
+            processes.broadcast(None)  # what the first one wrote, all of them read
             healed = recover(healing_of(request, place, delivery, may_go_on=False), listener, name)
         except BaseException:
-            if processes.is_first:
+            if processes.is_first and place.exists():
                 _keep_pruned(request, place, listener)
             raise
         last = None
