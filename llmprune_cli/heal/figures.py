@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from llmprune_cli.family.widths import Widths
+from llmprune_cli.heal.options import LossWeights
 
 
 @dataclass(frozen=True)
@@ -16,15 +17,14 @@ class HeldOut:
     perplexity: float  # exponent of the mean over tokens
     bits_per_byte: float  # of UTF-8
 
-    def loss(self, kind: str, temperature: float) -> float:
-        """What is learned of it, nats per token: the sum of τ²·KL and the cross-entropy, or one of them.
+    def loss(self, weights: LossWeights, temperature: float) -> float:
+        """What is learned of it, nats per token: the weighted sum of τ²·KL and the cross-entropy.
 
         Args:
-            kind: one of `LOSSES` but `auto`.
             temperature: τ, of the KL divergence.
         """
-        parts = {"kl": temperature**2 * self.kl, "ce": math.log(self.perplexity)}
-        return sum(part for name, part in parts.items() if name in kind)
+        parts = (weights.kl, temperature**2 * self.kl), (weights.ce, math.log(self.perplexity))
+        return sum(weight * part for weight, part in parts if weight)
 
 
 @dataclass(frozen=True)

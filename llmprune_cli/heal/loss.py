@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from llmprune_cli.heal.head import Gradients, Head, cast_once
 from llmprune_cli.heal.layers import following, relative_error
+from llmprune_cli.heal.options import LossWeights
 from llmprune_cli.run.perplexity import LOGIT_ELEMENTS, head_logits, without_head
 from llmprune_cli.run.precision import multiplying_in
 
@@ -126,18 +127,23 @@ class Student(nn.Module):
     """
 
     def __init__(
-        self, model: PreTrainedModel, kind: str, temperature: float, compute: torch.dtype, hidden_weight: float = 0.0
+        self,
+        model: PreTrainedModel,
+        weights: LossWeights,
+        temperature: float,
+        compute: torch.dtype,
+        hidden_weight: float = 0.0,
     ) -> None:
         """Wrap a model.
 
         Args:
-            kind: one of `LOSSES` but `auto`.
+            weights: of the parts of the loss.
             compute: dtype of products.
             hidden_weight: of the relative error of the residual stream, mean over layers, beside that.
         """
         super().__init__()
         self.model = model
-        self._kind, self._temperature, self._compute = kind, temperature, compute
+        self._weights, self._temperature, self._compute = weights, temperature, compute
         self._hidden_weight = hidden_weight
 
     @property
@@ -154,10 +160,10 @@ class Student(nn.Module):
         def part_of(own: torch.Tensor, places: slice) -> torch.Tensor:
             logits = self.logits(own)
             lost = logits.new_zeros(())
-            if "kl" in self._kind:
-                lost = lost + divergence(logits, goal.at(places), self._temperature)
-            if "ce" in self._kind:
-                lost = lost + functional.cross_entropy(logits, wanted[places], reduction="sum")
+            if self._weights.kl:
+                lost = lost + self._weights.kl * divergence(logits, goal.at(places), self._temperature)
+            if self._weights.ce:
+                lost = lost + self._weights.ce * functional.cross_entropy(logits, wanted[places], reduction="sum")
             return lost / len(wanted)
 
         weights = [own for own in self.model.get_output_embeddings().parameters() if own.requires_grad]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,40 @@ ABOUT_ALL_LAYERS = ("loss", "temperature", "hidden_weight", "lora", "gradient_ch
 USUAL_RATE, USUAL_SIZE = 3e-4, 135e6  # a learning rate that heals a model of this many parameters well,
 USUAL_STEPS = 128  # in at least so many steps: fewer, of which each has moments of few gradients, need a smaller one
 MOST_RATE = 1e-3
+USUAL_LOSS, LOSS_WHERE_TOKENS_WENT = "kl+0.1ce", "kl+ce"
+BOTH = re.compile(r"kl\+(?P<ce>\d*\.?\d*)ce")
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """How much each part of a loss counts."""
+
+    kl: float = 0.0  # τ²·KL(teacher ‖ student), nats per token
+    ce: float = 0.0  # cross-entropy of the text, nats per token
+
+
+def parse_loss(text: str) -> LossWeights:
+    """`kl`, `ce`, `kl+ce`, or a number of times the latter, such as `kl+0.1ce`.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    if text in ("kl", "ce"):
+        return LossWeights(**{text: 1.0})
+    both = BOTH.fullmatch(text)
+    try:
+        weights = LossWeights(kl=1.0, ce=float((both and both["ce"]) or 1.0))
+    except ValueError:
+        both = None
+    if both is None or not weights.ce:
+        raise UsageError(f"{text!r} is no loss such as kl, ce, kl+ce or kl+0.1ce, nor auto.")
+    return weights
+
+
+def check_loss(text: str) -> None:
+    """See `parse_loss`, or `auto`."""
+    if text != "auto":
+        parse_loss(text)
 
 
 def usual_learning_rate(parameters: int, steps: int) -> float:
@@ -103,8 +138,10 @@ class Healing:
     loss: Annotated[
         str,
         Option(
-            "What is learned: the teacher's predictions (kl), the text (ce) or both; auto: kl, both where tokens went.",
+            "What is learned: the teacher's predictions (kl), the text (ce), or both; auto: kl+0.1ce, and kl+ce where "
+            "tokens went.",
             METHOD,
+            check=check_loss,
         ),
     ] = "auto"
     temperature: Annotated[
@@ -164,8 +201,16 @@ class Healing:
         Args:
             tokens_went: the student has fewer than its teacher, which so never saw text as the student spells it.
         """
-        both = tokens_went and self.mode != "blocks"
-        return self if self.loss != "auto" else replace(self, loss="kl+ce" if both else "kl")
+        if self.loss != "auto":
+            return self
+        if self.mode == "blocks":
+            return replace(self, loss="kl")
+        return replace(self, loss=LOSS_WHERE_TOKENS_WENT if tokens_went else USUAL_LOSS)
+
+    @property
+    def loss_weights(self) -> LossWeights:
+        """Of a loss that is decided."""
+        return parse_loss(self.loss)
 
     @property
     def token_count(self) -> int:

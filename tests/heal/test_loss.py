@@ -18,6 +18,7 @@ from llmprune_cli.heal import head as heads
 from llmprune_cli.heal import loss as losses
 from llmprune_cli.heal.judging import judge
 from llmprune_cli.heal.loss import Predicted, Student, divergence
+from llmprune_cli.heal.options import parse_loss
 from llmprune_cli.heal.teacher.repeated import Repeated
 from llmprune_cli.heal.teacher.resident import ResidentTeacher
 from llmprune_cli.heal.teacher.streamed import DRAWN, LIKELIEST, StreamedTeacher
@@ -26,7 +27,7 @@ from llmprune_cli.processes import ALONE
 from llmprune_cli.run import states
 from llmprune_cli.text.corpus import Corpus
 
-KINDS = ("kl", "ce", "kl+ce")
+KINDS = {"kl": (1.0, 0.0), "ce": (0.0, 1.0), "kl+ce": (1.0, 1.0), "kl+0.25ce": (1.0, 0.25), "kl+.5ce": (1.0, 0.5)}
 
 
 class OtherProjection(nn.Linear):
@@ -71,15 +72,13 @@ def test_loss_and_gradients_are_those_of_all_tokens_at_once(
     windows = torch.randint(0, 96, (3, 24), generator=torch.Generator().manual_seed(1))
     logits, wanted = model(windows).logits[:, :-1] / 2, teacher(windows).logits[:, :-1] / 2
     kl = functional.kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), reduction="none", log_target=True)
-    expected = torch.zeros(())
-    if "kl" in kind:
-        expected = expected + 4 * kl.sum(-1).mean()
-    if "ce" in kind:
-        expected = expected + functional.cross_entropy(2 * logits.flatten(0, 1), windows[:, 1:].flatten())
+    of_kl, of_ce = KINDS[kind]
+    text = functional.cross_entropy(2 * logits.flatten(0, 1), windows[:, 1:].flatten())
+    expected = of_kl * 4 * kl.sum(-1).mean() + of_ce * text
     expected.backward()
     plain = {name: own.grad for name, own in model.named_parameters()}
     model.zero_grad()
-    student = Student(model, kind, 2.0, torch.float32)
+    student = Student(model, parse_loss(kind), 2.0, torch.float32)
     goal = ResidentTeacher(teacher, 2.0, torch.float32).goal(windows, torch.arange(3))
     found = student(windows, goal)
     (3 * found).backward()
@@ -93,9 +92,10 @@ def test_what_is_judged_is_what_is_trained(dense: Path, pruned: Path, kind: str)
     teacher, model = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (dense, pruned))
     windows = torch.randint(0, 96, (3, 24), generator=torch.Generator().manual_seed(1))
     text = TrainingText(Corpus("", "", ""), windows[:0], torch.arange(0), windows, 1, Schedule(1, 1, 1, 1))
-    student, own = Student(model, kind, 2.0, torch.float32), ResidentTeacher(teacher, 2.0, torch.float32)
+    weights, own = parse_loss(kind), ResidentTeacher(teacher, 2.0, torch.float32)
+    student = Student(model, weights, 2.0, torch.float32)
     trained = student(windows, own.goal(windows, torch.arange(3))).detach()
-    assert judge(student, own, text, 2.0, ALONE).loss(kind, 2.0) == pytest.approx(float(trained), rel=1e-5)
+    assert judge(student, own, text, 2.0, ALONE).loss(weights, 2.0) == pytest.approx(float(trained), rel=1e-5)
 
 
 def test_tokens_that_are_kept_of_a_teacher_stand_for_all() -> None:

@@ -31,7 +31,7 @@ def test_a_healed_model_is_nearer_to_its_teacher_and_stock(pruned: Path, text_fi
     healed, curve = tmp_path / "healed", tmp_path / "curve.svg"
     result = recover(pruned, text_file, healed, "--report", curve)
     assert result["after"]["kl"] < 0.6 * result["before"]["kl"] and result["is_better"]
-    assert result["after"]["perplexity"] < result["before"]["perplexity"]
+    assert result["loss"] == "kl+0.1ce" and result["after"]["perplexity"] < result["before"]["perplexity"]
     assert [judged["tokens"] for judged in result["curve"]] == [2048]
     assert "KL divergence" in curve.read_text()
     adapter_of(DOCUMENTS["recover"]).validate_json(json.dumps(result), strict=True)

@@ -21,7 +21,7 @@ from llmprune_cli.commands.recover import end_to_end, task
 from llmprune_cli.errors import OutputError
 from llmprune_cli.heal.blocks import walk
 from llmprune_cli.heal.blocks.training import Streams
-from llmprune_cli.heal.figures import HealedLayer
+from llmprune_cli.heal.figures import HealedLayer, HeldOut
 from llmprune_cli.heal.loss import Student
 from llmprune_cli.heal.training import trainer
 from llmprune_cli.heal.training.trainer import Lesson
@@ -64,7 +64,12 @@ def interrupt_at(patched: pytest.MonkeyPatch, step: int, marked: bool) -> None:
 def judge_ever_worse(patched: pytest.MonkeyPatch) -> None:
     """Let each judgement find a model to be worse than the one before, but for the first one, before any step."""
     judge, numbers = Lesson.judge, chain([9.0], count(0.001, 0.001))
-    patched.setattr(Lesson, "judge", lambda *given: replace(judge(*given), kl=next(numbers)))
+
+    def worse(*given: Any) -> HeldOut:
+        number = next(numbers)
+        return replace(judge(*given), kl=number, perplexity=math.exp(number))
+
+    patched.setattr(Lesson, "judge", worse)
 
 
 def note_begin(patched: pytest.MonkeyPatch) -> list[str | None]:
@@ -199,7 +204,7 @@ def test_a_damaged_checkpoint_and_another_run_are_refused(pruned: Path, text_fil
         run_recover(pruned, text_file, tmp_path / "out", *LONG)
     work = tmp_path / ".out.llmprune-work"
     other = run_recover(pruned, text_file, tmp_path / "out", *LONG, "--loss", "ce", "--resume")
-    assert_refused(other, PLAN, "loss was kl and is ce")
+    assert_refused(other, PLAN, "loss was kl+0.1ce and is ce")
     flip(work / "checkpoint-16" / "model.safetensors")
     damaged = run_recover(pruned, text_file, tmp_path / "out", *LONG, "--resume")
     assert_refused(damaged, CHECKPOINT, "checkpoint-16 is damaged", "--resume")

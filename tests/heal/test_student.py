@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from llmprune_cli.folder.tensors import split_name
 from llmprune_cli.heal.loss import Student
+from llmprune_cli.heal.options import LossWeights
 from llmprune_cli.heal.student import compute_twice, trained_names
 from llmprune_cli.heal.teacher.resident import ResidentTeacher
 from support.families import FAMILIES, SIZES, TRIED, model_type
@@ -46,7 +47,7 @@ def test_gradients_are_the_same_where_activations_are_computed_twice(family: str
     teacher, model = (AutoModelForCausalLM.from_config(config) for _ in range(2))
     windows, numbers = torch.randint(4, 96, (2, 16)), torch.arange(2)
     goal = ResidentTeacher(teacher, 1.0, torch.bfloat16).goal(windows, numbers)
-    student = Student(model, "kl", 1.0, torch.bfloat16).train()
+    student = Student(model, LossWeights(kl=1.0), 1.0, torch.bfloat16).train()
     kept = [0]
 
     def count(tensor: torch.Tensor) -> torch.Tensor:

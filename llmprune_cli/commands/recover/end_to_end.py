@@ -66,7 +66,7 @@ def heal(task: Task, claim: Claim | None, started: float, stack: ExitStack) -> R
     mode, teacher = choose_teacher(task, trained, folder)
     if healing.gradient_checkpointing or mode == "streamed":
         compute_twice(trained.model)
-    student = Student(trained.model, healing.loss, healing.temperature, task.compute, healing.hidden_weight)
+    student = Student(trained.model, healing.loss_weights, healing.temperature, task.compute, healing.hidden_weight)
     lesson = Lesson(healing, teacher, task.text, task.learning_rate(()), task.processes, task.listener)
     trials = _try_rates(task, student, lesson, folder) if healing.learning_rate == "auto" else ()
     lesson = replace(lesson, learning_rate=task.learning_rate(trials))
@@ -92,7 +92,7 @@ def _with_what_went(task: Task, folder: Path) -> Task:
     """With text in which words that went stand for others, if what the teacher says of it is what is learned."""
     text, tokens = task.text, task.tokens
     assert tokens is not None
-    if "kl" not in task.request.healing.loss:
+    if not task.request.healing.loss_weights.kl:
         say_what_text_lacks(task)
         return task
     own, held = _reworded(task, tokens, folder).tensor_split([len(text.windows)])
@@ -172,7 +172,7 @@ def _judge_written(task: Task, teacher: Teacher, folder: Path) -> HeldOut:
     with open_checkpoint(ModelReference(str(folder), trust_remote_code=task.pruned.trust_remote_code), True) as written:
         dtype = str(written.stored_dtype if task.compute == torch.bfloat16 else torch.float32)
         model = load_model(written, task.device, dtype.removeprefix("torch."))
-        student = Student(model, healing.loss, healing.temperature, task.compute)
+        student = Student(model, healing.loss_weights, healing.temperature, task.compute)
         found = judge(student, teacher, task.text, healing.temperature, ALONE)
     task.listener.advance(1)
     return found

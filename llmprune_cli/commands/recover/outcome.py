@@ -77,7 +77,7 @@ def _advise(task: Task) -> str:
 def _loss(task: Task, found: HeldOut) -> float:
     """What is learned of what was judged, nats per token."""
     healing = task.request.healing
-    return found.loss(healing.loss, healing.temperature)
+    return found.loss(healing.loss_weights, healing.temperature)
 
 
 def _report(task: Task, outcome: Outcome, seconds: float) -> RecoverResult:

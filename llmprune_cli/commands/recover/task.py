@@ -98,7 +98,7 @@ class Task:
     @property
     def learns_predictions(self) -> bool:
         """Whether anything of the teacher is learned, and it is not there to judge by alone."""
-        return "kl" in self.request.healing.loss or bool(self.layers)
+        return self.request.healing.loss_weights.kl > 0 or bool(self.layers)
 
     def learning_rate(self, trials: tuple[RateTrial, ...]) -> float:
         """The largest one.

@@ -62,7 +62,7 @@ class Lesson:
 
     def loss(self, found: HeldOut) -> float:
         """What is learned of what was judged, nats per token."""
-        return found.loss(self.healing.loss, self.healing.temperature)
+        return found.loss(self.healing.loss_weights, self.healing.temperature)
 
 
 def warm_up_steps(steps: int) -> int:
@@ -149,7 +149,7 @@ class _Distiller(Trainer):
     ) -> Any:
         windows = inputs["input_ids"]
         goal, healing = self._lesson.teacher.goal(windows, inputs["number"]), self._lesson.healing
-        if "kl" in healing.loss or healing.hidden_weight:
+        if healing.loss_weights.kl or healing.hidden_weight:
             goal.prepare()
         loss = model(input_ids=windows, goal=goal)
         (broken,) = self._lesson.processes.add_up(float(not loss.isfinite()))  # all of them end, or none
