@@ -52,7 +52,13 @@ def fit_genai(config: PretrainedConfig) -> Fit:
         return Fit(loads=False, note=f"its builder is not known to be right for {family}")
     if mistaken := _mistaken_rope(config):
         return Fit(loads=False, note=mistaken)
-    head_dim = read_widths(config).head_dim
+    widths = read_widths(config)
+    head_dim, tokens = widths.head_dim, config.vocab_size
+    outputs = widths.hidden_size, widths.intermediate_size
+    if tokens in (*outputs, *(heads * head_dim for heads in (widths.num_attention_heads, widths.num_key_value_heads))):
+        return Fit(
+            loads=False, note=f"its builder takes any matrix with {tokens} outputs for that of the {tokens} tokens"
+        )
     turning = int(head_dim * (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1))
     for size, what in ((head_dim, "a head dim"), (turning, "a share of a head that turns")):
         if size % HEAD_MULTIPLE:

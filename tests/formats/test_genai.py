@@ -71,6 +71,16 @@ def test_rope_that_the_builder_does_not_get_is_refused(family: str, rope: dict[s
     assert fit.loads == (not reason) and reason in fit.note
 
 
+@pytest.mark.parametrize("width", ["hidden_size", "intermediate_size"])
+def test_a_vocabulary_as_large_as_a_matrix_within_is_refused(width: str) -> None:
+    sizes: dict[str, Any] = {"head_dim": 32, "hidden_size": 128, "intermediate_size": 192, "num_key_value_heads": 2}
+    sizes |= {"num_attention_heads": 4, "vocab_size": 320}
+    assert fit_genai(tiny_config("llama", **sizes)).loads
+    for taken in (sizes[width], 64):  # and as the keys are
+        fit = fit_genai(tiny_config("llama", **{**sizes, "vocab_size": taken}))
+        assert not fit.loads and f"with {taken} outputs" in fit.note
+
+
 @needs_genai
 @pytest.mark.parametrize("kind", examples(TAKEN, []))
 def test_genai_turns_positions_as_the_model_does(kind: str, tmp_path: Path) -> None:
