@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from llmprune_cli.errors import UnsupportedError, VerificationError, first_line
+from llmprune_cli.family.skeleton import build_skeleton
 from llmprune_cli.family.widths import read_widths
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.scratch import scratch_folder
@@ -52,13 +54,12 @@ def fit_genai(config: PretrainedConfig) -> Fit:
         return Fit(loads=False, note=f"its builder is not known to be right for {family}")
     if mistaken := _mistaken_rope(config):
         return Fit(loads=False, note=mistaken)
-    widths = read_widths(config)
-    head_dim, tokens = widths.head_dim, config.vocab_size
-    outputs = widths.hidden_size, widths.intermediate_size
-    if tokens in (*outputs, *(heads * head_dim for heads in (widths.num_attention_heads, widths.num_key_value_heads))):
+    if _has_two_outputs(config):
+        tokens = config.vocab_size
         return Fit(
             loads=False, note=f"its builder takes any matrix with {tokens} outputs for that of the {tokens} tokens"
         )
+    head_dim = read_widths(config).head_dim
     turning = int(head_dim * (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1))
     for size, what in ((head_dim, "a head dim"), (turning, "a share of a head that turns")):
         if size % HEAD_MULTIPLE:
@@ -67,6 +68,13 @@ def fit_genai(config: PretrainedConfig) -> Fit:
     if family == "mistral" and window is not None and window < config.max_position_embeddings:
         return Fit(loads=True, note=f"it is right within the sliding window of {window} tokens only")
     return Fit(loads=True)
+
+
+def _has_two_outputs(config: PretrainedConfig) -> bool:
+    """Whether another matrix has as many outputs as there are tokens, by which the builder knows the last one."""
+    model = build_skeleton(config)
+    others = (own for own in model.modules() if isinstance(own, nn.Linear) and own is not model.get_output_embeddings())
+    return any(own.out_features == config.vocab_size for own in others)
 
 
 def _mistaken_rope(config: PretrainedConfig) -> str:

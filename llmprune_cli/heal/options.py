@@ -17,7 +17,7 @@ USUAL_RATE, USUAL_SIZE = 3e-4, 135e6  # a learning rate that heals a model of th
 USUAL_STEPS = 128  # in at least so many steps: fewer, of which each has moments of few gradients, need a smaller one
 MOST_RATE = 1e-3
 USUAL_LOSS, LOSS_WHERE_TOKENS_WENT = "kl+0.1ce", "kl+ce"
-BOTH = re.compile(r"kl\+(?P<ce>\d*\.?\d*)ce")
+BOTH = re.compile(r"kl\+(?P<ce>[0-9]{1,6}(\.[0-9]{0,6})?|\.[0-9]{1,6}|)ce")
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,10 @@ def parse_loss(text: str) -> LossWeights:
     if text in ("kl", "ce"):
         return LossWeights(**{text: 1.0})
     both = BOTH.fullmatch(text)
-    try:
-        weights = LossWeights(kl=1.0, ce=float((both and both["ce"]) or 1.0))
-    except ValueError:
-        both = None
-    if both is None or not weights.ce:
+    weight = float(both["ce"] or 1) if both else 0.0
+    if not weight:
         raise UsageError(f"{text!r} is no loss such as kl, ce, kl+ce or kl+0.1ce, nor auto.")
-    return weights
+    return LossWeights(kl=1.0, ce=weight)
 
 
 def check_loss(text: str) -> None:
@@ -138,8 +135,8 @@ class Healing:
     loss: Annotated[
         str,
         Option(
-            "What is learned: the teacher's predictions (kl), the text (ce), or both; auto: kl+0.1ce, and kl+ce where "
-            "tokens went.",
+            "What is learned: the teacher's predictions (kl), the text (ce), or both, such as kl+0.1ce; auto: that, "
+            "kl+ce where tokens went, kl by blocks.",
             METHOD,
             check=check_loss,
         ),

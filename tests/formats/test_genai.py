@@ -71,14 +71,34 @@ def test_rope_that_the_builder_does_not_get_is_refused(family: str, rope: dict[s
     assert fit.loads == (not reason) and reason in fit.note
 
 
-@pytest.mark.parametrize("width", ["hidden_size", "intermediate_size"])
-def test_a_vocabulary_as_large_as_a_matrix_within_is_refused(width: str) -> None:
-    sizes: dict[str, Any] = {"head_dim": 32, "hidden_size": 128, "intermediate_size": 192, "num_key_value_heads": 2}
-    sizes |= {"num_attention_heads": 4, "vocab_size": 320}
-    assert fit_genai(tiny_config("llama", **sizes)).loads
-    for taken in (sizes[width], 64):  # and as the keys are
-        fit = fit_genai(tiny_config("llama", **{**sizes, "vocab_size": taken}))
-        assert not fit.loads and f"with {taken} outputs" in fit.note
+WIDE = {
+    "head_dim": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_size": 160,
+    "intermediate_size": 192,
+}
+MATRICES = {"output of heads": 160, "query": 128, "key": 64, "gate": 192}
+OUTPUTS = [("llama", size, name) for name, size in MATRICES.items()]
+OUTPUTS += [
+    ("lfm2", 3 * 160, "convolution"),
+    ("lfm2", 256, "gate"),
+    ("gpt_oss", 160, "output of heads"),
+    ("phi", 192, "first of the MLP"),
+]
+OUTPUTS += [
+    ("llama", 320, ""),
+    ("gpt_oss", 192, ""),
+    ("lfm2", 192, ""),
+]  # experts are no linear layers; LFM2 widens its MLP
+
+
+@pytest.mark.parametrize(("family", "tokens", "matrix"), OUTPUTS)
+def test_a_vocabulary_as_large_as_another_matrix_is_refused(family: str, tokens: int, matrix: str) -> None:
+    own = {"gpt_oss": {"rope_parameters": YARN}, "lfm2": {"layer_types": ["conv", "full_attention"]}}.get(family, {})
+    config: Any = tiny_config(family, **WIDE, **own, vocab_size=tokens)
+    fit = fit_genai(config)
+    assert fit.loads == (not matrix) and (not matrix or f"any matrix with {tokens} outputs" in fit.note)
 
 
 @needs_genai

@@ -48,7 +48,8 @@ def test_a_healed_model_is_nearer_to_its_teacher_and_stock(pruned: Path, text_fi
     manifest = json.loads((healed / "llmprune.json").read_text())
     assert manifest["source"] == result["teacher"] and manifest["healing"]["model"] == str(pruned)
     assert manifest["widths"] == json.loads((pruned / "llmprune.json").read_text())["widths"]
-    assert "Then it was trained on 2,048 tokens" in (healed / "README.md").read_text()
+    card = (healed / "README.md").read_text()
+    assert "Then it was trained on 2,048 tokens" in card and "predicts and the text itself (`kl+0.1ce`)" in card
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curve.svg", "healed"]
 
 

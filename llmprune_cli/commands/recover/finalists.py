@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,15 @@ def prune_to_the_best(request: PruneRequest, listener: Listener) -> PruneResult 
             finalist = _heal_for_a_while(request, candidate, place, told)
             if pruned is not None and finalist is not None:
                 tried.append((finalist, pruned, place))
-    finally:
-        tried.sort(key=lambda own: own[0].kl_after)
-        best = tried[0][2] if tried else own / "pruned-1"
-        if processes.is_first and best.exists():
-            best.rename(output)
+    except BaseException:
+        best = min(tried, key=_kl_after)[2] if tried else own / "pruned-1"
+        if processes.is_first:
+            with suppress(OSError):  # there is none yet, or it is worth less than what ended the run
+                best.rename(output)
+        raise
+    tried.sort(key=_kl_after)
+    if processes.is_first:
+        tried[0][2].rename(output)
     processes.broadcast(None)
     evaluation = None
     if request.evaluation is not None:
@@ -67,6 +72,10 @@ def prune_to_the_best(request: PruneRequest, listener: Listener) -> PruneResult 
     finalists = tuple(finalist for finalist, _, _ in tried)
     said: dict[str, Any] = {"target": searched.target, "candidates": searched.candidates, "finalists": finalists}
     return replace(tried[0][1], evaluation=evaluation, **said)
+
+
+def _kl_after(tried: tuple[FinalistResult, PruneResult, Path]) -> float:
+    return tried[0].kl_after
 
 
 def _heal_for_a_while(

@@ -24,7 +24,7 @@ from llmprune_cli.report.json_results import PruneResult
 
 
 def prune_and_recover(request: PruneRequest, listener: Listener) -> PruneResult | None:
-    """Prune into a temporary folder, heal what lies there, and write that; where healing fails, keep what was pruned.
+    """Prune into a temporary folder, heal what lies there, and write that; where it fails, keep what was pruned.
 
     Raises:
         LlmpruneError: see `prune` and `recover`.
@@ -62,9 +62,9 @@ def prune_and_recover(request: PruneRequest, listener: Listener) -> PruneResult 
 
 
 def _keep_pruned(request: PruneRequest, pruned: Path, listener: Listener) -> None:
-    """Move a pruned model whose healing failed beside the output, and say what goes on from there.
+    """Move what was pruned in a run that failed beside the output, and say what goes on from there.
 
-    Whatever keeps it from being moved is worth less than what ended the healing.
+    Whatever keeps it from being moved is worth less than what ended the run.
     """
     output = request.delivery.output
     assert output is not None
@@ -74,10 +74,10 @@ def _keep_pruned(request: PruneRequest, pruned: Path, listener: Listener) -> Non
             for path in pruned.iterdir():
                 shutil.move(path, staging)
     except (LlmpruneError, OSError) as error:
-        listener.warn(f"The healing did not come to its end, and the pruned model could not be kept: {error}")
+        listener.warn(f"The run did not come to its end, and the pruned model could not be kept: {error}")
         return
     listener.warn(
-        f"The healing did not come to its end. The pruned model is kept in {kept}, and this goes on from there: "
+        f"The run did not come to its end. The pruned model is kept in {kept}, and this goes on from there: "
         f"{_recover_command(request, kept, output)}"
     )
 

@@ -20,6 +20,7 @@ from llmprune_cli.errors import CheckpointError, OutputError, PlanError
 from llmprune_cli.folder.documents import replace_file
 from llmprune_cli.folder.scratch import check_folder, scratch_folder
 from llmprune_cli.folder.staging import SWEEP, Claim, claimed
+from llmprune_cli.heal.options import USUAL_LOSS
 from llmprune_cli.journal.forms import Json
 from llmprune_cli.journal.journal import STATISTICS, Journal, kept_folder
 from llmprune_cli.journal.keys import run_key
@@ -131,7 +132,7 @@ def _journal(asked: Sweep, common: Choice, claim: Claim | None, bench: Workbench
     else:
         key = run_key(bench.model.subject, common, None, (text.fitted, text.held_out), bench.model.device)
         if asked.delivery.recover is not None:
-            key["tokens to heal on"] = asked.delivery.recover
+            key |= {"tokens to heal on": asked.delivery.recover, "loss": USUAL_LOSS}
         folder = stack.enter_context(kept_folder(claim, key, asked.scratch.resume, may_go_on=True))
     return Journal(processes, folder, asked.scratch.statistics or folder / STATISTICS)
 

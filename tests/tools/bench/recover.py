@@ -186,7 +186,9 @@ def make(
     folder = OUTPUT / f"{name.replace(',', '').replace(' ', '-')}-{tokens}"
     record = folder.with_name(f"{folder.name}.json")
     kept = json.loads(record.read_text()) if record.exists() else {}
-    if write_judged_texts(OUTPUT, models[0]).keys() == kept.get("worth", {}).keys():
+    options = [*OPTIONS.get(kind, ())]
+    texts = write_judged_texts(OUTPUT, models[0]).keys()
+    if texts == kept.get("worth", {}).keys() and options == kept.get("options"):
         return dict(kept)
     command = training_command(kind, models, folder, tokens, trl)
     started = time.perf_counter()
@@ -196,7 +198,7 @@ def make(
         sys.exit(f"{kind} with {tokens:,} tokens ended with status {status}.")
     cpu_seconds = used.ru_utime + used.ru_stime
     cost = {"seconds": time.perf_counter() - started, "cpu_seconds": cpu_seconds, "peak_kib": used.ru_maxrss}
-    row = {**cost, "worth": worth(folder, models[0], windows)}
+    row = {**cost, "options": options, "worth": worth(folder, models[0], windows)}
     record.write_text(json.dumps(row))
     return row
 
