@@ -11,7 +11,7 @@ from llmprune_cli.commands.push import check_push_to
 from llmprune_cli.errors import UsageError
 from llmprune_cli.formats.registry import FORMATS
 from llmprune_cli.formats.request import Conversion, check_conversion, check_counted
-from llmprune_cli.heal import MODES, TEACHER_MODES, TRAINED
+from llmprune_cli.heal import MODES, OPTIMIZERS, TEACHER_MODES, TRAINED
 from llmprune_cli.heal.options import Healed, Healing, Teaching
 from llmprune_cli.options import (
     ROTATES,
@@ -37,6 +37,7 @@ CHOICES: dict[tuple[type, str], tuple[str, ...]] = {
     (Choice, "compute_dtype"): ("auto", *DTYPES),
     (Healing, "mode"): MODES,
     (Healing, "train"): TRAINED,
+    (Healing, "optimizer"): OPTIMIZERS,
     (Healing, "compute_dtype"): ("auto", "float32", "bfloat16"),
     (Teaching, "teacher_mode"): TEACHER_MODES,
     (ModelReference, "dtype"): DTYPES,

@@ -12,7 +12,9 @@ from llmprune_cli.errors import MissingPackageError, UsageError
 from llmprune_cli.options import MACHINE, METHOD, OUTPUT, TEXT_COLUMN, Option
 from llmprune_cli.sizes import check_chart, check_seed, parse_count, parse_size
 
-ABOUT_ALL_LAYERS = ("loss", "temperature", "hidden_weight", "lora", "gradient_checkpointing")  # not for single ones
+ABOUT_ALL_LAYERS = (  # not for single ones
+    *("loss", "temperature", "hidden_weight", "lora", "optimizer", "gradient_checkpointing"),
+)
 USUAL_RATE, USUAL_SIZE = 3e-4, 135e6  # a learning rate that heals a model of this many parameters well,
 USUAL_STEPS = 128  # in at least so many steps: fewer, of which each has moments of few gradients, need a smaller one
 MOST_RATE = 1e-3
@@ -165,6 +167,10 @@ class Healing:
     lora: Annotated[
         int | None, Option("Train adapters of this rank, and merge them at the end (peft).", METHOD, least=1)
     ] = None
+    optimizer: Annotated[
+        str,
+        Option("AdamW with moments in float32, or in 8 bits (bitsandbytes), in 6 bytes less for a weight.", MACHINE),
+    ] = "adamw"
     seed: Annotated[int, Option("Seed of the order of the text.", METHOD, check=check_seed)] = 0
     gradient_checkpointing: Annotated[
         bool,
@@ -255,3 +261,8 @@ def check_packages(healing: Healing) -> None:
     """
     if healing.lora is not None and find_spec("peft") is None:
         raise MissingPackageError("--lora needs the peft package: pip install 'llmprune[lora]'. Or leave it out.")
+    if healing.optimizer != "adamw" and find_spec("bitsandbytes") is None:
+        raise MissingPackageError(
+            f"--optimizer {healing.optimizer} needs the bitsandbytes package: pip install 'llmprune[bitsandbytes]'. "
+            "Or leave it out."
+        )

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llmprune_cli.heal import options as healing_options
 from support.full import in_full
 from support.heal_runs import run_recover
 from support.refusals import CHECKPOINT, OUTPUT, UNSUPPORTED, USAGE, VERIFICATION, assert_refused, edit_json, state_of
@@ -160,6 +161,15 @@ def test_a_model_that_predicts_no_numbers(
 def test_adapters_without_peft(pruned: Path, text_file: Path, tmp_path: Path) -> None:
     words = ("peft", "pip install")
     assert_recover_refused(pruned, text_file, tmp_path, UNSUPPORTED, *words, options=("--lora", "4"))
+
+
+def test_an_optimizer_without_its_package(
+    pruned: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(healing_options, "find_spec", lambda name: None)
+    words = ("bitsandbytes", "pip install")
+    asked = ("--optimizer", "adamw-8bit")
+    assert_recover_refused(pruned, text_file, tmp_path, UNSUPPORTED, *words, options=asked)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ from llmprune_cli.text.corpus import Corpus, own_corpus
 from llmprune_cli.text.names import SELF
 
 MODE = "teacher-mode"  # the record of it
-BYTES_PER_WEIGHT = 16  # that is trained: itself, its gradient, and two moments of that, in float32
+BYTES_PER_WEIGHT = {"adamw": 16, "adamw-8bit": 10}  # that is trained: itself, its gradient, and two moments of that
 FROM_PRUNING = 100_000  # added to the seed of a text that the teacher writes, for `prune` calibrates on what it writes
 WINDOWS_READ = 64  # of the text, by which it is told how many of its tokens the student lacks,
 LITTLE_WENT = 0.005  # and how many are few
@@ -270,7 +270,7 @@ def _choose_mode(task: Task, trained: TrainedModel, dtype: torch.dtype) -> str:
     asked = _asked_mode(task)
     if asked != "auto":
         return asked
-    training_bytes = BYTES_PER_WEIGHT * trained.trained + trained.summed_bytes
+    training_bytes = BYTES_PER_WEIGHT[task.request.healing.optimizer] * trained.trained + trained.summed_bytes
     size_bytes = dtype.itemsize * task.teacher.parameter_count + training_bytes
     is_small = size_bytes < MOST_OF_MEMORY * _free_memory(task.device, task.processes)
     return "resident" if is_small else "streamed"

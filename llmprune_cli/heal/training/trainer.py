@@ -41,6 +41,7 @@ from llmprune_cli.progress import Listener
 
 WARM_UP = 0.1  # share of the steps in which the rate rises, from nothing in the first one
 BETAS = 0.9, 0.95
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw-8bit": "adamw_bnb_8bit"}  # by the names of the Trainer
 UNWRITTEN = ("PytorchStreamWriter", "inline_container", "iostream")  # in what torch says of a file that it cannot write
 PATIENCE = 3  # judgements without a better one, after which training ends, once the learning rate has half fallen
 
@@ -105,6 +106,7 @@ class _Distiller(Trainer):
             per_device_train_batch_size=schedule.together,
             gradient_accumulation_steps=schedule.accumulated,
             learning_rate=lesson.learning_rate,
+            optim=OPTIMIZERS[lesson.healing.optimizer],
             lr_scheduler_type="cosine",
             warmup_steps=warm_up_steps(schedule.steps),
             adam_beta1=BETAS[0],
@@ -140,7 +142,7 @@ class _Distiller(Trainer):
 
     def create_optimizer(self, *arguments: Any, **named: Any) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = super().create_optimizer(*arguments, **named)
-        if self.args.use_cpu and not self.is_fsdp_enabled:
+        if self.args.use_cpu and isinstance(optimizer, torch.optim.AdamW) and not self.is_fsdp_enabled:
             _allocate_moments(optimizer)
         return optimizer
 
