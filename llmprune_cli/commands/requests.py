@@ -11,7 +11,7 @@ from llmprune_cli.commands.push import check_push_to
 from llmprune_cli.errors import UsageError
 from llmprune_cli.formats.registry import FORMATS
 from llmprune_cli.formats.request import Conversion, check_conversion, check_counted
-from llmprune_cli.heal import MODES, OPTIMIZERS, TEACHER_MODES, TRAINED
+from llmprune_cli.heal import MODES, OPTIMIZERS, REPORTERS, TEACHER_MODES, TRAINED
 from llmprune_cli.heal.options import Healed, Healing, Teaching
 from llmprune_cli.options import (
     ROTATES,
@@ -40,6 +40,7 @@ CHOICES: dict[tuple[type, str], tuple[str, ...]] = {
     (Healing, "optimizer"): OPTIMIZERS,
     (Healing, "compute_dtype"): ("auto", "float32", "bfloat16"),
     (Teaching, "teacher_mode"): TEACHER_MODES,
+    (Healed, "report_to"): tuple(REPORTERS),
     (ModelReference, "dtype"): DTYPES,
     (Conversion, "format"): tuple(FORMATS),
 }

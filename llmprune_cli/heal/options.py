@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from llmprune_cli.errors import MissingPackageError, UsageError
+from llmprune_cli.heal import REPORTERS
 from llmprune_cli.options import MACHINE, METHOD, OUTPUT, TEXT_COLUMN, Option
 from llmprune_cli.sizes import check_chart, check_seed, parse_count, parse_size
 
@@ -248,12 +249,15 @@ class Healed:
     report: Annotated[
         Path | None, Option("Draw the learning curve into a .png or .svg file.", OUTPUT, check=check_chart)
     ] = None
+    report_to: Annotated[str | None, Option("Tell every loss as it goes: to tensorboard, in OUTPUT-runs.", OUTPUT)] = (
+        None
+    )
     resume: Annotated[bool, Option("Go on with a run that was cut short.", OUTPUT)] = False
     push_to: Annotated[str | None, Option("Upload it to the hub then, as ORG/NAME, in private.", OUTPUT)] = None
     public: Annotated[bool, Option("Let everybody see what --push-to uploads.", OUTPUT)] = False
 
 
-def check_packages(healing: Healing) -> None:
+def check_packages(healing: Healing, report_to: str | None) -> None:
     """Make sure that what was asked for is installed.
 
     Raises:
@@ -265,4 +269,8 @@ def check_packages(healing: Healing) -> None:
         raise MissingPackageError(
             f"--optimizer {healing.optimizer} needs the bitsandbytes package: pip install 'llmprune[bitsandbytes]'. "
             "Or leave it out."
+        )
+    if report_to is not None and not any(map(find_spec, REPORTERS[report_to])):
+        raise MissingPackageError(
+            f"--report-to {report_to} needs that package: pip install {report_to}. Or leave it out."
         )

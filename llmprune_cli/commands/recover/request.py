@@ -41,6 +41,10 @@ class RecoverRequest:
                 "--mode blocks runs the teacher beside the pruned model, layer by layer; leave out --teacher-mode and "
                 "--teacher-cache."
             )
+        if self.healing.mode == "blocks" and self.delivery.report_to:
+            raise UsageError(
+                "--mode blocks trains one layer after the other and has no loss of all; leave out --report-to."
+            )
         if self.model.device.startswith("cuda:"):
             raise UsageError(
                 f"training takes the first GPU that it sees; set CUDA_VISIBLE_DEVICES to choose one, "
@@ -113,7 +117,7 @@ def check_recover(request: RecoverRequest) -> None:
     from llmprune_cli.startup.model_argument import check_model, check_tokenizer
     from llmprune_cli.text.names import check_column, check_split, check_texts
 
-    check_packages(request.healing)
+    check_packages(request.healing, request.delivery.report_to)
     check_model(request.model, needs_weights=True)
     check_tokenizer(request.model.name)
     check_texts(request.healing.text, request.healing.text_column)

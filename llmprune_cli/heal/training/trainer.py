@@ -20,6 +20,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from llmprune_cli.errors import CheckpointError, DivergedError, OutputError, first_line
 from llmprune_cli.heal.figures import HeldOut, Judgement, Training
@@ -47,6 +48,14 @@ PATIENCE = 3  # judgements without a better one, after which training ends, once
 
 
 @dataclass(frozen=True)
+class Report:
+    """Where else every loss is told, beside the terminal."""
+
+    tool: str | None  # one of `REPORTERS`
+    output: Path  # the folder that is written, after which it is named there
+
+
+@dataclass(frozen=True)
 class Lesson:
     """Everything that a training needs beside the student."""
 
@@ -56,6 +65,7 @@ class Lesson:
     learning_rate: float
     processes: Processes
     listener: Listener
+    report: Report
 
     def judge(self, student: Student) -> HeldOut:
         """How a student stands on held-out text."""
@@ -99,7 +109,7 @@ class _Distiller(Trainer):
             best_before: the best checkpoint of a run that this one goes on with.
         """
         self._lesson, on_cpu = lesson, next(student.parameters()).device.type == "cpu"
-        schedule = lesson.text.schedule
+        schedule, tool = lesson.text.schedule, None if is_trial else lesson.report.tool
         arguments = TrainingArguments(
             output_dir=str(folder),
             max_steps=schedule.steps,
@@ -121,8 +131,10 @@ class _Distiller(Trainer):
             metric_for_best_model="eval_loss",
             greater_is_better=False,
             restore_callback_states_from_checkpoint=True,
-            logging_strategy="no",
-            report_to="none",
+            logging_strategy="steps" if tool else "no",
+            logging_steps=1,
+            report_to=tool or "none",
+            run_name=lesson.report.output.name,
             disable_tqdm=True,
             remove_unused_columns=False,
             label_names=[],
@@ -136,6 +148,9 @@ class _Distiller(Trainer):
         windows = _Windows(lesson.text)
         super().__init__(student, arguments, train_dataset=windows, eval_dataset=windows, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
+        for board in (own for own in self.callback_handler.callbacks if isinstance(own, TensorBoardCallback)):
+            output = lesson.report.output
+            board.logging_dir = board.logging_dir or str(output.with_name(f"{output.name}-runs"))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return torch.utils.data.SequentialSampler(range(len(self._lesson.text.order)))
