@@ -142,7 +142,8 @@ class _Distiller(Trainer):
             use_cpu=on_cpu,
             seed=lesson.healing.seed,
         )
-        logging.getLogger("accelerate").setLevel(logging.ERROR)
+        for package in ("accelerate", "bitsandbytes"):
+            logging.getLogger(package).setLevel(logging.ERROR)
         arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for several processes
         callbacks: list[Any] = [] if is_trial else [_StopsInTheEnd(PATIENCE), _Reports(lesson, best_before)]
         windows = _Windows(lesson.text)
