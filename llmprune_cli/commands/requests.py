@@ -37,7 +37,7 @@ CHOICES: dict[tuple[type, str], tuple[str, ...]] = {
     (Choice, "compute_dtype"): ("auto", *DTYPES),
     (Healing, "mode"): MODES,
     (Healing, "train"): TRAINED,
-    (Healing, "optimizer"): OPTIMIZERS,
+    (Healing, "optimizer"): tuple(OPTIMIZERS),
     (Healing, "compute_dtype"): ("auto", "float32", "bfloat16"),
     (Teaching, "teacher_mode"): TEACHER_MODES,
     (Healed, "report_to"): tuple(REPORTERS),

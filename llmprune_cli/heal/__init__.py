@@ -2,6 +2,6 @@
 
 TRAINED = ("all", "mlp", "attention", "norms")  # which weights are
 MODES = ("end-to-end", "blocks")  # what is trained at a time: the whole model, or one layer after the other
-OPTIMIZERS = ("adamw", "adamw-8bit")  # what they keep of each weight's gradients: float32, or 8 bits by bitsandbytes
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw-8bit": "adamw_bnb_8bit"}  # and how transformers calls them
 REPORTERS = {"tensorboard": ("tensorboard", "tensorboardX")}  # whom losses are told, and packages of which one does
 TEACHER_MODES = ("auto", "resident", "streamed")  # how the teacher runs

@@ -32,7 +32,7 @@ from llmprune_cli.heal.teacher import Teacher
 from llmprune_cli.heal.teacher.rewording import reword, token_kinds
 from llmprune_cli.heal.teacher.token_map import TokenMap
 from llmprune_cli.heal.training.learning_rate import search_learning_rates
-from llmprune_cli.heal.training.trainer import Lesson, Report, train
+from llmprune_cli.heal.training.trainer import Lesson, train
 from llmprune_cli.journal.forms import Json, Numbers
 from llmprune_cli.journal.journal import Journal, kept_folder
 from llmprune_cli.journal.keys import statistics_key
@@ -67,8 +67,8 @@ def heal(task: Task, claim: Claim | None, started: float, stack: ExitStack) -> R
     if healing.gradient_checkpointing or mode == "streamed":
         compute_twice(trained.model)
     student = Student(trained.model, healing.loss_weights, healing.temperature, task.compute, healing.hidden_weight)
-    report = Report(request.delivery.report_to, request.output)
-    lesson = Lesson(healing, teacher, task.text, task.learning_rate(()), task.processes, task.listener, report)
+    runs = request.output.with_name(f"{request.output.name}-runs") if request.delivery.report_to else None
+    lesson = Lesson(healing, teacher, task.text, task.learning_rate(()), task.processes, task.listener, runs)
     trials = _try_rates(task, student, lesson, folder) if healing.learning_rate == "auto" else ()
     lesson = replace(lesson, learning_rate=task.learning_rate(trials))
     training, count = train(student, lesson, folder), trained.trained - _say_idle(task, trained)

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from llmprune_cli.errors import CheckpointError, DivergedError, OutputError, first_line
+from llmprune_cli.heal import OPTIMIZERS
 from llmprune_cli.heal.figures import HeldOut, Judgement, Training
 from llmprune_cli.heal.judging import check_judged, judge
 from llmprune_cli.heal.loss import Student
@@ -42,17 +43,8 @@ from llmprune_cli.progress import Listener
 
 WARM_UP = 0.1  # share of the steps in which the rate rises, from nothing in the first one
 BETAS = 0.9, 0.95
-OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw-8bit": "adamw_bnb_8bit"}  # by the names of the Trainer
 UNWRITTEN = ("PytorchStreamWriter", "inline_container", "iostream")  # in what torch says of a file that it cannot write
 PATIENCE = 3  # judgements without a better one, after which training ends, once the learning rate has half fallen
-
-
-@dataclass(frozen=True)
-class Report:
-    """Where else every loss is told, beside the terminal."""
-
-    tool: str | None  # one of `REPORTERS`
-    output: Path  # the folder that is written, after which it is named there
 
 
 @dataclass(frozen=True)
@@ -65,7 +57,7 @@ class Lesson:
     learning_rate: float
     processes: Processes
     listener: Listener
-    report: Report
+    runs: Path | None  # where TensorBoard is told every loss, if it is
 
     def judge(self, student: Student) -> HeldOut:
         """How a student stands on held-out text."""
@@ -109,7 +101,7 @@ class _Distiller(Trainer):
             best_before: the best checkpoint of a run that this one goes on with.
         """
         self._lesson, on_cpu = lesson, next(student.parameters()).device.type == "cpu"
-        schedule, tool = lesson.text.schedule, None if is_trial else lesson.report.tool
+        schedule = lesson.text.schedule
         arguments = TrainingArguments(
             output_dir=str(folder),
             max_steps=schedule.steps,
@@ -131,10 +123,9 @@ class _Distiller(Trainer):
             metric_for_best_model="eval_loss",
             greater_is_better=False,
             restore_callback_states_from_checkpoint=True,
-            logging_strategy="steps" if tool else "no",
+            logging_strategy="steps" if lesson.runs else "no",
             logging_steps=1,
-            report_to=tool or "none",
-            run_name=lesson.report.output.name,
+            report_to="none",
             disable_tqdm=True,
             remove_unused_columns=False,
             label_names=[],
@@ -146,12 +137,13 @@ class _Distiller(Trainer):
             logging.getLogger(package).setLevel(logging.ERROR)
         arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for several processes
         callbacks: list[Any] = [] if is_trial else [_StopsInTheEnd(PATIENCE), _Reports(lesson, best_before)]
+        if lesson.runs is not None and not is_trial:
+            board = TensorBoardCallback()
+            board.logging_dir = board.logging_dir or str(lesson.runs)  # which the user's environment may name
+            callbacks.append(board)
         windows = _Windows(lesson.text)
         super().__init__(student, arguments, train_dataset=windows, eval_dataset=windows, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
-        for board in (own for own in self.callback_handler.callbacks if isinstance(own, TensorBoardCallback)):
-            output = lesson.report.output
-            board.logging_dir = board.logging_dir or str(output.with_name(f"{output.name}-runs"))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return torch.utils.data.SequentialSampler(range(len(self._lesson.text.order)))

@@ -5,9 +5,9 @@ is healed with, of the dense model, of the pruned one, and of what `llmprune rec
 on WikiText-2, on the default text with the usual loss, by the teacher's predictions alone and by as much of the text,
 on text that the dense model writes itself, with a streamed teacher, and by `--mode blocks`. Beside it stand a plain
 transformers loop and trl's GKDTrainer, both with the teacher in memory, on as many tokens of the same text in batches
-of the same size. trl is left out where it is not installed. Models that are pruned to a
-share of the parameters follow, calibrated and healed on the default text. Finished rows are kept in
-`bench-recover-output/`. Exit status 1 means that a bound was missed.
+of the same size. trl is left out where it is not installed. Models that are pruned to a share of the parameters follow,
+calibrated and healed on the default text. Finished rows are kept in `bench-recover-output/`. Exit status 1
+means that a bound was missed.
 """
 
 from __future__ import annotations
