@@ -11,7 +11,7 @@ from llmprune_cli.cli.export import print_push
 from llmprune_cli.cli.parameters import AsJson, Quiet, takes
 from llmprune_cli.cli.screen.table_parts import NARROW, new_console, number_text, print_json
 from llmprune_cli.commands.recover.request import RecoverRequest, check_recover
-from llmprune_cli.heal.options import Healed, Healing, Teaching
+from llmprune_cli.heal.options import ON_ANSWERS, Healed, Healing, Teaching
 from llmprune_cli.options import ModelReference
 from llmprune_cli.sizes import size_text
 from llmprune_cli.startup.loading import loading
@@ -89,7 +89,8 @@ def print_recovery(result: RecoverResult) -> None:
 def _learned(result: RecoverResult) -> str:
     if result.mode == "blocks":
         return "layer by layer"
-    return f"{result.loss} + {result.hidden_weight:g} × hidden" if result.hidden_weight else result.loss
+    learned = f"{result.loss} + {result.hidden_weight:g} × hidden" if result.hidden_weight else result.loss
+    return f"{learned}, of what an assistant says" if result.loss_on == ON_ANSWERS else learned
 
 
 def _figures(figures: HeldOut) -> tuple[str, ...]:

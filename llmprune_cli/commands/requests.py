@@ -11,7 +11,7 @@ from llmprune_cli.commands.push import check_push_to
 from llmprune_cli.errors import UsageError
 from llmprune_cli.formats.registry import FORMATS
 from llmprune_cli.formats.request import Conversion, check_conversion, check_counted
-from llmprune_cli.heal import MODES, OPTIMIZERS, REPORTERS, TEACHER_MODES, TRAINED
+from llmprune_cli.heal import LEARNED, MODES, OPTIMIZERS, REPORTERS, TEACHER_MODES, TRAINED
 from llmprune_cli.heal.options import Healed, Healing, Teaching
 from llmprune_cli.options import (
     ROTATES,
@@ -35,6 +35,7 @@ CHOICES: dict[tuple[type, str], tuple[str, ...]] = {
     (Choice, "layer_importance"): tuple(LAYER_IMPORTANCES),
     (Choice, "refit"): tuple(REFITS),
     (Choice, "compute_dtype"): ("auto", *DTYPES),
+    (Healing, "loss_on"): LEARNED,
     (Healing, "mode"): MODES,
     (Healing, "train"): TRAINED,
     (Healing, "optimizer"): tuple(OPTIMIZERS),

@@ -29,6 +29,16 @@ class Predicted:
     tokens: torch.Tensor | None = None  # the ids of these, [n, K]
     weights: torch.Tensor | None = None  # how much each of them counts: its probability, or that of those it stands for
 
+    def only(self, chosen: torch.Tensor | None) -> Predicted:
+        """After some of the tokens, see `only`."""
+        tokens, weights = (None if own is None else only(own, chosen) for own in (self.tokens, self.weights))
+        return Predicted(only(self.logs, chosen), tokens, weights)
+
+
+def only(rows: torch.Tensor, chosen: torch.Tensor | None) -> torch.Tensor:
+    """Some of n rows, [n, ...], which [n] of bool says; None: all."""
+    return rows if chosen is None else rows[chosen]
+
 
 class Goal(Protocol):
     """What a teacher predicts after each token of some windows but their last, one window after the other."""
@@ -133,6 +143,7 @@ class Student(nn.Module):
         temperature: float,
         compute: torch.dtype,
         hidden_weight: float = 0.0,
+        learned_share: float = 1.0,
     ) -> None:
         """Wrap a model.
 
@@ -140,31 +151,41 @@ class Student(nn.Module):
             weights: of the parts of the loss.
             compute: dtype of products.
             hidden_weight: of the relative error of the residual stream, mean over layers, beside that.
+            learned_share: of the tokens that follow another one: those that count, in the mean over all text.
         """
         super().__init__()
         self.model = model
         self._weights, self._temperature, self._compute = weights, temperature, compute
-        self._hidden_weight = hidden_weight
+        self._hidden_weight, self._learned_share = hidden_weight, learned_share
 
     @property
     def vocabulary(self) -> int:
         """Logits of a token."""
         return int(self.model.config.get_text_config().vocab_size)
 
-    def forward(self, input_ids: torch.Tensor, goal: Goal) -> torch.Tensor:
-        """Mean over tokens of the loss on windows [B, T], in nats."""
+    def forward(self, input_ids: torch.Tensor, goal: Goal, learned: torch.Tensor | None = None) -> torch.Tensor:
+        """Mean over tokens of the loss on windows [B, T], in nats.
+
+        Args:
+            learned: which tokens but the first of each window count, [B, T−1] of bool. What these lose is divided by
+                how many count in as many windows of all text, so that a token counts alike in each step.
+        """
         with following(self.model, None if self._hidden_weight else ()) as streams:
             hidden = self.hidden_states(input_ids)
         wanted = input_ids[:, 1:].flatten()
+        counted = len(wanted) * self._learned_share
 
         def part_of(own: torch.Tensor, places: slice) -> torch.Tensor:
-            logits = self.logits(own)
+            chosen = None if learned is None else learned.flatten()[places]
+            logits = self.logits(only(own, chosen))
             lost = logits.new_zeros(())
             if self._weights.kl:
-                lost = lost + self._weights.kl * divergence(logits, goal.at(places), self._temperature)
+                goal_there = goal.at(places).only(chosen)
+                lost = lost + self._weights.kl * divergence(logits, goal_there, self._temperature)
             if self._weights.ce:
-                lost = lost + self._weights.ce * functional.cross_entropy(logits, wanted[places], reduction="sum")
-            return lost / len(wanted)
+                following_there = only(wanted[places], chosen)
+                lost = lost + self._weights.ce * functional.cross_entropy(logits, following_there, reduction="sum")
+            return lost / counted
 
         weights = [own for own in self.model.get_output_embeddings().parameters() if own.requires_grad]
         lost: torch.Tensor = _InParts.apply(part_of, self, hidden, *weights)  # type: ignore[no-untyped-call]

@@ -192,6 +192,7 @@ class RecoverResult:
     held_out_tokens: int
     mode: str  # "end-to-end" or "blocks"
     loss: str  # that is judged, and but for blocks is learned
+    loss_on: str  # "all" tokens of conversations, or the "assistant"'s
     hidden_weight: float  # of the error of hidden states beside it
     learning_rate: float
     tried_rates: tuple[RateTrial, ...]  # those that it was chosen by; none where it was given or is the usual one

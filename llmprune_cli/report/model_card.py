@@ -15,7 +15,7 @@ from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.documents import is_there
 from llmprune_cli.folder.manifest import MANIFEST_NAME, Manifest
 from llmprune_cli.formats.registry import Format
-from llmprune_cli.heal.options import parse_loss
+from llmprune_cli.heal.options import ON_ANSWERS, parse_loss
 from llmprune_cli.report.runtimes import RuntimeFit
 from llmprune_cli.source.tokenizer import copy_small
 
@@ -155,6 +155,8 @@ def _training(manifest: Manifest) -> str:
     learned = parse_loss(healing["loss"])
     wanted = (f"what {_code(healing['teacher'])} predicts", learned.kl), ("the text itself", learned.ce)
     what = f"to predict {' and '.join(name for name, weight in wanted if weight)} (`{healing['loss']}`)"
+    if healing.get("loss_on") == ON_ANSWERS:
+        what += ", of what an assistant says in it"
     if healing.get("mode") == "blocks":
         what = f"layer by layer, to turn its hidden states into those of {_code(healing['teacher'])}"
     kl = f"{healing['before']['kl']:.3f} to {healing['after']['kl']:.3f} nats"

@@ -30,6 +30,7 @@ from llmprune_cli.run.questions.figures import TaskResult
 from llmprune_cli.run.questions.tasks import Tasks, ask
 from llmprune_cli.source.full_model import load_model, own_device, pick_device
 from llmprune_cli.source.tokenizer import load_tokenizer, longest_text, model_reader, warn_of_other_reading
+from llmprune_cli.text.conversations import Speller
 from llmprune_cli.text.corpus import Corpus, load_corpus, load_usual_corpus
 from llmprune_cli.text.names import KNOWN
 from llmprune_cli.text.reading import Reading
@@ -76,7 +77,7 @@ def prepare_text(
         corpus = load_usual_corpus(options.split, Evaluation.split, listener.warn, "--dataset")
     else:
         column = None if options.dataset in KNOWN else options.text_column
-        corpus = load_corpus(options.dataset, options.split, column, reader.tokenizer)
+        corpus = load_corpus(options.dataset, options.split, column, Speller(reader.tokenizer))
     window = _window_tokens(checkpoint, options, listener)
     reading = read_corpus(corpus, reader)
     if first is not None:

@@ -14,14 +14,14 @@ from pydantic import Field, TypeAdapter, ValidationError
 from llmprune_cli.errors import CheckpointError, UsageError
 from llmprune_cli.folder.documents import is_there
 from llmprune_cli.options import Text
-from llmprune_cli.text.corpus import BETWEEN, Corpus, load_corpus, load_usual_corpora
+from llmprune_cli.text.conversations import BETWEEN, Speller
+from llmprune_cli.text.corpus import Corpus, load_corpus, load_usual_corpora
 from llmprune_cli.text.names import SELF, USUAL_TEXT, has_splits, parts_of, split_of
 from llmprune_cli.text.windows import Reader, fitting_length, mixed, read_corpus, windows_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from transformers import PreTrainedTokenizerBase
 
 Writer: TypeAlias = "Callable[[int], Corpus]"  # a text of so many tokens, that a model writes itself
 Count: TypeAlias = Annotated[int, Field(gt=0, le=2**53)]
@@ -45,7 +45,7 @@ class CalibrationText:
     @property
     def without_corpus(self) -> CalibrationText:
         """The windows, without the text from which they were drawn."""
-        return replace(self, corpus=replace(self.corpus, text=""))
+        return replace(self, corpus=replace(self.corpus, text="", answers=None))
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def prepare_calibration(
     Raises:
         CheckpointError: no such text, less than two windows of it, or a tokenizer of another model.
     """
-    parts = load_calibration(options, reader.tokenizer, warn, write, tokens_to_write(options))
+    parts = load_calibration(options, Speller(reader.tokenizer), warn, write, tokens_to_write(options))
     length = window_tokens(options, reader.longest, warn)
     wanted = max(1, options.calibration_tokens // length)
     corpus = together(options.calibration, [own for own, _ in parts])
@@ -221,7 +221,7 @@ def tokens_to_write(options: Text) -> int:
 
 def load_calibration(
     options: Text,
-    tokenizer: PreTrainedTokenizerBase,
+    speller: Speller,
     warn: Callable[[str], None],
     write: Writer | None = None,
     tokens: int = 0,
@@ -230,6 +230,7 @@ def load_calibration(
     """The texts asked for, each with its share of the tokens; by default WikiText-2 and documentation.
 
     Args:
+        speller: of conversations.
         write: what makes the model write text itself.
         tokens: that it is to write, if that is all that is asked for.
         option: that names the text.
@@ -245,7 +246,7 @@ def load_calibration(
             if part.name == SELF and write is not None:
                 corpus = write(math.ceil(tokens * part.share) + ROUNDED * options.calibration_seq_len)
             else:
-                corpus = load_corpus(part.name, split, options.text_column, tokenizer)
+                corpus = load_corpus(part.name, split, options.text_column, speller)
             found.append((corpus, part.share))
         return found
     return load_usual_corpora(split, Text.calibration_split, options.calibration_seq_len, warn, option)

@@ -15,7 +15,7 @@ from llmprune_cli.errors import CheckpointError
 from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.progress import Listener
 from llmprune_cli.source.full_model import load_model, pick_device
-from llmprune_cli.text.corpus import BETWEEN
+from llmprune_cli.text.conversations import BETWEEN, Spelled, joined
 from llmprune_cli.text.names import SELF, WITH_CONVERSATIONS
 from llmprune_cli.text.reading import spelled
 from llmprune_cli.text.windows import left_padded
@@ -46,10 +46,15 @@ class Frame:
     between: str
     end: str
 
+    def filled(self, begun: str, answer: str, is_ended: bool) -> Spelled:
+        """A conversation up to an answer, with that."""
+        end = self.end if is_ended else ""
+        return Spelled(begun + answer + end, ((len(begun), len(begun + answer + end.rstrip())),))
+
 
 def write_text(
     checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, place: Place, tokens: int, seed: int, listener: Listener
-) -> str:
+) -> Spelled:
     """Let a model write so many tokens at temperature 1: documents, or conversations if it has a template for these.
 
     Documents are x ~ p_θ(· | BOS), after Williams et al., "Self-calibration for Language Model Quantization and
@@ -73,9 +78,9 @@ def write_text(
         torch.manual_seed(seed)
         writer = _Writer(model, tokenizer)
         if frame is not None and (chats := writer.fill(tokens, partial(writer.conversations, frame), listener)):
-            return "".join(chats)
+            return joined(chats, "")
         if documents := writer.fill(tokens, writer.documents, listener):
-            return BETWEEN.join(documents)
+            return joined(documents, BETWEEN)
     raise CheckpointError("The model ends every document before it begins, so it cannot write text itself.")
 
 
@@ -121,26 +126,26 @@ class _Writer:
         special = {number for number, token in self._added.items() if token.special}
         self._special = special | {*tokenizer.all_special_ids} | self._ends
 
-    def fill(self, tokens: int, write: Callable[[int], list[str]], listener: Listener) -> list[str]:
+    def fill(self, tokens: int, write: Callable[[int], list[Spelled]], listener: Listener) -> list[Spelled]:
         """Texts that hold so many tokens together; none where the model does not get as far.
 
         Args:
             write: what makes at most so many of them at a time.
         """
-        found, written, barren = list[str](), 0, 0
+        found, written, barren = list[Spelled](), 0, 0
         while written < tokens and barren < MOST_BARREN:
             texts = write(min(TOGETHER, -(-tokens // self._length)))
-            more = sum(len(self._tokenizer.encode(text, add_special_tokens=False)) for text in texts)
+            more = sum(len(self._tokenizer.encode(own.text, add_special_tokens=False)) for own in texts)
             found, written, barren = [*found, *texts], written + more, 0 if more else barren + 1
             listener.stand_at(min(written, tokens), "")
         return found if written >= tokens else []
 
-    def documents(self, count: int) -> list[str]:
+    def documents(self, count: int) -> list[Spelled]:
         """What the model writes after its start token."""
         rows = self._sampled([[self._start]] * count, self._length, self._ends)
-        return [text for text in self._tokenizer.batch_decode(rows, skip_special_tokens=True) if text]
+        return [Spelled(text) for text in self._tokenizer.batch_decode(rows, skip_special_tokens=True) if text]
 
-    def conversations(self, frame: Frame, count: int) -> list[str]:
+    def conversations(self, frame: Frame, count: int) -> list[Spelled]:
         """What a user might ask the model, and what it answers, thoughts and all."""
         tokenizer = self._tokenizer
         before = tokenizer.encode(frame.before, add_special_tokens=False)
@@ -158,7 +163,7 @@ class _Writer:
         rows = self._sampled(ids, self._length - max(map(len, ids)), ends)
         answers = [self._spelled_after(own, _until(ends, row)) for own, row in zip(ids, rows, strict=True)]
         return [
-            own + answer + (frame.end if ends & {*row} else "")
+            frame.filled(own, answer, bool(ends & {*row}))
             for own, answer, row in zip(begun, answers, rows, strict=True)
             if answer.strip()
         ]

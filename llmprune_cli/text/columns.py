@@ -1,4 +1,4 @@
-"""Which columns of a dataset hold its text, and conversations as a model's chat template spells them."""
+"""Which columns of a dataset hold its text, or its conversations."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from itertools import islice
 from typing import Any
 
 from llmprune_cli.errors import CheckpointError
+from llmprune_cli.text.conversations import ASSISTANT, Message, Spelled
 from llmprune_cli.text.files import Row
 
 TEXT_COLUMN = "text"
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}  # ShareGPT's names
+ROLES = {"human": "user", "gpt": ASSISTANT, "chatgpt": ASSISTANT, "bot": ASSISTANT}  # ShareGPT's names
 # Columns that together are a conversation, the most telling first.
 CHATS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"))
 
 MOST_LOOKED_AT = 1000  # rows, for one that has a value in every column
 
-Message = dict[str, str]
-Spell = Callable[[list[Message]], str]  # a conversation as text
+Spell = Callable[[list[Message]], Spelled]
 
 
 def columns_in(rows: Iterable[Row]) -> Row:
@@ -58,22 +58,22 @@ def find_columns(where: str, columns: Sequence[str], strings: Sequence[str], wan
     raise CheckpointError(f"{where} has no column 'text' (it has {listed}). Name one with --text-column.")
 
 
-def texts_in(where: str, rows: Iterable[Row], columns: tuple[str, ...], spell: Spell) -> tuple[list[str], bool]:
+def texts_in(where: str, rows: Iterable[Row], columns: tuple[str, ...], spell: Spell) -> tuple[list[Spelled], bool]:
     """The text of each row, and whether these are conversations, of which empty ones have none.
 
     Raises:
         CheckpointError: a row holds neither text nor a conversation, or one that cannot be spelled; the row is named.
     """
-    texts, is_chat = [], len(columns) > 1
+    texts, is_chat = list[Spelled](), len(columns) > 1
     for number, row in enumerate(rows, 1):
         first = row.get(columns[0])
         if len(columns) == 1 and (first is None or isinstance(first, str)):
-            texts.append(first or "")
+            texts.append(Spelled(first or ""))
             continue
         is_chat = True
         try:
             turns = _conversation(row, columns)
-            texts.append(spell(turns) if turns else "")
+            texts.append(spell(turns) if turns else Spelled(""))
         except CheckpointError as error:
             raise CheckpointError(f"{where}, row {number}: {error}") from error
         except (TypeError, KeyError, AttributeError) as error:
@@ -93,7 +93,7 @@ def _conversation(row: Row, columns: tuple[str, ...]) -> list[Message]:
     system = (
         [{"role": "system", "content": row["system"]}] if isinstance(row.get("system"), str) and row["system"] else []
     )
-    turns = [*_turns("user", asked), *_turns("assistant", answered)]
+    turns = [*_turns("user", asked), *_turns(ASSISTANT, answered)]
     return [*system, *turns] if turns else []
 
 

@@ -7,17 +7,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate, tee
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmprune_cli.errors import CheckpointError, first_line
 from llmprune_cli.folder.documents import is_there
 from llmprune_cli.progress import LOGGER
-from llmprune_cli.text.columns import Message, columns_in, find_columns, texts_in
+from llmprune_cli.text.columns import columns_in, find_columns, texts_in
+from llmprune_cli.text.conversations import BETWEEN, Range, Spelled, Speller, joined
 from llmprune_cli.text.files import COLUMNS, PLAIN, Row, check_file, kind_of, looks_like_a_file, read_rows, read_text
 from llmprune_cli.text.names import PYTHON_DOCS, SELF, USUAL_TEXT, WIKITEXT2, parts_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 WIKITEXT2_ON_HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 NO_DATASET = (
@@ -25,8 +23,8 @@ NO_DATASET = (
     "folder for wikitext2."
 )
 NO_SPLIT = "Name one of these with --calibration-split (of recover --text-split, of eval --split)."
+SPELLER = Speller(None)  # of a model without a chat template
 LEAST_LETTERS = 10  # of a text for each token of a window, so that there are two windows
-BETWEEN = "\n\n"  # documents; conversations end as their template says
 
 
 @dataclass(frozen=True)
@@ -36,11 +34,10 @@ class Corpus:
     name: str  # what the user asked for
     text: str
     origin: str  # where it came from, for the report
+    answers: tuple[Range, ...] | None = None  # what an assistant says in it, see `Spelled`
 
 
-def load_corpus(
-    dataset: str, split: str, column: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None
-) -> Corpus:
+def load_corpus(dataset: str, split: str, column: str | None = None, speller: Speller = SPELLER) -> Corpus:
     """Read a corpus: the rows of a dataset joined by two newlines, conversations by nothing, or a text file as it is.
 
     Args:
@@ -48,34 +45,38 @@ def load_corpus(
             halves, see `_documentation`), a file (see `text.files`), a dataset folder, or a hub dataset with an
             optional configuration after a colon (`org/name:config`).
         column: that holds the text, where that is not plain.
-        tokenizer: that spells conversations.
+        speller: of conversations.
 
     Raises:
         CheckpointError: unknown, unreadable, or without text.
     """
-    path = Path(dataset)
     if dataset == SELF:
         raise CheckpointError(f"{SELF!r} is text that a model writes itself, by which it is not judged. Give a text.")
+    found, origin = _read(dataset, split, column, speller)
+    return Corpus(dataset, found.text, origin, found.answers)
+
+
+def _read(dataset: str, split: str, column: str | None, speller: Speller) -> tuple[Spelled, str]:
+    """The text of a corpus, see `load_corpus`, and where it came from."""
+    path = Path(dataset)
     if dataset == WIKITEXT2:
         local = os.environ.get("LLMPRUNE_WIKITEXT2")
-        origin = local or "/".join(WIKITEXT2_ON_HUB)
         rows = _load(local, None, split) if local else _load(*WIKITEXT2_ON_HUB, split)
-        return Corpus(dataset, _joined(dataset, rows, None, None), origin)
+        return _joined(dataset, rows, None, speller), local or "/".join(WIKITEXT2_ON_HUB)
     if dataset == PYTHON_DOCS:
-        return Corpus(dataset, _documentation(split), "the documentation in pydoc_data.topics")
+        return Spelled(_documentation(split)), "the documentation in pydoc_data.topics"
     if is_there(path) and path.is_dir():
-        return Corpus(dataset, _joined(dataset, _load(dataset, None, split), column, tokenizer), dataset)
+        return _joined(dataset, _load(dataset, None, split), column, speller), dataset
     if is_there(path) or looks_like_a_file(dataset):
         check_file(path)
         if kind_of(path) in PLAIN:
-            return Corpus(dataset, read_text(path), str(path))
+            return Spelled(read_text(path)), str(path)
         if kind_of(path) in COLUMNS:
             rows = _load("parquet", None, split, data_files={split: str(path)})
-            return Corpus(dataset, _joined(dataset, rows, column, tokenizer), dataset)
-        return Corpus(dataset, _joined_rows(str(path), read_rows(path), column, tokenizer), str(path))
+            return _joined(dataset, rows, column, speller), dataset
+        return _joined_rows(str(path), read_rows(path), column, speller), str(path)
     name, _, configuration = dataset.partition(":")
-    rows = _load(name, configuration or None, split)
-    return Corpus(dataset, _joined(dataset, rows, column, tokenizer), dataset)
+    return _joined(dataset, _load(name, configuration or None, split), column, speller), dataset
 
 
 def load_usual_corpora(
@@ -139,9 +140,9 @@ def _documentation(split: str) -> str:
     return BETWEEN.join(part for part in BETWEEN.join(texts[first:]).split(BETWEEN) if part not in repeated)
 
 
-def own_corpus(text: str, source: str) -> Corpus:
+def own_corpus(written: Spelled, source: str) -> Corpus:
     """What a model wrote itself."""
-    return Corpus(SELF, text, f"text that {source} wrote itself")
+    return Corpus(SELF, written.text, f"text that {source} wrote itself", written.answers)
 
 
 def _load(name: str, configuration: str | None, split: str, **options: Any) -> Any:
@@ -159,42 +160,27 @@ def _load(name: str, configuration: str | None, split: str, **options: Any) -> A
         ) from error
 
 
-def _joined(where: str, rows: Any, column: str | None, tokenizer: PreTrainedTokenizerBase | None) -> str:
+def _joined(where: str, rows: Any, column: str | None, speller: Speller) -> Spelled:
     """The text of a dataset of `datasets`."""
     named = list(rows.column_names)
     strings = [name for name in named if getattr(rows.features[name], "dtype", "") in ("string", "large_string")]
     columns = find_columns(where, named, strings, column)
     if len(columns) == 1 and columns[0] in strings:
-        return BETWEEN.join(value or "" for value in rows[columns[0]])
-    return _spelled(where, rows, columns, tokenizer)
+        return Spelled(BETWEEN.join(value or "" for value in rows[columns[0]]))
+    return _spelled(where, rows, columns, speller)
 
 
-def _joined_rows(where: str, rows: Iterable[Row], column: str | None, tokenizer: PreTrainedTokenizerBase | None) -> str:
+def _joined_rows(where: str, rows: Iterable[Row], column: str | None, speller: Speller) -> Spelled:
     """The text of the rows of a file; the first ones say which columns there are."""
     rows, ahead = tee(rows)
     shown = columns_in(ahead)
     del ahead  # which would keep all rows
     strings = [name for name, value in shown.items() if isinstance(value, str)]
-    return _spelled(where, rows, find_columns(where, list(shown), strings, column), tokenizer)
+    return _spelled(where, rows, find_columns(where, list(shown), strings, column), speller)
 
 
-def _spelled(
-    where: str, rows: Iterable[Row], columns: tuple[str, ...], tokenizer: PreTrainedTokenizerBase | None
-) -> str:
-    has_template = getattr(tokenizer, "chat_template", None) is not None
-
-    def spell(conversation: list[Message]) -> str:
-        if not has_template or tokenizer is None:
-            return BETWEEN.join(turn["content"] for turn in conversation) + BETWEEN
-        try:
-            return str(tokenizer.apply_chat_template(conversation, tokenize=False))
-        except Exception as error:  # templates raise every kind
-            reason = first_line(error).rstrip(".")
-            raise CheckpointError(
-                f"the model's chat template refuses this conversation: {reason}. Mend or remove that row."
-            ) from error
-
-    texts, is_chat = texts_in(where, rows, columns, spell)
-    if is_chat and not has_template:
+def _spelled(where: str, rows: Iterable[Row], columns: tuple[str, ...], speller: Speller) -> Spelled:
+    texts, is_chat = texts_in(where, rows, columns, speller.spell)
+    if is_chat and not speller.has_template:
         LOGGER.warning(f"The tokenizer has no chat template, so the turns of {where} are read as plain text.")
-    return ("" if is_chat else BETWEEN).join(texts)
+    return joined(texts, "" if is_chat else BETWEEN)

@@ -94,6 +94,13 @@ def check_texts(text: str | None, column: str | None = None) -> None:
         check_text(part.name, column)
 
 
+def holds_conversations(text: str | None) -> bool:
+    """Whether there may be turns of several speakers in a text, or in a part of a mixture: not in plain text."""
+    plain = (WIKITEXT2, PYTHON_DOCS)
+    names = [part.name for part in parts_of(text if text is not None else USUAL_TEXT)]
+    return not all(name in plain or (kind_of(Path(name)) in PLAIN and not Path(name).is_dir()) for name in names)
+
+
 def check_single(text: str, option: str) -> None:
     """Refuse a mixture where one text is read.
 

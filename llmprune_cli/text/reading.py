@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -42,12 +43,12 @@ class Reading:
         """The part of the tokens from one to before another."""
         if not self.encoding.is_fast:
             return UNKNOWN
-        return self._start(first), self._start(min(first + 1, end)), self._start(end)
+        return self._edges[first], self._edges[min(first + 1, end)], self._edges[end]
 
     def characters(self, count: int) -> int:
         """How many characters of the text so many of its first tokens are."""
         if self.encoding.is_fast:
-            return self._start(count)
+            return self._edges[count]
         return len(spelled(self.tokenizer, self.tokens[:count]).removeprefix(self.tokenizer.bos_token or ""))
 
     def predicted_bytes(self, ends: Iterable[int]) -> int:
@@ -56,19 +57,41 @@ class Reading:
         parts = [self.part(first, end) for first, end in edges]
         return predicted_bytes(self.text, self.tokenizer, [self.tokens[a:b] for a, b in edges], parts)
 
-    def _start(self, number: int) -> int:
-        """The character at which the text of a token begins, which is where that of the one before ends.
+    def sizes(self) -> torch.Tensor | None:
+        """UTF-8 bytes of the text of each token, [L]; None where the tokenizer does not tell."""
+        if not self.encoding.is_fast:
+            return None
+        sizes = [_size(self.text[begin:end]) for begin, end in pairwise(self._edges)]
+        return torch.tensor(sizes, dtype=torch.long)
+
+    def within(self, ranges: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Which tokens have a character of some ranges of the text, which follow each other, [L] of bool.
+
+        A token of spaces of which a tokenizer says but where they end is where the last one is.
+        """
+        begins, ends = torch.tensor(ranges, dtype=torch.long).view(-1, 2).T.contiguous()
+        first, last = torch.tensor(self._spans, dtype=torch.long).view(-1, 2).T
+        is_there = last > first
+        at = torch.searchsorted(ends, first + is_there.long())  # the first range that does not end before
+        return torch.cat((begins, torch.tensor([len(self.text)])))[at].lt(last)
+
+    @property
+    def _spans(self) -> list[tuple[int, int]]:
+        """The characters that a tokenizer makes its tokens of; none, (0, 0), of a special one that no text has."""
+        spans: list[tuple[int, int]] = self.encoding[0].offsets
+        return spans
+
+    @cached_property
+    def _edges(self) -> list[int]:
+        """The characters at which the tokens' text begins, which is where that of those before ends, [L + 1].
 
         A character of several tokens is the last one's, and one of none, such as a space, is the next one's.
         """
-        before = next((end for _, end in map(self._span, range(number - 1, -1, -1)) if end), 0)
-        start, end = self._span(number) if number < len(self.tokens) else (before, before)
-        return min(start, before) if end > start else before
-
-    def _span(self, number: int) -> tuple[int, int]:
-        """The characters that a tokenizer makes a token of; none of a special one, which no text has."""
-        start, end = self.encoding.token_to_chars(number) or (0, 0)
-        return start, end
+        edges, before = list[int](), 0
+        for start, end in self._spans:
+            edges.append(min(start, before) if end > start else before)
+            before = end or before
+        return [*edges, before]
 
 
 def read(text: str, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool = True) -> Reading:

@@ -115,6 +115,7 @@ def test_a_layer_that_gains_nothing_stays_as_it_was(pruned: Path, text_file: Pat
     [
         ("--lora", "4"),
         ("--loss", "ce"),
+        ("--loss-on", "assistant"),
         ("--temperature", "2"),
         ("--hidden-weight", "1"),
         ("--gradient-checkpointing",),

@@ -69,7 +69,7 @@ def test_a_teacher_in_memory_runs_before_the_student_takes_memory_and_not_at_all
     ran: list[tuple[bool, bool]] = []  # before a step, and by its end
     forward = Student.forward
 
-    def told(own: Student, input_ids: torch.Tensor, goal: Goal) -> torch.Tensor:
+    def told(own: Student, input_ids: torch.Tensor, goal: Goal, **_: object) -> torch.Tensor:
         before, loss = "made" in vars(goal), forward(own, input_ids, goal)
         ran.append((before, "made" in vars(goal)))
         return loss

@@ -18,6 +18,7 @@ from llmprune_cli.run import calibration
 from llmprune_cli.source import own_text
 from llmprune_cli.source.full_model import load_model
 from llmprune_cli.source.opening import open_checkpoint
+from llmprune_cli.text.conversations import Spelled
 from llmprune_cli.text.names import WITH_CONVERSATIONS
 from support.cli import run_cli
 from support.heal_runs import recover
@@ -79,6 +80,11 @@ def test_a_model_is_not_judged_by_what_it_writes_itself(writer: Path) -> None:
 
 def written_by(writer: Path, template: str | None, seed: int = 0, tokens: int = 300) -> str:
     """Text that a model writes itself whose tokenizer has a chat template."""
+    return spelled_by(writer, template, seed, tokens).text
+
+
+def spelled_by(writer: Path, template: str | None, seed: int = 0, tokens: int = 300) -> Spelled:
+    """The same with what an assistant says in it."""
     tokenizer = AutoTokenizer.from_pretrained(writer)
     tokenizer.chat_template = template
     with open_checkpoint(ModelReference(str(writer)), need_weights=True) as checkpoint:
@@ -91,6 +97,11 @@ def test_a_model_with_a_chat_template_writes_conversations(writer: Path) -> None
     assert re.fullmatch(r"(\[user\].+?\[/user\]\[assistant\].+?(\[/assistant\])?(?=\[user\]|$))+", text, re.DOTALL)
     assert text.count("[user]") > 3 and text == written_by(writer, CHAT) != written_by(writer, CHAT, seed=1)
     assert len(AutoTokenizer.from_pretrained(writer)(text)["input_ids"]) >= 300
+    answers = spelled_by(writer, CHAT).answers
+    assert answers is not None
+    assert [text[first:end] for first, end in answers] == re.findall(
+        r"(?<=\[/user\]\[assistant\]).+?(?:\[/assistant\])?(?=\[user\]|$)", text, re.DOTALL
+    )
 
 
 @pytest.mark.parametrize(
@@ -140,7 +151,7 @@ def test_a_turn_ends_at_an_added_token_of_the_template(writer: Path, monkeypatch
     with open_checkpoint(ModelReference(str(writer)), need_weights=True) as checkpoint:
         place = own_text.Place("cpu", torch.float32)
         text = own_text.write_text(checkpoint, tokenizer, place, 1, 0, Listener())
-    assert text == "user:Why?<turn>assistant:<think>So it is<turn>"
+    assert text == Spelled("user:Why?<turn>assistant:<think>So it is<turn>", ((25, 46),))
 
 
 def test_an_answer_keeps_the_space_that_it_begins_with(writer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,12 +165,13 @@ def test_an_answer_keeps_the_space_that_it_begins_with(writer: Path, monkeypatch
 
 
 def test_a_model_that_falls_silent_now_and_then_is_asked_again(writer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds = [["one"], [], [], ["one"], [], [], ["one"], [], [], []]
+    one = Spelled("one")
+    rounds = [[one], [], [], [one], [], [], [one], [], [], []]
     with open_checkpoint(ModelReference(str(writer)), need_weights=True) as checkpoint:
         model = load_model(checkpoint, "cpu", "float32")
     own = own_text._Writer(model, AutoTokenizer.from_pretrained(writer))
     count = len(own._tokenizer.encode("one", add_special_tokens=False))
-    assert own.fill(2 * count + 1, lambda _: rounds.pop(0), Listener()) == 3 * ["one"]
+    assert own.fill(2 * count + 1, lambda _: rounds.pop(0), Listener()) == 3 * [one]
     assert own.fill(1, lambda _: rounds.pop(0), Listener()) == [] and not rounds
 
 

@@ -18,6 +18,7 @@ from llmprune_cli.options import Text
 from llmprune_cli.run.calibration import JUDGED_TOKENS, prepare_calibration
 from llmprune_cli.text import files
 from llmprune_cli.text.columns import find_columns, texts_in
+from llmprune_cli.text.conversations import Spelled, Speller
 from llmprune_cli.text.corpus import Corpus, own_corpus
 from llmprune_cli.text.files import check_file, read_rows, read_text
 from llmprune_cli.text.names import Part, parts_of
@@ -132,8 +133,8 @@ def test_every_kind_of_file_holds_the_same_text(tmp_path: Path, name: str) -> No
         return
     rows = list(read_rows(tmp_path / name))
     columns = find_columns(name, list(rows[0]), ["body"], None)
-    texts, is_chat = texts_in(name, rows, columns, lambda turns: "")
-    assert [text.replace("'", '"') for text in texts] == ROWS and not is_chat
+    texts, is_chat = texts_in(name, rows, columns, Speller(None).spell)
+    assert [own.text.replace("'", '"') for own in texts] == ROWS and not is_chat
 
 
 def write_zst(path: Path, text: str) -> None:
@@ -279,7 +280,7 @@ def test_a_model_is_judged_on_text_of_others_if_there_is_any(tiny_llama: Path, t
 
     def write(tokens: int) -> Corpus:
         asked.append(tokens)
-        return own_corpus("xyz" * (tokens // 3 + 1), "a model")
+        return own_corpus(Spelled("xyz" * (tokens // 3 + 1)), "a model")
 
     name = f"self:0.25,{text}:0.75" if others else "self"
     options = Text(name, calibration_tokens=1200, calibration_seq_len=40)
@@ -304,7 +305,7 @@ def test_of_a_small_share_a_model_writes_a_window_to_fit_on_and_one_to_choose_by
     options = Text(f"self:0.02,{text}:0.98", calibration_tokens=1200, calibration_seq_len=40)
     found = prepare_calibration(
         *(options, Reader(AutoTokenizer.from_pretrained(tiny_llama), 96, 64), 0, pytest.fail),
-        lambda tokens: own_corpus("x" * tokens, "a model"),
+        lambda tokens: own_corpus(Spelled("x" * tokens), "a model"),
     )
     assert len(found.fitted) >= 30 and len(found.held_out) >= 2
 

@@ -27,6 +27,7 @@ from llmprune_cli.progress import LOGGER
 from llmprune_cli.run.calibration import Writer, load_calibration
 from llmprune_cli.run.workbench import Workbench
 from llmprune_cli.source.tokenizer import model_reader, vocabulary_files
+from llmprune_cli.text.conversations import Speller
 from llmprune_cli.text.corpus import Corpus
 from llmprune_cli.text.names import parts_of
 from llmprune_cli.text.windows import cut_windows, windows_apart
@@ -175,7 +176,7 @@ def _corpora(
     if own is None and bench.text is not None and len(parts_of(bench.text.corpus.name)) == 1:
         return [(bench.text.corpus, 1.0)]
     text = replace(request.text, calibration=own or calibration)
-    return load_calibration(text, tokenizer, bench.listener.warn, write, request.text.calibration_tokens)
+    return load_calibration(text, Speller(tokenizer), bench.listener.warn, write, request.text.calibration_tokens)
 
 
 def rank_vocabularies(decided: DecidedVocabulary | None, bench: Workbench) -> tuple[SizedVocabulary, ...]:

@@ -66,7 +66,8 @@ def heal(task: Task, claim: Claim | None, started: float, stack: ExitStack) -> R
     mode, teacher = choose_teacher(task, trained, folder)
     if healing.gradient_checkpointing or mode == "streamed":
         compute_twice(trained.model)
-    student = Student(trained.model, healing.loss_weights, healing.temperature, task.compute, healing.hidden_weight)
+    how = healing.loss_weights, healing.temperature, task.compute
+    student = Student(trained.model, *how, healing.hidden_weight, task.text.learned_share)
     runs = request.output.with_name(f"{request.output.name}-runs") if request.delivery.report_to else None
     lesson = Lesson(healing, teacher, task.text, task.learning_rate(()), task.processes, task.listener, runs)
     trials = _try_rates(task, student, lesson, folder) if healing.learning_rate == "auto" else ()
@@ -93,7 +94,7 @@ def _with_what_went(task: Task, folder: Path) -> Task:
     """With text in which words that went stand for others, if what the teacher says of it is what is learned."""
     text, tokens = task.text, task.tokens
     assert tokens is not None
-    if not task.request.healing.loss_weights.kl:
+    if not task.request.healing.loss_weights.kl or text.learned is not None:
         say_what_text_lacks(task)
         return task
     own, held = _reworded(task, tokens, folder).tensor_split([len(text.windows)])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from llmprune_cli.commands.push import check_push_to
 from llmprune_cli.errors import CheckpointError, UsageError
-from llmprune_cli.heal.options import Healed, Healing, Teaching, check_packages
+from llmprune_cli.heal.options import ON_ANSWERS, Healed, Healing, Teaching, check_packages
 from llmprune_cli.options import ModelReference
 from llmprune_cli.processes import is_first
 
@@ -115,13 +115,18 @@ def check_recover(request: RecoverRequest) -> None:
     from llmprune_cli.folder.documents import check_own_folder, is_there
     from llmprune_cli.folder.staging import check_target as check_output
     from llmprune_cli.startup.model_argument import check_model, check_tokenizer
-    from llmprune_cli.text.names import check_column, check_split, check_texts
+    from llmprune_cli.text.names import check_column, check_split, check_texts, holds_conversations
 
     check_packages(request.healing, request.delivery.report_to)
     check_model(request.model, needs_weights=True)
     check_tokenizer(request.model.name)
     check_texts(request.healing.text, request.healing.text_column)
     check_column(request.healing.text_column, request.healing.text)
+    if request.healing.loss_on == ON_ANSWERS and not holds_conversations(request.healing.text):
+        raise UsageError(
+            f"--loss-on {ON_ANSWERS} is about conversations, and {request.healing.text or 'the default text'} has "
+            "none. Give --text with some, or leave it out."
+        )
     check_split(request.healing.text, request.healing.text_split, Healing.text_split, "--text-split")
     if is_first():
         source = Path(request.model.name)

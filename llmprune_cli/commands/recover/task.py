@@ -46,6 +46,7 @@ from llmprune_cli.source.full_model import load_model
 from llmprune_cli.source.opening import open_checkpoint
 from llmprune_cli.source.own_text import Place, write_text
 from llmprune_cli.source.tokenizer import load_tokenizer, model_reader, warn_of_other_reading
+from llmprune_cli.text.conversations import Spelled
 from llmprune_cli.text.corpus import Corpus, own_corpus
 from llmprune_cli.text.names import SELF
 
@@ -100,6 +101,13 @@ class Task:
         """Whether anything of the teacher is learned, and it is not there to judge by alone."""
         return self.request.healing.loss_weights.kl > 0 or bool(self.layers)
 
+    @property
+    def _text(self) -> list[torch.Tensor]:
+        """Everything that says what is learned and judged by."""
+        text = self.text
+        parts = text.windows, text.order, text.held_out, text.learned, text.held_out_judged
+        return [own for own in parts if own is not None]
+
     def learning_rate(self, trials: tuple[RateTrial, ...]) -> float:
         """The largest one.
 
@@ -118,7 +126,7 @@ class Task:
         return {
             **identities,
             "token map": None if self.tokens is None else self.tokens.identity(),
-            "text": text_identity(self.text.windows, self.text.order, self.text.held_out),
+            "text": text_identity(*self._text),
             "schedule": asdict(self.text.schedule),
             "device": self.device,
             "compute": str(self.compute),
@@ -201,7 +209,7 @@ def _write_text(
     request: RecoverRequest, teacher: Checkpoint, processes: Processes, listener: Listener, tokens: int
 ) -> Corpus:
     """Text that the teacher writes itself, in the first process, for all."""
-    text = ""
+    text = Spelled("")
     device = request.model.device
     if processes.is_first:
         place = Place(device, native_dtype(teacher.stored_dtype, torch.device(layer_device(device))))

@@ -83,8 +83,9 @@ class _Windows(Dataset[dict[str, torch.Tensor]]):
         return len(self._text.order)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        number = self._text.order[index]
-        return {"input_ids": self._text.windows[number], "number": number}
+        number, learned = self._text.order[index], self._text.learned
+        of_all = {} if learned is None else {"learned": learned[number]}
+        return {"input_ids": self._text.windows[number], "number": number, **of_all}
 
 
 class _Distiller(Trainer):
@@ -161,7 +162,7 @@ class _Distiller(Trainer):
         goal, healing = self._lesson.teacher.goal(windows, inputs["number"]), self._lesson.healing
         if healing.loss_weights.kl or healing.hidden_weight:
             goal.prepare()
-        loss = model(input_ids=windows, goal=goal)
+        loss = model(input_ids=windows, goal=goal, learned=inputs.get("learned"))
         (broken,) = self._lesson.processes.add_up(float(not loss.isfinite()))  # all of them end, or none
         if broken:
             raise DivergedError(

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llmprune_cli.errors import CheckpointError
-from llmprune_cli.heal.options import Healing
+from llmprune_cli.heal.options import ON_ANSWERS, Healing
+from llmprune_cli.heal.training_text.cutting import Cut, cut_texts
 from llmprune_cli.options import Text
-from llmprune_cli.run.calibration import SeenText, Writer, begins_in, load_calibration, together
+from llmprune_cli.run.calibration import SeenText, Writer, load_calibration, together
+from llmprune_cli.text.conversations import Speller
 from llmprune_cli.text.corpus import Corpus
 from llmprune_cli.text.names import parts_of
-from llmprune_cli.text.reading import Reading, predicted_bytes
-from llmprune_cli.text.windows import Reader, are_apart, fitting_length, read_corpus, windows_in
+from llmprune_cli.text.windows import Reader, are_apart, fitting_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,13 +59,26 @@ class TrainingText:
     windows: torch.Tensor  # token ids, [N, T]; each is learned from at least once
     order: torch.Tensor  # numbers of windows, as they are learned from, [S]
     held_out: torch.Tensor  # token ids, [M, T]; nothing is learned from them
-    held_out_bytes: int  # of UTF-8, of all tokens but the first of each window
+    held_out_bytes: int  # of UTF-8, of those of its tokens that are predicted
     schedule: Schedule
+    learned: torch.Tensor | None = None  # which tokens but the first are learned from, [N, T−1] of bool; None: all
+    held_out_judged: torch.Tensor | None = None  # the same of held-out windows and judging by them, [M, T−1]
 
     @property
     def trained_tokens(self) -> int:
         """Tokens that are learned from, each as often as it is."""
         return len(self.order) * self.windows.shape[1]
+
+    @property
+    def learned_share(self) -> float:
+        """Of the tokens but the first of each window: those that are learned from, in the mean."""
+        return 1.0 if self.learned is None else float(self.learned[self.order].float().mean())
+
+    @property
+    def judged_tokens(self) -> int:
+        """Held-out tokens that are judged by."""
+        judged = self.held_out_judged
+        return self.held_out[:, 1:].numel() if judged is None else int(judged.sum())
 
 
 def prepare_training(
@@ -92,16 +106,16 @@ def prepare_training(
         CheckpointError: no such text, less than a batch of it, or a tokenizer of another model.
     """
     options = Text(healing.text, healing.text_split, healing.text_column, calibration_seq_len=healing.seq_len)
-    parts = load_calibration(options, reader.tokenizer, warn, write, min(healing.token_count, MOST_WRITTEN), "--text")
+    speller = Speller(reader.tokenizer, healing.loss_on == ON_ANSWERS)
+    parts = load_calibration(options, speller, warn, write, min(healing.token_count, MOST_WRITTEN), "--text")
     corpus = together(healing.text, [own for own, _ in parts])
     length = fitting_length(healing.seq_len, reader.longest, Healing.seq_len, warn)
-    windows, part, is_known, places = _cut(parts, reader, length, healing.text_split, before)
+    cut = cut_texts(parts, reader, length, healing, before)
     if apart is not None and apart.shape[1] == length:
-        own = _apart_from(windows, apart, corpus, warn)
-        windows, part, is_known, places = (each[own] for each in (windows, part, is_known, places))
+        cut = cut.only(_apart_from(cut.windows, apart, corpus, warn))
     wanted = max(1, healing.token_count // length)
-    held_out = max(1, min(len(windows), wanted, MOST_HELD_OUT // length * HELD_OUT_SHARE) // HELD_OUT_SHARE)
-    present = torch.bincount(part, minlength=len(parts)).tolist()
+    held_out = max(1, min(len(cut.windows), wanted, MOST_HELD_OUT // length * HELD_OUT_SHARE) // HELD_OUT_SHARE)
+    present = torch.bincount(cut.part, minlength=len(parts)).tolist()
     held = _held_out(held_out, [share for _, share in parts], present)
     batch = _batch(healing, length, (sum(present) - sum(held)) * length, corpus)
     schedule = _schedule(healing.token_count, batch, length, processes, most_together)
@@ -110,10 +124,11 @@ def prepare_training(
     counts = _shared(
         count, [share if own > out else 0.0 for (_, share), own, out in zip(parts, present, held, strict=True)]
     )
-    drawn = _draw([own for own, _ in parts], part, is_known, held, counts, length, generator, warn)
-    judged, trained = drawn.judged, drawn.trained
-    held_bytes = predicted_bytes(corpus.text, reader.tokenizer, windows[judged], places[judged].tolist())
-    return TrainingText(corpus, windows[trained], drawn.order, windows[judged], held_bytes, schedule)
+    drawn = _draw([own for own, _ in parts], cut, held, counts, length, generator, warn)
+    own, judged = cut.only(drawn.trained), cut.only(drawn.judged)
+    held_bytes = judged.predicted_bytes(reader.tokenizer)
+    text = TrainingText(corpus, own.windows, drawn.order, judged.windows, held_bytes, schedule)
+    return replace(text, learned=own.learned, held_out_judged=judged.learned)
 
 
 def warn_of_learned_text(
@@ -136,8 +151,7 @@ def warn_of_learned_text(
 
 def _draw(
     corpora: Sequence[Corpus],
-    part: torch.Tensor,
-    is_known: torch.Tensor,
+    cut: Cut,
     held: Sequence[int],
     counts: Sequence[int],
     length: int,
@@ -147,19 +161,17 @@ def _draw(
     """Draw the windows of each text by itself: of a text that has too few for its share, windows come again.
 
     Args:
-        part: the number of the text that each window is of, [N].
-        is_known: which of them the pruned model was fitted on, [N].
         held, counts: how many of each text are judged by, and learned from.
         length: tokens in a window.
     """
     judged, trained, order = list[torch.Tensor](), list[torch.Tensor](), list[torch.Tensor]()
     before = 0  # windows of the texts before this one
     for number, (corpus, out, count) in enumerate(zip(corpora, held, counts, strict=True)):
-        drawn = (part == number).nonzero().flatten()
+        drawn = (cut.part == number).nonzero().flatten()
         drawn = drawn[torch.randperm(len(drawn), generator=generator)]
-        drawn = torch.cat((drawn[~is_known[drawn]], drawn[is_known[drawn]]))
+        drawn = torch.cat((drawn[~cut.is_known[drawn]], drawn[cut.is_known[drawn]]))
         judged.append(drawn[:out])
-        if bool(is_known[judged[-1]].any()):
+        if bool(cut.is_known[judged[-1]].any()):
             warn(
                 f"The pruned model was fitted on nearly all of {corpus.origin}, so that held-out text flatters it. "
                 "Give other --text."
@@ -194,35 +206,6 @@ def _shared(count: int, shares: Sequence[float]) -> list[int]:
     return [end - begin for begin, end in pairwise([0, *edges])]
 
 
-def _cut(
-    parts: list[tuple[Corpus, float]],
-    reader: Reader,
-    length: int,
-    split: str,
-    before: tuple[SeenText, PreTrainedTokenizerBase] | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Windows of several texts.
-
-    Returns:
-        Token ids, [N, T], the number of the text that each window is of, [N], which of them the pruned model was
-        fitted on, [N] of bool, and their parts of the texts together, [N, 3], see `Reading`.
-    """
-    read = [read_corpus(corpus, reader) for corpus, _ in parts]
-    cut = [windows_in(own.tokens, length, None, corpus.origin) for own, (corpus, _) in zip(read, parts, strict=True)]
-    numbers = torch.cat([torch.full((len(own),), number) for number, own in enumerate(cut)])
-    known = [torch.zeros(len(own), dtype=torch.bool) for own in cut]
-    if before is not None:
-        texts = zip(parts, read, known, strict=True)
-        known = [
-            _fitted_before(corpus.name, split, torch.arange(len(own) + 1) * length, its, before)
-            for (corpus, _), its, own in texts
-        ]
-    begins = begins_in([corpus for corpus, _ in parts])
-    each = zip(read, cut, begins, strict=True)
-    places = [its.parts(length, torch.arange(len(own)), begin) for its, own, begin in each]
-    return torch.cat(cut), numbers, torch.cat(known), torch.cat(places)
-
-
 def _apart_from(
     windows: torch.Tensor, judged: torch.Tensor, corpus: Corpus, warn: Callable[[str], None]
 ) -> torch.Tensor:
@@ -231,37 +214,6 @@ def _apart_from(
     if bool(own.all()) and bool((judged == windows[0]).all(1).any()):
         warn(f"{corpus.origin} repeats itself, so that what is judged on is trained on, too. Give more text.")
     return own
-
-
-def _fitted_before(
-    name: str,
-    split: str,
-    edges: torch.Tensor,
-    read: Reading,
-    before: tuple[SeenText, PreTrainedTokenizerBase],
-) -> torch.Tensor:
-    """Which of a text's N windows hold a token that the pruned model was fitted on, [N] of bool.
-
-    Args:
-        edges: the tokens at which windows begin, and the last one ends, [N + 1].
-    """
-    (seen, tokenizer), first, end, tokens = before, edges[:-1], edges[1:], len(read.tokens)
-    share = seen.share_of(name, split)
-    if not share:
-        return torch.zeros(len(first), dtype=torch.bool)
-    if tokenizer is not read.tokenizer:
-        own, its = (_starts(by, read.text) for by in (read.tokenizer, tokenizer))
-        tokens = len(its) - 1
-        first = torch.searchsorted(its, own[edges[:-1]], right=True) - 1
-        end = torch.searchsorted(its, own[edges[1:]])
-    counted = torch.cat((torch.zeros(1, dtype=torch.long), seen.places(tokens, share).cumsum(0)))
-    return counted[end] > counted[first]
-
-
-def _starts(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
-    """The characters at which tokens begin, and the text's end, [L + 1]; special ones begin where the last one did."""
-    offsets = tokenizer(text, verbose=False, return_offsets_mapping=True)["offset_mapping"]
-    return torch.tensor([*(first for first, _ in offsets), len(text)]).cummax(0).values
 
 
 def _batch(healing: Healing, length: int, present: int, corpus: Corpus) -> int:

@@ -1,0 +1,136 @@
+"""Conversations as a model's chat template spells them, and what of that an assistant says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, groupby
+from typing import TYPE_CHECKING
+
+from llmprune_cli.errors import CheckpointError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, str]  # who says what: role and content
+Range = tuple[int, int]  # characters from one to before another
+
+BETWEEN = "\n\n"  # documents, and turns without a template; conversations end as their template says
+ASSISTANT = "assistant"
+THOUGHT = re.compile(r"(</?think>)")  # what templates look for in what an assistant says
+BEGUN = re.compile(r"<think>\s*(</think>\s*)?$")  # a thought of nothing, too
+MARK = re.compile(r"QZ(\d+)QZ")  # what stands for words of an assistant while it is found where a template puts them
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """A document or a conversation as a model reads it."""
+
+    text: str
+    answers: tuple[Range, ...] | None = None  # what an assistant says; None where nobody speaks, or nobody has asked
+
+
+@dataclass(frozen=True)
+class Speller:
+    """How a model spells conversations."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+    tells_answers: bool = False
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the model says how."""
+        return getattr(self.tokenizer, "chat_template", None) is not None
+
+    def spell(self, conversation: list[Message]) -> Spelled:
+        """By the template, or else one turn after the other.
+
+        Raises:
+            CheckpointError: the template refuses it, or changes what an assistant says.
+        """
+        if self.has_template:
+            text = self._by_template(conversation)
+            return Spelled(text, self._answers(conversation, text) if self.tells_answers else None)
+        said = [turn["content"] + BETWEEN for turn in conversation]
+        begins = [0, *accumulate(map(len, said))]
+        turns = zip(begins, conversation, strict=False)
+        answers = ((at, at + len(turn["content"])) for at, turn in turns if _speaks(turn))
+        return Spelled("".join(said), (*answers,) if self.tells_answers else None)
+
+    def _by_template(self, conversation: list[Message]) -> str:
+        assert self.tokenizer is not None
+        try:
+            return str(self.tokenizer.apply_chat_template(conversation, tokenize=False))
+        except Exception as error:  # templates raise every kind
+            reason = first_line(error).rstrip(".")
+            raise CheckpointError(
+                f"the model's chat template refuses this conversation: {reason}. Mend or remove that row."
+            ) from error
+
+    def _answers(self, conversation: list[Message], text: str) -> tuple[Range, ...]:
+        """What an assistant says in a text: its thoughts and words, and what ends its turn."""
+        words = list[tuple[int, str]]()  # and the turn that each is of
+        parts = MARK.split(self._by_template([*_marked(conversation, words)]))  # literal, number, ..., literal
+        whole = [words[int(part)][1] if at % 2 and int(part) < len(words) else part for at, part in enumerate(parts)]
+        if "".join(whole) != text:
+            raise CheckpointError(
+                "the model's chat template changes what an assistant says, so that it cannot be told from the rest. "
+                "Mend or remove that row, or leave out --loss-on assistant."
+            )
+        begins = [0, *accumulate(map(len, whole))]
+        answers = list[Range]()
+        for _, of_turn in groupby(range(1, len(parts), 2), lambda at: words[int(parts[at])][0]):
+            places = [*of_turn]
+            first, behind = places[0], places[-1] + 1
+            thinks = BEGUN.search(whole[first - 1])
+            begin = begins[first] - (len(thinks[0]) if thinks else 0)
+            answers.append((begin, begins[behind] + self._ending(whole[behind])))
+        return (*answers,)
+
+    def _ending(self, after: str) -> int:
+        """How many characters behind the words of an assistant end its turn: a token, and what is before it."""
+        bare = after.lstrip()
+        longest = max((token for token in self._added if bare.startswith(token)), key=len, default="")
+        return len(after) - len(bare) + len(longest) if longest else 0
+
+    @cached_property
+    def _added(self) -> list[str]:
+        """The tokens that are found before a text is cut, such as those around turns."""
+        return [*self.tokenizer.get_added_vocab()] if self.tokenizer is not None else []
+
+
+def _speaks(turn: Message) -> bool:
+    """Whether it is an assistant's, and not empty."""
+    return turn["role"] == ASSISTANT and bool(turn["content"])
+
+
+def _marked(conversation: list[Message], words: list[tuple[int, str]]) -> Iterator[Message]:
+    """A conversation with marks in the place of an assistant's words.
+
+    Args:
+        words: take in those, by the numbers of their marks, and which turn each is of.
+    """
+    for number, turn in enumerate(conversation):
+        content = turn["content"]
+        if _speaks(turn):
+            content = ""
+            for part in THOUGHT.split(turn["content"]):
+                own = part.strip()
+                if own and not THOUGHT.fullmatch(own):
+                    part = part.replace(own, f"QZ{len(words)}QZ")
+                    words.append((number, own))
+                content += part
+        yield {**turn, "content": content}
+
+
+def joined(documents: Iterable[Spelled], between: str) -> Spelled:
+    """Several, one after the other."""
+    documents = [*documents]
+    text = between.join(own.text for own in documents)
+    if all(own.answers is None for own in documents):
+        return Spelled(text)
+    begins = accumulate((len(own.text) + len(between) for own in documents), initial=0)
+    each = zip(begins, documents, strict=False)
+    return Spelled(text, tuple((at + first, at + end) for at, own in each for first, end in own.answers or ()))
