@@ -4,5 +4,6 @@ TRAINED = ("all", "mlp", "attention", "norms")  # which weights are
 LEARNED = ("all", "assistant")  # tokens of conversations
 MODES = ("end-to-end", "blocks")  # what is trained at a time: the whole model, or one layer after the other
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw-8bit": "adamw_bnb_8bit"}  # and how transformers calls them
-REPORTERS = {"tensorboard": ("tensorboard", "tensorboardX")}  # whom losses are told, and packages of which one does
+# Whom losses are told, and packages of which one does.
+REPORTERS = {"tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",)}
 TEACHER_MODES = ("auto", "resident", "streamed")  # how the teacher runs

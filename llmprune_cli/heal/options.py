@@ -251,7 +251,7 @@ class Healed:
     report: Annotated[
         Path | None, Option("Draw the learning curve into a .png or .svg file.", OUTPUT, check=check_chart)
     ] = None
-    report_to: Annotated[str | None, Option("Tell every loss as it goes, in OUTPUT-runs.", OUTPUT)] = None
+    report_to: Annotated[str | None, Option("Tell every loss as it goes", OUTPUT)] = None
     resume: Annotated[bool, Option("Go on with a run that was cut short.", OUTPUT)] = False
     push_to: Annotated[str | None, Option("Upload it to the hub then, as ORG/NAME, in private.", OUTPUT)] = None
     public: Annotated[bool, Option("Let everybody see what --push-to uploads.", OUTPUT)] = False

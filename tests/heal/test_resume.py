@@ -27,7 +27,7 @@ from llmprune_cli.heal.training import trainer
 from llmprune_cli.heal.training.trainer import Lesson
 from support.checkpoints import flip
 from support.full import in_full
-from support.heal_runs import QUICK, recover, run_recover
+from support.heal_runs import QUICK, interrupt_at, recover, run_recover
 from support.refusals import CHECKPOINT, INTERRUPTED, OUTPUT, PLAN, VERIFICATION, assert_refused
 from support.started import start
 from support.stock import written_tensors
@@ -46,19 +46,6 @@ def assert_alike(one: Path, other: Path) -> None:
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6, msg=name)
-
-
-def interrupt_at(patched: pytest.MonkeyPatch, step: int, marked: bool) -> None:
-    """Press Ctrl-C when the checkpoint of a step is written, before or after it is known to be whole."""
-    mark = trainer.mark_whole
-
-    def interrupted(folder: Path, number: int) -> None:
-        if marked or number != step:
-            mark(folder, number)
-        if number == step:
-            raise KeyboardInterrupt
-
-    patched.setattr(trainer, "mark_whole", interrupted)
 
 
 def judge_ever_worse(patched: pytest.MonkeyPatch) -> None:

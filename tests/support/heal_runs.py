@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from llmprune_cli.heal.training import trainer
 from support.cli import Run, run_cli
 
 QUICK = ("--tokens", "2048", "--batch-tokens", "128", "--seq-len", "32", "--learning-rate", "0.003")
@@ -25,6 +28,19 @@ def recover(pruned: Path, text: Path, output: Path, *options: str | Path) -> dic
     assert run.code == 0, run.stderr
     result: dict[str, Any] = json.loads(run.stdout)
     return result
+
+
+def interrupt_at(patched: pytest.MonkeyPatch, step: int, marked: bool) -> None:
+    """Press Ctrl-C when the checkpoint of a step is written, before or after it is known to be whole."""
+    mark = trainer.mark_whole
+
+    def interrupted(folder: Path, number: int) -> None:
+        if marked or number != step:
+            mark(folder, number)
+        if number == step:
+            raise KeyboardInterrupt
+
+    patched.setattr(trainer, "mark_whole", interrupted)
 
 
 def recover_in_two(pruned: Path, text: Path, output: Path, *options: str | Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from llmprune_cli.heal.teacher import Teacher
 from llmprune_cli.heal.teacher.rewording import reword, token_kinds
 from llmprune_cli.heal.teacher.token_map import TokenMap
 from llmprune_cli.heal.training.learning_rate import search_learning_rates
+from llmprune_cli.heal.training.reporters import Reports
 from llmprune_cli.heal.training.trainer import Lesson, train
 from llmprune_cli.journal.forms import Json, Numbers
 from llmprune_cli.journal.journal import Journal, kept_folder
@@ -68,8 +70,8 @@ def heal(task: Task, claim: Claim | None, started: float, stack: ExitStack) -> R
         compute_twice(trained.model)
     how = healing.loss_weights, healing.temperature, task.compute
     student = Student(trained.model, *how, healing.hidden_weight, task.text.learned_share)
-    runs = request.output.with_name(f"{request.output.name}-runs") if request.delivery.report_to else None
-    lesson = Lesson(healing, teacher, task.text, task.learning_rate(()), task.processes, task.listener, runs)
+    reports, rate = _reports(task, folder), task.learning_rate(())
+    lesson = Lesson(healing, teacher, task.text, rate, task.processes, task.listener, reports)
     trials = _try_rates(task, student, lesson, folder) if healing.learning_rate == "auto" else ()
     lesson = replace(lesson, learning_rate=task.learning_rate(trials))
     training, count = train(student, lesson, folder), trained.trained - _say_idle(task, trained)
@@ -158,6 +160,16 @@ def _say_idle(task: Task, trained: TrainedModel) -> int:
             "reaches them. These matrices stay as they are."
         )
     return sum(idle.values())
+
+
+def _reports(task: Task, folder: Path) -> Reports | None:
+    """Whom losses are told, as a run of this time, or of the time when it was begun."""
+    output, asked = task.request.output, task.request.delivery.report_to
+    if asked is None:
+        return None
+    journal = Journal(task.processes, folder if task.processes.is_first else None)
+    run = journal.recall("reported-run", Json(str), lambda: f"{output.name} {datetime.now():%Y-%m-%d %H:%M:%S}")
+    return Reports(asked, output.with_name(f"{output.name}-runs"), run)
 
 
 def _try_rates(task: Task, student: Student, lesson: Lesson, folder: Path) -> tuple[RateTrial, ...]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +22,6 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.integrations.integration_utils import TensorBoardCallback
 
 from llmprune_cli.errors import CheckpointError, DivergedError, OutputError, first_line
 from llmprune_cli.heal import OPTIMIZERS
@@ -37,6 +38,7 @@ from llmprune_cli.heal.training.checkpoints import (
     last_checkpoints,
     mark_whole,
 )
+from llmprune_cli.heal.training.reporters import PROJECT, Reports
 from llmprune_cli.heal.training_text import TrainingText
 from llmprune_cli.processes import Processes
 from llmprune_cli.progress import Listener
@@ -57,7 +59,7 @@ class Lesson:
     learning_rate: float
     processes: Processes
     listener: Listener
-    runs: Path | None  # where TensorBoard is told every loss, if it is
+    reports: Reports | None  # of every loss, if they are wanted
 
     def judge(self, student: Student) -> HeldOut:
         """How a student stands on held-out text."""
@@ -124,9 +126,11 @@ class _Distiller(Trainer):
             metric_for_best_model="eval_loss",
             greater_is_better=False,
             restore_callback_states_from_checkpoint=True,
-            logging_strategy="steps" if lesson.runs else "no",
+            logging_strategy="steps" if lesson.reports else "no",
             logging_steps=1,
             report_to="none",
+            project=PROJECT,
+            run_name=lesson.reports.run if lesson.reports else None,
             disable_tqdm=True,
             remove_unused_columns=False,
             label_names=[],
@@ -138,10 +142,8 @@ class _Distiller(Trainer):
             logging.getLogger(package).setLevel(logging.ERROR)
         arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for several processes
         callbacks: list[Any] = [] if is_trial else [_StopsInTheEnd(PATIENCE), _Reports(lesson, best_before)]
-        if lesson.runs is not None and not is_trial:
-            board = TensorBoardCallback()
-            board.logging_dir = board.logging_dir or str(lesson.runs)  # which the user's environment may name
-            callbacks.append(board)
+        if lesson.reports is not None and not is_trial:
+            callbacks.append(lesson.reports.begin())
         windows = _Windows(lesson.text)
         super().__init__(student, arguments, train_dataset=windows, eval_dataset=windows, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
@@ -258,7 +260,8 @@ def _train(
     """
     try:
         trainer = _Distiller(student, lesson, folder, best_before=best_before)
-        trainer.train(resume_from_checkpoint=str(begun) if begun else None)
+        with redirect_stdout(sys.stderr):  # what others say of it is no result
+            trainer.train(resume_from_checkpoint=str(begun) if begun else None)
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in UNWRITTEN):
             raise
