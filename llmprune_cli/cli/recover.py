@@ -11,7 +11,8 @@ from llmprune_cli.cli.export import print_push
 from llmprune_cli.cli.parameters import AsJson, Quiet, takes
 from llmprune_cli.cli.screen.table_parts import NARROW, new_console, number_text, print_json
 from llmprune_cli.commands.recover.request import RecoverRequest, check_recover
-from llmprune_cli.heal.options import ON_ANSWERS, Healed, Healing, Teaching
+from llmprune_cli.heal import ON_ANSWERS
+from llmprune_cli.heal.options import Healed, Healing, Teaching
 from llmprune_cli.options import ModelReference
 from llmprune_cli.sizes import size_text
 from llmprune_cli.startup.loading import loading

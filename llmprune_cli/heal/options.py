@@ -19,7 +19,6 @@ ABOUT_ALL_LAYERS = (  # not for single ones
 USUAL_RATE, USUAL_SIZE = 3e-4, 135e6  # a learning rate that heals a model of this many parameters well,
 USUAL_STEPS = 128  # in at least so many steps: fewer, of which each has moments of few gradients, need a smaller one
 MOST_RATE = 1e-3
-ON_ANSWERS = "assistant"
 USUAL_LOSS, LOSS_WHERE_TOKENS_WENT = "kl+0.1ce", "kl+ce"
 BOTH = re.compile(r"kl\+(?P<ce>[0-9]{1,6}(\.[0-9]{0,6})?|\.[0-9]{1,6}|)ce")
 
@@ -145,7 +144,7 @@ class Healing:
             check=check_loss,
         ),
     ] = "auto"
-    loss_on: Annotated[str, Option("Which tokens are learned, of conversations.", METHOD)] = "all"
+    loss_on: Annotated[str, Option("Whose words are learned, of conversations.", METHOD)] = "all"
     temperature: Annotated[
         float, Option("What logits are divided by before the kl of both sides.", METHOD, check=check_positive)
     ] = 1.0

@@ -15,7 +15,8 @@ from llmprune_cli.folder.checkpoint import Checkpoint
 from llmprune_cli.folder.documents import is_there
 from llmprune_cli.folder.manifest import MANIFEST_NAME, Manifest
 from llmprune_cli.formats.registry import Format
-from llmprune_cli.heal.options import ON_ANSWERS, parse_loss
+from llmprune_cli.heal import ON_ANSWERS
+from llmprune_cli.heal.options import parse_loss
 from llmprune_cli.report.runtimes import RuntimeFit
 from llmprune_cli.source.tokenizer import copy_small
 

@@ -11,7 +11,7 @@ from llmprune_cli.text.conversations import ASSISTANT, Message, Spelled
 from llmprune_cli.text.files import Row
 
 TEXT_COLUMN = "text"
-ROLES = {"human": "user", "gpt": ASSISTANT, "chatgpt": ASSISTANT, "bot": ASSISTANT}  # ShareGPT's names
+ROLES = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), ASSISTANT)}  # of ShareGPT and Gemma
 # Columns that together are a conversation, the most telling first.
 CHATS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"))
 

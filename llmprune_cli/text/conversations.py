@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, groupby
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from llmprune_cli.errors import CheckpointError, first_line
@@ -21,7 +21,9 @@ BETWEEN = "\n\n"  # documents, and turns without a template; conversations end a
 ASSISTANT = "assistant"
 THOUGHT = re.compile(r"(</?think>)")  # what templates look for in what an assistant says
 BEGUN = re.compile(r"<think>\s*(</think>\s*)?$")  # a thought of nothing, too
-MARK = re.compile(r"QZ(\d+)QZ")  # what stands for words of an assistant while it is found where a template puts them
+ENDED = re.compile(r"^\s*(</?think>\s*)?")
+AMONG = re.compile(r"(\s|</?think>)*")  # what is between words of one turn
+MARK = "QZ"  # around the number that stands for words of an assistant while it is found where a template puts them
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,15 @@ class Spelled:
 
     text: str
     answers: tuple[Range, ...] | None = None  # what an assistant says; None where nobody speaks, or nobody has asked
+
+
+@dataclass(frozen=True)
+class _Words:
+    """Words of an assistant, in a row."""
+
+    turn: int  # its number
+    before: str  # the spaces before them
+    text: str
 
 
 @dataclass(frozen=True)
@@ -71,27 +82,37 @@ class Speller:
 
     def _answers(self, conversation: list[Message], text: str) -> tuple[Range, ...]:
         """What an assistant says in a text: its thoughts and words, and what ends its turn."""
-        words = list[tuple[int, str]]()  # and the turn that each is of
-        parts = MARK.split(self._by_template([*_marked(conversation, words)]))  # literal, number, ..., literal
-        whole = [words[int(part)][1] if at % 2 and int(part) < len(words) else part for at, part in enumerate(parts)]
+        mark = next(own for own in (MARK * count for count in range(1, len(text) + 2)) if own not in text)
+        words = list[_Words]()
+        parts = re.split(rf"{mark}(\d+){mark}", self._by_template([*_marked(conversation, mark, words)]))
+        found = [words[int(number)] for number in parts[1::2]]
+        literals, said = parts[::2], [*(own.text for own in found), ""]
+        whole = [part for pair in zip(literals, said, strict=True) for part in pair]
         if "".join(whole) != text:
             raise CheckpointError(
                 "the model's chat template changes what an assistant says, so that it cannot be told from the rest. "
                 "Mend or remove that row, or leave out --loss-on assistant."
             )
         begins = [0, *accumulate(map(len, whole))]
-        answers = list[Range]()
-        for _, of_turn in groupby(range(1, len(parts), 2), lambda at: words[int(parts[at])][0]):
-            places = [*of_turn]
-            first, behind = places[0], places[-1] + 1
-            thinks = BEGUN.search(whole[first - 1])
-            begin = begins[first] - (len(thinks[0]) if thinks else 0)
-            answers.append((begin, begins[behind] + self._ending(whole[behind])))
+        answers, turn = list[Range](), -1
+        for own, at in zip(found, range(1, len(whole), 2), strict=False):
+            before, after = whole[at - 1], whole[at + 1]
+            end = begins[at + 1] + self._ending(after)
+            if own.turn == turn and AMONG.fullmatch(before):
+                answers[-1] = (answers[-1][0], end)
+                continue
+            thinks = BEGUN.search(before)
+            begun = thinks[0] if thinks else own.before if before.endswith(own.before) else ""
+            answers.append((begins[at] - len(begun), end))
+            turn = own.turn
         return (*answers,)
 
     def _ending(self, after: str) -> int:
-        """How many characters behind the words of an assistant end its turn: a token, and what is before it."""
-        bare = after.lstrip()
+        """How many characters behind the words of an assistant end its turn: a thought's end, a token, and spaces.
+
+        Where a template has no such token, the one that begins the next turn is taken, by which models end theirs.
+        """
+        bare = ENDED.sub("", after)
         longest = max((token for token in self._added if bare.startswith(token)), key=len, default="")
         return len(after) - len(bare) + len(longest) if longest else 0
 
@@ -106,11 +127,11 @@ def _speaks(turn: Message) -> bool:
     return turn["role"] == ASSISTANT and bool(turn["content"])
 
 
-def _marked(conversation: list[Message], words: list[tuple[int, str]]) -> Iterator[Message]:
+def _marked(conversation: list[Message], mark: str, words: list[_Words]) -> Iterator[Message]:
     """A conversation with marks in the place of an assistant's words.
 
     Args:
-        words: take in those, by the numbers of their marks, and which turn each is of.
+        words: take in those, by the numbers of their marks.
     """
     for number, turn in enumerate(conversation):
         content = turn["content"]
@@ -119,18 +140,20 @@ def _marked(conversation: list[Message], words: list[tuple[int, str]]) -> Iterat
             for part in THOUGHT.split(turn["content"]):
                 own = part.strip()
                 if own and not THOUGHT.fullmatch(own):
-                    part = part.replace(own, f"QZ{len(words)}QZ")
-                    words.append((number, own))
+                    before = part[: part.index(own)]
+                    part = part.replace(own, f"{mark}{len(words)}{mark}")
+                    words.append(_Words(number, before, own))
                 content += part
         yield {**turn, "content": content}
 
 
 def joined(documents: Iterable[Spelled], between: str) -> Spelled:
-    """Several, one after the other."""
+    """Several, one after the other; plain text beside conversations counts as what an assistant says."""
     documents = [*documents]
     text = between.join(own.text for own in documents)
     if all(own.answers is None for own in documents):
         return Spelled(text)
     begins = accumulate((len(own.text) + len(between) for own in documents), initial=0)
-    each = zip(begins, documents, strict=False)
-    return Spelled(text, tuple((at + first, at + end) for at, own in each for first, end in own.answers or ()))
+    told = (own.answers if own.answers is not None else ((0, len(own.text)),) for own in documents)
+    each = zip(begins, told, strict=False)
+    return Spelled(text, tuple((at + first, at + end) for at, own in each for first, end in own if end > first))

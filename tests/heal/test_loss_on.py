@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmprune_cli.heal import loss as losses
 from llmprune_cli.heal.judging import judge
-from llmprune_cli.heal.loss import Student
+from llmprune_cli.heal.loss import Goal, Student
 from llmprune_cli.heal.options import Healing, parse_loss
 from llmprune_cli.heal.teacher.resident import ResidentTeacher
 from llmprune_cli.heal.training_text import TOGETHER, Schedule, TrainingText, prepare_training
@@ -22,8 +24,10 @@ from llmprune_cli.processes import ALONE
 from llmprune_cli.text.corpus import Corpus
 from llmprune_cli.text.windows import Reader
 from support.cli import BY_MAGNITUDE, run_cli
-from support.heal_runs import recover, run_recover
-from support.refusals import CHECKPOINT, USAGE, assert_refused
+from support.full import in_full
+from support.heal_runs import QUICK, interrupt_at, recover, recover_in_two, run_recover
+from support.refusals import CHECKPOINT, INTERRUPTED, PLAN, USAGE, assert_refused
+from support.stock import written_tensors
 from support.tiny import BYTE_LEVEL_VOCABULARY
 
 ON_ANSWERS = ("--loss-on", "assistant")
@@ -59,7 +63,7 @@ def test_what_is_marked_is_what_the_assistant_says_and_the_rest_is_left_out(
     long = tmp_path / "long.txt"
     long.write_text("Nobody says this, which is plain text. " * 60)
     tokenizer = AutoTokenizer.from_pretrained(student)
-    for name, share in ((str(chats), 1.0), (f"{chats}:0.5,{long}:0.5", 0.5)):
+    for name in (str(chats), f"{chats}:0.5,{long}:0.5"):
         asked = Healing(tokens="4096", text=name, seq_len=32, batch_tokens=64, loss_on="assistant")
         text = prepare_training(asked, Reader(tokenizer, BYTE_LEVEL_VOCABULARY), 1, TOGETHER, lambda _: None)
         assert text.learned is not None and text.held_out_judged is not None
@@ -73,7 +77,6 @@ def test_what_is_marked_is_what_the_assistant_says_and_the_rest_is_left_out(
             tokenizer.decode(own[1:][which]) for own, which in zip(text.held_out, text.held_out_judged, strict=True)
         )
         assert text.held_out_bytes == len(judged.encode())
-        assert (share == 1.0) == (0.1 < text.learned_share < 0.6)
 
 
 @pytest.mark.parametrize("kind", ["kl", "ce", "kl+0.25ce"])
@@ -86,15 +89,15 @@ def test_loss_and_figures_are_those_of_the_chosen_tokens(
     windows = torch.randint(0, 96, (3, 24), generator=generator)
     chosen = torch.rand(3, 23, generator=generator) < 0.4
     chosen[1, :16] = False  # all of two parts
+    share = 0.25  # of all text; here there are more
     logits, wanted = (own(windows).logits[:, :-1][chosen].log_softmax(-1) for own in (model, teacher))
     kl = functional.kl_div(logits, wanted.detach(), reduction="batchmean", log_target=True)
     ce = functional.cross_entropy(logits, windows[:, 1:][chosen])
     weights = parse_loss(kind)
-    expected = weights.kl * kl + weights.ce * ce
+    expected = (weights.kl * kl + weights.ce * ce) * float(chosen.float().mean()) / share
     expected.backward()
     plain = {name: own.grad for name, own in model.named_parameters()}
     model.zero_grad()
-    share = float(chosen.float().mean())
     student = Student(model, weights, 1.0, torch.float32, learned_share=share)
     own = ResidentTeacher(teacher, 1.0, torch.float32)
     found = student(windows, own.goal(windows, torch.arange(3)), chosen)
@@ -122,6 +125,85 @@ def test_a_model_learns_what_the_assistant_says_and_is_judged_by_that(
     assert "to predict the text itself (`ce`), of what an assistant says in it" in card
     manifest = json.loads((tmp_path / "learned" / "llmprune.json").read_text())
     assert manifest["healing"]["options"]["loss_on"] == "assistant"
+
+
+def test_shares_are_of_what_is_learned(student: Path, chats: Path, tmp_path: Path) -> None:
+    long = tmp_path / "long.txt"
+    long.write_text("Nobody says this, which is plain text. " * 300)
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    name = f"{chats}:0.7,{long}:0.3"
+    asked = Healing(tokens="32768", text=name, seq_len=32, batch_tokens=256, loss_on="assistant")
+    text = prepare_training(asked, Reader(tokenizer, BYTE_LEVEL_VOCABULARY), 1, TOGETHER, lambda _: None)
+    assert text.learned is not None and text.held_out_judged is not None
+    for windows, learned in (
+        (text.windows[text.order], text.learned[text.order]),
+        (text.held_out, text.held_out_judged),
+    ):
+        is_plain = learned.all(1)
+        assert 0 < int(is_plain.sum()) < len(windows)
+        assert int(learned[is_plain].sum()) / int(learned.sum()) == pytest.approx(0.3, abs=0.05)
+
+
+def test_a_student_is_told_how_many_tokens_count(
+    student: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost, told = list[float](), list[tuple[float, float]]()
+    forward = Student.forward
+
+    def noting(own: Student, input_ids: torch.Tensor, goal: Goal, learned: torch.Tensor) -> torch.Tensor:
+        found = forward(own, input_ids, goal, learned)
+        told.append((own._learned_share, float(learned.float().mean())))
+        lost.append(float(found.detach()))
+        return found
+
+    monkeypatch.setattr(Student, "forward", noting)
+    result = recover(student, chats, tmp_path / "out", "--loss", "ce", "--learning-rate", "1e-9", *ON_ANSWERS)
+    (share,) = {share for share, _ in told}
+    means = [mean for _, mean in told]
+    assert share == pytest.approx(sum(means) / len(means), rel=1e-4) and max(means) > 1.1 * min(means)
+    assert sum(lost) / len(lost) == pytest.approx(math.log(result["before"]["perplexity"]), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "options", [("--hidden-weight", "1"), ("--learning-rate", "auto"), ("--batch-tokens", "2048", "--tokens", "8192")]
+)
+def test_it_goes_with_others(student: Path, chats: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    result = recover(student, chats, tmp_path / "out", *ON_ANSWERS, *options)
+    assert result["after"]["perplexity"] < result["before"]["perplexity"]
+
+
+@in_full
+def test_two_processes_come_to_the_same(student: Path, chats: Path, tmp_path: Path) -> None:
+    one = recover(student, chats, tmp_path / "one", *ON_ANSWERS)
+    two = recover_in_two(student, chats, tmp_path / "two", *ON_ANSWERS)
+    assert two["after"]["perplexity"] == pytest.approx(one["after"]["perplexity"], rel=0.005)
+
+
+def test_a_run_goes_on_to_the_same_weights_but_not_with_other_tokens(
+    student: Path, chats: Path, tmp_path: Path
+) -> None:
+    long = ("--tokens", "4096", *ON_ANSWERS)  # two judgements
+    recover(student, chats, tmp_path / "whole", *long)
+    with pytest.MonkeyPatch.context() as patched:
+        interrupt_at(patched, 16, True)
+        assert run_recover(student, chats, tmp_path / "out", *long).code == INTERRUPTED
+    other = run_recover(student, chats, tmp_path / "out", "--tokens", "4096", "--resume")
+    assert_refused(other, PLAN, "loss_on")
+    recover(student, chats, tmp_path / "out", *long, "--resume")
+    found = written_tensors(tmp_path / "out")
+    for name, tensor in written_tensors(tmp_path / "whole").items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6, msg=name)
+
+
+def test_a_teacher_writes_what_is_learned_if_it_chats(student: Path, whole: Path, tmp_path: Path) -> None:
+    words = ("recover", student, "--text", "self", *QUICK, *ON_ANSWERS, "--output", tmp_path / "out", "--json")
+    run = run_cli(*words)
+    assert run.code == 0, run.stderr
+    assert json.loads(run.stdout)["held_out_tokens"] % 31 != 0  # some of whole windows
+    mute = Path(shutil.copytree(whole, tmp_path / "mute"))
+    (mute / "chat_template.jinja").unlink()
+    refused = run_cli(*words, "--teacher", mute, "--overwrite")
+    assert_refused(refused, CHECKPOINT, "mute has no chat template", "--loss-on assistant")
 
 
 def test_a_streamed_teacher_teaches_the_same(student: Path, chats: Path, tmp_path: Path) -> None:
@@ -153,7 +235,7 @@ def test_plain_text_has_no_answers(
     assert_refused(run, USAGE, "--loss-on assistant is about conversations", text or "the default text")
 
 
-def test_conversations_in_which_no_assistant_speaks(student: Path, tmp_path: Path) -> None:
+def test_conversations_in_which_no_assistant_speaks(student: Path, chats: Path, tmp_path: Path) -> None:
     text = tmp_path / "asked.jsonl"
     text.write_text(json.dumps({"messages": [{"role": "user", "content": "Why? " * 20}]}) + "\n" * 100)
     run = run_recover(student, text, tmp_path / "out", *ON_ANSWERS)
@@ -161,6 +243,11 @@ def test_conversations_in_which_no_assistant_speaks(student: Path, tmp_path: Pat
     text.write_text(json.dumps({"text": "Nobody says this. " * 200}))
     run = run_recover(student, text, tmp_path / "out", *ON_ANSWERS)
     assert_refused(run, CHECKPOINT, "asked.jsonl has no conversations in which an assistant speaks")
+    text.write_text(json.dumps({"messages": [{"role": "user", "content": "Why? " * 20}]}) + "\n" * 100)
+    run = run_cli(
+        "recover", student, "--text", f"{chats}:0.7,{text}:0.3", *QUICK, *ON_ANSWERS, "--output", tmp_path / "out"
+    )
+    assert_refused(run, CHECKPOINT, "Error: " + str(text) + " has no conversations")
     assert not (tmp_path / "out").exists()
 
 

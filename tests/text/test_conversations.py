@@ -36,6 +36,15 @@ THOUGHT = [
     *(PLAIN[1], {"role": "assistant", "content": "<think>\nOne more.\n</think>\n\n2"}, PLAIN[3]),
     {"role": "assistant", "content": "<think>\nMy words.\n</think>\n\na"},
 ]
+ODD = [
+    {"role": "assistant", "content": "<think>only thoughts</think>\n"},
+    {"role": "user", "content": "QZ0QZ and QZ7QZ, or QZ"},
+    {"role": "assistant", "content": "Use <think>"},
+    {"role": "assistant", "content": "one"},
+    {"role": "tool", "content": "one"},
+    {"role": "assistant", "content": "two"},
+]
+REPEATED = AS_IT_IS + "Last: {{ messages[-1]['content'] }}."
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +66,28 @@ def answers(tokenizer: PreTrainedTokenizerBase, template: str | None, conversati
     ("template", "conversation", "expected"),
     [
         (None, PLAIN, [" 2\n", "a"]),
-        (AS_IT_IS, PLAIN, ["2\n</s>", "a</s>"]),
-        (TRIMMED, PLAIN, ["2 </s>", "a </s>"]),
-        (WITHOUT_END, PLAIN, ["2", "a"]),
-        (SYSTEM_LAST, PLAIN, ["2\n</s>", "a</s>"]),
+        (AS_IT_IS, PLAIN, [" 2\n</s>", "a</s>"]),
+        (TRIMMED, PLAIN, [" 2 </s>", "a </s>"]),
+        (WITHOUT_END, PLAIN, [" 2", "a"]),
+        (SYSTEM_LAST, PLAIN, [" 2\n</s>", "a</s>"]),
         (AS_IT_IS, THOUGHT, ["<think>\nOne more.\n</think>\n\n2</s>", "<think>\nMy words.\n</think>\n\na</s>"]),
+        (AS_IT_IS, ODD, ["<think>only thoughts</think>\n</s>", "Use <think></s>", "one</s>", "two</s>"]),
+        (REPEATED, PLAIN, [" 2\n</s>", "a</s>", "a"]),
         (THINKING, THOUGHT, ["2</s>", "<think>\nMy words.\n</think>\n\na</s>"]),
-        (THINKING, PLAIN, ["2\n</s>", "<think>\n\n</think>\n\na</s>"]),
+        (THINKING, PLAIN, [" 2\n</s>", "<think>\n\n</think>\n\na</s>"]),
     ],
-    ids=["no template", "as it is", "trimmed", "without end", "system last", "thoughts", "thinking", "no thoughts"],
+    ids=[
+        "no template",
+        "as it is",
+        "trimmed",
+        "without end",
+        "system last",
+        "thoughts",
+        "odd",
+        "repeated",
+        "thinking",
+        "no thoughts",
+    ],
 )
 def test_an_assistant_says_its_words_and_what_ends_its_turn(
     tokenizer: PreTrainedTokenizerBase, template: str | None, conversation: list[Message], expected: list[str]
@@ -91,7 +113,7 @@ def test_places_are_those_in_all_documents_together() -> None:
     documents = [Spelled("one"), Spelled("two", ((0, 2),)), Spelled(""), Spelled("three", ((1, 2), (3, 5)))]
     found = joined(documents, "--")
     assert found.answers is not None
-    assert [found.text[first:end] for first, end in found.answers] == ["tw", "h", "ee"]
+    assert [found.text[first:end] for first, end in found.answers] == ["one", "tw", "h", "ee"]
     assert joined(documents[:1], "--") == Spelled("one")
 
 

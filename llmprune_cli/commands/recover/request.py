@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from llmprune_cli.commands.push import check_push_to
 from llmprune_cli.errors import CheckpointError, UsageError
-from llmprune_cli.heal.options import ON_ANSWERS, Healed, Healing, Teaching, check_packages
+from llmprune_cli.heal import ON_ANSWERS
+from llmprune_cli.heal.options import Healed, Healing, Teaching, check_packages
 from llmprune_cli.options import ModelReference
 from llmprune_cli.processes import is_first
 

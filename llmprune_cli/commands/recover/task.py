@@ -32,6 +32,7 @@ from llmprune_cli.heal.teacher.token_map import TokenMap, map_tokens
 from llmprune_cli.heal.training.checkpoints import CHECKPOINTS, bytes_of
 from llmprune_cli.heal.training.learning_rate import best_rate
 from llmprune_cli.heal.training_text import TrainingText, prepare_training, tokens_together, warn_of_learned_text
+from llmprune_cli.heal.training_text.cutting import check_own_text
 from llmprune_cli.journal.forms import Json
 from llmprune_cli.journal.journal import Journal, other_run
 from llmprune_cli.journal.keys import differences, model_identity, text_identity, versions
@@ -212,6 +213,7 @@ def _write_text(
     text = Spelled("")
     device = request.model.device
     if processes.is_first:
+        check_own_text(request.healing, load_tokenizer(teacher), teacher.source)
         place = Place(device, native_dtype(teacher.stored_dtype, torch.device(layer_device(device))))
         seed = request.healing.seed + FROM_PRUNING
         text = write_text(teacher, load_tokenizer(teacher), place, tokens, seed, listener)

@@ -33,8 +33,8 @@ LIKELIEST = 64  # tokens that are kept of each prediction,
 DRAWN = 64  # and how many are drawn from all others, by their probabilities, to stand for them (arXiv 2503.16870)
 
 DRAWN_BY = (
-    "Which windows of a text are taken depends on --seq-len, --tokens, --seed, and on which of them the pruned model "
-    "was fitted on, --calibration-tokens."
+    "Which windows of a text are taken depends on --seq-len, --tokens, --seed, --loss-on, and on which of them the "
+    "pruned model was fitted on, --calibration-tokens."
 )
 
 

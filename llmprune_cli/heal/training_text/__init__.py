@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmprune_cli.errors import CheckpointError
-from llmprune_cli.heal.options import ON_ANSWERS, Healing
+from llmprune_cli.heal import ON_ANSWERS
+from llmprune_cli.heal.options import Healing
 from llmprune_cli.heal.training_text.cutting import Cut, cut_texts
 from llmprune_cli.options import Text
 from llmprune_cli.run.calibration import SeenText, Writer, load_calibration, together
@@ -72,7 +73,7 @@ class TrainingText:
     @property
     def learned_share(self) -> float:
         """Of the tokens but the first of each window: those that are learned from, in the mean."""
-        return 1.0 if self.learned is None else float(self.learned[self.order].float().mean())
+        return 1.0 if self.learned is None else float(self.learned.float().mean(1)[self.order].mean())
 
     @property
     def judged_tokens(self) -> int:
@@ -116,14 +117,14 @@ def prepare_training(
     wanted = max(1, healing.token_count // length)
     held_out = max(1, min(len(cut.windows), wanted, MOST_HELD_OUT // length * HELD_OUT_SHARE) // HELD_OUT_SHARE)
     present = torch.bincount(cut.part, minlength=len(parts)).tolist()
-    held = _held_out(held_out, [share for _, share in parts], present)
+    shares = [share / rate for (_, share), rate in zip(parts, cut.learned_shares(len(parts)), strict=True)]
+    held = _held_out(held_out, shares, present)
     batch = _batch(healing, length, (sum(present) - sum(held)) * length, corpus)
     schedule = _schedule(healing.token_count, batch, length, processes, most_together)
     count = schedule.steps * schedule.accumulated * schedule.together * processes
     generator = torch.Generator().manual_seed(healing.seed)
-    counts = _shared(
-        count, [share if own > out else 0.0 for (_, share), own, out in zip(parts, present, held, strict=True)]
-    )
+    each = zip(shares, present, held, strict=True)
+    counts = _shared(count, [own if there > out else 0.0 for own, there, out in each])
     drawn = _draw([own for own, _ in parts], cut, held, counts, length, generator, warn)
     own, judged = cut.only(drawn.trained), cut.only(drawn.judged)
     held_bytes = judged.predicted_bytes(reader.tokenizer)

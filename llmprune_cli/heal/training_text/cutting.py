@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmprune_cli.errors import CheckpointError
-from llmprune_cli.heal.options import ON_ANSWERS, Healing
+from llmprune_cli.heal import ON_ANSWERS
+from llmprune_cli.heal.options import Healing
 from llmprune_cli.run.calibration import SeenText
+from llmprune_cli.source.own_text import chat_frame
 from llmprune_cli.text.corpus import Corpus
+from llmprune_cli.text.names import SELF, holds_conversations, parts_of
 from llmprune_cli.text.reading import Reading, spelled_bytes
 from llmprune_cli.text.windows import Reader, read_corpus, windows_in
 
@@ -33,12 +36,33 @@ class Cut:
         sizes, learned = (None if own is None else own[chosen] for own in (self.sizes, self.learned))
         return Cut(self.windows[chosen], self.part[chosen], self.is_known[chosen], sizes, learned)
 
+    def learned_shares(self, parts: int) -> list[float]:
+        """Of the tokens of each text: those that are learned from, by which windows of it weigh less than others."""
+        if self.learned is None:
+            return [1.0] * parts
+        rates = self.learned.float().mean(1)
+        return [float(rates[self.part == number].mean().nan_to_num(1.0)) for number in range(parts)]
+
     def predicted_bytes(self, tokenizer: PreTrainedTokenizerBase) -> int:
         """UTF-8 bytes of the tokens that are predicted, or of those that are learned from."""
         if self.sizes is None:
             return sum(spelled_bytes(tokenizer, window) for window in self.windows)
         sizes = self.sizes[:, 1:]
         return int((sizes if self.learned is None else sizes * self.learned).sum())
+
+
+def check_own_text(healing: Healing, tokenizer: PreTrainedTokenizerBase, teacher: str) -> None:
+    """Make sure that a teacher writes conversations, where what is said in these is to be learned.
+
+    Raises:
+        CheckpointError: it will not, and no other text has any.
+    """
+    others = (part.name for part in parts_of(healing.text or SELF) if part.name != SELF)
+    if healing.loss_on == ON_ANSWERS and chat_frame(tokenizer) is None and not any(map(holds_conversations, others)):
+        raise CheckpointError(
+            f"{teacher} has no chat template, so that it writes no conversations. Give --text with some, or leave out "
+            f"--loss-on {ON_ANSWERS}."
+        )
 
 
 def cut_texts(
@@ -74,9 +98,8 @@ def _answers(corpora: list[Corpus], read: list[Reading], cut: list[torch.Tensor]
     """Which tokens but the first of all windows an assistant says, [N, T−1] of bool; all where nobody else speaks.
 
     Raises:
-        CheckpointError: it says nothing, or the tokenizer does not tell.
+        CheckpointError: it says nothing, also if that is in one of the texts alone, or the tokenizer does not tell.
     """
-    origins = ", ".join(corpus.origin for corpus in corpora)
     if not all(its.encoding.is_fast for its in read):
         raise CheckpointError(
             "The tokenizer does not tell which part of a text its tokens are, so that an assistant's cannot be told "
@@ -88,10 +111,11 @@ def _answers(corpora: list[Corpus], read: list[Reading], cut: list[torch.Tensor]
         if corpus.answers is not None:
             is_said = its.within(corpus.answers)
         learned.append(is_said[: windows.numel()].view_as(windows)[:, 1:])
-    if not any(corpus.answers and own.any() for corpus, own in zip(corpora, learned, strict=True)):
+    silent = [corpus.origin for corpus, own in zip(corpora, learned, strict=True) if not own.any()]
+    if silent or all(corpus.answers is None for corpus in corpora):
         raise CheckpointError(
-            f"{origins} has no conversations in which an assistant speaks. Give --text with some, or leave out "
-            "--loss-on assistant."
+            f"{', '.join(silent or (corpus.origin for corpus in corpora))} has no conversations in which an assistant "
+            "speaks. Give --text with some, or leave out --loss-on assistant."
         )
     return torch.cat(learned)
 
