@@ -20,6 +20,8 @@ class HeldOut:
     def loss(self, weights: LossWeights, temperature: float) -> float:
         """What is learned of it, nats per token: the weighted sum of τ²·KL and the cross-entropy.
 
+        A reverse KL divergence is judged by the usual one.
+
         Args:
             temperature: τ, of the KL divergence.
         """

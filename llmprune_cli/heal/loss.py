@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+LEAST = -1e4  # a log-probability; of logits that a model masks, it is infinite
+
+
 @dataclass(frozen=True)
 class Predicted:
     """What a teacher predicts after n tokens: log-probabilities at the temperature of the loss."""
@@ -69,6 +72,25 @@ def divergence(logits: torch.Tensor, predicted: Predicted, temperature: float) -
     assert predicted.weights is not None
     logs = functional.log_softmax(logits, -1)
     return (predicted.weights * (predicted.logs - logs.gather(-1, predicted.tokens))).sum() * temperature**2
+
+
+def reverse_divergence(logits: torch.Tensor, predicted: Predicted, temperature: float) -> torch.Tensor:
+    """Sum over tokens of KL(student ‖ teacher) · τ², logits divided by τ (MiniLLM, arXiv 2306.08543, section 2).
+
+    Where some of the teacher's tokens alone are known, with ratios r = q/p of what the student and the teacher predict,
+    it is Σ p (r ln r − r + 1) over these: in the mean the same sum over all tokens, for Σ q = Σ p.
+
+    Args:
+        logits: of the student, float32 [n, V].
+    """
+    logs = functional.log_softmax(logits if temperature == 1 else logits / temperature, -1)
+    wanted = predicted.logs.clamp_min(LEAST)
+    if predicted.tokens is None:
+        return (logs.exp() * (logs - wanted)).sum() * temperature**2
+    assert predicted.weights is not None
+    log_ratios = logs.gather(-1, predicted.tokens) - wanted
+    ratios = log_ratios.exp()
+    return (predicted.weights * (ratios * log_ratios - ratios + 1)).sum() * temperature**2
 
 
 class _Divergence(torch.autograd.Function):
@@ -180,8 +202,9 @@ class Student(nn.Module):
             logits = self.logits(only(own, chosen))
             lost = logits.new_zeros(())
             if self._weights.kl:
+                apart = reverse_divergence if self._weights.is_reverse else divergence
                 goal_there = goal.at(places).only(chosen)
-                lost = lost + self._weights.kl * divergence(logits, goal_there, self._temperature)
+                lost = lost + self._weights.kl * apart(logits, goal_there, self._temperature)
             if self._weights.ce:
                 following_there = only(wanted[places], chosen)
                 lost = lost + self._weights.ce * functional.cross_entropy(logits, following_there, reduction="sum")

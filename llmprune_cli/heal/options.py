@@ -20,7 +20,8 @@ USUAL_RATE, USUAL_SIZE = 3e-4, 135e6  # a learning rate that heals a model of th
 USUAL_STEPS = 128  # in at least so many steps: fewer, of which each has moments of few gradients, need a smaller one
 MOST_RATE = 1e-3
 USUAL_LOSS, LOSS_WHERE_TOKENS_WENT = "kl+0.1ce", "kl+ce"
-BOTH = re.compile(r"kl\+(?P<ce>[0-9]{1,6}(\.[0-9]{0,6})?|\.[0-9]{1,6}|)ce")
+TAUGHT = ("kl", "reverse-kl")  # by the teacher
+BOTH = re.compile(rf"(?P<kl>{'|'.join(TAUGHT)})\+(?P<ce>[0-9]{{1,6}}(\.[0-9]{{0,6}})?|\.[0-9]{{1,6}}|)ce")
 
 
 @dataclass(frozen=True)
@@ -29,21 +30,24 @@ class LossWeights:
 
     kl: float = 0.0  # τ²·KL(teacher ‖ student), nats per token
     ce: float = 0.0  # cross-entropy of the text, nats per token
+    is_reverse: bool = False  # KL(student ‖ teacher) in place of the other one
 
 
 def parse_loss(text: str) -> LossWeights:
-    """`kl`, `ce`, `kl+ce`, or a number of times the latter, such as `kl+0.1ce`.
+    """`kl`, `ce`, `kl+ce`, or a number of times the latter, such as `kl+0.1ce`; `reverse-kl` in the place of `kl`.
 
     Raises:
         UsageError: it is none of these.
     """
-    if text in ("kl", "ce"):
-        return LossWeights(**{text: 1.0})
+    if text == "ce":
+        return LossWeights(ce=1.0)
+    if text in TAUGHT:
+        return LossWeights(kl=1.0, is_reverse=text != "kl")
     both = BOTH.fullmatch(text)
     weight = float(both["ce"] or 1) if both else 0.0
-    if not weight:
-        raise UsageError(f"{text!r} is no loss such as kl, ce, kl+ce or kl+0.1ce, nor auto.")
-    return LossWeights(kl=1.0, ce=weight)
+    if both is None or not weight:
+        raise UsageError(f"{text!r} is no loss such as kl, reverse-kl, ce, kl+ce or kl+0.1ce, nor auto.")
+    return LossWeights(1.0, weight, both["kl"] != "kl")
 
 
 def check_loss(text: str) -> None:
@@ -138,8 +142,8 @@ class Healing:
     loss: Annotated[
         str,
         Option(
-            "What is learned: the teacher's predictions (kl), the text (ce), or both, such as kl+0.1ce; auto: that, "
-            "kl+ce where tokens went, kl by blocks.",
+            "What is learned: the teacher's predictions (kl, reverse-kl), the text (ce), or both, such as kl+0.1ce; "
+            "auto: that, kl+ce where tokens went, kl by blocks.",
             METHOD,
             check=check_loss,
         ),

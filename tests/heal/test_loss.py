@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from llmprune_cli.heal import head as heads
 from llmprune_cli.heal import loss as losses
 from llmprune_cli.heal.judging import judge
-from llmprune_cli.heal.loss import Predicted, Student, divergence
+from llmprune_cli.heal.loss import Predicted, Student, divergence, reverse_divergence
 from llmprune_cli.heal.options import parse_loss
 from llmprune_cli.heal.teacher.repeated import Repeated
 from llmprune_cli.heal.teacher.resident import ResidentTeacher
@@ -28,6 +28,7 @@ from llmprune_cli.run import states
 from llmprune_cli.text.corpus import Corpus
 
 KINDS = {"kl": (1.0, 0.0), "ce": (0.0, 1.0), "kl+ce": (1.0, 1.0), "kl+0.25ce": (1.0, 0.25), "kl+.5ce": (1.0, 0.5)}
+REVERSE = {f"reverse-{name}": weights for name, weights in KINDS.items() if name != "ce"}
 
 
 class OtherProjection(nn.Linear):
@@ -55,7 +56,7 @@ OWN_FORWARD = {"in place": InPlace, "bypassed": Bypassing}
 
 
 @pytest.mark.parametrize("projection", ["plain", "biased", "other", *OWN_FORWARD])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS | REVERSE)
 def test_loss_and_gradients_are_those_of_all_tokens_at_once(
     dense: Path, pruned: Path, kind: str, projection: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,8 +72,10 @@ def test_loss_and_gradients_are_those_of_all_tokens_at_once(
         model.__class__ = OWN_FORWARD[projection]
     windows = torch.randint(0, 96, (3, 24), generator=torch.Generator().manual_seed(1))
     logits, wanted = model(windows).logits[:, :-1] / 2, teacher(windows).logits[:, :-1] / 2
-    kl = functional.kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), reduction="none", log_target=True)
-    of_kl, of_ce = KINDS[kind]
+    sides = (logits.log_softmax(-1), wanted.log_softmax(-1))
+    sides = sides[::-1] if kind in REVERSE else sides
+    kl = functional.kl_div(*sides, reduction="none", log_target=True)
+    of_kl, of_ce = (KINDS | REVERSE)[kind]
     text = functional.cross_entropy(2 * logits.flatten(0, 1), windows[:, 1:].flatten())
     expected = of_kl * 4 * kl.sum(-1).mean() + of_ce * text
     expected.backward()
@@ -109,6 +112,9 @@ def test_tokens_that_are_kept_of_a_teacher_stand_for_all() -> None:
     kept.keep(0, slice(None), teacher.log_softmax(-1), generator)
     goal = kept.goal(torch.zeros(1, 4001), torch.zeros(1, dtype=torch.long))
     assert divergence(student, goal.at(slice(None)), 1.0) == pytest.approx(float(exact), rel=0.005)
+    sides = (Predicted(teacher.log_softmax(-1)), goal.at(slice(None)))
+    whole, estimated = (float(reverse_divergence(student, own, 1.0)) for own in sides)
+    assert estimated == pytest.approx(whole, rel=0.005) and whole < 0.98 * float(exact)
     assert abs(float(divergence(teacher, goal.at(slice(None)), 1.0)) / float(exact)) < 0.002
 
 

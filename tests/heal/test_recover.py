@@ -58,6 +58,7 @@ def test_a_healed_model_is_nearer_to_its_teacher_and_stock(pruned: Path, text_fi
     [
         pytest.param("norms", "norm", marks=in_full),
         ("mlp", ".mlp."),
+        ("layers", ".layers."),
         pytest.param("attention", ".self_attn.", marks=in_full),
     ],
 )
@@ -69,6 +70,14 @@ def test_only_what_is_asked_for_is_trained(
     assert {name for name in before if not torch.equal(before[name], after[name])} == {
         name for name in before if changed in name
     }
+
+
+@pytest.mark.parametrize("mode", ["resident", "streamed"])
+def test_the_reverse_divergence_brings_a_model_nearer(pruned: Path, text_file: Path, tmp_path: Path, mode: str) -> None:
+    options = ("--loss", "reverse-kl+0.1ce", "--temperature", "2", "--teacher-mode", mode)
+    result = recover(pruned, text_file, tmp_path / "healed", *options)
+    assert result["is_better"] and result["after"]["kl"] < 0.9 * result["before"]["kl"]
+    assert "predicts and the text itself (`reverse-kl+0.1ce`)" in (tmp_path / "healed" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("mode", ["end-to-end", "blocks"])

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmprune_cli.heal import options as healing_options
+from support.cli import BY_MAGNITUDE, run_cli
 from support.full import in_full
 from support.heal_runs import run_recover
 from support.refusals import CHECKPOINT, OUTPUT, UNSUPPORTED, USAGE, VERIFICATION, assert_refused, edit_json, state_of
@@ -54,6 +55,18 @@ def test_options_that_say_nothing_sensible(
     pruned: Path, text_file: Path, tmp_path: Path, options: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
     assert_recover_refused(pruned, text_file, tmp_path, USAGE, *words, options=options)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed")])
+def test_a_launcher_that_splits_models(
+    pruned: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    run = run_recover(pruned, text_file, tmp_path / "out")
+    assert_refused(run, USAGE, f"{kind} would split it", "--mode blocks")
+    words = ("prune", pruned, *BY_MAGNITUDE, "--mlp", "50%", "--recover", "1k", "--output", tmp_path / "out")
+    assert_refused(run_cli(*words), USAGE, f"{kind} would split it")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_teacher_of_another_family(pruned: Path, text_file: Path, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def test_weights_of_a_layer_are_of_its_norms_its_mixer_or_its_mlp(family: str) -
     within = {name for name, _ in model.named_parameters() if split_name(name)[1]}
     norms, mixers, mlps = (trained_names(model, part) & within for part in ("norms", "attention", "mlp"))
     assert sorted(within) == sorted([*norms, *mixers, *mlps])
+    assert trained_names(model, "layers") == within < trained_names(model, "all")
     assert norms == {name for name in within if "norm" in name or ".ln_" in name} and mixers
     assert mlps == {name for name in within - norms if split_name(name)[0].partition("{}")[2].startswith(MLPS[family])}
 

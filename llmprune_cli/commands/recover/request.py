@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,8 @@ from llmprune_cli.processes import is_first
 if TYPE_CHECKING:
     from llmprune_cli.commands.requests import PruneRequest
     from llmprune_cli.folder.manifest import Manifest
+
+SPLITS = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}  # what a launcher asks for
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,12 @@ class RecoverRequest:
         if self.healing.mode == "blocks" and self.delivery.report_to:
             raise UsageError(
                 "--mode blocks trains one layer after the other and has no loss of all; leave out --report-to."
+            )
+        split = next((kind for name, kind in SPLITS.items() if os.environ.get(name) == "true"), None)
+        if split is not None:
+            raise UsageError(
+                f"healing trains a whole model in each process, and {split} would split it. Launch it without that; "
+                "less memory is needed with --lora, --train layers, --optimizer adamw-8bit or --mode blocks."
             )
         if self.model.device.startswith("cuda:"):
             raise UsageError(

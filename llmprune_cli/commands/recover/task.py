@@ -241,7 +241,7 @@ def check_room(task: Task, trained: TrainedModel, folder: Path) -> None:
     if needed > free:
         raise OutputError(
             f"{folder.parent} has room for {free:,} bytes, and the checkpoints of the training and the result take "
-            f"{needed:,}. Make room there, choose another --output, or train less: --train mlp, --lora 16."
+            f"{needed:,}. Make room there, choose another --output, or train less: --train layers, --lora 16."
         )
 
 

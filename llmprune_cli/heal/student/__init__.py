@@ -84,7 +84,10 @@ def trained_names(model: nn.Module, train: str) -> set[str]:
     Args:
         train: one of `TRAINED`.
     """
-    return {name for name, _ in model.named_parameters() if train in ("all", _part_of(model, name))}
+    names = [name for name, _ in model.named_parameters()]
+    if train == "layers":
+        return {name for name in names if split_name(name)[1]}
+    return {name for name in names if train in ("all", _part_of(model, name))}
 
 
 def _part_of(model: nn.Module, name: str) -> str:

@@ -6,9 +6,8 @@ import math
 
 import torch
 
+from llmprune_cli.heal.loss import LEAST
 from llmprune_cli.heal.teacher.token_map import WHOLE, TokenMap
-
-LEAST = -1e4  # a log-probability; of logits that a model masks, it is infinite
 
 
 class Unfinished:
