@@ -14,7 +14,7 @@ RUNTIMES ?= vllm ctranslate2 mlx openvino mistralrs
 BASE ?= HEAD~1
 TYPES ?=
 
-.PHONY: demo recording families matrix schemas golden test test-all check lint fix fuzz faults bench bench-8b bench-calibrated bench-estimate bench-exports bench-memory bench-processes bench-quality bench-quantized bench-recover bench-start bench-sweep bench-texts bench-vocab check-consumers check-gpu check-ranges check-runtimes clean
+.PHONY: demo recording families matrix schemas golden test test-all check lint fix fuzz faults bench bench-8b bench-calibrated bench-estimate bench-exports bench-memory bench-processes bench-quality bench-quantized bench-recover bench-start bench-sweep bench-texts bench-vocab check-chats check-consumers check-gpu check-ranges check-runtimes clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -143,6 +143,9 @@ $(JAVASCRIPT)/.installed:
 
 check-consumers: $(CONSUMERS) $(OLDER)/.installed $(JAVASCRIPT)/.installed  ## run pruned folders through lm-eval, peft, mlx-lm, transformers 4 and transformers.js
 	LLMPRUNE_OLDER_PYTHON=$(CURDIR)/$(OLDER)/bin/python LLMPRUNE_JAVASCRIPT=$(CURDIR)/$(JAVASCRIPT) $(BIN)/python -m pytest tests/end_to_end/models/test_consumers.py tests/end_to_end/models/test_older_transformers.py tests/end_to_end/models/test_transformers_js.py tests/heal/test_adapters.py tests/heal/test_recover.py tests/report/test_tasks.py
+
+check-chats: $(INSTALLED)  ## hold what is found of an assistant's words in trl's chat templates against what these mark
+	$(BIN)/python tests/tools/chat_templates.py
 
 check-gpu: $(INSTALLED)  ## the calibrated path on a CUDA device; skipped, with the reason, where there is none
 	$(BIN)/python -m pytest -n0 -rs tests/end_to_end/test_gpu.py

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -177,8 +179,11 @@ def test_text_without_words_that_went_gets_some(cut: Path, alike: Path, tmp_path
     run = run_recover(cut, alike, tmp_path / "healed")
     assert run.code == 0, run.stderr
     assert "give way to words that went" in run.stderr and "with words put in that went" in run.stdout
-    for options in (("--loss", "ce"), ("--mode", "blocks")):
-        untouched = run_recover(cut, alike, tmp_path / options[1], *options)
+    chats, said = tmp_path / "chats.jsonl", alike.read_text()
+    turns = zip(*(re.findall(".{1,60}", said, re.DOTALL)[first::2] for first in (0, 1)), strict=False)
+    chats.write_text("".join(f"{json.dumps({'prompt': one, 'completion': two})}\n" for one, two in turns))
+    for text, *options in ((alike, "--loss", "ce"), (alike, "--mode", "blocks"), (chats, "--loss-on", "assistant")):
+        untouched = run_recover(cut, text, tmp_path / options[1], *options)
         assert untouched.code == 0, untouched.stderr
         assert "give way" not in untouched.stderr and "how to spell these" in untouched.stderr
         assert "put in" not in untouched.stdout
