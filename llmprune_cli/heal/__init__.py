@@ -1,6 +1,6 @@
 """Healing what was pruned: it is trained to predict what the unpruned model predicts."""
 
-TRAINED = ("all", "layers", "mlp", "attention", "norms")  # which weights are: all, those of decoder layers, or of parts
+TRAINED = ("all", "layers", "mlp", "attention", "norms")  # which weights are
 ON_ANSWERS = "assistant"
 LEARNED = ("all", ON_ANSWERS)  # tokens of conversations
 MODES = ("end-to-end", "blocks")  # what is trained at a time: the whole model, or one layer after the other

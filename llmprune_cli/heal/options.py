@@ -222,6 +222,11 @@ class Healing:
         return parse_loss(self.loss)
 
     @property
+    def needs_all_of_teacher(self) -> bool:
+        """Whether all that the teacher predicts is learned from, and not its likeliest tokens alone."""
+        return self.loss != "auto" and parse_loss(self.loss).is_reverse
+
+    @property
     def token_count(self) -> int:
         """Tokens to train on."""
         return count_tokens(self.tokens)

@@ -39,7 +39,6 @@ class _Words:
     """Words of an assistant, in a row."""
 
     turn: int  # its number
-    before: str  # the spaces before them
     text: str
 
 
@@ -82,30 +81,41 @@ class Speller:
 
     def _answers(self, conversation: list[Message], text: str) -> tuple[Range, ...]:
         """What an assistant says in a text: its thoughts and words, and what ends its turn."""
-        mark = next(own for own in (MARK * count for count in range(1, len(text) + 2)) if own not in text)
-        words = list[_Words]()
-        parts = re.split(rf"{mark}(\d+){mark}", self._by_template([*_marked(conversation, mark, words)]))
-        found = [words[int(number)] for number in parts[1::2]]
-        literals, said = parts[::2], [*(own.text for own in found), ""]
-        whole = [part for pair in zip(literals, said, strict=True) for part in pair]
-        if "".join(whole) != text:
-            raise CheckpointError(
-                "the model's chat template changes what an assistant says, so that it cannot be told from the rest. "
-                "Mend or remove that row, or leave out --loss-on assistant."
-            )
+        whole, turns = self._placed(conversation, text)
         begins = [0, *accumulate(map(len, whole))]
-        answers, turn = list[Range](), -1
-        for own, at in zip(found, range(1, len(whole), 2), strict=False):
-            before, after = whole[at - 1], whole[at + 1]
-            end = begins[at + 1] + self._ending(after)
-            if own.turn == turn and AMONG.fullmatch(before):
+        answers, before = list[Range](), -1
+        for turn, at in zip(turns, range(1, len(whole) - 1, 2), strict=True):
+            end = begins[at + 1] + self._ending(whole[at + 1])
+            if turn == before and AMONG.fullmatch(whole[at - 1]):
                 answers[-1] = (answers[-1][0], end)
                 continue
-            thinks = BEGUN.search(before)
-            begun = thinks[0] if thinks else own.before if before.endswith(own.before) else ""
-            answers.append((begins[at] - len(begun), end))
-            turn = own.turn
+            thinks = BEGUN.search(whole[at - 1])
+            answers.append((begins[at] - (len(thinks[0]) if thinks else 0), end))
+            before = turn
         return (*answers,)
+
+    def _placed(self, conversation: list[Message], text: str) -> tuple[list[str], list[int]]:
+        """A text in parts, of which every second one is an assistant's words, and the turns that these are of.
+
+        Spaces before words are a part of them, unless the template leaves some out.
+
+        Raises:
+            CheckpointError: the template changes words.
+        """
+        mark = next(own for own in (MARK * count for count in range(1, len(text) + 2)) if own not in text)
+        for with_spaces in (True, False):
+            words = list[_Words]()
+            marked = [*_marked(conversation, mark, words, with_spaces)]
+            parts = re.split(rf"{mark}(\d+){mark}", self._by_template(marked))
+            found = [words[int(number)] for number in parts[1::2]]
+            said = [*(own.text for own in found), ""]
+            whole = [part for pair in zip(parts[::2], said, strict=True) for part in pair]
+            if "".join(whole) == text:
+                return whole, [own.turn for own in found]
+        raise CheckpointError(
+            "the model's chat template changes what an assistant says, so that it cannot be told from the rest. Mend "
+            "or remove that row, or leave out --loss-on assistant."
+        )
 
     def _ending(self, after: str) -> int:
         """How many characters behind the words of an assistant end its turn: a thought's end, a token, and spaces.
@@ -127,22 +137,22 @@ def _speaks(turn: Message) -> bool:
     return turn["role"] == ASSISTANT and bool(turn["content"])
 
 
-def _marked(conversation: list[Message], mark: str, words: list[_Words]) -> Iterator[Message]:
+def _marked(conversation: list[Message], mark: str, words: list[_Words], with_spaces: bool) -> Iterator[Message]:
     """A conversation with marks in the place of an assistant's words.
 
     Args:
         words: take in those, by the numbers of their marks.
+        with_spaces: whether those before words are a part of them.
     """
     for number, turn in enumerate(conversation):
         content = turn["content"]
         if _speaks(turn):
             content = ""
             for part in THOUGHT.split(turn["content"]):
-                own = part.strip()
-                if own and not THOUGHT.fullmatch(own):
-                    before = part[: part.index(own)]
+                own = part.rstrip() if with_spaces else part.strip()
+                if own.strip() and not THOUGHT.fullmatch(own):
                     part = part.replace(own, f"{mark}{len(words)}{mark}")
-                    words.append(_Words(number, before, own))
+                    words.append(_Words(number, own))
                 content += part
         yield {**turn, "content": content}
 

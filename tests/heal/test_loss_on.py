@@ -15,6 +15,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmprune_cli.heal import loss as losses
+from llmprune_cli.heal import training_text
 from llmprune_cli.heal.judging import judge
 from llmprune_cli.heal.loss import Goal, Student
 from llmprune_cli.heal.options import Healing, parse_loss
@@ -142,6 +143,23 @@ def test_shares_are_of_what_is_learned(student: Path, chats: Path, tmp_path: Pat
         is_plain = learned.all(1)
         assert 0 < int(is_plain.sum()) < len(windows)
         assert int(learned[is_plain].sum()) / int(learned.sum()) == pytest.approx(0.3, abs=0.05)
+
+
+def test_every_text_is_judged_by_and_more_windows_where_few_tokens_count(
+    student: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_text, "MOST_HELD_OUT", 1024)
+    long, tokenizer = tmp_path / "long.txt", AutoTokenizer.from_pretrained(student)
+    long.write_text("Nobody says this, which is plain text. " * 300)
+    held = dict[str, TrainingText]()
+    for whose in ("all", "assistant"):
+        name = f"{chats}:0.97,{long}:0.03"
+        asked = Healing(tokens="1M", text=name, seq_len=128, batch_tokens=256, loss_on=whose)
+        reader = Reader(tokenizer, BYTE_LEVEL_VOCABULARY)
+        held[whose] = prepare_training(asked, reader, 1, TOGETHER, lambda _: None)
+        said = [tokenizer.decode(window) for window in held[whose].held_out]
+        assert 0 < sum("Nobody" in own for own in said) < len(said)
+    assert len(held["assistant"].held_out) > 1.2 * len(held["all"].held_out)
 
 
 def test_a_student_is_told_how_many_tokens_count(

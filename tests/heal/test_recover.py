@@ -23,6 +23,7 @@ from llmprune_cli.run.layered_model import LayeredModel
 from support.cli import BY_MAGNITUDE, run_cli
 from support.full import in_full
 from support.heal_runs import recover, run_recover
+from support.refusals import USAGE, assert_refused
 from support.stock import written_tensors
 from support.tiny import save_tiny
 
@@ -72,12 +73,21 @@ def test_only_what_is_asked_for_is_trained(
     }
 
 
-@pytest.mark.parametrize("mode", ["resident", "streamed"])
-def test_the_reverse_divergence_brings_a_model_nearer(pruned: Path, text_file: Path, tmp_path: Path, mode: str) -> None:
-    options = ("--loss", "reverse-kl+0.1ce", "--temperature", "2", "--teacher-mode", mode)
-    result = recover(pruned, text_file, tmp_path / "healed", *options)
+def test_the_reverse_divergence_brings_a_model_nearer_in_its_own_way(
+    pruned: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--temperature", "2", "--seed", "1")
+    usual = recover(pruned, text_file, tmp_path / "usual", "--loss", "kl+0.1ce", *options)
+    monkeypatch.setattr(task, "_free_memory", lambda *_: 1)
+    assert recover(pruned, text_file, tmp_path / "kl", *options)["teacher_mode"] == "streamed"
+    result = recover(pruned, text_file, tmp_path / "healed", "--loss", "reverse-kl+0.1ce", *options)
     assert result["is_better"] and result["after"]["kl"] < 0.9 * result["before"]["kl"]
+    assert result["after"]["kl"] != pytest.approx(usual["after"]["kl"], rel=1e-3)
+    assert result["teacher_mode"] == "resident"
     assert "predicts and the text itself (`reverse-kl+0.1ce`)" in (tmp_path / "healed" / "README.md").read_text()
+    for streamed in (("--teacher-mode", "streamed"), ("--teacher-cache", tmp_path / "cache")):
+        run = run_recover(pruned, text_file, tmp_path / "out", "--loss", "reverse-kl", *streamed)
+        assert_refused(run, USAGE, "--loss reverse-kl needs what the teacher would not say")
 
 
 @pytest.mark.parametrize("mode", ["end-to-end", "blocks"])

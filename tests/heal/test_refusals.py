@@ -57,15 +57,20 @@ def test_options_that_say_nothing_sensible(
     assert_recover_refused(pruned, text_file, tmp_path, USAGE, *words, options=options)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed")])
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [("FSDP", "true", "FSDP"), ("DEEPSPEED", "1", "DeepSpeed"), ("PARALLELISM_CONFIG", "True", "a parallelism config")],
+)
 def test_a_launcher_that_splits_models(
-    pruned: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
+    pruned: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, kind: str
 ) -> None:
-    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", value)
     run = run_recover(pruned, text_file, tmp_path / "out")
     assert_refused(run, USAGE, f"{kind} would split it", "--mode blocks")
-    words = ("prune", pruned, *BY_MAGNITUDE, "--mlp", "50%", "--recover", "1k", "--output", tmp_path / "out")
-    assert_refused(run_cli(*words), USAGE, f"{kind} would split it")
+    heals = (*BY_MAGNITUDE, "--recover", "1k", "--output", tmp_path / "out")
+    assert_refused(run_cli("prune", pruned, "--mlp", "50%", *heals), USAGE, f"{kind} would split it")
+    swept = run_cli("sweep", pruned, "--targets", "90%", "--recover", "1k", "--output", tmp_path / "out")
+    assert_refused(swept, USAGE, f"{kind} would split it")
     assert not [*tmp_path.iterdir()]
 
 

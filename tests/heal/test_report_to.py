@@ -9,7 +9,6 @@ import sqlite3
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from importlib.util import find_spec
@@ -78,12 +77,11 @@ def test_trackio_is_told_every_loss_of_one_run_until_its_end(pruned: Path, text_
 
     result = healed()
     ((name, told),) = kept_by_trackio(kept).items()
-    assert re.fullmatch(r"out \d{4}-\d\d-\d\d \d\d:\d\d:\d\d", name)
+    assert re.fullmatch(r"out \d{4}-\d\d-\d\d \d\d:\d\d [0-9a-f]{4}", name)
     losses = [own["train/loss"] for own in told if "train/loss" in own]
     assert len(losses) == result["steps"] and losses[-1] < losses[0]
     judged = [own["eval/kl"] for own in told if "eval/kl" in own]
     assert judged == pytest.approx([own["held_out"]["kl"] for own in result["curve"]])
-    time.sleep(1)  # names have seconds
     healed("--overwrite")
     assert [len(own) for own in kept_by_trackio(kept).values()] == 2 * [len(told)]
     environment |= {"TRACKIO_SPACE_ID": "someone/somewhere", "HF_HUB_OFFLINE": "1"}
@@ -91,6 +89,28 @@ def test_trackio_is_told_every_loss_of_one_run_until_its_end(pruned: Path, text_
     assert_refused(
         Run(run.returncode, run.stdout, run.stderr), OUTPUT, "trackio cannot begin a run", "TRACKIO_SPACE_ID"
     )
+
+
+@needs_trackio
+def test_a_run_of_trackio_ends_with_the_training_and_is_copied_nowhere(
+    pruned: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import trackio
+
+    told, kept = list[str](), list[Any]()
+
+    class Noting(reporters._Trackio):
+        def setup(self, args: Any, *others: Any, **named: Any) -> None:
+            kept.append((args.trackio_static_space_id, args.hub_private_repo))
+            self._initialized = True
+
+        def on_log(self, *_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trackio, "finish", lambda: told.append("finished"))
+    monkeypatch.setattr(reporters, "_Trackio", Noting)
+    cut = run_recover(pruned, text_file, tmp_path / "out", "--report-to", "trackio")
+    assert cut.code == INTERRUPTED and told == ["finished"] and kept == [(False, True)]
 
 
 def test_a_run_that_goes_on_is_told_by_the_name_that_it_began_with(
@@ -109,7 +129,6 @@ def test_a_run_that_goes_on_is_told_by_the_name_that_it_began_with(
         with pytest.MonkeyPatch.context() as cut:
             interrupt_at(cut, 16, True)
             assert run_recover(pruned, text_file, tmp_path / "out", *asked).code == INTERRUPTED
-        time.sleep(1)
         recover(pruned, text_file, tmp_path / "out", *asked, "--resume")
     assert len(names) == 2 and names[0] == names[1]
 

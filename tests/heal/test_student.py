@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmprune_cli.folder.tensors import split_name
+from llmprune_cli.heal.layers import decoder_layers
 from llmprune_cli.heal.loss import Student
 from llmprune_cli.heal.options import LossWeights
 from llmprune_cli.heal.student import compute_twice, trained_names
@@ -34,7 +35,8 @@ def test_weights_of_a_layer_are_of_its_norms_its_mixer_or_its_mlp(family: str) -
     within = {name for name, _ in model.named_parameters() if split_name(name)[1]}
     norms, mixers, mlps = (trained_names(model, part) & within for part in ("norms", "attention", "mlp"))
     assert sorted(within) == sorted([*norms, *mixers, *mlps])
-    assert trained_names(model, "layers") == within < trained_names(model, "all")
+    layers = {id(own) for layer in decoder_layers(model) for own in layer.parameters()}
+    assert trained_names(model, "layers") == {name for name, own in model.named_parameters() if id(own) in layers}
     assert norms == {name for name in within if "norm" in name or ".ln_" in name} and mixers
     assert mlps == {name for name in within - norms if split_name(name)[0].partition("{}")[2].startswith(MLPS[family])}
 

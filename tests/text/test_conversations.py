@@ -67,7 +67,7 @@ def answers(tokenizer: PreTrainedTokenizerBase, template: str | None, conversati
     [
         (None, PLAIN, [" 2\n", "a"]),
         (AS_IT_IS, PLAIN, [" 2\n</s>", "a</s>"]),
-        (TRIMMED, PLAIN, [" 2 </s>", "a </s>"]),
+        (TRIMMED, PLAIN, ["2 </s>", "a </s>"]),
         (WITHOUT_END, PLAIN, [" 2", "a"]),
         (SYSTEM_LAST, PLAIN, [" 2\n</s>", "a</s>"]),
         (AS_IT_IS, THOUGHT, ["<think>\nOne more.\n</think>\n\n2</s>", "<think>\nMy words.\n</think>\n\na</s>"]),

@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from secrets import token_hex
 
 import torch
 
@@ -168,7 +169,8 @@ def _reports(task: Task, folder: Path) -> Reports | None:
     if asked is None:
         return None
     journal = Journal(task.processes, folder if task.processes.is_first else None)
-    run = journal.recall("reported-run", Json(str), lambda: f"{output.name} {datetime.now():%Y-%m-%d %H:%M:%S}")
+    called = f"{output.name} {datetime.now():%Y-%m-%d %H:%M} {token_hex(2)}"
+    run = journal.recall("reported-run", Json(str), lambda: called)
     return Reports(asked, output.with_name(f"{output.name}-runs"), run)
 
 

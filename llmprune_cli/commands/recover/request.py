@@ -20,7 +20,13 @@ if TYPE_CHECKING:
     from llmprune_cli.commands.requests import PruneRequest
     from llmprune_cli.folder.manifest import Manifest
 
-SPLITS = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}  # what a launcher asks for
+SPLITS = {  # what a launcher asks for
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
+YES = ("y", "yes", "t", "true", "on", "1")
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,12 @@ class RecoverRequest:
             raise UsageError("give --output DIR.")
         if self.teaching.teacher_cache is not None and self.teaching.teacher_mode == "resident":
             raise UsageError("--teacher-cache is for a streamed teacher; leave out --teacher-mode resident.")
+        is_streamed = self.teaching.teacher_mode == "streamed" or self.teaching.teacher_cache is not None
+        if is_streamed and self.healing.needs_all_of_teacher:
+            raise UsageError(
+                f"--loss {self.healing.loss} needs what the teacher would not say, too, of which a streamed one keeps "
+                "next to nothing; leave out --teacher-mode and --teacher-cache, or give --loss kl."
+            )
         if self.healing.mode == "blocks" and (self.teaching.teacher_mode != "auto" or self.teaching.teacher_cache):
             raise UsageError(
                 "--mode blocks runs the teacher beside the pruned model, layer by layer; leave out --teacher-mode and "
@@ -49,7 +61,7 @@ class RecoverRequest:
             raise UsageError(
                 "--mode blocks trains one layer after the other and has no loss of all; leave out --report-to."
             )
-        split = next((kind for name, kind in SPLITS.items() if os.environ.get(name) == "true"), None)
+        split = next((kind for name, kind in SPLITS.items() if os.environ.get(name, "").lower() in YES), None)
         if split is not None:
             raise UsageError(
                 f"healing trains a whole model in each process, and {split} would split it. Launch it without that; "

@@ -278,8 +278,8 @@ def _choose_mode(task: Task, trained: TrainedModel, dtype: torch.dtype) -> str:
         dtype: of a teacher in memory.
     """
     asked = _asked_mode(task)
-    if asked != "auto":
-        return asked
+    if asked != "auto" or task.request.healing.needs_all_of_teacher:
+        return "resident" if asked == "auto" else asked
     training_bytes = BYTES_PER_WEIGHT[task.request.healing.optimizer] * trained.trained + trained.summed_bytes
     size_bytes = dtype.itemsize * task.teacher.parameter_count + training_bytes
     is_small = size_bytes < MOST_OF_MEMORY * _free_memory(task.device, task.processes)

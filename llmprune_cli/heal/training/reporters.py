@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,3 +43,16 @@ class _Trackio(TrackioCallback):
                 f"trackio cannot begin a run: {first_line(error).rstrip('.')}. Mend that (variables such "
                 "as TRACKIO_SPACE_ID say where it goes), or leave out --report-to trackio."
             ) from error
+
+    def close(self) -> None:
+        """End a run that did not come to its end, which would be ended later, with words to stdout."""
+        if self._initialized:
+            self._initialized = False
+            self._trackio.finish()
+
+
+def end_reports(callbacks: Iterable[TrainerCallback]) -> None:
+    """End what a training did not."""
+    for own in callbacks:
+        if isinstance(own, _Trackio):
+            own.close()

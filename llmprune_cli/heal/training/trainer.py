@@ -38,7 +38,7 @@ from llmprune_cli.heal.training.checkpoints import (
     last_checkpoints,
     mark_whole,
 )
-from llmprune_cli.heal.training.reporters import PROJECT, Reports
+from llmprune_cli.heal.training.reporters import PROJECT, Reports, end_reports
 from llmprune_cli.heal.training_text import TrainingText
 from llmprune_cli.processes import Processes
 from llmprune_cli.progress import Listener
@@ -131,6 +131,8 @@ class _Distiller(Trainer):
             report_to="none",
             project=PROJECT,
             run_name=lesson.reports.run if lesson.reports else None,
+            hub_private_repo=True,
+            trackio_static_space_id=False,  # which would be a copy for everybody
             disable_tqdm=True,
             remove_unused_columns=False,
             label_names=[],
@@ -261,7 +263,10 @@ def _train(
     try:
         trainer = _Distiller(student, lesson, folder, best_before=best_before)
         with redirect_stdout(sys.stderr):  # what others say of it is no result
-            trainer.train(resume_from_checkpoint=str(begun) if begun else None)
+            try:
+                trainer.train(resume_from_checkpoint=str(begun) if begun else None)
+            finally:
+                end_reports(trainer.callback_handler.callbacks)
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in UNWRITTEN):
             raise

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 HELD_OUT_SHARE = 8  # one window in so many is held out, one at least
 MOST_WRITTEN = 65536  # tokens that a teacher writes itself; they are repeated where more are asked for
-MOST_HELD_OUT = 4096  # tokens that are
+MOST_HELD_OUT = 4096  # tokens that are, and that count,
+MOST_READ = 4  # of which so many times as many are read, at most, where few count
 BATCHES = 256  # optimizer steps by default, as long as a batch has neither too few tokens nor too many
 LEAST_BATCH, MOST_BATCH = 1024, 65536  # tokens
 TOGETHER, TOGETHER_ON_CPU = 4096, 1024  # tokens that run together: their activations lie in memory
@@ -114,17 +115,22 @@ def prepare_training(
     cut = cut_texts(parts, reader, length, healing, before)
     if apart is not None and apart.shape[1] == length:
         cut = cut.only(_apart_from(cut.windows, apart, corpus, warn))
-    wanted = max(1, healing.token_count // length)
-    held_out = max(1, min(len(cut.windows), wanted, MOST_HELD_OUT // length * HELD_OUT_SHARE) // HELD_OUT_SHARE)
     present = torch.bincount(cut.part, minlength=len(parts)).tolist()
-    shares = [share / rate for (_, share), rate in zip(parts, cut.learned_shares(len(parts)), strict=True)]
+    _say_what_is_gone([own for own, _ in parts], present, warn)
+    rates = cut.learned_shares(len(parts))
+    each = zip(parts, rates, present, strict=True)
+    shares = [share / rate if there else 0.0 for (_, share), rate, there in each]
+    wanted = max(1, healing.token_count // length)
+    scarce = sum(shares) / sum(share for _, share in parts)
+    most = int(MOST_HELD_OUT * min(MOST_READ, max(1.0, scarce))) // length
+    held_out = max(1, min(len(cut.windows), wanted, most * HELD_OUT_SHARE) // HELD_OUT_SHARE)
     held = _held_out(held_out, shares, present)
     batch = _batch(healing, length, (sum(present) - sum(held)) * length, corpus)
     schedule = _schedule(healing.token_count, batch, length, processes, most_together)
     count = schedule.steps * schedule.accumulated * schedule.together * processes
     generator = torch.Generator().manual_seed(healing.seed)
-    each = zip(shares, present, held, strict=True)
-    counts = _shared(count, [own if there > out else 0.0 for own, there, out in each])
+    left = zip(shares, present, held, strict=True)
+    counts = _shared(count, [own if there > out else 0.0 for own, there, out in left])
     drawn = _draw([own for own, _ in parts], cut, held, counts, length, generator, warn)
     own, judged = cut.only(drawn.trained), cut.only(drawn.judged)
     held_bytes = judged.predicted_bytes(reader.tokenizer)
@@ -193,9 +199,17 @@ def _draw(
     return _Drawn(torch.cat(judged).sort().values, torch.cat(trained), mixed)
 
 
+def _say_what_is_gone(corpora: Sequence[Corpus], present: Sequence[int], warn: Callable[[str], None]) -> None:
+    """Warn of texts without a window that is left."""
+    for corpus, there in zip(corpora, present, strict=True):
+        if not there:
+            warn(f"All of {corpus.origin} is judged on, so that others take its share. Give more of it.")
+
+
 def _held_out(count: int, shares: Sequence[float], present: Sequence[int]) -> list[int]:
-    """How many windows of each text are held out: as its share is, half of them at most, and of some text one."""
-    held = [min(own, there // 2) for own, there in zip(_shared(count, shares), present, strict=True)]
+    """How many windows of each text are held out: as its share is, one at least and half of them at most."""
+    each = zip(_shared(count, shares), shares, present, strict=True)
+    held = [min(max(own, 1 if share else 0), there // 2) for own, share, there in each]
     if not any(held):
         held[present.index(max(present))] = 1
     return held
