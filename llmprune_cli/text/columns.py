@@ -30,13 +30,16 @@ def columns_in(rows: Iterable[Row]) -> Row:
     return found
 
 
-def find_columns(where: str, columns: Sequence[str], strings: Sequence[str], wanted: str | None) -> tuple[str, ...]:
+def find_columns(
+    where: str, columns: Sequence[str], strings: Sequence[str], wanted: str | None, chats_first: bool = False
+) -> tuple[str, ...]:
     """The columns that the text is in: one, or those of a conversation.
 
     Args:
         where: what has these columns, for messages.
         strings: those of the columns that hold text.
         wanted: what the user asked for.
+        chats_first: whether conversations count more than a column of text beside them.
 
     Raises:
         CheckpointError: there is no such column, or nobody can tell which one it is.
@@ -48,11 +51,9 @@ def find_columns(where: str, columns: Sequence[str], strings: Sequence[str], wan
                 f"{where} has no column {wanted!r}. It has {listed}: choose --text-column among these."
             )
         return (wanted,)
-    if TEXT_COLUMN in columns:
-        return (TEXT_COLUMN,)
-    for chat in CHATS:
-        if all(column in columns for column in chat):
-            return chat
+    for known in (*CHATS, (TEXT_COLUMN,)) if chats_first else ((TEXT_COLUMN,), *CHATS):
+        if all(column in columns for column in known):
+            return known
     if len(strings) == 1:
         return (strings[0],)
     raise CheckpointError(f"{where} has no column 'text' (it has {listed}). Name one with --text-column.")

@@ -164,7 +164,7 @@ def _joined(where: str, rows: Any, column: str | None, speller: Speller) -> Spel
     """The text of a dataset of `datasets`."""
     named = list(rows.column_names)
     strings = [name for name in named if getattr(rows.features[name], "dtype", "") in ("string", "large_string")]
-    columns = find_columns(where, named, strings, column)
+    columns = find_columns(where, named, strings, column, speller.tells_answers)
     if len(columns) == 1 and columns[0] in strings:
         return Spelled(BETWEEN.join(value or "" for value in rows[columns[0]]))
     return _spelled(where, rows, columns, speller)
@@ -176,7 +176,8 @@ def _joined_rows(where: str, rows: Iterable[Row], column: str | None, speller: S
     shown = columns_in(ahead)
     del ahead  # which would keep all rows
     strings = [name for name, value in shown.items() if isinstance(value, str)]
-    return _spelled(where, rows, find_columns(where, list(shown), strings, column), speller)
+    columns = find_columns(where, list(shown), strings, column, speller.tells_answers)
+    return _spelled(where, rows, columns, speller)
 
 
 def _spelled(where: str, rows: Iterable[Row], columns: tuple[str, ...], speller: Speller) -> Spelled:

@@ -213,6 +213,15 @@ def test_a_run_goes_on_to_the_same_weights_but_not_with_other_tokens(
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6, msg=name)
 
 
+def test_conversations_count_more_than_a_column_of_text_beside_them(student: Path, chats: Path, tmp_path: Path) -> None:
+    both = tmp_path / "both.jsonl"
+    rows = [{**json.loads(line), "text": "As it is spelled elsewhere."} for line in chats.read_text().splitlines()]
+    both.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    few = ("--tokens", "256", *ON_ANSWERS)
+    found = [recover(student, text, tmp_path / text.stem, *few) for text in (chats, both)]
+    assert found[0]["after"] == found[1]["after"]
+
+
 def test_a_teacher_writes_what_is_learned_if_it_chats(student: Path, whole: Path, tmp_path: Path) -> None:
     words = ("recover", student, "--text", "self", *QUICK, *ON_ANSWERS, "--output", tmp_path / "out", "--json")
     run = run_cli(*words)

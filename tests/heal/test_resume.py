@@ -41,6 +41,19 @@ except ImportError:  # on Windows
 LONG = ("--tokens", "4096")  # two judgements
 
 
+def test_a_run_does_not_go_on_with_another_text(pruned: Path, text_file: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(text_file.read_text())
+    with pytest.MonkeyPatch.context() as patched:
+        interrupt_at(patched, 16, True)
+        assert run_recover(pruned, text, tmp_path / "out", *LONG).code == INTERRUPTED
+    text.write_text(text_file.read_text()[::-1])
+    run = run_recover(pruned, text, tmp_path / "out", *LONG, "--resume")
+    assert_refused(run, PLAN, "windows differs")
+    text.write_text(text_file.read_text())
+    recover(pruned, text, tmp_path / "out", *LONG, "--resume")
+
+
 def assert_alike(one: Path, other: Path) -> None:
     expected, found = written_tensors(one), written_tensors(other)
     assert expected.keys() == found.keys()

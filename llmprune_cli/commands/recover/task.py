@@ -127,7 +127,7 @@ class Task:
         return {
             **identities,
             "token map": None if self.tokens is None else self.tokens.identity(),
-            "text": text_identity(*self._text),
+            "windows": text_identity(*self._text),  # of the text, whose name is below
             "schedule": asdict(self.text.schedule),
             "device": self.device,
             "compute": str(self.compute),
