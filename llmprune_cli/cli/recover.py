@@ -91,7 +91,8 @@ def _learned(result: RecoverResult) -> str:
     if result.mode == "blocks":
         return "layer by layer"
     learned = f"{result.loss} + {result.hidden_weight:g} × hidden" if result.hidden_weight else result.loss
-    return f"{learned}, of what an assistant says" if result.loss_on == ON_ANSWERS else learned
+    of_answers = f"{learned}, of the {result.learned_tokens:,} that an assistant says"
+    return of_answers if result.loss_on == ON_ANSWERS else learned
 
 
 def _figures(figures: HeldOut) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from llmprune_cli.errors import CheckpointError, NoNumbersError, OutputError, PlanError
+from llmprune_cli.errors import CheckpointError, NoNumbersError, OutputError, PlanError, first_line
 from llmprune_cli.folder.documents import read_json, replace_file
 from llmprune_cli.folder.shards import raw_bytes
 from llmprune_cli.folder.staging import Claim, empty, hidden_folder
@@ -94,7 +94,8 @@ class Journal:
             except ValueError as error:
                 if is_needed:
                     raise CheckpointError(
-                        f"The record {name} in {folder} is damaged ({error}). Leave out --resume to start over."
+                        f"The record {name} in {folder} is damaged ({first_line(error)}). Leave out --resume to start "
+                        "over."
                     ) from error
                 LOGGER.warning(f"{path} is damaged ({error}); measuring anew.")
         known = self.processes.broadcast(known)

@@ -186,10 +186,11 @@ class RecoverResult:
     dataset: str
     origin: str
     split: str
-    tokens: int  # that were learned from, each as often as it was
+    tokens: int  # that were read, each as often as it was
+    learned_tokens: int  # and learned from, about: fewer where those are of an assistant
     batch_tokens: int
     seq_len: int
-    held_out_tokens: int
+    held_out_tokens: int  # that it was judged by
     mode: str  # "end-to-end" or "blocks"
     loss: str  # that is judged, and but for blocks is learned
     loss_on: str  # "all" tokens of conversations, or the "assistant"'s

@@ -11,7 +11,8 @@ from llmprune_cli.text.conversations import ASSISTANT, Message, Spelled
 from llmprune_cli.text.files import Row
 
 TEXT_COLUMN = "text"
-ROLES = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), ASSISTANT)}  # of ShareGPT and Gemma
+OTHER_NAMES = ("gpt", "chatgpt", "bot", "model")  # of an assistant, in ShareGPT's data and Gemma's
+ROLES = {"human": "user", **dict.fromkeys(OTHER_NAMES, ASSISTANT)}
 # Columns that together are a conversation, the most telling first.
 CHATS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"))
 

@@ -248,7 +248,10 @@ def test_it_is_shown_what_is_learned(student: Path, chats: Path, tmp_path: Path)
     few = ("--tokens", "256", "--batch-tokens", "64", "--seq-len", "32")
     run = run_cli("recover", student, "--text", chats, *few, *ON_ANSWERS, "--output", tmp_path / "out")
     assert run.code == 0, run.stderr
-    assert "(kl+0.1ce, of what an assistant says, learning rate" in re.sub(r"\s+", " ", run.stdout)
+    said = re.sub(r"\s+", " ", run.stdout)
+    shown = re.search(r"on 256 tokens .* \(kl\+0\.1ce, of the (\d+) that an assistant says, learning rate", said)
+    assert shown is not None and 50 < int(shown[1]) < 150
+    assert "held-out tokens are an assistant's, by which little can be told" in " ".join(run.stderr.split())
 
 
 @pytest.mark.parametrize("text", [None, "python-docs", "plain.txt", "wikitext2:0.5,plain.txt:0.5"])

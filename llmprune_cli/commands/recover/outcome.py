@@ -93,6 +93,7 @@ def _report(task: Task, outcome: Outcome, seconds: float) -> RecoverResult:
         origin=text.corpus.origin,
         split=healing.text_split,
         tokens=batch * training.steps,
+        learned_tokens=round(batch * training.steps * text.learned_share),
         batch_tokens=batch,
         seq_len=text.windows.shape[1],
         held_out_tokens=text.judged_tokens,

@@ -27,6 +27,7 @@ HELD_OUT_SHARE = 8  # one window in so many is held out, one at least
 MOST_WRITTEN = 65536  # tokens that a teacher writes itself; they are repeated where more are asked for
 MOST_HELD_OUT = 4096  # tokens that are, and that count,
 MOST_READ = 4  # of which so many times as many are read, at most, where few count
+LEAST_JUDGED = 256  # of an assistant's, fewer of which are said
 BATCHES = 256  # optimizer steps by default, as long as a batch has neither too few tokens nor too many
 LEAST_BATCH, MOST_BATCH = 1024, 65536  # tokens
 TOGETHER, TOGETHER_ON_CPU = 4096, 1024  # tokens that run together: their activations lie in memory
@@ -135,7 +136,10 @@ def prepare_training(
     own, judged = cut.only(drawn.trained), cut.only(drawn.judged)
     held_bytes = judged.predicted_bytes(reader.tokenizer)
     text = TrainingText(corpus, own.windows, drawn.order, judged.windows, held_bytes, schedule)
-    return replace(text, learned=own.learned, held_out_judged=judged.learned)
+    text = replace(text, learned=own.learned, held_out_judged=judged.learned)
+    if judged.learned is not None and text.judged_tokens < LEAST_JUDGED:
+        warn(f"{text.judged_tokens} held-out tokens are an assistant's, by which little can be told. Give more --text.")
+    return text
 
 
 def warn_of_learned_text(

@@ -12,6 +12,8 @@ from llmprune_cli.heal import ON_ANSWERS
 from llmprune_cli.heal.options import Healing
 from llmprune_cli.run.calibration import SeenText
 from llmprune_cli.source.own_text import chat_frame
+from llmprune_cli.text.columns import OTHER_NAMES
+from llmprune_cli.text.conversations import ASSISTANT
 from llmprune_cli.text.corpus import Corpus
 from llmprune_cli.text.names import SELF, holds_conversations, parts_of
 from llmprune_cli.text.reading import Reading, spelled_bytes
@@ -115,7 +117,8 @@ def _answers(corpora: list[Corpus], read: list[Reading], cut: list[torch.Tensor]
     if silent or all(corpus.answers is None for corpus in corpora):
         raise CheckpointError(
             f"{', '.join(silent or (corpus.origin for corpus in corpora))} has no conversations in which an assistant "
-            "speaks. Give --text with some, or leave out --loss-on assistant."
+            f"speaks (as {', '.join((ASSISTANT, *OTHER_NAMES))}). Give --text with some, name their column with "
+            "--text-column, or leave out --loss-on assistant."
         )
     return torch.cat(learned)
 
