@@ -213,10 +213,11 @@ def _write_text(
     text = Spelled("")
     device = request.model.device
     if processes.is_first:
-        check_own_text(request.healing, load_tokenizer(teacher), teacher.source)
+        tokenizer = load_tokenizer(teacher)
+        check_own_text(request.healing, tokenizer, teacher.source)
         place = Place(device, native_dtype(teacher.stored_dtype, torch.device(layer_device(device))))
         seed = request.healing.seed + FROM_PRUNING
-        text = write_text(teacher, load_tokenizer(teacher), place, tokens, seed, listener)
+        text = write_text(teacher, tokenizer, place, tokens, seed, listener)
     return own_corpus(processes.broadcast(text), teacher.source)
 
 
