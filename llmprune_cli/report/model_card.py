@@ -164,7 +164,8 @@ def _training(manifest: Manifest) -> str:
     came = f"which took the KL divergence on held-out text from {kl}"
     if healing.get("trained_parameters") == 0:
         came = "on which held-out text gained nothing, so that the weights are those from before"
-    return f"Then it was trained on {healing['tokens']:,} tokens of {_code(healing['origin'])} {what}, {came}."
+    count = healing.get("learned_tokens", healing["tokens"])  # which earlier versions did not tell apart
+    return f"Then it was trained on {count:,} tokens of {_code(healing['origin'])} {what}, {came}."
 
 
 def _part(checkpoint: Checkpoint) -> str:

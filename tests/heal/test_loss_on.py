@@ -123,6 +123,8 @@ def test_a_model_learns_what_the_assistant_says_and_is_judged_by_that(
     assert learned["held_out_tokens"] < 0.6 * of_all["held_out_tokens"]
     assert learned["after"]["perplexity"] < 3 < of_all["after"]["perplexity"] < of_all["before"]["perplexity"]
     card = (tmp_path / "learned" / "README.md").read_text()
+    assert learned["learned_tokens"] < 0.6 * learned["tokens"] and of_all["learned_tokens"] == of_all["tokens"]
+    assert f"trained on {learned['learned_tokens']:,} tokens" in card
     assert "to predict the text itself (`ce`), of what an assistant says in it" in card
     manifest = json.loads((tmp_path / "learned" / "llmprune.json").read_text())
     assert manifest["healing"]["options"]["loss_on"] == "assistant"
